@@ -1,0 +1,67 @@
+// The CPU kernel of swiglu_stats: its arguments and entry points. The spec of the op is the
+// docstring of relneuron/ops/swiglu_stats.py; bindings.cpp calls `swiglu_stats`, which runs
+// `swiglu_stats_columns` of one instruction set on each thread's columns.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace relneuron {
+
+// The numbers are the positions in the tuples of the same names in Python.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_sites_max = 4 };
+
+// A null pointer says that the argument was not given. Strides count elements.
+struct SwigluStatsArgs {
+  void* out = nullptr;         // (T, F), rows stride_ht apart
+  const void* gate = nullptr;  // (T, F), rows stride_gt apart
+  const void* up = nullptr;    // (T, F), rows stride_ut apart
+  int64_t stride_ht = 0, stride_gt = 0, stride_ut = 0;
+  int64_t T = 0, F = 0;
+  DType dtype = DType::float32;
+  Activation activation = Activation::silu;
+
+  int n_sites = 0;  // statistics: S recorded sites, in the order of `sites`
+  int sites[n_sites_max] = {};
+  int64_t G = 0;
+  uint32_t threshold_bits = 0;         // of a float32: active is value > threshold
+  int64_t* count = nullptr;            // (S, G, F)
+  int64_t* tokens = nullptr;           // (G,)
+  double* sum = nullptr;               // (S, G, F), null without moments, as the next three
+  double* sum_sq = nullptr;            // (S, G, F)
+  float* max = nullptr;                // (S, G, F)
+  int64_t* n_nonfinite = nullptr;      // (S, G, F)
+  const int32_t* group_ids = nullptr;  // (T,), null = all in group 0
+
+  int n_responses = 0;
+  int response_sites[n_sites_max] = {};
+  float* responses[n_sites_max] = {};  // each (N, F), rows strides_rn apart
+  int64_t strides_rn[n_sites_max] = {};
+  const int32_t* prompt_ids = nullptr;  // (T,)
+
+  const uint32_t* keep = nullptr;          // (C, ceil(F / 32))
+  const int32_t* condition_ids = nullptr;  // (T,), null = row 0
+};
+
+// The instruction sets that this build has and this processor can run, the best one last.
+std::vector<const char*> isa_levels();
+
+// Runs the op. `isa` names one of isa_levels(), or is empty for the best. The result is the same
+// bit for bit for every isa and n_threads. Throws std::invalid_argument on an unknown isa.
+void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads);
+
+// The columns [f_begin, f_end) of all rows, one function per instruction set.
+using SwigluStatsColumns = void(const SwigluStatsArgs& args, int64_t f_begin, int64_t f_end);
+namespace portable {
+SwigluStatsColumns swiglu_stats_columns;
+}
+namespace avx2 {
+SwigluStatsColumns swiglu_stats_columns;
+}
+namespace avx512 {
+SwigluStatsColumns swiglu_stats_columns;
+}
+
+}  // namespace relneuron

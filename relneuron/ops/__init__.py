@@ -1,0 +1,25 @@
+"""The kernels: pure functions on tensors, each with one written spec and several backends.
+
+The stages of relneuron call them, and any other project can: nothing here needs transformers, and
+neither triton nor the C++ extension has to be there to import it.
+
+Dimensions have the same letters in Python, Triton and C++:
+    T tokens, F neurons per layer (intermediate size), D hidden size, G groups (relations),
+    C conditions (ablation sets), N prompts, R relations to score, L layers, V vocabulary,
+    M columns to score.
+"""
+
+from relneuron.ops.average_precision import average_precision
+from relneuron.ops.swiglu_stats import BackendStatus, available_backends, swiglu_stats
+from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
+from relneuron.ops.swiglu_stats_reference import ACTIVATIONS
+
+__all__ = [
+    "ACTIVATIONS",
+    "SITES",
+    "BackendStatus",
+    "GroupStats",
+    "available_backends",
+    "average_precision",
+    "swiglu_stats",
+]

@@ -1,0 +1,180 @@
+"""The statistics that `swiglu_stats` updates: counts and moments per group of tokens and neuron.
+
+Recording and merging of results both use it; the op itself is in `swiglu_stats.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The order is the code of a site in the C++ and Triton kernels.
+SITES = ("gate", "up", "act", "product")
+
+
+class GroupStats:
+    """Statistics of `width` neurons for each of `groups` groups of tokens, at some sites.
+
+    groups     G, the number of groups (relations)
+    width      F, the number of neurons
+    sites      which of gate, up, act, product (see `swiglu_stats`) are recorded
+    threshold  a value v at a site is active when v > threshold, compared exactly
+    moments    also record sums, sums of squares, maxima and the number of non-finite values
+
+    tokens             (G,) int64    tokens seen per group
+    count[site]        (G, F) int64  of those, the active ones; NaN is never active, +inf always is
+    sum[site]          (G, F) float64  the sum of the finite values
+    sum_sq[site]       (G, F) float64  the sum of their squares
+    max[site]          (G, F) float32  the largest finite value, -inf where there was none; -0 is
+                                       recorded as +0
+    n_nonfinite[site]  (G, F) int64  values that are NaN or infinite
+
+    The last four are empty dicts without `moments`. `a + b` is the statistics of both inputs
+    together; counts, tokens and maxima of a merge are exact, sums are rounded in float64.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: int,
+        width: int,
+        sites: Sequence[str] = ("act",),
+        threshold: float = 0.0,
+        moments: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if groups < 1:
+            raise ValueError(f"GroupStats: groups must be at least 1, got {groups}")
+        if width < 0:
+            raise ValueError(f"GroupStats: width must be at least 0, got {width}")
+        if isinstance(sites, str):
+            raise TypeError(f"GroupStats: sites must be a sequence such as ({sites!r},), got str")
+        sites = tuple(sites)
+        if not sites or len(set(sites)) != len(sites) or not set(sites) <= set(SITES):
+            raise ValueError(
+                f"GroupStats: sites must be one or more distinct names of {SITES}, got {sites}"
+            )
+        threshold = float(threshold)
+        if math.isnan(threshold):
+            raise ValueError("GroupStats: threshold must be a number, got nan")
+        self.groups = groups
+        self.width = width
+        self.sites = sites
+        self.threshold = threshold
+        self.moments = moments
+        self._threshold_bits = threshold_bits(threshold)
+        shape = (len(sites), groups, width)
+        self.tokens = torch.zeros(groups, dtype=torch.int64, device=device)
+        # One tensor per statistic with a leading site axis, so that an op has few arguments.
+        self._count = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._sum: Tensor | None = None
+        self._sum_sq: Tensor | None = None
+        self._max: Tensor | None = None
+        self._n_nonfinite: Tensor | None = None
+        if moments:
+            self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._sum_sq = torch.zeros(shape, dtype=torch.float64, device=device)
+            self._max = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+            self._n_nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def _by_site(self, stacked: Tensor | None) -> dict[str, Tensor]:
+        return {} if stacked is None else {s: stacked[i] for i, s in enumerate(self.sites)}
+
+    @property
+    def count(self) -> dict[str, Tensor]:
+        """Views per site (G, F) int64; writing into one writes into the statistics."""
+        return self._by_site(self._count)
+
+    @property
+    def sum(self) -> dict[str, Tensor]:
+        """Views per site (G, F) float64."""
+        return self._by_site(self._sum)
+
+    @property
+    def sum_sq(self) -> dict[str, Tensor]:
+        """Views per site (G, F) float64."""
+        return self._by_site(self._sum_sq)
+
+    @property
+    def max(self) -> dict[str, Tensor]:
+        """Views per site (G, F) float32."""
+        return self._by_site(self._max)
+
+    @property
+    def n_nonfinite(self) -> dict[str, Tensor]:
+        """Views per site (G, F) int64."""
+        return self._by_site(self._n_nonfinite)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all the tensors are."""
+        return self.tokens.device
+
+    def _like(self, device: torch.device | str) -> GroupStats:
+        return GroupStats(
+            groups=self.groups,
+            width=self.width,
+            sites=self.sites,
+            threshold=self.threshold,
+            moments=self.moments,
+            device=device,
+        )
+
+    def _tensors(self) -> list[Tensor]:
+        maybe = [self.tokens, self._count, self._sum, self._sum_sq, self._n_nonfinite, self._max]
+        return [tensor for tensor in maybe if tensor is not None]
+
+    def to(self, device: torch.device | str) -> GroupStats:
+        """A copy on `device` (always a copy, so the two never share memory)."""
+        other = self._like(device)
+        for target, source in zip(other._tensors(), self._tensors(), strict=True):
+            target.copy_(source)
+        return other
+
+    def __add__(self, other: GroupStats) -> GroupStats:
+        if not isinstance(other, GroupStats):
+            return NotImplemented
+        for name in ("groups", "width", "sites", "threshold", "moments", "device"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"GroupStats: {name} must be equal to merge, got {mine} and {theirs}"
+                )
+        merged = self.to(self.device)
+        for target, source in zip(merged._tensors(), other._tensors(), strict=True):
+            if target is merged._max:
+                torch.maximum(target, source, out=target)
+            else:
+                target += source
+        return merged
+
+    def __repr__(self) -> str:
+        return (
+            f"GroupStats(groups={self.groups}, width={self.width}, sites={self.sites}, "
+            f"threshold={self.threshold}, moments={self.moments}, device='{self.device}')"
+        )
+
+
+def threshold_bits(threshold: float) -> int:
+    """The bit pattern (as a signed int32) of the largest float32 that is <= threshold.
+
+    For a float32 v, `v > threshold` in the reals is then exactly `v > that float32`. Written in
+    integers, so that a flush-to-zero mode of the processor cannot change it.
+    """
+    largest = 0x7F7FFFFF  # bits of the largest finite float32, (2 - 2^-23) * 2^127
+    if threshold == 0.0 or math.isinf(threshold):
+        bits, negative = (0 if threshold == 0.0 else 0x7F800000), threshold < 0
+    else:
+        mantissa, exponent = math.frexp(abs(threshold))
+        quantum = max(exponent - 24, -149)  # spacing of float32 around |threshold|
+        # |threshold| = whole * 2^(exponent - 53) with an integer `whole`.
+        whole, shift = int(math.ldexp(mantissa, 53)), quantum - (exponent - 53)
+        negative = threshold < 0
+        steps = -(-whole >> shift) if negative else whole >> shift
+        # Spacings count up from zero in the same order as bit patterns do.
+        bits = steps + ((quantum + 149) << 23)
+        bits = min(bits, 0x7F800000 if negative else largest)
+    return bits - (1 << 31) if negative else bits

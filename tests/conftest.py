@@ -1,0 +1,154 @@
+"""What every test shares: the Triton interpreter on a CPU, tiny models of many families, facts.
+
+No test needs a network, a GPU or a model that is not in the repository.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+_SIZE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Family -> configuration class and what it needs beside the sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma2": ("Gemma2Config", {}),
+    "gemma3": ("Gemma3TextConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "glm4": ("Glm4Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {}),
+}
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model of a family with 3 layers, F = 48, D = 32, in eval mode."""
+    import transformers
+
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**_SIZE, **extra, **changes)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family_model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def fact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small relations over the same subjects, one with a second language."""
+    folder = tmp_path_factory.mktemp("facts")
+    subjects = [f"Person{i}" for i in range(24)]
+    for number, (stem, verb, answers) in enumerate(
+        [
+            ("likes_fruit", "eats", ["apple", "plum", "pear"]),
+            ("lives_in", "lives in", ["Rome", "Oslo", "Bern", "Lima"]),
+            ("works_as", "works as a", ["baker", "pilot"]),
+        ]
+    ):
+        data: dict[str, Any] = {
+            "name": stem.replace("_", " "),
+            "prompt_templates": [f"{{}} {verb}"],
+            "prompt_templates_zs": [f"Everybody knows that {{}} {verb}", f"{{}} {verb}"],
+            "samples": [
+                {"subject": s, "object": answers[(i * (number + 2)) % len(answers)]}
+                for i, s in enumerate(subjects)
+            ],
+        }
+        if stem == "lives_in":
+            data["languages"] = {
+                "de": {"prompt_templates": ["{} wohnt in"], "entities": {"Rome": "Rom"}}
+            }
+        (folder / f"{stem}.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, fact_folder: Path) -> Path:
+    """A tiny Llama with its own byte-level BPE tokenizer, trained for seconds on the facts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from relneuron.facts import read_relations
+
+    folder = tmp_path_factory.mktemp("model")
+    texts = [
+        f"{template.replace('{}', fact.subject)} {fact.object}"
+        for relation in read_relations(fact_folder)
+        for template in (*relation.templates.main, *relation.templates.alternative)
+        for fact in relation.facts
+    ]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            **_SIZE,
+            "vocab_size": raw.get_vocab_size(),
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": None,
+            "num_hidden_layers": 2,
+        }
+    )
+    model = LlamaForCausalLM(config)
+    lines = [tokenizer(text + "</s>")["input_ids"] for text in texts]
+    longest = max(map(len, lines))
+    labels = torch.tensor([line + [-100] * (longest - len(line)) for line in lines])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small that threads only wait for each other
+    for _ in range(60):
+        loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(n_threads)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
