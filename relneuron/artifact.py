@@ -1,0 +1,291 @@
+"""The files that stages hand to each other: written atomically, digested, described by a manifest.
+
+Every stage calls this module to read and write a study directory; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA = "relneuron.study/1"
+NEURONS_FORMAT = "relneuron.neurons/1"
+SITES = ("gate", "up", "down")  # the order that breaks ties in a ranking
+
+Json = dict[str, Any]
+
+
+class RelneuronError(Exception):
+    """An error a user can mend: one line of cause, one line of fix, and the exit code."""
+
+    def __init__(self, cause: str, fix: str, exit_code: int = 1) -> None:
+        super().__init__(cause)
+        self.cause, self.fix, self.exit_code = cause, fix, exit_code
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder; on any error the
+    temporary file is removed and the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise if `path` exists and `--force` was not given."""
+    if path.exists() and not force:
+        raise RelneuronError(f"{path} exists", "choose another output or add --force", 2)
+
+
+def require(path: Path, made_by: str) -> Path:
+    """Return `path`, or say which command makes it."""
+    if not path.is_file():
+        raise RelneuronError(f"{path} does not exist", f"make it with: relneuron {made_by}", 2)
+    return path
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as indented UTF-8 JSON with a closing newline, keys in the order given."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """A header and `rows` as UTF-8 csv with Unix line ends."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows of a csv file that must have `columns`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        if missing:
+            raise RelneuronError(
+                f"{path} lacks the column {', '.join(missing)}",
+                "make the file anew with the stage that writes it",
+            )
+        yield from reader
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value of a JSON file, or an error that names the file and the line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RelneuronError(f"{path} is not JSON: {error}", f"give a valid {what}") from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of prompts.jsonl: a question about a fact, and where it belongs."""
+
+    id: str
+    relation: str
+    split: str  # det: neurons are found with it; eva, eva2: effects are measured with it
+    language: str
+    template: str
+    subject: str
+    object: str
+    prompt: str
+
+
+def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
+    """prompts.jsonl: one JSON object a line."""
+    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts).encode()
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a prompts.jsonl, in the file's order."""
+    names = [field.name for field in fields(Prompt)]
+    prompts = []
+    with require(path, "prompts FACTS_DIR -o prompts.jsonl").open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                values = {name: record[name] for name in names}
+                if not all(isinstance(value, str) for value in values.values()):
+                    raise TypeError("a field is not a string")
+                prompts.append(Prompt(**values))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise RelneuronError(
+                    f"{path}, line {number}: not a prompt ({error})",
+                    f"give one JSON object a line with the fields {', '.join(names)}",
+                ) from error
+    if not prompts:
+        raise RelneuronError(f"{path} holds no prompt", "make it with: relneuron prompts")
+    if len({prompt.id for prompt in prompts}) < len(prompts):
+        raise RelneuronError(f"{path} has two prompts with the same id", "give each its own id")
+    return prompts
+
+
+def relation_names(prompts: Iterable[Prompt]) -> list[str]:
+    """The relations of some prompts, in order of their names."""
+    return sorted({prompt.relation for prompt in prompts})
+
+
+# --- neuron sets -----------------------------------------------------------------------------
+
+Neuron = tuple[int, str, int]  # (layer, site, index), layer and index from zero
+
+
+@dataclass(frozen=True)
+class NeuronFile:
+    """neurons.json: named sets of neurons, best first, and the model they belong to."""
+
+    model: Json
+    method: str
+    sets: dict[str, list[tuple[int, str, int, float]]]
+    selection: Json
+
+    def write(self, path: Path) -> None:
+        rows = {name: [list(neuron) for neuron in chosen] for name, chosen in self.sets.items()}
+        head = {"format": NEURONS_FORMAT, "model": self.model, "method": self.method}
+        text = json.dumps(head | {"selection": self.selection, "sets": {}}, indent=1)
+        lines = [
+            f"  {json.dumps(name)}: [\n   "
+            + ",\n   ".join(json.dumps(row) for row in chosen)
+            + "\n  ]"
+            for name, chosen in rows.items()
+        ]
+        body = '"sets": {\n' + ",\n".join(lines) + "\n }"
+        atomic_write(path, (text.replace('"sets": {}', body) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> NeuronFile:
+        data = read_json(require(path, "identify DIR -o neurons.json"), "neurons.json")
+        try:
+            if data["format"] != NEURONS_FORMAT:
+                raise ValueError(f"format {data['format']!r}")
+            sets = {
+                str(name): [(int(la), str(s), int(i), float(score)) for la, s, i, score in chosen]
+                for name, chosen in data["sets"].items()
+            }
+            return cls(data["model"], data["method"], sets, data.get("selection", {}))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RelneuronError(
+                f"{path} is no neuron file of format {NEURONS_FORMAT} ({error!r})",
+                "make it with: relneuron identify DIR -o neurons.json",
+            ) from error
+
+    def check_model(self, shape: Mapping[str, object]) -> None:
+        """Refuse neurons of another model: layers, width and hidden must be the same."""
+        ours = {key: self.model.get(key) for key in ("layers", "width", "hidden")}
+        theirs = {key: shape.get(key) for key in ours}
+        if ours != theirs:
+            raise RelneuronError(
+                f"the neurons are of a model of shape {ours}, this model has {theirs}",
+                "identify the neurons on this model, or give the model they come from",
+            )
+
+
+def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
+    """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
+    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    result: dict[Neuron, None] = {}
+    for neuron in neurons:
+        layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])
+        if site not in widths or not 0 <= layer < shape["layers"] or not 0 <= index < widths[site]:
+            raise RelneuronError(
+                f"neuron (layer {layer}, site {site!r}, index {index}) is not in a model with "
+                f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}",
+                f"layers and indices count from zero; sites are {', '.join(SITES)}",
+            )
+        result[layer, site, index] = None
+    return list(result)
+
+
+# --- dense arrays ----------------------------------------------------------------------------
+
+
+def create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Make a float32 safetensors file of zeros and return its tensors as writable memory maps.
+
+    The space is reserved at once, so that a full disk is an error here and not a crash later.
+    An existing file with the same header is opened as it is.
+    """
+    header: Json = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    head = len(text).to_bytes(8, "little") + text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existing = b""
+    if path.exists():
+        with path.open("rb") as file:
+            existing = file.read(len(head))
+    if existing != head or path.stat().st_size != len(head) + offset:
+        with path.open("wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, len(head) + offset)
+                else:
+                    file.truncate(len(head) + offset)
+                file.write(head)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    result = {}
+    for name, shape in shapes.items():
+        start = len(head) + header[name]["data_offsets"][0]
+        result[name] = np.memmap(path, np.float32, "r+", start, shape)
+    return result

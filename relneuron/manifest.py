@@ -1,0 +1,227 @@
+"""What makes a study resumable: the manifest, the journal of a long stage, the folder's lock.
+
+Every stage calls this module; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact import (
+    SCHEMA,
+    Json,
+    RelneuronError,
+    atomic_write,
+    json_bytes,
+    read_json,
+    sha256,
+)
+
+
+def versions() -> Json:
+    """The versions that can change a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    result = {"python": platform.python_version()}
+    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy"):
+        with suppress(PackageNotFoundError):
+            result[package] = version(package)
+    return result
+
+
+_MANIFEST_KEYS = (
+    "schema",
+    "versions",
+    "model",
+    "dtype",
+    "sites",
+    "threshold",
+    "tokens",
+    "seeds",
+    "batch_plan",
+    "memory",
+    "fallbacks",
+    "stages",
+    "files",
+)
+
+
+def json_digest(value: object) -> str:
+    """The SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Manifest:
+    """manifest.json of a folder: which stages are done, from what, and every file's digest.
+
+    It holds no times and no paths of the output, so the same study gives the same bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "manifest.json"
+        self.data: Json = {"schema": SCHEMA, "stages": {}, "files": {}}
+        if self.path.exists():
+            data = read_json(self.path, "manifest")
+            schema = data.get("schema") if isinstance(data, dict) else None
+            if schema != SCHEMA:
+                raise RelneuronError(
+                    f"{self.path} has the schema {schema!r}, this version reads {SCHEMA!r}",
+                    "use another folder, or the version of relneuron that wrote it",
+                )
+            self.data = data
+
+    def is_done(self, stage: str, inputs: Json, *, force: bool = False) -> bool:
+        """Whether `stage` was finished from the same inputs and its files are as it left them.
+
+        Finished from other inputs is an error that names them, unless `force` redoes the stage.
+        """
+        entry = self.data["stages"].get(stage)
+        if entry is None:
+            return False
+        inputs = json.loads(json.dumps(inputs))
+        if entry["inputs"] != inputs:
+            keys = sorted(entry["inputs"].keys() | inputs.keys())
+            changed = [
+                f"{key}: {entry['inputs'].get(key)} -> {inputs.get(key)}"
+                for key in keys
+                if entry["inputs"].get(key) != inputs.get(key)
+            ]
+            if not force:
+                raise RelneuronError(
+                    f"{self.path.parent}: {stage} was made from other inputs: {'; '.join(changed)}",
+                    "use another output, or --force to make it and all that follows anew",
+                )
+            return False
+        return all(self._is_intact(name, force) for name in entry["files"])
+
+    def _is_intact(self, name: str, force: bool) -> bool:
+        path, known = self.path.parent / name, self.data["files"][name]
+        if known.get("dropped"):
+            return True
+        if not path.exists():
+            return False
+        if path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"]:
+            return True
+        if force:
+            return False
+        raise RelneuronError(
+            f"{path} is not the file that was written (its digest differs)",
+            "restore it, or --force to make it anew",
+        )
+
+    def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
+        """Record a finished stage and the digests of its files; later stages are forgotten."""
+        order = ["prompts", "record", "identify", "ablate", "report"]
+        for later in order[order.index(stage) + 1 :]:
+            self.data["stages"].pop(later, None)
+        for path in files:
+            self.data["files"][path.name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        names = [path.name for path in files]
+        self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
+        stages, known = self.data["stages"], self.data["files"]
+        self.data["stages"] = {name: stages[name] for name in order if name in stages}
+        kept = [name for entry in self.data["stages"].values() for name in entry["files"]]
+        self.data["files"] = {name: known[name] for name in sorted(kept)}
+        self.save()
+
+    def drop(self, name: str) -> None:
+        """Delete a large intermediate file and say so; the stage that made it stays done."""
+        if name in self.data["files"] and not self.data["files"][name].get("dropped"):
+            self.data["files"][name]["dropped"] = True
+            self.save()
+        (self.path.parent / name).unlink(missing_ok=True)
+
+    def describe(self, **facts: object) -> None:
+        """Set facts of the whole study: the model, the tokens, the batch plan, ..."""
+        self.data.update(facts)
+
+    def save(self) -> None:
+        rank = {key: place for place, key in enumerate(_MANIFEST_KEYS)}
+        keys = sorted(self.data, key=lambda key: rank.get(key, len(rank)))
+        atomic_write(self.path, json_bytes({key: self.data[key] for key in keys}))
+
+
+class Journal:
+    """What a long stage has finished so far: one JSON line per block, appended and synced.
+
+    A line cut short by a kill is ignored, so the block is simply done again. A journal of other
+    inputs is thrown away. Used as a context manager, it also saves what is finished when the
+    stage is interrupted. `before_commit` runs first: it makes safe what the lines stand for.
+    """
+
+    SAVE_EVERY_S = 10.0
+
+    def __init__(
+        self, path: Path, inputs: Json, before_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self.before_commit = path, before_commit
+        self._saved = time.monotonic()
+        self.done: dict[str, Any] = {}
+        self._pending: list[str] = []
+        head = json.dumps({"inputs": inputs}, sort_keys=True)
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if not lines or lines[0].decode(errors="replace") != head:
+            atomic_write(path, head.encode() + b"\n")
+            return
+        for line in lines[1:]:
+            block = json.loads(line)
+            self.done[block["key"]] = block["value"]
+        # A cut last line must not join the next one.
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+
+    def add(self, key: str, value: object) -> None:
+        """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
+        self._pending.append(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
+        self.done[key] = json.loads(self._pending[-1])["value"]
+        if time.monotonic() - self._saved > self.SAVE_EVERY_S:
+            self.commit()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self.commit()
+
+    def commit(self) -> None:
+        """Append what was added and wait until it is on the disk."""
+        self.before_commit()
+        with self.path.open("ab") as file:
+            file.write("".join(self._pending).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._pending.clear()
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second writer is refused at once."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RelneuronError(
+            f"another process is writing to {folder}", "wait for it, or use another output"
+        ) from error
+    try:
+        # What a killed writer left behind.
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        yield
+    finally:
+        lock.release()  # the file stays: to delete it would let two writers in

@@ -1,0 +1,317 @@
+"""The patch: takes statistics in a model's gated MLPs, switches neurons off, and comes off exactly.
+
+The stages and the two context managers of the package, `instrument` and `ablate`, are made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from relneuron import ops
+from relneuron.artifact import RelneuronError, check_neurons
+from relneuron.model import ACTIVATIONS, GatedMLP, find_gated_mlps, model_shape
+
+_ABSENT = object()
+
+
+@dataclass
+class LayerState:
+    """What a patch does in one layer; every field is optional."""
+
+    stats: ops.GroupStats | None = None
+    responses: dict[str, Tensor] | None = None  # gate, up (N, F) and down (N, D): sums over tokens
+    keep: Tensor | None = None  # (C, ceil(F/32)) int32: products that stay
+    keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
+
+
+@dataclass
+class Tokens:
+    """Where the next forward's tokens belong: ids (B, T) int32, -1 = nowhere; conditions (B,)."""
+
+    group_ids: Tensor | None = None
+    prompt_ids: Tensor | None = None
+    conditions: Tensor | None = None
+
+
+class Patch:
+    """Replaces every gated MLP's `forward` on the instance, and puts back what was there.
+
+    A context manager. Class-level overrides and hooks are ignored by a model that was compiled
+    before; an instance's own `forward` is not. Inside another patch both act: statistics of
+    both, neurons of both switched off. Leaving in another order than last-in first-out raises.
+    """
+
+    def __init__(
+        self, mlps: Sequence[GatedMLP], states: Sequence[LayerState], *, backend: str = "auto"
+    ) -> None:
+        self.mlps, self.states, self.backend = mlps, list(states), backend
+        self.tokens = Tokens()
+        self._saved: list[tuple[nn.Module, object, object]] = []
+
+    def __enter__(self) -> Patch:
+        if self._saved:
+            raise RelneuronError("this patch is active already", "make a second one to nest")
+        for layer, mlp in enumerate(self.mlps):
+            before = mlp.module.__dict__.get("forward", _ABSENT)
+            outer = before if isinstance(before, _Forward) else None
+            forward = _Forward(self, mlp, layer, outer)
+            self._saved.append((mlp.module, before, forward))
+            mlp.module.__dict__["forward"] = forward
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        in_order = True
+        for module, before, ours in self._saved:
+            in_order &= module.__dict__.get("forward") is ours
+            if before is _ABSENT:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+        self._saved.clear()
+        if not in_order and error is None:
+            raise RelneuronError(
+                "patches were taken off in another order than last-in first-out",
+                "leave the inner context first; the modules are as they were before this patch",
+            )
+
+
+class _Forward:
+    """The patched forward of one MLP. A plain callable, so nothing of it is copied or saved."""
+
+    def __init__(self, patch: Patch, mlp: GatedMLP, layer: int, outer: _Forward | None) -> None:
+        self.mlp, self.layer = mlp, layer
+        self.patches: list[Patch] = [patch, *(outer.patches if outer else [])]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise RelneuronError("a patched model cannot be copied", "copy it outside the context")
+
+    def __reduce__(self) -> Any:
+        raise RelneuronError("a patched model cannot be pickled", "save it outside the context")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.mlp.project(x)
+        h: Tensor | None = None
+        for patch in self.patches:
+            out = _hidden(self.mlp.activation, gate, up, patch.states[self.layer], patch, x.shape)
+            # Every patch of the chain computes the same h with its own neurons at zero.
+            h = out if h is None else torch.where(out == 0, out, h)
+        y = self.mlp.down(cast(Tensor, h).reshape(*x.shape[:-1], self.mlp.width))
+        for patch in self.patches:
+            _record_down(y, patch.states[self.layer], patch)
+        for patch in self.patches:
+            keep = patch.states[self.layer].keep_down
+            if keep is not None:
+                rows = patch.tokens.conditions
+                mask = keep[0] if rows is None else keep[rows.long()].unsqueeze(1)
+                y = torch.where(mask, y, y.new_zeros(()))
+        return y
+
+
+def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
+    if ids is None:
+        return None
+    if ids.shape != shape[:-1]:
+        raise ValueError(
+            f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}"
+        )
+    return ids.reshape(-1)
+
+
+def _hidden(
+    activation: str, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+) -> Tensor:
+    """h (T, F) with this patch's statistics taken and its neurons switched off."""
+    tokens = patch.tokens
+    conditions = tokens.conditions
+    if conditions is not None and state.keep is not None:
+        conditions = conditions.repeat_interleave(shape[1])
+    else:
+        conditions = None
+    sums = state.responses
+    prompt_ids = None
+    if sums is not None:
+        sums = {site: values for site, values in sums.items() if site != "down"}
+        prompt_ids = _flat(tokens.prompt_ids, shape, "prompt_ids")
+        sums = sums if prompt_ids is not None else None
+    options: dict[str, Any] = {
+        "activation": activation,
+        "stats": state.stats,
+        "group_ids": _flat(tokens.group_ids, shape, "group_ids")
+        if state.stats is not None
+        else None,
+        "responses": sums or None,
+        "prompt_ids": prompt_ids,
+        "ids_checked": True,  # they are made or checked where they enter the patch
+        "backend": patch.backend,
+    }
+    mask: dict[str, Any] = {"keep": state.keep, "condition_ids": conditions}
+    if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
+        return ops.swiglu_stats(gate, up, **options, **mask)
+    # With gradients on, torch computes h; the op only takes the statistics.
+    if state.stats is not None or sums:
+        ops.swiglu_stats(gate.detach(), up.detach(), **options)
+    h = ACTIVATIONS[activation](gate) * up
+    if state.keep is None:
+        return h
+    on = unpack_keep(state.keep, gate.shape[1])
+    rows = on[0] if conditions is None else on[conditions.long()]
+    return torch.where(rows, h, h.new_zeros(()))
+
+
+def _record_down(y: Tensor, state: LayerState, patch: Patch) -> None:
+    ids = patch.tokens.prompt_ids
+    if state.responses is None or "down" not in state.responses or ids is None:
+        return
+    flat = cast(Tensor, _flat(ids, y.shape, "prompt_ids"))
+    rows = (flat >= 0).nonzero().squeeze(1)
+    values = y.detach().reshape(-1, y.shape[-1])[rows].float()
+    state.responses["down"].index_add_(0, flat[rows].long(), values)
+
+
+# --- masks -----------------------------------------------------------------------------------
+
+
+def pack_keep(keep: np.ndarray[Any, Any]) -> Tensor:
+    """(C, F) bool -> (C, ceil(F/32)) int32, bit f % 32 of word f // 32 set = neuron f stays."""
+    padded = np.pad(keep, ((0, 0), (0, -keep.shape[1] % 32)), constant_values=True)
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4").copy())
+
+
+def unpack_keep(keep: Tensor, width: int) -> Tensor:
+    """(C, ceil(F/32)) int32 -> (C, F) bool."""
+    bits = torch.arange(32, device=keep.device, dtype=torch.int32)
+    return ((keep.unsqueeze(-1) >> bits) & 1).bool().reshape(keep.shape[0], -1)[:, :width]
+
+
+def mask_states(
+    conditions: Sequence[Iterable[Sequence[Any]]], mlps: Sequence[GatedMLP]
+) -> list[LayerState]:
+    """Per layer, the masks that switch off the neurons of each condition.
+
+    Zeroing the output k of gate_proj or of up_proj both make product k zero, so a condition is
+    two masks a layer: over the F products and over the D outputs of down_proj.
+    """
+    shape = model_shape(mlps)
+    products = np.ones((shape["layers"], len(conditions), shape["width"]), bool)
+    downs = np.ones((shape["layers"], len(conditions), shape["hidden"]), bool)
+    for number, neurons in enumerate(conditions):
+        for layer, site, index in check_neurons(neurons, shape):
+            (downs if site == "down" else products)[layer, number, index] = False
+    states = []
+    for layer, mlp in enumerate(mlps):
+        device = next(mlp.module.parameters()).device
+        state = LayerState()
+        if not products[layer].all():
+            state.keep = pack_keep(products[layer]).to(device)
+        if not downs[layer].all():
+            state.keep_down = torch.from_numpy(downs[layer]).to(device)
+        states.append(state)
+    return states
+
+
+# --- the two context managers of the package -------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """Statistics of a running model: `stats[layer]` is that layer's `ops.GroupStats`."""
+
+    groups: list[str]
+    stats: list[ops.GroupStats]
+    _patch: Patch = field(repr=False)
+
+    def batch(self, attention_mask: Tensor, group_ids: int | Sequence[int] | Tensor = 0) -> None:
+        """Say what the next forward's tokens are; call it before each forward.
+
+        `attention_mask` (B, T): padding (0) is never counted. `group_ids`: one group, one per
+        row (B,), or one per token (B, T); -1 = not counted.
+        """
+        ids = torch.as_tensor(group_ids, device=attention_mask.device).to(torch.int32)
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(self.groups):
+            raise ValueError(
+                f"batch: group_ids must be in [-1, {len(self.groups)}) (from groups), got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )
+        if ids.dim() == 1:
+            ids = ids.unsqueeze(1)
+        # masked_fill makes a new tensor, so the caller's mask and ids stay as they are.
+        full = ids.expand(attention_mask.shape).masked_fill(attention_mask == 0, -1)
+        self._patch.tokens = Tokens(group_ids=full)
+
+
+@contextmanager
+def instrument(
+    model: Any,
+    groups: Sequence[str] | int,
+    *,
+    sites: Sequence[str] = ("act",),
+    threshold: float = 0.0,
+    moments: bool = False,
+    backend: str = "auto",
+) -> Iterator[Probe]:
+    """Count, per group, how often every neuron passes `threshold`, while the model runs.
+
+    `groups`: their names or their number G. Inside the context call `probe.batch(...)` before
+    each forward; `probe.stats[layer].count[site]` is (G, F) int64 and `.tokens` (G,) int64.
+    `sites`, `threshold` and `moments` are those of `ops.GroupStats`.
+    """
+    names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
+    mlps = find_gated_mlps(model)
+    stats = [
+        ops.GroupStats(
+            groups=len(names),
+            width=mlp.width,
+            sites=tuple(sites),
+            threshold=threshold,
+            moments=moments,
+            device=next(mlp.module.parameters()).device,
+        )
+        for mlp in mlps
+    ]
+    patch = Patch(mlps, [LayerState(stats=s) for s in stats], backend=backend)
+    # Until the first `batch` no shape fits: a forward without it raises instead of counting.
+    patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32))
+    with patch:
+        yield Probe(names, stats, patch)
+
+
+@contextmanager
+def ablate(
+    model: Any, neurons: Iterable[Sequence[Any]], *, backend: str = "auto"
+) -> Iterator[None]:
+    """Switch neurons off while the model runs, generation included: their outputs are zero.
+
+    `neurons`: (layer, site, index) triples, or rows of neurons.json; sites are gate and up (the
+    outputs of gate_proj and up_proj) and down (the output of down_proj), at every position.
+    arXiv 2502.17355, section 3.3.
+    """
+    mlps = find_gated_mlps(model)
+    with Patch(mlps, mask_states([list(neurons)], mlps), backend=backend):
+        yield
+
+
+def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backend: str) -> None:
+    """Raise unless switching off all MLPs changes the logits: guards against a dead patch."""
+    everything = [(mlp.layer, "gate", index) for mlp in mlps for index in range(mlp.width)]
+    with torch.no_grad():
+        clean = model(input_ids).logits
+        with Patch(mlps, mask_states([everything], mlps), backend=backend):
+            dark = model(input_ids).logits
+    if torch.equal(clean, dark):
+        raise RelneuronError(
+            "switching off every MLP did not change the logits: the patch is not effective",
+            "give the model uncompiled, with its own forward methods",
+        )

@@ -1,0 +1,141 @@
+"""Files between stages: atomic writes under faults, the journal after a kill, the lock, neurons.
+
+Every system call of a write is made to fail once; the old file must stay and nothing be left over.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from relneuron.artifact import (
+    NeuronFile,
+    RelneuronError,
+    atomic_write,
+    check_neurons,
+    create_safetensors,
+    read_csv,
+)
+from relneuron.manifest import Journal, Manifest, locked
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdopen", "chmod", "replace"])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, b"old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path if call in ("chmod", "replace") else os, call, fail)
+    with pytest.raises(OSError, match="No space"):
+        atomic_write(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "file", b"")
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_journal_cut_anywhere_keeps_its_whole_lines(tmp_path: Path) -> None:
+    path, inputs = tmp_path / "journal", {"a": 1}
+    with Journal(path, inputs) as journal:
+        for number in range(5):
+            journal.add(str(number), [number, "ä"])
+    data = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    for cut in range(len(data) + 1):
+        path.write_bytes(data[:cut])
+        again = Journal(path, inputs)
+        n_whole = max(sum(end <= cut for end in ends) - 1, 0)
+        assert again.done == {str(i): [i, "ä"] for i in range(n_whole)}
+        again.add("next", 0)
+        again.commit()
+        assert Journal(path, inputs).done == again.done
+    assert Journal(path, {"a": 2}).done == {}
+
+
+def test_an_error_saves_nothing_an_interrupt_saves_all(tmp_path: Path) -> None:
+    for error, saved in ((RuntimeError, {}), (KeyboardInterrupt, {"0": 7})):
+        path = tmp_path / error.__name__
+        with pytest.raises(error), Journal(path, {}) as journal:
+            journal.add("0", 7)
+            raise error
+        assert Journal(path, {}).done == saved
+
+
+def test_a_second_writer_is_refused_and_stale_files_are_swept(tmp_path: Path) -> None:
+    (tmp_path / ".effects.csv.x.tmp").write_bytes(b"half")
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        with pytest.raises(RelneuronError, match="another process"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_memory_maps_are_a_safetensors_file(tmp_path: Path) -> None:
+    path, shapes = tmp_path / "r.safetensors", {"gate.0": (3, 5), "down.0": (3, 2)}
+    maps = create_safetensors(path, shapes)
+    maps["gate.0"][1] = 7
+    maps["down.0"][2] = np.arange(2)
+    for array in maps.values():
+        array.flush()
+    again = create_safetensors(path, shapes)
+    assert (again["gate.0"][1] == 7).all()
+    loaded = load_file(path)
+    assert loaded["down.0"].tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert (create_safetensors(path, {"gate.0": (4, 5)})["gate.0"] == 0).all()
+
+
+def neuron_file() -> NeuronFile:
+    model = {"id": "m", "layers": 2, "width": 4, "hidden": 3}
+    return NeuronFile(model, "ap", {"b": [(0, "up", 3, 0.75)], "a": []}, {"b": {"ties": 1}})
+
+
+def test_neurons_round_trip_and_know_their_model(tmp_path: Path) -> None:
+    path, neurons = tmp_path / "neurons.json", neuron_file()
+    neurons.write(path)
+    data = json.loads(path.read_text())
+    assert list(data) == ["format", "model", "method", "selection", "sets"]
+    assert data["sets"] == {"b": [[0, "up", 3, 0.75]], "a": []}
+    read = NeuronFile.read(path)
+    assert read == neurons
+    read.check_model({"layers": 2, "width": 4, "hidden": 3})
+    with pytest.raises(RelneuronError, match="'layers': 3"):
+        read.check_model({"layers": 3, "width": 4, "hidden": 3})
+
+
+def test_neurons_count_once() -> None:
+    shape = {"layers": 1, "width": 4, "hidden": 3}
+    rows: list[Any] = [[0, "up", 3, 0.5], [0, "up", 3], (0, "down", 2)]
+    assert check_neurons(rows, shape) == [(0, "up", 3), (0, "down", 2)]
+
+
+def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema": "relneuron.study/9"}')
+    with pytest.raises(RelneuronError, match="relneuron.study/9"):
+        Manifest(tmp_path)
+
+
+def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    assert list(read_csv(tmp_path / "t.csv", ("a",))) == [{"a": "1", "b": "2"}]
+    with pytest.raises(RelneuronError, match="column c"):
+        list(read_csv(tmp_path / "t.csv", ("a", "c")))
