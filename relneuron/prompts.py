@@ -1,0 +1,82 @@
+"""The `prompts` stage: fact files in, prompts.jsonl out.
+
+One prompt per fact and template: det (to find neurons), eva (to measure), eva2 (other wordings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from relneuron.artifact import Json, Prompt, atomic_write, prompts_bytes, refuse_overwrite, sha256
+from relneuron.facts import SUFFIX, Fact, Relation, read_relations, split_facts
+from relneuron.manifest import Manifest
+
+
+def prompts_inputs(facts: Path, *, n_eva: int, seed: int, suffix: str) -> Json:
+    """What the stage depends on, for the manifest."""
+    paths = [facts] if facts.is_file() else sorted(facts.glob("*.json"))
+    digests = {path.stem: sha256(path) for path in paths}
+    return {"facts": digests, "eva": n_eva, "seed": seed, "suffix": suffix}
+
+
+def make_prompts(relation: Relation, *, n_eva: int, seed: int) -> Iterator[Prompt]:
+    """All prompts of a relation: det, eva, eva2 in the file's language, then other languages.
+
+    Only eva facts are asked in other languages: neurons are found in the file's own.
+    """
+
+    def ask(
+        split: str, language: str, facts: list[Fact], templates: tuple[str, ...]
+    ) -> Iterator[Prompt]:
+        names = relation.languages[language].entities if language in relation.languages else {}
+        for number, fact in enumerate(facts):
+            subject = names.get(fact.subject, fact.subject)
+            answer = names.get(fact.object, fact.object)
+            for variant, template in enumerate(templates):
+                yield Prompt(
+                    id=f"{relation.name}.{split}.{language}.{number:04d}.{variant}",
+                    relation=relation.name,
+                    split=split,
+                    language=language,
+                    template=template,
+                    subject=subject,
+                    object=answer,
+                    prompt=template.replace("{}", subject),
+                )
+
+    det, eva = split_facts(relation, n_eva, seed)
+    yield from ask("det", "en", det, relation.templates.main)
+    yield from ask("eva", "en", eva, relation.templates.main)
+    yield from ask("eva2", "en", eva, relation.templates.alternative)
+    for code, language in relation.languages.items():
+        yield from ask("eva", code, eva, language.templates.main)
+        yield from ask("eva2", code, eva, language.templates.alternative)
+
+
+def write_prompts(
+    facts: Path,
+    output: Path,
+    *,
+    n_eva: int = 50,
+    seed: int = 0,
+    suffix: str = SUFFIX,
+    force: bool = False,
+) -> list[Prompt]:
+    """Read the fact files in `facts` and write prompts.jsonl to `output`."""
+    refuse_overwrite(output, force)
+    relations = read_relations(facts, suffix=suffix)
+    inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix)
+    prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed)]
+    atomic_write(output, prompts_bytes(prompts))
+    counts = {
+        relation.name: {
+            split: sum(p.relation == relation.name and p.split == split for p in prompts)
+            for split in ("det", "eva", "eva2")
+        }
+        for relation in relations
+    }
+    manifest = Manifest(output.parent)
+    manifest.describe(seeds={"split": seed})
+    manifest.finish("prompts", inputs, [output], n_prompts=counts)
+    return prompts

@@ -1,0 +1,223 @@
+"""The `record` stage: one instrumented pass over the prompts.
+
+It asks every prompt (validated.csv) and pools each det prompt's responses (responses.safetensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from relneuron.artifact import (
+    SITES,
+    Json,
+    RelneuronError,
+    atomic_write,
+    create_safetensors,
+    csv_bytes,
+    read_prompts,
+    refuse_overwrite,
+    sha256,
+)
+from relneuron.manifest import Journal, Manifest, versions
+from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.patch import LayerState, Patch, Tokens
+from relneuron.predict import Asker, encode, is_correct, plan_batches
+
+POOLING = ("mean", "last")
+
+
+def record_inputs(
+    model: Json,
+    prompts: Path,
+    *,
+    batch_tokens: int,
+    pooling: str,
+    exclude_bos: bool,
+    accept_object_prefix: bool,
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    return {
+        "model": model,
+        "prompts": sha256(prompts),
+        "batch_tokens": batch_tokens,
+        "pooling": pooling,
+        "exclude_bos": exclude_bos,
+        "accept_object_prefix": accept_object_prefix,
+    }
+
+
+def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
+    """Which tokens (B, T) of a left- or right-padded batch enter a prompt's response, as bool.
+
+    `mean` takes all effective tokens, BOS among them (arXiv 2502.17355, section 3.2, with the
+    reading of methods A6); `exclude_bos` leaves out the first; `last` takes the last one only.
+    """
+    rank = mask.cumsum(1)
+    chosen = mask.bool()
+    if pooling == "last":
+        return chosen & (rank == rank[:, -1:])
+    if exclude_bos:
+        chosen = chosen & (rank > 1)
+    return chosen
+
+
+class _Responses:
+    """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
+
+    def __init__(self, path: Path, shape: dict[str, int], rows: list[int], divisors: list[int]):
+        self.widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+        self._row = {row: i for i, row in enumerate(rows)}
+        self._divisor = dict(zip(rows, divisors, strict=True))
+        self._maps = create_safetensors(
+            path,
+            {
+                f"{site}.{layer}": (len(rows), width)
+                for layer in range(shape["layers"])
+                for site, width in self.widths.items()
+            },
+        )
+
+    def wants(self, rows: Sequence[int]) -> bool:
+        return rows[0] in self._row
+
+    def new_sums(self, n_rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Zeros (n_rows, F or D) for one layer and batch."""
+        return {site: torch.zeros(n_rows, w, device=device) for site, w in self.widths.items()}
+
+    def store(self, layer: int, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
+        """Write a batch's means of one layer: sums over pooled tokens by their number."""
+        divisors = torch.tensor([self._divisor[row] for row in rows]).unsqueeze(1)
+        places = [self._row[row] for row in rows]
+        for site, values in sums.items():
+            self._maps[f"{site}.{layer}"][places] = (values.cpu() / divisors).numpy()
+
+    def flush(self) -> None:
+        for array in self._maps.values():
+            array.flush()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(array.nbytes for array in self._maps.values())
+
+
+def record(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    *,
+    batch_tokens: int = 4096,
+    pooling: str = "mean",
+    exclude_bos: bool = False,
+    accept_object_prefix: bool = False,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> float:
+    """Ask every prompt and write validated.csv and responses.safetensors; returns clean accuracy.
+
+    A det prompt's response of a neuron is the mean over its pooled tokens of the neuron's raw
+    output: gate_proj's (before the activation), up_proj's, down_proj's; float32. The tensors
+    `gate.<layer>`, `up.<layer>` (N, F) and `down.<layer>` (N, D) have one row per det prompt, in
+    the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
+    map, and a journal of finished batches lets a killed run go on with the same bits.
+    """
+    if pooling not in POOLING:
+        raise RelneuronError(f"unknown pooling {pooling!r}", f"use {' or '.join(POOLING)}", 2)
+    output = folder / "validated.csv"
+    refuse_overwrite(output, force)
+    prompts = read_prompts(prompts_path)
+    mlps = find_gated_mlps(model)
+    shape = model_shape(mlps)
+    questions = encode(tokenizer, model, prompts)
+    batches = plan_batches(questions, batch_tokens)
+    det = [row for row, prompt in enumerate(prompts) if prompt.split == "det"]
+    if not det:
+        raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
+    n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
+    if min(n_pooled) < 1:
+        raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
+    inputs = record_inputs(
+        describe_model(name, model, mlps, backend),
+        prompts_path,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        exclude_bos=exclude_bos,
+        accept_object_prefix=accept_object_prefix,
+    )
+    path = folder / "responses.safetensors"
+    journal = Journal(folder / "record.journal", inputs)
+    if not journal.done:
+        path.unlink(missing_ok=True)
+    responses = _Responses(path, shape, det, n_pooled)
+    journal.before_commit = responses.flush
+    asker = Asker(model, tokenizer)
+
+    bar = tqdm(total=len(prompts), desc="record", unit="prompt", disable=True if quiet else None)
+    with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
+
+        def pool_the_prompt(step: int, mask: Tensor) -> None:
+            patch.tokens = Tokens()
+            if step == 0:
+                chosen = pooled_tokens(mask, pooling=pooling, exclude_bos=exclude_bos)
+                ids = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+                patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
+
+        for number, rows in enumerate(batches):
+            if str(number) not in journal.done:
+                for state in patch.states if responses.wants(rows) else []:
+                    state.responses = responses.new_sums(len(rows), asker.device)
+                answers = asker.ask(questions, rows, pool_the_prompt)
+                for layer, state in enumerate(patch.states):
+                    if state.responses is not None:
+                        responses.store(layer, state.responses, rows)
+                    state.responses = None
+                journal.add(str(number), answers.predictions)
+            bar.update(len(rows))
+
+    predictions = [""] * len(prompts)
+    for number, rows in enumerate(batches):
+        for row, prediction in zip(rows, journal.done[str(number)], strict=True):
+            predictions[row] = prediction
+    correct = [
+        is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
+        for prompt, prediction in zip(prompts, predictions, strict=True)
+    ]
+    table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)
+    atomic_write(output, csv_bytes(("id", "prediction", "correct"), table))
+    manifest = Manifest(folder)
+    manifest.describe(
+        versions=versions(),
+        model=inputs["model"],
+        dtype=inputs["model"]["dtype"],
+        sites=list(SITES),
+        threshold=None,  # responses are means, nothing is counted
+        tokens={
+            "pooling": pooling,
+            "first_token": "excluded" if exclude_bos else "included",
+            "first_prompt_ids": questions.ids[0][:8],
+            "padding": "left, masked; position ids are explicit",
+            "pooled": sum(n_pooled),
+        },
+        batch_plan={
+            "batch_tokens": batch_tokens,
+            "batches": len(batches),
+            "order": "by split and language, then by length",
+        },
+        memory={
+            "responses": "streamed by block of prompts: one batch in memory, the rest on disk",
+            "responses_on_disk_bytes": responses.n_bytes,
+            "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
+        },
+        fallbacks=fallbacks(inputs["model"]),
+    )
+    manifest.finish("record", inputs, [output, path])
+    journal.remove()
+    return sum(correct) / len(correct)

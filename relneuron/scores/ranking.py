@@ -1,0 +1,69 @@
+"""From scores to neuron sets: the best k with one rule for ties, and random sets to compare with.
+
+The `identify` stage chooses with it; the `ablate` stage draws its random baseline from it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relneuron.artifact import SITES, Neuron
+
+Array = np.ndarray[Any, Any]
+
+
+class Selection(NamedTuple):
+    """The chosen neurons, best first, and what a reader should know of the cut."""
+
+    neurons: list[tuple[int, str, int, float]]
+    score_at_cut: float
+    ties_at_cut: int  # neurons with just that score, chosen or not
+    ties_chosen: int
+    n_perfect: int  # neurons with the score 1
+
+
+def site_of(position: Array, width: int, hidden: int) -> list[Neuron]:
+    """Neurons by their place in the order (layer, gate < up < down, index)."""
+    per_layer = 2 * width + hidden
+    layer, rest = np.divmod(position, per_layer)
+    site = np.minimum(rest // width, 2)
+    index = rest - site * width
+    return [(int(la), SITES[int(s)], int(i)) for la, s, i in zip(layer, site, index, strict=True)]
+
+
+def top_k(scores: Mapping[str, Array], k: int) -> Selection:
+    """The k neurons with the highest scores of `{gate: (L, F), up: (L, F), down: (L, D)}`.
+
+    Scores are compared as float32; equal ones are ordered by layer, then gate < up < down, then
+    index (methods A8).
+    """
+    blocks = [np.asarray(scores[site], np.float32) for site in SITES]
+    flat = np.concatenate(blocks, axis=1).reshape(-1)
+    k = min(k, flat.size)
+    order = np.argsort(-flat, kind="stable")[:k]
+    names = site_of(order, blocks[0].shape[1], blocks[2].shape[1])
+    chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
+    cut = float(flat[order[-1]]) if k else float("nan")
+    return Selection(
+        chosen,
+        cut,
+        int((flat == cut).sum()),
+        int((flat[order] == cut).sum()),
+        int((flat == 1).sum()),
+    )
+
+
+def random_neurons(shape: Mapping[str, int], k: int, seed: int) -> list[Neuron]:
+    """k neurons drawn without replacement from all outputs of gate, up and down projections."""
+    total = n_neurons(shape)
+    drawn = random.Random(f"relneuron.random.{seed}").sample(range(total), min(k, total))
+    return site_of(np.array(sorted(drawn), np.int64), shape["width"], shape["hidden"])
+
+
+def n_neurons(shape: Mapping[str, int]) -> int:
+    """L * (2F + D): the outputs of gate_proj, up_proj and down_proj of all layers."""
+    return shape["layers"] * (2 * shape["width"] + shape["hidden"])

@@ -1,0 +1,168 @@
+"""Facts and prompts: reading LRE files, the paper's templates, the split, other languages.
+
+Also the bad fact files: each must be refused with a cause that names the file and the field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHARED
+
+from relneuron.artifact import RelneuronError, read_prompts
+from relneuron.facts import Fact, Relation, Templates, read_relation, read_relations, split_facts
+from relneuron.prompts import make_prompts, write_prompts
+
+LRE = SHARED / "lre"
+needs_lre = pytest.mark.skipif(not LRE.is_dir(), reason="the LRE facts are not beside the project")
+
+
+def write(folder: Path, data: Any, name: str = "capital.json") -> Path:
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    return {
+        "prompt_templates": ["The capital of {} is"],
+        "prompt_templates_zs": ["{} has the capital", "The capital of {} is"],
+        "samples": [{"subject": "Ruritania", "object": "Strelsau"}],
+    } | changes
+
+
+def test_templates_get_the_suffix_and_alternatives_are_the_others(tmp_path: Path) -> None:
+    relation = read_relation(write(tmp_path, good()))
+    assert relation.name == "capital"
+    assert relation.templates.main == ("The capital of {} is? Answer:",)
+    assert relation.templates.alternative == ("{} has the capital? Answer:",)
+    assert read_relation(write(tmp_path, good()), suffix="").templates.main[0][-2:] == "is"
+
+
+def test_exact_duplicates_count_once_and_text_is_stripped(tmp_path: Path) -> None:
+    pair = {"subject": "Ruritania ", "object": " Strelsau"}
+    relation = read_relation(write(tmp_path, good(samples=[pair, *good()["samples"]])))
+    assert relation.facts == (Fact("Ruritania", "Strelsau"),)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        ("{no json", "JSON"),
+        ("[1, 2]", "object"),
+        ({"prompt_templates": ["{} is"]}, "samples"),
+        (good(samples=[]), "samples"),
+        (good(samples=[{"subject": " ", "object": "x"}]), "samples.0.subject"),
+        (good(samples=[{"subject": "x"}]), "samples.0.object"),
+        (good(prompt_templates=["The capital is"]), "prompt_templates.0"),
+        (good(prompt_templates=["{} and {}"]), "exactly one"),
+        (good(prompt_templates_zs=["no slot"]), "prompt_templates_zs.0"),
+        (good(prompt_templates=[]), "prompt_templates"),
+        (good(languages={"de": {"prompt_templates": ["leer"]}}), "languages.de"),
+    ],
+)
+def test_bad_fact_files_name_file_and_field(tmp_path: Path, data: Any, cause: str) -> None:
+    path = write(tmp_path, data)
+    with pytest.raises(RelneuronError) as caught:
+        read_relation(path)
+    assert str(path) in caught.value.cause
+    assert cause in caught.value.cause
+    assert "\n" not in caught.value.cause
+
+
+def test_a_folder_without_fact_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RelneuronError, match="no fact files"):
+        read_relations(tmp_path)
+
+
+def relation_of(pairs: list[tuple[str, str]], name: str = "r") -> Relation:
+    facts = tuple(Fact(*pair) for pair in pairs)
+    return Relation(name, Templates(("{}?",), ()), facts, {})
+
+
+def test_split_shares_no_subject_and_is_exact() -> None:
+    pairs = [(f"s{i // 3}", f"o{i}") for i in range(60)] + [(f"t{i}", "o") for i in range(9)]
+    for seed in range(20):
+        det, eva = split_facts(relation_of(pairs), 10, seed)
+        assert len(eva) == 10
+        assert len(det) + len(eva) == len(pairs)
+        assert not {f.subject for f in det} & {f.subject for f in eva}
+
+
+def test_split_depends_on_seed_and_relation_only() -> None:
+    pairs = [(f"s{i}", "o") for i in range(100)]
+    one = split_facts(relation_of(pairs), 50, 0)
+    assert one == split_facts(relation_of(pairs), 50, 0)
+    # The order of the file changes the order of the lists, not who is in them.
+    back = split_facts(relation_of(pairs[::-1]), 50, 0)
+    assert set(one[1]) == set(back[1])
+    assert set(one[1]) != set(split_facts(relation_of(pairs), 50, 1)[1])
+    assert set(one[1]) != set(split_facts(relation_of(pairs, "q"), 50, 0)[1])
+
+
+def test_too_few_facts_for_the_split() -> None:
+    with pytest.raises(RelneuronError, match="too few"):
+        split_facts(relation_of([(f"s{i}", "o") for i in range(50)]), 50, 0)
+    # One subject with all facts cannot be divided.
+    with pytest.raises(RelneuronError, match="too few"):
+        split_facts(relation_of([("s", f"o{i}") for i in range(99)]), 50, 0)
+
+
+def test_prompts_of_other_languages_ask_the_same_eva_facts(fact_folder: Path) -> None:
+    relation = read_relation(fact_folder / "lives_in.json")
+    prompts = list(make_prompts(relation, n_eva=8, seed=0))
+    kinds = Counter((p.split, p.language) for p in prompts)
+    assert kinds == {("det", "en"): 16, ("eva", "en"): 8, ("eva2", "en"): 8, ("eva", "de"): 8}
+    german = [p for p in prompts if p.language == "de"]
+    assert german[0].prompt == f"{german[0].subject} wohnt in"
+    english = [p for p in prompts if (p.split, p.language) == ("eva", "en")]
+    assert [p.subject for p in german] == [p.subject for p in english]
+    assert {p.object for p in german} <= {"Rom", "Oslo", "Bern", "Lima"}
+
+
+def test_write_prompts_round_trip_and_refusal(tmp_path: Path, fact_folder: Path) -> None:
+    output = tmp_path / "prompts.jsonl"
+    made = write_prompts(fact_folder, output, n_eva=8)
+    assert read_prompts(output) == made
+    assert len({prompt.id for prompt in made}) == len(made)
+    with pytest.raises(RelneuronError, match="exists"):
+        write_prompts(fact_folder, output, n_eva=8)
+    before = output.read_bytes()
+    write_prompts(fact_folder, output, n_eva=8, force=True)
+    assert output.read_bytes() == before
+
+
+def test_subjects_with_braces_are_not_formatted(tmp_path: Path) -> None:
+    data = good(samples=[{"subject": "a{}b", "object": "x"}, {"subject": "c", "object": "y"}])
+    prompts = make_prompts(read_relation(write(tmp_path, data)), n_eva=1, seed=0)
+    assert "The capital of a{}b is? Answer:" in {prompt.prompt for prompt in prompts}
+
+
+@needs_lre
+def test_the_papers_relations_have_its_templates_and_sizes() -> None:
+    relations = {relation.name: relation for relation in read_relations(LRE)}
+    assert len(relations) == 12
+    two = {"company_ceo", "company_hq", "person_occupation", "product_by_company"}
+    two |= {"person_plays_position_in_sport"}
+    assert {name for name, r in relations.items() if len(r.templates.main) == 2} == two
+    main = {name: r.templates.main for name, r in relations.items()}
+    assert main["person_plays_instrument"] == ("{} plays the instrument of? Answer:",)
+    assert main["product_by_company"][0] == "{} was created by which company? Answer:"
+    alternative = {name: r.templates.alternative for name, r in relations.items()}
+    assert alternative["person_plays_pro_sport"] == ("What sport does {} play? They play? Answer:",)
+    assert len(alternative["star_constellation"]) == 1
+    assert alternative["person_occupation"] == ("{} works professionally as a? Answer:",)
+    assert len(relations["product_by_company"].facts) == 502
+    # 50 facts of each relation, twice where there are two templates (methods A3).
+    prompts = [p for r in relations.values() for p in make_prompts(r, n_eva=50, seed=0)]
+    assert sum(prompt.split == "eva" for prompt in prompts) == 850
+
+
+@needs_lre
+def test_a_file_of_the_same_name_with_other_templates_keeps_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, good(), "person_plays_instrument.json")
+    assert read_relation(path).templates.main == ("The capital of {} is? Answer:",)
