@@ -1,0 +1,424 @@
+"""The report: its numbers against tables worked out by hand, and what its HTML may never do.
+
+A small study is written file by file as the other stages write theirs; no model is needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relneuron.artifact import RelneuronError
+from relneuron.report import Table, accuracy_table, answer, commands, render, visible, write_report
+from relneuron.results import (
+    Answer,
+    Result,
+    drop_matrix,
+    examples,
+    flips,
+    headline,
+    read_study,
+    shared_neurons,
+    site_counts,
+    split_results,
+)
+
+NAN = float("nan")
+RELATIONS = ("company_ceo", "company_hq", "star_constellation")
+# Right answers of 4 prompts: the first n prompts of a relation are right.
+RIGHT = {
+    "clean": {"company_ceo": 4, "company_hq": 2, "star_constellation": 0},
+    "company_ceo": {"company_ceo": 1, "company_hq": 2, "star_constellation": 0},
+    "company_hq": {"company_ceo": 3, "company_hq": 1, "star_constellation": 1},
+    "star_constellation": {"company_ceo": 4, "company_hq": 3, "star_constellation": 0},
+    "random.0": {"company_ceo": 4, "company_hq": 1, "star_constellation": 0},
+    "random.1": {"company_ceo": 3, "company_hq": 2, "star_constellation": 0},
+}
+SETS = {
+    "company_ceo": [[0, "gate", 1, 0.9], [1, "up", 2, 0.8], [1, "down", 0, 0.7]],
+    "company_hq": [[0, "gate", 1, 0.95], [1, "up", 3, 0.8], [1, "down", 0, 0.5]],
+    "star_constellation": [[1, "gate", 1, 0.9], [1, "gate", 2, 0.8], [0, "up", 0, 0.7]],
+}
+
+
+def write_study(
+    folder: Path,
+    *,
+    relations: tuple[str, ...] = RELATIONS,
+    splits: tuple[str, ...] = ("eva",),
+    right: dict[str, dict[str, int]] = RIGHT,
+    sets: dict[str, list[list[Any]]] = SETS,
+    text: str = "The CEO of {} is? Answer:",
+    prediction: str = "Tim",
+    model: str = "a/model",
+    manifest: dict[str, Any] | None = None,
+    n_prompts: int = 4,
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts, effects, accuracy = [], [], []
+    for relation in relations:
+        for split in ("det", *splits):
+            base, _, language = split.partition(".")
+            for i in range(n_prompts):
+                name = f"{relation}.{split}.{i}"
+                prompts.append(
+                    {"id": name, "relation": relation, "split": base, "template": text}
+                    | {"language": language or "en", "subject": f"S{i}", "object": "Tim Cook"}
+                    | {"prompt": text.replace("{}", f"S{i}")}
+                )
+    for condition, counts in right.items():
+        for relation in relations:
+            for split in splits:
+                for i in range(n_prompts):
+                    name, hit = f"{relation}.{split}.{i}", int(i < counts.get(relation, 0))
+                    said = prediction if hit else "The"
+                    effects.append([condition, relation, split, name, said, hit, -0.5])
+                n = min(n_prompts, counts.get(relation, 0))
+                accuracy.append([condition, relation, split, n_prompts, n, n / n_prompts])
+    tables = {
+        "effects.csv": (
+            ["condition", "relation", "split", "id", "prediction", "correct", "logprob"],
+            effects,
+        ),
+        "accuracy.csv": (
+            ["condition", "relation", "split", "n_prompts", "n_correct", "accuracy"],
+            accuracy,
+        ),
+    }
+    for name, (columns, rows) in tables.items():
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
+    shape = {"layers": 2, "width": 8, "hidden": 4}
+    neurons = {
+        "format": "relneuron.neurons/1",
+        "model": {"id": model, **shape},
+        "method": "ap",
+        "selection": {name: {"positives": 3, "ties_at_cut": 2, "perfect": 0} for name in sets},
+        "sets": sets,
+    }
+    (folder / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")
+    head = {"schema": "relneuron.study/1", "relneuron": "0.1.0", "model": {"id": model, **shape}}
+    (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """The elements, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# Numbers
+
+
+def test_drop_matrix_of_the_method_s_vector() -> None:
+    before = np.array([0.8, 0.5, 0.25])
+    off = np.array([[0.4, 0.8, 0.82], [0.5, 0.1, 0.55], [0.0, 0.25, 0.5]])
+    expected = [[0.5, 0.0, -0.025], [0.0, 0.8, -0.1], [1.0, 0.0, -1.0]]
+    np.testing.assert_allclose(drop_matrix(before, off), expected, atol=1e-15)
+    names = ["a", "b", "c"]
+    result = Result("eva", names, names, np.array([4, 4, 4]), before, off, np.empty((3, 0)))
+    numbers = headline(result)
+    assert numbers.own.mean == pytest.approx(0.1)
+    assert numbers.other.mean == pytest.approx(0.875 / 6)
+    assert np.isnan(numbers.random).all()
+
+
+def test_drop_matrix_is_nan_where_nothing_was_right_before() -> None:
+    drop = drop_matrix(np.array([0.0, 0.5, NAN]), np.array([[0.0, 0.2], [0.5, NAN], [0.1, 0.1]]))
+    np.testing.assert_array_equal(drop, [[NAN, NAN], [0.0, NAN], [NAN, NAN]])
+
+
+def test_headline_by_hand(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    [result] = split_results(study)
+    assert result.relations == result.sets == list(RELATIONS)
+    np.testing.assert_array_equal(result.before, [1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(result.after, [0.25, 0.25, 0.0])
+    np.testing.assert_array_equal(result.random, [[1.0, 0.75], [0.25, 0.5], [0.0, 0.0]])
+    expected = [[0.75, 0.25, 0.0], [0.0, 0.5, -0.5], [NAN, NAN, NAN]]
+    np.testing.assert_array_equal(result.drop, expected)
+    numbers = headline(result)
+    assert numbers.own == pytest.approx((0.625, 0.5, 0.75))
+    assert numbers.other == pytest.approx((-0.0625, -0.5, 0.25))
+    # Drops of the seeds: (0, 0.5) and (0.25, 0); the range is over their means.
+    assert numbers.random == pytest.approx((0.1875, 0.125, 0.25))
+    assert answer(numbers, [3, 3, 3], study.n_neurons) == (
+        "When the 3 neurons chosen for a relation (7.5\xa0% of the model's 40 MLP neurons) are "
+        "off, accuracy on that relation falls by 62.5\xa0% on average; on the other relations "
+        "it rises by 6.2\xa0%; with as many random neurons off instead it falls by 18.8\xa0%."
+    )
+    row = accuracy_table(study, result).rows[1]
+    assert row == ["company hq", 4, 50.0, 25.0, 1, 0, 37.5, 25.0, 50.0]
+
+
+def test_random_seeds_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    right = {f"random.{seed}": {"company_ceo": seed % 5} for seed in (10, 9, 2)}
+    right["clean"] = {"company_ceo": 4}
+    study = write_study(tmp_path, relations=("company_ceo",), right=right)
+    np.testing.assert_array_equal(split_results(read_study(study))[0].random, [[0.5, 1.0, 0.0]])
+
+
+def test_splits_share_their_rows_and_eva_comes_first(tmp_path: Path) -> None:
+    study = write_study(tmp_path, splits=("eva.de", "eva2", "eva"))
+    path = study / "accuracy.csv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if "company_hq,eva.de" not in line]
+    path.write_text("".join(kept), encoding="utf-8")
+    results = split_results(read_study(study))
+    assert [result.split for result in results] == ["eva", "eva2", "eva.de"]
+    np.testing.assert_array_equal(results[2].before, [1.0, NAN, 0.0])
+    assert headline(results[2]).own.mean == 0.75
+
+
+def test_sites_and_shared_neurons_count_each_neuron_once(tmp_path: Path) -> None:
+    twice = [*SETS["company_ceo"], [0, "gate", 1, 0.1]]
+    sets = {**SETS, "company_ceo": twice, "star_constellation": []}
+    chosen = read_study(write_study(tmp_path, sets=sets)).sets.values()
+    assert site_counts(chosen, 2)[0].tolist() == [[1, 0], [0, 1], [0, 1]]
+    assert site_counts(chosen, 2)[2].sum() == 0
+    assert shared_neurons(chosen).tolist() == [[3, 2, 0], [2, 3, 0], [0, 0, 0]]
+
+
+def test_examples_show_a_broken_and_a_surviving_prompt(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    shown = examples(study, split_results(study)[0])
+    broken, survivor = shown["company_ceo"]
+    assert broken.prompt.id == "company_ceo.eva.1"
+    assert (broken.before, broken.after) == (Answer("Tim", True), Answer("The", False))
+    assert survivor.prompt.id == "company_hq.eva.0"
+    # Nothing was right before: the first prompt stands for the relation.
+    ids = [example.prompt.id for example in shown["star_constellation"]]
+    assert ids == ["star_constellation.eva.0", "company_ceo.eva.0"]
+    assert flips(study, "company_ceo", "eva") == (3, 0)
+
+
+# Text
+
+
+def test_hidden_characters_show_as_escapes() -> None:
+    for text in ("plain ñ 中 👍\xa0", "می\u200cخواهم"):
+        assert visible(text) == text
+    assert visible("a\nb\x1b[31m\x00\x7f") == "a\\nb\\x1b[31m\\x00\\x7f"
+    assert visible("\u202edrow \u2066x\ufeff") == "\\u202edrow \\u2066x\\ufeff"
+    assert visible("\ud800 \ufffe") == "\\ud800 \\ufffe"
+
+
+def test_downloads_hold_no_formula() -> None:
+    texts = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "fine", 'quo"te,comma']
+    table = Table("T", ["=head", "x", "n"], [[text, -12.5, 43_500_000_000] for text in texts])
+    head, _, data = table.uri().partition(",")
+    assert head == "data:text/csv;charset=utf-8;base64"
+    rows = list(csv.reader(io.StringIO(base64.b64decode(data).decode())))
+    assert rows[0] == ["'=head", "x", "n"]
+    cells = [row[0] for row in rows[1:]]
+    assert cells == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "\\t=1", "' =1", "fine", 'quo"te,comma']
+    # A negative number stays a number.
+    assert rows[1][1:] == ["-12.5", "43500000000"]
+
+
+def test_commands_repeat_the_recorded_options() -> None:
+    stages = {
+        "prompts": {"inputs": {"facts": {"x": "0" * 64}, "seed": 0, "suffix": "? Answer:"}},
+        "record": {"inputs": {"prompts": "a" * 64, "exclude_bos": False, "pooling": "mean"}},
+        "identify": {"inputs": {"top": None, "negatives": 4}},
+        "ablate": {"inputs": {"splits": ["eva", "eva2"], "accept_object_prefix": True}},
+    }
+    lines = commands({"model": {"id": "a b; rm", "dtype": "float32"}, "stages": stages})
+    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
+        "relneuron prompts FACTS_DIR -o STUDY/prompts.jsonl --seed 0 --suffix '? Answer:'",
+        "relneuron record 'a b; rm' STUDY/prompts.jsonl -o STUDY --pooling mean --dtype float32",
+        "relneuron identify STUDY -o STUDY/neurons.json --negatives 4",
+        "relneuron ablate 'a b; rm' STUDY/neurons.json STUDY/prompts.jsonl -o STUDY/effects.csv "
+        "--splits eva,eva2 --accept-object-prefix --dtype float32",
+        "relneuron report STUDY -o report.html",
+    ]
+    demo = commands({"model": {"id": "relneuron demo"}, "stages": stages})
+    assert demo == ["relneuron demo -o STUDY", "relneuron report STUDY -o report.html"]
+
+
+# The page
+
+
+def test_the_page_says_what_was_found_and_asks_for_nothing(tmp_path: Path) -> None:
+    study = write_study(tmp_path, splits=("eva", "eva2", "eva.de"))
+    html = render(read_study(study))
+    page = Page(html)
+    for text in ("62.5\xa0%", "a/model", "“company ceo”", "evaluation prompts, de"):
+        assert text in page.text
+    # accuracy, other prompts, drop, layers, overlap
+    assert page.tags.count("svg") == 5
+    assert not {"script", "link", "iframe", "object", "img", "base", "form"} & set(page.tags)
+    assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", html)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert ("content", policy) in page.attributes
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    # Each reference inside the page has its target, each placeholder colour its variable.
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', html)) <= set(ids)
+    assert "#0102" not in html
+
+
+def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "study", splits=("eva", "eva2"))
+    first = write_report(study, tmp_path / "1.html").read_bytes()
+    # Another process, hash seed, timezone, locale and matplotlib configuration.
+    settings = tmp_path / "matplotlibrc"
+    settings.write_text("font.size: 20\naxes.grid: True\n", encoding="utf-8")
+    code = (
+        "import sys, pathlib, relneuron.report as r; "
+        "r.write_report(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
+    environment |= {"MATPLOTLIBRC": str(settings), "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-c", code, str(study), str(tmp_path / "2.html")]
+    subprocess.run(command, check=True, env=environment)
+    assert (tmp_path / "2.html").read_bytes() == first
+
+
+def test_a_recorded_report_does_not_change_the_next(tmp_path: Path) -> None:
+    first = read_study(write_study(tmp_path, manifest={"stages": {}, "files": {}})).manifest
+    noted = {"stages": {"report": {"inputs": {}, "files": ["report.html"]}}}
+    noted["files"] = {"report.html": {"sha256": "0" * 64, "bytes": 1}}
+    assert read_study(write_study(tmp_path, manifest=noted)).manifest == first
+
+
+PAYLOADS = [
+    "<script>alert(1)</script></svg></details><img src=x onerror=alert(1)>",
+    "\"><a href='javascript:alert(1)'>x</a>' onmouseover='alert(1)",
+    "{{ 7 * 7 }}{% include 'x' %}${1+1}</title></style><style>*{display:none}</style>",
+    '<!-- ]]> <?php --> &lt;b&gt; &#60;i&#62; data:text/html,<b> id="x" url(#y) 0.12345',
+    "\x1b]8;;evil\x07 \u202e \x00 $\\frac{1}{0}$ _^",
+]
+
+
+def hostile_page(folder: Path, text: str) -> Page:
+    """The page of a study that holds `text` wherever a study can hold text."""
+    relation = f"rel_{text}"
+    write_study(
+        folder,
+        relations=(relation, "b"),
+        right={"clean": {relation: 3, "b": 2}, relation: {relation: 1, "b": 2}},
+        sets={relation: SETS["company_ceo"], "b": SETS["company_hq"]},
+        text=f"{text} {{}}",
+        prediction=text,
+        model=text,
+        manifest={text: {text: [text]}, "fallbacks": [text], "files": {text: {"sha256": text}}}
+        | {"stages": {"record": {"inputs": {text: text}}}},
+    )
+    return Page(render(read_study(folder)))
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    harmless = hostile_page(tmp_path, "harmless")
+    for payload in PAYLOADS:
+        page = hostile_page(tmp_path, payload)
+        assert page.tags == harmless.tags
+        assert [name for name, _ in page.attributes] == [name for name, _ in harmless.attributes]
+        links = [value for name, value in page.attributes if name in ("href", "src")]
+        assert all(re.match(r"#[\w-]+$|data:(text/csv|image/png);", link) for link in links)
+        assert visible(payload) in page.text
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page.text)
+
+
+def test_fifty_relations_stay_small(tmp_path: Path) -> None:
+    names = tuple(f"a_relation_with_quite_a_long_name_number_{i:02d}_of_fifty" for i in range(50))
+    right = {name: dict.fromkeys(names, 1) for name in names}
+    right |= {"clean": dict.fromkeys(names, 2), "random.0": dict.fromkeys(names, 2)}
+    sets = {name: [[i % 2, "gate", j, 0.5] for j in range(8)] for i, name in enumerate(names)}
+    study = write_study(tmp_path, relations=names, right=right, sets=sets, n_prompts=1)
+    assert len(render(read_study(study))) < 5_000_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relations": RELATIONS[:2], "right": {k: RIGHT[k] for k in ("clean", *RELATIONS[:2])}},
+        {"right": {"clean": RIGHT["clean"]}},
+        {"right": {name: {} for name in RIGHT}},
+        {"sets": {name: [] for name in SETS}},
+        {"sets": {}},
+        {"relations": ("größe", "首都", "$x_1$"), "right": {"clean": {"首都": 2}}},
+    ],
+    ids=["two", "clean only", "zero", "empty sets", "no sets", "unicode"],
+)
+def test_partial_studies_have_a_report(tmp_path: Path, options: dict[str, Any]) -> None:
+    html = render(read_study(write_study(tmp_path, **options)))
+    assert "nan" not in Page(html).text
+
+
+# Refusals
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
+    study, output = write_study(tmp_path), tmp_path / "report.html"
+    output.write_text("mine", encoding="utf-8")
+    with pytest.raises(RelneuronError):
+        write_report(study, output)
+    assert output.read_text(encoding="utf-8") == "mine"
+    write_report(study, output, force=True)
+    assert "relneuron" in output.read_text(encoding="utf-8")
+    # The study itself is never the output.
+    with pytest.raises(RelneuronError):
+        write_report(study, study / "neurons.json", force=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("effects.csv", "clean,company_ceo,eva,company_ceo.eva.0,", "clean,company_ceo,eva,x,"),
+        ("effects.csv", ",Tim,1,", ",Tim,yes,"),
+        ("accuracy.csv", "clean,", "dirty,"),
+        ("neurons.json", '"gate"', '"gait"'),
+        ("neurons.json", "[0, ", "[7, "),
+        ("manifest.json", "study/1", "study/2"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, name: str, old: str, new: str) -> None:
+    path = write_study(tmp_path) / name
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(RelneuronError):
+        read_study(tmp_path)
+
+
+def test_a_changed_or_missing_file_is_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    digest = hashlib.sha256((study / "effects.csv").read_bytes()).hexdigest()
+    write_study(tmp_path, manifest={"files": {"effects.csv": {"sha256": digest, "bytes": 1}}})
+    read_study(study)
+    with (study / "effects.csv").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(RelneuronError, match=r"effects\.csv"):
+        read_study(study)
+    (study / "neurons.json").unlink()
+    with pytest.raises(RelneuronError, match=r"neurons\.json"):
+        read_study(study)
