@@ -1,6 +1,6 @@
 # make demo: the whole study on the bundled model, ends with the path of its report.
 # make test: lint, types and tests. Both make .venv and install what they need; again is quick.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 DEMO ?= relneuron-demo
 VENV := .venv
 BIN := $(VENV)/bin

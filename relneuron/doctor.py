@@ -1,0 +1,37 @@
+"""What works on this machine, and for a model which layers are supported, each with its reason.
+
+`relneuron doctor [MODEL]` prints what these functions return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from relneuron import ops
+from relneuron.manifest import versions
+from relneuron.model import inspect_layers
+
+
+def machine_report() -> list[tuple[str, str]]:
+    """(name, finding) rows: versions, devices, and each backend with the reason it cannot run."""
+    rows = [(name, value) for name, value in versions().items()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows += [("CPU threads", str(torch.get_num_threads())), ("GPU", gpu)]
+    for backend, status in ops.available_backends().items():
+        verdict = "works" if status.works else "does not work"
+        rows.append((f"backend {backend}", f"{verdict}: {status.detail}"))
+    return rows
+
+
+def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
+    """(layer, verdict) rows of a model, and whether every layer is supported."""
+    verdicts = inspect_layers(model)
+    rows = [
+        (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
+        for v in verdicts
+    ]
+    n_good = sum(v.mlp is not None for v in verdicts)
+    rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
+    return rows, n_good == len(verdicts)

@@ -1,0 +1,171 @@
+"""The whole study: prompts, record, identify, ablate, report, each skipped if it is done already.
+
+`relneuron run` and `relneuron demo` call it; it is the only place that knows the stages' order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relneuron.ablate import ablate_inputs, ablate_prompts
+from relneuron.artifact import RelneuronError, sha256
+from relneuron.facts import SUFFIX, read_relations, split_facts
+from relneuron.identify import identify, identify_inputs
+from relneuron.manifest import Manifest, locked
+from relneuron.model import describe_model, find_gated_mlps, load_model, load_tokenizer
+from relneuron.predict import encode
+from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
+from relneuron.record import record, record_inputs
+from relneuron.report import write_report
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a study is made with; the defaults are the paper's."""
+
+    eva: int = 50
+    seed: int = 0
+    suffix: str = SUFFIX
+    method: str = "ap"
+    top: int | None = None
+    negatives: int = 4
+    splits: Sequence[str] = ("eva", "eva2")
+    random_seeds: int = 10
+    pooling: str = "mean"
+    exclude_bos: bool = False
+    accept_object_prefix: bool = False
+    batch_tokens: int = 4096
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    backend: str = "auto"
+    drop_responses: bool = False
+
+
+def open_study(folder: Path, force: bool) -> Manifest:
+    """The manifest of a study that is there or begins; a folder with other things is refused."""
+    if folder.exists() and not folder.is_dir():
+        raise RelneuronError(f"{folder} is a file", "give a folder for the study", 2)
+    others = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.exists() else []
+    if others and not (folder / "manifest.json").exists() and not force:
+        raise RelneuronError(
+            f"{folder} is not empty and holds no study", "choose another folder or add --force", 2
+        )
+    return Manifest(folder)
+
+
+def run_study(
+    model_path: str,
+    facts: Path,
+    folder: Path,
+    options: Options,
+    *,
+    name: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Make, or go on with, the study in `folder`; returns the report's path.
+
+    `name` stands for the model in the manifest (default: `model_path`). Everything that can be
+    refused is checked before anything is written.
+    """
+    o, name = options, name or model_path
+    if not facts.exists():
+        raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
+    manifest = open_study(folder, force)
+    relations = read_relations(facts, suffix=o.suffix)
+    for relation in relations:
+        split_facts(relation, o.eva, o.seed)
+    model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
+    mlps = find_gated_mlps(model)
+    tokenizer = load_tokenizer(model_path, revision=o.revision)
+    wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed)]
+    encode(tokenizer, model, wanted)
+    described = describe_model(name, model, mlps, o.backend)
+
+    prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
+    with locked(folder):
+        manifest = open_study(folder, force)
+        if not manifest.path.exists():
+            manifest.save()
+        inputs = prompts_inputs(facts, n_eva=o.eva, seed=o.seed, suffix=o.suffix)
+        if not manifest.is_done("prompts", inputs, force=force):
+            write_prompts(facts, prompts, n_eva=o.eva, seed=o.seed, suffix=o.suffix, force=True)
+
+        pooled: dict[str, Any] = {
+            "batch_tokens": o.batch_tokens,
+            "pooling": o.pooling,
+            "exclude_bos": o.exclude_bos,
+            "accept_object_prefix": o.accept_object_prefix,
+        }
+        chosen: dict[str, Any] = {
+            "method": o.method,
+            "top": o.top,
+            "negatives": o.negatives,
+            "seed": o.seed,
+        }
+        manifest = Manifest(folder)
+        recorded = manifest.is_done(
+            "record", record_inputs(described, prompts, **pooled), force=force
+        )
+        identified = recorded and manifest.is_done(
+            "identify", identify_inputs(folder, **chosen), force=force
+        )
+        responses = folder / "responses.safetensors"
+        if not recorded or not (identified or responses.exists()):
+            record(
+                name,
+                model,
+                tokenizer,
+                prompts,
+                folder,
+                **pooled,
+                backend=o.backend,
+                force=True,
+                quiet=quiet,
+            )
+            identified = False
+        if not identified:
+            identify(folder, neurons, **chosen, force=True, quiet=quiet)
+        if o.drop_responses:
+            Manifest(folder).drop(responses.name)
+
+        asked: dict[str, Any] = {
+            "splits": o.splits,
+            "random_seeds": o.random_seeds,
+            "batch_tokens": o.batch_tokens,
+            "accept_object_prefix": o.accept_object_prefix,
+        }
+        inputs = ablate_inputs(described, neurons, prompts, **asked)
+        if not Manifest(folder).is_done("ablate", inputs, force=force):
+            ablate_prompts(
+                name,
+                model,
+                tokenizer,
+                neurons,
+                prompts,
+                folder / "effects.csv",
+                **asked,
+                backend=o.backend,
+                force=True,
+                quiet=quiet,
+            )
+        for journal in ("record.journal", "ablate.journal"):
+            (folder / journal).unlink(missing_ok=True)
+        return report_stage(folder, folder / "report.html", force=force, resume=True)
+
+
+def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
+    """Write the report unless it is there, made from the same files."""
+    manifest = Manifest(folder)
+    names = ("prompts.jsonl", "validated.csv", "neurons.json", "effects.csv", "accuracy.csv")
+    inputs = {name: sha256(folder / name) for name in names if (folder / name).exists()}
+    if resume and manifest.is_done("report", inputs, force=force):
+        return output
+    write_report(folder, output, force=force or resume)
+    if output.parent == folder:
+        manifest.finish("report", inputs, [output])
+    return output

@@ -1,0 +1,102 @@
+"""The shape of the code base, read from its syntax trees: who imports whom, how files open.
+
+DESIGN section 4: cli -> stages -> {model, facts, scores, artifact} -> ops, and nothing back.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "relneuron"
+STAGES = {"prompts", "record", "identify", "ablate", "report"}
+# What each part may import of ours; a stage is never imported by a stage.
+ALLOWED = {
+    "ops": {"ops", "_cpu"},
+    "artifact": set(),
+    "manifest": {"artifact"},
+    "scores": {"scores", "artifact"},
+    "facts": {"artifact"},
+    "model": {"ops", "artifact"},
+    "patch": {"ops", "artifact", "model"},
+    "predict": {"artifact"},
+    "results": {"artifact", "manifest"},
+    "figures": {"results", "artifact"},
+    "doctor": {"ops", "manifest", "model"},
+    "demo": {"demo", "artifact", "facts", "predict"},
+    "study": STAGES | {"artifact", "manifest", "facts", "model", "predict"},
+    "cli": STAGES | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"},
+    **dict.fromkeys(
+        STAGES,
+        {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
+        | {"results", "figures"},
+    ),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The first part below `relneuron` of everything a file imports of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "relneuron":
+            names = [f"relneuron.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("relneuron.")}
+    return found
+
+
+SOURCES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem[0] != "_"
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_in_one_direction(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert imports_of(path) <= ALLOWED[part]
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in SOURCES:
+        if path.stem in ("cli", "train", "world"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            assert not (called and node.func.id == "print"), path  # type: ignore[union-attr]
+
+
+def test_kernels_need_no_driver() -> None:
+    code = (
+        "import sys, relneuron.ops; "
+        "bad = {'transformers', 'pydantic', 'typer', 'triton', 'matplotlib'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(
+        path
+        for pattern in ("relneuron/**/*.py", "tests/*.py", "csrc/*", "*.toml", "*.txt")
+        for path in ROOT.glob(pattern)
+    )
+    + [ROOT / "Makefile"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_file_opens_with_what_it_is_for(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    opening = {".py": '"""', ".cpp": "//", ".h": "//", ".j2": "{#"}.get(path.suffix, "#")
+    assert first.startswith(opening)
+    assert len(first) > 30
