@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.manifest import Journal, Manifest, versions
+from relneuron.manifest import Journal, Manifest, locked, versions
 from relneuron.model import describe_model, find_gated_mlps, model_shape
 from relneuron.patch import Patch, check_canary, mask_states
 from relneuron.predict import Asker, encode, is_correct, plan_batches
@@ -135,62 +136,55 @@ def ablate_prompts(
         batch_tokens=batch_tokens,
         accept_object_prefix=accept_object_prefix,
     )
-    journal = Journal(output.parent / "ablate.journal", inputs)
-    total = len(conditions) * len(prompts)
-    bar = tqdm(total=total, desc="ablate", unit="prompt", disable=True if quiet else None)
-    with bar, journal:
-        for condition, off in conditions.items():
-            with Patch(mlps, mask_states([off], mlps), backend=backend):
-                for number, rows in enumerate(batches):
-                    key = f"{condition} {number}"
-                    if key not in journal.done:
-                        answers = asker.ask(questions, rows)
-                        journal.add(key, [answers.predictions, answers.logprobs])
-                    bar.update(len(rows))
+    correct = partial(is_correct, accept_object_prefix=accept_object_prefix)
+    with locked(output.parent):
+        journal = Journal(output.parent / "ablate.journal", inputs)
+        total = len(conditions) * len(prompts)
+        bar = tqdm(total=total, desc="ablate", unit="prompt", disable=True if quiet else None)
+        with bar, journal:
+            for condition, off in conditions.items():
+                with Patch(mlps, mask_states([off], mlps), backend=backend):
+                    for number, rows in enumerate(batches):
+                        key = f"{condition} {number}"
+                        if key not in journal.done:
+                            answers = asker.ask(questions, rows)
+                            journal.add(key, [answers.predictions, answers.logprobs])
+                        bar.update(len(rows))
 
-    effects: list[tuple[Any, ...]] = []
-    for condition in conditions:
-        found: dict[int, tuple[str, float]] = {}
-        for number, rows in enumerate(batches):
-            found.update(
-                zip(rows, zip(*journal.done[f"{condition} {number}"], strict=True), strict=True)
-            )
-        for row, prompt in enumerate(prompts):
-            prediction, logprob = found[row]
-            right = is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
-            effects.append(
-                (
-                    condition,
-                    prompt.relation,
-                    split_name(prompt),
-                    prompt.id,
-                    prediction,
-                    int(right),
-                    logprob,
+        effects: list[tuple[Any, ...]] = []
+        for condition in conditions:
+            found: dict[int, tuple[str, float]] = {}
+            for number, rows in enumerate(batches):
+                pairs = zip(*journal.done[f"{condition} {number}"], strict=True)
+                found.update(zip(rows, pairs, strict=True))
+            for row, p in enumerate(prompts):
+                prediction, logprob = found[row]
+                right = int(correct(prediction, p.object))
+                effects.append(
+                    (condition, p.relation, split_name(p), p.id, prediction, right, logprob)
                 )
-            )
-    atomic_write(output, _table_bytes(output, effects))
-    accuracy_path = output.parent / "accuracy.csv"
-    accuracy = accuracy_rows(effects)
-    columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
-    atomic_write(accuracy_path, csv_bytes(columns, accuracy))
-    manifest = Manifest(output.parent)
-    manifest.describe(
-        versions=versions(),
-        model=inputs["model"],
-        seeds=manifest.data.get("seeds", {}) | {"random": list(range(random_seeds))},
-    )
-    manifest.finish(
-        "ablate",
-        inputs,
-        [output, accuracy_path],
-        conditions=len(conditions),
-        prompts=len(prompts),
-        random_set_size=len(conditions.get("random.0", [])),
-        positions="all, prompt and answer",
-        value=0,
-    )
-    journal.remove()
+        atomic_write(output, _table_bytes(output, effects))
+        accuracy_path = output.parent / "accuracy.csv"
+        accuracy = accuracy_rows(effects)
+        columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
+        atomic_write(accuracy_path, csv_bytes(columns, accuracy))
+        manifest = Manifest(output.parent)
+        manifest.describe(
+            versions=versions(),
+            model=inputs["model"],
+            seeds=manifest.data.get("seeds", {}) | {"random": list(range(random_seeds))},
+        )
+        manifest.finish(
+            "ablate",
+            inputs,
+            [output, accuracy_path],
+            conditions=len(conditions),
+            prompts=len(prompts),
+            random_set_size=len(conditions.get("random.0", [])),
+            positions="all, prompt and answer",
+            value=0,
+        )
+        journal.remove()
     return accuracy
 
 

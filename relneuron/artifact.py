@@ -189,7 +189,7 @@ class NeuronFile:
     sets: dict[str, list[tuple[int, str, int, float]]]
     selection: Json
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         rows = {name: [list(neuron) for neuron in chosen] for name, chosen in self.sets.items()}
         head = {"format": NEURONS_FORMAT, "model": self.model, "method": self.method}
         text = json.dumps(head | {"selection": self.selection, "sets": {}}, indent=1)
@@ -200,10 +200,11 @@ class NeuronFile:
             for name, chosen in rows.items()
         ]
         body = '"sets": {\n' + ",\n".join(lines) + "\n }"
-        atomic_write(path, (text.replace('"sets": {}', body) + "\n").encode())
+        atomic_write(Path(path), (text.replace('"sets": {}', body) + "\n").encode())
 
     @classmethod
-    def read(cls, path: Path) -> NeuronFile:
+    def read(cls, path: str | Path) -> NeuronFile:
+        path = Path(path)
         data = read_json(require(path, "identify DIR -o neurons.json"), "neurons.json")
         try:
             if data["format"] != NEURONS_FORMAT:

@@ -184,31 +184,25 @@ def record(
     debug: Debug = False,
 ) -> None:
     """One instrumented pass: validated.csv and responses.safetensors."""
-    from relneuron.artifact import atomic_write, refuse_overwrite, require
-    from relneuron.manifest import locked
+    from relneuron.artifact import require
     from relneuron.record import record as record_stage
 
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     loaded, tokenizer = _load(model, dtype, device, revision)
-    with locked(output):
-        copy = output / "prompts.jsonl"
-        if not copy.exists() or copy.read_bytes() != prompts.read_bytes():
-            refuse_overwrite(copy, force)
-            atomic_write(copy, prompts.read_bytes())
-        accuracy = record_stage(
-            model,
-            loaded,
-            tokenizer,
-            copy,
-            output,
-            batch_tokens=batch_tokens,
-            pooling=pooling,
-            exclude_bos=exclude_bos,
-            accept_object_prefix=accept_object_prefix,
-            backend=backend,
-            force=force,
-            quiet=quiet,
-        )
+    accuracy = record_stage(
+        model,
+        loaded,
+        tokenizer,
+        prompts,
+        output,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        exclude_bos=exclude_bos,
+        accept_object_prefix=accept_object_prefix,
+        backend=backend,
+        force=force,
+        quiet=quiet,
+    )
     _say(f"{accuracy:.1%} of the prompts answered correctly -> {output}")
 
 
@@ -270,28 +264,26 @@ def ablate(
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablate import ablate_prompts
     from relneuron.artifact import NeuronFile, refuse_overwrite, require
-    from relneuron.manifest import locked
 
     refuse_overwrite(output, force)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     NeuronFile.read(neurons)
     loaded, tokenizer = _load(model, dtype, device, revision)
-    with locked(output.parent):
-        ablate_prompts(
-            model,
-            loaded,
-            tokenizer,
-            neurons,
-            prompts,
-            output,
-            splits=_split_list(splits),
-            random_seeds=random_seeds,
-            batch_tokens=batch_tokens,
-            accept_object_prefix=accept_object_prefix,
-            backend=backend,
-            force=force,
-            quiet=quiet,
-        )
+    ablate_prompts(
+        model,
+        loaded,
+        tokenizer,
+        neurons,
+        prompts,
+        output,
+        splits=_split_list(splits),
+        random_seeds=random_seeds,
+        batch_tokens=batch_tokens,
+        accept_object_prefix=accept_object_prefix,
+        backend=backend,
+        force=force,
+        quiet=quiet,
+    )
     _print_accuracy(output.parent)
     _say(f"-> {output}")
 

@@ -24,10 +24,10 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.manifest import Journal, Manifest, versions
-from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.manifest import Journal, Manifest, locked, versions
+from relneuron.model import GatedMLP, describe_model, fallbacks, find_gated_mlps, model_shape
 from relneuron.patch import LayerState, Patch, Tokens
-from relneuron.predict import Asker, encode, is_correct, plan_batches
+from relneuron.predict import Asker, Questions, encode, is_correct, plan_batches
 
 POOLING = ("mean", "last")
 
@@ -106,6 +106,43 @@ class _Responses:
         return sum(array.nbytes for array in self._maps.values())
 
 
+def _ask_all(
+    asker: Asker,
+    mlps: Sequence[GatedMLP],
+    questions: Questions,
+    responses: _Responses,
+    journal: Journal,
+    *,
+    batches: Sequence[Sequence[int]],
+    pooling: dict[str, Any],
+    backend: str,
+    quiet: bool,
+) -> None:
+    """Ask every batch that the journal lacks; det batches leave their responses, too."""
+    total = len(questions.prompts)
+    bar = tqdm(total=total, desc="record", unit="prompt", disable=True if quiet else None)
+    with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
+
+        def pool_the_prompt(step: int, mask: Tensor) -> None:
+            patch.tokens = Tokens()
+            if step == 0:
+                chosen = pooled_tokens(mask, **pooling)
+                ids = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+                patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
+
+        for number, rows in enumerate(batches):
+            if str(number) not in journal.done:
+                for state in patch.states if responses.wants(rows) else []:
+                    state.responses = responses.new_sums(len(rows), asker.device)
+                answers = asker.ask(questions, rows, pool_the_prompt)
+                for layer, state in enumerate(patch.states):
+                    if state.responses is not None:
+                        responses.store(layer, state.responses, rows)
+                    state.responses = None
+                journal.add(str(number), answers.predictions)
+            bar.update(len(rows))
+
+
 def record(
     name: str,
     model: Any,
@@ -152,72 +189,64 @@ def record(
         exclude_bos=exclude_bos,
         accept_object_prefix=accept_object_prefix,
     )
-    path = folder / "responses.safetensors"
-    journal = Journal(folder / "record.journal", inputs)
-    if not journal.done:
-        path.unlink(missing_ok=True)
-    responses = _Responses(path, shape, det, n_pooled)
-    journal.before_commit = responses.flush
-    asker = Asker(model, tokenizer)
-
-    bar = tqdm(total=len(prompts), desc="record", unit="prompt", disable=True if quiet else None)
-    with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
-
-        def pool_the_prompt(step: int, mask: Tensor) -> None:
-            patch.tokens = Tokens()
-            if step == 0:
-                chosen = pooled_tokens(mask, pooling=pooling, exclude_bos=exclude_bos)
-                ids = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-                patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
-
+    with locked(folder):
+        copy = folder / "prompts.jsonl"
+        if not copy.exists() or copy.read_bytes() != prompts_path.read_bytes():
+            refuse_overwrite(copy, force)
+            atomic_write(copy, prompts_path.read_bytes())
+        path = folder / "responses.safetensors"
+        journal = Journal(folder / "record.journal", inputs)
+        if not journal.done:
+            path.unlink(missing_ok=True)
+        responses = _Responses(path, shape, det, n_pooled)
+        journal.before_commit = responses.flush
+        _ask_all(
+            Asker(model, tokenizer),
+            mlps,
+            questions,
+            responses,
+            journal,
+            batches=batches,
+            pooling={"pooling": pooling, "exclude_bos": exclude_bos},
+            backend=backend,
+            quiet=quiet,
+        )
+        predictions = [""] * len(prompts)
         for number, rows in enumerate(batches):
-            if str(number) not in journal.done:
-                for state in patch.states if responses.wants(rows) else []:
-                    state.responses = responses.new_sums(len(rows), asker.device)
-                answers = asker.ask(questions, rows, pool_the_prompt)
-                for layer, state in enumerate(patch.states):
-                    if state.responses is not None:
-                        responses.store(layer, state.responses, rows)
-                    state.responses = None
-                journal.add(str(number), answers.predictions)
-            bar.update(len(rows))
-
-    predictions = [""] * len(prompts)
-    for number, rows in enumerate(batches):
-        for row, prediction in zip(rows, journal.done[str(number)], strict=True):
-            predictions[row] = prediction
-    correct = [
-        is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
-        for prompt, prediction in zip(prompts, predictions, strict=True)
-    ]
-    table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)
-    atomic_write(output, csv_bytes(("id", "prediction", "correct"), table))
-    manifest = Manifest(folder)
-    manifest.describe(
-        versions=versions(),
-        model=inputs["model"],
-        dtype=inputs["model"]["dtype"],
-        sites=list(SITES),
-        threshold=None,  # responses are means, nothing is counted
-        tokens={
-            "pooling": pooling,
-            "first_token": "excluded" if exclude_bos else "included",
-            "first_prompt_ids": questions.ids[0][:8],
-            "padding": "left, masked; position ids are explicit",
-            "pooled": sum(n_pooled),
-        },
-        batch_plan={
-            "batch_tokens": batch_tokens,
-            "batches": len(batches),
-            "order": "by split and language, then by length",
-        },
-        memory={
-            "responses": "streamed by block of prompts: one batch in memory, the rest on disk",
-            "responses_on_disk_bytes": responses.n_bytes,
-            "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
-        },
-        fallbacks=fallbacks(inputs["model"]),
-    )
-    manifest.finish("record", inputs, [output, path])
-    journal.remove()
+            for row, prediction in zip(rows, journal.done[str(number)], strict=True):
+                predictions[row] = prediction
+        correct = [
+            is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
+            for prompt, prediction in zip(prompts, predictions, strict=True)
+        ]
+        table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)
+        atomic_write(output, csv_bytes(("id", "prediction", "correct"), table))
+        manifest = Manifest(folder)
+        manifest.describe(
+            versions=versions(),
+            model=inputs["model"],
+            dtype=inputs["model"]["dtype"],
+            sites=list(SITES),
+            threshold=None,  # responses are means, nothing is counted
+            tokens={
+                "pooling": pooling,
+                "first_token": "excluded" if exclude_bos else "included",
+                "first_prompt_ids": questions.ids[0][:8],
+                "padding": "left, masked; position ids are explicit",
+                "pooled": sum(n_pooled),
+            },
+            batch_plan={
+                "batch_tokens": batch_tokens,
+                "batches": len(batches),
+                "order": "by split and language, then by length",
+            },
+            memory={
+                "responses": "streamed by block of prompts: one batch in memory, the rest on disk",
+                "responses_on_disk_bytes": responses.n_bytes,
+                "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
+            },
+            fallbacks=fallbacks(inputs["model"]),
+        )
+        manifest.finish("record", inputs, [output, path])
+        journal.remove()
     return sum(correct) / len(correct)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,16 @@ def test_an_error_saves_nothing_an_interrupt_saves_all(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_and_stale_files_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".effects.csv.x.tmp").write_bytes(b"half")
-    with locked(tmp_path):
+    other = (
+        "import sys, pathlib; from relneuron.manifest import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('in')"
+    )
+    words = [sys.executable, "-c", other, str(tmp_path)]
+    with locked(tmp_path), locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-        with pytest.raises(RelneuronError, match="another process"), locked(tmp_path):
-            pass
-    with locked(tmp_path):
-        pass
+        refused = subprocess.run(words, capture_output=True, text=True)
+        assert "another process is writing" in refused.stderr
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "in\n"
 
 
 def test_memory_maps_are_a_safetensors_file(tmp_path: Path) -> None:
