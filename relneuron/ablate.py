@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from relneuron.artifact import (
     Json,
     NeuronFile,
@@ -26,7 +24,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.manifest import Journal, Manifest, locked, versions
+from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
 from relneuron.model import describe_model, find_gated_mlps, model_shape
 from relneuron.patch import Patch, check_canary, mask_states
 from relneuron.predict import Asker, encode, is_correct, plan_batches
@@ -140,7 +138,7 @@ def ablate_prompts(
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
         total = len(conditions) * len(prompts)
-        bar = tqdm(total=total, desc="ablate", unit="prompt", disable=True if quiet else None)
+        bar = progress_bar(total, "ablate", "prompt", quiet)
         with bar, journal:
             for condition, off in conditions.items():
                 with Patch(mlps, mask_states([off], mlps), backend=backend):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from relneuron import ops
 from relneuron.artifact import (
@@ -29,7 +28,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
-from relneuron.manifest import Manifest, json_digest
+from relneuron.manifest import Manifest, json_digest, progress_bar
 from relneuron.scores.ap import sample_labels
 from relneuron.scores.ranking import n_neurons, top_k
 
@@ -112,7 +111,7 @@ def identify(
     }
     picked = torch.from_numpy(labels[usable])
     total = shape["layers"] * len(SITES)
-    bar = tqdm(total=total, desc="identify", unit="block", disable=True if quiet else None)
+    bar = progress_bar(total, "identify", "block", quiet)
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
     with bar, safe_open(path, "pt") as file:
         for layer in range(shape["layers"]):

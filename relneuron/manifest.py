@@ -205,6 +205,13 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def progress_bar(total: int, stage: str, unit: str, quiet: bool) -> Any:
+    """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=stage, unit=unit, disable=True if quiet else None)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; a second process is refused at once. May be nested."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from relneuron.artifact import (
     SITES,
@@ -24,7 +23,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.manifest import Journal, Manifest, locked, versions
+from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
 from relneuron.model import GatedMLP, describe_model, fallbacks, find_gated_mlps, model_shape
 from relneuron.patch import LayerState, Patch, Tokens
 from relneuron.predict import Asker, Questions, encode, is_correct, plan_batches
@@ -120,7 +119,7 @@ def _ask_all(
 ) -> None:
     """Ask every batch that the journal lacks; det batches leave their responses, too."""
     total = len(questions.prompts)
-    bar = tqdm(total=total, desc="record", unit="prompt", disable=True if quiet else None)
+    bar = progress_bar(total, "record", "prompt", quiet)
     with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
 
         def pool_the_prompt(step: int, mask: Tensor) -> None:
