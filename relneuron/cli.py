@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -402,6 +403,7 @@ _DISK = {
 def main() -> None:
     """Run the command line and turn every error into one line of cause and one of fix."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         from transformers.utils import logging as transformers_logging
 

@@ -51,6 +51,14 @@ def identify_inputs(
     }
 
 
+def check_options(method: str, top: int | None) -> None:
+    """Refuse what `identify` cannot do."""
+    if method != "ap":
+        raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
+    if top is not None and top < 1:
+        raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
+
+
 def default_top(shape: dict[str, int]) -> int:
     """3,000 neurons as in the paper, but at most a tenth of a small model's."""
     return min(PAPER_TOP, int(DEFAULT_SHARE * n_neurons(shape)))
@@ -74,10 +82,7 @@ def identify(
     scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D) float32. One
     layer and site is read and scored at a time. `top` defaults to `default_top`.
     """
-    if method != "ap":
-        raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
-    if top is not None and top < 1:
-        raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
+    check_options(method, top)
     refuse_overwrite(output, force)
     prompts = read_prompts(folder / "prompts.jsonl")
     det = [prompt for prompt in prompts if prompt.split == "det"]

@@ -295,8 +295,6 @@ def describe_model(name: str, model: Any, mlps: Sequence[GatedMLP], backend: str
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(raw.numpy().tobytes())
     parameter = next(model.parameters())
-    if backend == "auto":
-        backend = next(b for b in ("triton", "cpu", "reference") if _runs(b, parameter.device))
     return {
         "id": name,
         "revision": getattr(model.config, "_commit_hash", None),
@@ -306,7 +304,7 @@ def describe_model(name: str, model: Any, mlps: Sequence[GatedMLP], backend: str
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": parameter.device.type,
-        "backend": backend,
+        "backend": _resolve_backend(backend, parameter.device.type),
         "digest": digest.hexdigest(),
     }
 
@@ -321,6 +319,19 @@ def fallbacks(described: Json) -> list[str]:
     return [f"backend {described['backend']} in place of {made_for}: {why}"]
 
 
-def _runs(backend: str, device: torch.device) -> bool:
-    works = ops.available_backends()[backend].works
-    return works and {"triton": "cuda", "cpu": "cpu"}.get(backend, device.type) == device.type
+def _resolve_backend(backend: str, device: str) -> str:
+    """The backend that "auto" means on a device; one that is asked for must work there."""
+    status = ops.available_backends()
+    if backend == "auto":
+        made_for = {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
+        return made_for if status[made_for].works else "reference"
+    if backend not in status:
+        raise RelneuronError(
+            f"unknown backend {backend!r}", f"use auto, {', '.join(status)}", exit_code=2
+        )
+    if not status[backend].works:
+        raise RelneuronError(
+            f"backend {backend} does not work here: {status[backend].detail}",
+            "leave out --backend, or see `relneuron doctor`",
+        )
+    return backend

@@ -51,6 +51,12 @@ def record_inputs(
     }
 
 
+def check_pooling(pooling: str) -> None:
+    """Refuse what `record` cannot do."""
+    if pooling not in POOLING:
+        raise RelneuronError(f"unknown pooling {pooling!r}", f"use {' or '.join(POOLING)}", 2)
+
+
 def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
     """Which tokens (B, T) of a left- or right-padded batch enter a prompt's response, as bool.
 
@@ -165,8 +171,7 @@ def record(
     the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
     map, and a journal of finished batches lets a killed run go on with the same bits.
     """
-    if pooling not in POOLING:
-        raise RelneuronError(f"unknown pooling {pooling!r}", f"use {' or '.join(POOLING)}", 2)
+    check_pooling(pooling)
     output = folder / "validated.csv"
     refuse_overwrite(output, force)
     prompts = read_prompts(prompts_path)

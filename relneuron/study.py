@@ -13,12 +13,12 @@ from typing import Any
 from relneuron.ablate import ablate_inputs, ablate_prompts
 from relneuron.artifact import RelneuronError, sha256
 from relneuron.facts import SUFFIX, read_relations, split_facts
-from relneuron.identify import identify, identify_inputs
+from relneuron.identify import check_options, identify, identify_inputs
 from relneuron.manifest import Manifest, locked
 from relneuron.model import describe_model, find_gated_mlps, load_model, load_tokenizer
 from relneuron.predict import encode
 from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
-from relneuron.record import record, record_inputs
+from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
 
 
@@ -43,6 +43,10 @@ class Options:
     revision: str | None = None
     backend: str = "auto"
     drop_responses: bool = False
+
+    def __post_init__(self) -> None:
+        check_options(self.method, self.top)
+        check_pooling(self.pooling)
 
 
 def open_study(folder: Path, force: bool) -> Manifest:

@@ -96,6 +96,26 @@ def test_bad_models(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["--backend", "cuda"], "unknown backend"),
+        (["--dtype", "int8"], "unknown dtype"),
+        (["--splits", "eva,test"], "unknown split"),
+        (["--method", "lape"], "unknown method"),
+        (["--pooling", "max"], "unknown pooling"),
+        (["--top", "0"], "--top"),
+    ],
+)
+def test_bad_options(
+    relneuron: Any, model_folder: Path, fact_folder: Path, tmp_path: Path, words: Any, cause: str
+) -> None:
+    out = tmp_path / "out"
+    command = ["run", model_folder, "--facts", fact_folder, "-o", out, "--eva", "8", "--quiet"]
+    check_refused(relneuron(*command, *words), cause)
+    assert not out.exists()
+
+
 def check_refused(result: tuple[int, str, str], cause: str) -> None:
     code, out, err = result
     assert code in (1, 2)
@@ -268,7 +288,6 @@ def test_usage_errors_and_unexpected_errors(
 ) -> None:
     assert relneuron("no-such-command")[0] == 2
     assert relneuron("run")[0] == 2
-    check_refused(relneuron("identify", by_stages, "-o", tmp_path / "n", "--top", "0"), "--top")
     check_refused(relneuron("identify", by_stages, "-o", tmp_path / "n", "--method", "x"), "method")
 
     def interrupted(*_: object, **__: object) -> None:

@@ -382,7 +382,10 @@ def _import_or_error(name: str) -> ModuleType | ImportError:
 def _cpu_module() -> ModuleType:
     module = _import_or_error("relneuron._cpu")
     if isinstance(module, ImportError):
-        raise ImportError(f"the C++ extension relneuron._cpu is not usable: {module}")
+        raise ImportError(
+            f"the C++ extension relneuron._cpu is not usable ({module}); "
+            "to have it, install relneuron with a C++ compiler"
+        )
     return module
 
 
