@@ -25,7 +25,7 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
-from relneuron.model import describe_model, find_gated_mlps, model_shape
+from relneuron.model import describe_model, find_gated_mlps, model_shape, same_model
 from relneuron.patch import Patch, check_canary, mask_states
 from relneuron.predict import Asker, encode, is_correct, plan_batches
 from relneuron.scores.ranking import random_neurons
@@ -45,7 +45,7 @@ def ablate_inputs(
 ) -> Json:
     """What the stage depends on, for the manifest."""
     return {
-        "model": model,
+        "model": same_model(model),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
         "splits": list(splits),
@@ -125,8 +125,9 @@ def ablate_prompts(
     batches = plan_batches(questions, batch_tokens)
     asker = Asker(model, tokenizer)
     check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
+    described = describe_model(name, model, mlps, backend)
     inputs = ablate_inputs(
-        describe_model(name, model, mlps, backend),
+        described,
         neurons_path,
         prompts_path,
         splits=splits,
@@ -169,7 +170,7 @@ def ablate_prompts(
         manifest = Manifest(output.parent)
         manifest.describe(
             versions=versions(),
-            model=inputs["model"],
+            model=described,
             seeds=manifest.data.get("seeds", {}) | {"random": list(range(random_seeds))},
         )
         manifest.finish(

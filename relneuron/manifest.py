@@ -59,6 +59,15 @@ def json_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _flat(value: Json, prefix: str = "") -> Json:
+    """A nested dictionary with dotted keys."""
+    result: Json = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        result |= _flat(item, f"{name}.") if isinstance(item, dict) else {name: item}
+    return result
+
+
 class Manifest:
     """manifest.json of a folder: which stages are done, from what, and every file's digest.
 
@@ -88,11 +97,11 @@ class Manifest:
             return False
         inputs = json.loads(json.dumps(inputs))
         if entry["inputs"] != inputs:
-            keys = sorted(entry["inputs"].keys() | inputs.keys())
+            before, now = _flat(entry["inputs"]), _flat(inputs)
             changed = [
-                f"{key}: {entry['inputs'].get(key)} -> {inputs.get(key)}"
-                for key in keys
-                if entry["inputs"].get(key) != inputs.get(key)
+                f"{key}: {before.get(key)} -> {now.get(key)}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
             ]
             if not force:
                 raise RelneuronError(

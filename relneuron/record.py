@@ -24,7 +24,14 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
-from relneuron.model import GatedMLP, describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.model import (
+    GatedMLP,
+    describe_model,
+    fallbacks,
+    find_gated_mlps,
+    model_shape,
+    same_model,
+)
 from relneuron.patch import LayerState, Patch, Tokens
 from relneuron.predict import Asker, Questions, encode, is_correct, plan_batches
 
@@ -42,7 +49,7 @@ def record_inputs(
 ) -> Json:
     """What the stage depends on, for the manifest."""
     return {
-        "model": model,
+        "model": same_model(model),
         "prompts": sha256(prompts),
         "batch_tokens": batch_tokens,
         "pooling": pooling,
@@ -185,8 +192,9 @@ def record(
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
     if min(n_pooled) < 1:
         raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
+    described = describe_model(name, model, mlps, backend)
     inputs = record_inputs(
-        describe_model(name, model, mlps, backend),
+        described,
         prompts_path,
         batch_tokens=batch_tokens,
         pooling=pooling,
@@ -228,8 +236,8 @@ def record(
         manifest = Manifest(folder)
         manifest.describe(
             versions=versions(),
-            model=inputs["model"],
-            dtype=inputs["model"]["dtype"],
+            model=described,
+            dtype=described["dtype"],
             sites=list(SITES),
             threshold=None,  # responses are means, nothing is counted
             tokens={
@@ -249,7 +257,7 @@ def record(
                 "responses_on_disk_bytes": responses.n_bytes,
                 "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
             },
-            fallbacks=fallbacks(inputs["model"]),
+            fallbacks=fallbacks(described),
         )
         manifest.finish("record", inputs, [output, path])
         journal.remove()

@@ -237,6 +237,18 @@ def test_other_options_in_the_same_folder_are_refused(
     changed = Options(**{**OPTIONS.__dict__, "top": 41})
     with pytest.raises(RelneuronError, match="top: 40 -> 41"):
         run_study(str(model_folder), fact_folder, study, changed, quiet=True)
+    changed = Options(**{**OPTIONS.__dict__, "dtype": "bfloat16"})
+    with pytest.raises(RelneuronError, match="model.dtype: float32 -> bfloat16"):
+        run_study(str(model_folder), fact_folder, study, changed, quiet=True)
+    assert contents(study) == before
+
+
+def test_the_same_model_by_another_path_is_the_same_study(
+    study: Path, model_folder: Path, fact_folder: Path
+) -> None:
+    before = contents(study)
+    path = model_folder / ".." / model_folder.name
+    run_study(str(path), fact_folder, study, OPTIONS, quiet=True)
     assert contents(study) == before
 
 
