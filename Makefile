@@ -24,7 +24,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
-	$(PIP) install -c constraints.txt -e '.[all]'
+	$(PIP) install -c constraints.txt -e '.[hf,cli,plot]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(INPUTS)

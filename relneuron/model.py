@@ -173,10 +173,10 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
         and (hasattr(module, "gate_up_proj") or hasattr(module, "gate_proj"))
     ]
     if len(found) != 1:
-        if found:
-            return Verdict(number, None, f"{len(found)} gated MLPs ({', '.join(found)}), not one")
         if any("expert" in name for name in names):
             return Verdict(number, None, "mixture of experts, not one gated MLP")
+        if found:
+            return Verdict(number, None, f"{len(found)} gated MLPs ({', '.join(found)}), not one")
         maps = [name for name, m in names.items() if getattr(m, "weight", torch.ones(1)).dim() == 2]
         return Verdict(number, None, f"no gated MLP (linear maps: {', '.join(maps) or 'none'})")
     module = names[found[0]]
