@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def ablate_prompts(
     nats of the object's first token after the prompt. `output` is .csv or .parquet.
     """
     refuse_overwrite(output, force)
+    check_format(output)
     neurons = NeuronFile.read(neurons_path)
     prompts = [p for p in read_prompts(prompts_path) if p.split in splits]
     if not prompts:
@@ -124,8 +126,8 @@ def ablate_prompts(
     questions = encode(tokenizer, model, prompts)
     batches = plan_batches(questions, batch_tokens)
     asker = Asker(model, tokenizer)
-    check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
     described = describe_model(name, model, mlps, backend)
+    check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
     inputs = ablate_inputs(
         described,
         neurons_path,
@@ -187,18 +189,22 @@ def ablate_prompts(
     return accuracy
 
 
+def check_format(output: Path) -> None:
+    """Refuse a table format that cannot be written, before any prompt is asked."""
+    if output.suffix not in (".csv", ".parquet"):
+        raise RelneuronError(f"{output} is neither .csv nor .parquet", "choose one of the two", 2)
+    if output.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise RelneuronError(
+            "writing .parquet needs pyarrow", "pip install 'relneuron[data]', or write .csv"
+        )
+
+
 def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
     if path.suffix == ".csv":
         return csv_bytes(EFFECTS, effects)
-    if path.suffix != ".parquet":
-        raise RelneuronError(f"{path} is neither .csv nor .parquet", "choose one of the two", 2)
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RelneuronError(
-            "writing .parquet needs pyarrow", "pip install relneuron[data], or write .csv"
-        ) from error
+    import pyarrow
+    import pyarrow.parquet
+
     columns = dict(zip(EFFECTS, map(list, zip(*effects, strict=True)), strict=True))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), sink)

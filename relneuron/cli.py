@@ -263,10 +263,11 @@ def ablate(
     debug: Debug = False,
 ) -> None:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
-    from relneuron.ablate import ablate_prompts
+    from relneuron.ablate import ablate_prompts, check_format
     from relneuron.artifact import NeuronFile, refuse_overwrite, require
 
     refuse_overwrite(output, force)
+    check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     NeuronFile.read(neurons)
     loaded, tokenizer = _load(model, dtype, device, revision)
@@ -402,15 +403,11 @@ _DISK = {
 
 def main() -> None:
     """Run the command line and turn every error into one line of cause and one of fix."""
+    # Read by transformers when, and if, a command imports it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    try:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-    except ImportError:
-        pass
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer's own catch of an interrupt

@@ -85,7 +85,7 @@ class Manifest:
                     f"{self.path} has the schema {schema!r}, this version reads {SCHEMA!r}",
                     "use another folder, or the version of relneuron that wrote it",
                 )
-            self.data = data
+            self.data |= data
 
     def is_done(self, stage: str, inputs: Json, *, force: bool = False) -> bool:
         """Whether `stage` was finished from the same inputs and its files are as it left them.
@@ -109,9 +109,10 @@ class Manifest:
                     "use another output, or --force to make it and all that follows anew",
                 )
             return False
-        return all(self._is_intact(name, force) for name in entry["files"])
+        return all(self.is_intact(name, force=force) for name in entry["files"])
 
-    def _is_intact(self, name: str, force: bool) -> bool:
+    def is_intact(self, name: str, *, force: bool = False) -> bool:
+        """Whether a file is there as it was written; a changed one raises, unless `force`."""
         path, known = self.path.parent / name, self.data["files"][name]
         if known.get("dropped"):
             return True

@@ -75,16 +75,21 @@ class Patch:
     ) -> None:
         in_order = True
         for module, before, ours in self._saved:
-            in_order &= module.__dict__.get("forward") is ours
+            current = module.__dict__.get("forward")
+            in_order &= current is ours
+            # Not ours and not on top of ours: an outer patch has taken this one off already, and
+            # to put back what stood before it would bring a dead patch to life.
+            if not (isinstance(current, _Forward) and self in current.patches):
+                continue
             if before is _ABSENT:
-                module.__dict__.pop("forward", None)
+                module.__dict__.pop("forward")
             else:
                 module.__dict__["forward"] = before
         self._saved.clear()
         if not in_order and error is None:
             raise RelneuronError(
                 "patches were taken off in another order than last-in first-out",
-                "leave the inner context first; the modules are as they were before this patch",
+                "leave the inner context first; no neuron of this patch is off any more",
             )
 
 

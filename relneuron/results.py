@@ -26,9 +26,9 @@ from relneuron.artifact import (
     read_csv,
     read_prompts,
     require,
-    sha256,
 )
 from relneuron.manifest import Manifest
+from relneuron.scores import ranking
 
 Array = NDArray[np.float64]
 Key = tuple[str, str, str]  # condition, relation, split
@@ -67,22 +67,17 @@ class Study:
 
     @property
     def n_neurons(self) -> int:
-        """L (2 F + D): the outputs of gate_proj, up_proj and down_proj over all layers."""
-        shape = self.neurons.model
-        return int(shape["layers"] * (2 * shape["width"] + shape["hidden"]))
+        return ranking.n_neurons(self.neurons.model)
 
 
 def read_study(folder: Path) -> Study:
     """Read a study directory; a file whose digest is not the manifest's raises."""
     for name, made_by in INPUTS.items():
         require(folder / name, made_by)
-    manifest = Manifest(folder).data
-    for name, entry in manifest.get("files", {}).items():
-        if name in INPUTS and sha256(folder / name) != entry["sha256"]:
-            raise RelneuronError(
-                f"{folder / name} is not the file that the manifest describes (its digest differs)",
-                f"restore it, or make it anew: relneuron {INPUTS[name]}",
-            )
+    described = Manifest(folder)
+    for name in INPUTS.keys() & described.data["files"].keys():
+        described.is_intact(name)
+    manifest = described.data
     # A report does not describe itself.
     manifest.get("stages", {}).pop("report", None)
     manifest.get("files", {}).pop("report.html", None)

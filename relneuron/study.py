@@ -20,6 +20,7 @@ from relneuron.predict import encode
 from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
+from relneuron.results import INPUTS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run_study(
     o, name = options, name or model_path
     if not facts.exists():
         raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
-    manifest = open_study(folder, force)
+    open_study(folder, force)
     relations = read_relations(facts, suffix=o.suffix)
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
@@ -165,8 +166,8 @@ def run_study(
 def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
-    names = ("prompts.jsonl", "validated.csv", "neurons.json", "effects.csv", "accuracy.csv")
-    inputs = {name: sha256(folder / name) for name in names if (folder / name).exists()}
+    names = [name for name in INPUTS if name != "manifest.json" and (folder / name).exists()]
+    inputs = {name: sha256(folder / name) for name in names}
     if resume and manifest.is_done("report", inputs, force=force):
         return output
     write_report(folder, output, force=force or resume)

@@ -25,11 +25,11 @@ ALLOWED = {
     "model": {"ops", "artifact"},
     "patch": {"ops", "artifact", "model"},
     "predict": {"artifact"},
-    "results": {"artifact", "manifest"},
+    "results": {"artifact", "manifest", "scores"},
     "figures": {"results", "artifact"},
     "doctor": {"ops", "manifest", "model"},
     "demo": {"demo", "artifact", "facts", "predict"},
-    "study": STAGES | {"artifact", "manifest", "facts", "model", "predict"},
+    "study": STAGES | {"artifact", "manifest", "facts", "model", "predict", "results"},
     "cli": STAGES | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"},
     **dict.fromkeys(
         STAGES,

@@ -5,6 +5,7 @@ Also the stages as single commands: they write what `run` writes.
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import shutil
@@ -297,6 +298,17 @@ def test_usage_errors_and_unexpected_errors(
     code, _, err = relneuron("report", by_stages, "-o", "r.html")
     assert code == 130
     assert f"relneuron report {by_stages} -o r.html" in err
+
+
+def test_a_table_format_is_refused_before_any_work(
+    relneuron: Any, by_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["ablate", tmp_path / "no model", by_stages / "neurons.json"]
+    words.append(by_stages / "prompts.jsonl")
+    check_refused(relneuron(*words, "-o", tmp_path / "effects.xlsx"), "neither .csv nor .parquet")
+    stage = importlib.import_module("relneuron.ablate")  # the package's name is the context manager
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    check_refused(relneuron(*words, "-o", tmp_path / "effects.parquet"), "needs pyarrow")
 
 
 def test_parquet_holds_the_same_rows(

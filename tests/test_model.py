@@ -169,9 +169,10 @@ def test_leaving_out_of_order_restores_and_raises(llama: Any) -> None:
     outer, inner = relneuron.ablate(llama, NEURONS), relneuron.ablate(llama, NEURONS)
     outer.__enter__()
     inner.__enter__()
-    with pytest.raises(RelneuronError, match="last-in first-out"):
-        outer.__exit__(None, None, None)
-    assert attributes(llama) == before
+    for context in (outer, inner):
+        with pytest.raises(RelneuronError, match="last-in first-out"):
+            context.__exit__(None, None, None)
+        assert attributes(llama) == before
 
 
 def greedy(model: Any, tokens: Tensor, n: int) -> list[int]:
