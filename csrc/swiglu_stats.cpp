@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -15,19 +18,19 @@ namespace {
 
 struct Level {
   const char* name;
-  SwigluStatsColumns* run;
+  const SwigluStatsKernel* kernel;
   bool works;
 };
 
 std::vector<Level> usable_levels() {
   std::vector<Level> levels;
-  levels.push_back({"portable", portable::swiglu_stats_columns, true});
+  levels.push_back({"portable", &portable::swiglu_stats_kernel, true});
 #ifdef RELNEURON_HAVE_AVX2
-  levels.push_back({"avx2", avx2::swiglu_stats_columns,
+  levels.push_back({"avx2", &avx2::swiglu_stats_kernel,
                     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")});
 #endif
 #ifdef RELNEURON_HAVE_AVX512
-  levels.push_back({"avx512", avx512::swiglu_stats_columns,
+  levels.push_back({"avx512", &avx512::swiglu_stats_kernel,
                     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
 #endif
@@ -36,11 +39,11 @@ std::vector<Level> usable_levels() {
   return levels;
 }
 
-SwigluStatsColumns* find_level(const std::string& isa) {
+const SwigluStatsKernel& find_kernel(const std::string& isa) {
   const std::vector<Level> levels = usable_levels();
-  if (isa.empty()) return levels.back().run;
+  if (isa.empty()) return *levels.back().kernel;
   for (const Level& level : levels) {
-    if (isa == level.name) return level.run;
+    if (isa == level.name) return *level.kernel;
   }
   throw std::invalid_argument("swiglu_stats: isa must be one of isa_levels(), got " + isa);
 }
@@ -64,9 +67,71 @@ class DefaultFloatMode {
 // A thread costs some 10 microseconds to start, about what it takes to process this many elements.
 // Derived from that, not yet measured.
 constexpr int64_t min_elements_per_thread = 1 << 15;
-// Threads share no cache line of h: 64 columns are 128 bytes in 16-bit types. Also a multiple of
-// 32, as expand_mask asks.
-constexpr int64_t column_step = 64;
+
+// The plan's segments and slots, and the tokens of each group.
+void plan_groups(const SwigluStatsArgs& args, SwigluStatsPlan& plan) {
+  plan.slots.assign(static_cast<size_t>(args.T), -1);
+  std::vector<int32_t> slot_of_group(static_cast<size_t>(args.G), -1);
+  Segment segment;
+  const auto finish = [&](int64_t t_end) {
+    segment.t_end = t_end;
+    for (const int32_t group : segment.groups) slot_of_group[static_cast<size_t>(group)] = -1;
+    plan.n_slots = std::max(plan.n_slots, static_cast<int64_t>(segment.groups.size()));
+    plan.segments.push_back(std::move(segment));
+    segment = Segment();
+    segment.t_begin = t_end;
+  };
+  for (int64_t t = 0; t < args.T; ++t) {
+    const int32_t group = args.group_ids ? args.group_ids[t] : 0;
+    const bool is_counted = args.tokens && group >= 0;
+    const bool is_new = is_counted && slot_of_group[static_cast<size_t>(group)] < 0;
+    if (t - segment.t_begin == segment_rows_max ||
+        (is_new && segment.groups.size() == n_slots_max)) {
+      finish(t);
+    }
+    if (!is_counted) continue;
+    int32_t& slot = slot_of_group[static_cast<size_t>(group)];
+    if (slot < 0) {
+      slot = static_cast<int32_t>(segment.groups.size());
+      segment.groups.push_back(group);
+    }
+    plan.slots[static_cast<size_t>(t)] = slot;
+    args.tokens[group] += 1;
+  }
+  finish(args.T);
+}
+
+// act of every 16-bit gate, made at the first call that needs it: 256 KiB each.
+const float* act_table(DType dtype, Activation activation) {
+  struct Table {
+    std::once_flag once;
+    std::unique_ptr<float[]> values;
+  };
+  static Table tables[2][4];
+  Table& table = tables[dtype == DType::float16][static_cast<int>(activation)];
+  std::call_once(table.once, [&] {
+    const DefaultFloatMode mode;
+    std::unique_ptr<float[]> values(new float[65536]);
+    portable::swiglu_stats_kernel.fill_act_table(dtype, activation, values.get());
+    table.values = std::move(values);
+  });
+  return table.values.get();
+}
+
+// A matrix h of this size is stored past the caches: whoever reads it next would hardly find it
+// there, and its lines need not be read before they are written.
+constexpr int64_t stream_bytes_min = 16 << 20;
+
+bool should_stream(const SwigluStatsArgs& args) {
+  const int64_t element_bytes = args.dtype == DType::float32 ? 4 : 2;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 &&
+                          args.stride_ht * element_bytes % 64 == 0;
+  return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
+}
+
+struct AlignedDelete {
+  void operator()(unsigned char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
 
 }  // namespace
 
@@ -77,33 +142,37 @@ std::vector<const char*> isa_levels() {
 }
 
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
-  SwigluStatsColumns* const run = find_level(isa);
-  if (args.tokens) {
-    for (int64_t t = 0; t < args.T; ++t) {
-      const int32_t group = args.group_ids ? args.group_ids[t] : 0;
-      if (group >= 0) args.tokens[group] += 1;
-    }
+  const SwigluStatsKernel& kernel = find_kernel(isa);
+  SwigluStatsPlan plan;
+  plan_groups(args, plan);
+  if (args.dtype != DType::float32 && args.activation != Activation::residual) {
+    plan.act_table = act_table(args.dtype, args.activation);
   }
-  const auto run_range = [&args, run](int64_t f_begin, int64_t f_end) {
-    const DefaultFloatMode mode;
-    run(args, f_begin, f_end);
-  };
+  plan.stream = should_stream(args);
 
   const int64_t n_steps = (args.F + column_step - 1) / column_step;
   const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
-  const int64_t n_parts = std::min({static_cast<int64_t>(std::max(1, n_threads)), n_steps, worthwhile});
+  const int64_t n_parts = std::max<int64_t>(
+      1, std::min({static_cast<int64_t>(n_threads), n_steps, worthwhile}));
+  const int64_t scratch_bytes = (kernel.scratch_bytes(args, plan) + 63) / 64 * 64;
+  const std::unique_ptr<unsigned char, AlignedDelete> scratch(static_cast<unsigned char*>(
+      ::operator new(static_cast<size_t>(scratch_bytes * n_parts), std::align_val_t(64))));
+  const auto run_range = [&](int64_t part, int64_t f_begin, int64_t f_end) {
+    const DefaultFloatMode mode;
+    kernel.columns(args, plan, f_begin, f_end, scratch.get() + part * scratch_bytes);
+  };
   std::vector<std::thread> threads;
-  int64_t f_begin = 0;
-  for (int64_t part = 0; part + 1 < n_parts; ++part) {
+  int64_t f_begin = 0, part = 0;
+  for (; part + 1 < n_parts; ++part) {
     const int64_t f_end = n_steps * (part + 1) / n_parts * column_step;
     try {
-      threads.emplace_back(run_range, f_begin, f_end);
+      threads.emplace_back(run_range, part, f_begin, f_end);
     } catch (const std::system_error&) {
       break;  // no more threads to be had: this one does the rest
     }
     f_begin = f_end;
   }
-  run_range(f_begin, args.F);
+  run_range(part, f_begin, args.F);
   for (std::thread& thread : threads) thread.join();
 }
 

@@ -10,7 +10,8 @@ namespace relneuron {
 
 // The numbers are the positions in the tuples of the same names in Python.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+// `residual` is the op residual_stats: h = up + gate where kept; its one site is the gate's.
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, residual = 4 };
 enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_sites_max = 4 };
 
 // A null pointer says that the argument was not given. Strides count elements.
@@ -52,16 +53,46 @@ std::vector<const char*> isa_levels();
 // bit for bit for every isa and n_threads. Throws std::invalid_argument on an unknown isa.
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads);
 
-// The columns [f_begin, f_end) of all rows, one function per instruction set.
-using SwigluStatsColumns = void(const SwigluStatsArgs& args, int64_t f_begin, int64_t f_end);
+// ---- Between swiglu_stats.cpp and the kernel of each instruction set.
+
+// Rows [t_begin, t_end) whose tokens belong to a few groups: their statistics are added up in
+// cache, in one slot per group, and written back when the rows are done.
+struct Segment {
+  int64_t t_begin = 0, t_end = 0;
+  std::vector<int32_t> groups;  // of each slot
+};
+
+struct SwigluStatsPlan {
+  std::vector<Segment> segments;      // all rows, in order
+  std::vector<int32_t> slots;         // (T,): the slot of each token's group, -1 = not counted
+  int64_t n_slots = 0;                // the most of any segment
+  const float* act_table = nullptr;   // (65536,): act of each 16-bit gate; null in float32
+  bool stream = false;                // store h past the caches
+};
+
+// The most rows of a segment: a slot counts in 16 bits. And the most slots, so that the statistics of
+// a range of columns stay in the second-level cache.
+constexpr int64_t segment_rows_max = 65535;
+constexpr int n_slots_max = 64;
+// Columns that an instruction set takes at a time divide this; parts of threads begin at multiples.
+constexpr int64_t column_step = 64;
+
+struct SwigluStatsKernel {
+  // The columns [f_begin, f_end) of all rows. `scratch` has scratch_bytes, aligned to 64.
+  void (*columns)(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
+                  int64_t f_end, unsigned char* scratch);
+  int64_t (*scratch_bytes)(const SwigluStatsArgs& args, const SwigluStatsPlan& plan);
+  // act of every 16-bit pattern as a float32; the dtype is not float32.
+  void (*fill_act_table)(DType dtype, Activation activation, float* table);
+};
 namespace portable {
-SwigluStatsColumns swiglu_stats_columns;
+extern const SwigluStatsKernel swiglu_stats_kernel;
 }
 namespace avx2 {
-SwigluStatsColumns swiglu_stats_columns;
+extern const SwigluStatsKernel swiglu_stats_kernel;
 }
 namespace avx512 {
-SwigluStatsColumns swiglu_stats_columns;
+extern const SwigluStatsKernel swiglu_stats_kernel;
 }
 
 }  // namespace relneuron

@@ -140,20 +140,36 @@ def run(
     )
 
 
-def assert_same_stats(out: GroupStats, expected: GroupStats, *, sums: bool = True) -> None:
+def assert_same_stats(out: GroupStats, expected: GroupStats, *, exact_sums: bool = True) -> None:
+    """Equal bits; sums may instead have the rounding of float32 partial sums."""
     assert_same_bits(out.tokens, expected.tokens, "tokens")
-    for name in ("count", "max", "n_nonfinite", *(("sum", "sum_sq") if sums else ())):
+    for name in ("count", "max", "n_nonfinite", *(("sum", "sum_sq") if exact_sums else ())):
         for site in expected.sites if expected.moments or name == "count" else ():
             assert_same_bits(
                 getattr(out, name)[site], getattr(expected, name)[site], f"{name}[{site}]"
             )
+    if exact_sums or not expected.moments:
+        return
+    eps, smallest = torch.finfo(torch.float32).eps, 2.0**-149
+    n_tokens = expected.tokens.double().unsqueeze(1)
+    for site in expected.sites:
+        # The sum of the absolute values is at most sqrt(n * sum of squares).
+        scales = {
+            "sum": (n_tokens * expected.sum_sq[site]).sqrt(),
+            "sum_sq": expected.sum_sq[site] + n_tokens * smallest / eps,
+        }
+        for name, scale in scales.items():
+            error = (getattr(out, name)[site] - getattr(expected, name)[site]).abs()
+            assert bool((error <= 2 * eps * scale).all()), (
+                f"{name}[{site}]: off by {float((error / scale).nan_to_num().max()):.2g} of its scale"
+            )
 
 
-def assert_same(out: Result, expected: Result) -> None:
+def assert_same(out: Result, expected: Result, *, exact_sums: bool = False) -> None:
     """Everything but h, whose rounding may differ from torch's."""
     if expected.stats is not None:
         assert out.stats is not None
-        assert_same_stats(out.stats, expected.stats)
+        assert_same_stats(out.stats, expected.stats, exact_sums=exact_sums)
     for site, response in expected.responses.items():
         assert_same_bits(out.responses[site], response, f"responses[{site}]")
 
@@ -576,6 +592,7 @@ def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor, dict[str, Any]]
     results = [run(backend, gate, up, **kwargs) for backend in FUSED if backend != "triton"]
     for result in results:
         assert_same(result, expected)
+        assert_same(result, results[0], exact_sums=True)
         assert_same_bits(result.h, results[0].h, "h of two instruction sets")
 
 
@@ -602,9 +619,7 @@ def test_statistics_of_halves_merge(backend: str) -> None:
     second = run(backend, gate[11:], up[11:], group_ids=ids[11:], **kwargs)
     assert whole.stats is not None and first.stats is not None and second.stats is not None
     merged = first.stats + second.stats
-    assert_same_stats(merged, whole.stats, sums=False)
-    torch.testing.assert_close(merged._sum, whole.stats._sum, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged._sum_sq, whole.stats._sum_sq, rtol=1e-12, atol=1e-12)
+    assert_same_stats(merged, whole.stats, exact_sums=False)
     assert_same_bits(torch.cat([first.h, second.h]), whole.h, "h")
 
 
@@ -616,7 +631,7 @@ def test_order_of_tokens_does_not_matter(backend: str) -> None:
     one = run(backend, gate, up, group_ids=ids, **kwargs)
     other = run(backend, gate[order], up[order], group_ids=ids[order], **kwargs)
     assert one.stats is not None and other.stats is not None
-    assert_same_stats(other.stats, one.stats, sums=False)
+    assert_same_stats(other.stats, one.stats, exact_sums=False)
     assert_same_bits(other.h, one.h[order], "h")
 
 
@@ -624,7 +639,7 @@ def test_order_of_tokens_does_not_matter(backend: str) -> None:
 def test_two_runs_are_equal(backend: str) -> None:
     gate, up, kwargs = case("strided", torch.float32)
     one, two = run(backend, gate, up, **kwargs), run(backend, gate, up, **kwargs)
-    assert_same(one, two)
+    assert_same(one, two, exact_sums=True)
     assert_same_bits(one.h, two.h)
 
 
@@ -644,7 +659,7 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
     one = run(f"cpu-{isa}", gate, up, n_threads=1, **kwargs)
     for n_threads in (2, 3, 7):
         other = run(f"cpu-{isa}", gate, up, n_threads=n_threads, **kwargs)
-        assert_same(other, one)
+        assert_same(other, one, exact_sums=True)
         assert_same_bits(other.h, one.h)
 
 
@@ -653,7 +668,7 @@ def test_recording_happens_before_masking(backend: str) -> None:
     gate, up, kwargs = busy()
     keep = torch.zeros(1, 3, dtype=torch.int32)
     masked, free = run(backend, gate, up, keep=keep, **kwargs), run(backend, gate, up, **kwargs)
-    assert_same(masked, free)
+    assert_same(masked, free, exact_sums=True)
     assert_same_bits(masked.h, torch.zeros_like(gate))
 
 
@@ -712,7 +727,7 @@ def test_flush_to_zero_changes_nothing(backend: str) -> None:
         assert float(torch.tensor(1e-38) * 0.1) == 0.0, "the caller's mode must come back"
     finally:
         torch.set_flush_denormal(False)
-    assert_same(flushed, expected)
+    assert_same(flushed, expected, exact_sums=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

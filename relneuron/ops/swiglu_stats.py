@@ -68,10 +68,12 @@ def swiglu_stats(
     values go into it. T = 0 and F = 0 are allowed.
 
     Exactness. count, tokens, max and n_nonfinite are bit-identical between backends, splits of the
-    tokens, thread counts and runs. sum and sum_sq are float64 sums and responses float32 sums in
-    the order of the tokens, so they are bit-identical too for the same split, except that the
-    reference on a GPU leaves the order to torch. Subnormal values count also when torch flushes
-    them to zero elsewhere (`torch.set_flush_denormal`).
+    tokens, thread counts and runs. sum and sum_sq are float64 sums in the order of the tokens, in
+    which cpu adds up to 16 tokens at a time, and triton up to 256, in float32 first. Responses are
+    float32 sums in the order of the tokens (triton: in another fixed order). So for the same split
+    they are bit-identical between runs, and on a CPU between thread counts and instruction sets;
+    only the reference on a GPU leaves the order to torch. Subnormal values count also when torch
+    flushes them to zero elsewhere (`torch.set_flush_denormal`).
 
     Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
     inputs that require it are refused.

@@ -1,0 +1,186 @@
+// Vectors of the instruction set that a kernel file is compiled for: 16 floats with AVX-512, 8 with
+// AVX2, 4 otherwise (SSE2, NEON). They are GCC's vector types, so + - * / < & ?: work on them lane by
+// lane; below is what has no operator. Kernel files (*_kernel.cpp) include it inside nothing, in
+// namespace relneuron::RELNEURON_ISA, so that no inline function is shared between instruction sets.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace relneuron {
+namespace RELNEURON_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int n_lanes = 16;
+#elif defined(__AVX2__)
+constexpr int n_lanes = 8;
+#else
+constexpr int n_lanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * n_lanes)));
+typedef int32_t I32 __attribute__((vector_size(4 * n_lanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * n_lanes)));
+typedef uint16_t U16 __attribute__((vector_size(2 * n_lanes)));       // as many lanes
+typedef uint16_t U16Pairs __attribute__((vector_size(4 * n_lanes)));  // twice as many
+typedef double F64 __attribute__((vector_size(4 * n_lanes)));  // half as many lanes
+
+#define RELNEURON_INLINE inline __attribute__((always_inline))
+#define RELNEURON_LAMBDA __attribute__((always_inline))
+
+template <typename Vector>
+RELNEURON_INLINE Vector load(const void* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector>
+RELNEURON_INLINE void store(void* to, Vector v) {
+  memcpy(to, &v, sizeof v);
+}
+
+// Past the caches, to an address that is a multiple of the vector's size.
+RELNEURON_INLINE void stream(void* to, U32 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
+#else
+  store(to, v);
+#endif
+}
+
+RELNEURON_INLINE F32 splat(float x) { return x - F32{}; }
+RELNEURON_INLINE U32 splat(uint32_t x) { return x - U32{}; }
+RELNEURON_INLINE U32 bits_of(F32 x) { return reinterpret_cast<U32>(x); }
+RELNEURON_INLINE F32 float_of(U32 x) { return reinterpret_cast<F32>(x); }
+
+// a > b ? a : b, so b where one of them is NaN.
+RELNEURON_INLINE F32 larger(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_max_ps(a, b));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(_mm256_max_ps(a, b));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The largest integer <= x, for |x| < 2^31; anything for NaN.
+RELNEURON_INLINE F32 floor_of(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_floor_ps(x);
+#else
+  const F32 whole = __builtin_convertvector(__builtin_convertvector(x == x ? x : F32{}, I32), F32);
+  return whole - (whole > x ? splat(1.0f) : F32{});
+#endif
+}
+
+// x * 2^n for an integer n in [-252, 254] and a normal x * 2^(n / 2), rounded once.
+RELNEURON_INLINE F32 times_power_of_2(F32 x, F32 n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(x, n);
+#else
+  // Two exact factors: the first keeps x normal, the second rounds if it must.
+  const I32 whole = __builtin_convertvector(n == n ? n : F32{}, I32);
+  const I32 half = whole >> 1;
+  return x * reinterpret_cast<F32>((half + 127) << 23) *
+         reinterpret_cast<F32>((whole - half + 127) << 23);
+#endif
+}
+
+// table[index] for 16-bit indices.
+RELNEURON_INLINE F32 look_up(const float* table, U32 index) {
+#if defined(__AVX512F__)
+  return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4);
+#elif defined(__AVX2__)
+  return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4);
+#else
+  F32 result;
+  for (int lane = 0; lane < n_lanes; ++lane) result[lane] = table[index[lane]];
+  return result;
+#endif
+}
+
+// count + increment where a > b. The comparison is false for NaN.
+RELNEURON_INLINE U32 add_where_greater(U32 count, F32 a, F32 b, uint32_t increment) {
+#if defined(__AVX512F__)
+  const __m512i old = reinterpret_cast<__m512i>(count);
+  return reinterpret_cast<U32>(_mm512_mask_add_epi32(old, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), old,
+                                                     _mm512_set1_epi32(static_cast<int>(increment))));
+#else
+  return count + (reinterpret_cast<U32>(a > b) & increment);
+#endif
+}
+
+// All ones in the lanes that are NaN or infinite.
+RELNEURON_INLINE I32 nonfinite(F32 x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u; }
+
+RELNEURON_INLINE bool any_nonfinite(F32 x) {
+#if defined(__AVX512F__)
+  // Quiet and signalling NaN, the two infinities.
+  return _mm512_fpclass_ps_mask(x, 0x01 | 0x80 | 0x08 | 0x10) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(nonfinite(x))) != 0;
+#else
+  const I32 lanes = nonfinite(x);
+  return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
+#endif
+}
+
+// x where the bit of the lane's number is set, else zeros.
+RELNEURON_INLINE U32 where_bits(uint32_t bits, U32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(
+      _mm512_maskz_mov_epi32(static_cast<__mmask16>(bits), reinterpret_cast<__m512i>(x)));
+#else
+  U32 bit;
+  for (int lane = 0; lane < n_lanes; ++lane) bit[lane] = 1u << lane;
+  return x & reinterpret_cast<U32>((bits & bit) != 0);
+#endif
+}
+
+// The same for 16-bit lanes, twice as many.
+RELNEURON_INLINE U32 where_bits_16(uint32_t bits, U32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_maskz_mov_epi16(bits, reinterpret_cast<__m512i>(x)));
+#else
+  U16Pairs bit;
+  for (int lane = 0; lane < 2 * n_lanes; ++lane) bit[lane] = static_cast<uint16_t>(1u << lane);
+  return x & reinterpret_cast<U32>((static_cast<uint16_t>(bits) & bit) != 0);
+#endif
+}
+
+// The lower (0) or upper (1) lanes as doubles. The compiler's own conversions between widths go
+// through quarters of a vector.
+template <int half>
+RELNEURON_INLINE F64 widen(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), half)));
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(_mm256_extractf128_ps(x, half));
+#else
+  return F64{x[2 * half], x[2 * half + 1]};
+#endif
+}
+
+RELNEURON_INLINE U32 load_wide(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(load<__m128i>(from)));
+#else
+  return __builtin_convertvector(load<U16>(from), U32);
+#endif
+}
+
+}  // namespace
+}  // namespace RELNEURON_ISA
+}  // namespace relneuron
