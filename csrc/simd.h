@@ -181,6 +181,45 @@ RELNEURON_INLINE U32 load_wide(const uint16_t* from) {
 #endif
 }
 
+// a[0] b[0] a[1] b[1] ... in two vectors.
+RELNEURON_INLINE void interleave(F32& a, F32& b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const F32 first = _mm512_permutex2var_ps(a, low, b);
+  b = _mm512_permutex2var_ps(a, high, b);
+  a = first;
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+#else
+  const F32 first = {a[0], b[0], a[1], b[1]};
+  b = F32{a[2], b[2], a[3], b[3]};
+  a = first;
+#endif
+}
+
+// The way back: the even and the odd elements.
+RELNEURON_INLINE void deinterleave(F32& a, F32& b) {
+#if defined(__AVX512F__)
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const F32 first = _mm512_permutex2var_ps(a, even, b);
+  b = _mm512_permutex2var_ps(a, odd, b);
+  a = first;
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+  a = _mm256_shuffle_ps(low, high, 0x88);
+  b = _mm256_shuffle_ps(low, high, 0xdd);
+#else
+  const F32 first = {a[0], a[2], b[0], b[2]};
+  b = F32{a[1], a[3], b[1], b[3]};
+  a = first;
+#endif
+}
+
 }  // namespace
 }  // namespace RELNEURON_ISA
 }  // namespace relneuron

@@ -68,37 +68,50 @@ class DefaultFloatMode {
 // Derived from that, not yet measured.
 constexpr int64_t min_elements_per_thread = 1 << 15;
 
-// The plan's segments and slots, and the tokens of each group.
-void plan_groups(const SwigluStatsArgs& args, SwigluStatsPlan& plan) {
-  plan.slots.assign(static_cast<size_t>(args.T), -1);
+// What the plan points to.
+struct Groups {
+  std::vector<Segment> segments;
+  std::vector<int32_t> groups;
+  std::vector<int32_t> slots;
+};
+
+// Plans the segments and slots, and counts the tokens of each group.
+Groups plan_groups(const SwigluStatsArgs& args, SwigluStatsPlan& plan) {
+  Groups all;
+  all.slots.assign(static_cast<size_t>(args.T), -1);
   std::vector<int32_t> slot_of_group(static_cast<size_t>(args.G), -1);
-  Segment segment;
+  Segment segment = {};
+  const auto n_slots = [&] { return static_cast<int64_t>(all.groups.size()) - segment.slot_begin; };
   const auto finish = [&](int64_t t_end) {
+    plan.n_slots = std::max(plan.n_slots, n_slots());
+    for (size_t i = static_cast<size_t>(segment.slot_begin); i < all.groups.size(); ++i) {
+      slot_of_group[static_cast<size_t>(all.groups[i])] = -1;
+    }
     segment.t_end = t_end;
-    for (const int32_t group : segment.groups) slot_of_group[static_cast<size_t>(group)] = -1;
-    plan.n_slots = std::max(plan.n_slots, static_cast<int64_t>(segment.groups.size()));
-    plan.segments.push_back(std::move(segment));
-    segment = Segment();
-    segment.t_begin = t_end;
+    segment.slot_end = static_cast<int64_t>(all.groups.size());
+    all.segments.push_back(segment);
+    segment = {t_end, t_end, segment.slot_end, segment.slot_end};
   };
   for (int64_t t = 0; t < args.T; ++t) {
     const int32_t group = args.group_ids ? args.group_ids[t] : 0;
     const bool is_counted = args.tokens && group >= 0;
     const bool is_new = is_counted && slot_of_group[static_cast<size_t>(group)] < 0;
-    if (t - segment.t_begin == segment_rows_max ||
-        (is_new && segment.groups.size() == n_slots_max)) {
-      finish(t);
-    }
+    if (t - segment.t_begin == segment_rows_max || (is_new && n_slots() == n_slots_max)) finish(t);
     if (!is_counted) continue;
     int32_t& slot = slot_of_group[static_cast<size_t>(group)];
     if (slot < 0) {
-      slot = static_cast<int32_t>(segment.groups.size());
-      segment.groups.push_back(group);
+      slot = static_cast<int32_t>(n_slots());
+      all.groups.push_back(group);
     }
-    plan.slots[static_cast<size_t>(t)] = slot;
+    all.slots[static_cast<size_t>(t)] = slot;
     args.tokens[group] += 1;
   }
   finish(args.T);
+  plan.segments = all.segments.data();
+  plan.n_segments = static_cast<int64_t>(all.segments.size());
+  plan.groups = all.groups.data();
+  plan.slots = all.slots.data();
+  return all;
 }
 
 // act of every 16-bit gate, made at the first call that needs it: 256 KiB each.
@@ -144,7 +157,7 @@ std::vector<const char*> isa_levels() {
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
   const SwigluStatsKernel& kernel = find_kernel(isa);
   SwigluStatsPlan plan;
-  plan_groups(args, plan);
+  const Groups groups = plan_groups(args, plan);
   if (args.dtype != DType::float32 && args.activation != Activation::residual) {
     plan.act_table = act_table(args.dtype, args.activation);
   }

@@ -58,13 +58,16 @@ void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads);
 // Rows [t_begin, t_end) whose tokens belong to a few groups: their statistics are added up in
 // cache, in one slot per group, and written back when the rows are done.
 struct Segment {
-  int64_t t_begin = 0, t_end = 0;
-  std::vector<int32_t> groups;  // of each slot
+  int64_t t_begin, t_end;
+  int64_t slot_begin, slot_end;  // of its groups in SwigluStatsPlan::groups
 };
 
+// Plain pointers, because no standard header may be used where it is compiled for an instruction set.
 struct SwigluStatsPlan {
-  std::vector<Segment> segments;      // all rows, in order
-  std::vector<int32_t> slots;         // (T,): the slot of each token's group, -1 = not counted
+  const Segment* segments = nullptr;  // all rows, in order
+  int64_t n_segments = 0;
+  const int32_t* groups = nullptr;    // of the slots of all segments
+  const int32_t* slots = nullptr;     // (T,): the slot of each token within its segment, -1 = none
   int64_t n_slots = 0;                // the most of any segment
   const float* act_table = nullptr;   // (65536,): act of each 16-bit gate; null in float32
   bool stream = false;                // store h past the caches

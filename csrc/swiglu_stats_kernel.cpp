@@ -1,367 +1,15 @@
 // The inner loops of swiglu_stats on a CPU, compiled once per instruction set (RELNEURON_ISA) from
-// this one source. swiglu_stats.cpp calls it for each thread's columns. Include nothing here that
-// has inline functions of its own: the linker would keep one copy for all instruction sets, maybe
-// one that the processor cannot run.
+// this one source. swiglu_stats.cpp calls it for each thread's columns. Use nothing here from headers
+// that have inline functions: the linker would keep one copy for all instruction sets, maybe one
+// that the processor cannot run.
 #include "swiglu_stats.h"
 
-#include "simd.h"
+#include "swiglu_stats_activation.h"
+#include "swiglu_stats_records.h"
 
 namespace relneuron {
 namespace RELNEURON_ISA {
 namespace {
-
-// ---- Element types. A block of 2 * n_lanes neighbouring columns is held as two vectors of float32,
-// its planes. `load_block` is exact; `pack` takes values that `round` has made exact, and gives the
-// elements in their natural order. `round` rounds to nearest even; NaN stays NaN: one that comes
-// from 16-bit inputs has zeros in its lower half.
-
-constexpr int block_width = 2 * n_lanes;
-
-struct Block {
-  F32 plane[2];
-};
-
-struct Float32 {
-  using Storage = float;
-  static constexpr bool is_half = false;
-  static RELNEURON_INLINE Block load_block(const float* from) {
-    return {load<F32>(from), load<F32>(from + n_lanes)};
-  }
-  static RELNEURON_INLINE F32 round(F32 x) { return x; }
-  static RELNEURON_INLINE void pack(Block x, U32 (&packed)[2]) {
-    for (int i = 0; i < 2; ++i) packed[i] = bits_of(x.plane[i]);
-  }
-  static RELNEURON_INLINE void keep(uint32_t bits, U32 (&packed)[2]) {
-    packed[0] = where_bits(bits, packed[0]);
-    packed[1] = where_bits(bits >> n_lanes, packed[1]);
-  }
-  // Plane 0 is the first half of the columns, plane 1 the second.
-  static RELNEURON_INLINE Block from_natural(const float* from) { return load_block(from); }
-  static RELNEURON_INLINE void to_natural(float* to, Block x) {
-    store(to, x.plane[0]);
-    store(to + n_lanes, x.plane[1]);
-  }
-  static constexpr int column(int plane, int lane) { return plane * n_lanes + lane; }
-};
-
-struct BFloat16 {
-  using Storage = uint16_t;
-  static constexpr bool is_half = true;
-  // Plane 0 is the even columns, plane 1 the odd ones: both halves of a 32-bit word are one
-  // operation away from float32.
-  static RELNEURON_INLINE Block load_block(const uint16_t* from) {
-    const U32 pairs = load<U32>(from);
-    return {float_of(pairs << 16), float_of(pairs & 0xffff0000u)};
-  }
-  static RELNEURON_INLINE void load_indices(const uint16_t* from, U32 (&index)[2]) {
-    const U32 pairs = load<U32>(from);
-    index[0] = pairs & 0xffffu;
-    index[1] = pairs >> 16;
-  }
-  static RELNEURON_INLINE F32 round(F32 x) {
-    const U32 up = bits_of(x) + 0x8000u;
-    const U32 even = up & 0xfffe0000u;
-    return float_of(((up & 0xffffu) == 0 ? even : up) & 0xffff0000u);
-  }
-  static RELNEURON_INLINE void pack(Block x, U32 (&packed)[1]) {
-    packed[0] = (bits_of(x.plane[0]) >> 16) | (bits_of(x.plane[1]) & 0xffff0000u);
-  }
-  static RELNEURON_INLINE void keep(uint32_t bits, U32 (&packed)[1]) {
-    packed[0] = where_bits_16(bits, packed[0]);
-  }
-  static RELNEURON_INLINE Block from_natural(const float* from) {
-    Block x;
-    for (int lane = 0; lane < n_lanes; ++lane) {
-      x.plane[0][lane] = from[2 * lane];
-      x.plane[1][lane] = from[2 * lane + 1];
-    }
-    return x;
-  }
-  static RELNEURON_INLINE void to_natural(float* to, Block x) {
-    for (int lane = 0; lane < n_lanes; ++lane) {
-      to[2 * lane] = x.plane[0][lane];
-      to[2 * lane + 1] = x.plane[1][lane];
-    }
-  }
-  static constexpr int column(int plane, int lane) { return 2 * lane + plane; }
-};
-
-struct Float16 {
-  using Storage = uint16_t;
-  static constexpr bool is_half = true;
-  static RELNEURON_INLINE F32 widen(const uint16_t* from) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(load<__m256i>(from));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(load<__m128i>(from));
-#else
-    return widen_bits(load_wide(from));
-#endif
-  }
-  static RELNEURON_INLINE F32 widen_bits(U32 x) {
-    const U32 rest = x & 0x7fffu;
-    // Below 0x400 the number is subnormal: rest * 2^-24, exact in float32.
-    const F32 whole = __builtin_convertvector(reinterpret_cast<I32>(rest), F32);
-    const U32 subnormal = bits_of(whole * 0x1p-24f);
-    // Otherwise move the exponent from bias 15 to 127; infinity and NaN to the top exponent.
-    const U32 top = reinterpret_cast<U32>(rest >= 0x7c00u) & (112u << 23);
-    const U32 normal = (rest << 13) + (112u << 23) + top;
-    return float_of(((x & 0x8000u) << 16) | (rest < 0x400u ? subnormal : normal));
-  }
-  static RELNEURON_INLINE U32 narrow_bits(F32 x) {
-    const U32 bits = bits_of(x);
-    const U32 rest = bits & 0x7fffffffu;
-    // Below 2^-14 the result is a multiple of 2^-24, the spacing of float32 at 0.5.
-    const U32 subnormal = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
-    const U32 normal = (rest + 0xfffu + ((rest >> 13) & 1u) - (112u << 23)) >> 13;
-    U32 half = rest < 0x38800000u ? subnormal : normal;
-    half = rest >= 0x47800000u ? splat(0x7c00u) : half;  // 65520 rounds up to 2^16 itself
-    half = rest > 0x7f800000u ? splat(0x7e00u) : half;
-    return ((bits >> 16) & 0x8000u) | half;
-  }
-  static RELNEURON_INLINE Block load_block(const uint16_t* from) {
-    return {widen(from), widen(from + n_lanes)};
-  }
-  static RELNEURON_INLINE void load_indices(const uint16_t* from, U32 (&index)[2]) {
-    index[0] = load_wide(from);
-    index[1] = load_wide(from + n_lanes);
-  }
-  static RELNEURON_INLINE F32 round(F32 x) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    return widen_bits(narrow_bits(x));
-#endif
-  }
-  static RELNEURON_INLINE void pack(Block x, U32 (&packed)[1]) {
-    U16 halves[2];
-    for (int plane = 0; plane < 2; ++plane) {
-#if defined(__AVX512F__)
-      halves[plane] = reinterpret_cast<U16>(
-          _mm512_cvtps_ph(x.plane[plane], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__)
-      halves[plane] = reinterpret_cast<U16>(
-          _mm256_cvtps_ph(x.plane[plane], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-      halves[plane] = __builtin_convertvector(narrow_bits(x.plane[plane]), U16);
-#endif
-    }
-    packed[0] = load<U32>(halves);
-  }
-  static RELNEURON_INLINE void keep(uint32_t bits, U32 (&packed)[1]) {
-    packed[0] = where_bits_16(bits, packed[0]);
-  }
-  static RELNEURON_INLINE Block from_natural(const float* from) {
-    return Float32::load_block(from);
-  }
-  static RELNEURON_INLINE void to_natural(float* to, Block x) { Float32::to_natural(to, x); }
-  static constexpr int column(int plane, int lane) { return plane * n_lanes + lane; }
-};
-
-// ---- The activation: one fixed sequence of float32 operations, the same in
-// relneuron/ops/swiglu_stats_reference.py (which derives the constants and states the errors).
-
-RELNEURON_INLINE F32 exp_f32(F32 x) {
-  x = larger(splat(-104.0f), x);
-  x = x > 89.0f ? splat(89.0f) : x;
-  const F32 n = floor_of(x * 1.44269502f + 0.5f);
-  F32 r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  F32 q = r * 0.001381448f + 0.00836877991f;
-  q = q * r + 0.0416683927f;
-  q = q * r + 0.166665196f;
-  q = q * r + 0.49999994f;
-  return times_power_of_2((q * (r * r) + r) + 1.0f, n);
-}
-
-RELNEURON_INLINE F32 gelu_f32(F32 x) {
-  const F32 square = x * x;
-  const F32 magnitude = float_of(bits_of(x) & 0x7fffffffu);
-  const F32 t = 1.0f / ((magnitude * 0.707106769f) * 0.5f + 1.0f);
-  F32 p = t * -0.161039799f + 0.379661053f;
-  p = p * t + -0.0744687095f;
-  p = p * t + -0.361406326f;
-  p = p * t + 0.0677839294f;
-  p = p * t + 0.030283194f;
-  p = p * t + 0.385154188f;
-  p = p * t + 0.998969734f;
-  p = p * t + -1.26546896f;
-  const F32 tail = (exp_f32(p - square * 0.5f) * t) * 0.5f;
-  F32 q = square * -7.5445364e-06f + 0.000113185983f;
-  q = q * square + -0.00118603115f;
-  q = q * square + 0.00997319352f;
-  q = q * square + -0.0664903373f;
-  q = q * square + 0.398942292f;
-  const F32 middle = x * q + 0.5f;
-  const F32 right = x > 1.0f ? 1.0f - tail : middle;
-  return x * (x < -1.0f ? tail : right);
-}
-
-template <Activation activation>
-RELNEURON_INLINE F32 activate(F32 x) {
-  if (activation == Activation::silu) {
-    return x / (exp_f32(-x) + 1.0f);
-  }
-  if (activation == Activation::gelu_tanh) {
-    const F32 y = (x + (x * x * x) * 0.0447149985f) * 0.797884583f;
-    return x / (exp_f32(y * -2.0f) + 1.0f);
-  }
-  if (activation == Activation::gelu) {
-    return gelu_f32(x);
-  }
-  return x < 0.0f ? F32{} : x;
-}
-
-// ---- What is kept in cache for a range of columns: one record per block, so that all of it is one
-// stream of memory. Lane l of plane p of a block is its column Element::column(p, l).
-
-struct Counts {
-  uint32_t pair[n_lanes];  // lower 16 bits: plane 0, upper: plane 1
-};
-
-struct Moments {
-  float part_sum[block_width];  // of the last rows, plane after plane, as the rest
-  float part_sum_sq[block_width];
-  float max[block_width];
-  uint32_t n_nonfinite[block_width];
-  double sum[block_width];
-  double sum_sq[block_width];
-};
-
-// Tokens of a group that are added in float32 before float64 takes over. A part's rounding error is
-// at most 15 x 2^-24 of the sum of its absolute values.
-constexpr int part_rows = 16;
-
-// Bytes for the statistics that a core should have in its first-level cache beside the rows.
-constexpr int64_t cache_bytes = 64 << 10;
-// Bounds of the columns taken at a time: short pieces of rows stream badly, and the next row's piece
-// should fit in the first-level cache, too.
-constexpr int64_t width_min = 1024, width_max = 4096;
-
-struct Layout {
-  int64_t width;           // columns at a time, a multiple of column_step
-  int64_t record_bytes;    // of one block at one site in one slot: Counts, maybe Moments
-  int64_t slot_bytes;      // of one site in one slot
-  int64_t response_bytes;  // of one site
-
-  explicit Layout(const SwigluStatsArgs& args) {
-    record_bytes = sizeof(Counts) + (args.sum ? sizeof(Moments) : 0);
-    const int64_t per_column = record_bytes / block_width * args.n_sites + 4 * args.n_responses;
-    width = per_column ? cache_bytes / per_column : width_max;
-    width = width < width_min ? width_min : width > width_max ? width_max : width;
-    width -= width % column_step;
-    slot_bytes = width / block_width * record_bytes;
-    response_bytes = 4 * width;
-  }
-};
-
-// One site of one slot.
-struct Slot {
-  unsigned char* records = nullptr;
-  int64_t record_bytes = 0;
-
-  RELNEURON_INLINE Counts& counts(int64_t at) const {
-    return *reinterpret_cast<Counts*>(records + at / block_width * record_bytes);
-  }
-  RELNEURON_INLINE Moments& moments(int64_t at) const {
-    return *reinterpret_cast<Moments*>(&counts(at) + 1);
-  }
-};
-
-// The values of n_rows tokens are added in their order. Several at a time, because every statistic
-// is loaded and stored once for all of them.
-
-template <int n_rows>
-RELNEURON_INLINE void add_counts(Counts& counts, const Block (&rows)[n_rows], F32 threshold) {
-  U32 count = load<U32>(counts.pair);
-  for (const Block& x : rows) {
-    count = add_where_greater(count, x.plane[0], threshold, 1u);
-    count = add_where_greater(count, x.plane[1], threshold, 1u << 16);
-  }
-  store(counts.pair, count);
-}
-
-RELNEURON_INLINE void flush_part(float* part, double* sum) {
-  for (int at = 0; at < block_width; at += n_lanes) {
-    const F32 x = load<F32>(part + at);
-    constexpr int half = n_lanes / 2;
-    store(sum + at, load<F64>(sum + at) + widen<0>(x));
-    store(sum + at + half, load<F64>(sum + at + half) + widen<1>(x));
-    store(part + at, F32{});
-  }
-}
-
-// One column of which some value is NaN, infinite, or too large for its square: in float64.
-template <int n_rows>
-void add_column_carefully(Moments& m, const Block (&rows)[n_rows], int plane, int lane) {
-  const int i = plane * n_lanes + lane;
-  for (const Block& x : rows) {
-    const float value = x.plane[plane][lane];
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
-    m.n_nonfinite[i] += is_finite ? 0 : 1;
-    m.max[i] = is_finite && value > m.max[i] ? value : m.max[i];
-    const double wide = is_finite ? value : 0.0;
-    m.sum[i] += wide;
-    m.sum_sq[i] += wide * wide;
-  }
-}
-
-template <int n_rows>
-__attribute__((noinline, cold)) void add_moments_carefully(Moments& m, const Block (&rows)[n_rows],
-                                                           Block sum, Block sum_sq, Block max) {
-  for (int plane = 0; plane < 2; ++plane) {
-    for (int lane = 0; lane < n_lanes; ++lane) {
-      if (nonfinite(sum_sq.plane[plane])[lane]) {
-        add_column_carefully(m, rows, plane, lane);
-      } else {
-        m.part_sum[plane * n_lanes + lane] = sum.plane[plane][lane];
-        m.part_sum_sq[plane * n_lanes + lane] = sum_sq.plane[plane][lane];
-        m.max[plane * n_lanes + lane] = max.plane[plane][lane];
-      }
-    }
-  }
-}
-
-template <int n_rows>
-RELNEURON_INLINE void add_moments(Moments& m, const Block (&rows)[n_rows], bool is_part_full) {
-  Block sum = Float32::load_block(m.part_sum);
-  Block sum_sq = Float32::load_block(m.part_sum_sq);
-  Block max = Float32::load_block(m.max);
-  for (const Block& row : rows) {
-    for (int plane = 0; plane < 2; ++plane) {
-      const F32 x = row.plane[plane];
-      sum.plane[plane] += x;
-      sum_sq.plane[plane] += x * x;
-      max.plane[plane] = larger(x, max.plane[plane]);
-    }
-  }
-  if (__builtin_expect(any_nonfinite(sum_sq.plane[0]) || any_nonfinite(sum_sq.plane[1]), 0)) {
-    Block copy[n_rows];
-    for (int r = 0; r < n_rows; ++r) copy[r] = rows[r];
-    add_moments_carefully(m, copy, sum, sum_sq, max);
-  } else {
-    Float32::to_natural(m.part_sum, sum);
-    Float32::to_natural(m.part_sum_sq, sum_sq);
-    Float32::to_natural(m.max, max);
-  }
-  if (is_part_full) {
-    flush_part(m.part_sum, m.sum);
-    flush_part(m.part_sum_sq, m.sum_sq);
-  }
-}
-
-template <int n_rows>
-RELNEURON_INLINE void add_responses(float* sums, const Block (&rows)[n_rows]) {
-  for (int plane = 0; plane < 2; ++plane) {
-    F32 sum = load<F32>(sums + plane * n_lanes);
-    for (const Block& x : rows) sum += x.plane[plane];
-    store(sums + plane * n_lanes, sum);
-  }
-}
 
 // ---- Slots to and from the statistics. The moments of a slot begin as those of its group, so that
 // every sum is taken in the order of the rows, whatever the segments are.
@@ -607,12 +255,13 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
       }
       prompt = next;
     };
-    for (const Segment& segment : plan.segments) {
+    for (int64_t i = 0; i < plan.n_segments; ++i) {
+      const Segment& segment = plan.segments[i];
       const auto for_each_slot = [&](auto visit) {
-        for (size_t slot = 0; slot < segment.groups.size(); ++slot) {
+        for (int64_t slot = segment.slot_begin; slot < segment.slot_end; ++slot) {
           for (int s = 0; s < args.n_sites; ++s) {
-            const int64_t row = s * args.G + segment.groups[slot];
-            visit(slot_of(static_cast<int64_t>(slot), s), row * args.F + f);
+            const int64_t row = s * args.G + plan.groups[slot];
+            visit(slot_of(slot - segment.slot_begin, s), row * args.F + f);
           }
         }
       };
@@ -620,7 +269,7 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
         memset(slot.records, 0, static_cast<size_t>(layout.slot_bytes));
         if (args.sum) load_moments<Element>(args, slot, first, width);
       });
-      int n_part_rows[n_slots_max] = {};  // tokens in each slot's part
+      int n_part_sums[n_slots_max] = {};  // in each slot's part
       for (int64_t t = segment.t_begin; t < segment.t_end;) {
         const int64_t slot = plan.slots[t];
         for (int s = 0; s < args.n_sites; ++s) {
@@ -635,9 +284,8 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
         }
         n_rows = n_rows < 2 ? 1 : n_rows < n_rows_max ? 2 : n_rows_max;
         if (slot >= 0) {
-          n_part_rows[slot] += n_rows;
-          task.is_part_full = n_part_rows[slot] > part_rows - n_rows_max;
-          if (task.is_part_full) n_part_rows[slot] = 0;
+          task.is_part_full = ++n_part_sums[slot] == part_sums;
+          if (task.is_part_full) n_part_sums[slot] = 0;
         }
         Rows<Storage> rows;
         for (int r = 0; r < n_rows; ++r) {
