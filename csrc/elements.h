@@ -9,9 +9,9 @@ namespace RELNEURON_ISA {
 namespace {
 
 // A block of 2 * n_lanes neighbouring columns is held as two vectors of float32, its planes.
-// `load_block` is exact; `pack` takes values that `round` has made exact, and gives the
-// elements in their natural order. `round` rounds to nearest even; NaN stays NaN: one that comes
-// from 16-bit inputs has zeros in its lower half.
+// `load_block` is exact. `round` rounds to nearest even and may leave more bits below, which `exact`
+// clears and `pack` ignores; NaN stays NaN, as one that comes from 16-bit inputs has zeros there.
+// `pack` gives the elements in their natural order.
 
 constexpr int block_width = 2 * n_lanes;
 
@@ -26,6 +26,7 @@ struct Float32 {
     return {load<F32>(from), load<F32>(from + n_lanes)};
   }
   static RELNEURON_INLINE F32 round(F32 x) { return x; }
+  static RELNEURON_INLINE F32 exact(F32 x) { return x; }
   static RELNEURON_INLINE void pack(Block x, U32 (&packed)[2]) {
     for (int i = 0; i < 2; ++i) packed[i] = bits_of(x.plane[i]);
   }
@@ -56,11 +57,8 @@ struct BFloat16 {
     index[0] = pairs & 0xffffu;
     index[1] = pairs >> 16;
   }
-  static RELNEURON_INLINE F32 round(F32 x) {
-    const U32 up = bits_of(x) + 0x8000u;
-    const U32 even = up & 0xfffe0000u;
-    return float_of(((up & 0xffffu) == 0 ? even : up) & 0xffff0000u);
-  }
+  static RELNEURON_INLINE F32 round(F32 x) { return float_of(round_upper_half(bits_of(x))); }
+  static RELNEURON_INLINE F32 exact(F32 x) { return float_of(bits_of(x) & 0xffff0000u); }
   static RELNEURON_INLINE void pack(Block x, U32 (&packed)[1]) {
     packed[0] = (bits_of(x.plane[0]) >> 16) | (bits_of(x.plane[1]) & 0xffff0000u);
   }
@@ -128,6 +126,7 @@ struct Float16 {
     return widen_bits(narrow_bits(x));
 #endif
   }
+  static RELNEURON_INLINE F32 exact(F32 x) { return x; }
   static RELNEURON_INLINE void pack(Block x, U32 (&packed)[1]) {
     U16 halves[2];
     for (int plane = 0; plane < 2; ++plane) {

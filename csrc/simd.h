@@ -120,18 +120,35 @@ RELNEURON_INLINE U32 add_where_greater(U32 count, F32 a, F32 b, uint32_t increme
 #endif
 }
 
-// All ones in the lanes that are NaN or infinite.
-RELNEURON_INLINE I32 nonfinite(F32 x) { return (bits_of(x) & 0x7f800000u) == 0x7f800000u; }
+RELNEURON_INLINE bool is_finite(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
 
 RELNEURON_INLINE bool any_nonfinite(F32 x) {
 #if defined(__AVX512F__)
   // Quiet and signalling NaN, the two infinities.
   return _mm512_fpclass_ps_mask(x, 0x01 | 0x80 | 0x08 | 0x10) != 0;
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(nonfinite(x))) != 0;
+  const I32 lanes = (bits_of(x) & 0x7f800000u) == 0x7f800000u;
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes)) != 0;
 #else
-  const I32 lanes = nonfinite(x);
+  const I32 lanes = (bits_of(x) & 0x7f800000u) == 0x7f800000u;
   return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
+#endif
+}
+
+// Adds half a unit of the upper 16 bits, ties to even. The lower 16 bits are anything afterwards.
+RELNEURON_INLINE U32 round_upper_half(U32 x) {
+  const U32 up = x + 0x8000u;
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(up);
+  const __mmask16 ties = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0xffff));
+  return reinterpret_cast<U32>(
+      _mm512_mask_and_epi32(bits, ties, bits, _mm512_set1_epi32(~0x10000)));
+#else
+  return (up & 0xffffu) == 0 ? up & ~0x10000u : up;
 #endif
 }
 
@@ -178,6 +195,18 @@ RELNEURON_INLINE U32 load_wide(const uint16_t* from) {
   return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(load<__m128i>(from)));
 #else
   return __builtin_convertvector(load<U16>(from), U32);
+#endif
+}
+
+// x * x + sum, rounded once.
+RELNEURON_INLINE F32 add_square(F32 sum, F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(x, x, sum);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(x, x, sum);
+#else
+  for (int lane = 0; lane < n_lanes; ++lane) sum[lane] = __builtin_fmaf(x[lane], x[lane], sum[lane]);
+  return sum;
 #endif
 }
 

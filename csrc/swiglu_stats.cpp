@@ -3,7 +3,12 @@
 // order of the rows and the result does not depend on the number of threads.
 #include "swiglu_stats.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <cfenv>
 #include <memory>
 #include <mutex>
@@ -27,7 +32,8 @@ std::vector<Level> usable_levels() {
   levels.push_back({"portable", &portable::swiglu_stats_kernel, true});
 #ifdef RELNEURON_HAVE_AVX2
   levels.push_back({"avx2", &avx2::swiglu_stats_kernel,
-                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")});
+                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                        __builtin_cpu_supports("fma")});
 #endif
 #ifdef RELNEURON_HAVE_AVX512
   levels.push_back({"avx512", &avx512::swiglu_stats_kernel,
@@ -133,13 +139,43 @@ const float* act_table(DType dtype, Activation activation) {
 
 // A matrix h of this size is stored past the caches: whoever reads it next would hardly find it
 // there, and its lines need not be read before they are written.
-constexpr int64_t stream_bytes_min = 16 << 20;
+constexpr int64_t stream_bytes_min = 64 << 20;
 
 bool should_stream(const SwigluStatsArgs& args) {
   const int64_t element_bytes = args.dtype == DType::float32 ? 4 : 2;
   const bool is_aligned = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 &&
                           args.stride_ht * element_bytes % 64 == 0;
   return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
+}
+
+// Calls run(data) in up to n_threads threads at once, this one among them.
+//
+// Those of torch if it has OpenMP: its idle workers spin for milliseconds after each of its ops, and
+// threads of our own would share the cores with them (1.6 times the time between two torch ops on two
+// cores). GOMP_parallel is what GCC makes of `omp parallel`, libgomp and LLVM's runtime both have it,
+// and torch loads its runtime for all to see.
+void run_parallel(void (*run)(void*), void* data, int64_t n_threads) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+#if defined(__unix__) || defined(__APPLE__)
+  static const auto omp_parallel =
+      reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  static const Parallel omp_parallel = nullptr;
+#endif
+  if (n_threads == 1) {
+    run(data);
+  } else if (omp_parallel) {
+    omp_parallel(run, data, static_cast<unsigned>(n_threads), 0);
+  } else {
+    std::vector<std::thread> threads;
+    try {
+      while (static_cast<int64_t>(threads.size()) + 1 < n_threads) threads.emplace_back(run, data);
+    } catch (const std::system_error&) {
+      // No more threads to be had: those there are do the rest.
+    }
+    run(data);
+    for (std::thread& thread : threads) thread.join();
+  }
 }
 
 struct AlignedDelete {
@@ -167,26 +203,22 @@ void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
   const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
   const int64_t n_parts = std::max<int64_t>(
       1, std::min({static_cast<int64_t>(n_threads), n_steps, worthwhile}));
-  const int64_t scratch_bytes = (kernel.scratch_bytes(args, plan) + 63) / 64 * 64;
+  const int64_t part_columns = (n_steps + n_parts - 1) / n_parts * column_step;
+  const int64_t scratch_bytes =
+      (kernel.scratch_bytes(args, plan, part_columns) + 63) / 64 * 64;
   const std::unique_ptr<unsigned char, AlignedDelete> scratch(static_cast<unsigned char*>(
       ::operator new(static_cast<size_t>(scratch_bytes * n_parts), std::align_val_t(64))));
-  const auto run_range = [&](int64_t part, int64_t f_begin, int64_t f_end) {
+  std::atomic<int64_t> next_part{0};
+  auto run_parts = [&] {
     const DefaultFloatMode mode;
-    kernel.columns(args, plan, f_begin, f_end, scratch.get() + part * scratch_bytes);
-  };
-  std::vector<std::thread> threads;
-  int64_t f_begin = 0, part = 0;
-  for (; part + 1 < n_parts; ++part) {
-    const int64_t f_end = n_steps * (part + 1) / n_parts * column_step;
-    try {
-      threads.emplace_back(run_range, part, f_begin, f_end);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: this one does the rest
+    for (int64_t part; (part = next_part++) < n_parts;) {
+      const int64_t f_begin = n_steps * part / n_parts * column_step;
+      const int64_t f_end = std::min(args.F, n_steps * (part + 1) / n_parts * column_step);
+      kernel.columns(args, plan, f_begin, f_end, scratch.get() + part * scratch_bytes);
     }
-    f_begin = f_end;
-  }
-  run_range(part, f_begin, args.F);
-  for (std::thread& thread : threads) thread.join();
+  };
+  using RunParts = decltype(run_parts);
+  run_parallel([](void* parts) { (*static_cast<RunParts*>(parts))(); }, &run_parts, n_parts);
 }
 
 }  // namespace relneuron

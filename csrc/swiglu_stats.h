@@ -81,10 +81,12 @@ constexpr int n_slots_max = 64;
 constexpr int64_t column_step = 64;
 
 struct SwigluStatsKernel {
-  // The columns [f_begin, f_end) of all rows. `scratch` has scratch_bytes, aligned to 64.
+  // The columns [f_begin, f_end) of all rows. `scratch` has scratch_bytes for as many columns at
+  // least, aligned to 64.
   void (*columns)(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
                   int64_t f_end, unsigned char* scratch);
-  int64_t (*scratch_bytes)(const SwigluStatsArgs& args, const SwigluStatsPlan& plan);
+  int64_t (*scratch_bytes)(const SwigluStatsArgs& args, const SwigluStatsPlan& plan,
+                           int64_t n_columns);
   // act of every 16-bit pattern as a float32; the dtype is not float32.
   void (*fill_act_table)(DType dtype, Activation activation, float* table);
 };

@@ -37,27 +37,26 @@ void add_slot_counts(const SwigluStatsArgs& args, const Slot& slot, int64_t firs
 template <typename Element>
 void load_moments(const SwigluStatsArgs& args, const Slot& slot, int64_t first, int64_t width) {
   for_each_column<Element>(width, [&](int64_t column, int64_t at, int plane, int lane) {
-    Moments& m = slot.moments(at);
     const int place = plane * n_lanes + lane;
-    m.sum[place] = args.sum[first + column];
-    m.sum_sq[place] = args.sum_sq[first + column];
-    m.max[place] = args.max[first + column];
+    slot.totals(at).sum[place] = args.sum[first + column];
+    slot.totals(at).sum_sq[place] = args.sum_sq[first + column];
+    slot.moments(at).max[place] = args.max[first + column];
   });
 }
 
 template <typename Element>
 void store_moments(const SwigluStatsArgs& args, const Slot& slot, int64_t first, int64_t width) {
   for (int64_t at = 0; at < width; at += block_width) {
-    flush_part(slot.moments(at).part_sum, slot.moments(at).sum);
-    flush_part(slot.moments(at).part_sum_sq, slot.moments(at).sum_sq);
+    flush_part(slot.moments(at).part_sum, slot.totals(at).sum);
+    flush_part(slot.moments(at).part_sum_sq, slot.totals(at).sum_sq);
   }
   for_each_column<Element>(width, [&](int64_t column, int64_t at, int plane, int lane) {
-    const Moments& m = slot.moments(at);
+    const Totals& totals = slot.totals(at);
     const int place = plane * n_lanes + lane;
-    args.sum[first + column] = m.sum[place];
-    args.sum_sq[first + column] = m.sum_sq[place];
-    args.max[first + column] = m.max[place] + 0.0f;  // turns -0 into +0
-    args.n_nonfinite[first + column] += m.n_nonfinite[place];
+    args.sum[first + column] = totals.sum[place];
+    args.sum_sq[first + column] = totals.sum_sq[place];
+    args.max[first + column] = slot.moments(at).max[place] + 0.0f;  // turns -0 into +0
+    args.n_nonfinite[first + column] += totals.n_nonfinite[place];
   });
 }
 
@@ -112,36 +111,53 @@ template <typename Element, Activation activation, int n_rows>
 RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::Storage>& rows,
                                int64_t at, int64_t f) {
   Block act[n_rows], product[n_rows];
+  // Responses of gate and up are added here, where their values are at hand.
+  float* const gate_sums = task.responses[site_gate];
+  float* const up_sums = task.responses[site_up];
+  Block gate_sum = {}, up_sum = {};
+  if (gate_sums) gate_sum = Float32::load_block(gate_sums + at);
+  if (up_sums) up_sum = Float32::load_block(up_sums + at);
   for (int r = 0; r < n_rows; ++r) {
+    const Block gate = Element::load_block(rows.gate[r] + at);
+    const Block up = Element::load_block(rows.up[r] + at);
+    if (gate_sums) {
+      for (int i = 0; i < 2; ++i) gate_sum.plane[i] += gate.plane[i];
+    }
+    if (up_sums) {
+      for (int i = 0; i < 2; ++i) up_sum.plane[i] += up.plane[i];
+    }
     if constexpr (activation == Activation::residual) {
-      act[r] = Element::load_block(rows.gate[r] + at);
+      act[r] = gate;
     } else if constexpr (Element::is_half) {
       U32 index[2];
       Element::load_indices(rows.gate[r] + at, index);
       for (int i = 0; i < 2; ++i) act[r].plane[i] = look_up(task.act_table, index[i]);
     } else {
-      const Block gate = Element::load_block(rows.gate[r] + at);
       for (int i = 0; i < 2; ++i) act[r].plane[i] = activate<activation>(gate.plane[i]);
     }
-    const Block up = Element::load_block(rows.up[r] + at);
     for (int i = 0; i < 2; ++i) {
       const F32 x = act[r].plane[i], y = up.plane[i];
       product[r].plane[i] = Element::round(activation == Activation::residual ? y + x : x * y);
     }
   }
+  if (gate_sums) Float32::to_natural(gate_sums + at, gate_sum);
+  if (up_sums) Float32::to_natural(up_sums + at, up_sum);
 
   const auto record = [&](Site site, const Block (&value)[n_rows]) RELNEURON_LAMBDA {
     if (task.is_counted[site]) {
       add_counts(task.slots[site].counts(at), value, splat(task.threshold));
       if (task.has_moments) {
-        add_moments(task.slots[site].moments(at), value, task.is_part_full);
+        add_moments(task.slots[site].moments(at), task.slots[site].totals(at), value,
+                    task.is_part_full);
       }
     }
-    if (task.responses[site]) add_responses(task.responses[site] + at, value);
+    if (site != site_gate && site != site_up && task.responses[site]) {
+      add_responses(task.responses[site] + at, value);
+    }
   };
   const auto record_input = [&](Site site, const typename Element::Storage* const* from)
       RELNEURON_LAMBDA {
-    if (!task.is_counted[site] && !task.responses[site]) return;
+    if (!task.is_counted[site]) return;
     Block value[n_rows];
     for (int r = 0; r < n_rows; ++r) value[r] = Element::load_block(from[r] + at);
     record(site, value);
@@ -152,7 +168,13 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
     record_input(site_gate, rows.gate);
     record_input(site_up, rows.up);
     record(site_act, act);
-    record(site_product, product);
+    if (task.is_counted[site_product] || task.responses[site_product]) {
+      Block value[n_rows];
+      for (int r = 0; r < n_rows; ++r) {
+        for (int i = 0; i < 2; ++i) value[r].plane[i] = Element::exact(product[r].plane[i]);
+      }
+      record(site_product, value);
+    }
   }
 
   for (int r = 0; r < n_rows; ++r) {
@@ -219,11 +241,13 @@ template <typename Element, Activation activation>
 void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
                  int64_t f_end, unsigned char* scratch) {
   using Storage = typename Element::Storage;
-  const Layout layout(args);
+  const Layout layout(args, f_end - f_begin);
   const int64_t keep_stride = (args.F + 31) / 32;
   unsigned char* const slot_memory = scratch + layout.response_bytes * args.n_responses;
   const auto slot_of = [&](int64_t slot, int64_t s) {
-    return Slot{slot_memory + (slot * args.n_sites + s) * layout.slot_bytes, layout.record_bytes};
+    unsigned char* const records = slot_memory + (slot * args.n_sites + s) * layout.slot_bytes;
+    return Slot{records, records + layout.width / block_width * layout.record_bytes,
+                layout.record_bytes};
   };
   const auto response_of = [&](int64_t s) {
     return reinterpret_cast<float*>(scratch + s * layout.response_bytes);
@@ -345,8 +369,8 @@ void columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f
   pick(args.dtype, args.activation)(args, plan, f_begin, f_end, scratch);
 }
 
-int64_t scratch_bytes(const SwigluStatsArgs& args, const SwigluStatsPlan& plan) {
-  const Layout layout(args);
+int64_t scratch_bytes(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t n_columns) {
+  const Layout layout = Layout::widest(args, n_columns);
   return layout.response_bytes * args.n_responses +
          layout.slot_bytes * args.n_sites * plan.n_slots;
 }
@@ -357,7 +381,7 @@ void fill(float* table) {
     uint16_t pattern[block_width];
     for (int i = 0; i < block_width; ++i) pattern[i] = static_cast<uint16_t>(first + i);
     Block x = Element::load_block(pattern);
-    for (F32& plane : x.plane) plane = Element::round(activate<activation>(plane));
+    for (F32& plane : x.plane) plane = Element::exact(Element::round(activate<activation>(plane)));
     Element::to_natural(table + first, x);
   }
 }
