@@ -1,13 +1,24 @@
 """relneuron: find the neurons of a language model that carry a relation, and switch them off.
 
-`instrument` and `ablate` act on a running model; `ops` are the kernels; `cli` is the command line.
+`instrument` and `ablate` act on a running model; `ops` are the kernels; `testing` holds another
+backend to their contract; `cli` is the command line. Names are imported when they are first used,
+so that `relneuron.ops` needs torch and nothing else.
 """
 
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from relneuron import ops
-from relneuron.ablate import ablate_prompts  # before the context manager of the stage's name
-from relneuron.artifact import NeuronFile, RelneuronError
-from relneuron.model import find_gated_mlps
-from relneuron.patch import ablate, instrument
+
+if TYPE_CHECKING:
+    from relneuron.ablate import ablate_prompts
+    from relneuron.artifact import NeuronFile, RelneuronError
+    from relneuron.model import find_gated_mlps
+    from relneuron.patch import ablate, instrument
 
 __version__ = "0.1.0"
 
@@ -21,3 +32,36 @@ __all__ = [
     "instrument",
     "ops",
 ]
+
+_HOMES = {
+    "NeuronFile": "artifact",
+    "RelneuronError": "artifact",
+    "ablate": "patch",
+    "ablate_prompts": "ablate",
+    "find_gated_mlps": "model",
+    "instrument": "patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'relneuron' has no attribute {name!r}")
+    value = getattr(import_module(f"relneuron.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Python stores each imported submodule as an attribute of its package, so the stage
+    `relneuron.ablate` would take the place of the context manager of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -321,6 +322,62 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    op: Annotated[
+        str | None, typer.Argument(metavar="[OP]", help="swiglu_stats, average_precision.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run at all.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every size, dtype and layout.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32,bfloat16,float16 in place of all.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, such as 2048,8192.")] = "",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")] = 0,
+    device: Device = None,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Without torch.compile (needs a C++ compiler).")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the csv and the roofline.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """The kernels against their peers on this machine, in the same rounds."""
+    import torch
+
+    from relneuron.bench import EFFORTS, Row, append_rows, choose_cases, run_case, summary
+
+    suite = "quick" if quick else "full" if full else "usual"
+    sizes = [part.strip() for part in tokens.split(",") if part.strip()]
+    if not all(part.isdigit() for part in sizes):
+        raise RelneuronError(f"unknown number in {tokens!r}", "use numbers such as 2048,8192", 2)
+    dtypes = [part.strip() for part in dtype.split(",") if part.strip()]
+    cases = choose_cases(suite, op, dtypes, [int(part) for part in sizes])
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+        raise RelneuronError(f"no device {device!r} here", "use --device cpu", 2)
+    if threads:
+        torch.set_num_threads(threads)
+    if output is not None:
+        from relneuron.bench_plot import roofline
+
+        if output.is_file():
+            raise RelneuronError(f"{output} is a file", "give a folder with -o", 2)
+    rows: list[Row] = []
+    for case in cases:
+        found = run_case(case, device=device, compiled=not no_compile, effort=EFFORTS[suite])
+        _print_bench(str(case), found)
+        for what, who, value in summary(found):
+            _say(f"  {what}: {value:.2f} x our time ({who})")
+        rows += found
+        if output is not None:
+            path = append_rows(output, found)
+    if output is None:
+        _say("to keep the rows and draw the roofline: add -o DIR")
+        return
+    roofline(rows, path.with_suffix(".png"))
+    _say(f"-> {path}, {path.with_suffix('.png').name}")
+
+
 # --- printing --------------------------------------------------------------------------------
 
 
@@ -355,6 +412,22 @@ def _print_accuracy(folder: Path) -> None:
             sum(chance) / len(chance) if chance else None,
         ]
         table.add_row(relation, *("" if cell is None else f"{cell:.1%}" for cell in cells))
+    Console().print(table)
+
+
+def _print_bench(title: str, rows: Sequence[Any]) -> None:
+    """The rows of one case; a contestant that is wrong or not here has a reason and no times."""
+    names = ("task", "who", "ms", "min ms", "x ours", "GB/s", "/triad", "/copy")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        if row.median_ms is None:
+            _say(f"{row.variant}, {row.contestant}: {row.note}")
+            continue
+        shares = ["" if s is None else f"{s:.0%}" for s in (row.share_triad, row.share_copy)]
+        times = [f"{row.median_ms:.3g}", f"{row.min_ms:.3g}", f"{row.ratio:.3g}"]
+        table.add_row(row.variant, row.contestant, *times, f"{row.GB_s:.3g}", *shares)
     Console().print(table)
 
 

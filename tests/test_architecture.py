@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import relneuron
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "relneuron"
 STAGES = {"prompts", "record", "identify", "ablate", "report"}
 # What each part may import of ours; a stage is never imported by a stage.
 ALLOWED = {
     "ops": {"ops", "_cpu"},
+    "testing": {"testing", "ops"},
     "artifact": set(),
     "manifest": {"artifact"},
     "scores": {"scores", "artifact"},
@@ -28,9 +31,15 @@ ALLOWED = {
     "results": {"artifact", "manifest", "scores"},
     "figures": {"results", "artifact"},
     "doctor": {"ops", "manifest", "model"},
+    "bench_peers": set(),
+    "bench_suite": {"bench_peers", "ops", "testing"},
+    "bench": {"bench_suite", "artifact", "manifest"},
+    "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES | {"artifact", "manifest", "facts", "model", "predict", "results"},
-    "cli": STAGES | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"},
+    "cli": STAGES
+    | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
+    | {"bench", "bench_plot"},
     **dict.fromkeys(
         STAGES,
         {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
@@ -76,33 +85,74 @@ def test_only_the_command_line_prints() -> None:
             assert not (called and node.func.id == "print"), path  # type: ignore[union-attr]
 
 
-def test_the_package_needs_only_its_core_dependencies() -> None:
-    """torch, numpy and safetensors: everything else is needed by the command line or a stage."""
-    code = """
+NO_EXTRAS = """
 import sys
 for name in ("transformers", "pydantic", "typer", "rich", "triton", "matplotlib", "jinja2",
              "tqdm", "filelock", "scipy", "tokenizers", "accelerate"):
     sys.modules[name] = None
-import torch, relneuron
+import torch, numpy
+"""
+
+
+def test_the_package_needs_only_its_core_dependencies() -> None:
+    """torch, numpy and safetensors: everything else is needed by the command line or a stage."""
+    code = """
+import relneuron
 assert callable(relneuron.ablate) and callable(relneuron.instrument)
+from relneuron import *
+assert NeuronFile is relneuron.NeuronFile and set(relneuron.__all__) <= set(dir(relneuron))
+"""
+    subprocess.run([sys.executable, "-c", NO_EXTRAS + code], check=True, cwd=ROOT)
+
+
+def test_the_ops_and_their_contract_need_only_torch_and_numpy() -> None:
+    code = """
+sys.modules["safetensors"] = sys.modules["pytest"] = None
+import relneuron.ops
+import relneuron.testing
 stats = relneuron.ops.GroupStats(groups=1, width=5)
 x = torch.ones(3, 5)
 relneuron.ops.swiglu_stats(x, x, stats=stats)
 assert stats.count["act"].tolist() == [[3] * 5]
+relneuron.testing.check_backend(relneuron.ops.swiglu_stats, max_elements=0)
+ours = {name for name in set(sys.modules) if name.startswith("relneuron.")}
+allowed = ("relneuron.ops", "relneuron.testing", "relneuron._cpu")
+assert all(name.startswith(allowed) for name in ours), ours
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", NO_EXTRAS + code], check=True, cwd=ROOT)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'relneuron' has no attribute 'instument'"):
+        relneuron.instument  # noqa: B018
 
 
 def test_the_context_manager_keeps_its_name_beside_the_stage() -> None:
-    code = "import relneuron.cli, relneuron.ablate, relneuron; assert callable(relneuron.ablate)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    stage = "import relneuron.cli, relneuron.ablate, relneuron"
+    name = "import relneuron; first = relneuron.ablate"
+    for code in (
+        stage,
+        f"{stage}; {name}",
+        f"{name}; {stage}",
+        f"from relneuron import *; {stage}",
+    ):
+        code += "; assert callable(relneuron.ablate) and relneuron.ablate.__name__ == 'ablate'"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
     "path",
     sorted(
         path
-        for pattern in ("relneuron/**/*.py", "tests/*.py", "csrc/*", "*.toml", "*.txt")
+        for pattern in (
+            "relneuron/**/*.py",
+            "tests/*.py",
+            "examples/*.py",
+            "bench/**/*.py",
+            "csrc/*",
+            "*.toml",
+            "*.txt",
+        )
         for path in ROOT.glob(pattern)
     )
     + [ROOT / "Makefile"],

@@ -10,12 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -74,6 +71,38 @@ class Result:
     h: Tensor
     stats: GroupStats | None
     responses: dict[str, Tensor]
+    # Of Triton's sums, which have an order of their own: what `assert_same` allows.
+    tolerance: TritonTolerance | None = None
+
+
+@dataclasses.dataclass
+class TritonTolerance:
+    """float32 sums of up to 128 tokens: 34 roundings, of 32 rows in a thread and then of blocks.
+
+    Without the site product act of a 16-bit dtype may also be the neighbouring number: then one
+    such step of the largest term is allowed, more than one is rare.
+    """
+
+    act_eps: float
+    # Sum and maximum of the absolute terms of each response, (N, F).
+    responses: dict[str, tuple[Tensor, Tensor]]
+
+    ROUNDING = 34 * 2.0**-24
+
+    @staticmethod
+    def of(gate: Tensor, up: Tensor, kwargs: dict[str, Any], n_prompts: int) -> TritonTolerance:
+        activation = kwargs.get("activation", "silu")
+        is_exact = gate.dtype == torch.float32 or "product" in kwargs["sites"]
+        responses = {}
+        ids = kwargs["prompt_ids"]
+        for site in kwargs["response_sites"]:
+            terms = reference.site_values(gate, up, activation, {site})[site].double().abs()
+            rows, at = terms[ids >= 0], ids[ids >= 0].long()
+            zero = torch.zeros(n_prompts, gate.shape[1], dtype=torch.float64)
+            total = zero.index_add(0, at, rows)
+            largest = zero.scatter_reduce(0, at[:, None].expand_as(rows), rows, "amax")
+            responses[site] = total, largest
+        return TritonTolerance(0.0 if is_exact else torch.finfo(gate.dtype).eps, responses)
 
 
 def interpreter_tiles(
@@ -83,7 +112,9 @@ def interpreter_tiles(
         return contextlib.nullcontext()
     kernels = op._triton_module()
     block_t, block_f = (max(1, 1 << (n - 1).bit_length()) for n in gate.shape)
-    tiles = kernels.LaunchConfig(min(block_t, 64), block_f, 4, block_f, 1)
+    block_t, block_f = min(block_t, 64), max(block_f, 8)
+    block_bytes = block_f * gate.element_size()
+    tiles = kernels.LaunchConfig(block_t, block_t, block_bytes, 4, block_t, block_f)
     return mock.patch.object(
         kernels, "INTERPRETER_LAUNCH", kernels.DEFAULT_LAUNCH if gpu_tiles else tiles
     )
@@ -107,6 +138,15 @@ def run(
     """
     device = device_of(backend)
     name, _, isa = backend.partition("-")
+    tolerance = None
+    if name == "triton":
+        asked = {
+            "activation": kwargs.get("activation", "silu"),
+            "sites": stats["sites"] if stats and "sites" in stats else (),
+            "prompt_ids": kwargs.get("prompt_ids"),
+            "response_sites": response_sites,
+        }
+        tolerance = TritonTolerance.of(gate, up, asked, n_prompts)
     group_stats = None if stats is None else GroupStats(width=gate.shape[1], device=device, **stats)
     responses = {
         site: torch.zeros(n_prompts, gate.shape[1], device=device) for site in response_sites
@@ -137,10 +177,17 @@ def run(
         h.cpu(),
         None if group_stats is None else group_stats.to("cpu"),
         {site: tensor.cpu() for site, tensor in responses.items()},
+        tolerance,
     )
 
 
-def assert_same_stats(out: GroupStats, expected: GroupStats, *, exact_sums: bool = True) -> None:
+def assert_same_stats(
+    out: GroupStats,
+    expected: GroupStats,
+    *,
+    exact_sums: bool = True,
+    tolerance: TritonTolerance | None = None,
+) -> None:
     """Equal bits; sums may instead have the rounding of float32 partial sums."""
     assert_same_bits(out.tokens, expected.tokens, "tokens")
     for name in ("count", "max", "n_nonfinite", *(("sum", "sum_sq") if exact_sums else ())):
@@ -160,8 +207,16 @@ def assert_same_stats(out: GroupStats, expected: GroupStats, *, exact_sums: bool
         }
         for name, scale in scales.items():
             error = (getattr(out, name)[site] - getattr(expected, name)[site]).abs()
-            assert bool((error <= 2 * eps * scale).all()), (
-                f"{name}[{site}]: off by {float((error / scale).nan_to_num().max()):.2g} of its scale"
+            allowed = 19 * 2.0**-24 * scale  # part_sums in csrc/swiglu_stats_records.h
+            if tolerance is not None:
+                allowed = tolerance.ROUNDING * scale
+                if site == "act":
+                    largest = expected.sum_sq[site].sqrt()
+                    largest = largest if name == "sum" else 2 * largest.square()
+                    allowed = allowed + tolerance.act_eps * largest
+            relative = (error / scale).nan_to_num()
+            assert bool((error <= allowed).all()), (
+                f"{name}[{site}]: off by {float(relative.max()):.2g} of its scale"
             )
 
 
@@ -169,9 +224,19 @@ def assert_same(out: Result, expected: Result, *, exact_sums: bool = False) -> N
     """Everything but h, whose rounding may differ from torch's."""
     if expected.stats is not None:
         assert out.stats is not None
-        assert_same_stats(out.stats, expected.stats, exact_sums=exact_sums)
+        assert_same_stats(out.stats, expected.stats, exact_sums=exact_sums, tolerance=out.tolerance)
     for site, response in expected.responses.items():
-        assert_same_bits(out.responses[site], response, f"responses[{site}]")
+        if out.tolerance is None:
+            assert_same_bits(out.responses[site], response, f"responses[{site}]")
+            continue
+        total, largest = out.tolerance.responses[site]
+        is_act = site in ("act", "product")
+        allowed = out.tolerance.ROUNDING * total
+        allowed = allowed + (2 * out.tolerance.act_eps * largest if is_act else 0.0)
+        error = (out.responses[site].double() - response.double()).abs()
+        same = out.responses[site] == response
+        same |= out.responses[site].isnan() & response.isnan()
+        assert bool((same | (error <= allowed)).all()), f"responses[{site}]"
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -807,7 +872,7 @@ def test_group_stats_refuse_to_merge_different_ones(change: dict[str, Any]) -> N
         ({"groups": 1, "width": -1}, "width must be at least 0, got -1"),
         ({"groups": 1, "width": 1, "sites": ()}, "sites must be one or more"),
         ({"groups": 1, "width": 1, "sites": ("act", "act")}, "sites must be one or more"),
-        ({"groups": 1, "width": 1, "sites": ("down",)}, "sites must be one or more"),
+        ({"groups": 1, "width": 1, "sites": ("head",)}, "sites must be one or more"),
         ({"groups": 1, "width": 1, "threshold": math.nan}, "threshold must be a number"),
     ],
 )
@@ -865,6 +930,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"backend": "cuda"}, "backend must be one of .*got 'cuda'"),
     ({"stats": None}, "group_ids must come with stats"),
     ({"stats": GroupStats(groups=2, width=41)}, "stats must have width F=40 .*got width 41"),
+    (
+        {"stats": GroupStats(groups=2, width=40, sites=("down",))},
+        "stats must have sites among .*got ..down.,.",
+    ),
     ({"group_ids": None}, "group_ids must be .T,. int32 with T=6 .*G=2 groups, got None"),
     ({"group_ids": ids(0, 0, 0, 0, 0)}, r"group_ids must be .*T=6 .from gate., got \(5,\) int32"),
     ({"group_ids": ids(*[0] * 6, dtype=torch.int64)}, r"group_ids must be .*got \(6,\) int64"),
@@ -1056,79 +1125,3 @@ def test_compiled_code_gives_the_same(dynamic: bool) -> None:
     assert_same_bits(responses["up"], expected_responses["up"])
     with pytest.raises(ValueError, match="group_ids must be in"):
         compiled(gate, up, ids + 2, stats, responses)
-
-
-# --------------------------------------------------------------------------------------------------
-# The Triton kernels as a GPU would run them, compiled here without one
-
-OFFLINE = """
-import pathlib, re, subprocess, sys, tempfile
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from relneuron.ops import swiglu_stats_triton as kernels
-
-def check(kernel, pointers, constants):
-    integers = {"threshold_bits": "i32", "T": "i32", "F": "i32", "G": "i32"}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.startswith("stride"):
-            signature[name] = "i64"
-        else:
-            signature[name] = integers.get(name) or pointers[name]
-    source = ASTSource(
-        kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    )
-    warps = 4 if "BLOCK_T" in constants else 1
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "fma" not in compiled.asm["ptx"], "fused multiply-add"
-    assert "div.full" not in compiled.asm["ptx"] and "div.approx" not in compiled.asm["ptx"]
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    line = re.search(r"REG:(\\d+) STACK:(\\d+) .*LOCAL:(\\d+)", usage.stdout)
-    assert line, usage
-    assert line[2] == "0" and line[3] == "0", f"{kernel.__name__} spills: {line[0]}"
-    print(kernel.__name__, line[0])
-
-config = kernels.LAUNCH_TABLE[9, 0]
-tile = {"BLOCK_T": config.block_t, "BLOCK_F": config.block_f}
-rows = {"GATE_ROW": 0, "UP_ROW": 1, "ACT_ROW": 2, "PRODUCT_ROW": 3}
-none = dict.fromkeys(rows, -1)
-optional = ("count_ptr", "tokens_ptr", "group_ids_ptr", "keep_ptr", "condition_ids_ptr")
-walk = {"BLOCK_F": config.walk_block_f, "SITE": 3}
-for float_ptr, activation in (("*bf16", 0), ("*fp16", 1), ("*fp32", 2)):
-    pointers = dict.fromkeys(["h_ptr", "gate_ptr", "up_ptr"], float_ptr)
-    pointers.update(dict.fromkeys(["count_ptr", "tokens_ptr", "n_nonfinite_ptr"], "*i64"))
-    pointers.update(dict.fromkeys(["group_ids_ptr", "keep_ptr", "condition_ids_ptr"], "*i32"))
-    pointers.update(prompt_ids_ptr="*i32", sum_ptr="*fp64", sum_sq_ptr="*fp64", max_ptr="*fp32")
-    pointers.update(response_ptr="*fp32")
-    act = {"ACTIVATION": activation}
-    check(kernels._swiglu_stats_kernel, pointers, {**act, **tile, **rows})
-    check(kernels._moments_kernel, pointers, {**act, **walk})
-    check(kernels._responses_kernel, pointers, {**act, **walk})
-absent = dict.fromkeys(optional)
-check(kernels._swiglu_stats_kernel, pointers, {"ACTIVATION": 3, **tile, **none, **absent})
-no_ids = {"group_ids_ptr": None, "condition_ids_ptr": None}
-check(kernels._swiglu_stats_kernel, pointers, {"ACTIVATION": 3, **tile, **rows, **no_ids})
-check(kernels._moments_kernel, pointers, {"ACTIVATION": 3, **walk, "group_ids_ptr": None})
-"""
-
-
-@pytest.mark.skipif("triton is not usable" in STATUS["triton"].detail, reason="no triton")
-def test_kernels_compile_for_a_gpu_without_spills(tmp_path: Path) -> None:
-    script = tmp_path / "offline.py"
-    script.write_text(OFFLINE)
-    root = str(Path(op.__file__).parents[2])
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = root
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("STACK:0") == 12

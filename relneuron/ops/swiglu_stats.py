@@ -16,11 +16,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from relneuron.ops.swiglu_stats_checks import (
+    DTYPES,
+    Names,
+    check_inputs,
+    check_masks,
+    check_statistics,
+)
 from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
-from relneuron.ops.swiglu_stats_reference import ACTIVATIONS, Call, swiglu_stats_reference
+from relneuron.ops.swiglu_stats_reference import (
+    ACTIVATIONS,
+    CODES,
+    RESIDUAL,
+    Call,
+    swiglu_stats_reference,
+)
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
 
 
 def swiglu_stats(
@@ -59,117 +72,79 @@ def swiglu_stats(
         gate, up, act = activation(gate), product = act * up
     and they are recorded before masking. All arithmetic is IEEE float32 with one rounding per
     operation; the activation behind the sites act and product is one fixed sequence of operations
-    that every backend executes, with an error of a few float32 ulp (swiglu_stats_reference.py). h
-    of the reference is torch's own activation times up, bit for bit; h of the other backends is
-    the site product, which in bfloat16 and float16 differs from torch's h in the last bit of rare
-    elements. Where `keep` drops a neuron its h is exactly +0, whatever the value was (NaN too).
+    with an error of a few float32 ulp (swiglu_stats_reference.py), the same in every backend. h of
+    the reference is torch's own activation times up, bit for bit; h of the other backends is the
+    site product, which in bfloat16 and float16 differs from torch's h in the last bit of rare
+    elements. There triton takes a shorter way to act in h, sums and responses, unless product is
+    a site: in rare elements it is the neighbouring number, also within 1 ulp of torch's. Where
+    `keep` drops a neuron its h is exactly +0, whatever the value was (NaN too).
 
-    Statistics. See GroupStats. A response is a float32 sum in the order of the tokens; non-finite
-    values go into it. T = 0 and F = 0 are allowed.
+    Statistics. See GroupStats. A response is a float32 sum; non-finite values go into it. T = 0 and
+    F = 0 are allowed.
 
     Exactness. count, tokens, max and n_nonfinite are bit-identical between backends, splits of the
     tokens, thread counts and runs. sum and sum_sq are float64 sums in the order of the tokens, in
-    which cpu adds up to 16 tokens at a time, and triton up to 256, in float32 first. Responses are
-    float32 sums in the order of the tokens (triton: in another fixed order). So for the same split
-    they are bit-identical between runs, and on a CPU between thread counts and instruction sets;
-    only the reference on a GPU leaves the order to torch. Subnormal values count also when torch
-    flushes them to zero elsewhere (`torch.set_flush_denormal`).
+    which cpu adds up to 64 tokens at a time, and triton up to 256, in float32 first (a square below
+    2^-149 is then 0). Responses are float32 sums in the order of the tokens (triton: in another
+    fixed order). So for the same split they are bit-identical between runs, and on a CPU between
+    thread counts and instruction sets; only the reference on a GPU leaves the order to torch.
+    Subnormal values count also when torch flushes them to zero (`torch.set_flush_denormal`).
 
     Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
     inputs that require it are refused.
     """
-    if not (isinstance(gate, Tensor) and isinstance(up, Tensor)):
-        raise TypeError(
-            "swiglu_stats: gate and up must be tensors, "
-            f"got {type(gate).__name__} and {type(up).__name__}"
-        )
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"swiglu_stats: activation must be one of {ACTIVATIONS}, got {activation!r}"
         )
+    return run_checked(
+        NAMES,
+        gate,
+        up,
+        activation=activation,
+        stats=stats,
+        group_ids=group_ids,
+        responses=responses,
+        prompt_ids=prompt_ids,
+        keep=keep,
+        condition_ids=condition_ids,
+        out=out,
+        ids_checked=ids_checked,
+        backend=backend,
+    )
+
+
+def run_checked(
+    names: Names,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str,
+    stats: GroupStats | None,
+    group_ids: Tensor | None,
+    responses: Mapping[str, Tensor] | None,
+    prompt_ids: Tensor | None,
+    keep: Tensor | None,
+    condition_ids: Tensor | None,
+    out: Tensor | None,
+    ids_checked: bool,
+    backend: str,
+) -> Tensor:
+    """Check the arguments and run the op that torch sees; `residual_stats` enters here, too."""
     if backend not in BACKENDS:
-        raise ValueError(f"swiglu_stats: backend must be one of {BACKENDS}, got {backend!r}")
-    if gate.ndim != 2 or gate.dtype not in DTYPES:
-        raise _error("gate", "(T, F) float32|bfloat16|float16", gate)
-    n_tokens, width = gate.shape
-    _check_matrix("up", up, "(T, F)", (n_tokens, width), gate.dtype, gate, writable=False)
-    _check_matrix("gate", gate, "(T, F)", (n_tokens, width), gate.dtype, gate, writable=False)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        raise RuntimeError(
-            "swiglu_stats: gate and up must not require grad, the op has no gradient; call it "
-            "under torch.no_grad() or pass gate.detach() and up.detach()"
-        )
+        raise ValueError(f"{names.op}: backend must be one of {BACKENDS}, got {backend!r}")
+    check_inputs(names, gate, up, out)
+    check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
+    check_masks(names, gate, keep, condition_ids)
     if out is None:
-        out = torch.empty((n_tokens, width), dtype=gate.dtype, device=gate.device)
-    else:
-        _check_matrix("out", out, "(T, F)", (n_tokens, width), gate.dtype, gate, writable=True)
-        for name, tensor in (("gate", gate), ("up", up)):
-            if _share_memory(out, tensor):
-                raise ValueError(
-                    f"swiglu_stats: out must not share memory with {name}; pass a separate tensor"
-                )
-
-    if stats is None:
-        if group_ids is not None:
-            raise ValueError("swiglu_stats: group_ids must come with stats, got stats=None")
-    else:
-        if stats.width != width or stats.device != gate.device:
-            raise ValueError(
-                f"swiglu_stats: stats must have width F={width} (from gate) on {gate.device}, "
-                f"got width {stats.width} on {stats.device}"
-            )
-        if group_ids is not None:
-            _check_ids_layout("group_ids", group_ids, gate)
-        elif stats.groups > 1:
-            raise ValueError(
-                f"swiglu_stats: group_ids must be (T,) int32 with T={n_tokens} (from gate) when "
-                f"stats has G={stats.groups} groups, got None"
-            )
-
-    response_sites = tuple(responses) if responses else ()
-    response_tensors = [responses[site] for site in response_sites] if responses else []
-    if not set(response_sites) <= set(SITES):
-        raise ValueError(
-            f"swiglu_stats: responses must have keys among {SITES}, got {response_sites}"
-        )
-    if (prompt_ids is None) != (not response_tensors):
-        raise ValueError(
-            "swiglu_stats: responses and prompt_ids must come together, "
-            f"got {len(response_tensors)} responses and prompt_ids="
-            f"{'None' if prompt_ids is None else _describe(prompt_ids)}"
-        )
-    if prompt_ids is not None:
-        _check_ids_layout("prompt_ids", prompt_ids, gate)
-        n_prompts = response_tensors[0].shape[0] if response_tensors[0].ndim else 0
-        for site, tensor in zip(response_sites, response_tensors, strict=True):
-            name = f"responses[{site!r}]"
-            shape = (n_prompts, width)
-            _check_matrix(name, tensor, "(N, F)", shape, torch.float32, gate, writable=True)
-
-    if keep is not None:
-        n_words = (width + 31) // 32
-        if (
-            keep.ndim != 2
-            or keep.dtype != torch.int32
-            or keep.shape[0] < 1
-            or keep.shape[1] != n_words
-        ):
-            expected = f"(C, ceil(F/32)) int32 with C >= 1 and ceil(F/32)={n_words} (from gate)"
-            raise _error("keep", expected, keep)
-        if not keep.is_contiguous():
-            raise _error("keep", "contiguous, call keep.contiguous()", keep, strides=True)
-        _check_device("keep", keep, gate)
-    if condition_ids is not None:
-        if keep is None:
-            raise ValueError("swiglu_stats: condition_ids must come with keep, got keep=None")
-        _check_ids_layout("condition_ids", condition_ids, gate)
-
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    site_of = dict(zip(names.sites, names.codes, strict=True))
     _swiglu_stats_op(
         gate,
         up,
         out,
         activation,
-        ",".join(stats.sites) if stats is not None else "",
+        ",".join(site_of[site] for site in stats.sites) if stats is not None else "",
         stats._threshold_bits if stats is not None else 0,
         stats._count if stats is not None else None,
         stats.tokens if stats is not None else None,
@@ -178,8 +153,8 @@ def swiglu_stats(
         stats._max if stats is not None else None,
         stats._n_nonfinite if stats is not None else None,
         group_ids,
-        ",".join(response_sites),
-        response_tensors,
+        ",".join(site_of[site] for site in responses or ()),
+        list(responses.values()) if responses else [],
         prompt_ids,
         keep,
         condition_ids,
@@ -189,81 +164,11 @@ def swiglu_stats(
     return out
 
 
-def _describe(tensor: Tensor, strides: bool = False) -> str:
-    text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-    return f"{text} with strides {tuple(tensor.stride())}" if strides else text
-
-
-def _error(name: str, expected: str, got: Tensor, strides: bool = False) -> ValueError:
-    return ValueError(f"swiglu_stats: {name} must be {expected}, got {_describe(got, strides)}")
-
-
-def _check_device(name: str, tensor: Tensor, gate: Tensor) -> None:
-    if tensor.device != gate.device:
-        raise ValueError(
-            f"swiglu_stats: {name} must be on {gate.device} (from gate), got {tensor.device}"
-        )
-
-
-def _check_matrix(
-    name: str,
-    tensor: Tensor,
-    letters: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    gate: Tensor,
-    writable: bool,
-) -> None:
-    """Shape, dtype, device, and strides: last 1, and no two rows in one place if it is written."""
-    rows, columns = shape
-    if tensor.shape != shape or tensor.dtype != dtype:
-        first, second = letters.strip("()").split(", ")
-        expected = (
-            f"{letters} {str(dtype).removeprefix('torch.')} with "
-            f"{first}={rows}, {second}={columns} (from {'gate' if first == 'T' else 'its peers'})"
-        )
-        raise _error(name, expected, tensor)
-    _check_device(name, tensor, gate)
-    if columns > 1 and rows > 0 and tensor.stride(1) != 1:
-        raise _error(
-            name, f"{letters} with last stride 1, call .contiguous()", tensor, strides=True
-        )
-    if writable and rows > 1 and tensor.stride(0) < columns:
-        raise _error(name, f"{letters} with rows that do not overlap", tensor, strides=True)
-
-
-def _check_ids_layout(name: str, ids: Tensor, gate: Tensor) -> None:
-    n_tokens = gate.shape[0]
-    if ids.shape != (n_tokens,) or ids.dtype != torch.int32:
-        raise _error(name, f"(T,) int32 with T={n_tokens} (from gate)", ids)
-    _check_device(name, ids, gate)
-    if n_tokens > 1 and ids.stride(0) != 1:
-        raise _error(name, "(T,) with stride 1, call .contiguous()", ids, strides=True)
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two matrices intersect (strided gaps count as theirs)."""
-    if a.numel() == 0 or b.numel() == 0 or torch.compiler.is_compiling():
-        return False  # the compiler tracks aliases itself, and a fake tensor has no address
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-
-    def last(x: Tensor) -> int:
-        rows, columns = x.shape
-        return int(x.storage_offset() + (rows - 1) * x.stride(0) + (columns - 1) * x.stride(1))
-
-    return a.storage_offset() <= last(b) and b.storage_offset() <= last(a)
-
-
 # --------------------------------------------------------------------------------------------------
 # The op that torch sees: torch's dispatcher picks the backend by device
 
 
-@torch.library.custom_op(
-    "relneuron::swiglu_stats",
-    mutates_args=("out", "count", "tokens", "sum", "sum_sq", "max", "n_nonfinite", "responses"),
-)
-def _swiglu_stats_op(
+def _swiglu_stats_impl(
     gate: Tensor,
     up: Tensor,
     out: Tensor,
@@ -315,13 +220,22 @@ def _swiglu_stats_op(
         swiglu_stats_reference(call)
 
 
-@_swiglu_stats_op.register_fake
-def _(*args: object) -> None:
-    return None
+# Not torch.library.custom_op: its autograd, of which there is none here, takes more time than a
+# small call does (150 of 190 microseconds with this many arguments).
+_MUTATED = ("out", "count", "tokens", "sum", "sum_sq", "max", "n_nonfinite", "responses")
+torch.library.define(
+    "relneuron::swiglu_stats",
+    torch.library.infer_schema(_swiglu_stats_impl, mutates_args=_MUTATED),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("relneuron::swiglu_stats", "CompositeExplicitAutograd", _swiglu_stats_impl)
+torch.library.register_fake("relneuron::swiglu_stats", lambda *args: None)
+_swiglu_stats_op = torch.ops.relneuron.swiglu_stats.default
 
 
 def _check_ids_range(call: Call) -> None:
     """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
+    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
     first_response = next(iter(call.responses.values()), None)
     for name, ids, low, size, origin in (
         ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),
@@ -335,7 +249,7 @@ def _check_ids_range(call: Call) -> None:
         if smallest < low or largest >= high:
             position = int(((ids < low) | (ids >= high)).to(torch.int8).argmax())
             raise ValueError(
-                f"swiglu_stats: {name} must be in [{low}, {high}) ({origin.format(high)}), "
+                f"{op}: {name} must be in [{low}, {high}) ({origin.format(high)}), "
                 f"got {int(ids[position])} at token {position}"
             )
 
@@ -460,7 +374,7 @@ def _swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
         T=call.gate.shape[0],
         F=call.gate.shape[1],
         dtype=DTYPES.index(call.gate.dtype),
-        activation=ACTIVATIONS.index(call.activation),
+        activation=CODES.index(call.activation),
         sites=[SITES.index(site) for site in call.sites],
         G=0 if call.tokens is None else call.tokens.shape[0],
         threshold_bits=call.threshold_bits,

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # The order is the code of a site in the C++ and Triton kernels.
 SITES = ("gate", "up", "act", "product")
+# The site of `residual_stats`.
+DOWN = "down"
 
 
 class GroupStats:
@@ -20,7 +22,8 @@ class GroupStats:
 
     groups     G, the number of groups (relations)
     width      F, the number of neurons
-    sites      which of gate, up, act, product (see `swiglu_stats`) are recorded
+    sites      which of gate, up, act, product (see `swiglu_stats`) are recorded, or down (see
+               `residual_stats`)
     threshold  a value v at a site is active when v > threshold, compared exactly
     moments    also record sums, sums of squares, maxima and the number of non-finite values
 
@@ -53,9 +56,10 @@ class GroupStats:
         if isinstance(sites, str):
             raise TypeError(f"GroupStats: sites must be a sequence such as ({sites!r},), got str")
         sites = tuple(sites)
-        if not sites or len(set(sites)) != len(sites) or not set(sites) <= set(SITES):
+        if not sites or len(set(sites)) != len(sites) or not set(sites) <= {*SITES, DOWN}:
             raise ValueError(
-                f"GroupStats: sites must be one or more distinct names of {SITES}, got {sites}"
+                f"GroupStats: sites must be one or more distinct names of {(*SITES, DOWN)}, "
+                f"got {sites}"
             )
         threshold = float(threshold)
         if math.isnan(threshold):

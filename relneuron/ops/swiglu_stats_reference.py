@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-# The order is the code of an activation in the C++ and Triton kernels.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+# What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
+RESIDUAL = "residual"
+# The position is the code in the C++ and Triton kernels.
+CODES = (*ACTIVATIONS, RESIDUAL)
 
 
 @dataclass(slots=True)
@@ -46,14 +49,21 @@ def swiglu_stats_reference(call: Call) -> None:
     """The op in plain torch, for any device: what the other backends are compared with."""
     gate, up = call.gate, call.up
     h = call.out
-    torch.mul(_torch_activation(gate, call.activation), up, out=h)
+    if call.activation == RESIDUAL:
+        torch.add(up, gate, out=h)
+    else:
+        torch.mul(_torch_activation(gate, call.activation), up, out=h)
     if call.keep is not None:
-        h.masked_fill_(~_keep_bits(call.keep, call.condition_ids, gate.shape[1]), 0.0)
+        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
+        if call.activation == RESIDUAL:
+            torch.where(keep, h, up, out=h)
+        else:
+            h.masked_fill_(~keep, 0.0)
     if call.tokens is None and not call.responses:
         return
 
     with ieee_arithmetic():
-        values = _site_values(call, set(call.sites) | set(call.responses))
+        values = site_values(gate, up, call.activation, {*call.sites, *call.responses})
         if call.tokens is not None:
             if call.group_ids is None:
                 rows = slice(None)
@@ -108,12 +118,14 @@ def _torch_activation(gate: Tensor, activation: str) -> Tensor:
     return nnf.relu(gate)
 
 
-def _site_values(call: Call, sites: set[str]) -> dict[str, Tensor]:
+def site_values(
+    gate: Tensor, up: Tensor, activation: str, sites: Collection[str]
+) -> dict[str, Tensor]:
     """The values of the asked sites as float32, each rounded to the dtype of gate."""
-    dtype = call.gate.dtype
-    values = {"gate": call.gate.float(), "up": call.up.float()}
-    if sites & {"act", "product"}:
-        values["act"] = _activation(values["gate"], call.activation).to(dtype).float()
+    dtype = gate.dtype
+    values = {"gate": gate.float(), "up": up.float()}
+    if not {"act", "product"}.isdisjoint(sites):
+        values["act"] = _activation(values["gate"], activation).to(dtype).float()
     if "product" in sites:
         values["product"] = (values["act"] * values["up"]).to(dtype).float()
     return values

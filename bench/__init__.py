@@ -1,0 +1,1 @@
+"""Measurements: `pytest bench` (all ops), `python -m bench.gpu`, `python -m bench.offline`."""

@@ -1,0 +1,473 @@
+"""`python -m bench.offline` compiles the Triton kernels for GPUs that are not here, and gates them.
+
+For every target and every kind of call it takes the launches that `swiglu_stats` would make (the
+launcher's own `plan`, on tensors without memory), compiles them and reads the machine code:
+registers, spills, shared memory, the width of the loads of gate and up, and instructions per
+element. It fails on a spill, a load narrower than 16 bytes, a 32-bit product in an offset, and more
+than 110% of an instruction budget in `offline_budgets.csv` (`--update` rewrites that file).
+
+Instructions per element are all instructions from the head of a loop to its backward branch,
+predicated or not, divided by the elements one thread handles in one turn. A kernel has two loops:
+`blocks` over whole blocks of rows, and `rows` over the rest of a run, over rows out of order and
+over rows with different masks. What happens once per run (flush, sort) is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+# Read when triton is imported: this is about the compiler, never about the interpreter.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from relneuron.ops import SITES, GroupStats
+from relneuron.ops import swiglu_stats_triton as launcher
+from relneuron.ops.swiglu_stats_reference import Call
+from relneuron.ops.swiglu_stats_triton import Launch
+
+BUDGETS = Path(__file__).with_name("offline_budgets.csv")
+TOLERANCE = 1.10
+# Upper limits that no `--update` moves: (target, dtype, variant, loop) -> instructions per element.
+LIMITS = {
+    ("sm_90", "bf16", "count", "blocks"): 14.0,
+    ("sm_90", "bf16", "count, one condition", "blocks"): 17.0,
+    ("sm_90", "bf16", "all at act, conditions", "rows"): 23.0,
+}
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {
+    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+# What is asked of a call. The widths are Llama's: a multiple of every block, except "ragged".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "count": {"sites": ("act",)},
+    "count, one condition": {"sites": ("act",), "conditions": True},
+    "all at act, conditions": {"sites": ("act",), "moments": True, "conditions": True},
+    "one mask": {"mask": True},
+    "all at gate, up, act": {"sites": ("gate", "up", "act"), "moments": True},
+    "all at all sites": {"sites": SITES, "moments": True, "conditions": True},
+    "threshold -0.1": {"sites": ("act",), "threshold": -0.1},
+    "ragged width": {"sites": ("act",), "width": 11024, "conditions": True},
+    "many groups": {"sites": ("act",), "moments": True, "groups": 40},
+    "responses": {"responses": ("gate", "up", "product")},
+    "gelu": {"activation": "gelu", "sites": ("act",)},
+    "gelu_tanh": {"activation": "gelu_tanh", "sites": ("act",)},
+    "relu": {"activation": "relu", "sites": ("act",)},
+    # The op residual_stats, whose one site is the gate's.
+    "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
+}
+# What the other targets and dtypes are asked for with --quick.
+MAIN = ("plain", "count", "all at act, conditions", "all at all sites", "responses")
+
+
+def cases(quick: bool) -> list[tuple[str, str, str]]:
+    """(target, dtype, variant): all of them, or the main ones except for sm_90 in bfloat16."""
+    found = [("sm_90", "bf16", variant) for variant in VARIANTS]
+    for target in TARGETS:
+        for dtype in DTYPES:
+            chosen = MAIN if dtype == "bf16" else MAIN[2:4]
+            for variant in chosen if quick else VARIANTS:
+                if (case := (target, dtype, variant)) not in found:
+                    found.append(case)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# From a kind of call to compiled kernels
+
+
+def example_call(
+    dtype: torch.dtype,
+    *,
+    sites: tuple[str, ...] = (),
+    moments: bool = False,
+    groups: int = 12,
+    threshold: float = 0.0,
+    responses: tuple[str, ...] = (),
+    mask: bool = False,
+    conditions: bool = False,
+    activation: str = "silu",
+    width: int = 11008,
+    n_tokens: int = 8192,
+) -> Call:
+    """A call on tensors that have shapes and no memory."""
+
+    def tensor(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    stats = None
+    if sites:
+        stats = GroupStats(
+            groups=groups,
+            width=width,
+            sites=sites,
+            moments=moments,
+            threshold=threshold,
+            device="meta",
+        )
+    return Call(
+        gate=tensor(n_tokens, width, of=dtype),
+        up=tensor(n_tokens, width, of=dtype),
+        out=tensor(n_tokens, width, of=dtype),
+        activation=activation,
+        sites=sites,
+        threshold_bits=0 if stats is None else stats._threshold_bits,
+        count=None if stats is None else stats._count,
+        tokens=None if stats is None else stats.tokens,
+        sum=None if stats is None else stats._sum,
+        sum_sq=None if stats is None else stats._sum_sq,
+        max=None if stats is None else stats._max,
+        n_nonfinite=None if stats is None else stats._n_nonfinite,
+        group_ids=tensor(n_tokens) if stats is not None else None,
+        responses={site: tensor(410, width, of=torch.float32) for site in responses},
+        prompt_ids=tensor(n_tokens) if responses else None,
+        keep=tensor(13, (width + 31) // 32) if mask or conditions else None,
+        condition_ids=tensor(n_tokens) if conditions else None,
+    )
+
+
+def launches(target: str, dtype: str, variant: str) -> list[Launch]:
+    """What `swiglu_stats` would launch on the target."""
+    call = example_call(DTYPES[dtype], **VARIANTS[variant])
+    kind = TARGETS[target]
+    is_nvidia = kind.backend == "cuda"
+    capability = (int(kind.arch) // 10, int(kind.arch) % 10) if is_nvidia else (9, 4)
+    config = launcher.LAUNCH_TABLE[capability]
+    return launcher.plan(call, config, is_nvidia=is_nvidia)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile as Triton's own launch would: the same types, constants and alignments."""
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = launch.constants[name] if parameter.is_constexpr else launch.args[name]
+        is_fixed = parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and not is_fixed
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            # torch aligns what it allocates; views start at an offset.
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not is_fixed:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.compiler_options())
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading machine code
+
+
+def sass(compiled: Any) -> tuple[str, str]:
+    """(code, resource usage) as cuobjdump prints them; it comes with triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        printed = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-sass", "-res-usage")
+        ]
+    return printed[0].stdout, printed[1].stdout
+
+
+def sass_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    ends = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\b.*\b(0x[0-9a-f]+)", text)
+        # The code ends with a branch to itself.
+        if branch and int(branch[1], 16) < address:
+            ends.append((int(branch[1], 16), address))
+    return [
+        [text for address, text in instructions if head <= address <= end]
+        for head, end in _innermost(ends)
+    ]
+
+
+def amd_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    ends = []
+    for line in code.splitlines():
+        text = line.split(";")[0].strip()
+        if label := re.match(r"(\.L\w+):", text):
+            labels[label[1]] = len(instructions)
+        elif re.match(r"[a-z]+_\w+", text):
+            branch = re.match(r"s_c?branch\w*\s+(\.L\w+)", text)
+            if branch and branch[1] in labels:
+                ends.append((labels[branch[1]], len(instructions)))
+            instructions.append(text)
+    return [instructions[head : end + 1] for head, end in _innermost(ends)]
+
+
+def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    # Several branches may lead to one head: the last one ends the loop.
+    last = {head: max(end for other, end in loops if other == head) for head, _ in loops}
+    return [
+        (head, end)
+        for head, end in sorted(last.items())
+        if not any(head <= a and b <= end and (a, b) != (head, end) for a, b in last.items())
+    ]
+
+
+WIDE_LOAD = re.compile(r"\bLDG\.E\S*\.128\b|\b(?:global|buffer)_load_dwordx4\b")
+STORE = re.compile(r"\bSTG\b|\b(?:global|buffer)_store_")
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit products with a size, a stride or a program id, which may not fit into 32 bits.
+
+    An offset is row * stride + column; with a tensor past 2^31 elements only a 64-bit product
+    holds it, whatever it is widened to afterwards.
+    """
+    large: set[str] = set(re.findall(r"(%(?:stride_\w+|n_tiles|[TFGN])): i32", ttir))
+    passes_on = r"tt\.(?:splat|expand_dims|broadcast|reshape)|ttg?\.convert_layout"
+    found = []
+    for line in ttir.splitlines():
+        if not (definition := re.match(r"\s*(%\w+) = ([\w.]+) (.*?) loc\(", line)):
+            continue
+        name, operation, rest = definition.groups()
+        operands = set(re.findall(r"%\w+", rest))
+        if operation == "tt.get_program_id" or (
+            re.fullmatch(passes_on, operation) and operands & large
+        ):
+            large.add(name)
+        if operation == "arith.muli" and operands & large and re.search(r"\bi32\b|xi32>", rest):
+            found.append(line.strip())
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# The table and its gate
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiled code of one launch says; None where the question makes no sense."""
+
+    target: str
+    dtype: str
+    variant: str
+    kernel: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    # The narrowest load of gate or up in a loop.
+    load_bytes: int | None
+    # Instructions per element of the two loops.
+    blocks: float | None
+    rows: float | None
+    narrow_products: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.target, self.dtype, self.variant, self.kernel
+
+
+def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
+    kind = TARGETS[target]
+    compiled = compile_launch(launch, kind)
+    if kind.backend == "cuda":
+        code, usage = sass(compiled)
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        assert numbers, f"cuobjdump says nothing of registers: {usage}"
+        registers, stack, shared, local = (int(number) for number in numbers.groups())
+        spills, loops = stack + local, sass_loops(code)
+    else:
+        code = compiled.asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+
+        registers, shared = number("vgpr_count"), number("group_segment_fixed_size")
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        loops = amd_loops(code)
+    name = launch.kernel.__name__
+    if name == "_moments_kernel":
+        # Its loop has a branch around the loads, which compilers turn into loops of all shapes.
+        loops = [code.splitlines()]
+    load_bytes, per_element = _loop_numbers(name, launch, loops, kind.warp_size)
+    return Row(
+        target,
+        dtype,
+        variant,
+        name,
+        registers,
+        spills,
+        shared,
+        load_bytes,
+        per_element[0],
+        per_element[1],
+        len(narrow_products(compiled.asm["ttir"])),
+    )
+
+
+def _loop_numbers(
+    name: str, launch: Launch, loops: list[list[str]], warp_size: int
+) -> tuple[int | None, tuple[float | None, float | None]]:
+    """(narrowest load of gate or up, instructions per element of `blocks` and of `rows`)."""
+    if name == "_span_kernel":
+        return None, (None, None)
+    gate = launch.args["gate_ptr"]
+    assert isinstance(gate, Tensor), "gate is a tensor"
+    n_elements = launch.constants["BLOCK_T"] * launch.constants["BLOCK_F"]
+    is_main = name == "_swiglu_stats_kernel"
+    # `_moments_kernel` reads one of gate and up for most sites.
+    n_tensors = 1 if name == "_moments_kernel" else 2
+    turn_bytes = n_tensors * n_elements // (launch.num_warps * warp_size) * gate.element_size()
+    widths, per_element = [], []
+    for body in loops:
+        wanted = STORE if is_main else WIDE_LOAD
+        if not any(wanted.search(text) for text in body):
+            continue
+        # More than one turn where the compiler has unrolled the loop.
+        wide_bytes = 16 * sum(bool(WIDE_LOAD.search(text)) for text in body)
+        widths.append(16 if wide_bytes >= turn_bytes else 8)
+        elements = max(turn_bytes, wide_bytes) / gate.element_size() / n_tensors
+        per_element.append(round(len(body) / elements, 1))
+    if name == "_moments_kernel":
+        return min(widths, default=8), (None, None)
+    expected = 2 if is_main else 1
+    # Where the compiler has made more loops of them, the shortest and the longest count.
+    assert len(per_element) >= expected, f"{name} has {len(per_element)} loops, not {expected}"
+    per_element.sort()
+    return min(widths), (per_element[0] if is_main else None, per_element[-1])
+
+
+def faults(row: Row, budget: Row | None) -> list[str]:
+    """What the gate has against a row."""
+    where = f"{', '.join(row.key)}: "
+    found = []
+    if row.spills:
+        found.append(f"spills {row.spills} (bytes, on gfx942 registers)")
+    if row.load_bytes is not None and row.load_bytes < 16:
+        found.append("loads of gate and up are narrower than 16 bytes")
+    if row.narrow_products:
+        found.append(f"{row.narrow_products} 32-bit products in offsets")
+    for loop in ("blocks", "rows"):
+        value = getattr(row, loop)
+        if value is None:
+            continue
+        allowed = None if budget is None else getattr(budget, loop)
+        if allowed is None:
+            found.append(f"no budget for loop {loop}, run with --update")
+        elif value > TOLERANCE * allowed:
+            found.append(f"{value} instructions per element in loop {loop}, budget {allowed}")
+        limit = LIMITS.get((row.target, row.dtype, row.variant, loop), float("inf"))
+        if row.kernel == "_swiglu_stats_kernel" and value > limit:
+            found.append(f"{value} instructions per element in loop {loop}, limit {limit}")
+    return [where + fault for fault in found]
+
+
+def read_budgets(path: Path = BUDGETS) -> dict[tuple[str, str, str, str], Row]:
+    """The committed rows; only their instruction counts are compared."""
+    if not path.exists():
+        return {}
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    with path.open(newline="") as file:
+        rows = [
+            Row(
+                *(line[name] for name in ("target", "dtype", "variant", "kernel")),
+                *(int(line[name]) for name in ("registers", "spills", "shared_bytes")),
+                int(line["load_bytes"]) if line["load_bytes"] else None,
+                number(line["blocks"]),
+                number(line["rows"]),
+                int(line["narrow_products"]),
+            )
+            for line in csv.DictReader(file)
+        ]
+    return {row.key: row for row in rows}
+
+
+def write_budgets(rows: Iterable[Row], path: Path = BUDGETS) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(astuple(row) for row in rows)
+
+
+def measure_case(case: tuple[str, str, str]) -> list[Row]:
+    """The rows of one case, in a process of its own."""
+    return [measure(*case, launch) for launch in launches(*case)]
+
+
+def table(rows: Iterable[Row]) -> str:
+    header = [field.name for field in fields(Row)]
+    lines = [header] + [["-" if v is None else str(v) for v in astuple(row)] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only the main variants everywhere")
+    parser.add_argument("--update", action="store_true", help="rewrite offline_budgets.csv")
+    options = parser.parse_args(arguments)
+    chosen = cases(options.quick and not options.update)
+    # A cache of its own, so that nothing compiled earlier is measured.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor() as pool:
+            measured = [row for rows in pool.map(measure_case, chosen) for row in rows]
+    # A kernel that several variants launch in the same way stands in the table once per variant.
+    rows = list({row.key: row for row in measured}.values())
+    print(table(rows))
+    if options.update:
+        write_budgets(rows)
+    budgets = read_budgets()
+    found = [fault for row in rows for fault in faults(row, budgets.get(row.key))]
+    for fault in found:
+        print(fault, file=sys.stderr)
+    print(f"{len(rows)} kernels, {len(found)} faults", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""For those who write a backend of `swiglu_stats`, or test with our rule; needs torch only.
+
+`check_backend(fn)` holds an implementation to the op's contract, `backend_checks()` gives the same
+checks one by one for a test runner; docs/backend.md shows both. `assert_accurate` is the one
+tolerance rule of this project.
+"""
+
+from relneuron.testing import checks_h, checks_stats, checks_sums  # noqa: F401  they register
+from relneuron.testing.accuracy import assert_accurate, assert_same_bits
+from relneuron.testing.contract import (
+    FEATURES,
+    Check,
+    ContractError,
+    Report,
+    backend_checks,
+    check_backend,
+)
+
+__all__ = [
+    "FEATURES",
+    "Check",
+    "ContractError",
+    "Report",
+    "assert_accurate",
+    "assert_same_bits",
+    "backend_checks",
+    "check_backend",
+]

@@ -1,0 +1,310 @@
+"""`check_backend`: holds someone's implementation of `swiglu_stats` to the contract of the op.
+
+The checks register themselves here from `checks_*.py`; each promises one thing and is a test of
+its own for a test runner (`backend_checks`), or one line of the report (`check_backend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from relneuron.ops import ACTIVATIONS, SITES, GroupStats
+from relneuron.ops.swiglu_stats_reference import ieee_arithmetic
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What an implementation may leave out:
+#   counts, moments  updates `stats` without and with moments=True
+#   responses        adds to `responses`
+#   masks            takes `keep` and `condition_ids`
+#   out              writes into a given `out`
+#   strides          takes rows that are not contiguous, in gate, up, out and responses
+#   flush_to_zero    subnormal numbers count under torch.set_flush_denormal(True) (CPU only)
+#   errors           refuses ids out of range by ValueError before anything is written
+FEATURES = (
+    "counts",
+    "moments",
+    "responses",
+    "masks",
+    "out",
+    "strides",
+    "flush_to_zero",
+    "errors",
+)
+
+Backend = Callable[..., Tensor]
+
+
+class ContractError(AssertionError):
+    """Checks that failed: `failures` is {name of the check: reason}."""
+
+    def __init__(self, failures: dict[str, str], n_checks: int) -> None:
+        self.failures = failures
+        reasons = "\n\n".join(f"{name}: {reason}" for name, reason in failures.items())
+        super().__init__(f"{len(failures)} of {n_checks} checks failed\n\n{reasons}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The names of the checks that passed, and of those left out by the options, with the cause."""
+
+    passed: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What an implementation says it can do; the options of `check_backend`."""
+
+    device: torch.device | str = "cpu"
+    dtypes: Sequence[torch.dtype] = DTYPES
+    activations: Sequence[str] = ACTIVATIONS
+    sites: Sequence[str] = SITES
+    features: Sequence[str] = FEATURES
+    max_elements: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("dtypes", DTYPES),
+            ("activations", ACTIVATIONS),
+            ("sites", SITES),
+            ("features", FEATURES),
+        ):
+            given = getattr(self, name)
+            if isinstance(given, str) or not set(given) <= set(known):
+                raise ValueError(f"check_backend: {name} must be some of {known}, got {given!r}")
+            if not given and name != "features":
+                raise ValueError(f"check_backend: {name} must not be empty")
+        if "moments" in self.features and "counts" not in self.features:
+            raise ValueError("check_backend: the feature moments comes with counts")
+
+    @property
+    def half_dtypes(self) -> list[torch.dtype]:
+        """The claimed types of 16 bits."""
+        return [dtype for dtype in self.dtypes if dtype.itemsize == 2]
+
+    def reason_to_skip(self, check: Check) -> str | None:
+        """Why a check does not apply, or None."""
+        if self.max_elements is not None and check.elements > self.max_elements:
+            return f"a call has {check.elements} elements, max_elements is {self.max_elements}"
+        if "half" in check.needs and not self.half_dtypes:
+            return "no type of 16 bits is claimed"
+        if "flush_to_zero" in check.needs and torch.device(self.device).type != "cpu":
+            return "it is about the processor's mode"
+        missing = [name for name in check.needs if name in FEATURES and name not in self.features]
+        return f"not claimed: {', '.join(missing)}" if missing else None
+
+
+@dataclass
+class Result:
+    """What one call gave, on the CPU; every tensor with the strides it was passed with."""
+
+    h: Tensor
+    stats: GroupStats
+    responses: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+class Subject:
+    """The implementation under test: calls it on its device and remembers the last call."""
+
+    def __init__(self, fn: Backend, claims: Claims, elements: int) -> None:
+        self.fn, self.claims, self.elements = fn, claims, elements
+        self.n_threads = torch.get_num_threads()
+        self.last_call = "none was made"
+        self.last_results: tuple[GroupStats | None, dict[str, Tensor]] = (None, {})
+
+    def run(self, gate: Tensor, up: Tensor, **arguments: Any) -> Result:
+        """Call with copies of the arguments on the device; arguments that are None stay out."""
+        assert gate.numel() <= self.elements, "a check says how large its calls are"
+        device = self.claims.device
+        given: dict[str, Any] = {"activation": self.claims.activations[0]}
+        given |= {name: value for name, value in arguments.items() if value is not None}
+        self.last_call = describe_call(gate, up, given)
+        stats = given.pop("stats", None)
+        moved = {n: _move(v, device) for n, v in given.items() if isinstance(v, Tensor)}
+        plain: dict[str, Any] = {"activation": given["activation"]}
+        if stats is not None:
+            plain["stats"] = stats.to(device)
+        responses = {n: _move(v, device) for n, v in given.get("responses", {}).items()}
+        if responses:
+            plain["responses"] = responses
+        self.last_results = (plain.get("stats"), responses)
+        on_device = {"gate": _move(gate, device), "up": _move(up, device)}
+        with _threads(self.n_threads):
+            h = self.fn(on_device["gate"], on_device["up"], **moved, **plain)
+        assert isinstance(h, Tensor), f"the result is a {type(h).__name__}, not a tensor"
+        if "out" in moved:
+            assert h is moved["out"], "the result must be `out` itself when it is given"
+        assert h.shape == gate.shape and h.dtype == gate.dtype, (
+            f"h is {describe(h)} instead of {describe(gate)}"
+        )
+        return Result(
+            _move(h, "cpu"),
+            # A check that passed no statistics does not look at them.
+            cast(GroupStats, None if stats is None else plain["stats"].to("cpu")),
+            {name: _move(value, "cpu") for name, value in responses.items()},
+            {name: _move(value, "cpu") for name, value in {**moved, **on_device}.items()},
+        )
+
+
+CheckFunction = Callable[[Subject], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise of the contract. Call it with an implementation: it returns or it raises."""
+
+    name: str
+    promise: str
+    needs: tuple[str, ...]
+    elements: int
+    _function: CheckFunction = field(repr=False)
+    claims: Claims = Claims()
+
+    def __call__(self, fn: Backend) -> None:
+        """Raise a ContractError unless `fn` holds the promise."""
+        reason = self.failure(fn)
+        if reason is not None:
+            raise ContractError({self.name: reason}, 1)
+
+    def failure(self, fn: Backend) -> str | None:
+        """Why `fn` breaks the promise, with the call that shows it, or None."""
+        subject = Subject(fn, self.claims, self.elements)
+        try:
+            # The oracle's tensors are small: on a busy machine torch's threads would mostly wait
+            # for each other. The implementation runs with as many as the caller has set.
+            with torch.no_grad(), ieee_arithmetic(), _threads(1):
+                self._function(subject)
+        except AssertionError as error:
+            cause = str(error)
+        # An implementation may raise whatever it likes; each check goes on with the next.
+        except Exception as error:
+            cause = f"it raised {type(error).__name__}: {error}"
+        else:
+            return None
+        return f"{self.promise}\n    {cause}\n    call: {subject.last_call}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CHECKS: list[Check] = []
+
+
+def check(*needs: str, elements: int = 5000) -> Callable[[CheckFunction], CheckFunction]:
+    """Register a check: the features it needs ("half": a 16-bit type), its largest T x F."""
+
+    def register(function: CheckFunction) -> CheckFunction:
+        promise = (function.__doc__ or "").strip()
+        CHECKS.append(Check(function.__name__, promise, needs, elements, function))
+        return function
+
+    return register
+
+
+def backend_checks(**options: Any) -> list[Check]:
+    """The checks that apply, for a test runner; the options are those of `check_backend`.
+
+    @pytest.mark.parametrize("check", backend_checks(dtypes=[torch.float32]), ids=str)
+    def test_contract(check):
+        check(my_swiglu_stats)
+    """
+    claims = Claims(**options)
+    return [
+        Check(c.name, c.promise, c.needs, c.elements, c._function, claims)
+        for c in CHECKS
+        if claims.reason_to_skip(c) is None
+    ]
+
+
+def check_backend(
+    fn: Backend,
+    *,
+    device: torch.device | str = "cpu",
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    activations: Sequence[str] = ACTIVATIONS,
+    sites: Sequence[str] = SITES,
+    features: Sequence[str] = FEATURES,
+    max_elements: int | None = None,
+) -> Report:
+    """Hold an implementation of `swiglu_stats` to the op's contract.
+
+    fn            is called as `relneuron.ops.swiglu_stats` is, without `backend` and `ids_checked`:
+                  fn(gate, up, activation=...) plus those of stats, group_ids, responses,
+                  prompt_ids, keep, condition_ids and out that a check is about. It updates the
+                  `GroupStats` and the responses in place and returns h
+    device        where the tensors of the calls are
+    dtypes, activations, sites
+                  what it supports, if not everything
+    features      what it supports of `FEATURES`
+    max_elements  leave out checks with a call of more than this number of gates (a slow
+                  implementation, such as an interpreted kernel)
+
+    Integers, maxima and the masking are compared exactly, h by `assert_accurate` and in half types
+    by its distance in representable numbers, sums by `assert_accurate` with the rounding of float32
+    and the sum of the absolute terms as scale, so any fixed order of adding is right.
+
+    Returns a Report. Raises one ContractError, an AssertionError, that lists every check that
+    failed: the promise, the worst or first wrong element, and the call that shows it.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "dtypes": dtypes,
+        "activations": activations,
+        "sites": sites,
+        "features": features,
+        "max_elements": max_elements,
+    }
+    claims, checks = Claims(**options), backend_checks(**options)
+    failures = {c.name: reason for c in checks if (reason := c.failure(fn)) is not None}
+    if failures:
+        raise ContractError(failures, len(checks))
+    skipped = {c.name: why for c in CHECKS if (why := claims.reason_to_skip(c)) is not None}
+    return Report(tuple(c.name for c in checks), skipped)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- tensors and their descriptions ----------------------------------------------------------
+
+
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device, with all of its storage, so that strides and gaps stay as they are."""
+    storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    storage = storage.set_(tensor.untyped_storage()).detach().clone().to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape and dtype, and the row stride if there are gaps or overlaps."""
+    text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return text if tensor.is_contiguous() else f"{text} with strides {tensor.stride()}"
+
+
+def describe_call(gate: Tensor, up: Tensor, arguments: dict[str, Any]) -> str:
+    """The call as a user would write it, with shapes for the values."""
+    parts = [f"gate: {describe(gate)}", f"up: {describe(up)}"]
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items())
+            parts.append(f"{name}={{{inner}}}")
+        elif isinstance(value, Tensor):
+            short = value.dtype == torch.int32 and 0 < value.numel() <= 12
+            parts.append(f"{name}={value.tolist() if short else describe(value)}")
+        else:
+            parts.append(f"{name}={value!r}")
+    return f"fn({', '.join(parts)})"
