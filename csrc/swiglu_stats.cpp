@@ -70,9 +70,11 @@ class DefaultFloatMode {
   std::fenv_t saved_;
 };
 
-// A thread costs some 10 microseconds to start, about what it takes to process this many elements.
-// Derived from that, not yet measured.
+// About what a core does in 10 microseconds, the order of what it costs to wake a thread.
 constexpr int64_t min_elements_per_thread = 1 << 15;
+
+// Of all slots of a thread.
+constexpr int64_t slots_bytes_max = 4 << 20;
 
 // What the plan points to.
 struct Groups {
@@ -82,7 +84,7 @@ struct Groups {
 };
 
 // Plans the segments and slots, and counts the tokens of each group.
-Groups plan_groups(const SwigluStatsArgs& args, SwigluStatsPlan& plan) {
+Groups plan_groups(const SwigluStatsArgs& args, int64_t most_slots, SwigluStatsPlan& plan) {
   Groups all;
   all.slots.assign(static_cast<size_t>(args.T), -1);
   std::vector<int32_t> slot_of_group(static_cast<size_t>(args.G), -1);
@@ -102,7 +104,7 @@ Groups plan_groups(const SwigluStatsArgs& args, SwigluStatsPlan& plan) {
     const int32_t group = args.group_ids ? args.group_ids[t] : 0;
     const bool is_counted = args.tokens && group >= 0;
     const bool is_new = is_counted && slot_of_group[static_cast<size_t>(group)] < 0;
-    if (t - segment.t_begin == segment_rows_max || (is_new && n_slots() == n_slots_max)) finish(t);
+    if (t - segment.t_begin == segment_rows_max || (is_new && n_slots() == most_slots)) finish(t);
     if (!is_counted) continue;
     int32_t& slot = slot_of_group[static_cast<size_t>(group)];
     if (slot < 0) {
@@ -192,18 +194,24 @@ std::vector<const char*> isa_levels() {
 
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
   const SwigluStatsKernel& kernel = find_kernel(isa);
-  SwigluStatsPlan plan;
-  const Groups groups = plan_groups(args, plan);
-  if (args.dtype != DType::float32 && args.activation != Activation::residual) {
-    plan.act_table = act_table(args.dtype, args.activation);
-  }
-  plan.stream = should_stream(args);
-
   const int64_t n_steps = (args.F + column_step - 1) / column_step;
   const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
   const int64_t n_parts = std::max<int64_t>(
       1, std::min({static_cast<int64_t>(n_threads), n_steps, worthwhile}));
   const int64_t part_columns = (n_steps + n_parts - 1) / n_parts * column_step;
+
+  SwigluStatsPlan plan;
+  plan.n_slots = 1;
+  // Of all columns, so that the segments, which sums depend on, do not depend on the threads.
+  const int64_t slot_bytes = std::max<int64_t>(1, kernel.scratch_bytes(args, plan, args.F));
+  const int64_t most_slots =
+      std::max<int64_t>(8, std::min<int64_t>(n_slots_max, slots_bytes_max / slot_bytes));
+  const Groups groups = plan_groups(args, most_slots, plan);
+  if (args.dtype != DType::float32 && args.activation != Activation::residual) {
+    plan.act_table = act_table(args.dtype, args.activation);
+  }
+  plan.stream = should_stream(args);
+
   const int64_t scratch_bytes =
       (kernel.scratch_bytes(args, plan, part_columns) + 63) / 64 * 64;
   const std::unique_ptr<unsigned char, AlignedDelete> scratch(static_cast<unsigned char*>(

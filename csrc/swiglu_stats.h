@@ -73,8 +73,8 @@ struct SwigluStatsPlan {
   bool stream = false;                // store h past the caches
 };
 
-// The most rows of a segment: a slot counts in 16 bits. And the most slots, so that the statistics of
-// a range of columns stay in the second-level cache.
+// The most rows of a segment: a slot counts in 16 bits. And the most slots; there are fewer where
+// they are large.
 constexpr int64_t segment_rows_max = 65535;
 constexpr int n_slots_max = 64;
 // Columns that an instruction set takes at a time divide this; parts of threads begin at multiples.

@@ -83,7 +83,7 @@ class Tuned:
     def __init__(self, like: Tensor, groups: int, weights: Tensor) -> None:
         self.act = torch.empty_like(like)
         self.hits = torch.empty(like.shape, device=like.device)
-        self.hits__as_weights = self.hits.to(weights.dtype)
+        self.hits_as_weights = self.hits.to(weights.dtype)
         self.row = torch.empty(like.shape[1], device=like.device)
         self.table = torch.empty(groups, like.shape[1], device=like.device)
 
@@ -114,8 +114,8 @@ class Tuned:
         self, gate: Tensor, up: Tensor, out: Tensor, count: Tensor, weights: Tensor
     ) -> None:
         self.swiglu(gate, up, out)
-        torch.gt(self.act, 0, out=self.hits__as_weights)
-        count += product(weights, self.hits__as_weights).long()
+        torch.gt(self.act, 0, out=self.hits_as_weights)
+        count += product(weights, self.hits_as_weights).long()
 
     def index_add(self, gate: Tensor, up: Tensor, out: Tensor, count: Tensor, ids: Tensor) -> None:
         self.swiglu(gate, up, out)

@@ -728,6 +728,20 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
         assert_same_bits(other.h, one.h)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_groups_in_few_slots(isa: str) -> None:
+    """More groups than the kernel keeps in cache at a time: a group lies in many segments."""
+    gate, up = normal(900, 70, dtype=torch.float16), normal(900, 70, dtype=torch.float16, seed=1)
+    kwargs: dict[str, Any] = {
+        "stats": {"groups": 300, "sites": SITES, "moments": True, "threshold": 0.2},
+        "group_ids": integers(-1, 300, 900, seed=2),
+    }
+    one = run(f"cpu-{isa}", gate, up, **kwargs)
+    assert_same(one, run("reference", gate, up, **kwargs))
+    assert_same(run(f"cpu-{isa}", gate, up, n_threads=2, **kwargs), one, exact_sums=True)
+    assert_same(one, run(f"cpu-{ISAS[0]}", gate, up, **kwargs), exact_sums=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_recording_happens_before_masking(backend: str) -> None:
     gate, up, kwargs = busy()
