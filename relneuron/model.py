@@ -52,8 +52,8 @@ def load_model(
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
-    # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call to
-    # call, and sums are rounded in another order. The same study shall give the same bits.
+    # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call
+    # to call, and sums are rounded in another order. The same study shall give the same bits.
     torch.set_num_threads(torch.get_num_threads())
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
