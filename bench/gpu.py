@@ -45,7 +45,10 @@ from relneuron.bench_suite import CONTESTANTS, Case, Contestant
 from relneuron.model import find_gated_mlps
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_swiglu_stats.py", "tests/test_swiglu_stats_triton.py")
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("swiglu_stats", "swiglu_stats_triton", "residual_stats", "testing")
+)
 LLAMA_2_7B = {
     "vocab_size": 32000,
     "hidden_size": 4096,

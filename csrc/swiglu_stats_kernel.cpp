@@ -11,8 +11,8 @@ namespace relneuron {
 namespace RELNEURON_ISA {
 namespace {
 
-// ---- Slots to and from the statistics. The moments of a slot begin as those of its group, so that
-// every sum is taken in the order of the rows, whatever the segments are.
+// ---- Slots to and from the statistics. The totals of a slot begin as those of its group, so that its
+// parts join them in the order of the rows.
 
 template <typename Element, typename Visit>
 RELNEURON_INLINE void for_each_column(int64_t width, Visit visit) {

@@ -28,6 +28,8 @@ from torch import Tensor
 from relneuron.ops import ACTIVATIONS, SITES, GroupStats, available_backends, swiglu_stats
 from relneuron.ops import swiglu_stats as public_function
 from relneuron.ops import swiglu_stats_reference as reference
+from relneuron.testing import oracle as data
+from relneuron.testing.oracle import integers, normal
 
 # The interpreter computes with numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -239,16 +241,6 @@ def assert_same(out: Result, expected: Result, *, exact_sums: bool = False) -> N
         assert bool((same | (error <= allowed)).all()), f"responses[{site}]"
 
 
-def normal(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 2.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).mul(scale).to(dtype)
-
-
-def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, shape, generator=generator, dtype=torch.int64).int()
-
-
 def all_patterns(dtype: torch.dtype, seed: int = 0) -> Tensor:
     """(1, 65536): every 16-bit pattern once; for float32 as many random bit patterns."""
     if dtype == torch.float32:
@@ -258,9 +250,7 @@ def all_patterns(dtype: torch.dtype, seed: int = 0) -> Tensor:
         # A quarter where the activations are neither 0 nor the identity.
         bits[32768:49152] = normal(16384, dtype=dtype, seed=seed, scale=6.0)
         return bits.view(1, 65536)
-    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
-    order = torch.randperm(65536, generator=torch.Generator().manual_seed(seed))
-    return bits[order].view(dtype).view(1, 65536)
+    return data.all_patterns(dtype, seed)
 
 
 # --------------------------------------------------------------------------------------------------
