@@ -4,10 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define NPY_TARGET_VERSION NPY_2_0_API_VERSION
+#include <numpy/arrayobject.h>
+
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "average_precision.h"
+#include "runtime.h"
 #include "swiglu_stats.h"
 
 namespace py = pybind11;
@@ -20,7 +26,7 @@ T* pointer(uintptr_t address) {
 }
 
 void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(std::string("_cpu.swiglu_stats: ") + what);
+  if (!condition) throw std::invalid_argument(std::string("_cpu: ") + what);
 }
 
 bool is_site(int site) { return site >= 0 && site < relneuron::n_sites_max; }
@@ -81,9 +87,47 @@ void swiglu_stats(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride_ht
   relneuron::swiglu_stats(args, isa.c_str(), n_threads);
 }
 
+// numpy's sort of an integer type, which is as good as any there is (x86-simd-sort, Highway); a plain
+// function that needs neither the interpreter nor its lock.
+relneuron::SortFunction numpy_sort(int type) {
+  PyArray_Descr* descr = PyArray_DescrFromType(type);
+  PyArray_SortFunc* sort = PyDataType_GetArrFuncs(descr)->sort[NPY_QUICKSORT];
+  Py_DECREF(descr);
+  return sort;
+}
+
+bool average_precision(uintptr_t ap, uintptr_t values, int64_t stride_vn, int64_t stride_vm,
+                       int64_t N, int64_t M, int dtype, uintptr_t labels, uintptr_t weights,
+                       int64_t R, const std::string& isa, int n_threads) {
+  require(dtype >= 0 && dtype <= 3, "dtype must be in [0, 3]");
+  require(N >= 1 && N <= 1 << 24 && M >= 1 && R >= 1, "N must be in [1, 2^24], M and R positive");
+
+  relneuron::AveragePrecisionArgs args;
+  args.ap = pointer<float>(ap);
+  args.values = pointer<const void>(values);
+  args.stride_vn = stride_vn;
+  args.stride_vm = stride_vm;
+  args.N = N;
+  args.M = M;
+  args.dtype = static_cast<relneuron::ValueType>(dtype);
+  args.labels = pointer<const int8_t>(labels);
+  args.weights = pointer<const uint8_t>(weights);
+  args.R = R;
+  args.sort_u32 = numpy_sort(NPY_UINT32);
+  args.sort_u64 = numpy_sort(NPY_UINT64);
+
+  const py::gil_scoped_release release;
+  return relneuron::average_precision(args, isa.c_str(), n_threads);
+}
+
+void import_numpy() {
+  if (_import_array() < 0) throw py::error_already_set();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  import_numpy();
   m.doc() = "CPU kernels of relneuron; call them through relneuron.ops";
   m.def(
       "isa_levels",
@@ -106,4 +150,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("condition_ids").noconvert(), py::arg("isa").noconvert(),
         py::arg("n_threads").noconvert(),
         "The kernel of relneuron.ops.swiglu_stats; addresses are not checked.");
+  m.def("average_precision", &average_precision, py::kw_only(), py::arg("ap").noconvert(),
+        py::arg("values").noconvert(), py::arg("stride_vn").noconvert(),
+        py::arg("stride_vm").noconvert(), py::arg("N").noconvert(), py::arg("M").noconvert(),
+        py::arg("dtype").noconvert(), py::arg("labels").noconvert(),
+        py::arg("weights").noconvert(), py::arg("R").noconvert(), py::arg("isa").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of relneuron.ops.average_precision; addresses are not checked. False if a "
+        "value is not finite.");
 }

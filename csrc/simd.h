@@ -28,6 +28,7 @@ typedef uint32_t U32 __attribute__((vector_size(4 * n_lanes)));
 typedef uint16_t U16 __attribute__((vector_size(2 * n_lanes)));       // as many lanes
 typedef uint16_t U16Pairs __attribute__((vector_size(4 * n_lanes)));  // twice as many
 typedef double F64 __attribute__((vector_size(4 * n_lanes)));  // half as many lanes
+typedef int64_t I64 __attribute__((vector_size(4 * n_lanes)));
 
 #define RELNEURON_INLINE inline __attribute__((always_inline))
 #define RELNEURON_LAMBDA __attribute__((always_inline))
@@ -105,6 +106,43 @@ RELNEURON_INLINE F32 look_up(const float* table, U32 index) {
 #else
   F32 result;
   for (int lane = 0; lane < n_lanes; ++lane) result[lane] = table[index[lane]];
+  return result;
+#endif
+}
+
+// The top bit of every lane, that of lane 0 lowest.
+RELNEURON_INLINE uint64_t top_bits(I32 x) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x)));
+#else
+  uint64_t bits = 0;
+  for (int lane = 0; lane < n_lanes; ++lane) {
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(x[lane]) >> 31) << lane;
+  }
+  return bits;
+#endif
+}
+RELNEURON_INLINE uint64_t top_bits(I64 x) {
+#if defined(__AVX512F__)
+  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(x)));
+#else
+  return static_cast<uint64_t>(x[0]) >> 63 | static_cast<uint64_t>(x[1]) >> 63 << 1;
+#endif
+}
+
+// The bits of x at the set bits of `mask`, moved together.
+RELNEURON_INLINE uint64_t extract_bits(uint64_t x, uint64_t mask) {
+#if defined(__BMI2__)
+  return _pext_u64(x, mask);
+#else
+  uint64_t result = 0;
+  for (int place = 0; mask; mask &= mask - 1, ++place) {
+    result |= ((x >> __builtin_ctzll(mask)) & 1u) << place;
+  }
   return result;
 #endif
 }

@@ -3,72 +3,18 @@
 // order of the rows and the result does not depend on the number of threads.
 #include "swiglu_stats.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <dlfcn.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <stdexcept>
-#include <string>
-#include <system_error>
-#include <thread>
+#include <vector>
+
+#include "runtime.h"
 
 namespace relneuron {
 namespace {
 
-struct Level {
-  const char* name;
-  const SwigluStatsKernel* kernel;
-  bool works;
-};
-
-std::vector<Level> usable_levels() {
-  std::vector<Level> levels;
-  levels.push_back({"portable", &portable::swiglu_stats_kernel, true});
-#ifdef RELNEURON_HAVE_AVX2
-  levels.push_back({"avx2", &avx2::swiglu_stats_kernel,
-                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                        __builtin_cpu_supports("fma")});
-#endif
-#ifdef RELNEURON_HAVE_AVX512
-  levels.push_back({"avx512", &avx512::swiglu_stats_kernel,
-                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
-#endif
-  levels.erase(std::remove_if(levels.begin(), levels.end(), [](const Level& l) { return !l.works; }),
-               levels.end());
-  return levels;
-}
-
-const SwigluStatsKernel& find_kernel(const std::string& isa) {
-  const std::vector<Level> levels = usable_levels();
-  if (isa.empty()) return *levels.back().kernel;
-  for (const Level& level : levels) {
-    if (isa == level.name) return *level.kernel;
-  }
-  throw std::invalid_argument("swiglu_stats: isa must be one of isa_levels(), got " + isa);
-}
-
-// Round to nearest with subnormal numbers, whatever the calling thread's mode (torch's
-// set_flush_denormal sets it); the old mode comes back at the end.
-class DefaultFloatMode {
- public:
-  DefaultFloatMode() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatMode() { std::fesetenv(&saved_); }
-  DefaultFloatMode(const DefaultFloatMode&) = delete;
-  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
+constexpr const SwigluStatsKernel* kernels[] = RELNEURON_KERNELS(swiglu_stats_kernel);
 
 // About what a core does in 10 microseconds, the order of what it costs to wake a thread.
 constexpr int64_t min_elements_per_thread = 1 << 15;
@@ -150,50 +96,10 @@ bool should_stream(const SwigluStatsArgs& args) {
   return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
 }
 
-// Calls run(data) in up to n_threads threads at once, this one among them.
-//
-// Those of torch if it has OpenMP: its idle workers spin for milliseconds after each of its ops, and
-// threads of our own would share the cores with them (1.6 times the time between two torch ops on two
-// cores). GOMP_parallel is what GCC makes of `omp parallel`, libgomp and LLVM's runtime both have it,
-// and torch loads its runtime for all to see.
-void run_parallel(void (*run)(void*), void* data, int64_t n_threads) {
-  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-#if defined(__unix__) || defined(__APPLE__)
-  static const auto omp_parallel =
-      reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#else
-  static const Parallel omp_parallel = nullptr;
-#endif
-  if (n_threads == 1) {
-    run(data);
-  } else if (omp_parallel) {
-    omp_parallel(run, data, static_cast<unsigned>(n_threads), 0);
-  } else {
-    std::vector<std::thread> threads;
-    try {
-      while (static_cast<int64_t>(threads.size()) + 1 < n_threads) threads.emplace_back(run, data);
-    } catch (const std::system_error&) {
-      // No more threads to be had: those there are do the rest.
-    }
-    run(data);
-    for (std::thread& thread : threads) thread.join();
-  }
-}
-
-struct AlignedDelete {
-  void operator()(unsigned char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-};
-
 }  // namespace
 
-std::vector<const char*> isa_levels() {
-  std::vector<const char*> names;
-  for (const Level& level : usable_levels()) names.push_back(level.name);
-  return names;
-}
-
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
-  const SwigluStatsKernel& kernel = find_kernel(isa);
+  const SwigluStatsKernel& kernel = *kernels[find_isa("swiglu_stats", isa)];
   const int64_t n_steps = (args.F + column_step - 1) / column_step;
   const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
   const int64_t n_parts = std::max<int64_t>(
@@ -214,8 +120,7 @@ void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
 
   const int64_t scratch_bytes =
       (kernel.scratch_bytes(args, plan, part_columns) + 63) / 64 * 64;
-  const std::unique_ptr<unsigned char, AlignedDelete> scratch(static_cast<unsigned char*>(
-      ::operator new(static_cast<size_t>(scratch_bytes * n_parts), std::align_val_t(64))));
+  const Scratch scratch = make_scratch(scratch_bytes * n_parts);
   std::atomic<int64_t> next_part{0};
   auto run_parts = [&] {
     const DefaultFloatMode mode;
@@ -225,8 +130,7 @@ void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
       kernel.columns(args, plan, f_begin, f_end, scratch.get() + part * scratch_bytes);
     }
   };
-  using RunParts = decltype(run_parts);
-  run_parallel([](void* parts) { (*static_cast<RunParts*>(parts))(); }, &run_parts, n_parts);
+  run_parallel(run_parts, n_parts);
 }
 
 }  // namespace relneuron

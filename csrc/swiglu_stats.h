@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace relneuron {
 
@@ -45,9 +44,6 @@ struct SwigluStatsArgs {
   const uint32_t* keep = nullptr;          // (C, ceil(F / 32))
   const int32_t* condition_ids = nullptr;  // (T,), null = row 0
 };
-
-// The instruction sets that this build has and this processor can run, the best one last.
-std::vector<const char*> isa_levels();
 
 // Runs the op. `isa` names one of isa_levels(), or is empty for the best. The result is the same
 // bit for bit for every isa and n_threads. Throws std::invalid_argument on an unknown isa.

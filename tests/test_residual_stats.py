@@ -10,12 +10,12 @@ import torch
 from accuracy import assert_same_bits
 from torch import Tensor
 
-from relneuron.ops import GroupStats, available_backends, residual_stats
+from relneuron.ops import GroupStats, available_backends, backends, residual_stats
 
 op = sys.modules["relneuron.ops.swiglu_stats"]
 STATUS = available_backends()
 BACKENDS = [name for name, status in STATUS.items() if status.works]
-IS_INTERPRETED = STATUS["triton"].works and op._triton_module().IS_INTERPRETED
+IS_INTERPRETED = STATUS["triton"].works and backends.triton_module("swiglu_stats").IS_INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -25,7 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from relneuron.ops import ACTIVATIONS, SITES, GroupStats, available_backends, swiglu_stats
+from relneuron.ops import (
+    ACTIVATIONS,
+    SITES,
+    GroupStats,
+    available_backends,
+    backends,
+    swiglu_stats,
+)
 from relneuron.ops import swiglu_stats as public_function
 from relneuron.ops import swiglu_stats_reference as reference
 from relneuron.testing import oracle as data
@@ -39,12 +45,12 @@ assert public_function is op.swiglu_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATUS = available_backends()
-ISAS = op._cpu_module().isa_levels() if STATUS["cpu"].works else []
+ISAS = backends.cpu_module().isa_levels() if STATUS["cpu"].works else []
 BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 if STATUS["triton"].works:
     BACKENDS.append("triton")
 FUSED = BACKENDS[1:]
-IS_INTERPRETED = STATUS["triton"].works and op._triton_module().IS_INTERPRETED
+IS_INTERPRETED = STATUS["triton"].works and backends.triton_module("swiglu_stats").IS_INTERPRETED
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,7 +118,7 @@ def interpreter_tiles(
 ) -> contextlib.AbstractContextManager[Any]:
     if gpu_tiles is None or not IS_INTERPRETED:
         return contextlib.nullcontext()
-    kernels = op._triton_module()
+    kernels = backends.triton_module("swiglu_stats")
     block_t, block_f = (max(1, 1 << (n - 1).bit_length()) for n in gate.shape)
     block_t, block_f = min(block_t, 64), max(block_f, 8)
     block_bytes = block_f * gate.element_size()
@@ -1009,52 +1015,7 @@ def test_gradients_are_refused_with_the_fix() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Choice of a backend
-
-
-def missing(name: str) -> Any:
-    """Make one backend's import fail inside the block."""
-    load = op._import_or_error
-
-    def fake(module: str) -> Any:
-        return ImportError("it is not installed") if name in module else load(module)
-
-    return mock.patch.object(op, "_import_or_error", fake)
-
-
-def test_auto_without_the_extension_is_the_reference_with_one_notice() -> None:
-    gate, up = normal(3, 5, dtype=torch.float32), normal(3, 5, dtype=torch.float32, seed=1)
-    op._notice.cache_clear()
-    with missing("_cpu"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            assert_same_bits(swiglu_stats(gate, up), nnf.silu(gate) * up)
-        assert not available_backends()["cpu"].works
-    assert [w.category for w in caught] == [RuntimeWarning]
-    assert "_cpu is not usable (it is not installed)" in str(caught[0].message)
-    op._notice.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("backend", "module"), [("cpu", "_cpu"), ("triton", "swiglu_stats_triton")]
-)
-def test_forced_backend_that_cannot_run_raises(backend: str, module: str) -> None:
-    gate = torch.zeros(2, 3)
-    with missing(module):
-        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run here: .*installed"):
-            swiglu_stats(gate, gate, backend=backend)
-        status = available_backends()[backend]
-        assert not status.works and "it is not installed" in status.detail
-
-
-@pytest.mark.skipif(not STATUS["triton"].works, reason=STATUS["triton"].detail)
-def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
-    gate = torch.zeros(2, 3)
-    with (
-        mock.patch.object(op._triton_module(), "IS_INTERPRETED", False),
-        pytest.raises(ValueError, match="backend='triton' must have tensors on cuda, got cpu"),
-    ):
-        swiglu_stats(gate, gate, backend="triton")
+# Instruction sets
 
 
 @pytest.mark.skipif(not ISAS, reason=STATUS["cpu"].detail)

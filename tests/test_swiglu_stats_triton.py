@@ -26,11 +26,10 @@ from test_swiglu_stats import (
     device_of,
     integers,
     normal,
-    op,
 )
 from torch import Tensor
 
-from relneuron.ops import SITES, GroupStats, swiglu_stats
+from relneuron.ops import SITES, GroupStats, backends, swiglu_stats
 from relneuron.ops import swiglu_stats_reference as reference
 from relneuron.ops.swiglu_stats_groups import threshold_bits
 
@@ -44,7 +43,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def run(gate: Tensor, up: Tensor, **kwargs: Any) -> Result:
     """Triton in tiles of 16 tokens, steps of 4 tokens and 32 columns (a GPU: its own tiles)."""
-    launcher = op._triton_module()
+    launcher = backends.triton_module("swiglu_stats")
     small = launcher.LaunchConfig(16, 4, 32 * gate.element_size(), 4, 4, 32)
     with (
         mock.patch.object(shared, "interpreter_tiles", lambda *_: contextlib.nullcontext()),
@@ -154,7 +153,7 @@ def test_hits_are_two_intervals_of_gate(activation: str, dtype: torch.dtype) -> 
     act = reference._activation(gate, activation).to(dtype).double()
     for threshold in THRESHOLDS[::2] + (-0.1, -math.inf):
         bits = threshold_bits(threshold)
-        limits = op._triton_module()._limits_of(activation, dtype, bits)
+        limits = backends.triton_module("swiglu_stats")._limits_of(activation, dtype, bits)
         assert limits is not None
         high, low = (
             math.inf if x is None else torch.tensor(x, dtype=torch.int32).view(torch.float32)
@@ -172,7 +171,10 @@ def test_an_activation_that_is_no_valley_takes_the_exact_form(shape: str) -> Non
         return torch.sin(x) if shape == "two valleys" else torch.ones_like(x)
 
     with mock.patch.object(reference, "_activation", activation):
-        assert op._triton_module()._limits_of.__wrapped__("silu", torch.float16, 0) is None
+        assert (
+            backends.triton_module("swiglu_stats")._limits_of.__wrapped__("silu", torch.float16, 0)
+            is None
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def test_the_plan_needs_shapes_only() -> None:
     """Tensors on "meta" have no values: whoever reads one, or waits for it, fails here."""
     from relneuron.ops.swiglu_stats_reference import Call
 
-    launcher = op._triton_module()
+    launcher = backends.triton_module("swiglu_stats")
     for dtype, moments, groups in itertools.product(HALF, (False, True), (3, 40)):
         stats = GroupStats(groups=groups, width=64, moments=moments, device="meta")
         matrix = torch.empty(50, 64, dtype=dtype, device="meta")
@@ -298,7 +300,7 @@ def test_the_plan_needs_shapes_only() -> None:
 
 
 def test_tiles_are_short_enough_for_float32_sums() -> None:
-    launcher = op._triton_module()
+    launcher = backends.triton_module("swiglu_stats")
     for config in [*launcher.LAUNCH_TABLE.values(), launcher.INTERPRETER_LAUNCH]:
         assert config.tile_t <= 256 and config.tile_t % config.block_t == 0
     assert IS_INTERPRETED or torch.cuda.is_available()

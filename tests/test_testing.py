@@ -17,7 +17,7 @@ import torch
 from mutants import FAULTS, swiglu_stats_with
 from torch import Tensor
 
-from relneuron.ops import available_backends, swiglu_stats
+from relneuron.ops import available_backends, backends, swiglu_stats
 from relneuron.testing import (
     FEATURES,
     Check,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 op = sys.modules["relneuron.ops.swiglu_stats"]
 STATUS = available_backends()
-ISAS = op._cpu_module().isa_levels() if STATUS["cpu"].works else []
+ISAS = backends.cpu_module().isa_levels() if STATUS["cpu"].works else []
 CHECKS = {check.name: check for check in backend_checks()}
 
 
@@ -63,7 +63,7 @@ def test_the_kernels_for_cpus_hold_the_contract(check: Check, isa: str) -> None:
 @pytest.mark.skipif(not STATUS["triton"].works, reason=STATUS["triton"].detail)
 @pytest.mark.parametrize("check", backend_checks(), ids=str)
 def test_the_kernels_for_gpus_hold_the_contract(check: Check) -> None:
-    is_interpreted = op._triton_module().IS_INTERPRETED
+    is_interpreted = backends.triton_module("swiglu_stats").IS_INTERPRETED
     options: dict[str, Any] = {"max_elements": 6000} if is_interpreted else {"device": "cuda"}
     checks = {c.name: c for c in backend_checks(**options)}
     if check.name not in checks:

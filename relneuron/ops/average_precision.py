@@ -1,7 +1,8 @@
 """The op `average_precision`: how well each column of values ranks the positives of a relation.
 
-`identify` calls it for every neuron; scikit-learn's step-function definition, exact, all relations
-from one sort.
+`identify` calls it for every neuron and relation, and with shuffled labels or resampled weights for
+their uncertainty. Here are the public function, its spec and the reference in plain torch; the C++
+kernel is csrc/average_precision*, the Triton kernel average_precision_triton.py.
 """
 
 from __future__ import annotations
@@ -9,70 +10,220 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relneuron.ops.backends import (
+    check_backend_name,
+    choose_backend,
+    cpu_module,
+    triton_module,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ONE_BITS = 62  # the reciprocals below are integers, in units of 2^-62
+LOW_BITS = 31  # a sum of them is kept in two integers, the lower one of 31 bits
+
 _CHUNK = 1 << 20  # values sorted at a time: bounds the reference's memory at about 100 MB
 
 
-def average_precision(values: Tensor, labels: Tensor, *, backend: str = "auto") -> Tensor:
+def average_precision(
+    values: Tensor, labels: Tensor, *, weights: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Exact average precision of every column, for every relation.
 
     With TP(s) = #{positives >= s}, N(s) = #{positives and negatives >= s} and P positives:
 
         AP = (1 / P) * sum over positives i of TP(s_i) / N(s_i)
 
-    the step-function AP with tie groups (arXiv 2502.17355, section 3.2; equal to scikit-learn's
-    `average_precision_score`). Counts are integers, the sum is float64, rounded once to float32.
+    the step-function AP with tie groups (arXiv 2502.17355, section 3.2; scikit-learn's
+    `average_precision_score`).
 
-    Args:
-        values: (N, M) floating point; compared in their own dtype, +0.0 equals -0.0.
-        labels: (R, N) int8: 1 positive, 0 negative, -1 not in this relation's set.
-        backend: "auto" or "reference".
+    Arguments
+        values   (N, M) float32|bfloat16|float16|float64, any strides (a transposed view of
+                 neuron-major responses is read as it lies); compared in their own dtype, +0 = -0
+        labels   (R, N) int8: 1 positive, 0 negative, -1 not in this relation's set
+        weights  (R, N) uint8: how often each row counts in each relation, as a bootstrap draws it
+                 (scikit-learn's sample_weight); once if left out
+        backend  auto | reference | cpu | triton; a backend that cannot run here raises
 
-    Returns: (R, M) float32 on the device of `values`.
+    Exactness. The sum is one of integers, so it has no order:
 
-    Raises ValueError for a shape or dtype that does not fit, for NaN in `values`, and for a
-    relation without positives. M = 0 gives an empty result.
+        S = sum over positives i of w_i TP(s_i) I(N(s_i)),  I(n) = floor((2^62 + floor(n/2)) / n)
+        AP = float32(S / (2^62 P))
+
+    with two roundings in float64 before the last one to float32. I(n) is off by n 2^-63 of its
+    value at most, so AP is within one float32 ulp of scikit-learn's, and bit-identical over
+    backends, thread counts, the order of the rows and any split of the columns.
+
+    Returns (R, M) float32 on the device of `values`. M = 0 and R = 0 give an empty result.
+
+    Raises ValueError for a shape, dtype or device that does not fit, for NaN and infinities in
+    `values`, labels other than 1, 0 and -1, a relation without positives, and one that leaves rows
+    out and keeps no negative (with all N rows positive AP is 1, as in scikit-learn); TypeError for
+    what is no tensor. `labels` and `weights` may also be on the CPU.
     """
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"average_precision: backend must be auto or reference, got {backend!r}")
-    if values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(
-            f"average_precision: values must be (N, M) floating point, got "
-            f"{tuple(values.shape)} {values.dtype}"
+    check_backend_name("average_precision", backend)
+    _check(values, labels, weights)
+    chosen = choose_backend("average_precision", backend, values.device.type)
+    values = values.detach()
+    if not values.shape[1] or not labels.shape[0]:
+        return torch.empty(labels.shape[0], values.shape[1], device=values.device)
+    if chosen == "cpu":
+        result = average_precision_cpu(values, labels, weights)
+    elif chosen == "triton":
+        result = triton_module("average_precision").average_precision_triton(
+            values, labels, weights
         )
+    else:
+        result = average_precision_reference(values, labels, weights)
+    if result is None:
+        raise _not_finite(values)
+    return result
+
+
+def _check(values: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+    for name, tensor in (("values", values), ("labels", labels), ("weights", weights)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "weights"):
+            raise TypeError(
+                f"average_precision: {name} must be a tensor, got {type(tensor).__name__}"
+            )
+    if values.dim() != 2 or values.dtype not in DTYPES:
+        raise _error("values", "(N, M) float32|bfloat16|float16|float64", values)
     n = values.shape[0]
     if labels.dim() != 2 or labels.shape[1] != n or labels.dtype != torch.int8:
+        raise _error("labels", f"(R, N) int8 with N={n} (from values)", labels)
+    if weights is not None and (weights.shape != labels.shape or weights.dtype != torch.uint8):
+        wanted = f"(R, N) uint8 with R={labels.shape[0]} (from labels), N={n} (from values)"
+        raise _error("weights", wanted, weights)
+    for name, tensor in (("labels", labels), ("weights", weights)):
+        if tensor is not None and tensor.device not in (values.device, torch.device("cpu")):
+            raise ValueError(
+                f"average_precision: {name} must be on {values.device} (from values) or cpu, "
+                f"got {tensor.device}"
+            )
+    known = (labels >= -1) & (labels <= 1)
+    if not bool(known.all()):
+        row, column = (~known).nonzero()[0].tolist()
         raise ValueError(
-            f"average_precision: labels must be (R, N) int8 with N={n} (from values), got "
-            f"{tuple(labels.shape)} {labels.dtype}"
+            "average_precision: labels must be 1, 0 or -1, "
+            f"got {int(labels[row, column])} at ({row}, {column})"
         )
-    if bool(((labels != 1) & (labels != 0) & (labels != -1)).any()):
-        raise ValueError("average_precision: labels must be 1, 0 or -1")
-    without = (~(labels == 1).any(1)).nonzero().flatten().tolist()
-    if without:
-        raise ValueError(f"average_precision: labels rows {without} have no positive")
-    if bool(values.isnan().any()):
-        raise ValueError("average_precision: values hold NaN")
-    return average_precision_reference(values, labels.to(values.device))
+    counts = labels if weights is None else torch.where(weights.to(labels.device) > 0, labels, -1)
+    is_positive = counts == 1
+    for what, wrong in (
+        ("positive", ~is_positive.any(1)),
+        ("negative", ~(counts == 0).any(1) & ~is_positive.all(1)),
+    ):
+        if bool(wrong.any()):
+            rows = wrong.nonzero().flatten().tolist()
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            of_weight = "" if weights is None else " of weight > 0"
+            raise ValueError(
+                f"average_precision: labels must have a {what}{of_weight} in every relation, "
+                f"got none in row {shown}"
+            )
 
 
-def average_precision_reference(values: Tensor, labels: Tensor) -> Tensor:
+def _error(name: str, wanted: str, got: Tensor) -> ValueError:
+    return ValueError(
+        f"average_precision: {name} must be {wanted}, got {tuple(got.shape)} {got.dtype}"
+    )
+
+
+def _not_finite(values: Tensor) -> ValueError:
+    """What is said of values that cannot be ranked; looked for only when there are some."""
+    step = max(1, _CHUNK // max(1, values.shape[0]))
+    for start in range(0, values.shape[1], step):
+        wrong = ~values[:, start : start + step].isfinite()
+        if bool(wrong.any()):
+            row, column = wrong.nonzero()[0].tolist()
+            column += start
+            return ValueError(
+                "average_precision: values must be finite, "
+                f"got {float(values[row, column])} at ({row}, {column})"
+            )
+    raise AssertionError("a kernel found values that are not finite, torch does not")
+
+
+# --------------------------------------------------------------------------------------------------
+# The reference. Backends return None if a value is not finite.
+
+
+def reciprocals(n_max: int, device: torch.device | str = "cpu") -> Tensor:
+    """I(n) of the spec for n = 0 ... n_max, int64; that of 0 is 0."""
+    n = torch.arange(n_max + 1, device=device).clamp_(min=1)
+    table = torch.div(
+        (1 << ONE_BITS) + torch.div(n, 2, rounding_mode="floor"), n, rounding_mode="floor"
+    )
+    table[0] = 0
+    return table
+
+
+def from_sums(high: Tensor, low: Tensor, n_positive: Tensor) -> Tensor:
+    """AP (R, M) float32 of S = high * 2^31 + low (int64) and P (R,); low may have carries."""
+    high = high + (low >> LOW_BITS)
+    low = low & ((1 << LOW_BITS) - 1)
+    total = high.double() * 2.0**LOW_BITS + low.double()
+    return (total / (n_positive.double() * 2.0**ONE_BITS).unsqueeze(1)).float()
+
+
+def average_precision_reference(
+    values: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> Tensor | None:
     """`average_precision` in plain torch: one sort a column, counts at the ends of tie groups."""
     n, m = values.shape
-    result = torch.empty(labels.shape[0], m, device=values.device)
-    step = max(1, _CHUNK // max(n, 1))
+    device = values.device
+    labels = labels.to(device)
+    counted = (labels >= 0).to(torch.int64)
+    if weights is not None:
+        counted *= weights.to(device)
+    positive = counted * (labels == 1)
+    table = reciprocals(int(counted.sum(1).max()), device)
+    high, low = (torch.empty(len(labels), m, dtype=torch.int64, device=device) for _ in range(2))
+    step = max(1, _CHUNK // n)
     for start in range(0, m, step):
-        block = values[:, start : start + step].T.contiguous()
+        columns = slice(start, start + step)
+        block = values[:, columns].T.contiguous()
+        if not bool(block.isfinite().all()):
+            return None
         ordered, order = block.sort(dim=1, descending=True)
         # end[i]: the last place of the tie group that place i belongs to.
-        place = torch.arange(n, device=values.device).expand_as(order)
+        place = torch.arange(n, device=device).expand_as(order)
         is_end = torch.ones_like(order, dtype=torch.bool)
         is_end[:, :-1] = ordered[:, :-1] != ordered[:, 1:]
         end = torch.where(is_end, place, n).flip(1).cummin(1).values.flip(1)
-        for relation, row in enumerate(labels):
-            sorted_labels = row[order]
-            positive = sorted_labels == 1
-            tp = positive.cumsum(1, dtype=torch.int32).gather(1, end)
-            count = (sorted_labels >= 0).cumsum(1, dtype=torch.int32).gather(1, end)
-            terms = torch.where(positive, tp.double() / count.clamp(min=1), 0.0)
-            result[relation, start : start + step] = terms.sum(1) / (row == 1).sum()
-    return result
+        for row in range(len(labels)):
+            own = positive[row][order]
+            tp = own.cumsum(1).gather(1, end)
+            count = counted[row][order].cumsum(1).gather(1, end)
+            term = tp * table[count]
+            high[row, columns] = (own * (term >> LOW_BITS)).sum(1)
+            low[row, columns] = (own * (term & ((1 << LOW_BITS) - 1))).sum(1)
+    return from_sums(high, low, positive.sum(1))
+
+
+# --------------------------------------------------------------------------------------------------
+# The C++ kernel
+
+
+def average_precision_cpu(
+    values: Tensor, labels: Tensor, weights: Tensor | None, isa: str = "", n_threads: int = 0
+) -> Tensor | None:
+    """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
+    n, m = values.shape
+    ap = torch.empty(len(labels), m)
+    labels = labels.contiguous()
+    weights = weights.contiguous() if weights is not None else None
+    is_finite = cpu_module().average_precision(
+        ap=ap.data_ptr(),
+        values=values.data_ptr(),
+        stride_vn=values.stride(0),
+        stride_vm=values.stride(1),
+        N=n,
+        M=m,
+        dtype=DTYPES.index(values.dtype),
+        labels=labels.data_ptr(),
+        weights=weights.data_ptr() if weights is not None else 0,
+        R=len(labels),
+        isa=isa,
+        n_threads=n_threads or torch.get_num_threads(),
+    )
+    return ap if is_finite else None

@@ -1,21 +1,22 @@
 """SwiGLU with per-group activation statistics and per-token neuron masks: public op and spec.
 
-The patched MLPs of a model call it, and so can any other code. Here are the public function and the
-choice of a backend; the files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
+The patched MLPs of a model call it, and so can any other code. Here is the public function; the
+files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from relneuron.ops.backends import (
+    check_backend_name,
+    choose_backend,
+    cpu_module,
+    triton_module,
+)
 from relneuron.ops.swiglu_stats_checks import (
     DTYPES,
     Names,
@@ -32,7 +33,6 @@ from relneuron.ops.swiglu_stats_reference import (
     swiglu_stats_reference,
 )
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
 NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
 
 
@@ -131,8 +131,7 @@ def run_checked(
     backend: str,
 ) -> Tensor:
     """Check the arguments and run the op that torch sees; `residual_stats` enters here, too."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{names.op}: backend must be one of {BACKENDS}, got {backend!r}")
+    check_backend_name(names.op, backend)
     check_inputs(names, gate, up, out)
     check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
     check_masks(names, gate, keep, condition_ids)
@@ -209,13 +208,13 @@ def _swiglu_stats_impl(
         keep=keep,
         condition_ids=condition_ids,
     )
-    chosen = _choose_backend(backend, gate.device.type)
+    chosen = choose_backend("swiglu_stats", backend, gate.device.type)
     if not ids_checked:
         _check_ids_range(call)
     if chosen == "cpu":
         _swiglu_stats_cpu(call)
     elif chosen == "triton":
-        _triton_module().swiglu_stats_triton(call)
+        triton_module("swiglu_stats").swiglu_stats_triton(call)
     else:
         swiglu_stats_reference(call)
 
@@ -254,117 +253,13 @@ def _check_ids_range(call: Call) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------
-# Backends
-
-
-class BackendStatus(NamedTuple):
-    """Whether a backend can run here, with one line that says how, or why not."""
-
-    works: bool
-    detail: str
-
-
-def available_backends() -> dict[str, BackendStatus]:
-    """What works in this process: {"reference" | "cpu" | "triton": BackendStatus}."""
-    statuses = {"reference": BackendStatus(True, "plain torch, any device")}
-    try:
-        levels = _cpu_module().isa_levels()
-        statuses["cpu"] = BackendStatus(True, f"C++ kernels, using {levels[-1]} of {levels}")
-    except ImportError as error:
-        statuses["cpu"] = BackendStatus(False, str(error))
-    try:
-        module = _triton_module()
-    except ImportError as error:
-        statuses["triton"] = BackendStatus(False, str(error))
-        return statuses
-    if module.IS_INTERPRETED:
-        statuses["triton"] = BackendStatus(True, "interpreted (TRITON_INTERPRET=1): for tests only")
-    elif torch.cuda.is_available():
-        statuses["triton"] = BackendStatus(True, f"kernels for {torch.cuda.get_device_name()}")
-    else:
-        statuses["triton"] = BackendStatus(False, "no GPU that torch can use")
-    return statuses
-
-
-@functools.cache
-def _import_or_error(name: str) -> ModuleType | ImportError:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return error
-
-
-def _cpu_module() -> ModuleType:
-    module = _import_or_error("relneuron._cpu")
-    if isinstance(module, ImportError):
-        raise ImportError(
-            f"the C++ extension relneuron._cpu is not usable ({module}); "
-            "to have it, install relneuron with a C++ compiler"
-        )
-    return module
-
-
-def _triton_module() -> ModuleType:
-    module = _import_or_error("relneuron.ops.swiglu_stats_triton")
-    if isinstance(module, ImportError):
-        raise ImportError(f"triton is not usable: {module}")
-    return module
-
-
-def _choose_backend(backend: str, device_type: str) -> str:
-    """The backend to run; a forced one that cannot run raises with the reason."""
-    if backend == "auto":
-        preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
-        if preferred is None:
-            _notice(f"there is no kernel for {device_type} tensors")
-            return "reference"
-        try:
-            _cpu_module() if preferred == "cpu" else _triton_module()
-        except ImportError as error:
-            _notice(str(error))
-            return "reference"
-        return preferred
-    if backend == "cpu":
-        if device_type != "cpu":
-            raise ValueError(
-                f"swiglu_stats: backend='cpu' must have tensors on cpu, got {device_type}"
-            )
-        _raise_if_missing(backend, _cpu_module)
-    elif backend == "triton":
-        module = _raise_if_missing(backend, _triton_module)
-        if device_type != "cuda" and not module.IS_INTERPRETED:
-            raise ValueError(
-                "swiglu_stats: backend='triton' must have tensors on cuda, got "
-                f"{device_type}; on cpu only the interpreter runs it (TRITON_INTERPRET=1)"
-            )
-    return backend
-
-
-def _raise_if_missing(backend: str, load: Callable[[], ModuleType]) -> ModuleType:
-    try:
-        return load()
-    except ImportError as error:
-        raise RuntimeError(f"swiglu_stats: backend={backend!r} cannot run here: {error}") from error
-
-
-@functools.cache
-def _notice(reason: str) -> None:
-    """Say once per process that the slow backend is in use."""
-    warnings.warn(
-        f"relneuron: swiglu_stats uses plain torch (backend='reference'), because {reason}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
 def _swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
     """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
-    _cpu_module().swiglu_stats(
+    cpu_module().swiglu_stats(
         out=call.out.data_ptr(),
         gate=call.gate.data_ptr(),
         up=call.up.data_ptr(),

@@ -1,0 +1,119 @@
+// average_precision on a CPU: prepares the labels of all relations once, picks the instruction set and
+// splits the columns over threads; the loops are in average_precision_kernel.cpp.
+#include "average_precision.h"
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "runtime.h"
+
+namespace relneuron {
+namespace {
+
+constexpr const AveragePrecisionKernel* kernels[] = RELNEURON_KERNELS(average_precision_kernel);
+
+// 32 neighbouring float32 are two cache lines, which processors fetch together.
+constexpr int64_t block_columns_max = 32;
+// What the label words or weights of all groups may take to be read in any order from the second cache;
+// above it a batch of columns shares each group.
+constexpr int64_t label_bytes_in_cache = 1 << 19;
+
+int sort_u32(void* words, ptrdiff_t n, void*) {
+  std::sort(static_cast<uint32_t*>(words), static_cast<uint32_t*>(words) + n);
+  return 0;
+}
+
+int sort_u64(void* words, ptrdiff_t n, void*) {
+  std::sort(static_cast<uint64_t*>(words), static_cast<uint64_t*>(words) + n);
+  return 0;
+}
+
+// What the plan points to.
+struct Labels {
+  std::vector<uint32_t> words;
+  std::vector<WeightRow> rows;
+  std::vector<uint64_t> reciprocals;
+  std::vector<uint64_t> n_positive;
+};
+
+Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& plan) {
+  Labels all;
+  const int64_t n_groups = (args.R + relations_per_group - 1) / relations_per_group;
+  const int64_t n_padded = padded(args.N) + 1;
+  if (args.weights) {
+    all.rows.resize(static_cast<size_t>(n_groups * args.N));
+  } else {
+    all.words.resize(static_cast<size_t>(n_groups * n_padded));
+  }
+  all.n_positive.resize(static_cast<size_t>(args.R));
+  uint64_t n_max = 0;
+  for (int64_t relation = 0; relation < args.R; ++relation) {
+    const int64_t group = relation / relations_per_group;
+    const int bit = static_cast<int>(relation % relations_per_group);
+    uint64_t n_members = 0, n_positive = 0;
+    for (int64_t i = 0; i < args.N; ++i) {
+      const int8_t label = args.labels[relation * args.N + i];
+      const uint8_t weight = args.weights ? args.weights[relation * args.N + i] : 1;
+      if (label < 0) continue;
+      n_members += weight;
+      if (label == 1) n_positive += weight;
+      if (args.weights) {
+        WeightRow& row = all.rows[static_cast<size_t>(group * args.N + i)];
+        row.weight[bit] = weight;
+        row.positive[bit] = label == 1 ? weight : 0;
+      } else {
+        all.words[static_cast<size_t>(group * n_padded + i)] |=
+            (1u << (relations_per_group + bit)) | (label == 1 ? 1u << bit : 0u);
+      }
+    }
+    n_max = std::max(n_max, n_members);
+    all.n_positive[static_cast<size_t>(relation)] = n_positive;
+  }
+  all.reciprocals.resize(static_cast<size_t>(n_max + 1));
+  for (uint64_t n = 1; n <= n_max; ++n) {
+    all.reciprocals[static_cast<size_t>(n)] = ((uint64_t{1} << 62) + n / 2) / n;
+  }
+  plan.label_words = all.words.data();
+  plan.weight_rows = args.weights ? all.rows.data() : nullptr;
+  plan.reciprocals = all.reciprocals.data();
+  plan.n_positive = all.n_positive.data();
+  plan.n_groups = n_groups;
+  return all;
+}
+
+}  // namespace
+
+bool average_precision(const AveragePrecisionArgs& given, const char* isa, int n_threads) {
+  AveragePrecisionArgs args = given;
+  if (!args.sort_u32) args.sort_u32 = sort_u32;
+  if (!args.sort_u64) args.sort_u64 = sort_u64;
+  const AveragePrecisionKernel& kernel = *kernels[find_isa("average_precision", isa)];
+  AveragePrecisionPlan plan;
+  const Labels labels = prepare_labels(args, plan);
+
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(n_threads, args.M));
+  plan.block_columns = std::min(block_columns_max, (args.M + threads - 1) / threads);
+  const int64_t label_bytes =
+      plan.n_groups * args.N * static_cast<int64_t>(args.weights ? sizeof(WeightRow) : 4);
+  plan.batch_columns = label_bytes > label_bytes_in_cache ? plan.block_columns : 1;
+  const int64_t n_blocks = (args.M + plan.block_columns - 1) / plan.block_columns;
+  const int64_t scratch_bytes = kernel.scratch_bytes(args, plan);
+  const Scratch scratch = make_scratch(scratch_bytes * threads);
+
+  std::atomic<int64_t> next_block{0}, next_thread{0};
+  std::atomic<bool> is_finite{true};
+  auto run_blocks = [&] {
+    const DefaultFloatMode mode;
+    unsigned char* own = scratch.get() + next_thread++ * scratch_bytes;
+    for (int64_t block; is_finite && (block = next_block++) < n_blocks;) {
+      const int64_t m_begin = block * plan.block_columns;
+      const int64_t m_end = std::min(args.M, m_begin + plan.block_columns);
+      if (!kernel.columns(args, plan, m_begin, m_end, own)) is_finite = false;
+    }
+  };
+  run_parallel(run_blocks, threads);
+  return is_finite;
+}
+
+}  // namespace relneuron
