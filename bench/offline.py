@@ -1,15 +1,17 @@
 """`python -m bench.offline` compiles the Triton kernels for GPUs that are not here, and gates them.
 
-For every target and every kind of call it takes the launches that `swiglu_stats` would make (the
-launcher's own `plan`, on tensors without memory), compiles them and reads the machine code:
-registers, spills, shared memory, the width of the loads of gate and up, and instructions per
-element. It fails on a spill, a load narrower than 16 bytes, a 32-bit product in an offset, and more
-than 110% of an instruction budget in `offline_budgets.csv` (`--update` rewrites that file).
+For every target and every kind of call (`offline_cases.py`) it compiles the launches that the op
+would make and reads the machine code: registers, spills, shared memory, the width of loads, and
+instructions per element. It fails on a spill, a load narrower than 16 bytes, a 32-bit product in an
+offset, and more than 110% of an instruction budget in `offline_budgets.csv` (`--update` rewrites
+that file).
 
 Instructions per element are all instructions from the head of a loop to its backward branch,
-predicated or not, divided by the elements one thread handles in one turn. A kernel has two loops:
-`blocks` over whole blocks of rows, and `rows` over the rest of a run, over rows out of order and
-over rows with different masks. What happens once per run (flush, sort) is not in them.
+predicated or not, divided by the elements one thread handles in one turn. The kernels of
+swiglu_stats have two loops: `blocks` over whole blocks of rows, and `rows` over the rest of a run,
+over rows out of order and over rows with different masks. What happens once per run (flush, sort)
+is not in them. Of average_precision, `rows` is the loop of `_sum_kernel`, per row and relation;
+`_sort_kernel` has no loop, and its `blocks` are all its instructions per row.
 """
 
 from __future__ import annotations
@@ -30,15 +32,10 @@ from typing import Any
 # Read when triton is imported: this is about the compiler, never about the interpreter.
 os.environ["TRITON_INTERPRET"] = "0"
 
-import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from relneuron.ops import SITES, GroupStats
-from relneuron.ops import swiglu_stats_triton as launcher
-from relneuron.ops.swiglu_stats_reference import Call
+from bench.offline_cases import TARGETS, cases, compile_launch, launches
 from relneuron.ops.swiglu_stats_triton import Launch
 
 BUDGETS = Path(__file__).with_name("offline_budgets.csv")
@@ -49,146 +46,6 @@ LIMITS = {
     ("sm_90", "bf16", "count, one condition", "blocks"): 17.0,
     ("sm_90", "bf16", "all at act, conditions", "rows"): 23.0,
 }
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {
-    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
-
-# What is asked of a call. The widths are Llama's: a multiple of every block, except "ragged".
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "count": {"sites": ("act",)},
-    "count, one condition": {"sites": ("act",), "conditions": True},
-    "all at act, conditions": {"sites": ("act",), "moments": True, "conditions": True},
-    "one mask": {"mask": True},
-    "all at gate, up, act": {"sites": ("gate", "up", "act"), "moments": True},
-    "all at all sites": {"sites": SITES, "moments": True, "conditions": True},
-    "threshold -0.1": {"sites": ("act",), "threshold": -0.1},
-    "ragged width": {"sites": ("act",), "width": 11024, "conditions": True},
-    "many groups": {"sites": ("act",), "moments": True, "groups": 40},
-    "responses": {"responses": ("gate", "up", "product")},
-    "gelu": {"activation": "gelu", "sites": ("act",)},
-    "gelu_tanh": {"activation": "gelu_tanh", "sites": ("act",)},
-    "relu": {"activation": "relu", "sites": ("act",)},
-    # The op residual_stats, whose one site is the gate's.
-    "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
-}
-# What the other targets and dtypes are asked for with --quick.
-MAIN = ("plain", "count", "all at act, conditions", "all at all sites", "responses")
-
-
-def cases(quick: bool) -> list[tuple[str, str, str]]:
-    """(target, dtype, variant): all of them, or the main ones except for sm_90 in bfloat16."""
-    found = [("sm_90", "bf16", variant) for variant in VARIANTS]
-    for target in TARGETS:
-        for dtype in DTYPES:
-            chosen = MAIN if dtype == "bf16" else MAIN[2:4]
-            for variant in chosen if quick else VARIANTS:
-                if (case := (target, dtype, variant)) not in found:
-                    found.append(case)
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# From a kind of call to compiled kernels
-
-
-def example_call(
-    dtype: torch.dtype,
-    *,
-    sites: tuple[str, ...] = (),
-    moments: bool = False,
-    groups: int = 12,
-    threshold: float = 0.0,
-    responses: tuple[str, ...] = (),
-    mask: bool = False,
-    conditions: bool = False,
-    activation: str = "silu",
-    width: int = 11008,
-    n_tokens: int = 8192,
-) -> Call:
-    """A call on tensors that have shapes and no memory."""
-
-    def tensor(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    stats = None
-    if sites:
-        stats = GroupStats(
-            groups=groups,
-            width=width,
-            sites=sites,
-            moments=moments,
-            threshold=threshold,
-            device="meta",
-        )
-    return Call(
-        gate=tensor(n_tokens, width, of=dtype),
-        up=tensor(n_tokens, width, of=dtype),
-        out=tensor(n_tokens, width, of=dtype),
-        activation=activation,
-        sites=sites,
-        threshold_bits=0 if stats is None else stats._threshold_bits,
-        count=None if stats is None else stats._count,
-        tokens=None if stats is None else stats.tokens,
-        sum=None if stats is None else stats._sum,
-        sum_sq=None if stats is None else stats._sum_sq,
-        max=None if stats is None else stats._max,
-        n_nonfinite=None if stats is None else stats._n_nonfinite,
-        group_ids=tensor(n_tokens) if stats is not None else None,
-        responses={site: tensor(410, width, of=torch.float32) for site in responses},
-        prompt_ids=tensor(n_tokens) if responses else None,
-        keep=tensor(13, (width + 31) // 32) if mask or conditions else None,
-        condition_ids=tensor(n_tokens) if conditions else None,
-    )
-
-
-def launches(target: str, dtype: str, variant: str) -> list[Launch]:
-    """What `swiglu_stats` would launch on the target."""
-    call = example_call(DTYPES[dtype], **VARIANTS[variant])
-    kind = TARGETS[target]
-    is_nvidia = kind.backend == "cuda"
-    capability = (int(kind.arch) // 10, int(kind.arch) % 10) if is_nvidia else (9, 4)
-    config = launcher.LAUNCH_TABLE[capability]
-    return launcher.plan(call, config, is_nvidia=is_nvidia)
-
-
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as Triton's own launch would: the same types, constants and alignments."""
-    kernel = launch.kernel
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        value = launch.constants[name] if parameter.is_constexpr else launch.args[name]
-        is_fixed = parameter.do_not_specialize
-        is_one = isinstance(value, int) and value == 1 and not is_fixed
-        if parameter.is_constexpr or value is None or is_one:
-            signature[name] = "constexpr"
-            constants[index,] = value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            # torch aligns what it allocates; views start at an offset.
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not is_fixed:
-                attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=launch.compiler_options())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,8 +65,8 @@ def sass(compiled: Any) -> tuple[str, str]:
     return printed[0].stdout, printed[1].stdout
 
 
-def sass_loops(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop."""
+def sass_loops(code: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions (but those that fill the end), and those of each innermost loop."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", code)
     instructions = [(int(address, 16), text) for address, text in lines]
     ends = []
@@ -218,14 +75,14 @@ def sass_loops(code: str) -> list[list[str]]:
         # The code ends with a branch to itself.
         if branch and int(branch[1], 16) < address:
             ends.append((int(branch[1], 16), address))
-    return [
+    return [text for _, text in instructions if text != "NOP"], [
         [text for address, text in instructions if head <= address <= end]
         for head, end in _innermost(ends)
     ]
 
 
-def amd_loops(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop."""
+def amd_loops(code: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions, and those of each innermost loop."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     ends = []
@@ -238,7 +95,7 @@ def amd_loops(code: str) -> list[list[str]]:
             if branch and branch[1] in labels:
                 ends.append((labels[branch[1]], len(instructions)))
             instructions.append(text)
-    return [instructions[head : end + 1] for head, end in _innermost(ends)]
+    return instructions, [instructions[head : end + 1] for head, end in _innermost(ends)]
 
 
 def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -261,7 +118,7 @@ def narrow_products(ttir: str) -> list[str]:
     An offset is row * stride + column; with a tensor past 2^31 elements only a 64-bit product
     holds it, whatever it is widened to afterwards.
     """
-    large: set[str] = set(re.findall(r"(%(?:stride_\w+|n_tiles|[TFGN])): i32", ttir))
+    large: set[str] = set(re.findall(r"(%(?:stride_\w+|n_tiles|WIDTH|[TFGNMR])): i32", ttir))
     passes_on = r"tt\.(?:splat|expand_dims|broadcast|reshape)|ttg?\.convert_layout"
     found = []
     for line in ttir.splitlines():
@@ -293,9 +150,9 @@ class Row:
     registers: int
     spills: int
     shared_bytes: int
-    # The narrowest load of gate or up in a loop.
+    # The narrowest load of gate or up in a loop, or of the order of rows.
     load_bytes: int | None
-    # Instructions per element of the two loops.
+    # Instructions per element of the two loops, see above.
     blocks: float | None
     rows: float | None
     narrow_products: int
@@ -313,7 +170,7 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
         numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         assert numbers, f"cuobjdump says nothing of registers: {usage}"
         registers, stack, shared, local = (int(number) for number in numbers.groups())
-        spills, loops = stack + local, sass_loops(code)
+        spills, (all_code, loops) = stack + local, sass_loops(code)
     else:
         code = compiled.asm["amdgcn"]
 
@@ -322,11 +179,11 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
 
         registers, shared = number("vgpr_count"), number("group_segment_fixed_size")
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-        loops = amd_loops(code)
+        all_code, loops = amd_loops(code)
     name = launch.kernel.__name__
-    if name == "_moments_kernel":
-        # Its loop has a branch around the loads, which compilers turn into loops of all shapes.
-        loops = [code.splitlines()]
+    if name in ("_moments_kernel", "_sort_kernel"):
+        # The first has a branch around the loads, which compilers turn into loops of all shapes.
+        loops = [all_code]
     load_bytes, per_element = _loop_numbers(name, launch, loops, kind.warp_size)
     return Row(
         target,
@@ -346,9 +203,16 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
 def _loop_numbers(
     name: str, launch: Launch, loops: list[list[str]], warp_size: int
 ) -> tuple[int | None, tuple[float | None, float | None]]:
-    """(narrowest load of gate or up, instructions per element of `blocks` and of `rows`)."""
+    """(narrowest load, instructions per element of `blocks` and of `rows`)."""
     if name == "_span_kernel":
         return None, (None, None)
+    if name in ("_sort_kernel", "_sum_kernel"):
+        body = max(loops, key=len)
+        elements = launch.constants["BLOCK"] * launch.constants.get("RELATIONS", 1)
+        per_row = round(len(body) * launch.num_warps * warp_size / elements, 1)
+        if name == "_sort_kernel":
+            return None, (per_row, None)
+        return 16 if any(map(WIDE_LOAD.search, body)) else 8, (None, per_row)
     gate = launch.args["gate_ptr"]
     assert isinstance(gate, Tensor), "gate is a tensor"
     n_elements = launch.constants["BLOCK_T"] * launch.constants["BLOCK_F"]
@@ -382,7 +246,7 @@ def faults(row: Row, budget: Row | None) -> list[str]:
     if row.spills:
         found.append(f"spills {row.spills} (bytes, on gfx942 registers)")
     if row.load_bytes is not None and row.load_bytes < 16:
-        found.append("loads of gate and up are narrower than 16 bytes")
+        found.append("loads are narrower than 16 bytes")
     if row.narrow_products:
         found.append(f"{row.narrow_products} 32-bit products in offsets")
     for loop in ("blocks", "rows"):

@@ -18,6 +18,7 @@ import triton.language as tl
 from bench import offline
 
 CASE = ("sm_90", "bf16", "count")
+SUM_CASE = ("sm_90", "any", "rank for 12 relations")
 
 
 @triton.jit
@@ -38,9 +39,15 @@ def _wide_offsets_kernel(out_ptr, stride_ot, F: tl.constexpr):
     tl.store(out_ptr + row + tl.arange(0, F), 0.0)
 
 
-def products(kernel) -> list[str]:
+@triton.jit
+def _narrow_columns_kernel(out_ptr, M, F: tl.constexpr):
+    column = (tl.arange(0, F) * M).to(tl.int64)
+    tl.store(out_ptr + column, 0.0)
+
+
+def products(kernel, stride: str = "stride_ot") -> list[str]:
     out = torch.empty(4, 64, device="meta")
-    args = {"out_ptr": out, "stride_ot": 64}
+    args = {"out_ptr": out, stride: 64}
     launch = offline.Launch(kernel, (1,), args, {"F": 64}, num_warps=1)
     compiled = offline.compile_launch(launch, offline.TARGETS["sm_90"])
     return offline.narrow_products(compiled.asm["ttir"])
@@ -58,12 +65,18 @@ def main() -> None:
     narrow = replace(launch, constants={**launch.constants, "BLOCK_F": 128})
     found["narrow load"] = offline.faults(offline.measure(*CASE, narrow), row)
 
+    # Rows of the order that begin anywhere are loaded one by one.
+    ranks = offline.launches(*SUM_CASE)[0]
+    unaligned = replace(ranks, args={**ranks.args, "WIDTH": 4095})
+    found["narrow order"] = offline.faults(offline.measure(*SUM_CASE, unaligned), row)
+
     found["budget"] = offline.faults(row, replace(row, blocks=row.blocks / 1.2))
     found["within budget"] = offline.faults(row, replace(row, blocks=row.blocks / 1.05))
     found["no budget"] = offline.faults(row, None)
     found["limit"] = offline.faults(replace(row, blocks=14.1), replace(row, blocks=14.1))
     found["32-bit offset"] = products(_narrow_offsets_kernel)
     found["widened too late"] = products(_late_widening_kernel)
+    found["32-bit column"] = products(_narrow_columns_kernel, "M")
     found["64-bit offset"] = products(_wide_offsets_kernel)
     print(json.dumps(found))
 

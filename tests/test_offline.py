@@ -49,8 +49,10 @@ def test_the_gate_can_fail(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["none"] == found["within budget"] == found["64-bit offset"] == []
     assert any("spills" in fault for fault in found["spill"])
-    assert any("narrower than 16 bytes" in fault for fault in found["narrow load"])
+    for name in ("narrow load", "narrow order"):
+        assert any("narrower than 16 bytes" in fault for fault in found[name])
     assert any("budget" in fault for fault in found["budget"])
     assert any("no budget" in fault for fault in found["no budget"])
     assert any("limit 14.0" in fault for fault in found["limit"])
     assert len(found["32-bit offset"]) == 1 and len(found["widened too late"]) == 1
+    assert len(found["32-bit column"]) == 1

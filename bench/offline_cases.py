@@ -1,0 +1,198 @@
+"""What `bench.offline` compiles: targets, kinds of calls of each op, and their launches.
+
+A kind of call becomes the launches that its op would make (the launcher's own plan, on tensors
+without memory), and a launch becomes code for a GPU that is not here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from relneuron.ops import SITES, GroupStats
+from relneuron.ops import average_precision_triton as ranking
+from relneuron.ops import swiglu_stats_triton as launcher
+from relneuron.ops.swiglu_stats_reference import Call
+from relneuron.ops.swiglu_stats_triton import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTERS = {
+    **{dtype: f"*{name}" for name, dtype in DTYPES.items()},
+    torch.float64: "*fp64",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+# What is asked of a call of swiglu_stats. The widths are Llama's: a multiple of every block, except
+# "ragged".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "count": {"sites": ("act",)},
+    "count, one condition": {"sites": ("act",), "conditions": True},
+    "all at act, conditions": {"sites": ("act",), "moments": True, "conditions": True},
+    "one mask": {"mask": True},
+    "all at gate, up, act": {"sites": ("gate", "up", "act"), "moments": True},
+    "all at all sites": {"sites": SITES, "moments": True, "conditions": True},
+    "threshold -0.1": {"sites": ("act",), "threshold": -0.1},
+    "ragged width": {"sites": ("act",), "width": 11024, "conditions": True},
+    "many groups": {"sites": ("act",), "moments": True, "groups": 40},
+    "responses": {"responses": ("gate", "up", "product")},
+    "gelu": {"activation": "gelu", "sites": ("act",)},
+    "gelu_tanh": {"activation": "gelu_tanh", "sites": ("act",)},
+    "relu": {"activation": "relu", "sites": ("act",)},
+    # The op residual_stats, whose one site is the gate's.
+    "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
+}
+# What the other targets and dtypes are asked for with --quick.
+MAIN = ("plain", "count", "all at act, conditions", "all at all sites", "responses")
+
+
+# Of average_precision: rows to sort, then (relations, rows, with weights) to sum over.
+SORTS = {f"rank {n} rows": n for n in (512, 1024, 2048, 4096, 8192)}
+SUMS = {
+    "rank for 1 relation": (1, 4096, False),
+    "rank for 12 relations": (12, 4096, False),
+    "rank with weights": (12, 4096, True),
+    "rank 40000 rows": (12, 40000, False),
+}
+
+
+def cases(quick: bool) -> list[tuple[str, str, str]]:
+    """(target, dtype, variant): all of them, or the main ones except for sm_90 in bfloat16."""
+    found = [("sm_90", "bf16", variant) for variant in VARIANTS]
+    for target in TARGETS:
+        for dtype in DTYPES:
+            chosen = MAIN if dtype == "bf16" else MAIN[2:4]
+            for variant in chosen if quick else VARIANTS:
+                if (case := (target, dtype, variant)) not in found:
+                    found.append(case)
+    # A sort takes seconds to compile: all of them for one target only, and of the two dtypes of 16
+    # bits, which differ in one constant, one. The sums see no values.
+    sorts = [(target, dtype, "rank 4096 rows") for target in TARGETS for dtype in ("fp32", "bf16")]
+    if not quick:
+        sorts += [("sm_90", dtype, variant) for dtype in ("fp32", "bf16") for variant in SORTS]
+    sums = [(target, "any", variant) for target in TARGETS for variant in SUMS]
+    return found + list(dict.fromkeys(sorts[::2] if quick else sorts)) + sums
+
+
+# --------------------------------------------------------------------------------------------------
+# From a kind of call to compiled kernels
+
+
+def example_call(
+    dtype: torch.dtype,
+    *,
+    sites: tuple[str, ...] = (),
+    moments: bool = False,
+    groups: int = 12,
+    threshold: float = 0.0,
+    responses: tuple[str, ...] = (),
+    mask: bool = False,
+    conditions: bool = False,
+    activation: str = "silu",
+    width: int = 11008,
+    n_tokens: int = 8192,
+) -> Call:
+    """A call on tensors that have shapes and no memory."""
+
+    def tensor(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    stats = None
+    if sites:
+        stats = GroupStats(
+            groups=groups,
+            width=width,
+            sites=sites,
+            moments=moments,
+            threshold=threshold,
+            device="meta",
+        )
+    return Call(
+        gate=tensor(n_tokens, width, of=dtype),
+        up=tensor(n_tokens, width, of=dtype),
+        out=tensor(n_tokens, width, of=dtype),
+        activation=activation,
+        sites=sites,
+        threshold_bits=0 if stats is None else stats._threshold_bits,
+        count=None if stats is None else stats._count,
+        tokens=None if stats is None else stats.tokens,
+        sum=None if stats is None else stats._sum,
+        sum_sq=None if stats is None else stats._sum_sq,
+        max=None if stats is None else stats._max,
+        n_nonfinite=None if stats is None else stats._n_nonfinite,
+        group_ids=tensor(n_tokens) if stats is not None else None,
+        responses={site: tensor(410, width, of=torch.float32) for site in responses},
+        prompt_ids=tensor(n_tokens) if responses else None,
+        keep=tensor(13, (width + 31) // 32) if mask or conditions else None,
+        condition_ids=tensor(n_tokens) if conditions else None,
+    )
+
+
+def launches(target: str, dtype: str, variant: str) -> list[Launch]:
+    """What the op would launch on the target."""
+    if variant in SORTS or variant in SUMS:
+        return [ranking_launch(target, dtype, variant)]
+    call = example_call(DTYPES[dtype], **VARIANTS[variant])
+    kind = TARGETS[target]
+    is_nvidia = kind.backend == "cuda"
+    capability = (int(kind.arch) // 10, int(kind.arch) % 10) if is_nvidia else (9, 4)
+    config = launcher.LAUNCH_TABLE[capability]
+    return launcher.plan(call, config, is_nvidia=is_nvidia)
+
+
+def ranking_launch(target: str, dtype: str, variant: str) -> Launch:
+    """What `average_precision` would launch on the target, for 64 of 11,008 columns."""
+    is_nvidia = TARGETS[target].backend == "cuda"
+    config = ranking.NVIDIA_LAUNCH if is_nvidia else ranking.HIP_LAUNCH
+    relations, n, is_weighted = SUMS.get(variant) or (1, SORTS[variant], False)
+    width = config.width(n)
+    order = torch.empty(64, width, dtype=torch.int32, device="meta")
+    if variant in SORTS:
+        values = torch.empty(n, 11008, dtype=DTYPES[dtype], device="meta")
+        return ranking.plan_sort(order, order, values[:, :64], config)
+    labels = torch.ones(relations, n, dtype=torch.int8)
+    weights = labels.to(torch.uint8) if is_weighted else None
+    counts = ranking.Counts.of(labels, weights, width, labels.device)
+    sums = torch.empty(relations, 11008, dtype=torch.int64, device="meta")
+    return ranking.plan_sum(sums, sums, order, counts, 0, config)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile as Triton's own launch would: the same types, constants and alignments."""
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = launch.constants[name] if parameter.is_constexpr else launch.args[name]
+        is_fixed = parameter.do_not_specialize
+        is_one = isinstance(value, int) and value == 1 and not is_fixed
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            # torch aligns what it allocates; views start at an offset.
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not is_fixed:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.compiler_options())
