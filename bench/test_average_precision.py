@@ -1,6 +1,6 @@
-"""Average precision against scikit-learn's loop and the torch reference.
+"""Average precision against batched sorts in torch and numpy, and the loops of libraries.
 
-One test per contestant and case; conftest.py measures, relneuron/bench_suite.py lists both.
+One test per contestant and case; conftest.py measures, relneuron/bench_ranking.py lists both.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """Who takes part in `relneuron bench`, and how each is known to be right.
 
-bench.py asks for the contestants of a case and times them; the peers among them are in
-bench_peers.py. `torch.compile` gets whole graphs of fixed shapes.
+bench.py asks for the contestants of a case and times them. Those of swiglu_stats are here, with
+their peers in bench_peers.py; those of average_precision are in bench_ranking.py. `torch.compile`
+gets whole graphs of fixed shapes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from relneuron import bench_peers as peers
-from relneuron import ops
+from relneuron import bench_ranking, ops
+from relneuron.bench_case import Case, Contestant, near
 from relneuron.testing import assert_accurate
 
 PROMPT_TOKENS = 20  # length of a prompt in the relations of the LRE data set, about
@@ -27,30 +27,15 @@ CONDITIONS = 13  # the clean one and twelve relations switched off
 RESPONSES = ("gate", "up", "product")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row of a suite. In average_precision T, F, G are the prompts, columns and relations."""
-
-    op: str = "swiglu_stats"
-    dtype: str = "float32"
-    T: int = 2048
-    F: int = 11008
-    G: int = 12
-    layout: str = "sorted"  # how the relations lie in the rows: sorted or mixed
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.dtype} T={self.T} F={self.F} G={self.G} {self.layout}"
-
-
 # quick: seconds, for tests; usual: what `relneuron bench` runs; full: every size and layout.
 SUITES = {
     "quick": [
         *(Case(dtype=dtype, T=64, F=352) for dtype in ("float32", "bfloat16")),
-        Case("average_precision", T=200, F=16),
+        *bench_ranking.QUICK,
     ],
     "usual": [
         *(Case(dtype=dtype, T=T) for dtype in ("float32", "bfloat16") for T in (2048, 8192)),
-        Case("average_precision", T=1200, F=256),
+        *bench_ranking.USUAL,
     ],
     "full": [
         *(
@@ -59,24 +44,9 @@ SUITES = {
             for layout in ("sorted", "mixed")
             for T in (64, 512, 2048, 8192)
         ),
-        *(Case("average_precision", T=1200, F=256, G=relations) for relations in (1, 12)),
+        *bench_ranking.FULL,
     ],
 }
-
-
-@dataclass
-class Contestant:
-    """Somebody who does a task: how to run it once, and how to know that it is right."""
-
-    name: str
-    variant: str  # the task: contestants of one variant give the same result
-    run: Callable[[int], object]  # on the input set of that number
-    check: Callable[[], None]  # raises AssertionError with what is wrong
-    n_bytes: int  # the least that the task moves between memory and processor
-    moved_bytes: int  # what the peer's formula moves; of compiled code the least of its task
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    missing: str = ""  # why it cannot run here
-    note: str = ""  # what a reader of its times has to know
 
 
 # --- swiglu_stats ----------------------------------------------------------------------------
@@ -259,8 +229,8 @@ class _Bench:
             # float32, and sum |x| is at most sqrt(n sum x^2).
             eps, square = 16 * torch.finfo(torch.float32).eps, want.sum_sq["act"]
             size = (self.case.T * square).sqrt()
-            _near(stats.sum["act"], want.sum["act"], eps * size, "sum")
-            _near(stats.sum_sq["act"], square, eps * square, "sum_sq")
+            near(stats.sum["act"], want.sum["act"], eps * size, "sum")
+            near(stats.sum_sq["act"], square, eps * square, "sum_sq")
 
     def _same_sums(self, sums: dict[str, Tensor]) -> None:
         inside = self.prompt_ids >= 0
@@ -271,12 +241,7 @@ class _Bench:
             size = torch.zeros_like(got).index_add_(0, ids, value[inside].float().abs())
             # A product may differ from torch's in its last bit, beside the order of the sum.
             eps = torch.finfo(value.dtype).eps + PROMPT_TOKENS * torch.finfo(torch.float32).eps
-            _near(got, self.reference_sums[site], eps * size, f"response of {site}")
-
-
-def _near(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
-    n_wrong = int((~((got - want).abs() <= allowed)).sum())
-    assert not n_wrong, f"{n_wrong} of {got.numel()} differ: {what}"
+            near(got, self.reference_sums[site], eps * size, f"response of {site}")
 
 
 def swiglu_stats_contestants(
@@ -341,62 +306,7 @@ def swiglu_stats_contestants(
     return b.contestants
 
 
-# --- average_precision -----------------------------------------------------------------------
-
-
-def average_precision_contestants(
-    case: Case, device: str, n_sets: int, compiled: bool
-) -> list[Contestant]:
-    """One positive to four negatives in every relation, as `identify` takes them."""
-    N, M, R = case.T, case.F, case.G
-    random = torch.Generator().manual_seed(0)
-    values = torch.randn(N, M, generator=random, dtype=getattr(torch, case.dtype))
-    n_relations = max(R, 5)  # with fewer there are no four negatives to a positive
-    own = torch.arange(N) * n_relations // N == torch.arange(R)[:, None]
-    others = torch.rand(R, N, generator=random) < 4 / (n_relations - 1)
-    labels = torch.where(own, 1, torch.where(others, 0, -1)).to(torch.int8)
-    values, on_device = values.to(device), labels.to(device)
-    want = ops.average_precision(values, on_device, backend="reference").cpu()
-
-    def sklearn(_: int) -> Tensor:
-        """scikit-learn's function, one call a column and relation."""
-        from sklearn.metrics import average_precision_score
-
-        columns, rows = values.cpu().numpy(), labels.numpy()
-        result = torch.empty(R, M)
-        for r, row in enumerate(rows):
-            chosen = row >= 0
-            for m in range(M):
-                result[r, m] = average_precision_score(row[chosen], columns[chosen, m])
-        return result
-
-    contestants = {
-        "relneuron": lambda _: ops.average_precision(values, on_device),
-        "torch reference": lambda _: ops.average_precision(values, on_device, backend="reference"),
-        "sklearn loop": sklearn,
-    }
-    missing = "" if find_spec("sklearn") else "scikit-learn is not installed"
-
-    def check(run: Callable[[int], Tensor]) -> None:
-        # Counts are exact; the float64 sum is rounded once, so the last bit of float32 may differ.
-        _near(run(0).cpu(), want, torch.finfo(torch.float32).eps * want, "average precision")
-
-    n_bytes = values.numel() * values.element_size() + 4 * R * M
-    return [
-        Contestant(
-            name,
-            "ap",
-            run,
-            partial(check, run),
-            n_bytes,
-            n_bytes,
-            missing=missing if "sklearn" in name else "",
-        )
-        for name, run in contestants.items()
-    ]
-
-
 CONTESTANTS = {
     "swiglu_stats": swiglu_stats_contestants,
-    "average_precision": average_precision_contestants,
+    "average_precision": bench_ranking.average_precision_contestants,
 }
