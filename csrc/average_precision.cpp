@@ -19,6 +19,10 @@ constexpr int64_t block_columns_max = 32;
 // above it a batch of columns shares each group.
 constexpr int64_t label_bytes_in_cache = 1 << 19;
 
+// Each relation is sorted by itself while that is at most so many times the rows: sorting all rows once
+// takes about twice as long per row, since their numbers have to come along.
+constexpr int64_t direct_rows_max = 2;
+
 int sort_u32(void* words, ptrdiff_t n, void*) {
   std::sort(static_cast<uint32_t*>(words), static_cast<uint32_t*>(words) + n);
   return 0;
@@ -48,26 +52,32 @@ Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& pl
   }
   all.n_positive.resize(static_cast<size_t>(args.R));
   uint64_t n_max = 0;
+  int64_t n_sorted_directly = 0;
   for (int64_t relation = 0; relation < args.R; ++relation) {
     const int64_t group = relation / relations_per_group;
     const int bit = static_cast<int>(relation % relations_per_group);
+    const int8_t* labels = args.labels + relation * args.N;
     uint64_t n_members = 0, n_positive = 0;
-    for (int64_t i = 0; i < args.N; ++i) {
-      const int8_t label = args.labels[relation * args.N + i];
-      const uint8_t weight = args.weights ? args.weights[relation * args.N + i] : 1;
-      if (label < 0) continue;
-      n_members += weight;
-      if (label == 1) n_positive += weight;
-      if (args.weights) {
-        WeightRow& row = all.rows[static_cast<size_t>(group * args.N + i)];
-        row.weight[bit] = weight;
-        row.positive[bit] = label == 1 ? weight : 0;
-      } else {
-        all.words[static_cast<size_t>(group * n_padded + i)] |=
-            (1u << (relations_per_group + bit)) | (label == 1 ? 1u << bit : 0u);
+    if (args.weights) {
+      const uint8_t* weights = args.weights + relation * args.N;
+      WeightRow* rows = all.rows.data() + group * args.N;
+      for (int64_t i = 0; i < args.N; ++i) {
+        rows[i].weight[bit] = labels[i] >= 0 ? weights[i] : 0;
+        rows[i].positive[bit] = labels[i] == 1 ? weights[i] : 0;
+        n_members += rows[i].weight[bit];
+        n_positive += rows[i].positive[bit];
+      }
+    } else {
+      uint32_t* words = all.words.data() + group * n_padded;
+      const uint32_t member = 1u << (relations_per_group + bit), positive = 1u << bit;
+      for (int64_t i = 0; i < args.N; ++i) {
+        words[i] |= (labels[i] >= 0 ? member : 0) | (labels[i] == 1 ? positive : 0);
+        n_members += labels[i] >= 0;
+        n_positive += labels[i] == 1;
       }
     }
     n_max = std::max(n_max, n_members);
+    n_sorted_directly += static_cast<int64_t>(n_members);
     all.n_positive[static_cast<size_t>(relation)] = n_positive;
   }
   all.reciprocals.resize(static_cast<size_t>(n_max + 1));
@@ -79,6 +89,7 @@ Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& pl
   plan.reciprocals = all.reciprocals.data();
   plan.n_positive = all.n_positive.data();
   plan.n_groups = n_groups;
+  plan.is_direct = !args.weights && n_sorted_directly <= direct_rows_max * args.N;
   return all;
 }
 
@@ -96,7 +107,7 @@ bool average_precision(const AveragePrecisionArgs& given, const char* isa, int n
   plan.block_columns = std::min(block_columns_max, (args.M + threads - 1) / threads);
   const int64_t label_bytes =
       plan.n_groups * args.N * static_cast<int64_t>(args.weights ? sizeof(WeightRow) : 4);
-  plan.batch_columns = label_bytes > label_bytes_in_cache ? plan.block_columns : 1;
+  plan.batch_columns = label_bytes > label_bytes_in_cache && !plan.is_direct ? plan.block_columns : 1;
   const int64_t n_blocks = (args.M + plan.block_columns - 1) / plan.block_columns;
   const int64_t scratch_bytes = kernel.scratch_bytes(args, plan);
   const Scratch scratch = make_scratch(scratch_bytes * threads);

@@ -62,6 +62,31 @@ void load_tile(const AveragePrecisionArgs& args, int64_t m_begin, int64_t n_colu
 
 int64_t tile_stride(int64_t n) { return padded(n) + sorted_pad; }
 
+enum class Outcome { counted, not_finite, not_possible };
+
+// All relations of a column, each one sorted by itself.
+template <typename Storage>
+Outcome count_directly(const AveragePrecisionArgs& args, const AveragePrecisionPlan& plan,
+                       const Work& work, const Storage* values, int64_t m) {
+  const Magnitudes magnitudes = measure(args, values);
+  if (!magnitudes.is_finite) return Outcome::not_finite;
+  if (!magnitudes.fits) return Outcome::not_possible;
+  for (int64_t r = 0; r < args.R; ++r) {
+    const uint32_t* labels =
+        plan.label_words + r / relations_per_group * (padded(args.N) + 1);
+    const int64_t n = sort_labelled(args, work, values, magnitudes.offset, labels,
+                                    static_cast<int>(r % relations_per_group));
+    const LabelledWords words{reinterpret_cast<const uint32_t*>(work.words), n};
+    const U128 sum = sum_tied(words, n, work, plan.reciprocals);
+    args.ap[r * args.M + m] = from_sum(sum, plan.n_positive[r]);
+  }
+  return Outcome::counted;
+}
+Outcome count_directly(const AveragePrecisionArgs&, const AveragePrecisionPlan&, const Work&,
+                       const double*, int64_t) {
+  return Outcome::not_possible;
+}
+
 template <typename Storage, typename Sort>
 bool count_columns(const AveragePrecisionArgs& args, const AveragePrecisionPlan& plan,
                    int64_t m_begin, int64_t m_end, const Work& work, Sort sort) {
@@ -71,32 +96,40 @@ bool count_columns(const AveragePrecisionArgs& args, const AveragePrecisionPlan&
   if (is_copied) load_tile(args, m_begin, m_end - m_begin, tile, tile_stride(n));
   for (int64_t m = m_begin; m < m_end; m += plan.batch_columns) {
     const int64_t n_batch = plan.batch_columns < m_end - m ? plan.batch_columns : m_end - m;
+    bool is_counted = false;
     for (int64_t c = 0; c < n_batch; ++c) {
       const Storage* column = is_copied
                                   ? tile + (m - m_begin + c) * tile_stride(n)
                                   : static_cast<const Storage*>(args.values) + (m + c) * args.stride_vm;
+      if (plan.is_direct) {
+        const Outcome outcome = count_directly(args, plan, work, column, m + c);
+        if (outcome == Outcome::not_finite) return false;
+        is_counted = outcome == Outcome::counted;
+        if (is_counted) continue;
+      }
       Order& order = work.orders[c];
       if (!sort(args, work, column, order)) return false;
       // Behind the last row is one that no relation has.
       for (int64_t i = n; i < n_padded; ++i) order.rows[i] = static_cast<int32_t>(n);
     }
-    for (int64_t group = 0; group < plan.n_groups; ++group) {
+    for (int64_t group = 0; !is_counted && group < plan.n_groups; ++group) {
       const int64_t first = group * relations_per_group;
       const int n_relations = static_cast<int>(
           args.R - first < relations_per_group ? args.R - first : relations_per_group);
       for (int64_t c = 0; c < n_batch; ++c) {
         const Order& order = work.orders[c];
         U128 sums[relations_per_group];
+        const uint32_t* words = plan.label_words + group * (n_padded + 1);
         if (plan.weight_rows) {
-          sum_weighted(order, n, plan.weight_rows + group * n, plan.reciprocals, sums);
+          sum_rows(order, n, WeightRows{plan.weight_rows + group * n}, plan.reciprocals, sums);
+        } else if (order.n_tied > n / 2) {
+          sum_rows(order, n, LabelRows{words}, plan.reciprocals, sums);
         } else {
-          const uint32_t* words = plan.label_words + group * (n_padded + 1);
-          for (int64_t i = 0; i < n_padded; i += n_lanes) {
-            look_up_rows(work.labels + i, words, load<U32>(order.rows + i));
-          }
+          order_labels(words, order, n, work);
           for (int r = 0; r < n_relations; ++r) {
-            sums[r] = order.any_tied ? sum_tied(work, n, r, order.tied, plan.reciprocals)
-                                     : sum_untied(work, n, r, plan.reciprocals);
+            const LabelBytes labels(work, order, r);
+            sums[r] = order.n_tied ? sum_tied(labels, n, work, plan.reciprocals)
+                                   : sum_untied(labels, n, work, plan.reciprocals);
           }
         }
         for (int r = 0; r < n_relations; ++r) {
@@ -126,10 +159,10 @@ int64_t lay_out(const AveragePrecisionArgs& args, const AveragePrecisionPlan& pl
   take(work.column, n, value_bytes_max);
   take(work.sorted, n + sorted_pad, value_bytes_max);
   take(work.words, n + sorted_pad, value_bytes_max);
-  take(work.inverted, n / word_rows, sizeof *work.inverted);
+  take(work.shared, n / word_rows, sizeof *work.shared);
   take(work.merged, n, sizeof *work.merged);
   take(work.list, list_size + word_rows, sizeof *work.list);
-  take(work.labels, n, sizeof *work.labels);
+  for (uint8_t*& bytes : work.labels) take(bytes, n, 1);
   take(work.orders, batch, sizeof *work.orders);
   for (int64_t c = 0; c < batch; ++c) {
     Order order;

@@ -16,7 +16,7 @@ constexpr int list_size = 1024;
 struct Order {
   int32_t* rows;   // (padded N,), best first; `N` behind the last one
   uint64_t* tied;  // (padded N / 64,): bit i = the rows at i and i + 1 are tied
-  bool any_tied;
+  int64_t n_tied;  // bits of `tied`
 };
 
 // What a thread works in. `Real` is the type that the values are compared in.
@@ -25,10 +25,10 @@ struct Work {
   unsigned char* column;  // (padded N,) the values of one column, +0 for -0
   unsigned char* sorted;  // (padded N + sorted_pad,) the same in order
   unsigned char* words;   // (padded N + sorted_pad,) what is sorted: a value's rank or bits, the row
-  uint64_t* inverted;     // (padded N / 64,)
+  uint64_t* shared;       // (padded N / 64,): bit i = the rows at i and i + 1 share a step
   int32_t* merged;        // (N,)
   uint32_t* list;         // (list_size + word_rows,) see Sum
-  uint32_t* labels;       // (padded N,) label words in order
+  uint8_t* labels[4];     // (padded N,) each: the bytes of the label words, in order
   Order* orders;          // (batch,) what is known of sorted columns
 };
 
@@ -47,6 +47,17 @@ struct Bits<double> {
   static constexpr Unsigned exponent = 0x7ff0000000000000u;
 };
 
+template <typename Word>
+struct WordVector;
+template <>
+struct WordVector<uint32_t> {
+  using Type = U32;
+};
+template <>
+struct WordVector<uint64_t> {
+  using Type = U64;
+};
+
 // Bits as a signed integer in the order of the numbers, and back.
 template <typename Signed>
 RELNEURON_INLINE Signed in_order(Signed bits) {
@@ -63,7 +74,27 @@ RELNEURON_INLINE To same_bits(From x) {
   return result;
 }
 
-// Bit j = bit `bit` of words[j], for 64 words.
+// Bit j = bit `bit` of bytes[j], for 64 bytes.
+RELNEURON_INLINE uint64_t gather_bits(const uint8_t* bytes, int bit) {
+#if defined(__AVX512F__)
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(1 << bit));
+  return _mm512_test_epi8_mask(load<__m512i>(bytes), mask);
+#elif defined(__AVX2__)
+  const __m128i shift = _mm_cvtsi32_si128(7 - bit);
+  const __m256i low = _mm256_sll_epi16(load<__m256i>(bytes), shift);
+  const __m256i high = _mm256_sll_epi16(load<__m256i>(bytes + 32), shift);
+  return static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+         static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+#else
+  uint64_t result = 0;
+  for (int i = 0; i < word_rows; ++i) {
+    result |= static_cast<uint64_t>((bytes[i] >> bit) & 1) << i;
+  }
+  return result;
+#endif
+}
+
+// The same of 32-bit words.
 RELNEURON_INLINE uint64_t gather_bits(const uint32_t* words, int bit) {
   uint64_t result = 0;
   for (int i = 0; i < word_rows; i += n_lanes) {
@@ -74,6 +105,19 @@ RELNEURON_INLINE uint64_t gather_bits(const uint32_t* words, int bit) {
 #else
     result |= top_bits(load<I32>(words + i) << (31 - bit)) << i;
 #endif
+  }
+  return result;
+}
+
+// Bit j: the words j and j + 1 are equal above their lowest `n_low` bits.
+template <typename Word>
+RELNEURON_INLINE uint64_t equal_neighbours(const Word* words, int n_low) {
+  using Vector = typename WordVector<Word>::Type;
+  constexpr int n = sizeof(Vector) / sizeof(Word);
+  uint64_t result = 0;
+  for (int i = 0; i < word_rows; i += n) {
+    const Vector difference = load<Vector>(words + i) ^ load<Vector>(words + i + 1);
+    result |= top_bits(difference >> n_low == 0) << i;
   }
   return result;
 }
@@ -95,9 +139,6 @@ RELNEURON_INLINE U32 lower_halves(const uint64_t* words) {
 // to[i] = table[rows[i]] for one vector.
 RELNEURON_INLINE void look_up_rows(float* to, const float* table, U32 rows) {
   store(to, look_up(table, rows));
-}
-RELNEURON_INLINE void look_up_rows(uint32_t* to, const uint32_t* table, U32 rows) {
-  store(to, look_up(reinterpret_cast<const float*>(table), rows));
 }
 RELNEURON_INLINE void look_up_rows(double* to, const double* table, U32 rows) {
 #if defined(__AVX512F__)
@@ -148,13 +189,11 @@ void read_exact_words(const Work& work, int64_t n, Order& result) {
   for (int64_t i = 0; i < n; i += n_lanes) {
     store(result.rows + i, lower_halves(words + i) & static_cast<uint32_t>((Word{1} << half) - 1));
   }
-  result.any_tied = false;
+  result.n_tied = 0;
   for (int64_t i = 0; i < n; i += word_rows) {
-    uint32_t is_tied[word_rows];
-    for (int j = 0; j < word_rows; ++j) is_tied[j] = (words[i + j] ^ words[i + j + 1]) >> half == 0;
-    const uint64_t tied = gather_bits(is_tied, 0) & pairs_below(i, n);
+    const uint64_t tied = equal_neighbours(words + i, half) & pairs_below(i, n);
     result.tied[i / word_rows] = tied;
-    result.any_tied |= tied != 0;
+    result.n_tied += __builtin_popcountll(tied);
   }
 }
 
@@ -187,6 +226,25 @@ void sort_run(const Work& work, int64_t begin, int64_t end, int32_t* order) {
   }
 }
 
+// Which neighbours are tied, from their values; returns how many are in the wrong order.
+template <typename Real>
+int64_t compare_values(const Work& work, int64_t n, Order& result) {
+  const Real* column = reinterpret_cast<const Real*>(work.column);
+  Real* sorted = reinterpret_cast<Real*>(work.sorted);
+  for (int64_t i = 0; i < n; i += n_lanes) {
+    look_up_rows(sorted + i, column, load<U32>(result.rows + i));
+  }
+  int64_t n_inverted = 0;
+  for (int64_t i = 0; i < n; i += word_rows) {
+    const Neighbours found = compare_word(sorted + i);
+    const uint64_t pairs = pairs_below(i, n);
+    result.tied[i / word_rows] = found.tied & pairs;
+    result.n_tied += __builtin_popcountll(found.tied & pairs);
+    n_inverted += __builtin_popcountll(found.inverted & pairs);
+  }
+  return n_inverted;
+}
+
 // Words of 32 bits of value and 32 of row.
 void sort_exactly(const AveragePrecisionArgs& args, const Work& work, Order& result) {
   const float* column = reinterpret_cast<const float*>(work.column);
@@ -201,7 +259,8 @@ void sort_exactly(const AveragePrecisionArgs& args, const Work& work, Order& res
 
 // Sorts words of a value's rank among 2^rank_bits equal steps from the largest to the smallest, with
 // the row's number below: half the size of value and row. Then rows that share a step are put right by
-// their values; with many of them (a few values far from all others) it is `sort_exactly` for float.
+// their values, unless there are many: then either they are ties, which a look at all values shows, or
+// a few values lie far from all others, and `sort_exactly` does it for float.
 template <typename Real, typename Word>
 void sort_by_steps(const AveragePrecisionArgs& args, const Work& work, int row_bits, Real lowest,
                    Real highest, Order& result) {
@@ -224,43 +283,34 @@ void sort_by_steps(const AveragePrecisionArgs& args, const Work& work, int row_b
   (sizeof(Word) == 4 ? args.sort_u32 : args.sort_u64)(words, n, nullptr);
   const Word row_mask = (Word{1} << row_bits) - 1;
   for (int64_t i = n; i < padded(n); ++i) words[i] = 0;  // row 0, so that whole vectors can be read
-  int32_t* rows = result.rows;
-  Real* sorted = reinterpret_cast<Real*>(work.sorted);
-  for (int64_t i = 0; i < n; i += n_lanes) {
-    const U32 here = lower_halves(words + i) & static_cast<uint32_t>(row_mask);
-    store(rows + i, here);
-    look_up_rows(sorted + i, column, here);
-  }
-  int64_t n_inverted = 0;
-  result.any_tied = false;
+  int64_t n_shared = 0;
   for (int64_t i = 0; i < n; i += word_rows) {
-    const Neighbours found = compare_word(sorted + i);
-    const uint64_t pairs = pairs_below(i, n);
-    result.tied[i / word_rows] = found.tied & pairs;
-    work.inverted[i / word_rows] = found.inverted & pairs;
-    result.any_tied |= (found.tied & pairs) != 0;
-    n_inverted += __builtin_popcountll(found.inverted & pairs);
+    for (int64_t j = i; j < i + word_rows; j += n_lanes) {
+      store(result.rows + j, lower_halves(words + j) & static_cast<uint32_t>(row_mask));
+    }
+    const uint64_t shared = equal_neighbours(words + i, row_bits) & pairs_below(i, n);
+    work.shared[i / word_rows] = shared;
+    result.tied[i / word_rows] = 0;
+    n_shared += __builtin_popcountll(shared);
   }
-  if (n_inverted == 0) return;
-  if (sizeof(Real) == 4 && n_inverted > n / 16) {
-    sort_exactly(args, work, result);
-    return;
+  result.n_tied = 0;
+  if (n_shared > n / 8) {
+    const int64_t n_inverted = compare_values<Real>(work, n, result);
+    if (n_inverted == 0) return;
+    if (sizeof(Real) == 4 && n_inverted > n / 16) return sort_exactly(args, work, result);
   }
   int64_t end = 0;
   for (int64_t i = 0; i < n; i += word_rows) {
-    for (uint64_t left = work.inverted[i / word_rows]; left; left &= left - 1) {
-      const int64_t at = i + __builtin_ctzll(left);
-      if (at < end) continue;
-      const Word rank = words[at] >> row_bits;
-      int64_t begin = at;
-      while (begin > 0 && words[begin - 1] >> row_bits == rank) --begin;
-      for (end = at + 2; end < n && words[end] >> row_bits == rank;) ++end;
-      sort_run<Real>(work, begin, end, rows);
+    for (uint64_t left = work.shared[i / word_rows]; left; left &= left - 1) {
+      const int64_t begin = i + __builtin_ctzll(left);
+      if (begin < end) continue;
+      for (end = begin + 2; work.shared[(end - 1) / word_rows] >> ((end - 1) % word_rows) & 1;) ++end;
+      sort_run<Real>(work, begin, end, result.rows);
       for (int64_t j = begin; j + 1 < end; ++j) {
         const uint64_t bit = uint64_t{1} << (j % word_rows);
-        const bool is_tied = column[rows[j]] == column[rows[j + 1]];
+        const bool is_tied = column[result.rows[j]] == column[result.rows[j + 1]];
+        result.n_tied += is_tied - ((result.tied[j / word_rows] & bit) != 0);
         result.tied[j / word_rows] = (result.tied[j / word_rows] & ~bit) | (is_tied ? bit : 0);
-        result.any_tied |= is_tied;
       }
     }
   }
@@ -316,6 +366,71 @@ bool sort_halves(const AveragePrecisionArgs& args, const Work& work, const uint1
   (sizeof(Word) == 4 ? args.sort_u32 : args.sort_u64)(words, args.N, nullptr);
   read_exact_words<Word>(work, args.N, result);
   return true;
+}
+
+// ---- The short way with few relations: sort the values of one relation's members together with their
+// labels, which needs no row number and nothing to be looked up afterwards. A word has one bit of
+// label below 31 bits of value.
+
+// The magnitudes of a column: all that are not zero lie above `offset`, and less than 2^30 above it.
+struct Magnitudes {
+  bool is_finite, fits;
+  uint32_t offset;
+};
+
+RELNEURON_INLINE uint32_t magnitude(float x) { return same_bits<uint32_t>(x) & 0x7fffffffu; }
+RELNEURON_INLINE uint32_t magnitude(uint16_t x) { return x & 0x7fffu; }
+RELNEURON_INLINE bool is_negative(float x) { return same_bits<uint32_t>(x) >> 31; }
+RELNEURON_INLINE bool is_negative(uint16_t x) { return x >> 15; }
+
+template <typename Storage>
+Magnitudes measure(const AveragePrecisionArgs& args, const Storage* values) {
+  uint32_t largest = 0, smallest_less_1 = ~0u;  // zero, less 1, is no smallest
+  for (int64_t i = 0; i < args.N; ++i) {
+    const uint32_t x = magnitude(values[i]);
+    largest = x > largest ? x : largest;
+    smallest_less_1 = x - 1 < smallest_less_1 ? x - 1 : smallest_less_1;
+  }
+  const uint32_t infinity = args.dtype == ValueType::float32    ? 0x7f800000u
+                            : args.dtype == ValueType::bfloat16 ? 0x7f80u
+                                                                : 0x7c00u;
+  const uint32_t exponent = largest >> 23;
+  const uint32_t offset = exponent > 127 ? (exponent - 127) << 23 : 0;
+  return {largest < infinity, smallest_less_1 >= offset, offset};
+}
+
+template <typename Storage>
+RELNEURON_INLINE uint32_t labelled(Storage x, uint32_t offset, uint32_t label) {
+  const uint32_t above = magnitude(x) > offset ? magnitude(x) - offset : 0;
+  const uint32_t descending = (1u << 30) + (is_negative(x) ? above : -above);
+  return descending << 1 | (label & 1);
+}
+
+// The words of a relation's members, best first; their number.
+template <typename Storage>
+int64_t sort_labelled(const AveragePrecisionArgs& args, const Work& work, const Storage* values,
+                      uint32_t offset, const uint32_t* label_words, int bit) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(work.words);
+  int64_t n = 0;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512i member = _mm512_set1_epi32(static_cast<int>(1u << (relations_per_group + bit)));
+  for (; i + n_lanes <= args.N; i += n_lanes) {
+    uint32_t lanes[n_lanes];
+    for (int lane = 0; lane < n_lanes; ++lane) {
+      lanes[lane] = labelled(values[i + lane], offset, label_words[i + lane] >> bit);
+    }
+    const __mmask16 is_member = _mm512_test_epi32_mask(load<__m512i>(label_words + i), member);
+    store(words + n, _mm512_maskz_compress_epi32(is_member, load<__m512i>(lanes)));
+    n += __builtin_popcount(is_member);
+  }
+#endif
+  for (; i < args.N; ++i) {
+    words[n] = labelled(values[i], offset, label_words[i] >> bit);
+    n += label_words[i] >> (relations_per_group + bit) & 1;
+  }
+  args.sort_u32(words, n, nullptr);
+  return n;
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ class Sum {
                                  _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
                                                    15, 16));
     for (int i = 0; i < word_rows; i += n_lanes) {
+      if (i == 32 && positives >> 32 == 0) break;
       const __mmask16 part = static_cast<__mmask16>(positives >> i);
       store(list_ + n_listed_, _mm512_maskz_compress_epi32(part, n));
       n_listed_ += __builtin_popcount(part);
@@ -100,30 +101,62 @@ class Sum {
   uint32_t* list_;
 };
 
-U128 sum_untied(const Work& work, int64_t n, int bit, const uint64_t* reciprocals) {
+// Sorted label words, as bytes: one relation of a group.
+struct LabelBytes {
+  const uint8_t *positives_, *members_;
+  const uint64_t* tied_;
+  int bit_;
+  RELNEURON_INLINE LabelBytes(const Work& work, const Order& order, int relation)
+      : positives_(work.labels[relation / 8]),
+        members_(work.labels[2 + relation / 8]),
+        tied_(order.tied),
+        bit_(relation % 8) {}
+  RELNEURON_INLINE uint64_t members(int64_t i) const { return gather_bits(members_ + i, bit_); }
+  RELNEURON_INLINE uint64_t positives(int64_t i) const { return gather_bits(positives_ + i, bit_); }
+  RELNEURON_INLINE uint64_t tied(int64_t i) const { return tied_[i / word_rows]; }
+};
+
+// Sorted words of value and label: all rows are members.
+struct LabelledWords {
+  const uint32_t* words_;
+  int64_t n_;
+  RELNEURON_INLINE uint64_t members(int64_t i) const {
+    return n_ - i >= word_rows ? ~uint64_t{0} : (uint64_t{1} << (n_ - i)) - 1;
+  }
+  RELNEURON_INLINE uint64_t positives(int64_t i) const {
+    return gather_bits(words_ + i, 0) & members(i);
+  }
+  RELNEURON_INLINE uint64_t tied(int64_t i) const {
+    return equal_neighbours(words_ + i, 1) & pairs_below(i, n_);
+  }
+};
+
+template <typename Labels>
+RELNEURON_INLINE U128 sum_untied(const Labels& labels, int64_t n, const Work& work,
+                                 const uint64_t* reciprocals) {
   Sum sum(reciprocals, work.list);
   uint64_t n_above = 0;  // members before this word
   for (int64_t i = 0; i < n; i += word_rows) {
-    const uint64_t members = gather_bits(work.labels + i, relations_per_group + bit);
-    const uint64_t positives = gather_bits(work.labels + i, bit);
-    sum.add_singles(extract_bits(positives, members), n_above);
+    const uint64_t members = labels.members(i);
+    sum.add_singles(extract_bits(labels.positives(i), members), n_above);
     n_above += static_cast<uint64_t>(__builtin_popcountll(members));
   }
   return sum.total();
 }
 
-U128 sum_tied(const Work& work, int64_t n, int bit, const uint64_t* tied,
-              const uint64_t* reciprocals) {
+template <typename Labels>
+RELNEURON_INLINE U128 sum_tied(const Labels& labels, int64_t n, const Work& work,
+                               const uint64_t* reciprocals) {
   Sum sum(reciprocals, work.list);
   uint64_t n_above = 0;
   uint64_t open = 0;   // positives of the last tie group, which may go on in the next word
   uint64_t carry = 0;  // the last member is tied with the rows that follow it
   for (int64_t i = 0; i < n; i += word_rows) {
-    const uint64_t members = gather_bits(work.labels + i, relations_per_group + bit);
-    uint64_t positives = extract_bits(gather_bits(work.labels + i, bit), members);
+    const uint64_t members = labels.members(i);
+    uint64_t positives = extract_bits(labels.positives(i), members);
     // A tied member is tied with the next one if all rows between them are tied, too: the bit behind
     // it ripples through them as the carry of an addition does, and lands on that member.
-    const uint64_t ties = tied[i / word_rows];
+    const uint64_t ties = labels.tied(i);
     const uint64_t bridges = ties & ~members, from = ties & members;
     const uint64_t first = from << 1 | carry;
     const uint64_t landed = first + bridges;
@@ -163,34 +196,89 @@ U128 sum_tied(const Work& work, int64_t n, int bit, const uint64_t* tied,
   return sum.total();
 }
 
-// The same of all relations of a group at once, with weights.
-void sum_weighted(const Order& order, int64_t n, const WeightRow* rows,
-                  const uint64_t* reciprocals, U128 (&sums)[relations_per_group]) {
+// The label words of a group in order, byte by byte.
+RELNEURON_INLINE void order_labels(const uint32_t* words, const Order& order, int64_t n,
+                                   const Work& work) {
+  for (int64_t i = 0; i < n; i += word_rows) {
+#if defined(__AVX512F__)
+    // Bytes of four rows side by side, then the fours of 32 rows, then all 64.
+    const __m512i fours = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i low_bytes =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i high_bytes = _mm512_add_epi32(low_bytes, _mm512_set1_epi32(2));
+    __m512i part[4];
+    for (int k = 0; k < 4; ++k) {
+      const __m512i rows = load<__m512i>(order.rows + i + 16 * k);
+      part[k] = _mm512_shuffle_epi8(_mm512_i32gather_epi32(rows, words, 4), fours);
+    }
+    for (int k = 0; k < 2; ++k) {
+      const __m512i bytes = k ? high_bytes : low_bytes;
+      const __m512i first = _mm512_permutex2var_epi32(part[0], bytes, part[1]);
+      const __m512i second = _mm512_permutex2var_epi32(part[2], bytes, part[3]);
+      store(work.labels[2 * k] + i, _mm512_shuffle_i64x2(first, second, 0x44));
+      store(work.labels[2 * k + 1] + i, _mm512_shuffle_i64x2(first, second, 0xee));
+    }
+#else
+    for (int64_t j = i; j < i + word_rows; ++j) {
+      const uint32_t word = words[order.rows[j]];
+      for (int k = 0; k < 4; ++k) work.labels[k][j] = static_cast<uint8_t>(word >> (8 * k));
+    }
+#endif
+  }
+}
+
+// ---- All relations of a group at once, row by row: with weights, and where most rows are tied.
+
+// What a row counts in each relation.
+struct LabelRows {
+  const uint32_t* words;
+  RELNEURON_INLINE bool add(int32_t row, uint32_t* members, uint32_t* positives) const {
+    const uint32_t word = words[row];
+    for (int r = 0; r < relations_per_group; ++r) {
+      members[r] += word >> (relations_per_group + r) & 1;
+      positives[r] += word >> r & 1;
+    }
+    return (word & 0xffff) != 0;
+  }
+  RELNEURON_INLINE void fetch(int32_t) const {}
+};
+
+struct WeightRows {
+  const WeightRow* rows;
+  RELNEURON_INLINE bool add(int32_t row, uint32_t* members, uint32_t* positives) const {
+    const WeightRow& weights = rows[row];
+    uint64_t halves[2];
+    memcpy(halves, weights.positive, sizeof halves);
+    for (int r = 0; r < relations_per_group; ++r) members[r] += weights.weight[r];
+    if (!(halves[0] | halves[1])) return false;
+    for (int r = 0; r < relations_per_group; ++r) positives[r] += weights.positive[r];
+    return true;
+  }
+  RELNEURON_INLINE void fetch(int32_t row) const { __builtin_prefetch(&rows[row]); }
+};
+
+template <typename Rows>
+void sum_rows(const Order& order, int64_t n, const Rows& rows, const uint64_t* reciprocals,
+              U128 (&sums)[relations_per_group]) {
   uint32_t n_above[relations_per_group] = {}, tp[relations_per_group] = {};
-  uint32_t in_group[relations_per_group] = {};  // weights of positives in the tie group
+  uint32_t tied_tp[relations_per_group] = {};  // positives of the tie group
   uint64_t high[relations_per_group] = {}, low[relations_per_group] = {};
-  uint64_t any_positive = 0;
+  bool any_positive = false;  // in the tie group
   constexpr int64_t ahead = 16;
   for (int64_t i = 0; i < n; ++i) {
-    const WeightRow& row = rows[order.rows[i]];
-    __builtin_prefetch(&rows[order.rows[i + ahead < n ? i + ahead : i]]);
-    for (int r = 0; r < relations_per_group; ++r) n_above[r] += row.weight[r];
-    uint64_t halves[2];
-    memcpy(halves, row.positive, sizeof halves);
-    if (halves[0] | halves[1]) {
-      any_positive = 1;
-      for (int r = 0; r < relations_per_group; ++r) in_group[r] += row.positive[r];
-    }
+    rows.fetch(order.rows[i + ahead < n ? i + ahead : i]);
+    any_positive |= rows.add(order.rows[i], n_above, tied_tp);
     const bool is_tied = order.tied[i / word_rows] >> (i % word_rows) & 1;
     if (is_tied || !any_positive) continue;
     for (int r = 0; r < relations_per_group; ++r) {
-      tp[r] += in_group[r];
+      tp[r] += tied_tp[r];
       const uint64_t term = tp[r] * reciprocals[n_above[r]];
-      high[r] += in_group[r] * (term >> 31);
-      low[r] += in_group[r] * (term & 0x7fffffffu);
-      in_group[r] = 0;
+      high[r] += tied_tp[r] * (term >> 31);
+      low[r] += tied_tp[r] * (term & 0x7fffffffu);
+      tied_tp[r] = 0;
     }
-    any_positive = 0;
+    any_positive = false;
   }
   for (int r = 0; r < relations_per_group; ++r) {
     sums[r] = (static_cast<U128>(high[r]) << 31) + low[r];

@@ -29,6 +29,7 @@ typedef uint16_t U16 __attribute__((vector_size(2 * n_lanes)));       // as many
 typedef uint16_t U16Pairs __attribute__((vector_size(4 * n_lanes)));  // twice as many
 typedef double F64 __attribute__((vector_size(4 * n_lanes)));  // half as many lanes
 typedef int64_t I64 __attribute__((vector_size(4 * n_lanes)));
+typedef uint64_t U64 __attribute__((vector_size(4 * n_lanes)));
 
 #define RELNEURON_INLINE inline __attribute__((always_inline))
 #define RELNEURON_LAMBDA __attribute__((always_inline))

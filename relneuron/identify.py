@@ -1,23 +1,30 @@
-"""The `identify` stage: responses and answers in, scores.safetensors and neurons.json out.
+"""The `identify` stage: responses and answers in, scores, neuron sets and their significance out.
 
-It needs no model: it ranks every neuron by average precision and takes each relation's best.
+It needs no model: it ranks every neuron by average precision, takes each relation's best (--top)
+or all that pass a false discovery rate (--fdr), and says how sure each one's score is.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact import (
     SITES,
     Json,
     NeuronFile,
+    Prompt,
     RelneuronError,
     atomic_write,
     csv_bytes,
@@ -29,15 +36,33 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.manifest import Manifest, json_digest, progress_bar
-from relneuron.scores.ap import sample_labels
-from relneuron.scores.ranking import n_neurons, top_k
+from relneuron.scores import significance
+from relneuron.scores.ap import sample_labels, why_unranked
+from relneuron.scores.ranking import ScoredNeuron, all_scores, n_neurons, top_k
 
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
+PERMUTATIONS = BOOTSTRAP = 1000
+NOISE = 100_000
+COLUMNS = (
+    *("relation", "layer", "site", "index", "score"),
+    *("p_permutation", "q_value", "ap_low", "ap_high"),
+)
+
+Array = np.ndarray[Any, Any]
 
 
 def identify_inputs(
-    folder: Path, *, method: str, top: int | None, negatives: int, seed: int
+    folder: Path,
+    *,
+    method: str,
+    top: int | None,
+    fdr: float | None,
+    negatives: int,
+    permutations: int,
+    bootstrap: int,
+    noise: int,
+    seed: int,
 ) -> Json:
     """What the stage depends on, for the manifest."""
     names = ("prompts.jsonl", "validated.csv")
@@ -46,20 +71,53 @@ def identify_inputs(
         "record": json_digest(Manifest(folder).data["stages"].get("record", {}).get("inputs")),
         "method": method,
         "top": top,
+        "fdr": fdr,
         "negatives": negatives,
+        "permutations": permutations,
+        "bootstrap": bootstrap,
+        "noise": noise,
         "seed": seed,
     }
 
 
-def check_options(method: str, top: int | None) -> None:
+def check_options(
+    method: str,
+    top: int | None,
+    fdr: float | None,
+    *,
+    permutations: int,
+    bootstrap: int,
+    noise: int,
+) -> None:
     """Refuse what `identify` cannot do."""
     if method != "ap":
         raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
     if top is not None and top < 1:
         raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
+    for name, n in (("permutations", permutations), ("bootstrap", bootstrap), ("noise", noise)):
+        if n < 0:
+            fix = "choose a positive number, or 0 for none"
+            raise RelneuronError(f"--{name} must be at least 0, got {n}", fix, 2)
+    if fdr is not None:
+        if top is not None:
+            cause = "--top and --fdr are two ways to choose neurons"
+            raise RelneuronError(cause, "give one of them", 2)
+        if not 0 < fdr < 1:
+            cause = f"--fdr must be between 0 and 1, got {fdr}"
+            raise RelneuronError(cause, "choose a rate such as 0.05", 2)
+        if fdr * (1 + noise) < 1:
+            cause = f"--fdr {fdr} needs more columns of noise than {noise}: no p-value is so low"
+            raise RelneuronError(cause, f"use --noise {max(NOISE, math.ceil(1 / fdr))} or more", 2)
 
 
-def default_top(shape: dict[str, int]) -> int:
+def check_installed(noise: int) -> None:
+    """Refuse q-values without the library that makes them, before any work."""
+    if noise and find_spec("scipy") is None:
+        fix = "pip install 'relneuron[stats]', or --noise 0 for none"
+        raise RelneuronError("q-values need scipy, which is not installed", fix)
+
+
+def default_top(shape: Mapping[str, int]) -> int:
     """3,000 neurons as in the paper, but at most a tenth of a small model's."""
     return min(PAPER_TOP, int(DEFAULT_SHARE * n_neurons(shape)))
 
@@ -70,7 +128,11 @@ def identify(
     *,
     method: str = "ap",
     top: int | None = None,
+    fdr: float | None = None,
     negatives: int = 4,
+    permutations: int = PERMUTATIONS,
+    bootstrap: int = BOOTSTRAP,
+    noise: int = NOISE,
     seed: int = 0,
     force: bool = False,
     quiet: bool = False,
@@ -78,114 +140,224 @@ def identify(
     """Score every neuron for every relation and write each relation's best to `output`.
 
     A relation's positives are its validated det prompts, its negatives `negatives` times as many
-    of the other relations' (labels.csv says which). Beside neurons.json stand labels.csv and
-    scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D) float32. One
-    layer and site is read and scored at a time. `top` defaults to `default_top`.
+    of the other relations' (labels.csv says which). Its neurons are the `top` with the highest
+    scores (default: `default_top`), or with `fdr` every one with q <= fdr. Beside neurons.json
+    stand labels.csv, scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D)
+    float32, and significance.csv: for each chosen neuron its p-value from `permutations` shuffled
+    labels, its q-value from `noise` columns of noise and the 95 % interval of its score from
+    `bootstrap` resamples of the prompts; a cell is empty where the number is 0.
+
+    One layer and site is in memory at a time; the responses are read twice if there are
+    permutations or resamples.
     """
-    check_options(method, top)
+    check_options(method, top, fdr, permutations=permutations, bootstrap=bootstrap, noise=noise)
+    check_installed(noise)
     refuse_overwrite(output, force)
-    prompts = read_prompts(folder / "prompts.jsonl")
-    det = [prompt for prompt in prompts if prompt.split == "det"]
+    relations, prompts, valid = _read_answers(folder)
+    model = Manifest(folder).data.get("model")
+    if model is None:
+        raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
+    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
+    options: Json = {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
+    options |= {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
+    inputs = identify_inputs(folder, **options, seed=seed)
+
+    relation_of = [prompt.relation for prompt in prompts]
+    labels = sample_labels(relations, relation_of, valid, negatives=negatives, seed=seed)
+    reasons = {name: why_unranked(row) for name, row in zip(relations, labels, strict=True)}
+    usable = [row for row, name in enumerate(relations) if reasons[name] is None]
+    if not usable:
+        found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RelneuronError(
+            f"no relation has both a correct det prompt and others to compare with ({found})",
+            "give facts that the model knows, of at least two relations",
+        )
+    path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
+    n_blocks = shape["layers"] * len(SITES)
+    n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
+    total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
+    with progress_bar(total, "identify", "block", quiet) as bar:
+        scores = {
+            site: np.full((len(relations), shape["layers"], shape[size]), np.nan, np.float32)
+            for site, size in zip(SITES, ("width", "width", "hidden"), strict=True)
+        }
+        picked = torch.from_numpy(labels[usable])
+        for layer, site, values in _read_blocks(path, shape["layers"], len(prompts), bar.update):
+            scores[site][usable, layer] = ops.average_precision(values, picked).numpy()
+            del values  # before the next block is read
+        key = significance.seed_of("noise", seed)
+        null = significance.noise_ap(labels[usable], noise, key, bar.update)
+
+        k = top if top is not None else default_top(shape)
+        selection: dict[str, Json] = {name: {"reason": reasons[name]} for name in relations}
+        chosen: dict[str, significance.Significance] = {}
+        for row, own_null in zip(usable, null, strict=True):
+            name = relations[row]
+            own = {site: scores[site][row] for site in SITES}
+            facts = {
+                "positives": int((labels[row] == 1).sum()),
+                "negatives": int((labels[row] == 0).sum()),
+            }
+            neurons, q, cut = _choose(own, own_null, k, fdr)
+            selection[name] = facts | cut
+            chosen[name] = significance.Significance(
+                name, labels[row], neurons, q, permutations, bootstrap, seed
+            )
+        if permutations or bootstrap:
+            blocks = _read_blocks(path, shape["layers"], len(prompts), bar.update)
+            for layer, site, values in blocks:
+                for relation in chosen.values():
+                    relation.measure(layer, site, values)
+                del values
+            for relation in chosen.values():
+                relation.finish()
+
+    sets = {name: list(chosen[name].neurons) if name in chosen else [] for name in relations}
+    result = NeuronFile(model, method, sets, selection)
+    written = {
+        "scores.safetensors": save(
+            {f"ap.{site}": scores[site] for site in SITES},
+            # One key only: safetensors writes several in an order that changes from run to run.
+            {"relations": json.dumps(relations)},
+        ),
+        "labels.csv": csv_bytes(
+            ("relation", "id", "label"), _label_rows(relations, prompts, labels)
+        ),
+        "significance.csv": csv_bytes(COLUMNS, _significance_rows(chosen)),
+    }
+    files = [output.parent / name for name in written]
+    for file, data in zip(files, written.values(), strict=True):
+        atomic_write(file, data)
+    result.write(output)
+    manifest, recorded = Manifest(output.parent), Manifest(folder).data
+    manifest.describe(
+        model=model,
+        seeds=manifest.data.get("seeds", {}) | {"negatives": seed, "significance": seed},
+        memory=recorded.get("memory", {}) | _memory(labels, shape, permutations, bootstrap, noise),
+    )
+    details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
+    manifest.finish("identify", inputs, [*files, output], **details)
+    return result
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
+    """The relations, the det prompts, and whether the model answered each correctly."""
+    everything = read_prompts(folder / "prompts.jsonl")
+    prompts = [prompt for prompt in everything if prompt.split == "det"]
     rows = read_csv(require(folder / "validated.csv", "record MODEL"), ("id", "correct"))
     correct = {row["id"]: row["correct"] == "1" for row in rows}
-    unknown = [prompt.id for prompt in det if prompt.id not in correct]
+    unknown = [prompt.id for prompt in prompts if prompt.id not in correct]
     if unknown:
         raise RelneuronError(
             f"{folder / 'validated.csv'} lacks the prompt {unknown[0]} of prompts.jsonl",
             "record these prompts again: relneuron record MODEL prompts.jsonl -o DIR --force",
         )
-    model = Manifest(folder).data.get("model")
-    if model is None:
-        raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
-    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
-    inputs = identify_inputs(folder, method=method, top=top, negatives=negatives, seed=seed)
+    return relation_names(everything), prompts, [correct[prompt.id] for prompt in prompts]
 
-    relations = relation_names(prompts)
-    valid = [correct[prompt.id] for prompt in det]
-    relation_of = [prompt.relation for prompt in det]
-    labels = sample_labels(relations, relation_of, valid, negatives=negatives, seed=seed)
-    usable = [row for row in range(len(relations)) if {0, 1} <= set(labels[row].tolist())]
-    if not usable:
-        raise RelneuronError(
-            "no relation has both a correct det prompt and others to compare with",
-            "give facts that the model knows, of at least two relations",
-        )
-    scores = {
-        site: np.full((len(relations), shape["layers"], shape[size]), np.nan, np.float32)
-        for site, size in zip(SITES, ("width", "width", "hidden"), strict=True)
-    }
-    picked = torch.from_numpy(labels[usable])
-    total = shape["layers"] * len(SITES)
-    bar = progress_bar(total, "identify", "block", quiet)
-    path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
-    with bar, safe_open(path, "pt") as file:
-        for layer in range(shape["layers"]):
-            for site in SITES:
+
+def _read_blocks(
+    path: Path, n_layers: int, n_prompts: int, advance: Callable[[], object]
+) -> Iterator[tuple[int, str, Tensor]]:
+    """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
+    for layer in range(n_layers):
+        for site in SITES:
+            # Opened anew for each block: as long as a file is open, all that was read of it stays
+            # in this process's memory.
+            with safe_open(path, "pt") as file:
                 values = file.get_tensor(f"{site}.{layer}")
-                if values.shape[0] != len(det):
-                    raise RelneuronError(
-                        f"{path} has {values.shape[0]} rows for {len(det)} det prompts",
-                        "record these prompts again",
-                    )
-                if not bool(values.isfinite().all()):
-                    raise RelneuronError(
-                        f"responses of layer {layer}, {site} are not all finite",
-                        "record with --dtype float32 or bfloat16",
-                    )
-                scores[site][usable, layer] = ops.average_precision(values, picked).numpy()
-                bar.update()
+            if values.shape[0] != n_prompts:
+                raise RelneuronError(
+                    f"{path} has {values.shape[0]} rows for {n_prompts} det prompts",
+                    "record these prompts again",
+                )
+            # NaN and infinities show in the extremes, without a copy of the block.
+            if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
+                raise RelneuronError(
+                    f"responses of layer {layer}, {site} are not all finite",
+                    "record with --dtype float32 or bfloat16",
+                )
+            yield layer, site, values
+            del values
+            advance()
 
-    k = top if top is not None else default_top(shape)
-    sets: dict[str, list[tuple[int, str, int, float]]] = {}
-    selection: dict[str, Json] = {}
-    for row, name in enumerate(relations):
-        if row not in usable:
-            sets[name] = []
-            selection[name] = {"reason": "no correct det prompt"}
-            continue
-        chosen = top_k({site: scores[site][row] for site in SITES}, k)
-        sets[name] = chosen.neurons
-        selection[name] = {
-            "positives": int((labels[row] == 1).sum()),
-            "negatives": int((labels[row] == 0).sum()),
-            "score_at_cut": chosen.score_at_cut,
-            "ties_at_cut": chosen.ties_at_cut,
-            "ties_chosen": chosen.ties_chosen,
-            "perfect": chosen.n_perfect,
-        }
-    tensors = {f"ap.{site}": scores[site] for site in SITES}
-    # One key only: safetensors writes several in an order that changes from run to run.
-    metadata = {"relations": json.dumps(relations)}
-    scores_path, labels_path = (
-        output.parent / "scores.safetensors",
-        output.parent / "labels.csv",
-    )
-    atomic_write(scores_path, save(tensors, metadata))
-    table = (
-        (name, prompt.id, int(label))
-        for name, row in zip(relations, labels, strict=True)
-        for prompt, label in zip(det, row, strict=True)
-        if label >= 0
-    )
-    atomic_write(labels_path, csv_bytes(("relation", "id", "label"), table))
-    result = NeuronFile(model, method, sets, selection)
-    result.write(output)
-    manifest = Manifest(output.parent)
-    recorded = Manifest(folder).data
-    memory = {
-        "scoring": "streamed by layer and site: one block of responses in memory",
-        "scoring_block_bytes": 4 * len(det) * max(shape["width"], shape["hidden"]),
+
+# --- choosing, and how sure the choice is ----------------------------------------------------
+
+
+def _choose(
+    scores: Mapping[str, Array], null: Array, k: int, fdr: float | None
+) -> tuple[list[ScoredNeuron], Array | None, Json]:
+    """A relation's neurons, their q-values (K,), and what neurons.json says of the cut."""
+    facts: Json = {}
+    q = None
+    if null.size:
+        q = significance.q_values(significance.p_values(all_scores(scores), null))
+    if fdr is not None:
+        assert q is not None, "check_options refuses --fdr without noise"
+        facts["fdr"] = fdr
+        facts["fdr_resolution"] = significance.fdr_resolution(q.size, null.size, fdr)
+        # q never rises with the score: these are the k best, with all that are tied at the cut.
+        k = int((q <= fdr).sum())
+        if not k:
+            facts["reason"] = f"none has q <= {fdr}, the lowest is {q.min():.3g}"
+            return [], None, facts
+    best = top_k(scores, k)
+    facts |= {
+        "score_at_cut": best.score_at_cut,
+        "ties_at_cut": best.ties_at_cut,
+        "ties_chosen": best.ties_chosen,
+        "perfect": best.n_perfect,
     }
-    manifest.describe(
-        model=model,
-        seeds=manifest.data.get("seeds", {}) | {"negatives": seed},
-        memory=recorded.get("memory", {}) | memory,
-    )
-    manifest.finish(
-        "identify",
-        inputs,
-        [scores_path, labels_path, output],
-        top=k,
-        share_of_neurons=k / n_neurons(shape),
-    )
-    return result
+    if q is not None:
+        q = q[best.places]
+        facts["q_at_cut"] = float(q[-1])
+    return best.neurons, q, facts
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def _label_rows(
+    relations: Sequence[str], prompts: Sequence[Prompt], labels: Array
+) -> Iterator[tuple[str, str, int]]:
+    for name, row in zip(relations, labels, strict=True):
+        for prompt, label in zip(prompts, row, strict=True):
+            if label >= 0:
+                yield name, prompt.id, int(label)
+
+
+def _significance_rows(
+    chosen: Mapping[str, significance.Significance],
+) -> Iterator[tuple[object, ...]]:
+    """In the order of neurons.json; six digits, and an empty cell for what was not asked for."""
+    for name, found in chosen.items():
+        numbers = np.stack([found.p, found.q, *found.interval], axis=1).tolist()
+        for neuron, row in zip(found.neurons, numbers, strict=True):
+            yield name, *neuron, *("" if math.isnan(x) else f"{x:.6g}" for x in row)
+
+
+def _memory(
+    labels: Array, shape: Mapping[str, int], permutations: int, bootstrap: int, noise: int
+) -> Json:
+    """What the stage holds at a time, in bytes, for the manifest; the same on every machine."""
+    n_relations, n_prompts = labels.shape
+    block = 4 * n_prompts * max(shape["width"], shape["hidden"])
+    # Scores and the noise's; a p, a q and what sorting them needs for one relation.
+    held = 4 * n_relations * (n_neurons(shape) + noise) + 48 * n_neurons(shape)
+    # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.
+    members = (labels >= 0).sum(1)
+    drawn = int(members.sum() + 8 * members.max()) * (permutations + bootstrap)
+    return {
+        "scoring": "streamed by layer and site: one block of responses in memory",
+        "scoring_block_bytes": block,
+        # A block and, first its bytes in the file, then the columns of one relation's neurons;
+        # two buffers of noise or of APs; what waits of each relation, and once more joined.
+        "identify_bytes": 2 * block
+        + held
+        + drawn
+        + 2 * significance.BLOCK_BYTES
+        + (n_relations + 1) * significance.WAITING_BYTES,
+    }

@@ -31,7 +31,7 @@ def versions() -> Json:
     from importlib.metadata import PackageNotFoundError, version
 
     result = {"python": platform.python_version()}
-    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy"):
+    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
         with suppress(PackageNotFoundError):
             result[package] = version(package)
     return result

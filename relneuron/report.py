@@ -1,19 +1,16 @@
 """The `report` stage: a study directory in, one HTML file that opens offline out.
 
-results.py reads the study, figures.py draws, report.html.j2 lays out; here are the words and the
-tables. The same study gives the same bytes.
+results.py reads the study, figures.py draws, tables.py tabulates, report.html.j2 lays out; here are
+the words. The same study gives the same bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 import shlex
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +20,6 @@ from relneuron.artifact import (
     Json,
     RelneuronError,
     atomic_write,
-    csv_bytes,
     refuse_overwrite,
 )
 from relneuron.results import (
@@ -33,23 +29,30 @@ from relneuron.results import (
     Spread,
     Study,
     examples,
-    flips,
     headline,
     read_study,
     shared_neurons,
     site_counts,
     split_results,
-    spread,
+)
+from relneuron.tables import (
+    NBSP,
+    Table,
+    accuracy_table,
+    label,
+    layer_table,
+    named,
+    neuron_table,
+    percent,
+    selection_table,
+    show,
+    split_title,
+    splits_table,
+    visible,
 )
 
-SPLITS = {
-    "eva": "evaluation prompts",
-    "eva2": "alternative templates",
-    "det": "prompts that chose the neurons",
-}
 METHODS = {"ap": "average precision"}
-HIDDEN = ("Cc", "Cf", "Cn", "Cs", "Zl", "Zp")
-NBSP = "\N{NO-BREAK SPACE}"
+DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise")  # of identify
 
 
 def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
@@ -103,6 +106,7 @@ def page(study: Study) -> Json:
         "answer": answer(numbers, sizes, study.n_neurons),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
+        "is_one_size": not sizes or sizes[0] == sizes[-1],
         "left_out": [name for name, before in zip(asked, main.before, strict=True) if before == 0],
         "accuracy": figures.accuracy_plots([main], asked, [""], "accuracy")[0],
         "accuracy_tables": [accuracy_table(study, result) for result in results],
@@ -112,17 +116,20 @@ def page(study: Study) -> Json:
         "drop_table": Table(
             "Accuracy drop per set switched off, %",
             ["relation asked", *off],
-            _named(asked, (100 * main.drop).tolist()),
+            named(asked, (100 * main.drop).tolist()),
         ),
         "side_effect": _side_effect(main),
         "layers": figures.layers_plot(count, chosen, SITES) if count.any() else "",
         "layer_note": _layer_note(study, count),
         "layer_table": layer_table(chosen, count),
         "selection_table": selection_table(study, count),
+        "selection_note": _selection_note(study),
+        "neuron_table": neuron_table(study),
+        "significance": significance_notes(study),
         "overlap": figures.overlap_heatmap(shared, chosen) if len(chosen) > 1 and sizes[-1] else "",
         "overlap_note": _overlap_note(study, shared),
         "overlap_table": Table(
-            "Neurons that two sets share", ["relation", *chosen], _named(chosen, shared.tolist())
+            "Neurons that two sets share", ["relation", *chosen], named(chosen, shared.tolist())
         ),
         "examples": list(examples(study, main).items()),
         "commands": commands(study.manifest),
@@ -131,38 +138,6 @@ def page(study: Study) -> Json:
 
 
 # Text
-
-
-def visible(text: str) -> str:
-    """`text` with controls, direction overrides and unencodable characters written as escapes."""
-    return "".join(
-        char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        # The zero-width joiners are part of ordinary words in several scripts.
-        if unicodedata.category(char) in HIDDEN and char not in "\u200c\u200d"
-        else char
-        for char in text
-    )
-
-
-def label(name: str) -> str:
-    """A relation's name for people: company_ceo -> company ceo."""
-    return visible(name).replace("_", " ")
-
-
-def split_title(split: str) -> str:
-    """eva2.de -> alternative templates, de."""
-    base, _, language = split.partition(".")
-    title = SPLITS.get(base, base)
-    return visible(f"{title}, {language}" if language else title)
-
-
-def one_decimal(value: float) -> str:
-    text = f"{round(value, 1) + 0.0:,.1f}".replace("-", "−")
-    return text if math.isfinite(value) else "–"
-
-
-def percent(value: float) -> str:
-    return f"{one_decimal(100 * value)}{NBSP}%" if math.isfinite(value) else "–"
 
 
 def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:
@@ -178,7 +153,9 @@ def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:
     if math.isfinite(numbers.other.mean):
         text += f"; on the other relations it {_change(numbers.other)}"
     if math.isfinite(numbers.random.mean):
-        text += f"; with as many random neurons off instead it {_change(numbers.random)}"
+        # Random sets are as large as the largest set.
+        number = "as many" if sizes[0] == sizes[-1] else f"{sizes[-1]:,}"
+        text += f"; with {number} random neurons off instead it {_change(numbers.random)}"
     return f"{text}."
 
 
@@ -231,6 +208,60 @@ def _overlap_note(study: Study, shared: NDArray[np.int64]) -> str:
     )
 
 
+def _selection_note(study: Study) -> str:
+    """How the sets were cut, if by q, and why some are empty."""
+    rates = {f"{cut['fdr']}" for cut in study.neurons.selection.values() if "fdr" in cut}
+    notes = [f"A set is every neuron with q ≤ {rate}." for rate in sorted(rates)]
+    empty = [
+        f"{label(name)} ({study.neurons.selection.get(name, {}).get('reason', 'no reason given')})"
+        for name, chosen in study.neurons.sets.items()
+        if not chosen
+    ]
+    if empty:
+        notes.append(f"No neurons: {', '.join(empty)}.")
+    return " ".join(notes)
+
+
+def significance_notes(study: Study) -> list[str]:
+    """What the interval, p and q of a score are, and the least sure ones; of those that are there.
+
+    The numbers of draws are those that identify noted.
+    """
+    measured = [rows for rows in study.significance.values() if len(rows)]
+    rows = np.concatenate(measured) if measured else np.empty((0, 4))
+    has_p, has_q, has_interval = (bool(np.isfinite(rows[:, c]).any()) for c in range(3))
+    stages = study.manifest.get("stages", {})
+    inputs = stages.get("identify", {}).get("inputs", {})
+
+    def count(name: str) -> str:
+        n = inputs.get(name)
+        return f"{n:,} " if isinstance(n, int) else ""
+
+    notes = []
+    if has_interval:
+        notes.append(
+            f"The 95{NBSP}% interval of a score is that of {count('bootstrap')}bootstrap resamples "
+            "of the relation's prompts, positives and negatives apart."
+        )
+    if has_p:
+        notes.append(
+            f"p: the share of {count('permutations')}shufflings of the relation's labels that "
+            f"score the neuron as high, itself counted; at most {np.nanmax(rows[:, 0]):.2g} here."
+        )
+    if has_q:
+        notes.append(
+            "q: among all neurons that rank as high, the expected share that carry nothing "
+            f"(Benjamini–Hochberg over the model's {study.n_neurons:,} neurons, against "
+            f"{count('noise')}columns of noise); at most {np.nanmax(rows[:, 1]):.2g} here."
+        )
+    if has_p or has_q:
+        notes.append(
+            "Low p and q say that a neuron tells the relation's prompts from the others', "
+            "not that it does nothing else. Prompts count as independent of each other."
+        )
+    return notes
+
+
 def commands(manifest: Json) -> list[str]:
     """The lines of a script that repeats the study, from the inputs each stage recorded."""
     model, stages = manifest.get("model") or {}, manifest.get("stages", {})
@@ -238,9 +269,9 @@ def commands(manifest: Json) -> list[str]:
     options = {stage: entry.get("inputs", {}) for stage, entry in stages.items()}
     if name == "relneuron demo":
         # The demo model has no name that the other commands take.
-        top = options.get("identify", {}).get("top")
-        seeds = options.get("ablate", {}).get("random_seeds")
-        lines = [_command(["demo", "-o", "STUDY"], {"top": top, "random_seeds": seeds})]
+        taken = {key: options.get("identify", {}).get(key) for key in DEMO_OPTIONS}
+        taken["random_seeds"] = options.get("ablate", {}).get("random_seeds")
+        lines = [_command(["demo", "-o", "STUDY"], taken)]
     else:
         loading = {key: model.get(key) for key in ("dtype", "revision")}
         prompts, neurons = "STUDY/prompts.jsonl", "STUDY/neurons.json"
@@ -270,97 +301,3 @@ def _command(words: list[str], options: Json) -> str:
             ["--" + key.replace("_", "-"), text][: 1 if value is True else 2]
         )
     return line
-
-
-# Tables
-
-
-class Table(NamedTuple):
-    """Cells are text, whole numbers, or floats that are shown with one decimal."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str | float]]
-
-    @property
-    def filename(self) -> str:
-        return re.sub(r"\W+", "-", self.title.lower()).strip("-") + ".csv"
-
-    def uri(self) -> str:
-        """The table as a csv file inside a link; no cell of text can act as a formula."""
-        rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
-        data = csv_bytes(rows[0], rows[1:])
-        return "data:text/csv;charset=utf-8;base64," + base64.b64encode(data).decode("ascii")
-
-
-def show(value: str | float) -> str:
-    """A cell as a person reads it."""
-    if isinstance(value, str):
-        return visible(value)
-    return one_decimal(value) if isinstance(value, float) else f"{value:,}"
-
-
-def _plain(value: str | float) -> str:
-    if isinstance(value, str):
-        # Spreadsheets run a cell that begins like a formula; an apostrophe makes it text.
-        text = visible(value)
-        return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) else text
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.6g}" if math.isfinite(value) else ""
-
-
-def accuracy_table(study: Study, result: Result) -> Table:
-    columns = [
-        *("relation", "prompts", "before, %", "own set off, %", "answers lost", "answers gained"),
-        *("random, mean %", "random, lowest %", "random, highest %"),
-    ]
-    rows: list[list[str | float]] = [
-        [
-            label(name),
-            int(result.n_prompts[r]),
-            *(100 * result.before[r], 100 * result.after[r]),
-            *flips(study, name, result.split),
-            *(100 * value for value in spread(result.random[r])),
-        ]
-        for r, name in enumerate(result.relations)
-    ]
-    return Table(f"Accuracy on {split_title(result.split)}", columns, rows)
-
-
-def splits_table(results: Sequence[Result]) -> Table:
-    columns = ["prompts", "own set, %", "other sets, %", "random sets, %"]
-    means = [[100 * drop.mean for drop in headline(result)] for result in results]
-    rows = _named([split_title(result.split) for result in results], means)
-    return Table("Mean accuracy drop by kind of prompt", columns, rows)
-
-
-def layer_table(names: Sequence[str], count: NDArray[np.int64]) -> Table:
-    columns = ["relation", "site", "all layers", *(f"layer {i}" for i in range(count.shape[2]))]
-    rows = [
-        [name, site, sum(row), *row]
-        for name, by_site in zip(names, count.tolist(), strict=True)
-        for site, row in zip(SITES, by_site, strict=True)
-    ]
-    return Table("Chosen neurons by site and layer", columns, rows)
-
-
-def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
-    """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
-    columns = [
-        *("relation", "prompts", "answered right", "neurons", *SITES),
-        *("best score", "score at cut", "ties at cut", "perfect"),
-    ]
-    rows: list[list[str | float]] = []
-    sets = study.neurons.sets.items()
-    for (name, chosen), by_site in zip(sets, count.sum(axis=2).tolist(), strict=True):
-        n_prompts = sum(p.relation == name and p.split == "det" for p in study.prompts.values())
-        cut = study.neurons.selection.get(name, {})
-        right, *ties = (cut.get(key, 0) for key in ("positives", "ties_at_cut", "perfect"))
-        ends = [f"{end:.4f}" for end in (chosen[0][3], chosen[-1][3])] if chosen else ["–", "–"]
-        rows.append([label(name), n_prompts, right, sum(by_site), *by_site, *ends, *ties])
-    return Table("How the sets were chosen", columns, rows)
-
-
-def _named(names: Sequence[str], rows: list[list[float]]) -> list[list[str | float]]:
-    return [[name, *row] for name, row in zip(names, rows, strict=True)]

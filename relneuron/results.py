@@ -38,9 +38,13 @@ INPUTS = {
     "manifest.json": "run MODEL --facts DIR -o DIR",
     "prompts.jsonl": "prompts FACTS_DIR -o prompts.jsonl",
     "neurons.json": "identify DIR -o neurons.json",
+    "significance.csv": "identify DIR -o neurons.json",
     "effects.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "accuracy.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
 }
+# Neurons that come from elsewhere have no such file; a study whose manifest names it must have it.
+OPTIONAL = ("significance.csv",)
+SIGNIFICANCE = ("p_permutation", "q_value", "ap_low", "ap_high")
 
 
 class Answer(NamedTuple):
@@ -62,6 +66,7 @@ class Study:
     prompts: dict[str, Prompt]
     neurons: NeuronFile
     sets: dict[str, list[Neuron]]  # each neuron once
+    significance: dict[str, Array]  # p, q, low, high of each row of neurons.sets: (K, 4)
     accuracy: dict[Key, tuple[int, int]]  # n_correct, n_prompts
     answers: dict[Key, dict[str, Answer]]  # by prompt id; clean and the sets, no random ones
 
@@ -72,9 +77,10 @@ class Study:
 
 def read_study(folder: Path) -> Study:
     """Read a study directory; a file whose digest is not the manifest's raises."""
-    for name, made_by in INPUTS.items():
-        require(folder / name, made_by)
     described = Manifest(folder)
+    for name, made_by in INPUTS.items():
+        if name not in OPTIONAL or name in described.data["files"]:
+            require(folder / name, made_by)
     for name in INPUTS.keys() & described.data["files"].keys():
         described.is_intact(name)
     manifest = described.data
@@ -88,6 +94,7 @@ def read_study(folder: Path) -> Study:
     kept = {"clean", *neurons.sets}
     try:
         sets = {name: check_neurons(found, neurons.model) for name, found in neurons.sets.items()}
+        significance = read_significance(folder / "significance.csv", neurons)
         columns = ["condition", "relation", "split", "n_prompts", "n_correct"]
         for row in read_csv(folder / "accuracy.csv", columns):
             key = row["condition"], row["relation"], row["split"]
@@ -105,7 +112,27 @@ def read_study(folder: Path) -> Study:
             f"{folder}: a table is damaged or of another study ({error!r})",
             "run the stages from identify on anew",
         ) from error
-    return Study(manifest, prompts, neurons, sets, accuracy, dict(answers))
+    return Study(manifest, prompts, neurons, sets, significance, accuracy, dict(answers))
+
+
+def read_significance(path: Path, neurons: NeuronFile) -> dict[str, Array]:
+    """p, q, low and high of each row of neurons.json, per set (K, 4); NaN for what is not there."""
+    found: dict[str, Array] = {
+        name: np.full((len(rows), len(SIGNIFICANCE)), np.nan) for name, rows in neurons.sets.items()
+    }
+    if not path.exists():
+        return found
+    rows = read_csv(path, ("relation", "layer", "site", "index", *SIGNIFICANCE))
+    for name, chosen in neurons.sets.items():
+        for place, (layer, site, index, _) in enumerate(chosen):
+            row = next(rows, None)
+            neuron = [name, str(layer), site, str(index)]
+            if row is None or [row[c] for c in ("relation", "layer", "site", "index")] != neuron:
+                raise ValueError(f"{path.name} does not hold the rows of neurons.json")
+            found[name][place] = [float(row[column] or "nan") for column in SIGNIFICANCE]
+    if next(rows, None) is not None:
+        raise ValueError(f"{path.name} holds more rows than neurons.json")
+    return found
 
 
 def drop_matrix(before: Array, off: Array) -> Array:

@@ -13,7 +13,15 @@ from typing import Any
 from relneuron.ablate import ablate_inputs, ablate_prompts
 from relneuron.artifact import RelneuronError, sha256
 from relneuron.facts import SUFFIX, read_relations, split_facts
-from relneuron.identify import check_options, identify, identify_inputs
+from relneuron.identify import (
+    BOOTSTRAP,
+    NOISE,
+    PERMUTATIONS,
+    check_installed,
+    check_options,
+    identify,
+    identify_inputs,
+)
 from relneuron.manifest import Manifest, locked
 from relneuron.model import describe_model, find_gated_mlps, load_model, load_tokenizer
 from relneuron.predict import encode
@@ -32,7 +40,11 @@ class Options:
     suffix: str = SUFFIX
     method: str = "ap"
     top: int | None = None
+    fdr: float | None = None
     negatives: int = 4
+    permutations: int = PERMUTATIONS
+    bootstrap: int = BOOTSTRAP
+    noise: int = NOISE
     splits: Sequence[str] = ("eva", "eva2")
     random_seeds: int = 10
     pooling: str = "mean"
@@ -46,7 +58,14 @@ class Options:
     drop_responses: bool = False
 
     def __post_init__(self) -> None:
-        check_options(self.method, self.top)
+        check_options(
+            self.method,
+            self.top,
+            self.fdr,
+            permutations=self.permutations,
+            bootstrap=self.bootstrap,
+            noise=self.noise,
+        )
         check_pooling(self.pooling)
 
 
@@ -80,6 +99,7 @@ def run_study(
     o, name = options, name or model_path
     if not facts.exists():
         raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
+    check_installed(o.noise)
     open_study(folder, force)
     relations = read_relations(facts, suffix=o.suffix)
     for relation in relations:
@@ -109,7 +129,11 @@ def run_study(
         chosen: dict[str, Any] = {
             "method": o.method,
             "top": o.top,
+            "fdr": o.fdr,
             "negatives": o.negatives,
+            "permutations": o.permutations,
+            "bootstrap": o.bootstrap,
+            "noise": o.noise,
             "seed": o.seed,
         }
         manifest = Manifest(folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -106,6 +107,12 @@ def test_bad_models(
         (["--method", "lape"], "unknown method"),
         (["--pooling", "max"], "unknown pooling"),
         (["--top", "0"], "--top"),
+        (["--top", "5", "--fdr", "0.05"], "--top and --fdr"),
+        (["--fdr", "1"], "between 0 and 1"),
+        (["--fdr", "0.05", "--noise", "0"], "more columns of noise"),
+        (["--permutations", "-1"], "--permutations"),
+        (["--bootstrap", "-1"], "--bootstrap"),
+        (["--noise", "-1"], "--noise"),
     ],
 )
 def test_bad_options(
@@ -184,6 +191,35 @@ def test_single_stages_write_what_run_writes(
     assert out.splitlines()[-1] == f"report: {whole / 'report.html'}"
     for path in whole.iterdir():
         assert (by_stages / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_identify_says_what_it_chose_and_how_sure_it_is(
+    relneuron: Any, by_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "neurons.json"
+    words = ["identify", by_stages, "-o", output, "--quiet", "--force"]
+    code, out, _ = relneuron(*words, "--top", "40")
+    lines = out.splitlines()
+    assert code == 0 and lines[-1] == f"-> {output}"
+    assert re.fullmatch(r"peak memory: [\d,]+ MiB", lines[-2])
+    for line in lines[:-2]:
+        assert re.fullmatch(
+            r"\w+: 40 neurons, AP >= 0\.\d{4}, q <= \S+, \d+ of \d+ tied at the cut chosen, "
+            r"\d+ with AP = 1",
+            line,
+        )
+    first = (tmp_path / "significance.csv").read_bytes()
+    assert relneuron(*words, "--top", "40")[0] == 0
+    assert (tmp_path / "significance.csv").read_bytes() == first
+    # Measured numbers are printed, never written.
+    assert "peak" not in (tmp_path / "manifest.json").read_text()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    code, out, _ = relneuron(*words, "--fdr", "0.001", "--noise", "1500")
+    assert code == 0
+    # 256 neurons / 1,501 / 0.001
+    assert "--fdr finds 171 or more neurons of a relation, or none" in out
+    assert "no neurons, none has q <= 0.001, the lowest is" in out
+    assert "peak" not in out
 
 
 def test_nothing_is_overwritten_without_force(

@@ -187,7 +187,8 @@ def test_top_k_breaks_ties_by_layer_site_and_index() -> None:
         (0, "gate", 0),
         (0, "gate", 2),
     ]
-    assert chosen[1:] == (0.5, 7, 2, 2)
+    assert chosen.places.tolist() == [10, 11, 1, 14, 0, 2]
+    assert chosen[2:] == (0.5, 7, 2, 2)
     assert len(top_k(scores, 999).neurons) == 16
     # Scores that are equal as float32 are ties, whatever their float64 says.
     scores["gate"][0, 2] += 1e-12

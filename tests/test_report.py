@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from relneuron.artifact import RelneuronError
-from relneuron.report import Table, accuracy_table, answer, commands, render, visible, write_report
+from relneuron.report import answer, commands, render, write_report
 from relneuron.results import (
     Answer,
     Result,
@@ -35,6 +35,7 @@ from relneuron.results import (
     site_counts,
     split_results,
 )
+from relneuron.tables import Table, accuracy_table, neuron_table, visible
 
 NAN = float("nan")
 RELATIONS = ("company_ceo", "company_hq", "star_constellation")
@@ -175,6 +176,7 @@ def test_headline_by_hand(tmp_path: Path) -> None:
         "off, accuracy on that relation falls by 62.5\xa0% on average; on the other relations "
         "it rises by 6.2\xa0%; with as many random neurons off instead it falls by 18.8\xa0%."
     )
+    assert "; with 9 random neurons off instead it" in answer(numbers, [1, 3, 9], study.n_neurons)
     row = accuracy_table(study, result).rows[1]
     assert row == ["company hq", 4, 50.0, 25.0, 1, 0, 37.5, 25.0, 50.0]
 
@@ -262,6 +264,82 @@ def test_commands_repeat_the_recorded_options() -> None:
     ]
     demo = commands({"model": {"id": "relneuron demo"}, "stages": stages})
     assert demo == ["relneuron demo -o STUDY", "relneuron report STUDY -o report.html"]
+    stages["identify"] = {"inputs": {"top": None, "fdr": 0.05, "noise": 900, "seed": 3}}
+    demo = commands({"model": {"id": "relneuron demo"}, "stages": stages})
+    assert re.sub(r" \\\n +", " ", "\n".join(demo)).startswith(
+        "relneuron demo -o STUDY --fdr 0.05 --noise 900\n"
+    )
+
+
+# Significance
+
+
+def write_significance(folder: Path, cells: str = "0.001,0.02,0.8,0.99") -> Path:
+    rows = [f"{name},{la},{site},{i}" for name, chosen in SETS.items() for la, site, i, _ in chosen]
+    head = "relation,layer,site,index,score,p_permutation,q_value,ap_low,ap_high"
+    lines = [head, *(f"{row},0,{cells}" for row in rows)]
+    path = folder / "significance.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_table_of_neurons_says_how_sure_each_score_is(tmp_path: Path) -> None:
+    noted = {"inputs": {"bootstrap": 1000, "permutations": 200, "noise": 100_000}}
+    write_significance(write_study(tmp_path, manifest={"stages": {"identify": noted}}))
+    study = read_study(tmp_path)
+    assert neuron_table(study).rows[2] == [
+        *("company ceo", 3, "L1.down.0", "0.7000", "0.8000", "0.9900", "0.001", "0.02")
+    ]
+    text = " ".join(Page(render(study)).text.split())
+    assert "that of 1,000 bootstrap resamples" in text
+    assert "the share of 200 shufflings" in text and "at most 0.001 here" in text
+    assert "40 neurons, against 100,000 columns of noise); at most 0.02 here" in text
+    # What was not asked for is a dash, and nothing is said of it.
+    write_significance(tmp_path, ",,0.8,0.99")
+    study = read_study(tmp_path)
+    assert neuron_table(study).rows[0][3:] == ["0.9000", "0.8000", "0.9900", "–", "–"]
+    text = Page(render(study)).text
+    assert "shufflings" not in text and "Benjamini" not in text and "bootstrap" in text
+
+
+def test_neurons_without_significance_have_a_report(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    assert np.isnan(study.significance["company_ceo"]).all()
+    assert "nothing here says how sure" in Page(render(study)).text
+    # A long set shows its best and its last.
+    long = [[0, "gate", i, 0.9 - i / 10] for i in range(8)]
+    study = read_study(write_study(tmp_path, sets={"company_ceo": long}))
+    assert [row[1] for row in neuron_table(study).rows] == [1, 2, 3, 4, 5, 8]
+
+
+def test_significance_of_other_neurons_is_refused(tmp_path: Path) -> None:
+    path = write_significance(write_study(tmp_path))
+    text = path.read_text(encoding="utf-8")
+    for changed in (
+        text.replace("company_hq,1,up,3", "company_hq,1,up,4"),
+        text + "company_hq,1,up,3,0,,,,\n",
+        text[: text.rindex("star")],
+        text.replace("0.001", "low"),
+        text.replace("q_value", "q"),
+    ):
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(RelneuronError):
+            read_study(tmp_path)
+    # A study whose manifest names the file must have it.
+    noted = {"files": {"significance.csv": {"sha256": "0" * 64, "bytes": 1}}}
+    write_study(tmp_path, manifest=noted)
+    path.unlink()
+    with pytest.raises(RelneuronError, match=r"significance\.csv does not exist"):
+        read_study(tmp_path)
+
+
+def test_an_empty_set_has_its_reason(tmp_path: Path) -> None:
+    path = write_study(tmp_path, sets=SETS | {"company_hq": []}) / "neurons.json"
+    neurons = json.loads(path.read_text(encoding="utf-8"))
+    neurons["selection"]["company_hq"] = {"fdr": 0.05, "reason": "none has q <= 0.05"}
+    path.write_text(json.dumps(neurons), encoding="utf-8")
+    text = " ".join(Page(render(read_study(tmp_path))).text.split())
+    assert "A set is every neuron with q ≤ 0.05. No neurons: company hq (none has q" in text
 
 
 # The page

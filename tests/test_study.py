@@ -31,6 +31,7 @@ FILES = {
     "validated.csv",
     "scores.safetensors",
     "neurons.json",
+    "significance.csv",
     "effects.csv",
     "accuracy.csv",
     "report.html",
@@ -117,7 +118,12 @@ def test_every_file_is_there_and_the_manifest_knows_it(study: Path) -> None:
     assert names >= FILES
     assert names - set(manifest["files"]) == {"manifest.json"}
     assert manifest["model"]["layers"] == 2
-    assert manifest["seeds"] == {"split": 0, "negatives": 0, "random": [0, 1, 2]}
+    assert manifest["seeds"] == {
+        "split": 0,
+        "negatives": 0,
+        "significance": 0,
+        "random": [0, 1, 2],
+    }
     assert "streamed" in manifest["memory"]["responses"]
     assert list(manifest["stages"]) == ["prompts", "record", "identify", "ablate", "report"]
 
@@ -167,6 +173,34 @@ def test_scores_and_sets_are_scikit_learns(study: Path, plain: Plain) -> None:
                     flat.append((-float(ours), layer, ("gate", "up", "down").index(site), index))
         best = [[la, ("gate", "up", "down")[s], i, -score] for score, la, s, i in sorted(flat)[:40]]
         assert sets[relation] == best
+
+
+def test_neurons_chosen_by_fdr_are_ablated_and_reported(
+    study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path
+) -> None:
+    """The trained model knows its relations: some neurons pass, fewer at a lower rate."""
+    sizes = []
+    for fdr in (0.2, 0.01):
+        folder = tmp_path / str(fdr)
+        folder.mkdir()
+        for name in ("prompts.jsonl", "validated.csv", "responses.safetensors", "manifest.json"):
+            (folder / name).write_bytes((study / name).read_bytes())
+        options = Options(**{**OPTIONS.__dict__, "top": None, "fdr": fdr, "random_seeds": 1})
+        run_study(str(model_folder), fact_folder, folder, options, quiet=True, force=True)
+        neurons = json.loads((folder / "neurons.json").read_text())
+        table = rows(folder / "significance.csv")
+        for relation, chosen in neurons["sets"].items():
+            own = [row for row in table if row["relation"] == relation]
+            assert [[int(r["layer"]), r["site"], int(r["index"])] for r in own] == [
+                neuron[:3] for neuron in chosen
+            ]
+            assert all(float(row["q_value"]) <= fdr for row in own)
+            assert "reason" in neurons["selection"][relation] or chosen
+            assert neurons["selection"][relation]["fdr_resolution"] == 1
+        sizes.append(sum(map(len, neurons["sets"].values())))
+        assert f"A set is every neuron with q ≤ {fdr}." in (folder / "report.html").read_text()
+        assert f"--fdr {fdr}" in (folder / "report.html").read_text()
+    assert sizes[0] > sizes[1] > 0
 
 
 def test_effects_are_those_of_plain_hooks(study: Path, plain: Plain) -> None:
@@ -236,6 +270,9 @@ def test_other_options_in_the_same_folder_are_refused(
     before = contents(study)
     changed = Options(**{**OPTIONS.__dict__, "top": 41})
     with pytest.raises(RelneuronError, match="top: 40 -> 41"):
+        run_study(str(model_folder), fact_folder, study, changed, quiet=True)
+    changed = Options(**{**OPTIONS.__dict__, "top": None, "fdr": 0.05, "bootstrap": 10})
+    with pytest.raises(RelneuronError, match="bootstrap: 1000 -> 10; fdr: None -> 0.05; top"):
         run_study(str(model_folder), fact_folder, study, changed, quiet=True)
     changed = Options(**{**OPTIONS.__dict__, "dtype": "bfloat16"})
     with pytest.raises(RelneuronError, match="model.dtype: float32 -> bfloat16"):

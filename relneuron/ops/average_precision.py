@@ -190,13 +190,15 @@ def average_precision_reference(
         is_end = torch.ones_like(order, dtype=torch.bool)
         is_end[:, :-1] = ordered[:, :-1] != ordered[:, 1:]
         end = torch.where(is_end, place, n).flip(1).cummin(1).values.flip(1)
-        for row in range(len(labels)):
-            own = positive[row][order]
-            tp = own.cumsum(1).gather(1, end)
-            count = counted[row][order].cumsum(1).gather(1, end)
-            term = tp * table[count]
-            high[row, columns] = (own * (term >> LOW_BITS)).sum(1)
-            low[row, columns] = (own * (term & ((1 << LOW_BITS) - 1))).sum(1)
+        rows_step = max(1, _CHUNK // order.numel())
+        for first in range(0, len(labels), rows_step):
+            rows = slice(first, first + rows_step)
+            own = positive[rows][:, order]  # (rows, columns, N)
+            ends = end.expand_as(own)
+            tp = own.cumsum(2).gather(2, ends)
+            term = tp * table[counted[rows][:, order].cumsum(2).gather(2, ends)]
+            high[rows, columns] = (own * (term >> LOW_BITS)).sum(2)
+            low[rows, columns] = (own * (term & ((1 << LOW_BITS) - 1))).sum(2)
     return from_sums(high, low, positive.sum(1))
 
 

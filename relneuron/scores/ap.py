@@ -33,3 +33,12 @@ def sample_labels(
         generator = random.Random(f"relneuron.negatives.{seed}.{relation}")
         labels[row, generator.sample(others, min(len(others), negatives * len(positive)))] = 0
     return labels
+
+
+def why_unranked(row: np.ndarray[tuple[int], np.dtype[np.int8]]) -> str | None:
+    """Why no neuron can be ranked with a relation's labels (N,), or None if it can."""
+    if not (row == 1).any():
+        return "no correct det prompt"
+    if not (row == 0).any():
+        return "no negatives: no other relation has a correct det prompt"
+    return None

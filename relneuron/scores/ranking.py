@@ -14,12 +14,14 @@ import numpy as np
 from relneuron.artifact import SITES, Neuron
 
 Array = np.ndarray[Any, Any]
+ScoredNeuron = tuple[int, str, int, float]  # (layer, site, index, score)
 
 
 class Selection(NamedTuple):
     """The chosen neurons, best first, and what a reader should know of the cut."""
 
-    neurons: list[tuple[int, str, int, float]]
+    neurons: list[ScoredNeuron]
+    places: Array  # of the chosen neurons in `all_scores`
     score_at_cut: float
     ties_at_cut: int  # neurons with just that score, chosen or not
     ties_chosen: int
@@ -35,21 +37,27 @@ def site_of(position: Array, width: int, hidden: int) -> list[Neuron]:
     return [(int(la), SITES[int(s)], int(i)) for la, s, i in zip(layer, site, index, strict=True)]
 
 
+def all_scores(scores: Mapping[str, Array]) -> Array:
+    """The scores of all neurons (M,) float32, in the order (layer, gate < up < down, index)."""
+    blocks = [np.asarray(scores[site], np.float32) for site in SITES]
+    return np.concatenate(blocks, axis=1).reshape(-1)
+
+
 def top_k(scores: Mapping[str, Array], k: int) -> Selection:
     """The k neurons with the highest scores of `{gate: (L, F), up: (L, F), down: (L, D)}`.
 
     Scores are compared as float32; equal ones are ordered by layer, then gate < up < down, then
     index (methods A8).
     """
-    blocks = [np.asarray(scores[site], np.float32) for site in SITES]
-    flat = np.concatenate(blocks, axis=1).reshape(-1)
+    flat = all_scores(scores)
     k = min(k, flat.size)
     order = np.argsort(-flat, kind="stable")[:k]
-    names = site_of(order, blocks[0].shape[1], blocks[2].shape[1])
+    names = site_of(order, scores["gate"].shape[1], scores["down"].shape[1])
     chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
     cut = float(flat[order[-1]]) if k else float("nan")
     return Selection(
         chosen,
+        order,
         cut,
         int((flat == cut).sum()),
         int((flat[order] == cut).sum()),

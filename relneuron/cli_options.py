@@ -1,0 +1,96 @@
+"""The options of the command line, each written once with its help: cli.py's commands take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relneuron.artifact import RelneuronError
+
+state = {"debug": False}
+
+
+def _debug(value: bool) -> None:
+    state["debug"] = state["debug"] or value
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")]
+Prompts = Annotated[Path, typer.Argument(metavar="PROMPTS", help="A prompts.jsonl.")]
+Study = Annotated[Path, typer.Argument(metavar="DIR", help="A study directory.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="Traceback on errors.")]
+Eva = Annotated[int, typer.Option(min=1, help="Facts per relation kept for evaluation.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split, the negatives and all that is drawn.")]
+Suffix = Annotated[str, typer.Option(help="Follows every template of the files' own language.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16; default: float32 on a CPU, else the model's."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda; default: the GPU if there is one.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Backend = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu, triton.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Padded tokens per batch.")]
+Pooling = Annotated[str, typer.Option(help="A prompt's response: mean over tokens, or last.")]
+ExcludeBos = Annotated[
+    bool, typer.Option("--exclude-bos", help="Leave the first token out of the mean.")
+]
+AcceptPrefix = Annotated[
+    bool,
+    typer.Option(
+        "--accept-object-prefix",
+        help="Also correct: a prediction that begins with the object ('Japan.' for 'Japan').",
+    ),
+]
+Method = Annotated[str, typer.Option(help="How neurons are ranked: ap (average precision).")]
+Top = Annotated[
+    int | None,
+    typer.Option(help="Neurons per relation; default: 3000, at most a tenth of the model's."),
+]
+Fdr = Annotated[
+    float | None,
+    typer.Option(
+        help="In place of --top: all neurons below this false discovery rate, such as 0.05."
+    ),
+]
+Permutations = Annotated[
+    int, typer.Option(help="Shuffled labels for each chosen neuron's p-value; 0: none.")
+]
+Bootstrap = Annotated[
+    int, typer.Option(help="Resamples of the prompts for each score's 95 % interval; 0: none.")
+]
+Noise = Annotated[
+    int, typer.Option(help="Columns of noise that q-values compare with; 0: none, no --fdr.")
+]
+Negatives = Annotated[int, typer.Option(min=1, help="Negative prompts per positive one.")]
+Splits = Annotated[str, typer.Option(help="What to ask when neurons are off: eva,eva2,det.")]
+RandomSeeds = Annotated[int, typer.Option(min=0, help="Random neuron sets to compare with.")]
+DropResponses = Annotated[
+    bool, typer.Option("--drop-responses", help="Delete responses.safetensors after identify.")
+]
+
+# Of `bench` only.
+Op = Annotated[str | None, typer.Argument(metavar="[OP]", help="swiglu_stats, average_precision.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run at all.")]
+Full = Annotated[bool, typer.Option("--full", help="Every size, dtype and layout.")]
+Dtypes = Annotated[str, typer.Option(help="float32,bfloat16,float16 in place of all.")]
+Tokens = Annotated[str, typer.Option(help="Numbers of tokens, such as 2048,8192.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")]
+NoCompile = Annotated[
+    bool, typer.Option("--no-compile", help="Without torch.compile (needs a C++ compiler).")
+]
+BenchOutput = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder for the csv and the roofline.")
+]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """The splits of --splits."""
+    splits = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [part for part in splits if part not in ("det", "eva", "eva2")]
+    if unknown or not splits:
+        raise RelneuronError(f"unknown split in {text!r}", "use det, eva, eva2", 2)
+    return splits

@@ -1,0 +1,124 @@
+"""What the command line prints: plain lines, tables and errors; cli.py's commands call it."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from relneuron.artifact import NeuronFile, read_csv
+from relneuron.cli_options import state
+
+# What to do about an error of the system, by its number.
+DISK_FIXES = {
+    errno.ENOSPC: "free space on the disk, or write elsewhere",
+    errno.EDQUOT: "free space in your quota, or write elsewhere",
+    errno.EFBIG: "raise the file size limit (ulimit -f), or write elsewhere",
+    errno.EROFS: "write to a folder that is not read-only",
+    errno.EACCES: "write to a folder you have the right to write to",
+}
+
+
+def say(text: str) -> None:
+    """Print plain text: no markup, no control characters from data."""
+    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    Console(highlight=False, soft_wrap=True).print(clean, markup=False)
+
+
+def print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, finding in rows:
+        say(f"{name:<{width}}  {finding}")
+
+
+def print_chosen(chosen: NeuronFile) -> None:
+    """One line a relation on its neurons and the cut; what --fdr can resolve; the peak memory."""
+    resolution = 1
+    for relation, found in chosen.selection.items():
+        resolution = max(resolution, found.get("fdr_resolution", 1))
+        if "reason" in found:
+            say(f"{relation}: no neurons, {found['reason']}")
+            continue
+        q = f", q <= {found['q_at_cut']:.2g}" if "q_at_cut" in found else ""
+        say(
+            f"{relation}: {len(chosen.sets[relation])} neurons, AP >= {found['score_at_cut']:.4f}"
+            f"{q}, {found['ties_chosen']} of {found['ties_at_cut']} tied at the cut chosen, "
+            f"{found['perfect']} with AP = 1"
+        )
+    if resolution > 1:
+        say(
+            f"with so few columns of noise, --fdr finds {resolution} or more neurons of a "
+            "relation, or none: a larger --noise resolves smaller sets"
+        )
+    peak = peak_bytes()
+    if peak is not None:
+        say(f"peak memory: {peak / 2**20:,.0f} MiB")
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def print_accuracy(folder: Path) -> None:
+    """Accuracy on eva, per relation: before, with its own neurons off, others' off, random off."""
+    found: dict[tuple[str, str], float] = {}
+    for row in read_csv(folder / "accuracy.csv", ("condition", "relation", "split", "accuracy")):
+        if row["split"] == "eva":
+            found[row["condition"], row["relation"]] = float(row["accuracy"])
+    relations = [relation for condition, relation in found if condition == "clean"]
+    table = Table("relation", "clean", "own off", "others off", "random off")
+    for relation in relations:
+        own = found.get((relation, relation))
+        others = [found[c, relation] for c in relations if c != relation and (c, relation) in found]
+        chance = [v for (c, r), v in found.items() if r == relation and c.startswith("random.")]
+        cells = [
+            found["clean", relation],
+            own,
+            sum(others) / len(others) if others else None,
+            sum(chance) / len(chance) if chance else None,
+        ]
+        table.add_row(relation, *("" if cell is None else f"{cell:.1%}" for cell in cells))
+    Console().print(table)
+
+
+def print_bench(title: str, rows: Sequence[Any]) -> None:
+    """The rows of one case; a contestant that is wrong or not here has a reason and no times."""
+    names = ("task", "who", "ms", "min ms", "x ours", "GB/s", "/triad", "/copy")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        if row.median_ms is None:
+            say(f"{row.variant}, {row.contestant}: {row.note}")
+            continue
+        shares = ["" if s is None else f"{s:.0%}" for s in (row.share_triad, row.share_copy)]
+        times = [f"{row.median_ms:.3g}", f"{row.min_ms:.3g}", f"{row.ratio:.3g}"]
+        table.add_row(row.variant, row.contestant, *times, f"{row.GB_s:.3g}", *shares)
+    Console().print(table)
+
+
+def print_study(report: Path) -> None:
+    print_accuracy(report.parent)
+    say(f"report: {report}")
+
+
+def fail(cause: str, fix: str, code: int) -> NoReturn:
+    """Say what went wrong and what mends it, on standard error, and end the process."""
+    if state["debug"]:
+        traceback.print_exc()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {' '.join(cause.split())}", markup=False)
+    console.print(f"fix:   {' '.join(fix.split())}", markup=False)
+    sys.exit(code)
