@@ -13,8 +13,12 @@ namespace {
 
 constexpr const AveragePrecisionKernel* kernels[] = RELNEURON_KERNELS(average_precision_kernel);
 
-// 32 neighbouring float32 are two cache lines, which processors fetch together.
+// Columns that a thread copies next to each other at a time: 32 neighbouring float32 are two cache
+// lines, which processors fetch together; fewer if the columns are long.
 constexpr int64_t block_columns_max = 32;
+constexpr int64_t block_elements_max = 1 << 22;
+// About what a core does in 10 microseconds, the order of what it costs to wake a thread.
+constexpr int64_t min_elements_per_thread = 1 << 12;
 // What the label words or weights of all groups may take to be read in any order from the second cache;
 // above it a batch of columns shares each group.
 constexpr int64_t label_bytes_in_cache = 1 << 19;
@@ -103,8 +107,12 @@ bool average_precision(const AveragePrecisionArgs& given, const char* isa, int n
   AveragePrecisionPlan plan;
   const Labels labels = prepare_labels(args, plan);
 
-  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(n_threads, args.M));
-  plan.block_columns = std::min(block_columns_max, (args.M + threads - 1) / threads);
+  const int64_t worthwhile = args.N * args.M * plan.n_groups / min_elements_per_thread;
+  const int64_t threads =
+      std::max<int64_t>(1, std::min({static_cast<int64_t>(n_threads), args.M, worthwhile}));
+  const int64_t most_columns =
+      std::max<int64_t>(1, std::min(block_columns_max, block_elements_max / args.N));
+  plan.block_columns = std::min(most_columns, (args.M + threads - 1) / threads);
   const int64_t label_bytes =
       plan.n_groups * args.N * static_cast<int64_t>(args.weights ? sizeof(WeightRow) : 4);
   plan.batch_columns = label_bytes > label_bytes_in_cache && !plan.is_direct ? plan.block_columns : 1;

@@ -14,10 +14,14 @@ namespace {
 #if defined(__AVX512F__)
 // 16 rows of 16 neighbouring values become 16 columns. Pairs of rows are interleaved four times, which
 // leaves the columns in an order of their own.
+constexpr int64_t rows_ahead = 32;
 RELNEURON_INLINE void transpose(const float* from, int64_t stride_from, float* to,
                                 int64_t stride_to) {
   F32 x[16];
-  for (int i = 0; i < 16; ++i) x[i] = load<F32>(from + i * stride_from);
+  for (int i = 0; i < 16; ++i) {
+    x[i] = load<F32>(from + i * stride_from);
+    __builtin_prefetch(from + (i + rows_ahead) * stride_from);
+  }
   for (int half = 8; half >= 1; half /= 2) {
     F32 y[16];
     for (int i = 0; i < 16; ++i) y[i] = x[i];
@@ -62,6 +66,11 @@ void load_tile(const AveragePrecisionArgs& args, int64_t m_begin, int64_t n_colu
 
 int64_t tile_stride(int64_t n) { return padded(n) + sorted_pad; }
 
+const uint32_t* labels_of(const AveragePrecisionArgs& args, const AveragePrecisionPlan& plan,
+                          int64_t group) {
+  return plan.label_words + group * (padded(args.N) + 1);
+}
+
 enum class Outcome { counted, not_finite, not_possible };
 
 // All relations of a column, each one sorted by itself.
@@ -72,8 +81,7 @@ Outcome count_directly(const AveragePrecisionArgs& args, const AveragePrecisionP
   if (!magnitudes.is_finite) return Outcome::not_finite;
   if (!magnitudes.fits) return Outcome::not_possible;
   for (int64_t r = 0; r < args.R; ++r) {
-    const uint32_t* labels =
-        plan.label_words + r / relations_per_group * (padded(args.N) + 1);
+    const uint32_t* labels = labels_of(args, plan, r / relations_per_group);
     const int64_t n = sort_labelled(args, work, values, magnitudes.offset, labels,
                                     static_cast<int>(r % relations_per_group));
     const LabelledWords words{reinterpret_cast<const uint32_t*>(work.words), n};
@@ -119,13 +127,12 @@ bool count_columns(const AveragePrecisionArgs& args, const AveragePrecisionPlan&
       for (int64_t c = 0; c < n_batch; ++c) {
         const Order& order = work.orders[c];
         U128 sums[relations_per_group];
-        const uint32_t* words = plan.label_words + group * (n_padded + 1);
         if (plan.weight_rows) {
           sum_rows(order, n, WeightRows{plan.weight_rows + group * n}, plan.reciprocals, sums);
         } else if (order.n_tied > n / 2) {
-          sum_rows(order, n, LabelRows{words}, plan.reciprocals, sums);
+          sum_rows(order, n, LabelRows{labels_of(args, plan, group)}, plan.reciprocals, sums);
         } else {
-          order_labels(words, order, n, work);
+          order_labels(labels_of(args, plan, group), order, n, work);
           for (int r = 0; r < n_relations; ++r) {
             const LabelBytes labels(work, order, r);
             sums[r] = order.n_tied ? sum_tied(labels, n, work, plan.reciprocals)

@@ -304,7 +304,22 @@ void sort_by_steps(const AveragePrecisionArgs& args, const Work& work, int row_b
     for (uint64_t left = work.shared[i / word_rows]; left; left &= left - 1) {
       const int64_t begin = i + __builtin_ctzll(left);
       if (begin < end) continue;
-      for (end = begin + 2; work.shared[(end - 1) / word_rows] >> ((end - 1) % word_rows) & 1;) ++end;
+      end = begin + 2;
+      if (!(work.shared[(begin + 1) / word_rows] >> ((begin + 1) % word_rows) & 1)) {
+        // Nearly all runs are pairs; without branches, as the outcome is anybody's guess.
+        int32_t* pair = result.rows + begin;
+        const int32_t first = pair[0], second = pair[1];
+        const bool is_inverted = column[first] < column[second];
+        const uint64_t is_tied = column[first] == column[second];
+        pair[0] = is_inverted ? second : first;
+        pair[1] = is_inverted ? first : second;
+        uint64_t& tied = result.tied[begin / word_rows];
+        const int64_t bit = begin % word_rows;
+        result.n_tied += static_cast<int64_t>(is_tied) - static_cast<int64_t>(tied >> bit & 1);
+        tied = (tied & ~(uint64_t{1} << bit)) | is_tied << bit;
+        continue;
+      }
+      while (work.shared[(end - 1) / word_rows] >> ((end - 1) % word_rows) & 1) ++end;
       sort_run<Real>(work, begin, end, result.rows);
       for (int64_t j = begin; j + 1 < end; ++j) {
         const uint64_t bit = uint64_t{1} << (j % word_rows);

@@ -230,16 +230,20 @@ RELNEURON_INLINE void order_labels(const uint32_t* words, const Order& order, in
 
 // ---- All relations of a group at once, row by row: with weights, and where most rows are tied.
 
-// What a row counts in each relation.
+// Both add a row's members and positives to 16 counts each, and say whether it has a positive.
 struct LabelRows {
   const uint32_t* words;
   RELNEURON_INLINE bool add(int32_t row, uint32_t* members, uint32_t* positives) const {
     const uint32_t word = words[row];
-    for (int r = 0; r < relations_per_group; ++r) {
-      members[r] += word >> (relations_per_group + r) & 1;
-      positives[r] += word >> r & 1;
+    for (int r = 0; r < relations_per_group; r += n_lanes) {
+      U32 bit;
+      for (int lane = 0; lane < n_lanes; ++lane) bit[lane] = static_cast<uint32_t>(r + lane);
+      const U32 is_member = (splat(word >> relations_per_group) >> bit) & 1u;
+      const U32 is_positive = (splat(word) >> bit) & 1u;
+      store(members + r, load<U32>(members + r) + is_member);
+      store(positives + r, load<U32>(positives + r) + is_positive);
     }
-    return (word & 0xffff) != 0;
+    return (word & 0xffffu) != 0;
   }
   RELNEURON_INLINE void fetch(int32_t) const {}
 };

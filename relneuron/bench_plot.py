@@ -25,14 +25,17 @@ COLOURS = {"relneuron": OFF, "eager": "#2563a8", "compile": "#3f8f5b"}
 PANELS_PER_ROW = 2
 
 
-def roofline(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each dtype and number of tokens of swiglu_stats, written as a PNG."""
+def roofline(rows: Sequence[Row], path: Path) -> bool:
+    """One panel for each dtype and number of tokens of swiglu_stats, written as a PNG.
+
+    False, and nothing written, without rows of that op.
+    """
     panels: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         if row.op == "swiglu_stats" and row.median_ms:
             panels.setdefault((row.dtype, row.T, row.layout), []).append(row)
     if not panels:
-        return
+        return False
     # Starting from the library's defaults keeps a user's own matplotlibrc out.
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -56,6 +59,7 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
         buffer = io.BytesIO()
         fig.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     atomic_write(path, buffer.getvalue())
+    return True
 
 
 def _panel(ax: Axes, rows: Sequence[Row]) -> None:

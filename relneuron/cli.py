@@ -347,10 +347,10 @@ def bench(
         if output is not None:
             path = append_rows(output, found)
     if output is None:
-        say("to keep the rows and draw the roofline: add -o DIR")
+        say("to keep the rows: add -o DIR")
         return
-    roofline(rows, path.with_suffix(".png"))
-    say(f"-> {path}, {path.with_suffix('.png').name}")
+    drawn = roofline(rows, path.with_suffix(".png"))
+    say(f"-> {path}{', the roofline ' + path.with_suffix('.png').name if drawn else ''}")
 
 
 def _load(

@@ -33,6 +33,18 @@ _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 # --- loading ---------------------------------------------------------------------------------
 
 
+def _settle_arithmetic() -> None:
+    """So that the same study gives the same bits, also on a busy machine."""
+    # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call
+    # to call, and sums are rounded in another order.
+    torch.set_num_threads(torch.get_num_threads())
+    # MKL's vector functions choose their code in the first call. If two threads make it at once,
+    # one may get code of lower accuracy: cosines of rotary embeddings that were off by 4e-5 in one
+    # of fifteen runs. One element is one thread.
+    for function in (torch.cos, torch.sin, torch.exp, torch.tanh, torch.erf, torch.log):
+        function(torch.ones(1))
+
+
 def load_model(
     name: str,
     *,
@@ -52,9 +64,7 @@ def load_model(
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
-    # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call
-    # to call, and sums are rounded in another order. The same study shall give the same bits.
-    torch.set_num_threads(torch.get_num_threads())
+    _settle_arithmetic()
     looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local and not (Path(name) / "config.json").is_file():
         raise RelneuronError(

@@ -314,6 +314,7 @@ def changed(tensor: Tensor, at: tuple[int, int], value: float) -> Tensor:
         (GOOD, LABELS - 1, None, r"labels must be 1, 0 or -1, got -2 at \(0, 2\)"),
         (GOOD, LABELS.clamp(max=0), None,
          "labels must have a positive in every relation, got none in row 0, 1"),
+        (GOOD[:0], LABELS[:, :0], None, "labels must have a positive .* got none in row 0, 1"),
         (GOOD, changed(LABELS, (0, 1), -1), None,
          "labels must have a negative in every relation, got none in row 0"),
         (GOOD, LABELS, LABELS[:1].to(torch.uint8),

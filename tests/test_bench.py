@@ -221,6 +221,13 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(
         assert len(list(csv.DictReader(file))) == len(rows) + n_ranking
 
 
+def test_no_roofline_is_announced_without_its_op(relneuron: Any, tmp_path: Path) -> None:
+    code, out, err = relneuron("bench", "average_precision", "--quick", "-o", tmp_path)
+    assert code == 0, err
+    assert ".csv" in out and ".png" not in out
+    assert [path.suffix for path in tmp_path.iterdir()] == [".csv"]
+
+
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
