@@ -1,9 +1,11 @@
 // average_precision on a CPU for one instruction set (RELNEURON_ISA): columns are loaded, sorted once
-// (average_precision_order.h), and every relation is counted along that order
-// (average_precision_sums.h). average_precision.cpp calls it for each thread's columns. As in every
-// kernel file, nothing here comes from headers that have inline functions.
+// (average_precision_order.h; with few relations once for each, average_precision_labelled.h), and
+// every relation is counted along that order (average_precision_sums.h). average_precision.cpp calls it
+// for each thread's columns. As in every kernel file, nothing here comes from headers that have inline
+// functions.
 #include "average_precision.h"
 
+#include "average_precision_labelled.h"
 #include "average_precision_order.h"
 #include "average_precision_sums.h"
 
