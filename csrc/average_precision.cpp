@@ -43,6 +43,7 @@ struct Labels {
   std::vector<WeightRow> rows;
   std::vector<uint64_t> reciprocals;
   std::vector<uint64_t> n_positive;
+  std::vector<int64_t> n_members;
 };
 
 Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& plan) {
@@ -83,6 +84,7 @@ Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& pl
     n_max = std::max(n_max, n_members);
     n_sorted_directly += static_cast<int64_t>(n_members);
     all.n_positive[static_cast<size_t>(relation)] = n_positive;
+    all.n_members.push_back(static_cast<int64_t>(n_members));
   }
   all.reciprocals.resize(static_cast<size_t>(n_max + 1));
   for (uint64_t n = 1; n <= n_max; ++n) {
@@ -92,6 +94,7 @@ Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& pl
   plan.weight_rows = args.weights ? all.rows.data() : nullptr;
   plan.reciprocals = all.reciprocals.data();
   plan.n_positive = all.n_positive.data();
+  plan.n_members = all.n_members.data();
   plan.n_groups = n_groups;
   plan.is_direct = !args.weights && n_sorted_directly <= direct_rows_max * args.N;
   return all;

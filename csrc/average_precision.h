@@ -54,6 +54,7 @@ struct AveragePrecisionPlan {
   const WeightRow* weight_rows = nullptr;   // (groups, N), null without weights
   const uint64_t* reciprocals = nullptr;    // I(n) of the spec, up to the largest sum of weights
   const uint64_t* n_positive = nullptr;     // (R,), sums of weights
+  const int64_t* n_members = nullptr;       // (R,), likewise
   int64_t n_groups = 0;
   bool is_direct = false;     // sort each relation's members by themselves (batches of one column)
   int64_t block_columns = 0;  // the most columns of a call

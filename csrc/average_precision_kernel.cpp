@@ -85,7 +85,8 @@ Outcome count_directly(const AveragePrecisionArgs& args, const AveragePrecisionP
   for (int64_t r = 0; r < args.R; ++r) {
     const uint32_t* labels = labels_of(args, plan, r / relations_per_group);
     const int64_t n = sort_labelled(args, work, values, magnitudes.offset, labels,
-                                    static_cast<int>(r % relations_per_group));
+                                    static_cast<int>(r % relations_per_group),
+                                    plan.n_members[r] == args.N);
     const LabelledWords words{reinterpret_cast<const uint32_t*>(work.words), n};
     const U128 sum = sum_tied(words, n, work, plan.reciprocals);
     args.ap[r * args.M + m] = from_sum(sum, plan.n_positive[r]);

@@ -43,13 +43,17 @@ RELNEURON_INLINE uint32_t labelled(Storage x, uint32_t offset, uint32_t label) {
   return descending << 1 | (label & 1);
 }
 
-// The words of a relation's members, best first; their number.
+// The words of a relation's members, best first; their number. `is_full`: all rows are members.
 template <typename Storage>
 int64_t sort_labelled(const AveragePrecisionArgs& args, const Work& work, const Storage* values,
-                      uint32_t offset, const uint32_t* label_words, int bit) {
+                      uint32_t offset, const uint32_t* label_words, int bit, bool is_full) {
   uint32_t* words = reinterpret_cast<uint32_t*>(work.words);
   int64_t n = 0;
   int64_t i = 0;
+  if (is_full) {
+    for (; i < args.N; ++i) words[i] = labelled(values[i], offset, label_words[i] >> bit);
+    n = args.N;
+  }
 #if defined(__AVX512F__)
   const __m512i member = _mm512_set1_epi32(static_cast<int>(1u << (relations_per_group + bit)));
   for (; i + n_lanes <= args.N; i += n_lanes) {
