@@ -1,6 +1,6 @@
-"""The report: its numbers against tables worked out by hand, and what its HTML may never do.
+"""The report's page: what it says, how it writes names and numbers, and what it may never do.
 
-A small study is written file by file as the other stages write theirs; no model is needed.
+The study is that of studies.py; test_results.py has the numbers.
 """
 
 from __future__ import annotations
@@ -20,102 +20,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from studies import RELATIONS, RIGHT, SETS, write_study
 
 from relneuron.artifact import RelneuronError
-from relneuron.report import answer, commands, render, write_report
+from relneuron.report import commands, render, write_report
 from relneuron.results import (
-    Answer,
-    Result,
-    drop_matrix,
-    examples,
-    flips,
-    headline,
     read_study,
-    shared_neurons,
-    site_counts,
-    split_results,
 )
-from relneuron.tables import Table, accuracy_table, neuron_table, visible
-
-NAN = float("nan")
-RELATIONS = ("company_ceo", "company_hq", "star_constellation")
-# Right answers of 4 prompts: the first n prompts of a relation are right.
-RIGHT = {
-    "clean": {"company_ceo": 4, "company_hq": 2, "star_constellation": 0},
-    "company_ceo": {"company_ceo": 1, "company_hq": 2, "star_constellation": 0},
-    "company_hq": {"company_ceo": 3, "company_hq": 1, "star_constellation": 1},
-    "star_constellation": {"company_ceo": 4, "company_hq": 3, "star_constellation": 0},
-    "random.0": {"company_ceo": 4, "company_hq": 1, "star_constellation": 0},
-    "random.1": {"company_ceo": 3, "company_hq": 2, "star_constellation": 0},
-}
-SETS = {
-    "company_ceo": [[0, "gate", 1, 0.9], [1, "up", 2, 0.8], [1, "down", 0, 0.7]],
-    "company_hq": [[0, "gate", 1, 0.95], [1, "up", 3, 0.8], [1, "down", 0, 0.5]],
-    "star_constellation": [[1, "gate", 1, 0.9], [1, "gate", 2, 0.8], [0, "up", 0, 0.7]],
-}
-
-
-def write_study(
-    folder: Path,
-    *,
-    relations: tuple[str, ...] = RELATIONS,
-    splits: tuple[str, ...] = ("eva",),
-    right: dict[str, dict[str, int]] = RIGHT,
-    sets: dict[str, list[list[Any]]] = SETS,
-    text: str = "The CEO of {} is? Answer:",
-    prediction: str = "Tim",
-    model: str = "a/model",
-    manifest: dict[str, Any] | None = None,
-    n_prompts: int = 4,
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts, effects, accuracy = [], [], []
-    for relation in relations:
-        for split in ("det", *splits):
-            base, _, language = split.partition(".")
-            for i in range(n_prompts):
-                name = f"{relation}.{split}.{i}"
-                prompts.append(
-                    {"id": name, "relation": relation, "split": base, "template": text}
-                    | {"language": language or "en", "subject": f"S{i}", "object": "Tim Cook"}
-                    | {"prompt": text.replace("{}", f"S{i}")}
-                )
-    for condition, counts in right.items():
-        for relation in relations:
-            for split in splits:
-                for i in range(n_prompts):
-                    name, hit = f"{relation}.{split}.{i}", int(i < counts.get(relation, 0))
-                    said = prediction if hit else "The"
-                    effects.append([condition, relation, split, name, said, hit, -0.5])
-                n = min(n_prompts, counts.get(relation, 0))
-                accuracy.append([condition, relation, split, n_prompts, n, n / n_prompts])
-    tables = {
-        "effects.csv": (
-            ["condition", "relation", "split", "id", "prediction", "correct", "logprob"],
-            effects,
-        ),
-        "accuracy.csv": (
-            ["condition", "relation", "split", "n_prompts", "n_correct", "accuracy"],
-            accuracy,
-        ),
-    }
-    for name, (columns, rows) in tables.items():
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-    (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
-    shape = {"layers": 2, "width": 8, "hidden": 4}
-    neurons = {
-        "format": "relneuron.neurons/1",
-        "model": {"id": model, **shape},
-        "method": "ap",
-        "selection": {name: {"positives": 3, "ties_at_cut": 2, "perfect": 0} for name in sets},
-        "sets": sets,
-    }
-    (folder / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")
-    head = {"schema": "relneuron.study/1", "relneuron": "0.1.0", "model": {"id": model, **shape}}
-    (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
-    return folder
+from relneuron.tables import Table, neuron_table, visible
 
 
 class Page(HTMLParser):
@@ -134,92 +46,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-# Numbers
-
-
-def test_drop_matrix_of_the_method_s_vector() -> None:
-    before = np.array([0.8, 0.5, 0.25])
-    off = np.array([[0.4, 0.8, 0.82], [0.5, 0.1, 0.55], [0.0, 0.25, 0.5]])
-    expected = [[0.5, 0.0, -0.025], [0.0, 0.8, -0.1], [1.0, 0.0, -1.0]]
-    np.testing.assert_allclose(drop_matrix(before, off), expected, atol=1e-15)
-    names = ["a", "b", "c"]
-    result = Result("eva", names, names, np.array([4, 4, 4]), before, off, np.empty((3, 0)))
-    numbers = headline(result)
-    assert numbers.own.mean == pytest.approx(0.1)
-    assert numbers.other.mean == pytest.approx(0.875 / 6)
-    assert np.isnan(numbers.random).all()
-
-
-def test_drop_matrix_is_nan_where_nothing_was_right_before() -> None:
-    drop = drop_matrix(np.array([0.0, 0.5, NAN]), np.array([[0.0, 0.2], [0.5, NAN], [0.1, 0.1]]))
-    np.testing.assert_array_equal(drop, [[NAN, NAN], [0.0, NAN], [NAN, NAN]])
-
-
-def test_headline_by_hand(tmp_path: Path) -> None:
-    study = read_study(write_study(tmp_path))
-    [result] = split_results(study)
-    assert result.relations == result.sets == list(RELATIONS)
-    np.testing.assert_array_equal(result.before, [1.0, 0.5, 0.0])
-    np.testing.assert_array_equal(result.after, [0.25, 0.25, 0.0])
-    np.testing.assert_array_equal(result.random, [[1.0, 0.75], [0.25, 0.5], [0.0, 0.0]])
-    expected = [[0.75, 0.25, 0.0], [0.0, 0.5, -0.5], [NAN, NAN, NAN]]
-    np.testing.assert_array_equal(result.drop, expected)
-    numbers = headline(result)
-    assert numbers.own == pytest.approx((0.625, 0.5, 0.75))
-    assert numbers.other == pytest.approx((-0.0625, -0.5, 0.25))
-    # Drops of the seeds: (0, 0.5) and (0.25, 0); the range is over their means.
-    assert numbers.random == pytest.approx((0.1875, 0.125, 0.25))
-    assert answer(numbers, [3, 3, 3], study.n_neurons) == (
-        "When the 3 neurons chosen for a relation (7.5\xa0% of the model's 40 MLP neurons) are "
-        "off, accuracy on that relation falls by 62.5\xa0% on average; on the other relations "
-        "it rises by 6.2\xa0%; with as many random neurons off instead it falls by 18.8\xa0%."
-    )
-    assert "; with 9 random neurons off instead it" in answer(numbers, [1, 3, 9], study.n_neurons)
-    row = accuracy_table(study, result).rows[1]
-    assert row == ["company hq", 4, 50.0, 25.0, 1, 0, 37.5, 25.0, 50.0]
-
-
-def test_random_seeds_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    right = {f"random.{seed}": {"company_ceo": seed % 5} for seed in (10, 9, 2)}
-    right["clean"] = {"company_ceo": 4}
-    study = write_study(tmp_path, relations=("company_ceo",), right=right)
-    np.testing.assert_array_equal(split_results(read_study(study))[0].random, [[0.5, 1.0, 0.0]])
-
-
-def test_splits_share_their_rows_and_eva_comes_first(tmp_path: Path) -> None:
-    study = write_study(tmp_path, splits=("eva.de", "eva2", "eva"))
-    path = study / "accuracy.csv"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if "company_hq,eva.de" not in line]
-    path.write_text("".join(kept), encoding="utf-8")
-    results = split_results(read_study(study))
-    assert [result.split for result in results] == ["eva", "eva2", "eva.de"]
-    np.testing.assert_array_equal(results[2].before, [1.0, NAN, 0.0])
-    assert headline(results[2]).own.mean == 0.75
-
-
-def test_sites_and_shared_neurons_count_each_neuron_once(tmp_path: Path) -> None:
-    twice = [*SETS["company_ceo"], [0, "gate", 1, 0.1]]
-    sets = {**SETS, "company_ceo": twice, "star_constellation": []}
-    chosen = read_study(write_study(tmp_path, sets=sets)).sets.values()
-    assert site_counts(chosen, 2)[0].tolist() == [[1, 0], [0, 1], [0, 1]]
-    assert site_counts(chosen, 2)[2].sum() == 0
-    assert shared_neurons(chosen).tolist() == [[3, 2, 0], [2, 3, 0], [0, 0, 0]]
-
-
-def test_examples_show_a_broken_and_a_surviving_prompt(tmp_path: Path) -> None:
-    study = read_study(write_study(tmp_path))
-    shown = examples(study, split_results(study)[0])
-    broken, survivor = shown["company_ceo"]
-    assert broken.prompt.id == "company_ceo.eva.1"
-    assert (broken.before, broken.after) == (Answer("Tim", True), Answer("The", False))
-    assert survivor.prompt.id == "company_hq.eva.0"
-    # Nothing was right before: the first prompt stands for the relation.
-    ids = [example.prompt.id for example in shown["star_constellation"]]
-    assert ids == ["star_constellation.eva.0", "company_ceo.eva.0"]
-    assert flips(study, "company_ceo", "eva") == (3, 0)
 
 
 # Text
