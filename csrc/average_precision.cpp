@@ -49,11 +49,10 @@ struct Labels {
 Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& plan) {
   Labels all;
   const int64_t n_groups = (args.R + relations_per_group - 1) / relations_per_group;
-  const int64_t n_padded = padded(args.N) + 1;
   if (args.weights) {
     all.rows.resize(static_cast<size_t>(n_groups * args.N));
   } else {
-    all.words.resize(static_cast<size_t>(n_groups * n_padded));
+    all.words.resize(static_cast<size_t>(n_groups * label_stride(args.N)));
   }
   all.n_positive.resize(static_cast<size_t>(args.R));
   uint64_t n_max = 0;
@@ -73,7 +72,7 @@ Labels prepare_labels(const AveragePrecisionArgs& args, AveragePrecisionPlan& pl
         n_positive += rows[i].positive[bit];
       }
     } else {
-      uint32_t* words = all.words.data() + group * n_padded;
+      uint32_t* words = all.words.data() + group * label_stride(args.N);
       const uint32_t member = 1u << (relations_per_group + bit), positive = 1u << bit;
       for (int64_t i = 0; i < args.N; ++i) {
         words[i] |= (labels[i] >= 0 ? member : 0) | (labels[i] == 1 ? positive : 0);

@@ -40,6 +40,8 @@ constexpr int relations_per_group = 16;
 constexpr int64_t word_rows = 64;
 
 constexpr int64_t padded(int64_t n) { return (n + word_rows - 1) / word_rows * word_rows; }
+// Label words of a group, up to and including row padded(N), which no relation has.
+constexpr int64_t label_stride(int64_t n) { return padded(n) + 1; }
 
 // Weights of one row for the relations of a group: all of them, and those where it is positive.
 struct WeightRow {
@@ -48,7 +50,7 @@ struct WeightRow {
 };
 
 struct AveragePrecisionPlan {
-  // (groups, padded(N) + 1): bit r = positive in relation r of the group, bit 16 + r = in its set;
+  // (groups, label_stride(N)): bit r = positive in relation r of the group, bit 16 + r = in its set;
   // 0 in rows from N on.
   const uint32_t* label_words = nullptr;
   const WeightRow* weight_rows = nullptr;   // (groups, N), null without weights

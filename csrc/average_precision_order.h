@@ -10,7 +10,7 @@ namespace RELNEURON_ISA {
 namespace {
 
 constexpr int64_t sorted_pad = 64;  // entries behind the last row, so that loops take whole words
-constexpr int list_size = 1024;
+constexpr int list_size = 1024;  // of Sum, which says what bounds it
 
 // The order of one column.
 struct Order {
@@ -19,7 +19,7 @@ struct Order {
   int64_t n_tied;  // bits of `tied`
 };
 
-// What a thread works in. `Real` is the type that the values are compared in.
+// What a thread works in. Values and words have 2, 4 or 8 bytes.
 struct Work {
   unsigned char* tile;    // (columns, padded N + sorted_pad) values, column by column
   unsigned char* column;  // (padded N,) the values of one column, +0 for -0

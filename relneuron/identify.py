@@ -183,6 +183,12 @@ def identify(
         }
         picked = torch.from_numpy(labels[usable])
         for layer, site, values in _read_blocks(path, shape["layers"], len(prompts), bar.update):
+            # NaN and infinities show in the extremes, without a copy of the block.
+            if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
+                raise RelneuronError(
+                    f"responses of layer {layer}, {site} are not all finite",
+                    "record with --dtype float32 or bfloat16",
+                )
             scores[site][usable, layer] = ops.average_precision(values, picked).numpy()
             del values  # before the next block is read
         key = significance.seed_of("noise", seed)
@@ -272,12 +278,6 @@ def _read_blocks(
                 raise RelneuronError(
                     f"{path} has {values.shape[0]} rows for {n_prompts} det prompts",
                     "record these prompts again",
-                )
-            # NaN and infinities show in the extremes, without a copy of the block.
-            if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
-                raise RelneuronError(
-                    f"responses of layer {layer}, {site} are not all finite",
-                    "record with --dtype float32 or bfloat16",
                 )
             yield layer, site, values
             del values

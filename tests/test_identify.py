@@ -142,6 +142,7 @@ def test_the_same_bytes_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, data in first.items():
         assert (tmp_path / name).read_bytes() == data, name
     monkeypatch.setattr(significance, "BLOCK_BYTES", 200_000)
+    monkeypatch.setattr(significance, "WAITING_BYTES", 1)
     run(tmp_path, fdr=0.3)
     for name in names:
         assert (tmp_path / name).read_bytes() == first[name], name

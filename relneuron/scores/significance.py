@@ -88,7 +88,7 @@ def q_values(p: Array) -> Array:
     of each other (that their p-values share one null does no harm: arXiv 2104.08279) or positively
     dependent; for others it is the usual approximation.
     """
-    from scipy.stats import false_discovery_control  # type: ignore[import-untyped]
+    from scipy.stats import false_discovery_control
 
     return np.asarray(false_discovery_control(p, method="bh"))
 
