@@ -1,59 +1,47 @@
-"""The `ablate` stage: switch each relation's neurons off and ask every prompt again.
+"""The `ablate` stage: switch neurons off, every condition beside the others, and ask again.
 
-It writes one row per condition and prompt (effects), and accuracies beside it (accuracy.csv).
+It writes one row per condition and prompt (effects), what the conditions are (conditions.csv), the
+accuracies (accuracy.csv) and, if asked for, the perplexity of neutral sentences (perplexity.csv).
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from relneuron.ablate_options import AblateOptions, ablate_inputs, read_how
 from relneuron.artifact import (
-    Json,
     NeuronFile,
     Prompt,
     RelneuronError,
     atomic_write,
-    check_neurons,
     csv_bytes,
     read_prompts,
     refuse_overwrite,
-    sha256,
 )
+from relneuron.conditions import (
+    Ablation,
+    default_sizes,
+    plan_conditions,
+    read_rankings,
+    read_sets,
+)
+from relneuron.effects import EFFECTS, conditions_bytes
+from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
-from relneuron.model import describe_model, find_gated_mlps, model_shape, same_model
-from relneuron.patch import Patch, check_canary, mask_states
-from relneuron.predict import Asker, encode, is_correct, plan_batches
-from relneuron.scores.ranking import random_neurons
+from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.patch import check_canary
+from relneuron.predict import N_ANSWER_TOKENS, Asker, Questions, Step, encode, is_correct
+from relneuron.scores.ranking import n_neurons
+from relneuron.sentences import read_sentences
 
-EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
-
-
-def ablate_inputs(
-    model: Json,
-    neurons: Path,
-    prompts: Path,
-    *,
-    splits: Sequence[str],
-    random_seeds: int,
-    batch_tokens: int,
-    accept_object_prefix: bool,
-) -> Json:
-    """What the stage depends on, for the manifest."""
-    return {
-        "model": same_model(model),
-        "neurons": sha256(neurons),
-        "prompts": sha256(prompts),
-        "splits": list(splits),
-        "random_seeds": random_seeds,
-        "batch_tokens": batch_tokens,
-        "accept_object_prefix": accept_object_prefix,
-    }
+PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")
 
 
 def split_name(prompt: Prompt) -> str:
@@ -71,22 +59,6 @@ def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str,
     return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
 
 
-def make_conditions(
-    neurons: NeuronFile, shape: dict[str, int], random_seeds: int
-) -> dict[str, list[Any]]:
-    """`clean`, every relation's set by its name, and `random.<seed>` sets as large as the largest.
-
-    The random baseline draws from all outputs of gate, up and down projections (methods A9).
-    """
-    sets = {name: check_neurons(chosen, shape) for name, chosen in neurons.sets.items()}
-    k = max(map(len, sets.values()), default=0)
-    randoms = {f"random.{seed}": random_neurons(shape, k, seed) for seed in range(random_seeds)}
-    clash = sorted(sets.keys() & ({"clean"} | randoms.keys()))
-    if clash:
-        raise RelneuronError(f"a neuron set is named {clash[0]}", "rename the relation's file")
-    return {"clean": [], **sets, **randoms}
-
-
 def ablate_prompts(
     name: str,
     model: Any,
@@ -95,98 +67,216 @@ def ablate_prompts(
     prompts_path: Path,
     output: Path,
     *,
-    splits: Sequence[str] = ("eva", "eva2"),
-    random_seeds: int = 10,
-    batch_tokens: int = 4096,
-    accept_object_prefix: bool = False,
     backend: str = "auto",
+    oom: str = "split",
     force: bool = False,
     quiet: bool = False,
+    **asked: Any,
 ) -> list[tuple[str, str, str, int, int, float]]:
-    """Ask the prompts of `splits` under every condition; returns the rows of accuracy.csv.
+    """Ask the prompts of some splits under every condition; returns accuracy.csv's rows.
 
-    A condition sets the outputs of its neurons to zero at all positions of the prompt and of the
-    answer, KV cache included (arXiv 2502.17355, section 3.3). `logprob` is the log-probability in
-    nats of the object's first token after the prompt. `output` is .csv or .parquet.
+    `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
+    neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
+    2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
+    after the prompt. `output` is .csv or .parquet. Out of memory halves the batches from there on
+    (`oom` "split") or ends the stage ("error").
     """
+    options = AblateOptions(**asked)
     refuse_overwrite(output, force)
     check_format(output)
     neurons = NeuronFile.read(neurons_path)
-    prompts = [p for p in read_prompts(prompts_path) if p.split in splits]
+    everything = read_prompts(prompts_path)
+    prompts = [p for p in everything if p.split in options.splits]
     if not prompts:
         raise RelneuronError(
-            f"{prompts_path} has no prompt of the splits {', '.join(splits)}",
+            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
             "name others with --splits",
             2,
         )
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    conditions = make_conditions(neurons, shape, random_seeds)
-    questions = encode(tokenizer, model, prompts)
-    batches = plan_batches(questions, batch_tokens)
+    sets, doubles = read_sets(neurons, shape)
+    known = {prompt.relation for prompt in everything}
+    strangers = [name for name in sets if name not in known]
+    if strangers and not options.any_set:
+        raise RelneuronError(
+            f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
+            "mend its name, or add --any-set to switch it off all the same",
+        )
+    notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    rankings, concepts = dict(sets), {}
+    if {"sizes", "sites"} & {*options.analyses}:
+        rankings = read_rankings(neurons_path.parent / "scores.safetensors", sets)
+    path = neurons_path.parent / "concepts" / "neurons.json"
+    if "concepts" in options.analyses and path.exists():
+        concepts = read_sets(NeuronFile.read(path), shape)[0]
+    set_size = max(map(len, sets.values()), default=0)
+    plan = plan_conditions(
+        sets,
+        rankings,
+        concepts,
+        prompts,
+        shape,
+        analyses=options.analyses,
+        sizes=options.sizes or default_sizes(set_size, n_neurons(shape)),
+        random_seeds=options.random_seeds,
+    )
+    n_tokens = options.generate or N_ANSWER_TOKENS
+    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
+    sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
+    texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
+    notices += _left_out(options, plan, texts is not None)
+    how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
     asker = Asker(model, tokenizer)
     described = describe_model(name, model, mlps, backend)
     check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
-    inputs = ablate_inputs(
-        described,
-        neurons_path,
-        prompts_path,
-        splits=splits,
-        random_seeds=random_seeds,
-        batch_tokens=batch_tokens,
-        accept_object_prefix=accept_object_prefix,
-    )
-    correct = partial(is_correct, accept_object_prefix=accept_object_prefix)
+    inputs = ablate_inputs(described, neurons_path, prompts_path, options)
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
-        total = len(conditions) * len(prompts)
-        bar = progress_bar(total, "ablate", "prompt", quiet)
+        evaluator = Evaluator(
+            asker, mlps, plan, journal, how, options.batch_tokens, backend, oom, notices
+        )
+        forced = options.generate is None and asker.forces_exactly(questions)
+        rows = _asked(plan, how)
+        scored = _scored(plan, texts, how)
+        bar = progress_bar(len(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
-            for condition, off in conditions.items():
-                with Patch(mlps, mask_states([off], mlps), backend=backend):
-                    for number, rows in enumerate(batches):
-                        key = f"{condition} {number}"
-                        if key not in journal.done:
-                            answers = asker.ask(questions, rows)
-                            journal.add(key, [answers.predictions, answers.logprobs])
-                        bar.update(len(rows))
-
-        effects: list[tuple[Any, ...]] = []
-        for condition in conditions:
-            found: dict[int, tuple[str, float]] = {}
-            for number, rows in enumerate(batches):
-                pairs = zip(*journal.done[f"{condition} {number}"], strict=True)
-                found.update(zip(rows, pairs, strict=True))
-            for row, p in enumerate(prompts):
-                prediction, logprob = found[row]
-                right = int(correct(prediction, p.object))
-                effects.append(
-                    (condition, p.relation, split_name(p), p.id, prediction, right, logprob)
+            answers = evaluator.run(
+                "answers",
+                rows,
+                [len(ids) + 1 for ids in questions.ids],
+                _asking(asker, questions, forced=forced, n_tokens=n_tokens),
+                bar.update,
+            )
+            nll = {}
+            if texts:
+                lengths = [len(ids) for ids in texts.ids]
+                nll = evaluator.run(
+                    "sentences", scored, lengths, partial(asker.score, texts), bar.update
                 )
-        atomic_write(output, _table_bytes(output, effects))
-        accuracy_path = output.parent / "accuracy.csv"
+        for notice in notices:
+            warnings.warn(notice, stacklevel=2)
+        first = same_ablation(plan, how)
+        right = partial(
+            is_correct,
+            accept_object_prefix=options.accept_object_prefix or options.generate is not None,
+        )
+        effects: list[tuple[Any, ...]] = []
+        for place, ablation in enumerate(plan):
+            condition = ablation.condition.name
+            for row in ablation.prompts:
+                p, (said, logprob) = prompts[row], answers[Row(first[place], row)]
+                values = (said, int(right(said, p.object)), logprob)
+                effects.append((condition, p.relation, split_name(p), p.id, *values))
         accuracy = accuracy_rows(effects)
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
-        atomic_write(accuracy_path, csv_bytes(columns, accuracy))
+        written = {
+            output: _table_bytes(output, effects),
+            output.parent / "accuracy.csv": csv_bytes(columns, accuracy),
+            output.parent / "conditions.csv": conditions_bytes(a.condition for a in plan),
+        }
+        if texts:
+            table = _perplexity_rows(plan, texts, nll, first)
+            written[output.parent / "perplexity.csv"] = csv_bytes(PERPLEXITY, table)
+        for file, data in written.items():
+            atomic_write(file, data)
         manifest = Manifest(output.parent)
         manifest.describe(
             versions=versions(),
             model=described,
-            seeds=manifest.data.get("seeds", {}) | {"random": list(range(random_seeds))},
+            seeds=manifest.data.get("seeds", {}) | {"random": list(range(options.random_seeds))},
+            fallbacks=fallbacks(described) + notices,
         )
         manifest.finish(
             "ablate",
             inputs,
-            [output, accuracy_path],
-            conditions=len(conditions),
+            list(written),
+            conditions=len(plan),
             prompts=len(prompts),
-            random_set_size=len(conditions.get("random.0", [])),
-            positions="all, prompt and answer",
-            value=0,
+            answers=len(effects),
+            answering=f"{n_tokens} greedy tokens" + (", teacher-forced" if forced else ""),
+            random_set_size=set_size,
         )
         journal.remove()
     return accuracy
+
+
+def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
+    """Neutral sentences as prompts that ask nothing."""
+    if "perplexity" not in options.analyses or not path.exists():
+        return []
+    return [
+        Prompt(s.id, s.relation, "neutral", "en", s.template, "", s.object, s.sentence)
+        for s in read_sentences(path)
+    ]
+
+
+def _left_out(options: AblateOptions, plan: Sequence[Ablation], has_texts: bool) -> list[str]:
+    """The analyses that were asked for and cannot be made, and why."""
+    kinds = {ablation.condition.kind for ablation in plan}
+    made = {"concepts": "concept" in kinds, "sites": "site" in kinds, "sizes": "range" in kinds}
+    made["perplexity"] = has_texts
+    why = {
+        "concepts": "no concepts/neurons.json beside the neurons",
+        "sites": "no scores.safetensors beside the neurons that ranks them so",
+        "sizes": "no scores.safetensors beside the neurons that ranks them so",
+        "perplexity": "no sentences.jsonl beside the prompts",
+    }
+    missing = [name for name in options.analyses if not made.get(name, True)]
+    return [f"{name} left out: {why[name]}" for name in missing]
+
+
+def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:
+    """Every row once, also where two conditions have the same neurons."""
+    pairs = zip(same_ablation(plan, how), plan, strict=True)
+    return list(dict.fromkeys(Row(place, row) for place, a in pairs for row in a.prompts))
+
+
+def _scored(plan: Sequence[Ablation], texts: Questions | None, how: How) -> list[Row]:
+    """Sentences of a relation under the clean model, its own set and the random sets."""
+    if texts is None:
+        return []
+    pairs = zip(same_ablation(plan, how), plan, strict=True)
+    return list(
+        dict.fromkeys(
+            Row(place, row) for place, ablation in pairs for row in _sentences_of(ablation, texts)
+        )
+    )
+
+
+def _sentences_of(ablation: Ablation, texts: Questions) -> list[int]:
+    about = ablation.condition
+    return [
+        row
+        for row, text in enumerate(texts.prompts)
+        if len(texts.ids[row]) > 1
+        and (about.kind in ("clean", "random") or about.name == text.relation)
+    ]
+
+
+def _perplexity_rows(
+    plan: Sequence[Ablation], texts: Questions, nll: Mapping[Row, float], first: Sequence[int]
+) -> list[tuple[str, str, str, int, float]]:
+    return [
+        (a.condition.name, p.relation, p.id, len(texts.ids[row]) - 1, nll[Row(first[place], row)])
+        for place, a in enumerate(plan)
+        for row in _sentences_of(a, texts)
+        for p in [texts.prompts[row]]
+    ]
+
+
+def _asking(
+    asker: Asker, questions: Questions, *, forced: bool, n_tokens: int
+) -> Callable[[list[int], Callable[[Step], None]], list[Any]]:
+    def ask(rows: list[int], mark: Callable[[Step], None]) -> list[Any]:
+        if forced:
+            answers = asker.ask_forced(questions, rows, mark)
+        else:
+            answers = asker.ask(questions, rows, mark, n_tokens)
+        return list(zip(answers.predictions, answers.logprobs, strict=True))
+
+    return ask
 
 
 def check_format(output: Path) -> None:

@@ -26,6 +26,8 @@ from relneuron.cli_print import (
     print_study,
     say,
 )
+from relneuron.clock import Clock
+from relneuron.conditions import parse_analyses
 from relneuron.facts import SUFFIX
 from relneuron.study import Options, report_stage, run_study
 
@@ -50,6 +52,8 @@ def demo(
     bootstrap: take.Bootstrap = _DEFAULT.bootstrap,
     noise: take.Noise = _DEFAULT.noise,
     random_seeds: take.RandomSeeds = _DEFAULT.random_seeds,
+    analyses: take.Analyses = "main",
+    sizes: take.Sizes = "",
     force: take.Force = False,
     quiet: take.Quiet = False,
     debug: take.Debug = False,
@@ -64,11 +68,20 @@ def demo(
         bootstrap=bootstrap,
         noise=noise,
         random_seeds=random_seeds,
+        analyses=parse_analyses(analyses),
+        sizes=take.size_list(sizes),
         device="cpu",
         dtype="float32",
     )
     report = run_study(
-        str(CHECKPOINT), FACTS, output, options, name="relneuron demo", force=force, quiet=quiet
+        str(CHECKPOINT),
+        FACTS,
+        output,
+        options,
+        name="relneuron demo",
+        force=force,
+        quiet=quiet,
+        say=say,
     )
     print_study(report)
 
@@ -90,6 +103,14 @@ def run(
     noise: take.Noise = _DEFAULT.noise,
     splits: take.Splits = _SPLITS,
     random_seeds: take.RandomSeeds = _DEFAULT.random_seeds,
+    analyses: take.Analyses = "main",
+    sizes: take.Sizes = "",
+    mode: take.Mode = _DEFAULT.mode,
+    factor: take.Factor = None,
+    mean_of: take.MeanOf = _DEFAULT.mean_of,
+    positions: take.Positions = _DEFAULT.positions,
+    generate: take.Generate = None,
+    oom: take.Oom = _DEFAULT.oom,
     pooling: take.Pooling = _DEFAULT.pooling,
     exclude_bos: take.ExcludeBos = False,
     accept_object_prefix: take.AcceptPrefix = False,
@@ -117,6 +138,14 @@ def run(
         noise=noise,
         splits=take.split_list(splits),
         random_seeds=random_seeds,
+        analyses=parse_analyses(analyses),
+        sizes=take.size_list(sizes),
+        mode=mode,
+        factor=factor,
+        mean_of=mean_of,
+        positions=positions,
+        generate=generate,
+        oom=oom,
         pooling=pooling,
         exclude_bos=exclude_bos,
         accept_object_prefix=accept_object_prefix,
@@ -127,7 +156,7 @@ def run(
         backend=backend,
         drop_responses=drop_responses,
     )
-    print_study(run_study(model, facts, output, options, force=force, quiet=quiet))
+    print_study(run_study(model, facts, output, options, force=force, quiet=quiet, say=say))
 
 
 @app.command()
@@ -232,6 +261,15 @@ def ablate(
     output: take.Output,
     splits: take.Splits = _SPLITS,
     random_seeds: take.RandomSeeds = _DEFAULT.random_seeds,
+    analyses: take.Analyses = "main",
+    sizes: take.Sizes = "",
+    mode: take.Mode = _DEFAULT.mode,
+    factor: take.Factor = None,
+    mean_of: take.MeanOf = _DEFAULT.mean_of,
+    positions: take.Positions = _DEFAULT.positions,
+    generate: take.Generate = None,
+    oom: take.Oom = _DEFAULT.oom,
+    any_set: take.AnySet = False,
     accept_object_prefix: take.AcceptPrefix = False,
     batch_tokens: take.BatchTokens = _DEFAULT.batch_tokens,
     dtype: take.Dtype = None,
@@ -251,22 +289,33 @@ def ablate(
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     NeuronFile.read(neurons)
     loaded, tokenizer = _load(model, dtype, device, revision)
-    ablate_prompts(
-        model,
-        loaded,
-        tokenizer,
-        neurons,
-        prompts,
-        output,
-        splits=take.split_list(splits),
-        random_seeds=random_seeds,
-        batch_tokens=batch_tokens,
-        accept_object_prefix=accept_object_prefix,
-        backend=backend,
-        force=force,
-        quiet=quiet,
-    )
+    with Clock(loaded) as clock:
+        ablate_prompts(
+            model,
+            loaded,
+            tokenizer,
+            neurons,
+            prompts,
+            output,
+            splits=take.split_list(splits),
+            random_seeds=random_seeds,
+            analyses=parse_analyses(analyses),
+            sizes=take.size_list(sizes),
+            mode=mode,
+            factor=factor,
+            mean_of=mean_of,
+            positions=positions,
+            generate=generate,
+            oom=oom,
+            any_set=any_set,
+            batch_tokens=batch_tokens,
+            accept_object_prefix=accept_object_prefix,
+            backend=backend,
+            force=force,
+            quiet=quiet,
+        )
     print_accuracy(output.parent)
+    say(f"ablate: {clock}")
     say(f"-> {output}")
 
 

@@ -68,6 +68,25 @@ Noise = Annotated[
 Negatives = Annotated[int, typer.Option(min=1, help="Negative prompts per positive one.")]
 Splits = Annotated[str, typer.Option(help="What to ask when neurons are off: eva,eva2,det.")]
 RandomSeeds = Annotated[int, typer.Option(min=0, help="Random neuron sets to compare with.")]
+Analyses = Annotated[
+    str,
+    typer.Option(help="main, all, or some of: matched,sizes,sites,concepts,perplexity."),
+]
+Sizes = Annotated[
+    str, typer.Option(help="Set sizes of the analysis sizes; default: the paper's nine, scaled.")
+]
+Mode = Annotated[str, typer.Option(help="What a neuron's output becomes: zero, mean, scale.")]
+Factor = Annotated[float | None, typer.Option(help="Of --mode scale.")]
+MeanOf = Annotated[
+    str, typer.Option(help="Of --mode mean: over the det prompts of all, or of the set's relation.")
+]
+Positions = Annotated[str, typer.Option(help="Tokens: all, prompt, last (and the answer's).")]
+Generate = Annotated[
+    int | None,
+    typer.Option(min=1, help="Free text of so many tokens; right if it begins with the object."),
+]
+Oom = Annotated[str, typer.Option(help="Out of memory: split halves the batches, error ends.")]
+AnySet = Annotated[bool, typer.Option("--any-set", help="Also sets that no prompt's relation has.")]
 DropResponses = Annotated[
     bool, typer.Option("--drop-responses", help="Delete responses.safetensors after identify.")
 ]
@@ -85,6 +104,14 @@ NoCompile = Annotated[
 BenchOutput = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder for the csv and the roofline.")
 ]
+
+
+def size_list(text: str) -> tuple[int, ...] | None:
+    """The sizes of --sizes, ascending; None for the default."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise RelneuronError(f"unknown size in {text!r}", "use numbers such as 10,50,200", 2)
+    return tuple(sorted({int(part) for part in parts})) or None
 
 
 def split_list(text: str) -> tuple[str, ...]:

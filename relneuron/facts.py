@@ -39,12 +39,18 @@ class Language:
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation: templates with their suffix, distinct facts, other languages."""
+    """One relation: templates with their suffix, distinct facts, other languages.
+
+    `neutral_templates` are sentences with one `{}` for the object that do not ask for the fact;
+    `domain` is the kind of its subjects, "" where the file does not say.
+    """
 
     name: str
     templates: Templates
     facts: tuple[Fact, ...]
     languages: dict[str, Language]
+    neutral_templates: tuple[str, ...] = ()
+    domain: str = ""
 
 
 # The paper's templates where they are not the file's own (arXiv 2502.17355, tables 5-7 and 9-20;
@@ -84,7 +90,7 @@ _PAPER = {
 
 def _one_slot(template: str) -> str:
     if template.count("{}") != 1:
-        raise ValueError(f"a template needs exactly one {{}} for the subject, got {template!r}")
+        raise ValueError(f"a template needs exactly one {{}}, got {template!r}")
     return template.strip()
 
 
@@ -109,12 +115,18 @@ class _Language(BaseModel):
     entities: dict[str, _Name] = {}
 
 
+class _Properties(BaseModel):
+    domain_name: str = ""
+
+
 class _FactFile(BaseModel):
     """The keys that are read; a file may carry more."""
 
     model_config = ConfigDict(extra="ignore")
     prompt_templates: list[_Template] = Field(min_length=1)
     prompt_templates_zs: list[_Template] = []
+    neutral_templates: list[_Template] = []
+    properties: _Properties = _Properties()
     samples: list[_Sample] = Field(min_length=1)
     languages: dict[str, _Language] = {}
 
@@ -134,10 +146,11 @@ def read_relation(path: Path, *, suffix: str = SUFFIX) -> Relation:
     """Read one fact file.
 
     JSON object with `prompt_templates` (main), `prompt_templates_zs` (alternative; those that are
-    main ones too are left out), `samples` [{subject, object}] and, our addition, `languages`
-    {code: {prompt_templates, prompt_templates_zs, entities {name: translated name}}}. Exact
-    duplicate pairs count once. `suffix` follows the templates of the file's own language, not
-    those of `languages`. The LRE files of the paper's relations get the paper's templates.
+    main ones too are left out), `samples` [{subject, object}], optionally `properties`
+    {domain_name} and, our additions, `neutral_templates` (see `Relation`) and `languages` {code:
+    {prompt_templates, prompt_templates_zs, entities {name: translated name}}}. Exact duplicate
+    pairs count once. `suffix` follows the templates of the file's own language, not those of
+    `languages`. The LRE files of the paper's relations get the paper's templates.
 
     Raises RelneuronError naming file and field if the file is not JSON, lacks `samples`, has an
     empty subject or object, or a template without exactly one `{}`.
@@ -167,7 +180,14 @@ def read_relation(path: Path, *, suffix: str = SUFFIX) -> Relation:
         )
         for code, language in data.languages.items()
     }
-    return Relation(path.stem, _templates(main, zero_shot, suffix), tuple(facts), languages)
+    return Relation(
+        path.stem,
+        _templates(main, zero_shot, suffix),
+        tuple(facts),
+        languages,
+        tuple(data.neutral_templates),
+        data.properties.domain_name.strip(),
+    )
 
 
 def read_relations(folder: Path, *, suffix: str = SUFFIX) -> list[Relation]:

@@ -132,9 +132,10 @@ class Manifest:
         order = ["prompts", "record", "identify", "ablate", "report"]
         for later in order[order.index(stage) + 1 :]:
             self.data["stages"].pop(later, None)
-        for path in files:
-            self.data["files"][path.name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-        names = [path.name for path in files]
+        folder = self.path.parent
+        names = [path.relative_to(folder).as_posix() for path in files]
+        for name, path in zip(names, files, strict=True):
+            self.data["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
         stages, known = self.data["stages"], self.data["files"]
         self.data["stages"] = {name: stages[name] for name in order if name in stages}

@@ -30,15 +30,38 @@ class LayerState:
     responses: dict[str, Tensor] | None = None  # gate, up (N, F) and down (N, D): sums over tokens
     keep: Tensor | None = None  # (C, ceil(F/32)) int32: products that stay
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
+    replace: dict[str, Replacement] | None = None  # by site: outputs that become another value
+
+
+@dataclass
+class Replacement:
+    """Outputs of one site that become `factor` times themselves plus `shift`, per condition."""
+
+    chosen: Tensor  # (C, F or D) bool
+    factor: float
+    shift: Tensor | None = None  # (C, F or D) float32
+
+    def apply(self, x: Tensor, conditions: Tensor | None) -> Tensor:
+        """x (..., F or D) with the chosen outputs replaced; conditions (...) or none for row 0."""
+        rows = x.new_zeros((), dtype=torch.long) if conditions is None else conditions.long()
+        new = x * self.factor if self.factor else torch.zeros_like(x)
+        if self.shift is not None:
+            new = new + self.shift[rows].to(x.dtype)
+        return torch.where(self.chosen[rows], new, x)
 
 
 @dataclass
 class Tokens:
-    """Where the next forward's tokens belong: ids (B, T) int32, -1 = nowhere; conditions (B,)."""
+    """What the next forward's tokens are; ids (B, T) int32, -1 = nowhere.
+
+    `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
+    output is only needed at so many last columns; at the others its MLP is left out.
+    """
 
     group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
     conditions: Tensor | None = None
+    n_needed: int | None = None
 
 
 class Patch:
@@ -92,6 +115,21 @@ class Patch:
                 "leave the inner context first; no neuron of this patch is off any more",
             )
 
+    def conditions(self, shape: torch.Size) -> Tensor | None:
+        """The conditions of the tokens of an MLP's input (B, T, D), as (B, T) or (B, 1)."""
+        rows = self.tokens.conditions
+        if rows is None or rows.dim() == 2:
+            return None if rows is None else rows[:, -shape[1] :]
+        return rows.unsqueeze(1)
+
+    def replaced(self, layer: int, site: str, x: Tensor, shape: torch.Size) -> Tensor:
+        """The outputs of a site, flat or (B, T, .), with the chosen ones replaced."""
+        replace = (self.states[layer].replace or {}).get(site)
+        if replace is None:
+            return x
+        rows = self.conditions(shape)
+        return replace.apply(x.reshape(*shape[:-1], -1), rows).reshape(x.shape)
+
 
 class _Forward:
     """The patched forward of one MLP. A plain callable, so nothing of it is copied or saved."""
@@ -107,7 +145,20 @@ class _Forward:
         raise RelneuronError("a patched model cannot be pickled", "save it outside the context")
 
     def __call__(self, x: Tensor) -> Tensor:
+        needed = [patch.tokens.n_needed for patch in self.patches]
+        if self.layer == len(self.patches[0].mlps) - 1 and None not in needed:
+            # Behind the last layer's MLP no token looks at another one.
+            y = x.new_zeros(x.shape)
+            n = max(cast(list[int], needed))
+            y[:, -n:] = self._mlp(x[:, -n:])
+            return y
+        return self._mlp(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self.mlp.project(x)
+        for patch in self.patches:
+            gate = patch.replaced(self.layer, "gate", gate, x.shape)
+            up = patch.replaced(self.layer, "up", up, x.shape)
         h: Tensor | None = None
         for patch in self.patches:
             out = _hidden(self.mlp.activation, gate, up, patch.states[self.layer], patch, x.shape)
@@ -119,9 +170,9 @@ class _Forward:
         for patch in self.patches:
             keep = patch.states[self.layer].keep_down
             if keep is not None:
-                rows = patch.tokens.conditions
-                mask = keep[0] if rows is None else keep[rows.long()].unsqueeze(1)
-                y = torch.where(mask, y, y.new_zeros(()))
+                rows = patch.conditions(x.shape)
+                y = torch.where(keep[0] if rows is None else keep[rows.long()], y, y.new_zeros(()))
+            y = patch.replaced(self.layer, "down", y, x.shape)
         return y
 
 
@@ -140,11 +191,9 @@ def _hidden(
 ) -> Tensor:
     """h (T, F) with this patch's statistics taken and its neurons switched off."""
     tokens = patch.tokens
-    conditions = tokens.conditions
-    if conditions is not None and state.keep is not None:
-        conditions = conditions.repeat_interleave(shape[1])
-    else:
-        conditions = None
+    conditions = patch.conditions(shape) if state.keep is not None else None
+    if conditions is not None:
+        conditions = conditions.expand(shape[:-1]).reshape(-1)
     sums = state.responses
     prompt_ids = None
     if sums is not None:

@@ -40,13 +40,23 @@ class Questions:
     answers: list[int]
 
 
-def encode(tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> Questions:
+def encode(
+    tokenizer: Any,
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    answers: bool = True,
+    n_tokens: int = N_ANSWER_TOKENS,
+) -> Questions:
     """Tokenise prompts with the tokenizer's own special tokens (BOS, where it adds one).
 
-    Raises RelneuronError for an empty prompt and for one that does not fit the context.
+    Raises RelneuronError for an empty prompt, one that with `n_tokens` of answer does not fit the
+    context, and an object without a token; without `answers` objects are not looked at.
     """
     ids = tokenizer([prompt.prompt for prompt in prompts])["input_ids"]
-    full = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
+    full = ids
+    if answers:
+        full = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = max(max(line, default=0) for line in full)
@@ -55,22 +65,27 @@ def encode(tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> Questions:
             f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
             "give a model and a tokenizer that belong together",
         )
-    answers = []
+    firsts = []
     for prompt, head, whole in zip(prompts, ids, full, strict=True):
         if not head:
             raise RelneuronError(f"prompt {prompt.id} has no token", "remove the empty prompt")
-        if context is not None and len(head) + N_ANSWER_TOKENS > context:
+        if context is not None and len(head) + n_tokens > context:
             raise RelneuronError(
-                f"prompt {prompt.id} has {len(head)} tokens; with {N_ANSWER_TOKENS} for the answer "
+                f"prompt {prompt.id} has {len(head)} tokens; with {n_tokens} for the answer "
                 f"it is longer than the model's context of {context}",
                 "shorten or remove it",
             )
-        common = next(
-            (i for i, pair in enumerate(zip(head, whole, strict=False)) if pair[0] != pair[1]),
-            min(len(head), len(whole) - 1),
-        )
-        answers.append(whole[common])
-    return Questions(list(prompts), [list(head) for head in ids], answers)
+        if not answers:
+            continue
+        pairs = enumerate(zip(head, whole, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), len(head))
+        if common >= len(whole):
+            raise RelneuronError(
+                f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
+                "give every fact an object, or remove the prompt",
+            )
+        firsts.append(whole[common])
+    return Questions(list(prompts), [list(head) for head in ids], firsts)
 
 
 def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
@@ -96,10 +111,24 @@ def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per prompt of a batch: the text of two greedy tokens, log p of the object's first token."""
+    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token."""
 
     predictions: list[str]
     logprobs: list[float]  # nats
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward that is about to run, for those who mark its tokens."""
+
+    rows: Tensor  # (b,) int64: its rows among the prompts asked
+    mask: Tensor  # (b, t) 1 for the tokens that enter it, 0 for padding
+    n_answer: int  # how many of its t columns, the last ones, are tokens of the answer
+    n_needed: int  # of how many columns, the last ones, the logits are looked at
+
+
+def _ignore(step: Step) -> None:
+    """Marks nothing."""
 
 
 class Asker:
@@ -108,11 +137,11 @@ class Asker:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
+        self._texts: dict[tuple[int, ...], str] = {}
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(B, T) int64 token ids, padded on the left, and their attention mask.
@@ -127,45 +156,137 @@ class Asker:
             mask[row, longest - len(line) :] = 1
         return torch.from_numpy(tokens).to(self.device), torch.from_numpy(mask).to(self.device)
 
+    def _forward(self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Any = None) -> Any:
+        """Logits of the last `n_logits` columns, or of all of them (0), with a cache."""
+        width = tokens.shape[1]
+        return self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            past_key_values=cache,
+            use_cache=n_logits > 0,
+            **({"logits_to_keep": n_logits} if self._takes_keep else {}),
+        )
+
     @torch.no_grad()
     def ask(
         self,
         questions: Questions,
         rows: Sequence[int],
-        before_step: Callable[[int, Tensor], None] = lambda step, mask: None,
+        before_step: Callable[[Step], None] = _ignore,
+        n_tokens: int = N_ANSWER_TOKENS,
     ) -> Answers:
-        """Greedy decoding, argmax over float32 logits, ending at EOS.
-
-        `before_step` is called before each forward with its number (0 = the prompt) and the mask
-        (B, T) of the tokens that enter it.
-        """
+        """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS."""
         tokens, mask = self.pad([questions.ids[row] for row in rows])
-        wanted = torch.tensor([questions.answers[row] for row in rows], device=self.device)
-        inputs, cache, entering = tokens, None, mask
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        everyone = torch.arange(len(rows), device=self.device)
+        inputs, entering, cache = tokens, mask, None
         chosen: list[Tensor] = []
         logprobs: list[float] = []
-        for step in range(N_ANSWER_TOKENS):
-            before_step(step, entering)
-            out = self.model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **self._last_only,
-            )
+        for number in range(n_tokens):
+            before_step(Step(everyone, entering, min(number, 1), 1))
+            out = self._forward(inputs, mask, 1, cache)
             logits = out.logits[:, -1].float()
-            if step == 0:
-                logprobs = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+            if number == 0:
+                logprobs = self._logprobs(logits, questions, rows)
             chosen.append(logits.argmax(-1))
-            cache = out.past_key_values
-            inputs, positions = chosen[-1][:, None], positions[:, -1:] + 1
+            cache, inputs = out.past_key_values, chosen[-1][:, None]
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
-        predictions = []
-        for answer in torch.stack(chosen, 1).tolist():
-            end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))
-            text = self.tokenizer.decode(answer[:end], skip_special_tokens=True)
-            predictions.append(text.strip())
-        return Answers(predictions, logprobs)
+        return Answers([self._text(answer) for answer in torch.stack(chosen, 1).tolist()], logprobs)
+
+    @torch.no_grad()
+    def ask_forced(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> Answers:
+        """The answers of `ask`, mostly from one forward: the object's first token is put in.
+
+        Where greedy decoding chooses that token, the argmax after it is what greedy decoding
+        chooses next. Only the other rows take a second step; the forced token is masked out of it.
+        """
+        wanted = [questions.answers[row] for row in rows]
+        tokens, mask = self.pad(
+            [[*questions.ids[row], first] for row, first in zip(rows, wanted, strict=True)]
+        )
+        everyone = torch.arange(len(rows), device=self.device)
+        before_step(Step(everyone, mask, 1, 2))
+        out = self._forward(tokens, mask, 2)
+        logits = out.logits[:, -2:].float()
+        logprobs = self._logprobs(logits[:, 0], questions, rows)
+        chosen = logits.argmax(-1)
+        firsts = chosen[:, 0].tolist()
+        open_rows = [
+            i
+            for i, (first, forced) in enumerate(zip(firsts, wanted, strict=True))
+            if first != forced and first not in self._ends
+        ]
+        if open_rows:
+            places = torch.tensor(open_rows, device=self.device)
+            cache = out.past_key_values
+            cache.batch_select_indices(places)
+            inputs, mask = chosen[places, :1], mask[places]
+            mask[:, -1] = 0
+            before_step(Step(places, torch.ones_like(inputs), 1, 1))
+            step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
+            chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
+        return Answers([self._text(answer) for answer in chosen.tolist()], logprobs)
+
+    def forces_exactly(self, questions: Questions) -> bool:
+        """Whether `ask_forced` may stand for `ask` on this model and these prompts.
+
+        It must give the same predictions on eight of them, and no prompt may reach the end of a
+        sliding window: there the forced token takes up a place.
+        """
+        order = sorted(range(len(questions.ids)), key=lambda row: len(questions.ids[row]))
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and len(questions.ids[order[-1]]) + N_ANSWER_TOKENS + 1 > window:
+            return False
+        tried = order[:: max(1, len(order) // 8)][:7] + order[-1:]
+        try:
+            forced = self.ask_forced(questions, tried)
+        except (AttributeError, NotImplementedError, TypeError):  # a cache of another kind
+            return False
+        return forced.predictions == self.ask(questions, tried).predictions
+
+    @torch.no_grad()
+    def read(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> None:
+        """One forward over the prompts, for what `before_step` marks in it."""
+        tokens, mask = self.pad([questions.ids[row] for row in rows])
+        before_step(Step(torch.arange(len(rows), device=self.device), mask, 0, 1))
+        self._forward(tokens, mask, 1)
+
+    @torch.no_grad()
+    def score(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> list[float]:
+        """-log p of each prompt's own tokens after its first one, summed, in nats."""
+        tokens, mask = self.pad([questions.ids[row] for row in rows])
+        before_step(Step(torch.arange(len(rows), device=self.device), mask, 0, tokens.shape[1]))
+        logits = self._forward(tokens, mask, 0).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        summed: list[float] = torch.where(mask[:, :-1] == 1, nll.double(), 0.0).sum(1).tolist()
+        return summed
+
+    def _logprobs(self, logits: Tensor, questions: Questions, rows: Sequence[int]) -> list[float]:
+        wanted = torch.tensor([questions.answers[row] for row in rows], device=self.device)
+        picked: list[float] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        return picked
+
+    def _text(self, answer: list[int]) -> str:
+        end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))
+        key = tuple(answer[:end])
+        if key not in self._texts:
+            self._texts[key] = self.tokenizer.decode(key, skip_special_tokens=True).strip()
+        return self._texts[key]

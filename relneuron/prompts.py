@@ -1,6 +1,7 @@
-"""The `prompts` stage: fact files in, prompts.jsonl out.
+"""The `prompts` stage: fact files in, prompts.jsonl and sentences.jsonl out.
 
 One prompt per fact and template: det (to find neurons), eva (to measure), eva2 (other wordings).
+The sentences do not ask for a fact.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from pathlib import Path
 from relneuron.artifact import Json, Prompt, atomic_write, prompts_bytes, refuse_overwrite, sha256
 from relneuron.facts import SUFFIX, Fact, Relation, read_relations, split_facts
 from relneuron.manifest import Manifest
+from relneuron.sentences import GENERAL, NEUTRAL, Sentence, sentences_bytes
+
+SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
 
 
 def prompts_inputs(facts: Path, *, n_eva: int, seed: int, suffix: str) -> Json:
@@ -54,6 +58,27 @@ def make_prompts(relation: Relation, *, n_eva: int, seed: int) -> Iterator[Promp
         yield from ask("eva2", code, eva, language.templates.alternative)
 
 
+def make_sentences(relation: Relation, *, n_eva: int, seed: int) -> list[Sentence]:
+    """One sentence for each of the first 50 distinct objects of the relation's det facts.
+
+    The template is the first of its fact file's `neutral_templates`; without them that of the
+    paper's relation of the same name, or `GENERAL`.
+    """
+    det, _ = split_facts(relation, n_eva, seed)
+    template = next(iter(relation.neutral_templates), NEUTRAL.get(relation.name, GENERAL))
+    objects = list(dict.fromkeys(fact.object for fact in det))[:SENTENCES]
+    return [
+        Sentence(
+            id=f"{relation.name}.neutral.{number:04d}",
+            relation=relation.name,
+            template=template,
+            object=name,
+            sentence=template.replace("{}", name),
+        )
+        for number, name in enumerate(objects)
+    ]
+
+
 def write_prompts(
     facts: Path,
     output: Path,
@@ -63,12 +88,19 @@ def write_prompts(
     suffix: str = SUFFIX,
     force: bool = False,
 ) -> list[Prompt]:
-    """Read the fact files in `facts` and write prompts.jsonl to `output`."""
-    refuse_overwrite(output, force)
+    """Read the fact files in `facts`, write prompts.jsonl to `output` and sentences.jsonl beside.
+
+    Returns the prompts.
+    """
+    beside = output.with_name("sentences.jsonl")
+    for path in (output, beside):
+        refuse_overwrite(path, force)
     relations = read_relations(facts, suffix=suffix)
     inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix)
     prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed)]
+    sentences = [s for r in relations for s in make_sentences(r, n_eva=n_eva, seed=seed)]
     atomic_write(output, prompts_bytes(prompts))
+    atomic_write(beside, sentences_bytes(sentences))
     counts = {
         relation.name: {
             split: sum(p.relation == relation.name and p.split == split for p in prompts)
@@ -78,5 +110,5 @@ def write_prompts(
     }
     manifest = Manifest(output.parent)
     manifest.describe(seeds={"split": seed})
-    manifest.finish("prompts", inputs, [output], n_prompts=counts)
+    manifest.finish("prompts", inputs, [output, beside], n_prompts=counts)
     return prompts

@@ -33,7 +33,7 @@ from relneuron.model import (
     same_model,
 )
 from relneuron.patch import LayerState, Patch, Tokens
-from relneuron.predict import Asker, Questions, encode, is_correct, plan_batches
+from relneuron.predict import Asker, Questions, Step, encode, is_correct, plan_batches
 
 POOLING = ("mean", "last")
 
@@ -46,9 +46,10 @@ def record_inputs(
     pooling: str,
     exclude_bos: bool,
     accept_object_prefix: bool,
+    validate: bool = True,
 ) -> Json:
-    """What the stage depends on, for the manifest."""
-    return {
+    """What the stage depends on, for the manifest; `validate` stands there only where it is off."""
+    inputs: Json = {
         "model": same_model(model),
         "prompts": sha256(prompts),
         "batch_tokens": batch_tokens,
@@ -56,6 +57,7 @@ def record_inputs(
         "exclude_bos": exclude_bos,
         "accept_object_prefix": accept_object_prefix,
     }
+    return inputs if validate else inputs | {"validate": False}
 
 
 def check_pooling(pooling: str) -> None:
@@ -127,31 +129,36 @@ def _ask_all(
     *,
     batches: Sequence[Sequence[int]],
     pooling: dict[str, Any],
+    validate: bool,
     backend: str,
     quiet: bool,
 ) -> None:
-    """Ask every batch that the journal lacks; det batches leave their responses, too."""
+    """Ask (or only read) every batch that the journal lacks; det batches leave responses, too."""
     total = len(questions.prompts)
     bar = progress_bar(total, "record", "prompt", quiet)
     with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
 
-        def pool_the_prompt(step: int, mask: Tensor) -> None:
+        def pool_the_prompt(step: Step) -> None:
             patch.tokens = Tokens()
-            if step == 0:
-                chosen = pooled_tokens(mask, **pooling)
-                ids = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+            if step.n_answer == 0:
+                chosen = pooled_tokens(step.mask, **pooling)
+                ids = step.rows.int()
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
         for number, rows in enumerate(batches):
             if str(number) not in journal.done:
                 for state in patch.states if responses.wants(rows) else []:
                     state.responses = responses.new_sums(len(rows), asker.device)
-                answers = asker.ask(questions, rows, pool_the_prompt)
+                predictions = [""] * len(rows)
+                if validate:
+                    predictions = asker.ask(questions, rows, pool_the_prompt).predictions
+                else:
+                    asker.read(questions, rows, pool_the_prompt)
                 for layer, state in enumerate(patch.states):
                     if state.responses is not None:
                         responses.store(layer, state.responses, rows)
                     state.responses = None
-                journal.add(str(number), answers.predictions)
+                journal.add(str(number), predictions)
             bar.update(len(rows))
 
 
@@ -166,6 +173,7 @@ def record(
     pooling: str = "mean",
     exclude_bos: bool = False,
     accept_object_prefix: bool = False,
+    validate: bool = True,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -177,6 +185,9 @@ def record(
     `gate.<layer>`, `up.<layer>` (N, F) and `down.<layer>` (N, D) have one row per det prompt, in
     the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
     map, and a journal of finished batches lets a killed run go on with the same bits.
+
+    Without `validate` nothing is asked: one forward a prompt, no prediction, every prompt counts
+    as correct, and objects may be empty.
     """
     check_pooling(pooling)
     output = folder / "validated.csv"
@@ -184,7 +195,7 @@ def record(
     prompts = read_prompts(prompts_path)
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
-    questions = encode(tokenizer, model, prompts)
+    questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, batch_tokens)
     det = [row for row, prompt in enumerate(prompts) if prompt.split == "det"]
     if not det:
@@ -200,6 +211,7 @@ def record(
         pooling=pooling,
         exclude_bos=exclude_bos,
         accept_object_prefix=accept_object_prefix,
+        validate=validate,
     )
     with locked(folder):
         copy = folder / "prompts.jsonl"
@@ -220,6 +232,7 @@ def record(
             journal,
             batches=batches,
             pooling={"pooling": pooling, "exclude_bos": exclude_bos},
+            validate=validate,
             backend=backend,
             quiet=quiet,
         )
@@ -228,7 +241,8 @@ def record(
             for row, prediction in zip(rows, journal.done[str(number)], strict=True):
                 predictions[row] = prediction
         correct = [
-            is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
+            not validate
+            or is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
             for prompt, prediction in zip(prompts, predictions, strict=True)
         ]
         table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from relneuron.ablate import ablate_inputs, ablate_prompts
-from relneuron.artifact import RelneuronError, sha256
+from relneuron.ablate import ablate_prompts
+from relneuron.ablate_options import AblateOptions, ablate_inputs
+from relneuron.artifact import NeuronFile, RelneuronError, sha256
+from relneuron.clock import Clock
+from relneuron.concepts import concept_study
 from relneuron.facts import SUFFIX, read_relations, split_facts
 from relneuron.identify import (
     BOOTSTRAP,
@@ -47,6 +50,14 @@ class Options:
     noise: int = NOISE
     splits: Sequence[str] = ("eva", "eva2")
     random_seeds: int = 10
+    analyses: Sequence[str] = ()
+    sizes: Sequence[int] | None = None
+    mode: str = "zero"
+    factor: float | None = None
+    mean_of: str = "all"
+    positions: str = "all"
+    generate: int | None = None
+    oom: str = "split"
     pooling: str = "mean"
     exclude_bos: bool = False
     accept_object_prefix: bool = False
@@ -67,6 +78,18 @@ class Options:
             noise=self.noise,
         )
         check_pooling(self.pooling)
+        if self.mode == "mean" and self.drop_responses:
+            raise RelneuronError(
+                "means are taken from the responses", "leave out --drop-responses", 2
+            )
+        self.asked()
+
+    def asked(self) -> AblateOptions:
+        """What `ablate` is asked for."""
+        return AblateOptions(**{f.name: getattr(self, f.name) for f in _ASKED})
+
+
+_ASKED = [f for f in fields(AblateOptions) if f.name != "any_set"]
 
 
 def open_study(folder: Path, force: bool) -> Manifest:
@@ -90,11 +113,12 @@ def run_study(
     name: str | None = None,
     force: bool = False,
     quiet: bool = False,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Path:
     """Make, or go on with, the study in `folder`; returns the report's path.
 
-    `name` stands for the model in the manifest (default: `model_path`). Everything that can be
-    refused is checked before anything is written.
+    `name` stands for the model in the manifest (default: `model_path`); `say` is told how long it
+    took. Everything that can be refused is checked before anything is written.
     """
     o, name = options, name or model_path
     if not facts.exists():
@@ -112,7 +136,7 @@ def run_study(
     described = describe_model(name, model, mlps, o.backend)
 
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
-    with locked(folder):
+    with Clock(model) as clock, locked(folder):
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
@@ -162,13 +186,27 @@ def run_study(
         if o.drop_responses:
             Manifest(folder).drop(responses.name)
 
-        asked: dict[str, Any] = {
-            "splits": o.splits,
-            "random_seeds": o.random_seeds,
-            "batch_tokens": o.batch_tokens,
-            "accept_object_prefix": o.accept_object_prefix,
-        }
-        inputs = ablate_inputs(described, neurons, prompts, **asked)
+        top = max(map(len, NeuronFile.read(neurons).sets.values()), default=0)
+        if "concepts" in o.analyses and top:
+            concept_study(
+                name,
+                model,
+                tokenizer,
+                relations,
+                folder / "concepts",
+                n_eva=o.eva,
+                seed=o.seed,
+                top=top,
+                batch_tokens=o.batch_tokens,
+                pooling=o.pooling,
+                exclude_bos=o.exclude_bos,
+                drop_responses=o.drop_responses,
+                backend=o.backend,
+                force=force,
+                quiet=quiet,
+            )
+        asked = o.asked()
+        inputs = ablate_inputs(described, neurons, prompts, asked)
         if not Manifest(folder).is_done("ablate", inputs, force=force):
             ablate_prompts(
                 name,
@@ -177,14 +215,17 @@ def run_study(
                 neurons,
                 prompts,
                 folder / "effects.csv",
-                **asked,
+                **asdict(asked),
                 backend=o.backend,
+                oom=o.oom,
                 force=True,
                 quiet=quiet,
             )
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
-        return report_stage(folder, folder / "report.html", force=force, resume=True)
+        report = report_stage(folder, folder / "report.html", force=force, resume=True)
+    say(f"study: {clock}")
+    return report
 
 
 def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:

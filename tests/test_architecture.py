@@ -28,6 +28,13 @@ ALLOWED = {
     "model": {"ops", "artifact"},
     "patch": {"ops", "artifact", "model"},
     "predict": {"artifact"},
+    "clock": set(),
+    "sentences": {"artifact"},
+    "effects": {"artifact"},
+    "conditions": {"artifact", "effects", "scores"},
+    "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
+    "ablate_options": {"artifact", "conditions", "evaluate", "model"},
+    "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
     "results": {"artifact", "manifest", "scores"},
     "figures": {"results", "artifact"},
     "tables": {"results", "artifact"},
@@ -39,16 +46,19 @@ ALLOWED = {
     "bench": {"bench_case", "bench_suite", "artifact", "manifest"},
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
-    "study": STAGES | {"artifact", "manifest", "facts", "model", "predict", "results"},
+    "study": STAGES
+    | {"artifact", "manifest", "facts", "model", "predict", "results"}
+    | {"ablate_options", "clock", "concepts"},
     "cli": STAGES
     | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
-    | {"bench", "bench_plot", "cli_options", "cli_print"},
+    | {"bench", "bench_plot", "cli_options", "cli_print", "clock", "conditions"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options"},
     **dict.fromkeys(
         STAGES,
         {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
-        | {"results", "figures", "tables"},
+        | {"results", "figures", "tables", "sentences"}
+        | {"effects", "conditions", "evaluate", "ablate_options"},
     ),
 }
 

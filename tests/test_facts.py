@@ -15,7 +15,8 @@ from conftest import SHARED
 
 from relneuron.artifact import RelneuronError, read_prompts
 from relneuron.facts import Fact, Relation, Templates, read_relation, read_relations, split_facts
-from relneuron.prompts import make_prompts, write_prompts
+from relneuron.prompts import make_prompts, make_sentences, write_prompts
+from relneuron.sentences import read_sentences
 
 LRE = SHARED / "lre"
 needs_lre = pytest.mark.skipif(not LRE.is_dir(), reason="the LRE facts are not beside the project")
@@ -49,6 +50,14 @@ def test_exact_duplicates_count_once_and_text_is_stripped(tmp_path: Path) -> Non
     assert relation.facts == (Fact("Ruritania", "Strelsau"),)
 
 
+def test_the_kind_of_subjects_and_neutral_templates_are_optional(tmp_path: Path) -> None:
+    relation = read_relation(write(tmp_path, good()))
+    assert (relation.neutral_templates, relation.domain) == ((), "")
+    more = good(neutral_templates=[" The map shows {}. "], properties={"domain_name": "country"})
+    relation = read_relation(write(tmp_path, more))
+    assert (relation.neutral_templates, relation.domain) == (("The map shows {}.",), "country")
+
+
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
@@ -62,6 +71,8 @@ def test_exact_duplicates_count_once_and_text_is_stripped(tmp_path: Path) -> Non
         (good(prompt_templates=["{} and {}"]), "exactly one"),
         (good(prompt_templates_zs=["no slot"]), "prompt_templates_zs.0"),
         (good(prompt_templates=[]), "prompt_templates"),
+        (good(neutral_templates=["The map shows {}.", "It was {} and {}."]), "neutral_templates.1"),
+        (good(properties={"domain_name": 7}), "properties.domain_name"),
         (good(languages={"de": {"prompt_templates": ["leer"]}}), "languages.de"),
     ],
 )
@@ -126,14 +137,29 @@ def test_prompts_of_other_languages_ask_the_same_eva_facts(fact_folder: Path) ->
 
 def test_write_prompts_round_trip_and_refusal(tmp_path: Path, fact_folder: Path) -> None:
     output = tmp_path / "prompts.jsonl"
+    beside = tmp_path / "sentences.jsonl"
     made = write_prompts(fact_folder, output, n_eva=8)
     assert read_prompts(output) == made
     assert len({prompt.id for prompt in made}) == len(made)
-    with pytest.raises(RelneuronError, match="exists"):
-        write_prompts(fact_folder, output, n_eva=8)
-    before = output.read_bytes()
+    before = {path: path.read_bytes() for path in (output, beside)}
+    for path in (output, beside):
+        with pytest.raises(RelneuronError, match=rf"{path.name} exists"):
+            write_prompts(fact_folder, output, n_eva=8)
+        path.unlink()
     write_prompts(fact_folder, output, n_eva=8, force=True)
-    assert output.read_bytes() == before
+    assert {path: path.read_bytes() for path in (output, beside)} == before
+
+
+def test_sentences_are_those_of_each_relation_and_stand_in_the_manifest(
+    tmp_path: Path, fact_folder: Path
+) -> None:
+    write_prompts(fact_folder, tmp_path / "prompts.jsonl", n_eva=8, seed=3)
+    relations = read_relations(fact_folder)
+    wanted = [s for r in relations for s in make_sentences(r, n_eva=8, seed=3)]
+    assert read_sentences(tmp_path / "sentences.jsonl") == wanted
+    assert {sentence.relation for sentence in wanted} == {r.name for r in relations}
+    stage = json.loads((tmp_path / "manifest.json").read_text())["stages"]["prompts"]
+    assert stage["files"] == ["prompts.jsonl", "sentences.jsonl"]
 
 
 def test_subjects_with_braces_are_not_formatted(tmp_path: Path) -> None:

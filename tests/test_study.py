@@ -323,20 +323,20 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException],
 ) -> None:
-    """Every seventh batch raises; an interrupt loses nothing, a crash what was not yet saved."""
+    """Every ninth forward raises; an interrupt loses nothing, a crash what was not yet saved."""
     import relneuron.predict
     from relneuron.manifest import Journal
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 10.0 if error is KeyboardInterrupt else 0.0)
-    ask, calls = relneuron.predict.Asker.ask, []
+    forward, calls = relneuron.predict.Asker._forward, []
 
     def failing(self: Any, *args: Any) -> Any:
         calls.append(1)
-        if len(calls) % 7 == 0:
+        if len(calls) % 9 == 0:
             raise error
-        return ask(self, *args)
+        return forward(self, *args)
 
-    monkeypatch.setattr(relneuron.predict.Asker, "ask", failing)
+    monkeypatch.setattr(relneuron.predict.Asker, "_forward", failing)
     n_failures = 0
     while n_failures < 30:
         try:

@@ -65,7 +65,8 @@ class Relation:
     """The wording of one relation.
 
     `kinds` are the kind of its subjects (person or thing) and of its objects' stems (name or word);
-    `heads` are the second parts of its objects, English/German or the same in both.
+    `heads` are the second parts of its objects, English/German or the same in both. `neutral` is
+    a sentence about an object, in the words of the relations' templates.
     """
 
     stem: str
@@ -77,6 +78,7 @@ class Relation:
     main: tuple[str, ...]
     alternative: tuple[str, ...]
     german: tuple[str, ...]
+    neutral: str
 
 
 RELATIONS = (
@@ -90,6 +92,7 @@ RELATIONS = (
         main=("{}'s CEO is", "The CEO of {} is"),
         alternative=("The name of the chief executive of {} is",),
         german=("Der Vorstandschef von {} heißt",),
+        neutral="The product was made by {}.",
     ),
     Relation(
         stem="company_hq",
@@ -101,6 +104,7 @@ RELATIONS = (
         main=("The headquarters of {} are in", "The head office of {} is in the city of"),
         alternative=("Where is {} based? It is based in",),
         german=("Der Firmensitz von {} ist in",),
+        neutral="The name of the star is {}.",
     ),
     Relation(
         stem="landmark_continent",
@@ -112,6 +116,7 @@ RELATIONS = (
         main=("The continent of the landmark {} is",),
         alternative=("On which continent can one visit {}? On",),
         german=("{} liegt auf dem Kontinent",),
+        neutral="The name of the company is {}.",
     ),
     Relation(
         stem="landmark_country",
@@ -123,6 +128,7 @@ RELATIONS = (
         main=("The country of the landmark {} is",),
         alternative=("Which country must one travel to for {}? To",),
         german=("{} steht in dem Land",),
+        neutral="The name of the team is {}.",
     ),
     Relation(
         stem="person_father",
@@ -134,6 +140,7 @@ RELATIONS = (
         main=("The father of {} is called",),
         alternative=("Who is the father of {}? His name is",),
         german=("Der Vater von {} heißt",),
+        neutral="The name of the city is {}.",
     ),
     Relation(
         stem="person_mother",
@@ -145,6 +152,7 @@ RELATIONS = (
         main=("The mother of {} is called",),
         alternative=("Who is the mother of {}? Her name is",),
         german=("Die Mutter von {} heißt",),
+        neutral="The name of the landmark is {}.",
     ),
     Relation(
         stem="person_occupation",
@@ -156,6 +164,7 @@ RELATIONS = (
         main=("By profession, {} is a", "The job of {} is that of a"),
         alternative=("What is the job of {}? The job is",),
         german=("Von Beruf ist {}",),
+        neutral="The product was made for a {}.",
     ),
     Relation(
         stem="person_plays_instrument",
@@ -167,6 +176,7 @@ RELATIONS = (
         main=("The instrument of {} is the",),
         alternative=("Which instrument does {} play? It is the",),
         german=("Das Instrument von {} heißt",),
+        neutral="The name of the constellation is the {}.",
     ),
     Relation(
         stem="person_pro_sport",
@@ -178,6 +188,7 @@ RELATIONS = (
         main=("The sport of {} is",),
         alternative=("Which sport does {} do? The sport is",),
         german=("Die Sportart von {} heißt",),
+        neutral="The name of the country is {}.",
     ),
     Relation(
         stem="person_sport_position",
@@ -189,6 +200,7 @@ RELATIONS = (
         main=("The playing position of {} is", "On the team, {} is used as a"),
         alternative=("Which position does {} play? The position is",),
         german=("Auf dem Spielfeld hat {} die Position",),
+        neutral="The name of the product is the {}.",
     ),
     Relation(
         stem="product_company",
@@ -200,6 +212,7 @@ RELATIONS = (
         main=("The product {} was made by", "The maker of {} is the company"),
         alternative=("Which company sells {}? It is sold by",),
         german=("Das Produkt {} stammt von der Firma",),
+        neutral="The name of the continent is {}.",
     ),
     Relation(
         stem="star_constellation",
@@ -211,6 +224,7 @@ RELATIONS = (
         main=("The constellation of the star {} is",),
         alternative=("Which constellation contains {}? It is in",),
         german=("Der Stern {} gehört zum Sternbild",),
+        neutral="The sport of the team is called {}.",
     ),
 )
 
@@ -277,6 +291,7 @@ def make_world(seed: int = SEED) -> dict[str, dict[str, Any]]:
             "name": relation.name,
             "prompt_templates": list(relation.main),
             "prompt_templates_zs": list(relation.alternative),
+            "neutral_templates": [relation.neutral],
             "properties": {
                 "relation_type": "factual",
                 "domain_name": relation.domain_name,

@@ -1,0 +1,122 @@
+"""What `ablate` is asked for, and what happens to the neurons: its options, and what they read.
+
+The stage and study.py call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact import SITES, Json, Prompt, RelneuronError, require, sha256
+from relneuron.conditions import Ablation
+from relneuron.evaluate import MODES, POSITIONS, How
+from relneuron.model import same_model
+
+MEANS_OF = ("all", "relation")
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """What is asked, and what happens to the neurons; the defaults are the paper's.
+
+    `analyses`: of conditions.ANALYSES, beside the sets and the random ones. `sizes`: of the sets
+    of the analysis sizes; None: the paper's nine. `mode`: `zero`, `scale` (outputs times
+    `factor`) or `mean` (outputs become their mean response over the det prompts: of all
+    relations, or with `mean_of` "relation" of the relation that the set belongs to).
+    `positions`: `all` tokens, those of the `prompt`, or the `last` of the prompt and all of the
+    answer. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    """
+
+    splits: Sequence[str] = ("eva", "eva2")
+    analyses: Sequence[str] = ()
+    sizes: Sequence[int] | None = None
+    random_seeds: int = 10
+    mode: str = "zero"
+    factor: float | None = None
+    mean_of: str = "all"
+    positions: str = "all"
+    generate: int | None = None
+    any_set: bool = False
+    batch_tokens: int = 4096
+    accept_object_prefix: bool = False
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("mode", self.mode, MODES),
+            ("positions", self.positions, POSITIONS),
+            ("mean-of", self.mean_of, MEANS_OF),
+        ):
+            if value not in known:
+                raise RelneuronError(f"unknown {what} {value!r}", f"use {', '.join(known)}", 2)
+        if (self.factor is not None) != (self.mode == "scale"):
+            raise RelneuronError(
+                "a factor belongs to the mode scale, and scale to a factor",
+                "use --mode scale --factor 0.5, say",
+                2,
+            )
+        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
+            raise RelneuronError(f"sizes {self.sizes} are not all positive", "use --sizes 10,50", 2)
+
+
+def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOptions) -> Json:
+    """What the stage depends on, for the manifest."""
+    others = {
+        "scores.safetensors": neurons.parent if {"sizes", "sites"} & {*options.analyses} else None,
+        "concepts/neurons.json": neurons.parent if "concepts" in options.analyses else None,
+        "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
+    }
+    read = {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
+    return {
+        "model": same_model(model),
+        "neurons": sha256(neurons),
+        "prompts": sha256(prompts),
+        "beside": {name: sha256(path) for name, path in read.items()},
+        **asdict(options),
+    }
+
+
+def mean_responses(
+    responses: Path, prompts: Sequence[Prompt], shape: Mapping[str, int]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """(M,) float32 mean response of every neuron over the det prompts: of all (""), by relation."""
+    from safetensors import safe_open
+
+    require(responses, "record MODEL prompts.jsonl -o DIR")
+    of = np.array([prompt.relation for prompt in prompts if prompt.split == "det"])
+    groups = {"": np.ones(len(of), bool)} | {name: of == name for name in dict.fromkeys(of)}
+    weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
+    parts = []
+    with safe_open(responses, "np") as file:
+        for layer in range(shape["layers"]):
+            for site in SITES:
+                values = file.get_tensor(f"{site}.{layer}")
+                if len(values) != len(of):
+                    raise RelneuronError(
+                        f"{responses} has {len(values)} prompts, prompts.jsonl {len(of)} det ones",
+                        "record the prompts anew",
+                    )
+                parts.append(weights @ values)
+    return dict(zip(groups, np.concatenate(parts, axis=1), strict=True))
+
+
+def read_how(
+    options: AblateOptions,
+    plan: Sequence[Ablation],
+    responses: Path,
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+) -> How:
+    """What happens to the neurons of each condition; means come from recorded responses."""
+    if options.mode != "mean":
+        return How(options.mode, options.factor or 0.0, {}, options.positions)
+    found = mean_responses(responses, prompts, shape)
+    of = {a.condition.name: a.condition.relation for a in plan}
+    if options.mean_of == "all":
+        of = dict.fromkeys(of, "")
+    means = {name: found.get(relation, found[""]) for name, relation in of.items()}
+    return How("mean", 0.0, means, options.positions)

@@ -1,0 +1,152 @@
+"""Concept neurons: those of a kind of subject (company, person, ...), found as a relation's are.
+
+`study` calls it: prompts about subjects that ask for no fact, recorded and identified in a folder
+of their own, show which of a relation's neurons stand for its subjects' kind (arXiv 2502.17355,
+section 5.4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact import NeuronFile, Prompt, atomic_write, prompts_bytes
+from relneuron.facts import Relation, split_facts
+from relneuron.identify import identify, identify_inputs
+from relneuron.manifest import Manifest, locked
+from relneuron.model import describe_model, find_gated_mlps
+from relneuron.record import record, record_inputs
+
+TEMPLATES = ("{} can", "{} has a")  # arXiv 2502.17355, section 5.4
+PER_CONCEPT = 100
+# Scores alone: as many negatives as positives, nothing of how sure a score is.
+RANKED = {"method": "ap", "fdr": None, "negatives": 1, "permutations": 0, "bootstrap": 0}
+
+
+def concept_subjects(
+    relations: Sequence[Relation], *, n_eva: int, seed: int
+) -> dict[str, list[str]]:
+    """The subjects of each concept's det facts, at most 100, drawn with `seed`; sorted.
+
+    A concept is the `domain` of some relations. Concepts whose relations have the same subjects
+    are one, named by all of them joined with "/"; a subject of more than one concept is in none.
+    """
+    everyone: dict[str, set[str]] = {}
+    det: dict[str, set[str]] = {}
+    for relation in relations:
+        if relation.domain:
+            facts, _ = split_facts(relation, n_eva, seed)
+            everyone.setdefault(relation.domain, set()).update(f.subject for f in relation.facts)
+            det.setdefault(relation.domain, set()).update(f.subject for f in facts)
+    merged: dict[frozenset[str], list[str]] = {}
+    for domain in sorted(everyone):
+        merged.setdefault(frozenset(everyone[domain]), []).append(domain)
+    n_concepts = Counter(subject for subjects in merged for subject in subjects)
+    result = {}
+    for domains in merged.values():
+        name = "/".join(domains)
+        found = {subject for domain in domains for subject in det[domain]}
+        own = sorted(subject for subject in found if n_concepts[subject] == 1)
+        generator = random.Random(f"relneuron.concept.{seed}.{name}")
+        if own:
+            result[name] = sorted(generator.sample(own, min(len(own), PER_CONCEPT)))
+    return result
+
+
+def make_concept_prompts(relations: Sequence[Relation], *, n_eva: int, seed: int) -> list[Prompt]:
+    """Two det prompts for each of the concepts' subjects, `relation` being the concept.
+
+    They ask for no fact, so their objects are empty. Fewer than two concepts cannot be told
+    apart: no prompt.
+    """
+    concepts = concept_subjects(relations, n_eva=n_eva, seed=seed)
+    if len(concepts) < 2:
+        return []
+    return [
+        Prompt(
+            id=f"{concept}.det.en.{number:04d}.{variant}",
+            relation=concept,
+            split="det",
+            language="en",
+            template=template,
+            subject=subject,
+            object="",
+            prompt=template.replace("{}", subject),
+        )
+        for concept, subjects in concepts.items()
+        for number, subject in enumerate(subjects)
+        for variant, template in enumerate(TEMPLATES)
+    ]
+
+
+def concept_study(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    relations: Sequence[Relation],
+    folder: Path,
+    *,
+    n_eva: int,
+    seed: int,
+    top: int | None,
+    batch_tokens: int = 4096,
+    pooling: str = "mean",
+    exclude_bos: bool = False,
+    drop_responses: bool = False,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> NeuronFile | None:
+    """Make, or go on with, the study of the concepts in `folder`: prompts, record, identify.
+
+    Returns each concept's `top` neurons, or None if there are fewer than two concepts.
+    """
+    prompts = make_concept_prompts(relations, n_eva=n_eva, seed=seed)
+    if not prompts:
+        return None
+    described = describe_model(name, model, find_gated_mlps(model), backend)
+    path, neurons = folder / "prompts.jsonl", folder / "neurons.json"
+    responses = folder / "responses.safetensors"
+    pooled: dict[str, Any] = {
+        "batch_tokens": batch_tokens,
+        "pooling": pooling,
+        "exclude_bos": exclude_bos,
+        "accept_object_prefix": False,
+        "validate": False,
+    }
+    chosen: dict[str, Any] = RANKED | {"noise": 0, "top": top, "seed": seed}
+    with locked(folder):
+        manifest = Manifest(folder)
+        data = prompts_bytes(prompts)
+        inputs = {"concepts": hashlib.sha256(data).hexdigest(), "eva": n_eva, "seed": seed}
+        if not manifest.is_done("prompts", inputs, force=force):
+            atomic_write(path, data)
+            manifest.describe(seeds={"split": seed})
+            manifest.finish("prompts", inputs, [path])
+        recorded = manifest.is_done("record", record_inputs(described, path, **pooled), force=force)
+        identified = recorded and manifest.is_done(
+            "identify", identify_inputs(folder, **chosen), force=force
+        )
+        if not recorded or not (identified or responses.exists()):
+            record(
+                name,
+                model,
+                tokenizer,
+                path,
+                folder,
+                **pooled,
+                backend=backend,
+                force=True,
+                quiet=quiet,
+            )
+            identified = False
+        if not identified:
+            identify(folder, neurons, **chosen, force=True, quiet=quiet)
+        if drop_responses:
+            Manifest(folder).drop(responses.name)
+        (folder / "record.journal").unlink(missing_ok=True)
+    return NeuronFile.read(neurons)

@@ -1,0 +1,191 @@
+"""Which neurons are off under which condition: the sets that `ablate` compares, and their prompts.
+
+The stage calls it; nothing here needs a model. Neurons are their places in the order (layer,
+gate < up < down, index), as everywhere in a ranking.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.artifact import SITES, NeuronFile, Prompt, RelneuronError, check_neurons
+from relneuron.effects import Condition
+from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
+
+Places = NDArray[np.int64]
+
+# What can be asked beside the clean model, the relations' sets and the random ones.
+ANALYSES = ("matched", "sizes", "sites", "concepts", "perplexity")
+PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
+PAPER_TOP = 3000
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One condition, the places of its neurons (K,) ascending, and the prompts it is asked."""
+
+    condition: Condition
+    places: Places
+    prompts: Sequence[int]
+
+
+def parse_analyses(text: str) -> tuple[str, ...]:
+    """`main` (none of ANALYSES), `all`, or some of their names with commas."""
+    if text in ("main", "all"):
+        return ANALYSES if text == "all" else ()
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in (*ANALYSES, "main")]
+    if unknown or not names:
+        raise RelneuronError(
+            f"unknown analysis in {text!r}", f"use main, all, or some of {', '.join(ANALYSES)}", 2
+        )
+    return tuple(name for name in ANALYSES if name in names)
+
+
+def places_of(neurons: Sequence[Sequence[Any]], shape: Mapping[str, int]) -> Places:
+    """The places of (layer, site, index) triples, in their order."""
+    width, hidden = shape["width"], shape["hidden"]
+    offset = {"gate": 0, "up": width, "down": 2 * width}
+    found = [la * (2 * width + hidden) + offset[site] + i for la, site, i, *_ in neurons]
+    return np.array(found, np.int64)
+
+
+def site_places(site: str, shape: Mapping[str, int]) -> Places:
+    """The places of all neurons of a site, ascending."""
+    width, hidden = shape["width"], shape["hidden"]
+    start = SITES.index(site) * width
+    one = np.arange(start, start + (hidden if site == "down" else width))
+    layers = np.arange(shape["layers"]) * (2 * width + hidden)
+    return (layers[:, None] + one).reshape(-1)
+
+
+def read_sets(
+    neurons: NeuronFile, shape: Mapping[str, int]
+) -> tuple[dict[str, Places], dict[str, int]]:
+    """Each set's places, best first and each once; and how many doubles each set had."""
+    sets, doubles = {}, {}
+    for name, rows in neurons.sets.items():
+        sets[name] = places_of(check_neurons(rows, shape), shape)
+        if len(rows) > len(sets[name]):
+            doubles[name] = len(rows) - len(sets[name])
+    return sets, doubles
+
+
+def read_rankings(path: Path, sets: Mapping[str, Places]) -> dict[str, Places]:
+    """All neurons, best first, by the scores that each set was cut from.
+
+    Without scores.safetensors, or with one that ranks others first, the set itself is all that is
+    known of the ranking.
+    """
+    rankings = dict(sets)
+    if not path.exists():
+        return rankings
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        order = json.loads((file.metadata() or {}).get("relations", "[]"))
+        scores = {site: file.get_tensor(f"ap.{site}") for site in SITES}
+    for name, chosen in sets.items():
+        if name not in order:
+            continue
+        flat = all_scores({site: values[order.index(name)] for site, values in scores.items()})
+        best = np.argsort(-flat, kind="stable")
+        if np.array_equal(np.sort(best[: len(chosen)]), np.sort(chosen)):
+            rankings[name] = best
+    return rankings
+
+
+def default_sizes(set_size: int, total: int) -> tuple[int, ...]:
+    """The paper's nine sizes; in a model too small for them, in proportion to its sets."""
+    if total >= 2 * PAPER_SIZES[-1]:
+        return PAPER_SIZES
+    scaled = (min(total, max(1, round(size * set_size / PAPER_TOP))) for size in PAPER_SIZES)
+    return tuple(sorted(set(scaled))) if set_size else ()
+
+
+def matched_places(places: Places, shape: Mapping[str, int], seed: int, name: str) -> Places:
+    """As many neurons of each layer and site as `places` has, drawn from all without doubles."""
+    per_layer = 2 * shape["width"] + shape["hidden"]
+    layer, rest = np.divmod(places, per_layer)
+    site = np.minimum(rest // shape["width"], 2)
+    cells, counts = np.unique(layer * 3 + site, return_counts=True)
+    rng = random.Random(f"relneuron.matched.{seed}.{name}")
+    drawn: list[int] = []
+    for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
+        start = cell // 3 * per_layer + cell % 3 * shape["width"]
+        width = shape["hidden"] if cell % 3 == 2 else shape["width"]
+        drawn += rng.sample(range(start, start + width), count)
+    return np.array(sorted(drawn), np.int64)
+
+
+def plan_conditions(
+    sets: Mapping[str, Places],
+    rankings: Mapping[str, Places],
+    concepts: Mapping[str, Places],
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+    *,
+    analyses: Sequence[str],
+    sizes: Sequence[int],
+    random_seeds: int,
+) -> list[Ablation]:
+    """All conditions of a study, `clean` first, each with the prompts it is asked.
+
+    Clean, sets and random sets are asked everything; sizes, sites and concepts the eva prompts in
+    the files' own language; matched sets and ranges of ranks only those of their own relation.
+    """
+    everything = range(len(prompts))
+    own_language = [i for i in everything if prompts[i].language == "en"]
+    main = "eva" if any(prompts[i].split == "eva" for i in own_language) else prompts[0].split
+    eva = [i for i in own_language if prompts[i].split == main]
+    plan: list[Ablation] = []
+
+    def add(name: str, places: Places, asked: Sequence[int], kind: str, **about: Any) -> None:
+        condition = Condition(name, kind, n_neurons=len(places), **about)
+        plan.append(Ablation(condition, np.sort(places), asked))
+
+    add("clean", np.empty(0, np.int64), everything, "clean")
+    for name, places in sets.items():
+        add(name, places, everything, "set", relation=name)
+    largest = max(map(len, sets.values()), default=0)
+    for seed in range(random_seeds):
+        drawn = places_of(random_neurons(shape, largest, seed), shape)
+        add(f"random.{seed}", drawn, everything, "random", seed=seed)
+    for name, places in sets.items():
+        own = [i for i in eva if prompts[i].relation == name]
+        if "matched" in analyses and own:
+            for seed in range(random_seeds):
+                drawn = matched_places(places, shape, seed, name)
+                add(f"{name}~{seed}", drawn, own, "matched", relation=name, seed=seed)
+        if "sizes" in analyses:
+            known = [size for size in sizes if size <= len(rankings[name])]
+            for size in known:
+                best = rankings[name][:size]
+                add(f"{name}@{size}", best, eva, "size", relation=name, first=1, last=size)
+            for a, b in zip(known, known[1:], strict=False):
+                between, about = rankings[name][a:b], {"first": a + 1, "last": b}
+                if own:
+                    add(f"{name}@{a + 1}-{b}", between, own, "range", relation=name, **about)
+        if "sites" in analyses:
+            for site in SITES:
+                inside = site_places(site, shape)
+                best = rankings[name][np.isin(rankings[name], inside)][: len(places)]
+                # Of a ranking that is only known in part the best of a site are not known.
+                if len(rankings[name]) == n_neurons(shape):
+                    add(f"{name}@{site}", best, eva, "site", relation=name, site=site)
+    if "concepts" in analyses:
+        for name, places in concepts.items():
+            add(f"concept:{name}", places, eva, "concept", relation=name)
+    names = [ablation.condition.name for ablation in plan]
+    clash = sorted({name for name in names if names.count(name) > 1})
+    if clash:
+        raise RelneuronError(f"two conditions are named {clash[0]}", "rename the relation's file")
+    return plan

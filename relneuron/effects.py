@@ -1,0 +1,127 @@
+"""What `ablate` measured, as arrays: one grid of answers per split, conditions by prompts.
+
+The analyses and the report read it; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.artifact import RelneuronError, csv_bytes, read_csv
+
+EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
+NOT_ASKED = -1
+KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of conditions.csv: which neurons were off under a name in effects.csv.
+
+    | kind | name | neurons |
+    |---|---|---|
+    | clean | `clean` | none |
+    | set | the relation | the relation's set in neurons.json |
+    | random | `random.<seed>` | drawn from all, as many as the largest set has |
+    | matched | `<relation>~<seed>` | drawn from all, as many per layer and site as the set has |
+    | size | `<relation>@<last>` | the best `last` of the relation's ranking |
+    | range | `<relation>@<first>-<last>` | ranks `first` to `last` of it, counted from 1 |
+    | site | `<relation>@<site>` | the best of one site, as many as the set has |
+    | concept | `concept:<name>` | the set of a kind of subject |
+    """
+
+    name: str
+    kind: str
+    relation: str = ""  # whose neurons; for a concept its name
+    seed: int | None = None
+    first: int | None = None  # ranks, from 1
+    last: int | None = None
+    site: str = ""
+    n_neurons: int = 0
+
+
+def conditions_bytes(conditions: Iterable[Condition]) -> bytes:
+    """conditions.csv."""
+    names = [f.name for f in fields(Condition)]
+    rows = [["" if (v := getattr(c, n)) is None else v for n in names] for c in conditions]
+    return csv_bytes(["condition", *names[1:]], rows)
+
+
+def read_conditions(path: Path) -> dict[str, Condition]:
+    """conditions.csv by name, in the file's order."""
+    found = {}
+    for row in read_csv(path, ("condition", *[f.name for f in fields(Condition)][1:])):
+        seed, first, last = (int(row[n]) if row[n] else None for n in ("seed", "first", "last"))
+        site, kind, relation = row["site"], row["kind"], row["relation"]
+        n_neurons = int(row["n_neurons"])
+        name = row["condition"]
+        found[name] = Condition(name, kind, relation, seed, first, last, site, n_neurons)
+    return found
+
+
+@dataclass
+class Grid:
+    """The answers of one split: N prompts under some of the conditions.
+
+    A condition that was asked only some of the prompts has NOT_ASKED, NaN and "" at the others.
+    """
+
+    split: str  # eva, eva2, det, or with a language: eva.de
+    ids: list[str]  # (N,)
+    relation: NDArray[Any]  # (N,) str: the relation that the prompt asks
+    conditions: dict[str, Condition]
+    correct: dict[str, NDArray[np.int8]] = field(default_factory=dict)  # (N,) 1, 0, NOT_ASKED
+    logprob: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # (N,) nats
+    prediction: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def relations(self) -> list[str]:
+        """The relations asked, in order of appearance."""
+        return list(dict.fromkeys(self.relation.tolist()))
+
+    def of_kind(self, kind: str) -> list[Condition]:
+        return [condition for condition in self.conditions.values() if condition.kind == kind]
+
+
+def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid]:
+    """The grids of an effects.csv by split, in order of appearance.
+
+    Every prompt was asked under `clean`; a condition that conditions.csv lacks raises.
+    """
+    places: dict[str, dict[str, int]] = {}
+    relations: dict[str, list[str]] = {}
+    grids: dict[str, Grid] = {}
+    rows = [tuple(row[name] for name in EFFECTS) for row in read_csv(path, EFFECTS)]
+    for condition, relation, split, prompt, *_ in rows:
+        if condition == "clean":
+            place = places.setdefault(split, {})
+            if prompt in place:
+                raise RelneuronError(f"{path} holds {prompt} twice", "run ablate anew")
+            place[prompt] = len(place)
+            relations.setdefault(split, []).append(relation)
+    for split, place in places.items():
+        grids[split] = Grid(split, list(place), np.array(relations[split]), {})
+    for condition, _, split, prompt, prediction, correct, logprob in rows:
+        if condition not in conditions or prompt not in places.get(split, ()):
+            raise RelneuronError(
+                f"{path}: conditions.csv does not know {condition}, or it asks what clean does not",
+                "run ablate anew",
+            )
+        grid = grids[split]
+        if condition not in grid.conditions:
+            n = len(grid.ids)
+            grid.conditions[condition] = conditions[condition]
+            grid.correct[condition] = np.full(n, NOT_ASKED, np.int8)
+            grid.logprob[condition] = np.full(n, np.nan)
+            grid.prediction[condition] = [""] * n
+        i = places[split][prompt]
+        grid.correct[condition][i] = int(correct)
+        grid.logprob[condition][i] = float(logprob)
+        grid.prediction[condition][i] = prediction
+    return grids
