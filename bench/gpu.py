@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_ablation import time_ablation
 from bench.gpu_model import time_model
 from bench.gpu_ranking import rank_model
 from bench.gpu_run import GROUPS, Run, check, new_stats, reference_stats
@@ -239,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("compile", 20, check_compile),
         ("kernels of the goals", 60, goal_kernels),
         ("average precision", 60, rank_model),
+        ("ablation", 60, time_ablation),
         ("model", 60, time_model),
         ("graph timings", 20, graph_kernels),
         ("other kernels", 30, other_kernels),

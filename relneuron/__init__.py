@@ -17,8 +17,8 @@ from relneuron import ops
 if TYPE_CHECKING:
     from relneuron.ablate import ablate_prompts
     from relneuron.artifact import NeuronFile, RelneuronError
+    from relneuron.instrument import ablate, instrument
     from relneuron.model import find_gated_mlps
-    from relneuron.patch import ablate, instrument
 
 __version__ = "0.1.0"
 
@@ -36,10 +36,10 @@ __all__ = [
 _HOMES = {
     "NeuronFile": "artifact",
     "RelneuronError": "artifact",
-    "ablate": "patch",
+    "ablate": "instrument",
     "ablate_prompts": "ablate",
     "find_gated_mlps": "model",
-    "instrument": "patch",
+    "instrument": "instrument",
 }
 
 

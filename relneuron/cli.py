@@ -16,11 +16,11 @@ import typer
 
 from relneuron import cli_options as take
 from relneuron.artifact import RelneuronError
+from relneuron.cli_bench import bench
 from relneuron.cli_print import (
     DISK_FIXES,
     fail,
     print_accuracy,
-    print_bench,
     print_chosen,
     print_rows,
     print_study,
@@ -352,54 +352,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    op: take.Op = None,
-    quick: take.Quick = False,
-    full: take.Full = False,
-    dtype: take.Dtypes = "",
-    tokens: take.Tokens = "",
-    threads: take.Threads = 0,
-    device: take.Device = None,
-    no_compile: take.NoCompile = False,
-    output: take.BenchOutput = None,
-    debug: take.Debug = False,
-) -> None:
-    """The kernels against their peers on this machine, in the same rounds."""
-    import torch
-
-    from relneuron.bench import EFFORTS, Row, append_rows, choose_cases, run_case, summary
-
-    suite = "quick" if quick else "full" if full else "usual"
-    sizes = [part.strip() for part in tokens.split(",") if part.strip()]
-    if not all(part.isdigit() for part in sizes):
-        raise RelneuronError(f"unknown number in {tokens!r}", "use numbers such as 2048,8192", 2)
-    dtypes = [part.strip() for part in dtype.split(",") if part.strip()]
-    cases = choose_cases(suite, op, dtypes, [int(part) for part in sizes])
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise RelneuronError(f"no device {device!r} here", "use --device cpu", 2)
-    if threads:
-        torch.set_num_threads(threads)
-    if output is not None:
-        from relneuron.bench_plot import roofline
-
-        if output.is_file():
-            raise RelneuronError(f"{output} is a file", "give a folder with -o", 2)
-    rows: list[Row] = []
-    for case in cases:
-        found = run_case(case, device=device, compiled=not no_compile, effort=EFFORTS[suite])
-        print_bench(str(case), found)
-        for what, who, value in summary(found):
-            say(f"  {what}: {value:.2f} x our time ({who})")
-        rows += found
-        if output is not None:
-            path = append_rows(output, found)
-    if output is None:
-        say("to keep the rows: add -o DIR")
-        return
-    drawn = roofline(rows, path.with_suffix(".png"))
-    say(f"-> {path}{', the roofline ' + path.with_suffix('.png').name if drawn else ''}")
+app.command()(bench)
 
 
 def _load(

@@ -1,13 +1,12 @@
 """The patch: takes statistics in a model's gated MLPs, switches neurons off, and comes off exactly.
 
-The stages and the two context managers of the package, `instrument` and `ablate`, are made of it.
+The stages and the two context managers of the package (instrument.py) are made of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from relneuron import ops
 from relneuron.artifact import RelneuronError, check_neurons
-from relneuron.model import ACTIVATIONS, GatedMLP, find_gated_mlps, model_shape
+from relneuron.model import ACTIVATIONS, GatedMLP, model_shape
 
 _ABSENT = object()
 
@@ -35,18 +34,16 @@ class LayerState:
 
 @dataclass
 class Replacement:
-    """Outputs of one site that become `factor` times themselves plus `shift`, per condition."""
+    """Outputs of one site that become `factor` times themselves, or `shift`, per condition."""
 
     chosen: Tensor  # (C, F or D) bool
-    factor: float
+    factor: float = 0.0
     shift: Tensor | None = None  # (C, F or D) float32
 
     def apply(self, x: Tensor, conditions: Tensor | None) -> Tensor:
         """x (..., F or D) with the chosen outputs replaced; conditions (...) or none for row 0."""
         rows = x.new_zeros((), dtype=torch.long) if conditions is None else conditions.long()
-        new = x * self.factor if self.factor else torch.zeros_like(x)
-        if self.shift is not None:
-            new = new + self.shift[rows].to(x.dtype)
+        new = x * self.factor if self.shift is None else self.shift[rows].to(x.dtype)
         return torch.where(self.chosen[rows], new, x)
 
 
@@ -193,7 +190,7 @@ def _hidden(
     tokens = patch.tokens
     conditions = patch.conditions(shape) if state.keep is not None else None
     if conditions is not None:
-        conditions = conditions.expand(shape[:-1]).reshape(-1)
+        conditions = conditions.expand(shape[:-1]).reshape(-1).contiguous()
     sums = state.responses
     prompt_ids = None
     if sums is not None:
@@ -274,87 +271,6 @@ def mask_states(
             state.keep_down = torch.from_numpy(downs[layer]).to(device)
         states.append(state)
     return states
-
-
-# --- the two context managers of the package -------------------------------------------------
-
-
-@dataclass
-class Probe:
-    """Statistics of a running model: `stats[layer]` is that layer's `ops.GroupStats`."""
-
-    groups: list[str]
-    stats: list[ops.GroupStats]
-    _patch: Patch = field(repr=False)
-
-    def batch(self, attention_mask: Tensor, group_ids: int | Sequence[int] | Tensor = 0) -> None:
-        """Say what the next forward's tokens are; call it before each forward.
-
-        `attention_mask` (B, T): padding (0) is never counted. `group_ids`: one group, one per
-        row (B,), or one per token (B, T); -1 = not counted.
-        """
-        ids = torch.as_tensor(group_ids, device=attention_mask.device).to(torch.int32)
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(self.groups):
-            raise ValueError(
-                f"batch: group_ids must be in [-1, {len(self.groups)}) (from groups), got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
-        if ids.dim() == 1:
-            ids = ids.unsqueeze(1)
-        # masked_fill makes a new tensor, so the caller's mask and ids stay as they are.
-        full = ids.expand(attention_mask.shape).masked_fill(attention_mask == 0, -1)
-        self._patch.tokens = Tokens(group_ids=full)
-
-
-@contextmanager
-def instrument(
-    model: Any,
-    groups: Sequence[str] | int,
-    *,
-    sites: Sequence[str] = ("act",),
-    threshold: float = 0.0,
-    moments: bool = False,
-    backend: str = "auto",
-) -> Iterator[Probe]:
-    """Count, per group, how often every neuron passes `threshold`, while the model runs.
-
-    `groups`: their names or their number G. Inside the context call `probe.batch(...)` before
-    each forward; `probe.stats[layer].count[site]` is (G, F) int64 and `.tokens` (G,) int64.
-    `sites`, `threshold` and `moments` are those of `ops.GroupStats`.
-    """
-    names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
-    mlps = find_gated_mlps(model)
-    stats = [
-        ops.GroupStats(
-            groups=len(names),
-            width=mlp.width,
-            sites=tuple(sites),
-            threshold=threshold,
-            moments=moments,
-            device=next(mlp.module.parameters()).device,
-        )
-        for mlp in mlps
-    ]
-    patch = Patch(mlps, [LayerState(stats=s) for s in stats], backend=backend)
-    # Until the first `batch` no shape fits: a forward without it raises instead of counting.
-    patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32))
-    with patch:
-        yield Probe(names, stats, patch)
-
-
-@contextmanager
-def ablate(
-    model: Any, neurons: Iterable[Sequence[Any]], *, backend: str = "auto"
-) -> Iterator[None]:
-    """Switch neurons off while the model runs, generation included: their outputs are zero.
-
-    `neurons`: (layer, site, index) triples, or rows of neurons.json; sites are gate and up (the
-    outputs of gate_proj and up_proj) and down (the output of down_proj), at every position.
-    arXiv 2502.17355, section 3.3.
-    """
-    mlps = find_gated_mlps(model)
-    with Patch(mlps, mask_states([list(neurons)], mlps), backend=backend):
-        yield
 
 
 def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backend: str) -> None:

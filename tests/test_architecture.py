@@ -27,6 +27,7 @@ ALLOWED = {
     "facts": {"artifact"},
     "model": {"ops", "artifact"},
     "patch": {"ops", "artifact", "model"},
+    "instrument": {"ops", "artifact", "model", "patch"},
     "predict": {"artifact"},
     "clock": set(),
     "sentences": {"artifact"},
@@ -51,7 +52,8 @@ ALLOWED = {
     | {"ablate_options", "clock", "concepts"},
     "cli": STAGES
     | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
-    | {"bench", "bench_plot", "cli_options", "cli_print", "clock", "conditions"},
+    | {"cli_bench", "cli_options", "cli_print", "clock", "conditions"},
+    "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options"},
     **dict.fromkeys(
