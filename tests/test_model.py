@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -103,6 +104,53 @@ def test_a_condition_per_row_equals_one_condition_at_a_time(llama: Any) -> None:
     for row, neurons in enumerate(conditions):
         with relneuron.ablate(llama, neurons):
             assert torch.allclose(together[row], logits(llama, tokens)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "becomes"),
+    [
+        ("zero", None, lambda out, i: 0 * out),
+        ("scale", -0.5, lambda out, i: -0.5 * out),
+        ("mean", 0.75, lambda out, i: 0 * out + 0.75),
+        ("mean", [0.1, 0.2, 0.3, 0.4, 0.5], lambda out, i: 0 * out + (i + 1) / 10),
+    ],
+)
+def test_ablate_gives_what_hooks_on_the_outputs_give(
+    family_model: Any, mode: str, value: Any, becomes: Callable[[Tensor, int], Tensor]
+) -> None:
+    mlps = find_gated_mlps(family_model)
+    handles = []
+    for i, (layer, site, index) in enumerate(NEURONS):
+        mlp = mlps[layer]
+        name = "gate_up_proj" if mlp.packed and site != "down" else f"{site}_proj"
+        place = index + mlp.width * (mlp.packed and site == "up")
+
+        def change(_m: Any, _x: Any, out: Tensor, i: int = i, place: int = place) -> None:
+            out[..., place] = becomes(out[..., place], i)
+
+        handles.append(getattr(mlp.module, name).register_forward_hook(change))
+    want = logits(family_model)
+    for handle in handles:
+        handle.remove()
+    clean = logits(family_model)
+    with relneuron.ablate(family_model, NEURONS, mode=mode, value=value):
+        found = logits(family_model)
+    torch.testing.assert_close(found, want)
+    assert not torch.allclose(found, clean)
+
+
+def test_ablate_refuses_a_mode_that_does_not_fit_its_value(llama: Any) -> None:
+    for mode, value in (("zero", 1.0), ("scale", None), ("mean", None), ("median", 1.0)):
+        with (
+            pytest.raises(RelneuronError, match="with the value"),
+            relneuron.ablate(llama, NEURONS, mode=mode, value=value),
+        ):
+            pass
+    with (
+        pytest.raises(RelneuronError, match="one value"),
+        relneuron.ablate(llama, NEURONS, mode="scale", value=[1, 2, 3, 4, 5]),
+    ):
+        pass
 
 
 def test_exit_and_errors_leave_every_module_as_it_was(family_model: Any) -> None:
