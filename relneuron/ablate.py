@@ -37,7 +37,15 @@ from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
 from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape
 from relneuron.patch import check_canary
-from relneuron.predict import N_ANSWER_TOKENS, Asker, Questions, Step, encode, is_correct
+from relneuron.predict import (
+    N_ANSWER_TOKENS,
+    Asker,
+    Questions,
+    Step,
+    begins_with,
+    encode,
+    is_correct,
+)
 from relneuron.scores.ranking import n_neurons
 from relneuron.sentences import read_sentences
 
@@ -68,7 +76,6 @@ def ablate_prompts(
     output: Path,
     *,
     backend: str = "auto",
-    oom: str = "split",
     force: bool = False,
     quiet: bool = False,
     **asked: Any,
@@ -78,8 +85,7 @@ def ablate_prompts(
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt. `output` is .csv or .parquet. Out of memory halves the batches from there on
-    (`oom` "split") or ends the stage ("error").
+    after the prompt. `output` is .csv or .parquet.
     """
     options = AblateOptions(**asked)
     refuse_overwrite(output, force)
@@ -110,8 +116,11 @@ def ablate_prompts(
         rankings = read_rankings(neurons_path.parent / "scores.safetensors", sets)
     path = neurons_path.parent / "concepts" / "neurons.json"
     if "concepts" in options.analyses and path.exists():
-        concepts = read_sets(NeuronFile.read(path), shape)[0]
+        found = NeuronFile.read(path)
+        found.check_model(shape)
+        concepts = read_sets(found, shape)[0]
     set_size = max(map(len, sets.values()), default=0)
+    sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
     plan = plan_conditions(
         sets,
         rankings,
@@ -119,14 +128,23 @@ def ablate_prompts(
         prompts,
         shape,
         analyses=options.analyses,
-        sizes=options.sizes or default_sizes(set_size, n_neurons(shape)),
+        sizes=sizes,
         random_seeds=options.random_seeds,
     )
     n_tokens = options.generate or N_ANSWER_TOKENS
     questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
-    notices += _left_out(options, plan, texts is not None)
+    notices += _left_out(
+        options.analyses,
+        sizes,
+        known=min(map(len, rankings.values()), default=n_neurons(shape)),
+        total=n_neurons(shape),
+        has_concepts=bool(concepts),
+        has_texts=texts is not None,
+    )
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
     how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
     asker = Asker(model, tokenizer)
     described = describe_model(name, model, mlps, backend)
@@ -135,7 +153,7 @@ def ablate_prompts(
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
         evaluator = Evaluator(
-            asker, mlps, plan, journal, how, options.batch_tokens, backend, oom, notices
+            asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
         forced = options.generate is None and asker.forces_exactly(questions)
         rows = _asked(plan, how)
@@ -148,6 +166,7 @@ def ablate_prompts(
                 [len(ids) + 1 for ids in questions.ids],
                 _asking(asker, questions, forced=forced, n_tokens=n_tokens),
                 bar.update,
+                options.positions,
             )
             nll = {}
             if texts:
@@ -155,13 +174,10 @@ def ablate_prompts(
                 nll = evaluator.run(
                     "sentences", scored, lengths, partial(asker.score, texts), bar.update
                 )
-        for notice in notices:
-            warnings.warn(notice, stacklevel=2)
         first = same_ablation(plan, how)
-        right = partial(
-            is_correct,
-            accept_object_prefix=options.accept_object_prefix or options.generate is not None,
-        )
+        right: Callable[[str, str], bool] = begins_with
+        if options.generate is None:
+            right = partial(is_correct, accept_object_prefix=options.accept_object_prefix)
         effects: list[tuple[Any, ...]] = []
         for place, ablation in enumerate(plan):
             condition = ablation.condition.name
@@ -179,6 +195,8 @@ def ablate_prompts(
         if texts:
             table = _perplexity_rows(plan, texts, nll, first)
             written[output.parent / "perplexity.csv"] = csv_bytes(PERPLEXITY, table)
+        else:
+            (output.parent / "perplexity.csv").unlink(missing_ok=True)
         for file, data in written.items():
             atomic_write(file, data)
         manifest = Manifest(output.parent)
@@ -186,7 +204,7 @@ def ablate_prompts(
             versions=versions(),
             model=described,
             seeds=manifest.data.get("seeds", {}) | {"random": list(range(options.random_seeds))},
-            fallbacks=fallbacks(described) + notices,
+            fallbacks=fallbacks(described) + notices + evaluator.notices,
         )
         manifest.finish(
             "ablate",
@@ -212,19 +230,27 @@ def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
     ]
 
 
-def _left_out(options: AblateOptions, plan: Sequence[Ablation], has_texts: bool) -> list[str]:
-    """The analyses that were asked for and cannot be made, and why."""
-    kinds = {ablation.condition.kind for ablation in plan}
-    made = {"concepts": "concept" in kinds, "sites": "site" in kinds, "sizes": "range" in kinds}
-    made["perplexity"] = has_texts
+def _left_out(
+    analyses: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    known: int,
+    total: int,
+    has_concepts: bool,
+    has_texts: bool,
+) -> list[str]:
+    """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
+    unranked = "no scores.safetensors beside the neurons ranks them so"
+    larger = ", ".join(str(size) for size in sizes if size > known)
     why = {
-        "concepts": "no concepts/neurons.json beside the neurons",
-        "sites": "no scores.safetensors beside the neurons that ranks them so",
-        "sizes": "no scores.safetensors beside the neurons that ranks them so",
-        "perplexity": "no sentences.jsonl beside the prompts",
+        f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
+        "sites": unranked if known < total else "",
+        "concepts": "" if has_concepts else "no concepts/neurons.json beside the neurons",
+        "perplexity": "" if has_texts else "no sentences.jsonl beside the prompts",
     }
-    missing = [name for name in options.analyses if not made.get(name, True)]
-    return [f"{name} left out: {why[name]}" for name in missing]
+    if not larger:
+        del why["sizes "]
+    return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]
 
 
 def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:

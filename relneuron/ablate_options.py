@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact import SITES, Json, Prompt, RelneuronError, require, sha256
-from relneuron.conditions import Ablation
-from relneuron.evaluate import MODES, POSITIONS, How
+from relneuron.conditions import ANALYSES, Ablation
+from relneuron.evaluate import MODES, OOM, POSITIONS, How
 from relneuron.model import same_model
 
 MEANS_OF = ("all", "relation")
@@ -29,7 +29,9 @@ class AblateOptions:
     `factor`) or `mean` (outputs become their mean response over the det prompts: of all
     relations, or with `mean_of` "relation" of the relation that the set belongs to).
     `positions`: `all` tokens, those of the `prompt`, or the `last` of the prompt and all of the
-    answer. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    answer; the neutral sentences have all. `generate`: answers of so many greedy tokens, right if
+    they begin with the object. `any_set`: also sets named after no relation. `oom`: out of memory
+    halves the batches from there on ("split") or ends the stage ("error").
     """
 
     splits: Sequence[str] = ("eva", "eva2")
@@ -44,12 +46,15 @@ class AblateOptions:
     any_set: bool = False
     batch_tokens: int = 4096
     accept_object_prefix: bool = False
+    oom: str = "split"
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("mode", self.mode, MODES),
             ("positions", self.positions, POSITIONS),
             ("mean-of", self.mean_of, MEANS_OF),
+            ("oom", self.oom, OOM),
+            *(("analysis", name, ANALYSES) for name in self.analyses),
         ):
             if value not in known:
                 raise RelneuronError(f"unknown {what} {value!r}", f"use {', '.join(known)}", 2)
@@ -59,14 +64,23 @@ class AblateOptions:
                 "use --mode scale --factor 0.5, say",
                 2,
             )
-        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise RelneuronError(f"sizes {self.sizes} are not all positive", "use --sizes 10,50", 2)
+        for what, numbers in (
+            ("sizes", self.sizes),
+            ("generate", self.generate),
+            ("batch-tokens", self.batch_tokens),
+        ):
+            given = numbers if isinstance(numbers, Sequence) else [numbers]
+            if numbers is not None and min([n for n in given if n is not None], default=0) < 1:
+                raise RelneuronError(
+                    f"{what} {numbers} is not positive", "give a number above 0", 2
+                )
 
 
 def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOptions) -> Json:
     """What the stage depends on, for the manifest."""
     others = {
         "scores.safetensors": neurons.parent if {"sizes", "sites"} & {*options.analyses} else None,
+        "responses.safetensors": neurons.parent if options.mode == "mean" else None,
         "concepts/neurons.json": neurons.parent if "concepts" in options.analyses else None,
         "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
     }
@@ -76,7 +90,7 @@ def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOpti
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
         "beside": {name: sha256(path) for name, path in read.items()},
-        **asdict(options),
+        **{name: value for name, value in asdict(options).items() if name != "oom"},
     }
 
 
@@ -113,10 +127,10 @@ def read_how(
 ) -> How:
     """What happens to the neurons of each condition; means come from recorded responses."""
     if options.mode != "mean":
-        return How(options.mode, options.factor or 0.0, {}, options.positions)
+        return How(options.mode, options.factor or 0.0)
     found = mean_responses(responses, prompts, shape)
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mean_of == "all":
         of = dict.fromkeys(of, "")
     means = {name: found.get(relation, found[""]) for name, relation in of.items()}
-    return How("mean", 0.0, means, options.positions)
+    return How("mean", 0.0, means)

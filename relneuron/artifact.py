@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -99,11 +98,21 @@ def json_bytes(value: object) -> bytes:
 
 def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     """A header and `rows` as UTF-8 csv with Unix line ends."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    lines = _UnixLines()
+    writer = csv.writer(lines, lineterminator="\r\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return "".join(lines).encode()
+
+
+class _UnixLines(list[str]):
+    """Takes a csv writer's lines, and their carriage returns off.
+
+    The writer only quotes a carriage return inside of a cell if it also ends the lines with one.
+    """
+
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -166,7 +166,7 @@ def plan_conditions(
                 drawn = matched_places(places, shape, seed, name)
                 add(f"{name}~{seed}", drawn, own, "matched", relation=name, seed=seed)
         if "sizes" in analyses:
-            known = [size for size in sizes if size <= len(rankings[name])]
+            known = [size for size in sorted({*sizes}) if size <= len(rankings[name])]
             for size in known:
                 best = rankings[name][:size]
                 add(f"{name}@{size}", best, eva, "size", relation=name, first=1, last=size)

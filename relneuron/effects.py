@@ -61,6 +61,8 @@ def read_conditions(path: Path) -> dict[str, Condition]:
         site, kind, relation = row["site"], row["kind"], row["relation"]
         n_neurons = int(row["n_neurons"])
         name = row["condition"]
+        if name in found:
+            raise RelneuronError(f"{path} holds {name} twice", "run ablate anew")
         found[name] = Condition(name, kind, relation, seed, first, last, site, n_neurons)
     return found
 
@@ -121,6 +123,8 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
             grid.logprob[condition] = np.full(n, np.nan)
             grid.prediction[condition] = [""] * n
         i = places[split][prompt]
+        if grid.correct[condition][i] != NOT_ASKED:
+            raise RelneuronError(f"{path} holds {prompt} twice", "run ablate anew")
         grid.correct[condition][i] = int(correct)
         grid.logprob[condition][i] = float(logprob)
         grid.prediction[condition][i] = prediction

@@ -6,6 +6,7 @@ condition with three prompts costs three rows and not a batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,9 +20,10 @@ from relneuron.conditions import Ablation, site_places
 from relneuron.manifest import Journal
 from relneuron.model import GatedMLP, model_shape
 from relneuron.patch import LayerState, Patch, Replacement, Tokens, pack_keep
-from relneuron.predict import Asker, Step
+from relneuron.predict import Asker, Step, is_out_of_memory
 
 MODES = ("zero", "mean", "scale")
+OOM = ("split", "error")
 POSITIONS = ("all", "prompt", "last")
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 
@@ -35,17 +37,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class How:
-    """What happens to the chosen neurons, and at which tokens.
+    """What happens to the chosen neurons.
 
     `zero`: outputs become 0; `scale`: outputs times `factor`; `mean`: outputs become `means`, (M,)
-    float32 of all neurons by condition name. `positions`: all tokens, those of the prompt, or the
-    last of the prompt and all of the answer.
+    float32 of all neurons by condition name.
     """
 
     mode: str = "zero"
     factor: float = 0.0
     means: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-    positions: str = "all"
 
 
 def same_ablation(plan: Sequence[Ablation], how: How) -> list[int]:
@@ -153,7 +153,6 @@ class Evaluator:
     batch_tokens: int
     backend: str = "auto"
     oom: str = "split"
-    notices: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         shape = model_shape(self.mlps)
@@ -163,6 +162,13 @@ class Evaluator:
         # Tokens of a batch that is known to fit; halved when memory runs out.
         self._budget = int(self.journal.done.get("budget", self.batch_tokens))
 
+    @property
+    def notices(self) -> list[str]:
+        """What a reader of the results must know of how they came about."""
+        if self._budget == self.batch_tokens:
+            return []
+        return [f"out of memory: batches of {self.batch_tokens} tokens cut to {self._budget}"]
+
     def run(
         self,
         what: str,
@@ -170,8 +176,12 @@ class Evaluator:
         lengths: Sequence[int],
         ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
         advance: Callable[[int], object],
+        positions: str = "all",
     ) -> dict[Row, Any]:
-        """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches."""
+        """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches.
+
+        At the tokens `positions` (all, prompt, last) the neurons are off.
+        """
         found: dict[Row, Any] = {}
         states: list[LayerState] = []
         current = range(0)
@@ -182,7 +192,7 @@ class Evaluator:
                 if wave != current:
                     states, current = wave_states(self.plan, wave, self.mlps, self.how), wave
                 with Patch(self.mlps, states, backend=self.backend) as patch:
-                    said = self._ask(patch, wave, batch, lengths, ask)
+                    said = self._ask(patch, wave, batch, lengths, ask, positions)
                 self.journal.add(key, said)
             found.update(zip(batch, self.journal.done[key], strict=True))
             advance(len(batch))
@@ -195,36 +205,39 @@ class Evaluator:
         batch: list[Row],
         lengths: Sequence[int],
         ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
+        positions: str,
     ) -> list[Any]:
         """One batch, in smaller parts if memory runs out."""
         said: list[Any] = []
         parts = cut(batch, lengths, self._budget)
         while parts:
             part = parts[0]
+            tokens = len(part) * max(lengths[row.prompt] for row in part)
             ids = torch.tensor([row.condition - wave.start + 1 for row in part]).int()
-            mark = _marker(patch, ids.to(self.asker.device), self.how.positions)
+            mark = _marker(patch, ids.to(self.asker.device), positions)
             try:
                 said += ask([row.prompt for row in part], mark)
                 parts.pop(0)
+                continue
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                tokens = len(part) * max(lengths[row.prompt] for row in part)
                 if self.oom != "split" or len(part) == 1:
                     raise RelneuronError(
                         f"out of memory with {len(part)} prompts of together {tokens} tokens",
                         f"use --batch-tokens {max(1, tokens // 2)}, or --oom split",
                     ) from error
-                self._halve(tokens)
-                parts = [*cut(part, lengths, self._budget), *parts[1:]]
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            # Outside of the handler, whose error holds the tensors that did not fit.
+            self._halve(tokens)
+            parts = cut([row for rest in parts for row in rest], lengths, self._budget)
         return said
 
     def _halve(self, tokens: int) -> None:
         self._budget = max(1, tokens // 2)
         self.journal.add("budget", self._budget)
-        self.notices.append(f"out of memory: batches of at most {self._budget} tokens from here on")
+        warnings.warn(f"out of memory: batches of {self._budget} tokens from here on", stacklevel=2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]:
@@ -242,10 +255,3 @@ def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]
         patch.tokens = Tokens(conditions=conditions.int(), n_needed=n_needed)
 
     return mark
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in text for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )

@@ -31,6 +31,18 @@ def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = Fal
     return wanted.startswith(given) or (accept_object_prefix and given.startswith(wanted))
 
 
+def begins_with(text: str, answer: str) -> bool:
+    """Whether free text begins with the answer, ignoring case and outer space."""
+    return text.strip().lower().startswith(answer.strip().lower())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a GPU or a CPU, or Python itself had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(word in str(error).lower() for word in words)
+
+
 @dataclass(frozen=True)
 class Questions:
     """Prompts as tokens: `ids` of each prompt and the first token of its object's answer."""
@@ -79,7 +91,7 @@ def encode(
             continue
         pairs = enumerate(zip(head, whole, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), len(head))
-        if common >= len(whole):
+        if common >= len(whole) or not prompt.object.strip():
             raise RelneuronError(
                 f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
                 "give every fact an object, or remove the prompt",
@@ -244,11 +256,20 @@ class Asker:
         if window and len(questions.ids[order[-1]]) + N_ANSWER_TOKENS + 1 > window:
             return False
         tried = order[:: max(1, len(order) // 8)][:7] + order[-1:]
+        # Of a token and the one after it greedy decoding chooses at most one, so every row takes
+        # the second step once.
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        moved = [(answer + 1) % vocabulary for answer in questions.answers]
+        others = Questions(questions.prompts, questions.ids, moved)
         try:
-            forced = self.ask_forced(questions, tried)
+            greedy = self.ask(questions, tried).predictions
+            return all(self.ask_forced(q, tried).predictions == greedy for q in (questions, others))
         except (AttributeError, NotImplementedError, TypeError):  # a cache of another kind
             return False
-        return forced.predictions == self.ask(questions, tried).predictions
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
 
     @torch.no_grad()
     def read(

@@ -1,7 +1,8 @@
 """The `report` stage: a study directory in, one HTML file that opens offline out.
 
-results.py reads the study, figures.py draws, tables.py tabulates, report.html.j2 lays out; here are
-the words. The same study gives the same bytes.
+report_study.py reads the study, report_neurons.py and report_analyses.py make the sections, the
+figures*.py draw, report.html.j2 lays out; here are the first words and the last. The same study
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -9,59 +10,51 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.report_study import Study, examples, read_study
+from relneuron.results import INPUTS, Headline, Result, Spread, headline, split_results
+from relneuron.tables import NBSP, Number, Table, label, percent, show, split_title, visible
 
-from relneuron.artifact import (
-    SITES,
-    Json,
-    RelneuronError,
-    atomic_write,
-    refuse_overwrite,
-)
-from relneuron.results import (
-    INPUTS,
-    Headline,
-    Result,
-    Spread,
-    Study,
-    examples,
-    headline,
-    read_study,
-    shared_neurons,
-    site_counts,
-    split_results,
-)
-from relneuron.tables import (
-    NBSP,
-    Table,
-    accuracy_table,
-    label,
-    layer_table,
-    named,
-    neuron_table,
-    percent,
-    selection_table,
-    show,
-    split_title,
-    splits_table,
-    visible,
-)
+if TYPE_CHECKING:
+    from relneuron.report_parts import Section
 
 METHODS = {"ap": "average precision"}
 DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise")  # of identify
+ORDER = (
+    *("accuracy", "prompts", "drop", "interference", "perplexity"),
+    *("sizes", "cumulativity", "sites", "layers", "scores", "overlap", "versatility", "concepts"),
+    *("resilience", "errors"),
+)
 
 
 def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
-    """Write the report on the study directory `study` to `output`, one self-contained HTML file."""
+    """Write the report on the study directory `study` to `output`, one self-contained HTML file.
+
+    Inside the study directory the tables of its analyses are written too.
+    """
     refuse_overwrite(output, force)
     if output.resolve() in [(study / name).resolve() for name in INPUTS]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
-    atomic_write(output, render(read_study(study)).encode())
+    found = read_study(study)
+    html = render(found)
+    if output.resolve().parent == study.resolve():
+        write_tables(study, found.tables)
+    atomic_write(output, html.encode())
     return output
+
+
+def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
+    """Write each table to analyses/<key>.csv in `folder`, in full precision; others there go."""
+    paths = [folder / "analyses" / f"{key}.csv" for key in tables]
+    for old in set((folder / "analyses").glob("*.csv")) - set(paths):
+        old.unlink()
+    for path, table in zip(paths, tables.values(), strict=True):
+        atomic_write(path, table.csv())
+    return paths
 
 
 def render(study: Study) -> str:
@@ -80,61 +73,42 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"show": show, "label": label, "percent": percent}
+    environment.tests["text"] = lambda cell: isinstance(cell, str) and not isinstance(cell, Number)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(context) + "\n"
 
 
 def page(study: Study) -> Json:
     """Everything that report.html.j2 names."""
-    from relneuron import figures
-
-    results = split_results(study)
-    main, more = results[0], results[1:]
-    numbers, titles = headline(main), [split_title(result.split) for result in results]
-    chosen, asked, off = (
-        [label(name) for name in names] for names in (study.sets, main.relations, main.sets)
-    )
-    count = site_counts(study.sets.values(), study.neurons.model["layers"])
-    shared = shared_neurons(study.sets.values())
+    results = split_results(study.grids)
+    main = results[0]
+    numbers = headline(main)
     sizes = sorted(map(len, study.sets.values()))
+    before = zip(main.relations, main.before, strict=True)
     return {
         "model": study.neurons.model.get("id", "an unnamed model"),
         "method": METHODS.get(study.neurons.method, study.neurons.method),
         "main": main,
-        "main_title": titles[0],
+        "main_title": split_title(main.split),
         "sizes": _span(sizes),
         "answer": answer(numbers, sizes, study.n_neurons),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
-        "is_one_size": not sizes or sizes[0] == sizes[-1],
-        "left_out": [name for name, before in zip(asked, main.before, strict=True) if before == 0],
-        "accuracy": figures.accuracy_plots([main], asked, [""], "accuracy")[0],
-        "accuracy_tables": [accuracy_table(study, result) for result in results],
-        "more": figures.accuracy_plots(more, asked, titles[1:], "more"),
-        "splits_table": splits_table(results),
-        "drop": figures.drop_heatmap(main, asked, off) if off else "",
-        "drop_table": Table(
-            "Accuracy drop per set switched off, %",
-            ["relation asked", *off],
-            named(asked, (100 * main.drop).tolist()),
-        ),
-        "side_effect": _side_effect(main),
-        "layers": figures.layers_plot(count, chosen, SITES) if count.any() else "",
-        "layer_note": _layer_note(study, count),
-        "layer_table": layer_table(chosen, count),
-        "selection_table": selection_table(study, count),
-        "selection_note": _selection_note(study),
-        "neuron_table": neuron_table(study),
-        "significance": significance_notes(study),
-        "overlap": figures.overlap_heatmap(shared, chosen) if len(chosen) > 1 and sizes[-1] else "",
-        "overlap_note": _overlap_note(study, shared),
-        "overlap_table": Table(
-            "Neurons that two sets share", ["relation", *chosen], named(chosen, shared.tolist())
-        ),
+        "left_out": [label(name) for name, accuracy in before if accuracy == 0],
+        "sections": sections(study, results),
         "examples": list(examples(study, main).items()),
         "commands": commands(study.manifest),
         "manifest": study.manifest,
     }
+
+
+def sections(study: Study, results: Sequence[Result]) -> list[Section]:
+    """What the study has data for, in the order of the page."""
+    from relneuron.report_analyses import analysis_sections
+    from relneuron.report_neurons import neuron_sections
+
+    found = analysis_sections(study, results) + neuron_sections(study, results)
+    return sorted(found, key=lambda section: ORDER.index(section.key))
 
 
 # Text
@@ -170,96 +144,6 @@ def _change(drop: Spread) -> str:
     if text == percent(0):
         return "stays the same"
     return f"{'falls' if drop.mean > 0 else 'rises'} by {text}"
-
-
-def _side_effect(result: Result) -> str:
-    foreign = np.where(result.own | np.isnan(result.drop), -np.inf, result.drop)
-    if not foreign.size or not foreign.max() > 0:
-        return ""
-    r, c = np.unravel_index(foreign.argmax(), foreign.shape)
-    return (
-        f"The largest side effect: “{label(result.relations[r])}” loses {percent(foreign[r, c])} "
-        f"of its accuracy when the neurons of “{label(result.sets[c])}” are off."
-    )
-
-
-def _layer_note(study: Study, count: NDArray[np.int64]) -> str:
-    if not count.any():
-        return "No neuron was chosen."
-    shape = study.neurons.model
-    widths = np.array([shape["width"], shape["width"], shape["hidden"]])
-    chosen, all_neurons = (
-        ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(SITES, ns, strict=True))
-        for ns in (count.sum(axis=(0, 2)), widths)
-    )
-    return f"Of the chosen neurons: {chosen}; of all neurons: {all_neurons}."
-
-
-def _overlap_note(study: Study, shared: NDArray[np.int64]) -> str:
-    names, pairs = list(study.sets), np.triu(shared, 1)
-    if not pairs.any():
-        return "No two sets share a neuron."
-    i, j = np.unravel_index(pairs.argmax(), pairs.shape)
-    sizes = shared.diagonal().astype(float)
-    chance = np.outer(sizes, sizes)[np.triu_indices(len(sizes), 1)].mean() / study.n_neurons
-    return (
-        f"Most shared: {pairs[i, j]:,}, by “{label(names[i])}” and “{label(names[j])}”. "
-        f"Two random sets of such sizes would share {chance:.2g} on average."
-    )
-
-
-def _selection_note(study: Study) -> str:
-    """How the sets were cut, if by q, and why some are empty."""
-    rates = {f"{cut['fdr']}" for cut in study.neurons.selection.values() if "fdr" in cut}
-    notes = [f"A set is every neuron with q ≤ {rate}." for rate in sorted(rates)]
-    empty = [
-        f"{label(name)} ({study.neurons.selection.get(name, {}).get('reason', 'no reason given')})"
-        for name, chosen in study.neurons.sets.items()
-        if not chosen
-    ]
-    if empty:
-        notes.append(f"No neurons: {', '.join(empty)}.")
-    return " ".join(notes)
-
-
-def significance_notes(study: Study) -> list[str]:
-    """What the interval, p and q of a score are, and the least sure ones; of those that are there.
-
-    The numbers of draws are those that identify noted.
-    """
-    measured = [rows for rows in study.significance.values() if len(rows)]
-    rows = np.concatenate(measured) if measured else np.empty((0, 4))
-    has_p, has_q, has_interval = (bool(np.isfinite(rows[:, c]).any()) for c in range(3))
-    stages = study.manifest.get("stages", {})
-    inputs = stages.get("identify", {}).get("inputs", {})
-
-    def count(name: str) -> str:
-        n = inputs.get(name)
-        return f"{n:,} " if isinstance(n, int) else ""
-
-    notes = []
-    if has_interval:
-        notes.append(
-            f"The 95{NBSP}% interval of a score is that of {count('bootstrap')}bootstrap resamples "
-            "of the relation's prompts, positives and negatives apart."
-        )
-    if has_p:
-        notes.append(
-            f"p: the share of {count('permutations')}shufflings of the relation's labels that "
-            f"score the neuron as high, itself counted; at most {np.nanmax(rows[:, 0]):.2g} here."
-        )
-    if has_q:
-        notes.append(
-            "q: among all neurons that rank as high, the expected share that carry nothing "
-            f"(Benjamini–Hochberg over the model's {study.n_neurons:,} neurons, against "
-            f"{count('noise')}columns of noise); at most {np.nanmax(rows[:, 1]):.2g} here."
-        )
-    if has_p or has_q:
-        notes.append(
-            "Low p and q say that a neuron tells the relation's prompts from the others', "
-            "not that it does nothing else. Prompts count as independent of each other."
-        )
-    return notes
 
 
 def commands(manifest: Json) -> list[str]:

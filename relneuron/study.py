@@ -217,7 +217,6 @@ def run_study(
                 folder / "effects.csv",
                 **asdict(asked),
                 backend=o.backend,
-                oom=o.oom,
                 force=True,
                 quiet=quiet,
             )
@@ -237,5 +236,6 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
         return output
     write_report(folder, output, force=force or resume)
     if output.parent == folder:
-        manifest.finish("report", inputs, [output])
+        tables = sorted((folder / "analyses").glob("*.csv"))
+        manifest.finish("report", inputs, [output, *tables])
     return output

@@ -1,22 +1,17 @@
-"""The report's tables, and how names and numbers are written in it: visible, short, the same.
+"""Tables, and how names and numbers are written: visible, short, everywhere the same.
 
-report.py lays them out; a table is also a csv file inside the page.
+The analyses return tables; the report shows them, and each is a csv file for other programs.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from relneuron.artifact import SITES, csv_bytes
-from relneuron.results import Result, Study, flips, headline, spread
+from relneuron.artifact import csv_bytes
 
 SPLITS = {
     "eva": "evaluation prompts",
@@ -25,7 +20,10 @@ SPLITS = {
 }
 HIDDEN = ("Cc", "Cf", "Cn", "Cs", "Zl", "Zp")
 NBSP = "\N{NO-BREAK SPACE}"
-SHOWN = 5  # neurons of each set in the table of neurons, before its last
+HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after": "right after"}
+NAMES = ("relation", "off", "other", "concept")  # columns that hold names of sets
+TESTS = ("p_value", "q_value")
+RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 
 
 # Text
@@ -63,115 +61,113 @@ def percent(value: float) -> str:
     return f"{one_decimal(100 * value)}{NBSP}%" if math.isfinite(value) else "–"
 
 
+def significant(value: float, digits: int = 4) -> str:
+    """A number with so many significant digits, whole from a thousand on; a dash for NaN."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
 # Tables
 
 
-def number(value: float, spec: str) -> str:
-    """A number in a format of its own; a dash for what was not measured."""
-    return format(value, spec) if math.isfinite(value) else "–"
+class Share(float):
+    """A fraction: people read it in percent, files hold the fraction."""
+
+
+class Number(str):
+    """A number, or several, written as text."""
+
+
+Cell = str | float
 
 
 class Table(NamedTuple):
-    """Cells are text, whole numbers, or floats that are shown with one decimal."""
+    """Cells are text, whole numbers, shares, or other numbers; NaN was not measured."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | float]]
+    rows: Sequence[Sequence[Cell]]
 
-    @property
-    def filename(self) -> str:
-        return re.sub(r"\W+", "-", self.title.lower()).strip("-") + ".csv"
+    def column(self, name: str) -> list[Cell]:
+        place = self.columns.index(name)
+        return [row[place] for row in self.rows]
+
+    def where(self, name: str, value: Cell) -> Table:
+        """The rows that hold `value` in the column `name`."""
+        place = self.columns.index(name)
+        return self._replace(rows=[row for row in self.rows if row[place] == value])
+
+    def csv(self) -> bytes:
+        """The table as a csv file in full precision; no cell of text can act as a formula."""
+        rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
+        return csv_bytes(rows[0], rows[1:])
 
     def uri(self) -> str:
-        """The table as a csv file inside a link; no cell of text can act as a formula."""
-        rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
-        data = csv_bytes(rows[0], rows[1:])
-        return "data:text/csv;charset=utf-8;base64," + base64.b64encode(data).decode("ascii")
+        """The csv file as a link."""
+        return "data:text/csv;charset=utf-8;base64," + base64.b64encode(self.csv()).decode("ascii")
+
+    def shown(self, most: int) -> Table:
+        """The first `most` rows as people read them.
+
+        x, x_low and x_high share a cell; a column of which nothing was measured is left out.
+        """
+        rows = self.rows[:most]
+        place = {name: i for i, name in enumerate(self.columns)}
+        headings: list[str] = []
+        columns: list[list[Cell]] = []
+        for name, i in place.items():
+            base, _, end = name.rpartition("_")
+            is_end = end in ("low", "high") and base in place
+            if is_end or (rows and all(_is_nan(row[i]) for row in rows)):
+                continue
+            heading = label(HEADINGS.get(name, name.removeprefix("n_")))
+            write = _writer(name)
+            if f"{name}_low" in place:
+                ends = [place[f"{name}_low"], place[f"{name}_high"]]
+                heading += " (range)" if name in RANGES else f" (95{NBSP}%)"
+                columns.append([_span(row[i], *(row[k] for k in ends)) for row in rows])
+            else:
+                columns.append([write(row[i]) for row in rows])
+            headings.append(heading)
+        return Table(self.title, headings, list(zip(*columns, strict=True)))
 
 
-def show(value: str | float) -> str:
+def show(value: Cell) -> str:
     """A cell as a person reads it."""
     if isinstance(value, str):
         return visible(value)
-    return one_decimal(value) if isinstance(value, float) else f"{value:,}"
+    if isinstance(value, Share):
+        return percent(value)
+    return significant(value) if isinstance(value, float) else f"{value:,}"
 
 
-def _plain(value: str | float) -> str:
+def _writer(column: str) -> Callable[[Cell], Cell]:
+    """How a column's cells are written."""
+    if column in TESTS:
+        return lambda value: Number(significant(float(value), 2))
+    names = label if column in NAMES else split_title if column == "split" else visible
+    return lambda value: names(value) if isinstance(value, str) else Number(show(value))
+
+
+def _span(value: Cell, *ends: Cell) -> Number:
+    """A value, its low and its high as `40.0 % (35.5 to 44.5)`."""
+    if any(_is_nan(end) for end in ends):
+        return Number(show(value))
+    low, high = (show(end).removesuffix(f"{NBSP}%") for end in ends)
+    return Number(f"{show(value)} ({low} to {high})")
+
+
+def _is_nan(value: Cell) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _plain(value: Cell) -> str:
     if isinstance(value, str):
         # Spreadsheets run a cell that begins like a formula; an apostrophe makes it text.
         text = visible(value)
         return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) else text
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.6g}" if math.isfinite(value) else ""
-
-
-def accuracy_table(study: Study, result: Result) -> Table:
-    columns = [
-        *("relation", "prompts", "before, %", "own set off, %", "answers lost", "answers gained"),
-        *("random, mean %", "random, lowest %", "random, highest %"),
-    ]
-    rows: list[list[str | float]] = [
-        [
-            label(name),
-            int(result.n_prompts[r]),
-            *(100 * result.before[r], 100 * result.after[r]),
-            *flips(study, name, result.split),
-            *(100 * value for value in spread(result.random[r])),
-        ]
-        for r, name in enumerate(result.relations)
-    ]
-    return Table(f"Accuracy on {split_title(result.split)}", columns, rows)
-
-
-def splits_table(results: Sequence[Result]) -> Table:
-    columns = ["prompts", "own set, %", "other sets, %", "random sets, %"]
-    means = [[100 * drop.mean for drop in headline(result)] for result in results]
-    rows = named([split_title(result.split) for result in results], means)
-    return Table("Mean accuracy drop by kind of prompt", columns, rows)
-
-
-def layer_table(names: Sequence[str], count: NDArray[np.int64]) -> Table:
-    columns = ["relation", "site", "all layers", *(f"layer {i}" for i in range(count.shape[2]))]
-    rows = [
-        [name, site, sum(row), *row]
-        for name, by_site in zip(names, count.tolist(), strict=True)
-        for site, row in zip(SITES, by_site, strict=True)
-    ]
-    return Table("Chosen neurons by site and layer", columns, rows)
-
-
-def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
-    """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
-    columns = [
-        *("relation", "prompts", "answered right", "neurons", *SITES),
-        *("best score", "score at cut", "ties at cut", "perfect"),
-    ]
-    rows: list[list[str | float]] = []
-    sets = study.neurons.sets.items()
-    for (name, chosen), by_site in zip(sets, count.sum(axis=2).tolist(), strict=True):
-        n_prompts = sum(p.relation == name and p.split == "det" for p in study.prompts.values())
-        cut = study.neurons.selection.get(name, {})
-        right, *ties = (cut.get(key, 0) for key in ("positives", "ties_at_cut", "perfect"))
-        ends = [f"{end:.4f}" for end in (chosen[0][3], chosen[-1][3])] if chosen else ["–", "–"]
-        rows.append([label(name), n_prompts, right, sum(by_site), *by_site, *ends, *ties])
-    return Table("How the sets were chosen", columns, rows)
-
-
-def neuron_table(study: Study) -> Table:
-    """The best neurons of each set and its last, with what identify knows of their scores."""
-    columns = ["relation", "rank", "neuron", "score", "95 % from", "95 % to", "p", "q"]
-    rows: list[list[str | float]] = []
-    for name, chosen in study.neurons.sets.items():
-        for place, (layer, site, index, score) in enumerate(chosen):
-            if SHOWN <= place < len(chosen) - 1:
-                continue
-            p, q, low, high = study.significance[name][place].tolist()
-            cells = [f"{score:.4f}", *(number(x, ".4f") for x in (low, high))]
-            cells += [number(x, ".2g") for x in (p, q)]
-            rows.append([label(name), place + 1, f"L{layer}.{site}.{index}", *cells])
-    return Table("The best neurons of each set and its last", columns, rows)
-
-
-def named(names: Sequence[str], rows: list[list[float]]) -> list[list[str | float]]:
-    return [[name, *row] for name, row in zip(names, rows, strict=True)]
+    if isinstance(value, float):
+        return repr(float(value)) if math.isfinite(value) else ""
+    return str(value)

@@ -1,14 +1,18 @@
-"""A small study written file by file, as the stages write theirs: no model is needed.
+"""Small studies written file by file, as the stages write theirs, and a reader of their pages.
 
-test_results.py and test_report.py read it.
+No model is needed; test_results.py and the tests of the report use them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+from relneuron.effects import Condition, conditions_bytes
 
 NAN = float("nan")
 RELATIONS = ("company_ceo", "company_hq", "star_constellation")
@@ -40,7 +44,13 @@ def write_study(
     model: str = "a/model",
     manifest: dict[str, Any] | None = None,
     n_prompts: int = 4,
+    more: Sequence[tuple[Condition, dict[str, int]]] = (),
 ) -> Path:
+    """`right`: right answers by condition and relation, the first prompts of each are right.
+
+    `more`: conditions of other kinds than clean, set and random, asked of the relations they name
+    in the split eva; with them comes a conditions.csv.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     prompts, effects, accuracy = [], [], []
     for relation in relations:
@@ -53,15 +63,20 @@ def write_study(
                     | {"language": language or "en", "subject": f"S{i}", "object": "Tim Cook"}
                     | {"prompt": text.replace("{}", f"S{i}")}
                 )
-    for condition, counts in right.items():
-        for relation in relations:
-            for split in splits:
+    asked = [(name, counts, relations, splits) for name, counts in right.items()]
+    asked += [(about.name, counts, tuple(counts), ("eva",)) for about, counts in more]
+    for condition, counts, some, where in asked:
+        for relation in some:
+            for split in where:
                 for i in range(n_prompts):
                     name, hit = f"{relation}.{split}.{i}", int(i < counts.get(relation, 0))
                     said = prediction if hit else "The"
-                    effects.append([condition, relation, split, name, said, hit, -0.5])
+                    effects.append([condition, relation, split, name, said, hit, -0.5 - i / 8])
                 n = min(n_prompts, counts.get(relation, 0))
                 accuracy.append([condition, relation, split, n_prompts, n, n / n_prompts])
+    if more:
+        known = [condition_of(name) for name in right] + [about for about, _ in more]
+        (folder / "conditions.csv").write_bytes(conditions_bytes(known))
     tables = {
         "effects.csv": (
             ["condition", "relation", "split", "id", "prediction", "correct", "logprob"],
@@ -89,3 +104,79 @@ def write_study(
     head = {"schema": "relneuron.study/1", "relneuron": "0.1.0", "model": {"id": model, **shape}}
     (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
     return folder
+
+
+def condition_of(name: str) -> Condition:
+    """The condition of a name in `right`."""
+    if name == "clean":
+        return Condition(name, "clean")
+    if name.startswith("random."):
+        return Condition(name, "random", seed=int(name[7:]), n_neurons=3)
+    return Condition(name, "set", name, n_neurons=3)
+
+
+def write_whole_study(
+    folder: Path, *, concept: str = "person", relations: tuple[str, ...] = RELATIONS, **options: Any
+) -> Path:
+    """`write_study` with every analysis; each relation's numbers are the same.
+
+    Right answers to its own 4 prompts: best neuron off 3, best three off 1, ranks 2 and 3 off 2;
+    gate 2, up 4, down 0; matched sets 3 and 4; concept 2. To the others': 4 or, best three off, 3.
+    """
+    more = []
+    for name in relations:
+        others = {other: 4 for other in relations if other != name}
+        for last, own, rest in ((1, 3, 4), (3, 1, 3)):
+            about = Condition(f"{name}@{last}", "size", name, None, 1, last, "", last)
+            more.append((about, {name: own} | dict.fromkeys(others, rest)))
+        more.append((Condition(f"{name}@2-3", "range", name, None, 2, 3, "", 2), {name: 2}))
+        for site, own in (("gate", 2), ("up", 4), ("down", 0)):
+            about = Condition(f"{name}@{site}", "site", name, site=site, n_neurons=3)
+            more.append((about, {name: own} | others))
+        for seed, own in enumerate((3, 4)):
+            about = Condition(f"{name}~{seed}", "matched", name, seed=seed, n_neurons=3)
+            more.append((about, {name: own}))
+    about = Condition(f"concept:{concept}", "concept", concept, n_neurons=2)
+    more.append((about, dict.fromkeys(relations, 2)))
+    study = write_study(folder, relations=relations, more=more, **options)
+    neurons = json.loads((study / "neurons.json").read_text(encoding="utf-8"))
+    neurons["sets"] = {concept: [[0, "gate", 1, 0.9], [1, "up", 7, 0.8]]}
+    (study / "concepts").mkdir(exist_ok=True)
+    (study / "concepts" / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")
+    with (study / "perplexity.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["condition", "relation", "id", "n_tokens", "nll"])
+        for name in relations:
+            for condition, per_token in (("clean", 2.0), (name, 2.5), ("random.0", 2.0)):
+                for i in range(6):
+                    sentence = f"{name}.neutral.{i}"
+                    rows.writerow([condition, name, sentence, 8, 8 * (per_token + i / 10)])
+    return study
+
+
+class Page(HTMLParser):
+    """The elements, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# Text that must never act as anything else.
+PAYLOADS = [
+    "<script>alert(1)</script></svg></details><img src=x onerror=alert(1)>",
+    "\"><a href='javascript:alert(1)'>x</a>' onmouseover='alert(1)",
+    "{{ 7 * 7 }}{% include 'x' %}${1+1}</title></style><style>*{display:none}</style>",
+    '<!-- ]]> <?php --> &lt;b&gt; &#60;i&#62; data:text/html,<b> id="x" url(#y) 0.12345',
+    "\x1b]8;;evil\x07 \u202e \x00 $\\frac{1}{0}$ _^",
+]

@@ -36,9 +36,18 @@ ALLOWED = {
     "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
     "ablate_options": {"artifact", "conditions", "evaluate", "model"},
     "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
-    "results": {"artifact", "manifest", "scores"},
-    "figures": {"results", "artifact"},
-    "tables": {"results", "artifact"},
+    "tables": {"artifact"},
+    "results": {"artifact", "effects"},
+    "figures": {"results", "tables"},
+    "figures_analyses": {"figures", "results", "tables"},
+    "report_parts": {"figures", "results", "tables"},
+    "report_study": {"analyses", "artifact", "effects", "manifest", "results", "scores", "tables"},
+    **dict.fromkeys(
+        ("report_analyses", "report_neurons"),
+        {"analyses", "artifact", "figures", "figures_analyses"}
+        | {"report_parts", "report_study", "results", "tables"},
+    ),
+    "analyses": {"analyses", "artifact", "effects", "results", "tables"},
     "doctor": {"ops", "manifest", "model"},
     "bench_peers": set(),
     "bench_case": set(),
@@ -59,7 +68,8 @@ ALLOWED = {
     **dict.fromkeys(
         STAGES,
         {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
-        | {"results", "figures", "tables", "sentences"}
+        | {"results", "tables", "sentences"}
+        | {"report_analyses", "report_neurons", "report_parts", "report_study"}
         | {"effects", "conditions", "evaluate", "ablate_options"},
     ),
 }

@@ -15,9 +15,9 @@ import torch
 from conftest import SHARED, tiny_model
 
 from relneuron.artifact import Prompt, RelneuronError
-from relneuron.model import find_gated_mlps
-from relneuron.patch import LayerState, Patch
-from relneuron.predict import Asker, Questions, encode, is_correct, plan_batches
+from relneuron.model import find_gated_mlps, load_model
+from relneuron.patch import LayerState, Patch, Tokens, mask_states
+from relneuron.predict import Answers, Asker, Questions, Step, encode, is_correct, plan_batches
 from relneuron.record import pooled_tokens
 from relneuron.scores.ap import sample_labels
 from relneuron.scores.ranking import n_neurons, random_neurons, top_k
@@ -135,6 +135,127 @@ def test_batched_answers_with_cache_and_padding_are_those_of_one_by_one(llama: A
         alone = asker.ask(asked, [row])
         assert together.predictions[row] == alone.predictions[0]
         assert abs(together.logprobs[row] - alone.logprobs[0]) < 1e-5
+
+
+# --- the object's first token put in ---------------------------------------------------------
+
+
+def random_questions(lengths: list[int], vocabulary: int, seed: int) -> Questions:
+    """Prompts of random tokens, each with a random first token of the answer."""
+    generator = np.random.default_rng(seed)
+    ids = [generator.integers(3, vocabulary, n).tolist() for n in lengths]
+    answers = generator.integers(3, vocabulary, len(ids)).tolist()
+    return Questions([prompt(str(i)) for i in range(len(ids))], ids, answers)
+
+
+def forced_is_greedy(model: Any, vocabulary: int, lengths: list[int], seed: int = 0) -> None:
+    """With random neurons off in every row; rows of all kinds are among the prompts."""
+    mlps = find_gated_mlps(model)
+    shape = {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
+    off = [random_neurons(shape, n_neurons(shape) // 2, seed) for seed in range(3)]
+    asked = random_questions(lengths, vocabulary, seed)
+    asker, rows = Asker(model, Letters()), range(len(lengths))
+    ids = torch.tensor([row % 4 for row in rows], dtype=torch.int32)
+    with Patch(mlps, mask_states([[], *off], mlps)) as patch:
+
+        def mark(step: Step) -> None:
+            needed = step.n_needed if step.n_needed < step.mask.shape[1] else None
+            patch.tokens = Tokens(conditions=ids[step.rows], n_needed=needed)
+
+        asker._ends = set()
+        firsts = [int(text.split()[0]) for text in asker.ask(asked, rows, mark).predictions]
+        # Every third row is forced to take what it takes anyway; both kinds may end at once.
+        for row in rows:
+            if row % 3 == 0:
+                asked.answers[row] = firsts[row]
+            elif asked.answers[row] == firsts[row]:
+                asked.answers[row] = 3 + (firsts[row] - 2) % (vocabulary - 3)
+        asker._ends = {firsts[0], firsts[1]}
+        greedy, forced = asker.ask(asked, rows, mark), asker.ask_forced(asked, rows, mark)
+    kinds = {(firsts[r] == asked.answers[r], firsts[r] in asker._ends) for r in rows}
+    assert kinds == {(same, ends) for same in (True, False) for ends in (True, False)}
+    assert forced.predictions == greedy.predictions
+    assert greedy.predictions.count("") >= 2
+    np.testing.assert_allclose(forced.logprobs, greedy.logprobs, rtol=0, atol=1e-5)
+    assert forced.predictions != asker.ask(asked, rows).predictions
+
+
+def test_the_forced_token_changes_no_answer(family_model: Any) -> None:
+    lengths = np.random.default_rng(0).permutation([*range(1, 21), *range(1, 21)]).tolist()
+    forced_is_greedy(family_model, 96, lengths)
+
+
+def test_the_forced_token_changes_no_answer_of_a_trained_model(model_folder: Any) -> None:
+    model = load_model(str(model_folder))
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(1, 21, 40).tolist()
+        forced_is_greedy(model, model.config.vocab_size, lengths, seed)
+
+
+def test_one_row_or_none_that_differs(llama: Any) -> None:
+    """The second step may have all rows, one row, or not run at all."""
+    asked = random_questions([4, 1, 7], 96, 0)
+    asker = Asker(llama, Letters())
+    asker._ends = set()
+    firsts = [int(text.split()[0]) for text in asker.ask(asked, range(3)).predictions]
+    for differ in ([], [1], [0, 1, 2]):
+        asked.answers[:] = [3 + (f - 2) % 93 if i in differ else f for i, f in enumerate(firsts)]
+        steps: list[Step] = []
+        forced = asker.ask_forced(asked, range(3), steps.append)
+        assert forced.predictions == asker.ask(asked, range(3)).predictions
+        assert [step.rows.tolist() for step in steps] == [[0, 1, 2], differ][: 1 + bool(differ)]
+        assert asker.ask_forced(asked, [2]).predictions == [forced.predictions[2]]
+    asker._ends = {firsts[1]}
+    steps = []
+    asker.ask_forced(asked, range(3), steps.append)
+    assert steps[1].rows.tolist() == [row for row in range(3) if firsts[row] != firsts[1]]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_a_prompt_that_reaches_the_sliding_window_is_not_forced(family: str) -> None:
+    model = tiny_model(family, sliding_window=8)
+    asker = Asker(model, Letters())
+    inside, outside = random_questions([1, 3, 5], 96, 0), random_questions([1, 3, 6], 96, 0)
+    assert asker.forces_exactly(inside)
+    together = asker.ask_forced(inside, range(3))
+    assert together.predictions == asker.ask(inside, range(3)).predictions
+    assert not asker.forces_exactly(outside)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, AttributeError, TypeError])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cache_that_cannot_be_cut_is_not_forced(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception], known: bool
+) -> None:
+    """Also where the clean model knows every answer, and only an ablated one needs the cut."""
+    from transformers import DynamicCache
+
+    asked = random_questions([5, 2, 9], 96, 0)
+    asker = Asker(llama, Letters())
+    if known:
+        predictions = asker.ask(asked, range(3)).predictions
+        asked.answers[:] = [int(text.split()[0]) for text in predictions]
+    assert asker.forces_exactly(asked)
+
+    def refuse(*_: Any) -> None:
+        raise error("this cache has fixed rows")
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", refuse)
+    assert not asker.forces_exactly(asked)
+
+
+def test_wrongly_forced_answers_are_noticed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = random_questions(list(range(1, 21)), 96, 0)
+    asker = Asker(llama, Letters())
+    assert asker.forces_exactly(asked)
+    forced = Asker.ask_forced
+
+    def wrong(self: Asker, *rest: Any) -> Answers:
+        answers = forced(self, *rest)
+        return Answers([*answers.predictions[:-1], "wrong"], answers.logprobs)
+
+    monkeypatch.setattr(Asker, "ask_forced", wrong)
+    assert not asker.forces_exactly(asked)
 
 
 def test_an_end_token_ends_the_answer(llama: Any) -> None:

@@ -14,39 +14,18 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from studies import RELATIONS, RIGHT, SETS, write_study
+from studies import PAYLOADS, RELATIONS, RIGHT, SETS, Page, write_study
 
 from relneuron.artifact import RelneuronError
 from relneuron.report import commands, render, write_report
-from relneuron.results import (
-    read_study,
-)
-from relneuron.tables import Table, neuron_table, visible
-
-
-class Page(HTMLParser):
-    """The elements, attributes and visible text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
+from relneuron.report_neurons import neuron_table
+from relneuron.report_study import read_study
+from relneuron.tables import Table, visible
 
 # Text
 
@@ -114,18 +93,20 @@ def test_the_table_of_neurons_says_how_sure_each_score_is(tmp_path: Path) -> Non
     write_significance(write_study(tmp_path, manifest={"stages": {"identify": noted}}))
     study = read_study(tmp_path)
     assert neuron_table(study).rows[2] == [
-        *("company ceo", 3, "L1.down.0", "0.7000", "0.8000", "0.9900", "0.001", "0.02")
+        *("company_ceo", 3, "L1.down.0", 0.7, 0.8, 0.99, 0.001, 0.02)
     ]
     text = " ".join(Page(render(study)).text.split())
     assert "that of 1,000 bootstrap resamples" in text
     assert "the share of 200 shufflings" in text and "at most 0.001 here" in text
     assert "40 neurons, against 100,000 columns of noise); at most 0.02 here" in text
-    # What was not asked for is a dash, and nothing is said of it.
+    # What was not asked for has no column, and nothing is said of it.
     write_significance(tmp_path, ",,0.8,0.99")
     study = read_study(tmp_path)
-    assert neuron_table(study).rows[0][3:] == ["0.9000", "0.8000", "0.9900", "–", "–"]
+    shown = neuron_table(study).shown(1)
+    assert shown.columns == ["relation", "rank", "neuron", "score (95\xa0%)"]
+    assert shown.rows == [("company ceo", "1", "L0.gate.1", "0.9 (0.8 to 0.99)")]
     text = Page(render(study)).text
-    assert "shufflings" not in text and "Benjamini" not in text and "bootstrap" in text
+    assert "shufflings" not in text and "of noise" not in text and "bootstrap res" in text
 
 
 def test_neurons_without_significance_have_a_report(tmp_path: Path) -> None:
@@ -177,8 +158,8 @@ def test_the_page_says_what_was_found_and_asks_for_nothing(tmp_path: Path) -> No
     page = Page(html)
     for text in ("62.5\xa0%", "a/model", "“company ceo”", "evaluation prompts, de"):
         assert text in page.text
-    # accuracy, other prompts, drop, layers, overlap
-    assert page.tags.count("svg") == 5
+    # accuracy, other prompts (2), drop, layers, overlap, versatility, resilience, errors
+    assert page.tags.count("svg") == 9
     assert not {"script", "link", "iframe", "object", "img", "base", "form"} & set(page.tags)
     assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", html)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -212,15 +193,6 @@ def test_a_recorded_report_does_not_change_the_next(tmp_path: Path) -> None:
     noted = {"stages": {"report": {"inputs": {}, "files": ["report.html"]}}}
     noted["files"] = {"report.html": {"sha256": "0" * 64, "bytes": 1}}
     assert read_study(write_study(tmp_path, manifest=noted)).manifest == first
-
-
-PAYLOADS = [
-    "<script>alert(1)</script></svg></details><img src=x onerror=alert(1)>",
-    "\"><a href='javascript:alert(1)'>x</a>' onmouseover='alert(1)",
-    "{{ 7 * 7 }}{% include 'x' %}${1+1}</title></style><style>*{display:none}</style>",
-    '<!-- ]]> <?php --> &lt;b&gt; &#60;i&#62; data:text/html,<b> id="x" url(#y) 0.12345',
-    "\x1b]8;;evil\x07 \u202e \x00 $\\frac{1}{0}$ _^",
-]
 
 
 def hostile_page(folder: Path, text: str) -> Page:

@@ -12,19 +12,8 @@ import pytest
 from studies import NAN, RELATIONS, SETS, write_study
 
 from relneuron.report import answer
-from relneuron.results import (
-    Answer,
-    Result,
-    drop_matrix,
-    examples,
-    flips,
-    headline,
-    read_study,
-    shared_neurons,
-    site_counts,
-    split_results,
-)
-from relneuron.tables import accuracy_table
+from relneuron.report_study import Answer, examples, read_study
+from relneuron.results import Result, drop_matrix, headline, site_counts, split_results
 
 
 def test_drop_matrix_of_the_method_s_vector() -> None:
@@ -47,10 +36,9 @@ def test_drop_matrix_is_nan_where_nothing_was_right_before() -> None:
 
 def test_headline_by_hand(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path))
-    [result] = split_results(study)
+    [result] = split_results(study.grids)
     assert result.relations == result.sets == list(RELATIONS)
     np.testing.assert_array_equal(result.before, [1.0, 0.5, 0.0])
-    np.testing.assert_array_equal(result.after, [0.25, 0.25, 0.0])
     np.testing.assert_array_equal(result.random, [[1.0, 0.75], [0.25, 0.5], [0.0, 0.0]])
     expected = [[0.75, 0.25, 0.0], [0.0, 0.5, -0.5], [NAN, NAN, NAN]]
     np.testing.assert_array_equal(result.drop, expected)
@@ -65,41 +53,40 @@ def test_headline_by_hand(tmp_path: Path) -> None:
         "it rises by 6.2\xa0%; with as many random neurons off instead it falls by 18.8\xa0%."
     )
     assert "; with 9 random neurons off instead it" in answer(numbers, [1, 3, 9], study.n_neurons)
-    row = accuracy_table(study, result).rows[1]
-    assert row == ["company hq", 4, 50.0, 25.0, 1, 0, 37.5, 25.0, 50.0]
 
 
 def test_random_seeds_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     right = {f"random.{seed}": {"company_ceo": seed % 5} for seed in (10, 9, 2)}
     right["clean"] = {"company_ceo": 4}
     study = write_study(tmp_path, relations=("company_ceo",), right=right)
-    np.testing.assert_array_equal(split_results(read_study(study))[0].random, [[0.5, 1.0, 0.0]])
+    np.testing.assert_array_equal(
+        split_results(read_study(study).grids)[0].random, [[0.5, 1.0, 0.0]]
+    )
 
 
 def test_splits_share_their_rows_and_eva_comes_first(tmp_path: Path) -> None:
     study = write_study(tmp_path, splits=("eva.de", "eva2", "eva"))
-    path = study / "accuracy.csv"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if "company_hq,eva.de" not in line]
-    path.write_text("".join(kept), encoding="utf-8")
-    results = split_results(read_study(study))
+    for path in (study / "accuracy.csv", study / "effects.csv"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if "company_hq,eva.de" not in line]
+        path.write_text("".join(kept), encoding="utf-8")
+    results = split_results(read_study(study).grids)
     assert [result.split for result in results] == ["eva", "eva2", "eva.de"]
     np.testing.assert_array_equal(results[2].before, [1.0, NAN, 0.0])
     assert headline(results[2]).own.mean == 0.75
 
 
-def test_sites_and_shared_neurons_count_each_neuron_once(tmp_path: Path) -> None:
+def test_sites_count_each_neuron_once(tmp_path: Path) -> None:
     twice = [*SETS["company_ceo"], [0, "gate", 1, 0.1]]
     sets = {**SETS, "company_ceo": twice, "star_constellation": []}
     chosen = read_study(write_study(tmp_path, sets=sets)).sets.values()
     assert site_counts(chosen, 2)[0].tolist() == [[1, 0], [0, 1], [0, 1]]
     assert site_counts(chosen, 2)[2].sum() == 0
-    assert shared_neurons(chosen).tolist() == [[3, 2, 0], [2, 3, 0], [0, 0, 0]]
 
 
 def test_examples_show_a_broken_and_a_surviving_prompt(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path))
-    shown = examples(study, split_results(study)[0])
+    shown = examples(study, split_results(study.grids)[0])
     broken, survivor = shown["company_ceo"]
     assert broken.prompt.id == "company_ceo.eva.1"
     assert (broken.before, broken.after) == (Answer("Tim", True), Answer("The", False))
@@ -107,4 +94,3 @@ def test_examples_show_a_broken_and_a_surviving_prompt(tmp_path: Path) -> None:
     # Nothing was right before: the first prompt stands for the relation.
     ids = [example.prompt.id for example in shown["star_constellation"]]
     assert ids == ["star_constellation.eva.0", "company_ceo.eva.0"]
-    assert flips(study, "company_ceo", "eva") == (3, 0)

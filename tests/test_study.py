@@ -33,8 +33,10 @@ FILES = {
     "neurons.json",
     "significance.csv",
     "effects.csv",
+    "conditions.csv",
     "accuracy.csv",
     "report.html",
+    "analyses/drop.csv",
 }
 
 
@@ -44,7 +46,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    """Every file of a study but its lock, by its path."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +299,7 @@ def test_a_changed_file_is_noticed(
     copy = tmp_path / "s"
     copy.mkdir()
     for name, data in contents(study).items():
+        (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(data)
     effects = copy / "effects.csv"
     effects.write_bytes(effects.read_bytes().replace(b",1,", b",0,", 1))

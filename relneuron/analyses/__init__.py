@@ -1,0 +1,105 @@
+"""Every analysis of the method (A10; arXiv 2502.17355, sections 4 and 5) from one evaluation.
+
+The report and the command line call `run_all`. Each analysis is a pure function from what was
+measured to a tidy table: one row a case, shares as fractions, NaN for what is not defined.
+
+| key | one row for | method |
+|---|---|---|
+| accuracy | a split and relation: its own set, the others', random sets | A10.1, 7, 8 |
+| drop | a relation and the set that is off | A10.2 |
+| overlap | two sets | A10.4 |
+| versatility | a number of sets that a neuron is in | A10.4 |
+| interference | an answer that a foreign set mends | A10.2 |
+| sizes | a relation and a number of neurons | A10.5 |
+| cumulativity | a relation and a range of ranks | A10.6 |
+| cumulativity_summary | a range of ranks | A10.6 |
+| sites | a relation and a type of neuron | A10.9 |
+| concepts | a relation and a kind of subject | A10.10 |
+| perplexity | a relation's neutral sentences | A10.11 |
+| resilience | a relation's facts that outlive its set, and that do not | A10.12 |
+| errors | a relation's lost answers | A10.13 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from relneuron.analyses.answers import (
+    ResilienceTest,
+    errors,
+    interference,
+    resilience,
+    resilience_test,
+)
+from relneuron.analyses.effects import accuracy, drop_table, sites
+from relneuron.analyses.neurons import (
+    OverlapEffect,
+    concepts,
+    overlap,
+    overlap_effect,
+    versatility,
+)
+from relneuron.analyses.sentences import SentenceRow, perplexity, read_perplexity
+from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_micro, sizes
+from relneuron.artifact import Neuron, Prompt
+from relneuron.effects import Grid
+from relneuron.tables import Table
+
+__all__ = [
+    "OverlapEffect",
+    "ResilienceTest",
+    "SentenceRow",
+    "accuracy",
+    "concepts",
+    "cumulativity",
+    "cumulativity_summary",
+    "drop_table",
+    "errors",
+    "interference",
+    "macro_micro",
+    "overlap",
+    "overlap_effect",
+    "perplexity",
+    "read_perplexity",
+    "resilience",
+    "resilience_test",
+    "run_all",
+    "sites",
+    "sizes",
+    "versatility",
+]
+
+
+def run_all(
+    grids: Mapping[str, Grid],
+    sets: Mapping[str, Sequence[Neuron]],
+    prompts: Mapping[str, Prompt],
+    n_neurons: int,
+    *,
+    concept_sets: Mapping[str, Sequence[Neuron]] | None = None,
+    sentences: Sequence[SentenceRow] = (),
+    frequency: Mapping[str, float] | None = None,
+) -> dict[str, Table]:
+    """The tables that have a row, by key. All but accuracy are of `eva`, or else the first split.
+
+    `sets`: each relation's neurons, each once; `prompts` by id, all of the study; `n_neurons` the
+    model has; `frequency`: the number of documents that name a prompt's fact, by prompt id.
+    """
+    grid = grids["eva"] if "eva" in grids else next(iter(grids.values()))
+    ranges = cumulativity(grid)
+    tables = {
+        "accuracy": accuracy(grids),
+        "drop": drop_table(grid),
+        "overlap": overlap(sets, n_neurons),
+        "versatility": versatility(sets),
+        "interference": interference(grid, prompts),
+        "sizes": sizes(grid),
+        "cumulativity": ranges,
+        "cumulativity_summary": cumulativity_summary(ranges),
+        "sites": sites(grid),
+        "concepts": concepts(sets, concept_sets or {}, grid, n_neurons),
+        "perplexity": perplexity(sentences),
+        "resilience": resilience(grid, frequency),
+        "errors": errors(grid, prompts),
+    }
+    return {key: table for key, table in tables.items() if table.rows}

@@ -1,0 +1,134 @@
+"""Single answers: those a foreign set mends, those the own set breaks, and what they become.
+
+`run_all` calls these; methods A10.2, 12 and 13 (arXiv 2502.17355, section 5 and appendix E).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from relneuron.analyses.outcomes import Row, asked, own_sets, relations, sets_off
+from relneuron.analyses.uncertainty import NAN, Array, rank_sum_p, signed_rank
+from relneuron.artifact import Prompt
+from relneuron.effects import Grid
+from relneuron.tables import Share, Table
+
+INTERFERENCE = ("relation", "off", "id", "subject", "object", "before", "after")
+RESILIENCE = (
+    *("relation", "n_resilient", "n_sensitive", "logprob_resilient", "logprob_sensitive"),
+    *("p_value", "frequency_resilient", "frequency_sensitive", "frequency_difference"),
+)
+ERROR_KINDS = ("empty", "article", "repeats_prompt", "same_relation", "other_relation", "other")
+ERRORS = ("relation", "n_lost", *ERROR_KINDS, "most_common", "n_most_common")
+
+# An article with any punctuation about it, or nothing but punctuation.
+ARTICLE = re.compile(r"[\W_]*(the|an?)?[\W_]*")
+
+
+def interference(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
+    """The answers that are wrong clean and right with another relation's set off."""
+    rows: list[Row] = []
+    for relation in relations(grid):
+        for off, name in sets_off(grid).items():
+            if off == relation:
+                continue
+            mended = (grid.correct["clean"] == 0) & (grid.correct[name] == 1)
+            for i in np.flatnonzero(asked(grid, relation) & mended).tolist():
+                prompt = prompts[grid.ids[i]]
+                answers = grid.prediction["clean"][i], grid.prediction[name][i]
+                facts = prompt.id, prompt.subject, prompt.object
+                rows.append([relation, off, *facts, *answers])
+    return Table("Answers that a set of another relation mends", INTERFERENCE, rows)
+
+
+def _places(grid: Grid, relation: str, off: str, after: int) -> list[int]:
+    """The relation's prompts that are right clean and `after` (1, 0) with `off` off."""
+    found = (grid.correct["clean"] == 1) & (grid.correct[off] == after)
+    places: list[int] = np.flatnonzero(asked(grid, relation) & found).tolist()
+    return places
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if values.size else NAN
+
+
+def relative_difference(resilient: float, sensitive: float) -> float:
+    """(mean_b - mean_a) / mean_b, a resilient and b sensitive; NaN where mean_b is 0."""
+    return (sensitive - resilient) / sensitive if sensitive else NAN
+
+
+def resilience(grid: Grid, frequency: Mapping[str, float] | None = None) -> Table:
+    """Facts that outlive their set and facts that do not (arXiv 2502.17355, appendix E).
+
+    Resilient: right before and after; sensitive: right before, wrong after. logprob: the mean clean
+    log-probability of the object's first token, in nats; p is Mann and Whitney's. `frequency`: the
+    number of documents that name a prompt's fact, by prompt id, of those where it is known.
+    """
+    frequency = frequency or {}
+    rows: list[Row] = []
+    for relation, off in own_sets(grid).items():
+        kinds = [_places(grid, relation, off, after) for after in (1, 0)]
+        logprobs = [grid.logprob["clean"][places] for places in kinds]
+        ids = [[grid.ids[i] for i in places] for places in kinds]
+        known = [_mean(np.array([frequency[i] for i in some if i in frequency])) for some in ids]
+        numbers = *map(_mean, logprobs), rank_sum_p(*logprobs), *known
+        difference = Share(relative_difference(*known))
+        rows.append([relation, *map(len, kinds), *numbers, difference])
+    return Table("Resilient and sensitive facts", RESILIENCE, rows)
+
+
+class ResilienceTest(NamedTuple):
+    """Wilcoxon's signed-rank test over the n relations that have facts of both kinds."""
+
+    statistic: float
+    p_value: float
+    n: int
+
+
+def resilience_test(table: Table) -> ResilienceTest:
+    """logprob_resilient against logprob_sensitive of `resilience`."""
+    difference = np.array([float(row[3]) - float(row[4]) for row in table.rows])
+    known = difference[~np.isnan(difference)]
+    return ResilienceTest(*signed_rank(known), len(known))
+
+
+def errors(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
+    """What the own set turns right answers into, by kind; the first kind that fits counts.
+
+    article: an article, or punctuation only; repeats_prompt: the answer's words stand in the
+    prompt; same_relation, other_relation: the beginning of an object of the relation's, or of
+    another's, in the prompt's language. most_common: the most frequent wrong answer, of equals the
+    first in alphabetical order.
+    """
+    objects: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for prompt in prompts.values():
+        objects[prompt.language][prompt.relation].add(prompt.object.strip().casefold())
+    rows: list[Row] = []
+    for relation, off in own_sets(grid).items():
+        places = _places(grid, relation, off, 0)
+        given = [(grid.prediction[off][i], prompts[grid.ids[i]]) for i in places]
+        kinds = Counter(kind_of_error(text, p, objects[p.language]) for text, p in given)
+        common = Counter(text for text, _ in given)
+        text, n = min(common.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
+        rows.append([relation, len(places), *(kinds[kind] for kind in ERROR_KINDS), text, n])
+    return Table("What lost answers become", ERRORS, rows)
+
+
+def kind_of_error(text: str, prompt: Prompt, objects: Mapping[str, set[str]]) -> str:
+    """The kind of a wrong answer to `prompt`; `objects`: the casefolded objects by relation."""
+    words = text.strip().casefold()
+    if not words:
+        return "empty"
+    if ARTICLE.fullmatch(words):
+        return "article"
+    if re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt.prompt.casefold()):
+        return "repeats_prompt"
+    begun = [name for name, some in objects.items() if any(o.startswith(words) for o in some)]
+    if prompt.relation in begun:
+        return "same_relation"
+    return "other_relation" if begun else "other"

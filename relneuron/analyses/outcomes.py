@@ -1,0 +1,129 @@
+"""Counts behind the tables: how a relation's prompts went as the model is and with neurons off.
+
+Every analysis of a grid starts here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.analyses.uncertainty import NAN, Paired, mcnemar_p, paired_bootstrap, q_values
+from relneuron.effects import NOT_ASKED, Grid
+from relneuron.results import Spread, spread
+from relneuron.tables import Share
+
+Row = list[str | float]
+
+
+class Outcomes(NamedTuple):
+    """Prompts asked both clean and under a condition, by whether their answers were right."""
+
+    kept: int  # right, right
+    lost: int  # right, wrong
+    gained: int  # wrong, right
+    wrong: int  # wrong, wrong
+
+    @property
+    def n(self) -> int:
+        return sum(self)
+
+    @property
+    def n_before(self) -> int:
+        return self.kept + self.lost
+
+    @property
+    def n_after(self) -> int:
+        return self.kept + self.gained
+
+    @property
+    def before(self) -> float:
+        return self.n_before / self.n if self.n else NAN
+
+    @property
+    def after(self) -> float:
+        return self.n_after / self.n if self.n else NAN
+
+    @property
+    def drop(self) -> float:
+        """(before - after) / before (methods A10.2); NaN where nothing was right before."""
+        return (self.before - self.after) / self.before if self.n_before else NAN
+
+    @property
+    def p_value(self) -> float:
+        return float(mcnemar_p(self.lost, self.gained)) if self.n else NAN
+
+    def intervals(self) -> Paired:
+        return paired_bootstrap(*self)
+
+
+NOT_MEASURED = Outcomes(0, 0, 0, 0)
+
+
+def sets_off(grid: Grid) -> dict[str, str]:
+    """The condition that switches a relation's own set off, by relation."""
+    return {condition.relation: condition.name for condition in grid.of_kind("set")}
+
+
+def relations(grid: Grid) -> list[str]:
+    """The relations asked: those with a set in the order of the sets, then the others."""
+    asked = grid.relations
+    with_set = [name for name in sets_off(grid) if name in asked]
+    return with_set + [name for name in asked if name not in with_set]
+
+
+def own_sets(grid: Grid) -> dict[str, str]:
+    """`sets_off` of the relations asked."""
+    off = sets_off(grid)
+    return {name: off[name] for name in relations(grid) if name in off}
+
+
+def asked(grid: Grid, relation: str, *conditions: str) -> NDArray[np.bool_]:
+    """(N,): the prompts of a relation that were asked under all of `conditions`."""
+    rows: NDArray[np.bool_] = grid.relation == relation
+    for condition in conditions:
+        rows = rows & (grid.correct[condition] != NOT_ASKED)
+    return rows
+
+
+def outcomes(grid: Grid, relation: str, condition: str | None) -> Outcomes:
+    """How a relation's prompts went, clean and under `condition`; None was not measured."""
+    if condition is None:
+        return NOT_MEASURED
+    rows = asked(grid, relation, condition)
+    both = 2 * grid.correct["clean"][rows] + grid.correct[condition][rows]
+    wrong, gained, lost, kept = np.bincount(both, minlength=4).tolist()
+    return Outcomes(kept, lost, gained, wrong)
+
+
+class Mean(NamedTuple):
+    """Accuracy after, and drop, over several outcomes; those not measured do not count."""
+
+    after: Spread
+    drop: Spread
+
+
+def mean_of(found: Iterable[Outcomes]) -> Mean:
+    pairs = np.array([(one.after, one.drop) for one in found]).reshape(-1, 2)
+    return Mean(spread(pairs[:, 0]), spread(pairs[:, 1]))
+
+
+def others_under(grid: Grid, relation: str, condition: str) -> Mean:
+    """Unweighted means over the other relations with the condition's neurons off."""
+    return mean_of(
+        outcomes(grid, other, condition) for other in grid.relations if other != relation
+    )
+
+
+def shares(*values: float) -> list[Share]:
+    return [Share(value) for value in values]
+
+
+def with_q(columns: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """`rows` that lack only q_value, with it behind p_value: adjusted over these rows."""
+    place = columns.index("q_value")
+    q = q_values([float(row[place - 1]) for row in rows]).tolist()
+    return [[*row[:place], value, *row[place:]] for row, value in zip(rows, q, strict=True)]

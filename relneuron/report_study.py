@@ -1,0 +1,214 @@
+"""A study directory as the report needs it: its files read, held to each other, and analysed.
+
+`report` calls `read_study`; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.analyses import SentenceRow, read_perplexity, run_all
+from relneuron.artifact import (
+    Json,
+    Neuron,
+    NeuronFile,
+    Prompt,
+    RelneuronError,
+    check_neurons,
+    read_csv,
+    read_prompts,
+    require,
+)
+from relneuron.effects import NOT_ASKED, Condition, Grid, read_conditions, read_effects
+from relneuron.manifest import Manifest
+from relneuron.results import INPUTS, OPTIONAL, Array, Result, in_order
+from relneuron.scores import ranking
+from relneuron.tables import Table
+
+ACCURACY = ("condition", "relation", "split", "n_prompts", "n_correct")
+SIGNIFICANCE = ("p_permutation", "q_value", "ap_low", "ap_high")
+
+
+@dataclass(frozen=True)
+class Study:
+    manifest: Json
+    prompts: dict[str, Prompt]
+    neurons: NeuronFile
+    sets: dict[str, list[Neuron]]  # each neuron once
+    significance: dict[str, Array]  # p, q, low, high of each row of neurons.sets: (K, 4)
+    grids: dict[str, Grid]  # by split, the main one first
+    concept_sets: dict[str, list[Neuron]]
+    sentences: list[SentenceRow]
+
+    @property
+    def n_neurons(self) -> int:
+        return ranking.n_neurons(self.neurons.model)
+
+    @cached_property
+    def tables(self) -> dict[str, Table]:
+        """Every analysis that the study has data for."""
+        return run_all(
+            self.grids,
+            self.sets,
+            self.prompts,
+            self.n_neurons,
+            concept_sets=self.concept_sets,
+            sentences=self.sentences,
+        )
+
+
+def read_study(folder: Path) -> Study:
+    """Read a study directory; a file whose digest is not the manifest's raises."""
+    described = Manifest(folder)
+    for name, made_by in INPUTS.items():
+        if name not in OPTIONAL or name in described.data["files"]:
+            require(folder / name, made_by)
+    for name in INPUTS.keys() & described.data["files"].keys():
+        described.is_intact(name)
+    manifest = described.data
+    # A report does not describe itself.
+    report = manifest.get("stages", {}).pop("report", {})
+    for name in ("report.html", *report.get("files", ())):
+        manifest.get("files", {}).pop(name, None)
+    prompts = {prompt.id: prompt for prompt in read_prompts(folder / "prompts.jsonl")}
+    neurons = NeuronFile.read(folder / "neurons.json")
+    concepts = folder / "concepts" / "neurons.json"
+    sentences = folder / "perplexity.csv"
+    try:
+        sets = _neurons_once(neurons)
+        significance = read_significance(folder / "significance.csv", neurons)
+        grids = in_order(read_effects(folder / "effects.csv", _conditions(folder, sets)))
+        check_effects(folder / "accuracy.csv", grids, prompts)
+        return Study(
+            manifest,
+            prompts,
+            neurons,
+            sets,
+            significance,
+            grids,
+            _neurons_once(NeuronFile.read(concepts)) if concepts.exists() else {},
+            read_perplexity(sentences) if sentences.exists() else [],
+        )
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise RelneuronError(
+            f"{folder}: a table is damaged or of another study ({error!r})",
+            "run the stages from identify on anew",
+        ) from error
+
+
+def _neurons_once(neurons: NeuronFile) -> dict[str, list[Neuron]]:
+    return {name: check_neurons(found, neurons.model) for name, found in neurons.sets.items()}
+
+
+def _conditions(folder: Path, sets: dict[str, list[Neuron]]) -> dict[str, Condition]:
+    """conditions.csv; a study without one has only sets, random sets and `clean`, told by name."""
+    path = folder / "conditions.csv"
+    if path.exists():
+        return read_conditions(path)
+    names = dict.fromkeys(row["condition"] for row in read_csv(folder / "accuracy.csv", ACCURACY))
+    return {name: _condition(name, sets) for name in names}
+
+
+def _condition(name: str, sets: dict[str, list[Neuron]]) -> Condition:
+    if name == "clean":
+        return Condition(name, "clean")
+    if name.startswith("random.") and name not in sets:
+        size = max(map(len, sets.values()), default=0)
+        return Condition(name, "random", seed=int(name.removeprefix("random.")), n_neurons=size)
+    return Condition(name, "set", name, n_neurons=len(sets.get(name, ())))
+
+
+def check_effects(accuracy: Path, grids: dict[str, Grid], prompts: dict[str, Prompt]) -> None:
+    """Raise unless effects are of these prompts, and accuracy.csv counts just them."""
+    if not grids:
+        raise ValueError("effects.csv has no answer of the model as it is")
+    relations: dict[tuple[str, str], NDArray[np.bool_]] = {}
+    for grid in grids.values():
+        if unknown := set(grid.ids) - prompts.keys():
+            raise ValueError(f"prompts.jsonl has no {min(unknown)}")
+        relations |= {(grid.split, name): grid.relation == name for name in grid.relations}
+    for row in read_csv(accuracy, ACCURACY):
+        condition, relation, split, n_prompts, n_correct = (row[name] for name in ACCURACY)
+        correct = grids[split].correct[condition][relations[split, relation]]
+        counted = (correct != NOT_ASKED).sum(), (correct == 1).sum()
+        if counted != (int(n_prompts), int(n_correct)):
+            raise ValueError(f"accuracy.csv counts {condition}, {relation}, {split} otherwise")
+
+
+def read_significance(path: Path, neurons: NeuronFile) -> dict[str, Array]:
+    """p, q, low and high of each row of neurons.json, per set (K, 4); NaN for what is not there."""
+    found: dict[str, Array] = {
+        name: np.full((len(rows), len(SIGNIFICANCE)), np.nan) for name, rows in neurons.sets.items()
+    }
+    if not path.exists():
+        return found
+    rows = read_csv(path, ("relation", "layer", "site", "index", *SIGNIFICANCE))
+    for name, chosen in neurons.sets.items():
+        for place, (layer, site, index, _) in enumerate(chosen):
+            row = next(rows, None)
+            neuron = [name, str(layer), site, str(index)]
+            if row is None or [row[c] for c in ("relation", "layer", "site", "index")] != neuron:
+                raise ValueError(f"{path.name} does not hold the rows of neurons.json")
+            found[name][place] = [float(row[column] or "nan") for column in SIGNIFICANCE]
+    if next(rows, None) is not None:
+        raise ValueError(f"{path.name} holds more rows than neurons.json")
+    return found
+
+
+# Answers
+
+
+class Answer(NamedTuple):
+    prediction: str
+    correct: bool
+
+
+class Example(NamedTuple):
+    """One prompt, answered by the model as it is and with a set switched off."""
+
+    prompt: Prompt
+    before: Answer
+    after: Answer
+
+
+def answered(study: Study, off: str, relation: str, split: str) -> Iterator[Example]:
+    """The prompts of a relation that were asked both as the model is and with `off` off."""
+    grid = study.grids[split]
+    if off not in grid.conditions:
+        return
+    for i in np.flatnonzero((grid.relation == relation) & (grid.correct[off] != NOT_ASKED)):
+        before, after = (
+            Answer(grid.prediction[name][i], bool(grid.correct[name][i])) for name in ("clean", off)
+        )
+        yield Example(study.prompts[grid.ids[i]], before, after)
+
+
+def examples(study: Study, result: Result) -> dict[str, list[Example]]:
+    """For each set: a prompt of its own relation that it breaks, and one of another that survives.
+
+    The first of each; a set that breaks nothing shows a prompt that stays right, or else any.
+    """
+    shown = {}
+    for c, off in enumerate(result.sets):
+        own = sorted(
+            answered(study, off, off, result.split),
+            key=lambda e: (not e.before.correct, e.after.correct),
+        )
+        others = result.sets[c + 1 :] + result.sets[:c]
+        spared = (
+            example
+            for relation in others
+            for example in answered(study, off, relation, result.split)
+            if example.before.correct and example.after.correct
+        )
+        if found := own[:1] + [e for e in [next(spared, None)] if e]:
+            shown[off] = found
+    return shown

@@ -1,0 +1,171 @@
+"""The numbers of the analyses against scipy, plain resampling and the method's vectors."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SHARED
+from scipy.stats import binomtest, false_discovery_control, hypergeom, wilcoxon
+
+from relneuron.analyses import macro_micro
+from relneuron.analyses.answers import relative_difference
+from relneuron.analyses.outcomes import Outcomes
+from relneuron.analyses.uncertainty import (
+    N_RESAMPLES,
+    mcnemar_p,
+    overlap_p,
+    paired_bootstrap,
+    percentile_interval,
+    q_values,
+    rank_sum_p,
+    ratio_bootstrap,
+    signed_rank,
+    spearman,
+)
+
+
+def index_bootstrap(before: np.ndarray, after: np.ndarray, seed: int) -> list[list[float]]:
+    """Low and high of accuracy before, after and drop, from resampled prompts."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(before.size, size=(20_000, before.size))
+    was, now = before[drawn].mean(1), after[drawn].mean(1)
+    drop = ((was - now)[was > 0]) / was[was > 0]
+    return [np.percentile(values, [2.5, 97.5]).tolist() for values in (was, now, drop)]
+
+
+@pytest.mark.parametrize("counts", [(20, 15, 3, 12), (3, 0, 9, 28), (40, 5, 0, 5)])
+def test_counts_resampled_give_the_intervals_of_prompts_resampled(
+    counts: tuple[int, int, int, int],
+) -> None:
+    before = np.repeat([1, 1, 0, 0], counts)
+    after = np.repeat([1, 0, 1, 0], counts)
+    many = np.array([paired_bootstrap(*counts, seed=seed) for seed in range(10)])
+    expected = index_bootstrap(before, after, seed=1)
+    # An accuracy moves in steps of 1/50, and so do the ends; the drop of the second is skewed.
+    np.testing.assert_allclose(many.mean(0)[:2], expected[:2], atol=0.02)
+    np.testing.assert_allclose(many.mean(0)[2], expected[2], rtol=0.15, atol=0.03)
+
+
+def test_an_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> None:
+    shares = [0.4, 0.3, 0.1, 0.2]
+    drawn = np.random.default_rng(3).multinomial(200, shares, size=300)
+    found = [paired_bootstrap(*counts.tolist()) for counts in drawn]
+    for name, truth in (("before", 0.7), ("after", 0.5), ("drop", 2 / 7)):
+        ends = [getattr(one, name) for one in found]
+        covered = np.mean([low <= truth <= high for low, high in ends])
+        assert 0.91 <= covered <= 0.985, name
+
+
+def test_a_bootstrap_is_seeded_and_knows_its_limits() -> None:
+    assert paired_bootstrap(5, 3, 2, 4) == paired_bootstrap(5, 3, 2, 4, seed=0)
+    assert paired_bootstrap(5, 3, 2, 4) != paired_bootstrap(5, 3, 2, 4, seed=1)
+    sure = paired_bootstrap(0, 6, 0, 0)
+    assert (sure.before, sure.after, sure.drop) == ((1.0, 1.0), (0.0, 0.0), (1.0, 1.0))
+    never = paired_bootstrap(0, 0, 2, 2)
+    assert never.before == (0, 0)
+    assert np.isnan(never.drop).all() and 0 <= never.after.low < never.after.high <= 1
+    assert np.isnan(np.array(paired_bootstrap(0, 0, 0, 0))).all()
+    # One prompt of two right before: a quarter of the resamples has none, and no drop.
+    assert paired_bootstrap(0, 1, 0, 1).drop == (1.0, 1.0)
+
+
+def test_percentile_interval_by_hand() -> None:
+    assert percentile_interval(np.arange(41.0)) == (1.0, 39.0)
+
+
+def test_ratio_bootstrap_resamples_pairs() -> None:
+    before = np.array([10.0, 20.0, 70.0, 35.0, 90.0])
+    low, high = ratio_bootstrap(before, 1.5 * before)
+    assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
+    after = before * [1.1, 0.9, 1.4, 1.0, 1.2]
+    drawn = np.random.default_rng(5).integers(5, size=(20 * N_RESAMPLES, 5))
+    expected = np.percentile(after[drawn].sum(1) / before[drawn].sum(1), [2.5, 97.5])
+    found = np.mean([ratio_bootstrap(before, after, seed) for seed in range(10)], axis=0)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    assert np.isnan(ratio_bootstrap(before, np.full(5, math.nan))).all()
+    assert np.isnan(ratio_bootstrap(before[:0], after[:0])).all()
+
+
+def test_mcnemar_is_the_binomial_test_of_changed_answers() -> None:
+    pairs = [(lost, gained) for lost in range(13) for gained in range(13) if lost + gained]
+    expected = [binomtest(lost, lost + gained).pvalue for lost, gained in pairs]
+    lost, gained = np.array(pairs).T
+    np.testing.assert_allclose(mcnemar_p(lost, gained), expected, rtol=1e-12)
+    assert mcnemar_p(0, 0) == 1
+    assert mcnemar_p(5, 0) == pytest.approx(2 / 32)
+
+
+def test_q_values_are_those_of_scipy_over_the_finite_p() -> None:
+    p = np.random.default_rng(0).random(50)
+    np.testing.assert_array_equal(q_values(p), false_discovery_control(p))
+    np.testing.assert_allclose(q_values([0.01, math.nan, 0.04, 0.03]), [0.03, math.nan, 0.04, 0.04])
+    np.testing.assert_array_equal(q_values([math.nan]), [math.nan])
+    assert q_values([]).size == 0
+
+
+def test_overlap_p_is_the_upper_tail() -> None:
+    expected = sum(hypergeom.pmf(k, 20, 6, 8) for k in (4, 5, 6))
+    assert overlap_p(4, 6, 8, 20) == pytest.approx(expected, rel=1e-12)
+    assert overlap_p(0, 6, 8, 20) == overlap_p(0, 0, 8, 20) == 1
+    # All of a set of 3 in a set of 4 out of 10: C(4, 3) / C(10, 3).
+    assert overlap_p(3, 3, 4, 10) == pytest.approx(4 / 120)
+
+
+def test_rank_tests_and_what_they_cannot_say() -> None:
+    difference = np.array([0.5, -1.0, 2.0, 0.0, 3.0])
+    assert signed_rank(difference) == tuple(wilcoxon(difference[difference != 0]))
+    # Ranks 1, 2, 3, 4 with one negative of rank 2: P(W <= 2) = 3/16 on each side.
+    assert signed_rank(difference) == (2.0, pytest.approx(6 / 16))
+    assert signed_rank(np.zeros(3)) == (0.0, 1.0)
+    assert np.isnan(signed_rank(np.empty(0))).all()
+    assert np.isnan(signed_rank(np.array([1.0, math.nan]))).all()
+    # All of 3 below all of 2: one of C(5, 2) arrangements, on each side.
+    assert rank_sum_p(np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0])) == pytest.approx(0.2)
+    assert np.isnan(rank_sum_p(np.empty(0), np.array([1.0])))
+    rho, p = spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 9.0]))
+    assert rho == pytest.approx(0.8) and p == pytest.approx(0.2)
+    assert np.isnan(spearman(np.ones(4), np.arange(4.0))).all()
+    assert np.isnan(spearman(np.arange(2.0), np.arange(2.0))).all()
+
+
+def vectors(name: str) -> Any:
+    path = SHARED / "methods" / "vectors.json"
+    if not path.exists():
+        pytest.skip("the method's vectors are not beside this checkout")
+    return json.loads(path.read_text(encoding="utf-8"))[name]
+
+
+def test_drop_of_the_method_s_vector() -> None:
+    vector = vectors("accuracy_drop")
+    found = [
+        [drop_of(round(100 * before), round(100 * after)) for after in row]
+        for before, row in zip(
+            vector["acc_original"], vector["acc_deactivated_rows_ri_cols_rj"], strict=True
+        )
+    ]
+    np.testing.assert_allclose(found, vector["drop"], rtol=0, atol=1e-15)
+
+
+def drop_of(n_before: int, n_after: int) -> float:
+    """Of 100 prompts, of which as many as possible stay right."""
+    kept = min(n_before, n_after)
+    return Outcomes(kept, n_before - kept, n_after - kept, 100 - max(n_before, n_after)).drop
+
+
+def test_macro_and_micro_of_the_method_s_vector() -> None:
+    assert np.isnan(macro_micro([])).all()
+    assert np.isnan(macro_micro([(0, 0)])).all()
+    vector = vectors("cumulativity")
+    found = macro_micro(vector["relations_total_affected"])
+    assert found == pytest.approx((vector["macro"], vector["micro"]), abs=1e-15)
+
+
+def test_frequency_difference_of_the_method_s_vector() -> None:
+    assert math.isnan(relative_difference(3.0, 0.0))
+    vector = vectors("relative_frequency_difference")
+    groups = vector["group_a_resilient"], vector["group_b_sensitive"]
+    assert relative_difference(*groups) == vector["diff"]
