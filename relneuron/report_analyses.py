@@ -201,6 +201,12 @@ def resilience(study: Study, _: Results) -> Section:
             "kinds the model was less sure of the lost ones before (signed-rank test over "
             f"relations: p = {significant(test.p_value, 2)})."
         )
+    rarer = floats(table, "frequency_difference")
+    if np.isfinite(rarer).any():
+        seen.append(
+            f"In {int((rarer < 0).sum())} of {n_of(int(np.isfinite(rarer).sum()), 'relation')} "
+            "fewer documents name the lost facts than the kept ones, on average."
+        )
     return Section(
         "resilience",
         "Facts that survive",
@@ -305,7 +311,7 @@ def sites(study: Study, _: Results) -> Section:
         "Which type of neuron",
         "Do neurons of gate, up or down projections carry the effect?",
         [f"Mean drop of the relation itself: {text}."],
-        "As many neurons as the relation's set has, all of one type: the best of that type. "
+        "The best neurons of one type, as many as the relation's set has (or all there are). "
         "gate and up are the outputs of gate_proj and up_proj, down the output of down_proj.",
         [draw.sites_plot(table)],
         [("sites", table)],

@@ -47,6 +47,7 @@ class Study:
     grids: dict[str, Grid]  # by split, the main one first
     concept_sets: dict[str, list[Neuron]]
     sentences: list[SentenceRow]
+    frequency: dict[str, float]  # by prompt id: documents that name its fact
 
     @property
     def n_neurons(self) -> int:
@@ -62,6 +63,7 @@ class Study:
             self.n_neurons,
             concept_sets=self.concept_sets,
             sentences=self.sentences,
+            frequency=self.frequency,
         )
 
 
@@ -96,6 +98,7 @@ def read_study(folder: Path) -> Study:
             grids,
             _neurons_once(NeuronFile.read(concepts)) if concepts.exists() else {},
             read_perplexity(sentences) if sentences.exists() else [],
+            _frequency(folder / "frequency.csv"),
         )
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RelneuronError(
@@ -106,6 +109,12 @@ def read_study(folder: Path) -> Study:
 
 def _neurons_once(neurons: NeuronFile) -> dict[str, list[Neuron]]:
     return {name: check_neurons(found, neurons.model) for name, found in neurons.sets.items()}
+
+
+def _frequency(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    return {row["id"]: float(row["documents"]) for row in read_csv(path, ("id", "documents"))}
 
 
 def _conditions(folder: Path, sets: dict[str, list[Neuron]]) -> dict[str, Condition]:

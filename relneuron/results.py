@@ -27,10 +27,14 @@ INPUTS = {
     "accuracy.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "conditions.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "perplexity.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
+    "frequency.csv": "no command, but by counting documents: id, documents",
     "concepts/neurons.json": "run MODEL --facts DIR -o DIR --analyses concepts",
 }
 # A study that was not asked for them has no such files; one whose manifest names them must.
-OPTIONAL = ("significance.csv", "conditions.csv", "perplexity.csv", "concepts/neurons.json")
+OPTIONAL = (
+    *("significance.csv", "conditions.csv", "perplexity.csv"),
+    *("frequency.csv", "concepts/neurons.json"),
+)
 
 
 def drop_matrix(before: Array, off: Array) -> Array:

@@ -281,6 +281,22 @@ def test_conditions_are_told_by_name_without_their_file(tmp_path: Path) -> None:
         read_study(study)
 
 
+def test_counted_documents_are_compared_and_old_tables_go(tmp_path: Path) -> None:
+    """company_ceo keeps its first prompt and loses three; company_hq one and one."""
+    study = write_study(tmp_path)
+    ids = [f"{name}.eva.{i}" for name in ("company_ceo", "company_hq") for i in range(4)]
+    documents = dict(zip(ids, [90, 10, 20, 30, 5, 15, 0, 0], strict=True))
+    lines = "".join(f"{key},{n}\n" for key, n in documents.items())
+    (study / "frequency.csv").write_text(f"id,documents\n{lines}", encoding="utf-8")
+    (study / "analyses").mkdir()
+    (study / "analyses" / "sizes.csv").write_text("old")
+    html = write_report(study, study / "report.html").read_text(encoding="utf-8")
+    assert not (study / "analyses" / "sizes.csv").exists()
+    table = read_study(study).tables["resilience"]
+    assert [float(x) for x in table.column("frequency_difference")[:2]] == [-3.5, 10 / 15]
+    assert "In 1 of 2 relations fewer documents name the lost facts" in text_of(html, "resilience")
+
+
 def test_accuracy_that_contradicts_effects_is_refused(tmp_path: Path) -> None:
     path = write_study(tmp_path) / "accuracy.csv"
     text = path.read_text(encoding="utf-8")
