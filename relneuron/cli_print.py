@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from relneuron.artifact import NeuronFile, read_csv
 from relneuron.cli_options import state
@@ -27,8 +28,11 @@ DISK_FIXES = {
 
 def say(text: str) -> None:
     """Print plain text: no markup, no control characters from data."""
-    clean = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    Console(highlight=False, soft_wrap=True).print(clean, markup=False)
+    Console(highlight=False, soft_wrap=True).print(_printable(text), markup=False)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def print_rows(rows: list[tuple[str, str]]) -> None:
@@ -72,11 +76,19 @@ def peak_bytes() -> int | None:
 
 
 def print_accuracy(folder: Path) -> None:
-    """Accuracy on eva, per relation: before, with its own neurons off, others' off, random off."""
-    found: dict[tuple[str, str], float] = {}
-    for row in read_csv(folder / "accuracy.csv", ("condition", "relation", "split", "accuracy")):
-        if row["split"] == "eva":
-            found[row["condition"], row["relation"]] = float(row["accuracy"])
+    """Accuracy per relation: before, with its own neurons off, others' off, random off.
+
+    Of eva, or of the first split that was asked.
+    """
+    columns = ("condition", "relation", "split", "accuracy")
+    rows = list(read_csv(folder / "accuracy.csv", columns))
+    splits = [row["split"] for row in rows]
+    main = "eva" if "eva" in splits else splits[0]
+    found = {
+        (row["condition"], row["relation"]): float(row["accuracy"])
+        for row in rows
+        if row["split"] == main
+    }
     relations = [relation for condition, relation in found if condition == "clean"]
     table = Table("relation", "clean", "own off", "others off", "random off")
     for relation in relations:
@@ -89,7 +101,8 @@ def print_accuracy(folder: Path) -> None:
             sum(others) / len(others) if others else None,
             sum(chance) / len(chance) if chance else None,
         ]
-        table.add_row(relation, *("" if cell is None else f"{cell:.1%}" for cell in cells))
+        shown = ("" if cell is None else f"{cell:.1%}" for cell in cells)
+        table.add_row(Text(_printable(relation)), *shown)  # a Text has no markup
     Console().print(table)
 
 
