@@ -34,7 +34,14 @@ from relneuron.conditions import (
 )
 from relneuron.effects import EFFECTS, conditions_bytes
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
+from relneuron.manifest import (
+    Journal,
+    Manifest,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
 from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape
 from relneuron.patch import check_canary
 from relneuron.predict import (
@@ -88,7 +95,7 @@ def ablate_prompts(
     after the prompt. `output` is .csv or .parquet.
     """
     options = AblateOptions(**asked)
-    refuse_overwrite(output, force)
+    refuse_overwrite(output, force or is_unfinished(output, "ablate"))
     check_format(output)
     neurons = NeuronFile.read(neurons_path)
     everything = read_prompts(prompts_path)

@@ -283,8 +283,9 @@ def ablate(
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablate import ablate_prompts, check_format
     from relneuron.artifact import NeuronFile, refuse_overwrite, require
+    from relneuron.manifest import is_unfinished
 
-    refuse_overwrite(output, force)
+    refuse_overwrite(output, force or is_unfinished(output, "ablate"))
     check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     NeuronFile.read(neurons)

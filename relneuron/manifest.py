@@ -160,6 +160,17 @@ class Manifest:
         atomic_write(self.path, json_bytes({key: self.data[key] for key in keys}))
 
 
+def is_unfinished(output: Path, stage: str) -> bool:
+    """Whether an output was left by a run of `stage` that was killed before it was done.
+
+    Its journal is still there, and no manifest knows the file as it is.
+    """
+    if not (output.parent / f"{stage}.journal").exists() or not output.exists():
+        return False
+    known = Manifest(output.parent).data["files"].get(output.name, {})
+    return bool(known.get("sha256") != sha256(output))
+
+
 class Journal:
     """What a long stage has finished so far: one JSON line per block, appended and synced.
 

@@ -23,7 +23,14 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.manifest import Journal, Manifest, locked, progress_bar, versions
+from relneuron.manifest import (
+    Journal,
+    Manifest,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
 from relneuron.model import (
     GatedMLP,
     describe_model,
@@ -191,7 +198,7 @@ def record(
     """
     check_pooling(pooling)
     output = folder / "validated.csv"
-    refuse_overwrite(output, force)
+    refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(prompts_path)
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)

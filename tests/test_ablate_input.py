@@ -30,6 +30,7 @@ from relneuron.effects import (
     read_conditions,
     read_effects,
 )
+from relneuron.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +270,25 @@ def test_the_clock_measures_and_leaves_the_model_as_it_was(llama: Any) -> None:
     llama(tokens)
     assert clock.products == measured
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in llama.modules()] == hooks
+
+
+def test_a_run_killed_between_its_files_and_the_manifest_goes_on(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.ablate(tmp_path / "whole")
+    for method in ("finish", "save"):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(Manifest, method, _killed)
+            study.ablate(tmp_path / "s")
+        assert (tmp_path / "s" / "effects.csv").exists()
+    study.ablate(tmp_path / "s")
+    for name in ("effects.csv", "accuracy.csv", "conditions.csv", "manifest.json"):
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # What is done is not overwritten, even beside the journal of another run.
+    (tmp_path / "s" / "ablate.journal").write_text("{}\n")
+    with pytest.raises(RelneuronError, match="exists"):
+        study.ablate(tmp_path / "s")
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise InterruptedError
