@@ -92,6 +92,7 @@ def page(study: Study) -> Json:
         "main_title": split_title(main.split),
         "sizes": _span(sizes),
         "answer": answer(numbers, sizes, study.n_neurons),
+        "off": off(study.manifest),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
         "left_out": [label(name) for name, accuracy in before if accuracy == 0],
@@ -133,6 +134,26 @@ def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:
     return f"{text}."
 
 
+def off(manifest: Json) -> str:
+    """What "off" means where it is not what the paper does: zero at every position."""
+    asked = manifest.get("stages", {}).get("ablate", {}).get("inputs", {})
+    of = {"all": "all det prompts", "relation": "the relation's det prompts"}
+    means = {
+        "scale": f"outputs times {asked.get('factor')}",
+        "mean": f"outputs at their mean over {of.get(asked.get('mean_of', ''), 'det prompts')}",
+    }
+    tokens = {
+        "prompt": "at the tokens of the prompt only",
+        "last": "at the last token of the prompt and those of the answer only",
+    }
+    known = [means.get(asked.get("mode", "")), tokens.get(asked.get("positions", ""))]
+    if not any(known):
+        return ""
+    return (
+        f"“Off” means here: {known[0] or 'outputs at zero'}{f', {known[1]}' if known[1] else ''}."
+    )
+
+
 def _span(sizes: Sequence[int]) -> str:
     return " to ".join(dict.fromkeys(f"{n:,}" for n in (sizes[0], sizes[-1]))) if sizes else "no"
 
@@ -154,7 +175,8 @@ def commands(manifest: Json) -> list[str]:
     if name == "relneuron demo":
         # The demo model has no name that the other commands take.
         taken = {key: options.get("identify", {}).get(key) for key in DEMO_OPTIONS}
-        taken["random_seeds"] = options.get("ablate", {}).get("random_seeds")
+        asked = options.get("ablate", {})
+        taken |= {key: asked.get(key) for key in ("random_seeds", "analyses", "sizes")}
         lines = [_command(["demo", "-o", "STUDY"], taken)]
     else:
         loading = {key: model.get(key) for key in ("dtype", "revision")}
@@ -179,7 +201,7 @@ def _command(words: list[str], options: Json) -> str:
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         # What a stage was made from stands there too, by its digest: that is no option.
         is_digest = isinstance(value, dict) or re.fullmatch("[0-9a-f]{64}", text)
-        if value is None or value is False or is_digest:
+        if value is None or value is False or value == [] or is_digest:
             continue
         line += " \\\n    " + shlex.join(
             ["--" + key.replace("_", "-"), text][: 1 if value is True else 2]

@@ -96,7 +96,7 @@ def prompts(study: Study, results: Results) -> Section:
         "In other words and languages",
         "Are the same neurons needed when the facts are asked in another way?",
         seen,
-        "The neurons were found with the prompts of one template and language only. First figure: "
+        "The neurons were found with the main templates in one language. First figure: "
         "means over relations; then each relation.",
         [draw.splits_plot(table), *figures.accuracy_plots(everything, others, "more")],
         [

@@ -30,6 +30,22 @@ from relneuron.tables import Table, visible
 # Text
 
 
+@pytest.mark.parametrize(
+    ("inputs", "note"),
+    [
+        ({"mode": "zero", "positions": "all"}, ""),
+        ({"mode": "scale", "factor": 0.5}, "“Off” means here: outputs times 0.5."),
+        ({"mode": "mean", "mean_of": "relation"}, "mean over the relation&#39;s det prompts."),
+        ({"mode": "zero", "positions": "last"}, "outputs at zero, at the last token of the prompt"),
+    ],
+)
+def test_the_page_says_what_off_means(tmp_path: Path, inputs: dict[str, Any], note: str) -> None:
+    study = write_study(tmp_path, manifest={"stages": {"ablate": {"inputs": inputs, "files": []}}})
+    page = render(read_study(study))
+    assert note in page
+    assert ("“Off” means" in page) == bool(note)
+
+
 def test_hidden_characters_show_as_escapes() -> None:
     for text in ("plain ñ 中 👍\xa0", "می\u200cخواهم"):
         assert visible(text) == text
