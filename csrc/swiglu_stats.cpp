@@ -91,7 +91,7 @@ constexpr int64_t stream_bytes_min = 64 << 20;
 
 bool should_stream(const SwigluStatsArgs& args) {
   const int64_t element_bytes = args.dtype == DType::float32 ? 4 : 2;
-  const bool is_aligned = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 &&
+  const bool is_aligned = args.out != nullptr && reinterpret_cast<uintptr_t>(args.out) % 64 == 0 &&
                           args.stride_ht * element_bytes % 64 == 0;
   return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
 }

@@ -15,7 +15,7 @@ enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_
 
 // A null pointer says that the argument was not given. Strides count elements.
 struct SwigluStatsArgs {
-  void* out = nullptr;         // (T, F), rows stride_ht apart
+  void* out = nullptr;         // (T, F), rows stride_ht apart; null = only statistics
   const void* gate = nullptr;  // (T, F), rows stride_gt apart
   const void* up = nullptr;    // (T, F), rows stride_ut apart
   int64_t stride_ht = 0, stride_gt = 0, stride_ut = 0;

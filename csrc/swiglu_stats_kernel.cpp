@@ -101,16 +101,20 @@ struct Task {
   bool is_counted[n_sites_max];   // by site
   float* responses[n_sites_max];  // by site, in planes of the range; null = none
   bool has_moments, has_keep, stream;
+  bool needs_act, needs_product;  // of statistics and responses; h needs both
   bool is_part_full;              // after these rows
   float threshold;
   const float* act_table;
 };
 
-// `at` counts columns within the range, `f` within F; the rows begin at `at`.
-template <typename Element, Activation activation, int n_rows>
+// `at` counts columns within the range, `f` within F; the rows begin at `at`. Without `has_out` only
+// what the statistics need is loaded and computed.
+template <typename Element, Activation activation, int n_rows, bool has_out>
 RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::Storage>& rows,
                                int64_t at, int64_t f) {
-  Block act[n_rows], product[n_rows];
+  Block act[n_rows] = {}, product[n_rows] = {};
+  const bool needs_product = has_out || task.needs_product;
+  const bool needs_act = has_out || task.needs_act;
   // Responses of gate and up are added here, where their values are at hand.
   float* const gate_sums = task.responses[site_gate];
   float* const up_sums = task.responses[site_up];
@@ -119,7 +123,8 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
   if (up_sums) up_sum = Float32::load_block(up_sums + at);
   for (int r = 0; r < n_rows; ++r) {
     const Block gate = Element::load_block(rows.gate[r] + at);
-    const Block up = Element::load_block(rows.up[r] + at);
+    Block up = {};
+    if (needs_product || up_sums) up = Element::load_block(rows.up[r] + at);
     if (gate_sums) {
       for (int i = 0; i < 2; ++i) gate_sum.plane[i] += gate.plane[i];
     }
@@ -128,6 +133,8 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
     }
     if constexpr (activation == Activation::residual) {
       act[r] = gate;
+    } else if (!needs_act) {
+      continue;
     } else if constexpr (Element::is_half) {
       U32 index[2];
       Element::load_indices(rows.gate[r] + at, index);
@@ -135,6 +142,7 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
     } else {
       for (int i = 0; i < 2; ++i) act[r].plane[i] = activate<activation>(gate.plane[i]);
     }
+    if (!needs_product) continue;
     for (int i = 0; i < 2; ++i) {
       const F32 x = act[r].plane[i], y = up.plane[i];
       product[r].plane[i] = Element::round(activation == Activation::residual ? y + x : x * y);
@@ -177,6 +185,7 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
     }
   }
 
+  if constexpr (!has_out) return;
   for (int r = 0; r < n_rows; ++r) {
     U32 packed[block_width * sizeof(typename Element::Storage) / sizeof(U32)];
     Element::pack(product[r], packed);
@@ -205,10 +214,11 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
 }
 
 // The rows after these, to be fetched meanwhile, are `next_gate` and `next_up` elements away.
-template <typename Element, Activation activation, int n_rows>
+template <typename Element, Activation activation, int n_rows, bool has_out>
 void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int64_t f,
              int64_t width, int64_t next_gate, int64_t next_up) {
   using Storage = typename Element::Storage;
+  const bool needs_up = has_out || task.needs_product || task.is_counted[site_up];
   int64_t at = 0;
   for (; at + block_width <= width; at += block_width) {
     for (int r = 0; r < n_rows; ++r) {
@@ -216,10 +226,10 @@ void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int6
       const char* const up = reinterpret_cast<const char*>(rows.up[r] + at + next_up);
       for (size_t line = 0; line < block_width * sizeof(Storage); line += 64) {
         __builtin_prefetch(gate + line, 0, 3);
-        __builtin_prefetch(up + line, 0, 3);
+        if (needs_up) __builtin_prefetch(up + line, 0, 3);
       }
     }
-    do_block<Element, activation, n_rows>(task, rows, at, f + at);
+    do_block<Element, activation, n_rows, has_out>(task, rows, at, f + at);
   }
   if (at == width) return;
   // The last columns in blocks of their own, filled up with zeros.
@@ -233,11 +243,12 @@ void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int6
     rest_rows.up[r] = rest[1][r] - at;
     rest_rows.out[r] = rest[2][r] - at;
   }
-  do_block<Element, activation, n_rows>(task, rest_rows, at, f + at);
+  do_block<Element, activation, n_rows, has_out>(task, rest_rows, at, f + at);
+  if constexpr (!has_out) return;
   for (int r = 0; r < n_rows; ++r) memcpy(rows.out[r] + at, rest[2][r], rest_bytes);
 }
 
-template <typename Element, Activation activation>
+template <typename Element, Activation activation, bool has_out>
 void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
                  int64_t f_end, unsigned char* scratch) {
   using Storage = typename Element::Storage;
@@ -256,6 +267,14 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
   task.has_moments = args.sum != nullptr;
   task.has_keep = args.keep != nullptr;
   task.stream = plan.stream;
+  const auto is_site = [&](Site site) {
+    bool found = false;
+    for (int s = 0; s < args.n_sites; ++s) found |= args.sites[s] == site;
+    for (int s = 0; s < args.n_responses; ++s) found |= args.response_sites[s] == site;
+    return found;
+  };
+  task.needs_product = is_site(site_product);
+  task.needs_act = is_site(site_act) || task.needs_product;
   memcpy(&task.threshold, &args.threshold_bits, sizeof task.threshold);
   task.act_table = plan.act_table;
   const auto prompt_of = [&](int64_t t) -> int64_t {
@@ -316,15 +335,17 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
           const int64_t row = t + r;
           rows.gate[r] = static_cast<const Storage*>(args.gate) + row * args.stride_gt + f;
           rows.up[r] = static_cast<const Storage*>(args.up) + row * args.stride_ut + f;
-          rows.out[r] = static_cast<Storage*>(args.out) + row * args.stride_ht + f;
+          if constexpr (has_out) {
+            rows.out[r] = static_cast<Storage*>(args.out) + row * args.stride_ht + f;
+          }
           const int64_t condition = args.condition_ids ? args.condition_ids[row] : 0;
           if (args.keep) rows.keep[r] = args.keep + condition * keep_stride;
         }
         t += n_rows;
         const int64_t n_next = t + n_rows <= args.T ? n_rows : 0;
-        const auto run = n_rows == 1   ? do_rows<Element, activation, 1>
-                         : n_rows == 2 ? do_rows<Element, activation, 2>
-                                       : do_rows<Element, activation, n_rows_max>;
+        const auto run = n_rows == 1   ? do_rows<Element, activation, 1, has_out>
+                         : n_rows == 2 ? do_rows<Element, activation, 2, has_out>
+                                       : do_rows<Element, activation, n_rows_max, has_out>;
         run(task, rows, f, width, n_next * args.stride_gt, n_next * args.stride_ut);
       }
       for_each_slot([&](const Slot& slot, int64_t first) {
@@ -339,34 +360,39 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
 #endif
 }
 
-// 16-bit types look the activation up, so one function serves all of them.
-template <typename Element>
-auto pick_half(Activation activation) {
-  return activation == Activation::residual ? run_columns<Element, Activation::residual>
-                                            : run_columns<Element, Activation::silu>;
+template <typename Element, Activation activation>
+auto pick_out(bool has_out) {
+  return has_out ? run_columns<Element, activation, true> : run_columns<Element, activation, false>;
 }
 
-auto pick(DType dtype, Activation activation) {
-  if (dtype == DType::bfloat16) return pick_half<BFloat16>(activation);
-  if (dtype == DType::float16) return pick_half<Float16>(activation);
+// 16-bit types look the activation up, so one function serves all of them.
+template <typename Element>
+auto pick_half(Activation activation, bool has_out) {
+  return activation == Activation::residual ? pick_out<Element, Activation::residual>(has_out)
+                                            : pick_out<Element, Activation::silu>(has_out);
+}
+
+auto pick(DType dtype, Activation activation, bool has_out) {
+  if (dtype == DType::bfloat16) return pick_half<BFloat16>(activation, has_out);
+  if (dtype == DType::float16) return pick_half<Float16>(activation, has_out);
   switch (activation) {
     case Activation::silu:
-      return run_columns<Float32, Activation::silu>;
+      return pick_out<Float32, Activation::silu>(has_out);
     case Activation::gelu:
-      return run_columns<Float32, Activation::gelu>;
+      return pick_out<Float32, Activation::gelu>(has_out);
     case Activation::gelu_tanh:
-      return run_columns<Float32, Activation::gelu_tanh>;
+      return pick_out<Float32, Activation::gelu_tanh>(has_out);
     case Activation::residual:
-      return run_columns<Float32, Activation::residual>;
+      return pick_out<Float32, Activation::residual>(has_out);
     case Activation::relu:
       break;
   }
-  return run_columns<Float32, Activation::relu>;
+  return pick_out<Float32, Activation::relu>(has_out);
 }
 
 void columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
              int64_t f_end, unsigned char* scratch) {
-  pick(args.dtype, args.activation)(args, plan, f_begin, f_end, scratch);
+  pick(args.dtype, args.activation, args.out != nullptr)(args, plan, f_begin, f_end, scratch);
 }
 
 int64_t scratch_bytes(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t n_columns) {

@@ -121,3 +121,8 @@ def split_list(text: str) -> tuple[str, ...]:
     if unknown or not splits:
         raise RelneuronError(f"unknown split in {text!r}", "use det, eva, eva2", 2)
     return splits
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of an option such as --sites or --groups, in order."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -54,6 +54,18 @@ _MANIFEST_KEYS = (
 )
 
 
+# The stages in their order, each with those that are made from it.
+_LATER = {
+    "prompts": ("record", "identify", "ablate", "report"),
+    "record": ("identify", "ablate", "report"),
+    "count": ("identify", "ablate", "nll", "report"),
+    "identify": ("ablate", "nll", "report"),
+    "ablate": ("report",),
+    "nll": ("report",),
+    "report": (),
+}
+
+
 def json_digest(value: object) -> str:
     """The SHA-256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -66,6 +78,16 @@ def _flat(value: Json, prefix: str = "") -> Json:
         name = f"{prefix}{key}"
         result |= _flat(item, f"{name}.") if isinstance(item, dict) else {name: item}
     return result
+
+
+def differences(before: Json, now: Json) -> list[str]:
+    """What differs between two descriptions of inputs, each as `key: before -> now`."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 class Manifest:
@@ -96,13 +118,8 @@ class Manifest:
         if entry is None:
             return False
         inputs = json.loads(json.dumps(inputs))
-        if entry["inputs"] != inputs:
-            before, now = _flat(entry["inputs"]), _flat(inputs)
-            changed = [
-                f"{key}: {before.get(key)} -> {now.get(key)}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
+        changed = differences(entry["inputs"], inputs)
+        if changed:
             if not force:
                 raise RelneuronError(
                     f"{self.path.parent}: {stage} was made from other inputs: {'; '.join(changed)}",
@@ -129,8 +146,7 @@ class Manifest:
 
     def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
         """Record a finished stage and the digests of its files; later stages are forgotten."""
-        order = ["prompts", "record", "identify", "ablate", "report"]
-        for later in order[order.index(stage) + 1 :]:
+        for later in _LATER[stage]:
             self.data["stages"].pop(later, None)
         folder = self.path.parent
         names = [path.relative_to(folder).as_posix() for path in files]
@@ -138,7 +154,7 @@ class Manifest:
             self.data["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
         stages, known = self.data["stages"], self.data["files"]
-        self.data["stages"] = {name: stages[name] for name in order if name in stages}
+        self.data["stages"] = {name: stages[name] for name in _LATER if name in stages}
         kept = [name for entry in self.data["stages"].values() for name in entry["files"]]
         self.data["files"] = {name: known[name] for name in sorted(kept)}
         self.save()
@@ -227,11 +243,17 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def progress_bar(total: int, stage: str, unit: str, quiet: bool) -> Any:
-    """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`."""
+def progress_bar(
+    total: int | None, stage: str, unit: str, quiet: bool, *, scale: bool = False
+) -> Any:
+    """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`.
+
+    A `total` of None is not known yet; with `scale` numbers are shown as 12.3k.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=stage, unit=unit, disable=True if quiet else None)
+    off = True if quiet else None
+    return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, disable=off)
 
 
 @contextmanager

@@ -135,6 +135,11 @@ class GatedMLP:
             module.up_proj(x).reshape(-1, self.width),
         )
 
+    def activate(self, gate: Tensor) -> Tensor:
+        """The module's own activation, as its own forward calls it."""
+        names = (name for name in _ACTIVATION_NAMES if callable(getattr(self.module, name, None)))
+        return cast(Tensor, getattr(self.module, next(names))(gate))
+
     def down(self, h: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.module).down_proj(h))
 

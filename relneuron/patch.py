@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from relneuron import ops
 from relneuron.artifact import RelneuronError, check_neurons
-from relneuron.model import ACTIVATIONS, GatedMLP, model_shape
+from relneuron.model import GatedMLP, model_shape
 
 _ABSENT = object()
 
@@ -26,10 +26,12 @@ class LayerState:
     """What a patch does in one layer; every field is optional."""
 
     stats: ops.GroupStats | None = None
+    stats_down: ops.GroupStats | None = None  # of width D, sites=("down",)
     responses: dict[str, Tensor] | None = None  # gate, up (N, F) and down (N, D): sums over tokens
     keep: Tensor | None = None  # (C, ceil(F/32)) int32: products that stay
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
-    replace: dict[str, Replacement] | None = None  # by site: outputs that become another value
+    # By site (gate, up, act, down): outputs that become another value.
+    replace: dict[str, Replacement] | None = None
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Replacement:
         rows = x.new_zeros((), dtype=torch.long) if conditions is None else conditions.long()
         new = x * self.factor if self.shift is None else self.shift[rows].to(x.dtype)
         return torch.where(self.chosen[rows], new, x)
+
+
+class StatisticsDone(Exception):
+    """Ends a forward of which only the statistics were asked for."""
 
 
 @dataclass
@@ -67,12 +73,23 @@ class Patch:
     A context manager. Class-level overrides and hooks are ignored by a model that was compiled
     before; an instance's own `forward` is not. Inside another patch both act: statistics of
     both, neurons of both switched off. Leaving in another order than last-in first-out raises.
+
+    With `only_statistics` a forward ends with StatisticsDone as soon as the last layer's are taken:
+    its down_proj, the final norm and the lm_head are not computed. With `own_activation` h comes
+    from the model's own activation, bit for bit, and the kernels only take the statistics.
     """
 
     def __init__(
-        self, mlps: Sequence[GatedMLP], states: Sequence[LayerState], *, backend: str = "auto"
+        self,
+        mlps: Sequence[GatedMLP],
+        states: Sequence[LayerState],
+        *,
+        backend: str = "auto",
+        only_statistics: bool = False,
+        own_activation: bool = False,
     ) -> None:
         self.mlps, self.states, self.backend = mlps, list(states), backend
+        self.only_statistics, self.own_activation = only_statistics, own_activation
         self.tokens = Tokens()
         self._saved: list[tuple[nn.Module, object, object]] = []
 
@@ -111,6 +128,10 @@ class Patch:
                 "patches were taken off in another order than last-in first-out",
                 "leave the inner context first; no neuron of this patch is off any more",
             )
+
+    def is_done(self) -> bool:
+        """Whether nothing is wanted behind the products of the last layer."""
+        return self.only_statistics and self.states[-1].stats_down is None
 
     def conditions(self, shape: torch.Size) -> Tensor | None:
         """The conditions of the tokens of an MLP's input (B, T, D), as (B, T) or (B, 1)."""
@@ -156,12 +177,20 @@ class _Forward:
         for patch in self.patches:
             gate = patch.replaced(self.layer, "gate", gate, x.shape)
             up = patch.replaced(self.layer, "up", up, x.shape)
+        is_last = self.layer == len(self.patches[0].mlps) - 1
+        if is_last and all(patch.is_done() for patch in self.patches):
+            for patch in self.patches:
+                _statistics_only(self.mlp, gate, up, patch.states[self.layer], patch, x.shape)
+            raise StatisticsDone
         h: Tensor | None = None
         for patch in self.patches:
-            out = _hidden(self.mlp.activation, gate, up, patch.states[self.layer], patch, x.shape)
+            out = _hidden(self.mlp, gate, up, patch.states[self.layer], patch, x.shape)
             # Every patch of the chain computes the same h with its own neurons at zero.
             h = out if h is None else torch.where(out == 0, out, h)
-        y = self.mlp.down(cast(Tensor, h).reshape(*x.shape[:-1], self.mlp.width))
+        h = cast(Tensor, h)
+        for patch in self.patches:
+            h = _replace_act(h, up, patch.states[self.layer], patch, x.shape)
+        y = self.mlp.down(h.reshape(*x.shape[:-1], self.mlp.width))
         for patch in self.patches:
             _record_down(y, patch.states[self.layer], patch)
         for patch in self.patches:
@@ -183,38 +212,53 @@ def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     return ids.reshape(-1)
 
 
+def _recording(
+    mlp: GatedMLP, state: LayerState, patch: Patch, shape: torch.Size
+) -> dict[str, Any] | None:
+    """What the op records of a forward, as its arguments; `None` for nothing."""
+    prompt_ids = _flat(patch.tokens.prompt_ids, shape, "prompt_ids")
+    sums = None
+    if state.responses is not None and prompt_ids is not None:
+        sums = {site: values for site, values in state.responses.items() if site != "down"}
+    has_stats = state.stats is not None
+    if not (has_stats or sums):
+        return None
+    return {
+        "stats": state.stats,
+        "group_ids": _flat(patch.tokens.group_ids, shape, "group_ids") if has_stats else None,
+        "responses": sums or None,
+        "prompt_ids": prompt_ids if sums else None,
+    }
+
+
+def _op(mlp: GatedMLP, patch: Patch) -> dict[str, Any]:
+    # Ids are made or checked where they enter the patch.
+    return {"activation": mlp.activation, "ids_checked": True, "backend": patch.backend}
+
+
+def _statistics_only(
+    mlp: GatedMLP, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+) -> None:
+    recording = _recording(mlp, state, patch, shape)
+    if recording is not None:
+        ops.swiglu_stats_only(gate.detach(), up.detach(), **recording, **_op(mlp, patch))
+
+
 def _hidden(
-    activation: str, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+    mlp: GatedMLP, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
 ) -> Tensor:
     """h (T, F) with this patch's statistics taken and its neurons switched off."""
-    tokens = patch.tokens
     conditions = patch.conditions(shape) if state.keep is not None else None
     if conditions is not None:
         conditions = conditions.expand(shape[:-1]).reshape(-1).contiguous()
-    sums = state.responses
-    prompt_ids = None
-    if sums is not None:
-        sums = {site: values for site, values in sums.items() if site != "down"}
-        prompt_ids = _flat(tokens.prompt_ids, shape, "prompt_ids")
-        sums = sums if prompt_ids is not None else None
-    options: dict[str, Any] = {
-        "activation": activation,
-        "stats": state.stats,
-        "group_ids": _flat(tokens.group_ids, shape, "group_ids")
-        if state.stats is not None
-        else None,
-        "responses": sums or None,
-        "prompt_ids": prompt_ids,
-        "ids_checked": True,  # they are made or checked where they enter the patch
-        "backend": patch.backend,
-    }
-    mask: dict[str, Any] = {"keep": state.keep, "condition_ids": conditions}
-    if not (torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)):
-        return ops.swiglu_stats(gate, up, **options, **mask)
-    # With gradients on, torch computes h; the op only takes the statistics.
-    if state.stats is not None or sums:
-        ops.swiglu_stats(gate.detach(), up.detach(), **options)
-    h = ACTIVATIONS[activation](gate) * up
+    has_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    if not (has_grad or patch.own_activation):
+        recording = _recording(mlp, state, patch, shape) or {}
+        mask: dict[str, Any] = {"keep": state.keep, "condition_ids": conditions}
+        return ops.swiglu_stats(gate, up, **recording, **mask, **_op(mlp, patch))
+    # torch computes h; the op only takes the statistics.
+    _statistics_only(mlp, gate, up, state, patch, shape)
+    h = mlp.activate(gate) * up
     if state.keep is None:
         return h
     on = unpack_keep(state.keep, gate.shape[1])
@@ -222,7 +266,33 @@ def _hidden(
     return torch.where(rows, h, h.new_zeros(()))
 
 
+def _replace_act(
+    h: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+) -> Tensor:
+    """h (T, F) where the chosen activations have another value: that value times up."""
+    replace = (state.replace or {}).get("act")
+    if replace is None:
+        return h
+    rows = patch.conditions(shape)
+    if rows is not None:
+        rows = rows.expand(shape[:-1]).reshape(-1)
+    if replace.shift is None:
+        return replace.apply(h, rows)  # an activation times a factor is h times that factor
+    places = h.new_zeros((), dtype=torch.long) if rows is None else rows.long()
+    return torch.where(replace.chosen[places], replace.shift[places].to(up.dtype) * up, h)
+
+
 def _record_down(y: Tensor, state: LayerState, patch: Patch) -> None:
+    if state.stats_down is not None:
+        flat_y = y.detach().reshape(-1, y.shape[-1])
+        ops.residual_stats(
+            flat_y,
+            torch.zeros_like(flat_y),
+            stats=state.stats_down,
+            group_ids=_flat(patch.tokens.group_ids, y.shape, "group_ids"),
+            ids_checked=True,
+            backend=patch.backend,
+        )
     ids = patch.tokens.prompt_ids
     if state.responses is None or "down" not in state.responses or ids is None:
         return

@@ -31,6 +31,7 @@ from relneuron.ops import (
     available_backends,
     backends,
     swiglu_stats,
+    swiglu_stats_only,
 )
 from relneuron.ops import swiglu_stats as public_function
 from relneuron.ops import swiglu_stats_reference as reference
@@ -138,9 +139,12 @@ def run(
     n_prompts: int = 0,
     n_threads: int | None = None,
     gpu_tiles: bool = False,
+    only_stats: bool = False,
     **kwargs: Any,
 ) -> Result:
     """Run one backend ("cpu-avx2" forces an instruction set); everything comes back on the CPU.
+
+    With `only_stats` it is swiglu_stats_only that runs, without masks; h stays a sentinel.
 
     The interpreter takes time per tile, so it gets one big tile unless `gpu_tiles` is set.
     """
@@ -165,24 +169,27 @@ def run(
         key: move(kwargs.pop(key, None), device)
         for key in ("group_ids", "prompt_ids", "keep", "condition_ids")
     }
+    function: Any = functools.partial(swiglu_stats, out=out)
+    if only_stats:
+        function = swiglu_stats_only
+        del tensors["keep"], tensors["condition_ids"]
     forced = functools.partial(op._swiglu_stats_cpu, isa=isa, n_threads=n_threads or 1)
     with (
         mock.patch.object(op, "_swiglu_stats_cpu", forced),
         interpreter_tiles(gate, gpu_tiles if backend == "triton" else None),
     ):
-        h = swiglu_stats(
+        h = function(
             move(gate, device),
             move(up, device),
             stats=group_stats,
             responses=responses or None,
-            out=out,
             backend=name,
             **tensors,
             **kwargs,
         )
-    assert h is out, "out must be returned"
+    assert h is (None if only_stats else out), "out must be returned"
     return Result(
-        h.cpu(),
+        out.cpu(),
         None if group_stats is None else group_stats.to("cpu"),
         {site: tensor.cpu() for site, tensor in responses.items()},
         tolerance,
@@ -641,6 +648,7 @@ def test_random_calls_agree(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None
     for backend in FUSED:
         result = run(backend, gate, up, **kwargs)
         assert_same(result, expected)
+        assert_same(run(backend, gate, up, only_stats=True, **kwargs), result, exact_sums=True)
 
 
 @settings(
@@ -650,11 +658,16 @@ def test_random_calls_agree(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None
 def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
     gate, up, kwargs = call
     expected = run("reference", gate, up, **kwargs)
-    results = [run(backend, gate, up, **kwargs) for backend in FUSED if backend != "triton"]
+    results = [run(f"cpu-{isa}", gate, up, **kwargs) for isa in ISAS]
     for result in results:
         assert_same(result, expected)
         assert_same(result, results[0], exact_sums=True)
         assert_same_bits(result.h, results[0].h, "h of two instruction sets")
+    only = run("reference", gate, up, only_stats=True, **kwargs)
+    assert_same(only, expected, exact_sums=True)
+    for isa in ISAS:
+        only = run(f"cpu-{isa}", gate, up, only_stats=True, **kwargs)
+        assert_same(only, results[0], exact_sums=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Dimensions have the same letters in Python, Triton and C++:
 from relneuron.ops.average_precision import average_precision
 from relneuron.ops.backends import BackendStatus, available_backends
 from relneuron.ops.residual_stats import residual_stats
-from relneuron.ops.swiglu_stats import swiglu_stats
+from relneuron.ops.swiglu_stats import swiglu_stats, swiglu_stats_only
 from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
 from relneuron.ops.swiglu_stats_reference import ACTIVATIONS
 
@@ -25,4 +25,5 @@ __all__ = [
     "average_precision",
     "residual_stats",
     "swiglu_stats",
+    "swiglu_stats_only",
 ]

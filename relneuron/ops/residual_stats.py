@@ -45,7 +45,7 @@ def residual_stats(
 
     Returns y (T, D): `out` if given, which may not share memory with x or residual.
     """
-    return run_checked(
+    y = run_checked(
         _NAMES,
         x,
         residual,
@@ -60,3 +60,5 @@ def residual_stats(
         ids_checked=ids_checked,
         backend=backend,
     )
+    assert y is not None, "only without only_stats"
+    return y

@@ -34,6 +34,7 @@ from relneuron.ops.swiglu_stats_reference import (
 )
 
 NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
+NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
 
 
 def swiglu_stats(
@@ -93,11 +94,8 @@ def swiglu_stats(
     Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
     inputs that require it are refused.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"swiglu_stats: activation must be one of {ACTIVATIONS}, got {activation!r}"
-        )
-    return run_checked(
+    _check_activation("swiglu_stats", activation)
+    h = run_checked(
         NAMES,
         gate,
         up,
@@ -112,6 +110,49 @@ def swiglu_stats(
         ids_checked=ids_checked,
         backend=backend,
     )
+    assert h is not None, "only without only_stats"
+    return h
+
+
+def swiglu_stats_only(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str = "silu",
+    stats: GroupStats | None = None,
+    group_ids: Tensor | None = None,
+    responses: Mapping[str, Tensor] | None = None,
+    prompt_ids: Tensor | None = None,
+    ids_checked: bool = False,
+    backend: str = "auto",
+) -> None:
+    """The statistics of `swiglu_stats`, without h: for who has h already, or needs none.
+
+    Arguments, statistics and exactness are those of `swiglu_stats`. cpu reads only what the sites
+    are made of (up for the sites up and product) and writes no (T, F) tensor.
+    """
+    _check_activation("swiglu_stats_only", activation)
+    run_checked(
+        NAMES_ONLY,
+        gate,
+        up,
+        activation=activation,
+        stats=stats,
+        group_ids=group_ids,
+        responses=responses,
+        prompt_ids=prompt_ids,
+        keep=None,
+        condition_ids=None,
+        out=None,
+        ids_checked=ids_checked,
+        backend=backend,
+        only_stats=True,
+    )
+
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
 
 
 def run_checked(
@@ -129,13 +170,17 @@ def run_checked(
     out: Tensor | None,
     ids_checked: bool,
     backend: str,
-) -> Tensor:
-    """Check the arguments and run the op that torch sees; `residual_stats` enters here, too."""
+    only_stats: bool = False,
+) -> Tensor | None:
+    """Check the arguments and run the op that torch sees; `residual_stats` enters here, too.
+
+    Returns h, or None with `only_stats`.
+    """
     check_backend_name(names.op, backend)
     check_inputs(names, gate, up, out)
     check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
     check_masks(names, gate, keep, condition_ids)
-    if out is None:
+    if out is None and not only_stats:
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     site_of = dict(zip(names.sites, names.codes, strict=True))
     _swiglu_stats_op(
@@ -170,7 +215,7 @@ def run_checked(
 def _swiglu_stats_impl(
     gate: Tensor,
     up: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     activation: str,
     sites: str,
     threshold_bits: int,
@@ -260,10 +305,10 @@ def _swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
         return 0 if tensor is None else tensor.data_ptr()
 
     cpu_module().swiglu_stats(
-        out=call.out.data_ptr(),
+        out=address(call.out),
         gate=call.gate.data_ptr(),
         up=call.up.data_ptr(),
-        stride_ht=call.out.stride(0),
+        stride_ht=0 if call.out is None else call.out.stride(0),
         stride_gt=call.gate.stride(0),
         stride_ut=call.up.stride(0),
         T=call.gate.shape[0],

@@ -28,7 +28,7 @@ class Call:
 
     gate: Tensor
     up: Tensor
-    out: Tensor
+    out: Tensor | None  # None: only statistics
     activation: str
     sites: tuple[str, ...]
     threshold_bits: int
@@ -48,17 +48,8 @@ class Call:
 def swiglu_stats_reference(call: Call) -> None:
     """The op in plain torch, for any device: what the other backends are compared with."""
     gate, up = call.gate, call.up
-    h = call.out
-    if call.activation == RESIDUAL:
-        torch.add(up, gate, out=h)
-    else:
-        torch.mul(_torch_activation(gate, call.activation), up, out=h)
-    if call.keep is not None:
-        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
-        if call.activation == RESIDUAL:
-            torch.where(keep, h, up, out=h)
-        else:
-            h.masked_fill_(~keep, 0.0)
+    if call.out is not None:
+        _compute_h(call, call.out)
     if call.tokens is None and not call.responses:
         return
 
@@ -79,6 +70,20 @@ def swiglu_stats_reference(call: Call) -> None:
             ids = call.prompt_ids[in_prompt].long()
             for site, sums in call.responses.items():
                 sums.index_add_(0, ids, values[site][in_prompt])
+
+
+def _compute_h(call: Call, h: Tensor) -> None:
+    gate, up = call.gate, call.up
+    if call.activation == RESIDUAL:
+        torch.add(up, gate, out=h)
+    else:
+        torch.mul(_torch_activation(gate, call.activation), up, out=h)
+    if call.keep is not None:
+        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
+        if call.activation == RESIDUAL:
+            torch.where(keep, h, up, out=h)
+        else:
+            h.masked_fill_(~keep, 0.0)
 
 
 def _add_statistics(call: Call, index: int, value: Tensor, ids: Tensor) -> None:

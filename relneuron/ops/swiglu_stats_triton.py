@@ -142,13 +142,15 @@ def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
     if call.group_ids is not None:
         order = empty((n_tiles, n_blocks, config.tile_t), torch.int32)
 
+    # The kernel always writes h.
+    out = torch.empty_like(call.gate) if call.out is None else call.out
     rows = {f"{site.upper()}_ROW": call.sites.index(site) for site in call.sites}
     launches = [
         Launch(
             kernels._swiglu_stats_kernel,
             (n_tiles, n_blocks),
             {
-                "h_ptr": call.out,
+                "h_ptr": out,
                 "count_ptr": call.count,
                 "tokens_ptr": call.tokens,
                 "partial_ptr": partial,
@@ -159,7 +161,7 @@ def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
                 "group_ids_ptr": call.group_ids,
                 "keep_ptr": None if call.keep is None else call.keep.view(torch.uint8),
                 "condition_ids_ptr": call.condition_ids,
-                "stride_ht": call.out.stride(0),
+                "stride_ht": out.stride(0),
                 "stride_gt": call.gate.stride(0),
                 "stride_ut": call.up.stride(0),
                 "stride_kc": 0 if call.keep is None else 4 * call.keep.shape[1],

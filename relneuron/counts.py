@@ -1,0 +1,119 @@
+"""counts.safetensors: how often every neuron was active in every group, and its moments.
+
+`count` writes it, `merge` adds several, `identify` and the report read it; no model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from relneuron.artifact import RelneuronError, atomic_write, require
+
+NAME = "counts.safetensors"
+SITES = ("gate", "up", "act", "product", "down")
+# What each statistic is made of, and with which value a group that was never seen begins.
+DTYPES = {"count": np.int64, "sum": np.float64, "sum_sq": np.float64, "max": np.float32}
+DTYPES |= {"n_nonfinite": np.int64}
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Statistics of every neuron per group of tokens.
+
+    groups     G names
+    tokens     (G,) int64, the tokens that were counted
+    arrays     `count.<site>` (G, L, F) int64, the tokens whose value at the site passed the
+               threshold; with moments also `sum.<site>` and `sum_sq.<site>` float64 (of the finite
+               values), `max.<site>` float32 and `n_nonfinite.<site>` int64. F is D at site down
+    """
+
+    groups: list[str]
+    tokens: Array
+    arrays: dict[str, Array]
+
+    @property
+    def sites(self) -> list[str]:
+        return [site for site in SITES if f"count.{site}" in self.arrays]
+
+    @property
+    def has_moments(self) -> bool:
+        return any(name.startswith("sum.") for name in self.arrays)
+
+    def __add__(self, other: Counts) -> Counts:
+        """The statistics of both inputs together; groups are matched by their names."""
+        if self.arrays.keys() != other.arrays.keys():
+            raise RelneuronError(
+                f"the counts hold {sorted(self.arrays)} and {sorted(other.arrays)}",
+                "count with the same sites and moments",
+            )
+        groups = [*self.groups, *(name for name in other.groups if name not in self.groups)]
+        mine, theirs = self.take(groups), other.take(groups)
+        arrays = {
+            name: np.maximum(array, theirs.arrays[name])
+            if name.startswith("max.")
+            else array + theirs.arrays[name]
+            for name, array in mine.arrays.items()
+        }
+        return Counts(groups, mine.tokens + theirs.tokens, arrays)
+
+    def take(self, groups: Sequence[str]) -> Counts:
+        """These groups only, in this order; one that is not here has no token."""
+        rows = [self.groups.index(name) if name in self.groups else -1 for name in groups]
+
+        def pick(array: Array, empty: float) -> Array:
+            result = np.full((len(rows), *array.shape[1:]), empty, array.dtype)
+            for new, row in enumerate(rows):
+                if row >= 0:
+                    result[new] = array[row]
+            return result
+
+        arrays = {
+            name: pick(array, -np.inf if name.startswith("max.") else 0)
+            for name, array in self.arrays.items()
+        }
+        return Counts(list(groups), pick(self.tokens, 0), arrays)
+
+    def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
+        """The file's bytes; `metadata` is kept beside the groups."""
+        # One key only: safetensors writes several in an order that changes from run to run.
+        text = json.dumps({"groups": self.groups, **(metadata or {})}, ensure_ascii=False)
+        data: bytes = save({"tokens": self.tokens, **self.arrays}, {"relneuron.counts": text})
+        return data
+
+    def write(self, path: Path) -> None:
+        atomic_write(path, self.to_bytes())
+
+    @classmethod
+    def read(cls, path: Path, made_by: str = "count MODEL GROUP=TEXT... -o DIR") -> Counts:
+        """The counts of a file, or an error that says what is wrong with it."""
+        try:
+            with safe_open(require(path, made_by), "numpy") as file:
+                described = json.loads((file.metadata() or {})["relneuron.counts"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            counts = cls(list(described["groups"]), arrays.pop("tokens"), arrays)
+            counts._check()
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise RelneuronError(
+                f"{path} is no file of counts ({error!r})", f"make it with: relneuron {made_by}"
+            ) from error
+        return counts
+
+    def _check(self) -> None:
+        if self.tokens.shape != (len(self.groups),) or self.tokens.dtype != np.int64:
+            raise ValueError(f"tokens are {self.tokens.dtype}{self.tokens.shape}")
+        for name, array in self.arrays.items():
+            statistic, _, site = name.partition(".")
+            if site not in SITES or array.dtype != DTYPES[statistic]:
+                raise ValueError(f"{name} is {array.dtype}")
+            if array.ndim != 3 or len(array) != len(self.groups):
+                raise ValueError(f"{name} has the shape {array.shape}")
