@@ -96,9 +96,23 @@ bool should_stream(const SwigluStatsArgs& args) {
   return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
 }
 
+// Counting act > 0 alone needs no act: it is gate > 2^-149 for silu, since half of 2^-149 rounds to
+// zero, and gate > 0 for relu.
+SwigluStatsArgs without_act(SwigluStatsArgs args) {
+  const bool is_known = args.activation == Activation::silu || args.activation == Activation::relu;
+  if (args.out == nullptr && args.dtype == DType::float32 && is_known && args.n_sites == 1 &&
+      args.sites[0] == site_act && args.threshold_bits == 0 && args.sum == nullptr &&
+      args.n_responses == 0) {
+    args.sites[0] = site_gate;
+    args.threshold_bits = args.activation == Activation::silu;  // the pattern of 2^-149
+  }
+  return args;
+}
+
 }  // namespace
 
-void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
+void swiglu_stats(const SwigluStatsArgs& given, const char* isa, int n_threads) {
+  const SwigluStatsArgs args = without_act(given);
   const SwigluStatsKernel& kernel = *kernels[find_isa("swiglu_stats", isa)];
   const int64_t n_steps = (args.F + column_step - 1) / column_step;
   const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);

@@ -16,7 +16,7 @@ import relneuron
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "relneuron"
-STAGES = {"prompts", "record", "identify", "ablate", "report"}
+STAGES = {"prompts", "record", "count", "identify", "identify_counts", "ablate", "nll", "report"}
 # What each part may import of ours; a stage is never imported by a stage.
 ALLOWED = {
     "ops": {"ops", "_cpu"},
@@ -35,6 +35,23 @@ ALLOWED = {
     "conditions": {"artifact", "effects", "scores"},
     "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
     "ablate_options": {"artifact", "conditions", "evaluate", "model"},
+    "counts": {"artifact"},
+    "corpus": {"artifact"},
+    "corpus_read": {"artifact", "corpus"},
+    "corpus_windows": {"artifact", "corpus", "corpus_read"},
+    "corpus_worker": {"artifact", "corpus", "corpus_windows"},
+    "corpus_feed": {"artifact", "corpus", "corpus_windows", "corpus_worker"},
+    "count_batches": {"artifact", "corpus_windows"},
+    "count_checkpoint": {"artifact", "counts", "manifest"},
+    "count_options": {"artifact", "corpus", "corpus_windows", "counts", "model"},
+    "count_pass": {"artifact", "count_batches", "counts", "model", "ops", "patch"},
+    "count_ranks": {"counts"},
+    "merge": {"artifact", "counts", "manifest"},
+    "lape_files": {"artifact", "counts"},
+    "lape_counts": {"artifact", "counts", "lape_files", "manifest"},
+    "steer": {"artifact", "counts", "model", "patch"},
+    "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "manifest", "model"}
+    | {"patch", "predict", "steer"},
     "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
     "tables": {"artifact"},
     "results": {"artifact", "effects"},
@@ -42,6 +59,13 @@ ALLOWED = {
     "figures_analyses": {"figures", "results", "tables"},
     "report_parts": {"figures", "results", "tables"},
     "report_study": {"analyses", "artifact", "effects", "manifest", "results", "scores", "tables"},
+    "figures_groups": {"figures", "figures_analyses", "tables"},
+    "report_groups_study": {"analyses", "artifact", "counts", "manifest", "results"},
+    "report_groups_tables": {"analyses", "artifact", "report_groups_study", "results", "tables"},
+    "report_groups_sections": {"analyses", "figures", "figures_analyses", "figures_groups"}
+    | {"report_groups_study", "report_groups_tables", "report_parts", "tables"},
+    "report_groups": {"artifact", "report_groups_sections", "report_groups_study"}
+    | {"report_groups_tables", "report_parts", "tables"},
     **dict.fromkeys(
         ("report_analyses", "report_neurons"),
         {"analyses", "artifact", "figures", "figures_analyses"}
@@ -58,19 +82,34 @@ ALLOWED = {
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
     | {"artifact", "manifest", "facts", "model", "predict", "results"}
-    | {"ablate_options", "clock", "concepts"},
+    | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"},
     "cli": STAGES
     | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
-    | {"cli_bench", "cli_options", "cli_print", "clock", "conditions"},
+    | {
+        "cli_bench",
+        "cli_corpus",
+        "cli_identify",
+        "cli_options",
+        "cli_print",
+        "clock",
+        "conditions",
+    },
     "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print"},
+    "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
+    | {"count_ranks", "generate", "merge", "model", "nll"},
+    "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
+    | {"lape_counts", "lape_files", "study"},
     "cli_options": {"artifact"},
-    "cli_print": {"artifact", "cli_options"},
+    "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
         {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
         | {"results", "tables", "sentences"}
         | {"report_analyses", "report_neurons", "report_parts", "report_study"}
-        | {"effects", "conditions", "evaluate", "ablate_options"},
+        | {"effects", "conditions", "evaluate", "ablate_options"}
+        | {"corpus", "corpus_feed", "corpus_windows", "counts", "count_batches"}
+        | {"count_checkpoint", "count_options", "count_pass", "count_ranks"}
+        | {"report_groups", "report_groups_study", "report_groups_tables"},
     ),
 }
 

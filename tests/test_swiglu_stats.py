@@ -674,6 +674,20 @@ def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor, dict[str, Any]]
 # Properties
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_small_gates_are_active_as_their_act_is(isa: str, activation: str) -> None:
+    near_zero = torch.arange(-70, 70, dtype=torch.int32)  # patterns of 0, subnormals, NaN
+    near_normal = torch.arange(0x007FFFF0, 0x00800010, dtype=torch.int32)
+    bits = torch.cat([near_zero, near_zero ^ -(2**31), near_normal, near_normal ^ -(2**31)])
+    special = torch.tensor([math.inf, -math.inf, math.nan, 1.0, -1.0])
+    gate = torch.cat([bits.view(torch.float32), special]).unsqueeze(0).repeat(3, 1)
+    stats = {"groups": 1, "sites": ("act",)}
+    call: dict[str, Any] = {"activation": activation, "stats": stats, "only_stats": True}
+    up = torch.ones_like(gate)
+    assert_same(run(f"cpu-{isa}", gate, up, **call), run("reference", gate, up, **call))
+
+
 def busy(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """A case with three groups and all statistics."""
     gate, up = normal(24, 70, dtype=dtype, seed=7), normal(24, 70, dtype=dtype, seed=8)
