@@ -17,11 +17,12 @@ import typer
 from relneuron import cli_options as take
 from relneuron.artifact import RelneuronError
 from relneuron.cli_bench import bench
+from relneuron.cli_corpus import count, generate, merge, nll
+from relneuron.cli_identify import export, identify, import_files
 from relneuron.cli_print import (
     DISK_FIXES,
     fail,
     print_accuracy,
-    print_chosen,
     print_rows,
     print_study,
     say,
@@ -217,43 +218,6 @@ def record(
 
 
 @app.command()
-def identify(
-    folder: take.Study,
-    output: take.Output,
-    method: take.Method = _DEFAULT.method,
-    top: take.Top = None,
-    fdr: take.Fdr = None,
-    negatives: take.Negatives = _DEFAULT.negatives,
-    permutations: take.Permutations = _DEFAULT.permutations,
-    bootstrap: take.Bootstrap = _DEFAULT.bootstrap,
-    noise: take.Noise = _DEFAULT.noise,
-    seed: take.Seed = _DEFAULT.seed,
-    force: take.Force = False,
-    quiet: take.Quiet = False,
-    debug: take.Debug = False,
-) -> None:
-    """Rank the neurons of a recorded directory and test their scores; needs no model."""
-    from relneuron.identify import identify as identify_stage
-
-    chosen = identify_stage(
-        folder,
-        output,
-        method=method,
-        top=top,
-        fdr=fdr,
-        negatives=negatives,
-        permutations=permutations,
-        bootstrap=bootstrap,
-        noise=noise,
-        seed=seed,
-        force=force,
-        quiet=quiet,
-    )
-    print_chosen(chosen)
-    say(f"-> {output}")
-
-
-@app.command()
 def ablate(
     model: take.Model,
     neurons: Annotated[Path, typer.Argument(metavar="NEURONS", help="A neurons.json.")],
@@ -353,7 +317,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-app.command()(bench)
+for command in (identify, count, merge, nll, generate, export, bench):
+    app.command()(command)
+app.command("import")(import_files)
 
 
 def _load(

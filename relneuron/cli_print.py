@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,11 @@ from rich.text import Text
 
 from relneuron.artifact import NeuronFile, read_csv
 from relneuron.cli_options import state
+from relneuron.counts import NAME as COUNTS
+
+if TYPE_CHECKING:
+    from relneuron.count import Counted
+    from relneuron.nll import Cell
 
 # What to do about an error of the system, by its number.
 DISK_FIXES = {
@@ -63,6 +68,53 @@ def print_chosen(chosen: NeuronFile) -> None:
     peak = peak_bytes()
     if peak is not None:
         say(f"peak memory: {peak / 2**20:,.0f} MiB")
+
+
+def print_groups(chosen: NeuronFile) -> None:
+    """How many neurons each group has, and what was left out."""
+    for name, neurons in chosen.sets.items():
+        say(f"{name}: {len(neurons):,} neurons")
+    multiplicity = chosen.selection.get("multiplicity")
+    if multiplicity:
+        several = sum(multiplicity[1:])
+        say(f"{sum(multiplicity):,} distinct neurons, {several:,} of them in several groups")
+    if "reason" in chosen.selection:
+        say(str(chosen.selection["reason"]))
+
+
+def print_counted(counted: Counted | None, folder: Path) -> None:
+    """What a count found and how its time went; None: it was finished before."""
+    if counted is None:
+        say(f"{folder} holds this count already")
+        return
+    for name, tokens in zip(counted.counts.groups, counted.counts.tokens.tolist(), strict=True):
+        say(f"{name}: {tokens:,} tokens")
+    seconds = max(counted.seconds, 1e-9)
+    share = counted.share_of_bare
+    bare = f", {share:.2f} of the bare forward's speed" if share is not None else ""
+    say(
+        f"count: {counted.seconds:.1f} s, {counted.tokens / seconds:,.0f} tokens/s{bare}; "
+        f"{counted.waiting / seconds:.1%} of it waiting for tokens, "
+        f"{counted.saving / seconds:.1%} for checkpoints"
+    )
+    say(f"-> {folder / COUNTS}")
+
+
+def print_nll(cells: Sequence[Cell]) -> None:
+    """The NLL of each group's text: clean, then how much it rises under each mask."""
+    groups = list(dict.fromkeys(cell.group for cell in cells))
+    clean = {cell.group: cell.nll for cell in cells if cell.mask == cells[0].mask}
+    table = Table("off", caption="NLL, nats a token")
+    for name in groups:
+        table.add_column(Text(_printable(name)), justify="right")
+    for mask in dict.fromkeys(cell.mask for cell in cells):
+        found = {cell.group: cell.nll for cell in cells if cell.mask == mask}
+        first = mask == cells[0].mask
+        values = [found[g] if first else found[g] - clean[g] for g in groups]
+        table.add_row(
+            Text(_printable(mask)), *(f"{x:.4f}" if first else f"{x:+.4f}" for x in values)
+        )
+    Console(highlight=False).print(table)
 
 
 def peak_bytes() -> int | None:

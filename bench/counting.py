@@ -1,0 +1,259 @@
+"""Counting a corpus against the bare forward of the same batches, and against hooks.
+
+    PYTHONPATH=. python -m bench.counting [--tokens N] [--rounds N] [-o FILE.csv]
+
+A Llama of random weights (`--layers`, `--hidden`, `--width`) reads windows of five groups in
+alternating rounds of one run:
+
+- `bare forward`: the model without its lm_head, nothing counted: the least that a pass over the
+  corpus can cost; `with the lm_head` is the whole forward that a plain loop makes;
+- `relneuron`: `Counter` of `relneuron count`, rows of all groups in one batch;
+- `hooks`: what the LAPE authors' code does per layer, written for this library: SiLU, a comparison
+  in float32, a sum, one group's windows a batch, the whole forward.
+
+All must give the same counters, or the run ends. `--documents` pads windows of different lengths.
+Then the stage itself counts text files, and says how much of its time it waited for tokens and what
+a checkpoint costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from relneuron.artifact import atomic_write, csv_bytes, read_csv
+from relneuron.bench import where
+from relneuron.corpus import parse_sources
+from relneuron.corpus_windows import Window
+from relneuron.count import count
+from relneuron.count_batches import Batch, make_batch, plan_pool
+from relneuron.count_checkpoint import Checkpoint, Position, write_checkpoint
+from relneuron.count_options import CountOptions
+from relneuron.count_pass import Counter
+from relneuron.demo import CHECKPOINT
+from relneuron.model import find_gated_mlps, load_tokenizer, model_shape
+
+GROUPS = ("en", "zh", "fr", "es", "vi")
+EVERY_S = 30.0  # between two checkpoints of `relneuron count`
+
+
+def make_model(vocabulary: int, hidden: int, width: int, layers: int, context: int) -> Any:
+    """A Llama of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=context,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_batches(
+    n_tokens: int, window: int, batch_tokens: int, vocabulary: int, *, documents: bool, mixed: bool
+) -> list[Batch]:
+    """Windows of the groups in turn; `mixed` batches hold several groups, others one."""
+    random = np.random.default_rng(0)
+    windows = []
+    for i in range(n_tokens // window):
+        length = int(random.integers(window // 8, window + 1)) if documents else window
+        ids = random.integers(0, vocabulary, length).astype(np.int32)
+        windows.append(Window(i % len(GROUPS), ids, np.zeros(length, bool)))
+    parts = [windows]
+    if not mixed:
+        parts = [[w for w in windows if w.group == group] for group in range(len(GROUPS))]
+    return [
+        make_batch([part[i] for i in members])
+        for part in parts
+        for members in plan_pool([len(w.ids) for w in part], [w.group for w in part], batch_tokens)
+    ]
+
+
+@contextmanager
+def hooks(model: Any, over_zero: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """Counts in (G, L, F) with forward hooks; the caller says which group and tokens come next."""
+    now: dict[str, Any] = {}
+    handles = []
+    for layer, mlp in enumerate(find_gated_mlps(model)):
+
+        def hook(_module: Any, _inputs: Any, gate: Any, layer: int = layer) -> None:
+            active = (F.silu(gate).float() > 0) & now["mask"].unsqueeze(-1)
+            over_zero[now["group"], layer] += active.sum((0, 1))
+
+        handles.append(mlp.module.gate_proj.register_forward_hook(hook))
+    try:
+        yield now
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Race:
+    """The contestants on the same tokens; each returns its counters, or None if it counts none."""
+
+    def __init__(self, model: Any, mixed: list[Batch], apart: list[Batch]) -> None:
+        self.model, self.mixed, self.apart = model, mixed, apart
+        self.counter = Counter(model, find_gated_mlps(model))
+        self.shape = model_shape(self.counter.mlps)
+
+    def contestants(self) -> dict[str, Callable[[], torch.Tensor | None]]:
+        return {
+            "bare forward": self.bare,
+            "relneuron": self.ours,
+            "with the lm_head": self.whole,
+            "hooks": self.hooked,
+        }
+
+    def bare(self) -> None:
+        for batch in self.mixed:
+            self.counter.run(batch)
+
+    def ours(self) -> torch.Tensor:
+        self.counter.clear()
+        self.counter.grow(len(GROUPS))
+        with self.counter:
+            for batch in self.mixed:
+                self.counter.count(batch)
+        return torch.from_numpy(self.counter.result(GROUPS).arrays["count.act"])
+
+    def whole(self) -> None:
+        for batch in self.mixed:
+            self._forward(batch)
+
+    def hooked(self) -> torch.Tensor:
+        n, width = len(GROUPS), self.shape["width"]
+        device = self.counter.device
+        counts = torch.zeros(n, self.shape["layers"], width, dtype=torch.int64, device=device)
+        with hooks(self.model, counts) as now:
+            for batch in self.apart:
+                now["group"] = int(batch.group_ids.max())
+                now["mask"] = torch.from_numpy(batch.group_ids >= 0).to(device)
+                self._forward(batch)
+        return counts.cpu()
+
+    def _forward(self, batch: Batch) -> None:
+        device = self.counter.device
+        arguments = {}
+        if batch.is_padded:
+            inside = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+            arguments["attention_mask"] = torch.from_numpy(inside).long().to(device)
+        with torch.inference_mode():
+            ids = torch.from_numpy(batch.ids).long().to(device)
+            self.model(input_ids=ids, use_cache=False, **arguments)
+
+
+def race(race: Race, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in alternating rounds; other counters than ours raise."""
+    seconds: dict[str, list[float]] = {name: [] for name in race.contestants()}
+    wanted = None
+    for number in range(rounds + 1):
+        for name, run in race.contestants().items():
+            began = time.perf_counter()
+            found = run()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+            if found is None:
+                continue
+            wanted = found if wanted is None else wanted
+            # The rows of a matrix product may be rounded in another way in another batch.
+            n_other = int((found - wanted).abs().sum())
+            if n_other > 1e-6 * int(wanted.sum()):
+                raise AssertionError(f"{name} counts otherwise than relneuron: {n_other} hits")
+            if n_other:
+                print(f"{name}: {n_other} hits of {int(wanted.sum()):,} differ")
+    return seconds
+
+
+def time_stage(model: Any, n_tokens: int, window: int) -> dict[str, float]:
+    """`count` on text files: the shares of its time (of its tokens' time) that are not counting."""
+    tokenizer = load_tokenizer(str(CHECKPOINT))
+    words = sorted(tokenizer.get_vocab())
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for group in GROUPS:
+            n_lines = n_tokens // len(GROUPS) // 20
+            lines = (" ".join(random.choice(words, 20)) for _ in range(n_lines))
+            (folder / f"{group}.txt").write_text("\n".join(lines), encoding="utf-8")
+        sources = parse_sources([f"{group}={folder / group}.txt" for group in GROUPS])
+        options = CountOptions(window=window)
+        done = count("model", model, tokenizer, sources, folder / "out", options, quiet=True)
+        assert done is not None, "a new folder is counted"
+        began = time.perf_counter()
+        write_checkpoint(folder, {}, Checkpoint(done.counts, Position(None, 0, 0)))
+        checkpoint = time.perf_counter() - began
+    return {
+        "tokens_per_s": done.tokens / done.seconds,
+        "waiting": done.waiting / done.seconds,
+        "checkpoints": checkpoint / EVERY_S,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tokens", type=int, default=2**17)
+    add("--window", type=int, default=512)
+    add("--batch-tokens", type=int, default=8192)
+    add("--documents", action="store_true", help="windows of different lengths, padded")
+    add("--layers", type=int, default=4)
+    add("--hidden", type=int, default=256)
+    add("--width", type=int, default=688)
+    add("--vocabulary", type=int, default=4096)
+    add("--rounds", type=int, default=5)
+    add("-o", "--output", type=Path, metavar="FILE.csv", help="add rows to this file")
+    o = parser.parse_args(arguments)
+    model = make_model(o.vocabulary, o.hidden, o.width, o.layers, o.window)
+    batches = [
+        make_batches(
+            o.tokens, o.window, o.batch_tokens, o.vocabulary, documents=o.documents, mixed=mixed
+        )
+        for mixed in (True, False)
+    ]
+    runner = Race(model, *batches)
+    seconds = race(runner, o.rounds)
+    n_tokens = sum(batch.n_tokens for batch in batches[0])
+    stage = time_stage(model, n_tokens, o.window)
+    shape = {"tokens": n_tokens, "window": o.window, "documents": int(o.documents), **runner.shape}
+    rows = []
+    for name, times in seconds.items():
+        ratios = [t / bare for t, bare in zip(times, seconds["bare forward"], strict=True)]
+        row = {"contestant": name, "median_s": round(median(times), 4)}
+        row |= {"ratio": round(median(ratios), 4), "tokens_per_s": round(n_tokens / median(times))}
+        rows.append({**row, **shape, **where("cpu")})
+        print(f"{name:<18} {median(times):8.3f} s  {median(ratios):6.3f} x the bare forward")
+    for name, value in stage.items():
+        row = {"contestant": f"stage: {name}", "median_s": "", "ratio": round(value, 5)}
+        rows.append({**row, "tokens_per_s": "", **shape, **where("cpu")})
+    print(
+        f"count of text files: {stage['tokens_per_s']:,.0f} tokens/s, waiting for tokens "
+        f"{stage['waiting']:.2%}, a checkpoint every {EVERY_S:.0f} s {stage['checkpoints']:.2%}"
+    )
+    if o.output is not None:
+        names = list(rows[0])
+        old: list[Sequence[object]] = []
+        if o.output.exists():
+            old = [[line[name] for name in names] for line in read_csv(o.output, names)]
+        atomic_write(o.output, csv_bytes(names, [*old, *(list(row.values()) for row in rows)]))
+        print(f"-> {o.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

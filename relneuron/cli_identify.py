@@ -1,0 +1,157 @@
+"""The commands that choose neurons, and take and give them as files of others; for cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relneuron import cli_options as take
+from relneuron.artifact import RelneuronError, refuse_overwrite
+from relneuron.cli_print import print_chosen, print_groups, say
+from relneuron.study import Options
+
+_DEFAULT = Options()
+COUNT_METHODS = ("lape", "probability", "mean", "random")
+
+
+def identify(
+    folder: take.Study,
+    output: take.Output,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Of recorded responses: ap (average precision). Of counts: lape (activation "
+            "probability entropy), probability, mean, random."
+        ),
+    ] = _DEFAULT.method,
+    top: take.Top = None,
+    fdr: take.Fdr = None,
+    negatives: take.Negatives = _DEFAULT.negatives,
+    permutations: take.Permutations = _DEFAULT.permutations,
+    bootstrap: take.Bootstrap = _DEFAULT.bootstrap,
+    noise: take.Noise = _DEFAULT.noise,
+    site: Annotated[str, typer.Option(help="Of counts: act, gate, up, product, down.")] = "act",
+    groups: Annotated[str, typer.Option(help="Of counts: only these, as en,zh.")] = "",
+    top_rate: Annotated[
+        float, typer.Option(help="Of counts: share of the model's neurons to choose.")
+    ] = 0.01,
+    filter_rate: Annotated[
+        float,
+        typer.Option(help="lape: a neuron needs a group above this quantile of probabilities."),
+    ] = 0.95,
+    bar_ratio: Annotated[
+        float, typer.Option(help="lape: a neuron is in the groups above this quantile.")
+    ] = 0.95,
+    precision: Annotated[
+        str, typer.Option(help="lape: float64, or float32 as the authors divide.")
+    ] = "float64",
+    seed: take.Seed = _DEFAULT.seed,
+    force: take.Force = False,
+    quiet: take.Quiet = False,
+    debug: take.Debug = False,
+) -> None:
+    """Rank the neurons of a recorded or counted directory; needs no model."""
+    if method in COUNT_METHODS:
+        from relneuron.identify_counts import identify_counts
+
+        chosen = identify_counts(
+            folder,
+            output,
+            method=method,
+            site=site,
+            groups=take.names(groups) or None,
+            top=top,
+            top_rate=top_rate,
+            filter_rate=filter_rate,
+            bar_ratio=bar_ratio,
+            precision=precision,
+            seed=seed,
+            force=force,
+        )
+        print_groups(chosen)
+        say(f"-> {output}")
+        return
+    from relneuron.identify import identify as identify_stage
+
+    chosen = identify_stage(
+        folder,
+        output,
+        method=method,
+        top=top,
+        fdr=fdr,
+        negatives=negatives,
+        permutations=permutations,
+        bootstrap=bootstrap,
+        noise=noise,
+        seed=seed,
+        force=force,
+        quiet=quiet,
+    )
+    print_chosen(chosen)
+    say(f"-> {output}")
+
+
+def import_files(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="The model that they belong to; only its config.json is read.")
+    ],
+    output: take.Output,
+    names: Annotated[str, typer.Option(help="Groups of a .neuron.pth in order: en,zh,...")] = "",
+    force: take.Force = False,
+    debug: take.Debug = False,
+) -> None:
+    """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
+    from relneuron.lape_counts import import_counts
+    from relneuron.lape_files import config_shape, read_neuron_pth
+
+    paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
+    if paths and len(paths) == len(files):
+        counts = import_counts(
+            {name: Path(path) for name, path in paths.items()},
+            config_shape(model),
+            output,
+            force=force,
+        )
+        for name, tokens in zip(counts.groups, counts.tokens.tolist(), strict=True):
+            say(f"{name}: {tokens:,} tokens")
+    elif len(files) == 1 and not paths:
+        if not take.names(names):
+            raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
+        refuse_overwrite(output, force)
+        chosen = read_neuron_pth(Path(files[0]), take.names(names), config_shape(model))
+        chosen.write(output)
+        print_groups(chosen)
+    else:
+        fix = "give one .neuron.pth, or counts as GROUP=FILE (each group once)"
+        raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
+    say(f"-> {output}")
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="NEURONS|DIR", help="A neurons.json, or a counted directory.")
+    ],
+    output: take.Output,
+    force: take.Force = False,
+    debug: take.Debug = False,
+) -> None:
+    """A .neuron.pth of a neurons.json, or files of counts, in the LAPE authors' format."""
+    from relneuron.artifact import NeuronFile
+    from relneuron.lape_counts import export_counts
+    from relneuron.lape_files import write_neuron_pth
+
+    if source.is_dir():
+        for path in export_counts(source, output, force=force):
+            say(f"-> {path}")
+    else:
+        write_neuron_pth(NeuronFile.read(source), output, force=force)
+        say(f"-> {output}")

@@ -1,0 +1,243 @@
+"""The sources of a corpus: which files, folders and datasets are the text of which group.
+
+The command line parses them, `count` and `nll` put their fingerprint into the manifest, and
+corpus_read reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact import Json, RelneuronError
+
+KINDS = {
+    ".txt": "text",
+    ".txt.gz": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".ndjson": "jsonl",
+    ".ndjson.gz": "jsonl",
+    ".parquet": "parquet",
+    ".pt": "pt",
+    ".npy": "npy",
+    ".bin": "bin",
+}
+ID_KINDS = ("pt", "npy", "bin")
+ID_DTYPES = ("uint16", "uint32", "int32", "int64")
+HF = "hf:"
+MIB = 1 << 20
+
+_NAME = re.compile(r"[^\s/\\=:][^/\\=:\n]*")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a source, or `hf:PATH[:CONFIG[:SPLIT]]`, and how it is read."""
+
+    path: str
+    kind: str  # text, jsonl, parquet, pt, npy, bin, hf
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text or token ids that are read one after the other.
+
+    group          the name of all of it; None if `group_column` names the group of each record
+    groups         with a group column: only these, in this order
+    ids_dtype      of .bin files; default: uint16 if the vocabulary has at most 65,536 tokens,
+                   else uint32
+    dataset        in place of files: a Python iterable of records, as a Hugging Face dataset
+    """
+
+    group: str | None = None
+    files: tuple[File, ...] = ()
+    text_column: str = "text"
+    group_column: str | None = None
+    groups: tuple[str, ...] | None = None
+    ids_dtype: str | None = None
+    dataset: Any = None
+
+    @property
+    def is_ids(self) -> bool:
+        """Whether it holds token ids only, so that no tokenizer is needed."""
+        return bool(self.files) and all(file.kind in ID_KINDS for file in self.files)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if self.group is not None:
+            return self.group
+        return Path(self.files[0].path).name if self.files else type(self.dataset).__name__
+
+
+def parse_sources(
+    texts: Sequence[str],
+    *,
+    text_column: str = "text",
+    group_column: str | None = None,
+    groups: Sequence[str] | None = None,
+    ids_dtype: str | None = None,
+) -> list[Source]:
+    """The sources that `NAME=PATH` texts name; all paths of a name are one source, in order.
+
+    With `group_column` the paths have no name, are one source, and every record names its group;
+    `groups` keeps only these. A folder stands for its files of known suffixes, sorted by name.
+    Nothing is read. Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
+    """
+    if not texts:
+        raise RelneuronError("no corpus was given", "name it as GROUP=PATH", 2)
+    _check_options(group_column, groups, ids_dtype)
+    found: dict[str | None, list[File]] = {}
+    for text in texts:
+        name, path = _split(text)
+        if name is None and group_column is None:
+            raise RelneuronError(
+                f"{text} has no group", "write GROUP=PATH, or name its field with --group-column", 2
+            )
+        if name is not None and group_column is not None:
+            raise RelneuronError(
+                f"{text} names a group, and so does --group-column", "leave out one of them", 2
+            )
+        found.setdefault(name, []).extend(_files(path))
+    _check_files([file for files in found.values() for file in files], group_column)
+    return [
+        Source(
+            name,
+            tuple(files),
+            text_column,
+            group_column,
+            None if groups is None else tuple(groups),
+            ids_dtype,
+        )
+        for name, files in found.items()
+    ]
+
+
+def _check_options(
+    group_column: str | None, groups: Sequence[str] | None, ids_dtype: str | None
+) -> None:
+    if ids_dtype not in (None, *ID_DTYPES):
+        raise RelneuronError(f"unknown --ids-dtype {ids_dtype!r}", f"use {', '.join(ID_DTYPES)}", 2)
+    if groups is None:
+        return
+    if group_column is None:
+        raise RelneuronError("--groups needs --group-column", "name the field with the group", 2)
+    if not groups or len(set(groups)) < len(groups):
+        raise RelneuronError(f"--groups {','.join(groups)!r}", "name each group once", 2)
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """The group and the path of a text; a path may hold `=` itself."""
+    name, equals, path = text.partition("=")
+    if equals and _NAME.fullmatch(name):
+        if not path:
+            raise RelneuronError(f"{text} names no path", "write GROUP=PATH", 2)
+        return name, path
+    if text.startswith(HF) or Path(text).exists() or not equals:
+        return None, text
+    raise RelneuronError(f"{name!r} is no name of a group, {text} no path", "write GROUP=PATH", 2)
+
+
+def _files(path: str) -> list[File]:
+    if path.startswith(HF):
+        _need("datasets", path)
+        if not split_hf(path)[0]:
+            raise RelneuronError(f"{path} names no dataset", "write hf:PATH[:CONFIG[:SPLIT]]", 2)
+        return [File(path, "hf")]
+    place = Path(path)
+    if place.is_dir():
+        inside = sorted(p for p in place.iterdir() if p.name[0] != "." and p.is_file())
+        files = [File(str(p), kind) for p in inside if (kind := _kind(p))]
+        if not files:
+            raise RelneuronError(f"{path} holds no file of a corpus", f"known are {_known()}", 2)
+        return files
+    if not place.exists():
+        raise RelneuronError(f"{path} does not exist", "mend the path of the corpus", 2)
+    kind = _kind(place)
+    if kind is None:
+        raise RelneuronError(f"{path} has an unknown suffix", f"known are {_known()}", 2)
+    return [File(path, kind)]
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.lower()
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+
+
+def _known() -> str:
+    return ", ".join(KINDS)
+
+
+def _need(package: str, path: str) -> None:
+    if find_spec(package) is None:
+        raise RelneuronError(f"{path} needs {package}", "pip install 'relneuron[data]'", 2)
+
+
+def _check_files(files: Sequence[File], group_column: str | None) -> None:
+    """Refuse a file that stands there twice, lacks its package, or cannot name a group."""
+    seen = set()
+    for file in files:
+        key = file.path if file.kind == "hf" else str(Path(file.path).resolve())
+        if key in seen:
+            raise RelneuronError(f"{file.path} is in the corpus twice", "name it once", 2)
+        seen.add(key)
+        if file.kind == "parquet":
+            _need("pyarrow", file.path)
+        if group_column is not None and file.kind in ("text", *ID_KINDS):
+            raise RelneuronError(
+                f"{file.path} has no fields, --group-column needs them", "write GROUP=PATH", 2
+            )
+
+
+def split_hf(path: str) -> tuple[str, str | None, str]:
+    """`hf:PATH[:CONFIG[:SPLIT]]` as what load_dataset takes: path, config, split."""
+    place, config, split = (path.removeprefix(HF).split(":", 2) + ["", ""])[:3]
+    return place, config or None, split or "train"
+
+
+def describe_source(source: Source) -> Json:
+    """A fingerprint for the manifest: what a source is and what its files hold; no times, no paths.
+
+    Of each file the name, the bytes and the SHA-256 of its first and last MiB.
+    """
+    result: Json = {"group": source.group, "text_column": source.text_column}
+    if source.group_column is not None:
+        groups = None if source.groups is None else list(source.groups)
+        result |= {"group_column": source.group_column, "groups": groups}
+    if any(file.kind == "bin" for file in source.files):
+        result["ids_dtype"] = source.ids_dtype
+    if source.dataset is not None:
+        length = len(source.dataset) if hasattr(source.dataset, "__len__") else None
+        result["dataset"] = {"type": type(source.dataset).__name__, "records": length}
+    result["files"] = {str(i): entry for i, entry in enumerate(_describe_files(source.files))}
+    return result
+
+
+def _describe_files(files: Sequence[File]) -> Iterator[Json]:
+    for file in files:
+        if file.kind != "hf":
+            yield _fingerprint(Path(file.path), file.kind)
+            continue
+        folder, config, split = split_hf(file.path)
+        if not Path(folder).is_dir():
+            yield {"kind": "hf", "name": folder, "config": config, "split": split}
+            continue
+        yield {"kind": "hf", "name": Path(folder).name, "config": config, "split": split}
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            yield _fingerprint(path, "hf")
+
+
+def _fingerprint(path: Path, kind: str) -> Json:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(2 * MIB if size <= 2 * MIB else MIB))
+        if size > 2 * MIB:
+            file.seek(-MIB, 2)
+            digest.update(file.read(MIB))
+    return {"name": path.name, "kind": kind, "bytes": size, "sha256": digest.hexdigest()}

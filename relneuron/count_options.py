@@ -1,0 +1,139 @@
+"""What a corpus is counted with: the options of the `count` stage, its packing and its inputs.
+
+The stage and the command line build them; what is asked for wrongly is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from relneuron.artifact import Json, RelneuronError
+from relneuron.corpus import Source, describe_source
+from relneuron.corpus_windows import Packing, default_bos
+from relneuron.counts import SITES
+from relneuron.model import same_model
+
+MODES = ("packed", "documents")
+BOS = ("document", "window", "none")
+BOUNDARIES = ("none", "position")
+WINDOW = 4096  # at most, where the model's context is longer
+
+
+@dataclass(frozen=True)
+class CountOptions:
+    """What is counted, and how the corpus becomes batches.
+
+    sites         of gate, up, act, product, down; a value v is active when v > threshold
+    moments       also sums, sums of squares and maxima
+    window        tokens of a window; default: the model's context, at most 4,096
+    mode          `packed`: documents one after the other in full windows, the last one dropped;
+                  `documents`: one a window, longer ones cut
+    bos           `document`, `window` or `none`: where a BOS token is put; default: before each
+                  document if the tokenizer does so
+    exclude_bos   BOS tokens are run but not counted
+    boundaries    `position`: positions begin anew at each document, which sees no other
+    max_tokens    of each group
+    shard         (i, n): only every n-th batch, from the i-th (from 1)
+    """
+
+    sites: Sequence[str] = ("act",)
+    threshold: float = 0.0
+    moments: bool = False
+    window: int | None = None
+    mode: str = "packed"
+    bos: str | None = None
+    exclude_bos: bool = False
+    boundaries: str = "none"
+    max_tokens: int | None = None
+    batch_tokens: int = 8192
+    shard: tuple[int, int] = (1, 1)
+    oom: str = "split"
+
+    def __post_init__(self) -> None:
+        known = {
+            "packing": (self.mode, MODES),
+            "bos": (self.bos, (None, *BOS)),
+            "boundaries": (self.boundaries, BOUNDARIES),
+            "oom": (self.oom, ("split", "error")),
+        }
+        for name, (value, allowed) in known.items():
+            if value not in allowed:
+                fix = f"use {', '.join(x for x in allowed if x)}"
+                raise RelneuronError(f"unknown --{name} {value!r}", fix, 2)
+        if (
+            not self.sites
+            or len(set(self.sites)) < len(self.sites)
+            or not set(self.sites) <= {*SITES}
+        ):
+            raise RelneuronError(
+                f"unknown --sites {','.join(self.sites)!r}", f"use some of {', '.join(SITES)}", 2
+            )
+        for name in ("window", "max_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RelneuronError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {value}",
+                    "choose a positive number",
+                    2,
+                )
+        number, of = self.shard
+        if not 1 <= number <= of:
+            raise RelneuronError(f"--shard {number}/{of} does not exist", "use 1/3, 2/3, 3/3", 2)
+
+
+def choose_packing(
+    model: Any, tokenizer: Any, sources: Sequence[Source], options: CountOptions
+) -> Packing:
+    """The windows of a corpus, with the model's context and the tokenizer's BOS as defaults."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = options.window or min(context or WINDOW, WINDOW)
+    if context is not None and window > context:
+        raise RelneuronError(
+            f"--window {window} is longer than the model's context of {context}",
+            "use a shorter one",
+            2,
+        )
+    has_text = not all(source.is_ids for source in sources)
+    if tokenizer is None and (has_text or options.exclude_bos):
+        raise RelneuronError(
+            "the model has no tokenizer", "save one into its folder, or give files of token ids"
+        )
+    bos, bos_id = default_bos(tokenizer) if has_text else ("none", None)
+    if options.exclude_bos and tokenizer.bos_token_id is None:
+        raise RelneuronError("--exclude-bos: the tokenizer has no BOS token", "leave it out", 2)
+    if options.bos not in (None, bos):
+        bos, bos_id = options.bos, getattr(tokenizer, "bos_token_id", None)
+        if bos != "none" and bos_id is None:
+            fix = "use --bos none"
+            raise RelneuronError(f"--bos {bos}: the tokenizer has no BOS token", fix, 2)
+    return Packing(window, options.mode, bos, bos_id, options.max_tokens)
+
+
+def count_inputs(
+    model: Json, tokenizer: Any, sources: Sequence[Source], packing: Packing, options: CountOptions
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    o = asdict(options)
+    for name in ("window", "mode", "bos", "max_tokens", "oom"):
+        del o[name]
+    o["shard"] = f"{options.shard[0]}/{options.shard[1]}"
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "sources": {str(i): describe_source(source) for i, source in enumerate(sources)},
+        "packing": asdict(packing),
+        **o,
+        "sites": list(options.sites),
+    }
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """The SHA-256 of everything that decides which tokens a text has; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""Sources of a corpus: what parses, what is refused, and what their fingerprint sees."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relneuron.artifact import RelneuronError
+from relneuron.corpus import MIB, Source, describe_source, parse_sources
+
+TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]
+
+
+def source(path: Path, **options: Any) -> Source:
+    return parse_sources([f"en={path}"], **options)[0]
+
+
+def test_paths_of_a_name_are_one_source_and_folders_are_sorted(tmp_path: Path) -> None:
+    folder = tmp_path / "zh"
+    folder.mkdir()
+    for name in ("b.jsonl", "a.txt", "c.parquet", "notes.md", ".hidden.txt"):
+        (folder / name).write_bytes(b"")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.bin").write_bytes(b"")
+    texts = [f"en={tmp_path}/a.txt", f"zh={folder}", f"en={tmp_path}/a.bin"]
+    found = parse_sources(texts, text_column="content", ids_dtype="uint32")
+    assert [s.group for s in found] == ["en", "zh"]
+    assert [(Path(f.path).name, f.kind) for f in found[0].files] == [
+        ("a.txt", "text"),
+        ("a.bin", "bin"),
+    ]
+    assert [Path(f.path).name for f in found[1].files] == ["a.txt", "b.jsonl", "c.parquet"]
+    assert found[0].text_column == "content" and found[0].ids_dtype == "uint32"
+    assert not found[0].is_ids and parse_sources(texts[2:])[0].is_ids
+
+
+def test_paths_without_a_name_are_one_source_with_a_group_column(tmp_path: Path) -> None:
+    (tmp_path / "x=y.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text("")
+    texts = [str(tmp_path / "x=y.jsonl"), str(tmp_path / "b.jsonl")]
+    found = parse_sources(texts, group_column="lang", groups=["zh", "en"])
+    assert len(found) == 1 and len(found[0].files) == 2
+    assert (found[0].group, found[0].groups) == (None, ("zh", "en"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "match"),
+    [
+        ([], {}, "no corpus"),
+        (["en={}/none.txt"], {}, "none.txt does not exist"),
+        (["en={}/empty"], {}, "empty holds no file of a corpus"),
+        (["en={}/a.md"], {}, "a.md has an unknown suffix"),
+        (["en="], {}, "names no path"),
+        (["{}/a.txt"], {}, "has no group"),
+        (["/x=/y"], {}, "is no name of a group"),
+        (["en={}/a.txt", "zh={}/a.txt"], {}, "twice"),
+        (["en={}/a.txt", "en={}/empty/../a.txt"], {}, "twice"),
+        (["en={}/a.jsonl"], {"group_column": "lang"}, "so does --group-column"),
+        (["{}/a.txt"], {"group_column": "lang"}, "has no fields"),
+        (["en={}/a.txt"], {"groups": ["en"]}, "needs --group-column"),
+        (["{}/a.jsonl"], {"group_column": "lang", "groups": ["en", "en"]}, "en,en"),
+        (["en={}/a.txt"], {"ids_dtype": "float32"}, "unknown --ids-dtype"),
+    ],
+)
+def test_bad_sources_are_refused(
+    tmp_path: Path, texts: list[str], options: dict[str, Any], match: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("a.txt", "a.md", "a.jsonl"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(RelneuronError, match=match) as caught:
+        parse_sources([text.replace("{}", str(tmp_path)) for text in texts], **options)
+    assert caught.value.exit_code == 2 and "\n" not in caught.value.cause
+
+
+@pytest.mark.parametrize(("suffix", "package"), [("parquet", "pyarrow"), ("hf", "datasets")])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setattr("relneuron.corpus.find_spec", lambda name: None)
+    path = "hf:x" if suffix == "hf" else tmp_path / "a.parquet"
+    with pytest.raises(RelneuronError, match=f"needs {package}") as caught:
+        parse_sources([f"en={path}"])
+    assert "relneuron[data]" in caught.value.fix
+
+
+def test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.txt"
+    data = bytearray(b"x" * (3 * MIB))
+    path.write_bytes(data)
+    before = describe_source(source(path))
+    assert json.loads(json.dumps(before)) == before and str(tmp_path) not in json.dumps(before)
+    os.utime(path, (1, 1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_bytes(data)
+    assert describe_source(source(path)) == before
+    assert describe_source(source(tmp_path / "other" / "a.txt")) == before
+    for place in (0, MIB - 1, 2 * MIB, 3 * MIB - 1):
+        changed = data.copy()
+        changed[place] = 0
+        path.write_bytes(changed)
+        assert describe_source(source(path)) != before
+    path.write_bytes(data[:-1])
+    assert describe_source(source(path)) != before
+    path.write_bytes(data)
+    assert describe_source(source(path, text_column="other")) != before

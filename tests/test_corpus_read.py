@@ -1,0 +1,400 @@
+"""Documents of a corpus: every kind of file, read from every position, and what is wrong in it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from relneuron import corpus_read
+from relneuron.artifact import RelneuronError
+from relneuron.corpus import MIB, File, Source, describe_source, parse_sources
+from relneuron.corpus_read import Piece, read_chunks
+
+TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]
+
+
+def pieces_of(source: Source, vocabulary: int | None = None) -> list[Piece]:
+    return [p for chunk in read_chunks(source, None, vocabulary) for p in chunk.pieces]
+
+
+def plain(pieces: list[Piece]) -> list[Any]:
+    """Pieces that can be compared."""
+    return [
+        (p.group, p.content if isinstance(p.content, str) else p.content.tolist(), p.begins)
+        for p in pieces
+    ]
+
+
+def source(path: Path, **options: Any) -> Source:
+    return parse_sources([f"en={path}"], **options)[0]
+
+
+def fails(path: Path, match: str, vocabulary: int | None = 100, **options: Any) -> None:
+    """Reading raises one line of cause, with the file's name, and one line of fix."""
+    with pytest.raises(RelneuronError, match=match) as caught:
+        pieces_of(source(path, **options), vocabulary)
+    assert path.name in caught.value.cause
+    assert "\n" not in caught.value.cause + caught.value.fix
+
+
+def write_txt(folder: Path) -> tuple[Path, list[Any]]:
+    path = folder / "a.txt"
+    lines = "\r\n".join([TEXTS[0], "", *TEXTS[1:3]]) + "\n\n" + "\n".join(TEXTS[3:])
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    return path, [("en", text, True) for text in TEXTS]
+
+
+def write_txt_gz(folder: Path) -> tuple[Path, list[Any]]:
+    path, expected = write_txt(folder)
+    packed = folder / "b.txt.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed, expected
+
+
+def write_jsonl(folder: Path) -> tuple[Path, list[Any]]:
+    path = folder / "a.ndjson"
+    lines = [json.dumps({"text": text, "n": i}) for i, text in enumerate([*TEXTS, ""])]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n \n")
+    return path, [("en", text, True) for text in TEXTS]
+
+
+def write_jsonl_gz(folder: Path) -> tuple[Path, list[Any]]:
+    path, expected = write_jsonl(folder)
+    packed = folder / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed, expected
+
+
+def write_parquet(folder: Path) -> tuple[Path, list[Any]]:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = folder / "a.parquet"
+    texts = [*TEXTS, "", *(f"document {i}" for i in range(20))]
+    table = pyarrow.table({"n": range(len(texts)), "text": texts})
+    parquet.write_table(table, path, row_group_size=7)
+    return path, [("en", text, True) for text in texts if text]
+
+
+IDS = np.arange(24).reshape(4, 6) * 3
+ROWS = [("en", row.tolist(), True) for row in IDS]
+
+
+def write_npy(folder: Path) -> tuple[Path, list[Any]]:
+    np.save(folder / "a.npy", IDS.astype(np.uint16))
+    return folder / "a.npy", ROWS
+
+
+def write_pt(folder: Path) -> tuple[Path, list[Any]]:
+    torch.save(torch.from_numpy(IDS), folder / "a.pt")
+    return folder / "a.pt", ROWS
+
+
+def write_old_pt(folder: Path) -> tuple[Path, list[Any]]:
+    ids = torch.from_numpy(IDS.reshape(-1)).int()
+    torch.save(ids, folder / "a.pt", _use_new_zipfile_serialization=False)
+    return folder / "a.pt", [("en", ids.tolist(), True)]
+
+
+def write_bin(folder: Path) -> tuple[Path, list[Any]]:
+    IDS.astype(np.uint16).tofile(folder / "a.bin")
+    return folder / "a.bin", [("en", IDS.reshape(-1).tolist(), True)]
+
+
+WRITERS = [write_txt, write_txt_gz, write_jsonl, write_jsonl_gz, write_parquet]
+WRITERS += [write_npy, write_pt, write_old_pt, write_bin]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__[6:])
+def test_every_kind_is_read_and_goes_on_from_every_position(
+    write: Callable[[Path], tuple[Path, list[Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, expected = write(tmp_path)
+    monkeypatch.setattr(corpus_read, "ROWS", 3)
+    assert plain(pieces_of(source(path), 100)) == expected
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    chunks = list(read_chunks(source(path), None, 100))
+    assert [plain(chunk.pieces)[0] for chunk in chunks] == expected
+    fractions = [chunk.fraction for chunk in chunks]
+    assert fractions == sorted(fractions) and 0 < fractions[-1] <= 1  # type: ignore[type-var,operator]
+    for number, chunk in enumerate(chunks, 1):
+        position = json.loads(json.dumps(chunk.position))
+        rest = [p for c in read_chunks(source(path), position, 100) for p in c.pieces]
+        assert plain(rest) == expected[number:]
+
+
+def test_the_files_of_a_source_follow_each_other(tmp_path: Path) -> None:
+    writers = (write_jsonl, write_bin, write_txt)
+    found = [write(tmp_path) for write in writers]
+    read = pieces_of(parse_sources([f"en={path}" for path, _ in found])[0], 100)
+    assert plain(read) == [piece for _, pieces in found for piece in pieces]
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8, 9, 64])
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_a_long_line_comes_in_pieces_that_end_at_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, suffix: str
+) -> None:
+    monkeypatch.setattr(corpus_read, "PIECE_BYTES", size)
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    lines = ["aé三𝄞" * 5, "x", "𝄞𝄞𝄞𝄞", "abcdefg", "ab\rcdefg\r!", "", "eight888\r"]
+    for end in ("\n", "\r\n"):
+        path = tmp_path / f"a{suffix}"
+        data = end.join(lines).encode()
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+        chunks = list(read_chunks(source(path), None))
+        pieces = [piece for chunk in chunks for piece in chunk.pieces]
+        joined: list[str] = []
+        for piece in pieces:
+            assert len(piece.content.encode()) <= size
+            if piece.begins:
+                joined.append("")
+            joined[-1] += piece.content
+        assert joined == [line for line in lines if line]
+        for number, chunk in enumerate(chunks, 1):
+            rest = [p for c in read_chunks(source(path), chunk.position) for p in c.pieces]
+            assert rest == pieces[number:]
+
+
+def test_a_line_of_some_mib_comes_in_pieces_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    text = "三" * (MIB - 10)
+    path.write_text(f"{text}\nend", encoding="utf-8")
+    pieces = pieces_of(source(path))
+    assert [piece.begins for piece in pieces] == [True, False, False, True]
+    assert "".join(piece.content for piece in pieces[:-1]) == text
+    assert all(MIB - 4 < len(piece.content.encode()) <= MIB for piece in pieces[:2])
+
+
+def test_long_rows_of_ids_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_read, "PIECE_TOKENS", 4)
+    path, _ = write_npy(tmp_path)
+    pieces = pieces_of(source(path), 100)
+    assert [piece.begins for piece in pieces] == [True, False] * 4
+    assert np.concatenate([piece.content for piece in pieces]).tolist() == IDS.reshape(-1).tolist()
+    assert all(piece.content.dtype == np.int32 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b"not json", "line 2: not JSON"),
+        (b'"text"', "line 2: no object"),
+        (b"{}", "line 2: no field 'text'"),
+        (b'{"other": "x"}', "line 2: no field 'text', only other"),
+        (b'{"text": 3}', "line 2: the field 'text' is no string"),
+        (b'{"text": null}', "line 2: the field 'text' is no string"),
+        (b'{"text": "a", "text": "b"}', "line 2: not JSON .a key stands there twice"),
+        (b'{"text": "\xff"}', "line 2: not UTF-8"),
+        (b'{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
+        (b"[" * 200_000, "line 2: not JSON"),
+    ],
+    ids=range(10),
+)
+def test_bad_records_name_file_and_line(tmp_path: Path, line: bytes, match: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    fails(path, match)
+
+
+def test_bad_bytes_name_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\nb\xc3\n")
+    fails(tmp_path / "a.txt", "line 3: not UTF-8")
+    (tmp_path / "cut.txt").write_bytes("ok\n三".encode()[:-1])
+    fails(tmp_path / "cut.txt", "line 2: not UTF-8")
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    fails(tmp_path / "b.txt.gz", "b.txt.gz: ")
+    noise = np.random.default_rng(0).bytes(99).hex().encode()
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(noise)[:-20])
+    fails(tmp_path / "c.txt.gz", "c.txt.gz: ")
+    mutant = bytearray(gzip.compress(noise))
+    mutant[30:40] = bytes(10)
+    (tmp_path / "d.txt.gz").write_bytes(mutant)
+    fails(tmp_path / "d.txt.gz", "d.txt.gz: ")
+
+
+def test_bad_parquet_files_are_refused_before_the_first_file_is_read(tmp_path: Path) -> None:
+    path, _ = write_parquet(tmp_path)
+    fails(path, "no field 'other', only n, text", text_column="other")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    fails(tmp_path / "bad.parquet", "is no parquet file")
+    both = parse_sources([f"en={path}", f"en={tmp_path / 'bad.parquet'}"])[0]
+    with pytest.raises(RelneuronError, match="bad.parquet is no parquet file"):
+        next(read_chunks(both, None))
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    fails(tmp_path / "null.parquet", "row 1: the field 'text' is no string")
+
+
+def test_records_name_their_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x", "lang": g}) + "\n" for g in ("en", 7, "zh")))
+    found = parse_sources([str(path)], group_column="lang")[0]
+    assert [piece.group for piece in pieces_of(found)] == ["en", "7", "zh"]
+    for value in (None, 1.5, True, ["en"]):
+        path.write_text(json.dumps({"text": "x", "lang": value}))
+        with pytest.raises(RelneuronError, match="line 1: the group"):
+            pieces_of(found)
+    path.write_text(json.dumps({"text": "x"}))
+    with pytest.raises(RelneuronError, match="line 1: no field 'lang'"):
+        pieces_of(found)
+
+
+# --- token ids -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])
+def test_raw_ids_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    IDS.astype(dtype).tofile(tmp_path / "a.bin")
+    pieces = pieces_of(source(tmp_path / "a.bin", ids_dtype=dtype), 100)
+    assert pieces[0].content.tolist() == IDS.reshape(-1).tolist()
+
+
+def test_the_dtype_of_raw_ids_follows_the_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    np.array([1, 2], np.uint32).tofile(path)
+    assert pieces_of(source(path), 65_537)[0].content.tolist() == [1, 2]
+    assert pieces_of(source(path), 65_536)[0].content.tolist() == [1, 0, 2, 0]
+    fails(path, "dtype of .* is unknown", None)
+
+
+def test_ids_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
+    ids = IDS.copy()
+    ids[2, 1] = -1
+    np.save(tmp_path / "a.npy", ids)
+    fails(tmp_path / "a.npy", "holds the token -1 at position 13, the vocabulary has 100")
+    np.save(tmp_path / "b.npy", IDS)
+    fails(tmp_path / "b.npy", "holds the token 69 at position 23, the vocabulary has 69", 69)
+    np.save(tmp_path / "c.npy", np.array([1 << 31]))
+    fails(tmp_path / "c.npy", "holds the token 2147483648 at position 0", None)
+
+
+def test_files_that_hold_no_ids_are_refused(tmp_path: Path) -> None:
+    for name, array in {
+        "float": np.zeros(3),
+        "cube": np.zeros((2, 2, 2), int),
+        "objects": np.array([None]),
+    }.items():
+        np.save(tmp_path / f"{name}.npy", array)
+        fails(tmp_path / f"{name}.npy", "is no file of token ids")
+    for name, value in {
+        "floats": torch.zeros(3),
+        "list": [1, 2],
+        "sparse": torch.ones(3, dtype=torch.int64).to_sparse(),
+    }.items():
+        torch.save(value, tmp_path / f"{name}.pt")
+        fails(tmp_path / f"{name}.pt", "is no file of token ids")
+    for name in ("a.npy", "a.pt"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        fails(tmp_path / name, "is no file of token ids")
+    (tmp_path / "a.bin").write_bytes(b"123")
+    fails(tmp_path / "a.bin", "3 bytes, no multiple of 2")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert pieces_of(source(tmp_path / "empty.bin"), 10) == []
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_hostile_file_executes_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    hostile = pickle.dumps(Hostile(target))
+    (tmp_path / "raw.pt").write_bytes(hostile)
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as file:
+        file.writestr("archive/data.pkl", hostile)
+        file.writestr("archive/version", "3\n")
+        file.writestr("archive/byteorder", "little")
+    np.save(tmp_path / "pickled.npy", np.array([Hostile(target)]), allow_pickle=True)
+    for name in ("raw.pt", "zip.pt", "pickled.npy"):
+        fails(tmp_path / name, "is no file of token ids")
+    assert not target.exists()
+    pickle.loads(hostile)
+    assert target.exists()  # it is hostile indeed
+
+
+# --- Python datasets -------------------------------------------------------------------------
+
+
+class Stateful:
+    """A dataset whose state is what makes it go on."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.at, self.n_states = n, 0, 0
+
+    def __iter__(self) -> Any:
+        while self.at < self.n:
+            self.at += 1
+            yield {"text": f"text {self.at}"}
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize(
+    "make", [Stateful, lambda n: [{"text": f"text {i + 1}"} for i in range(n)]]
+)
+def test_a_dataset_goes_on_from_every_position(
+    make: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_read, "STATE_EVERY", 3)
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    expected = [("en", f"text {i}", True) for i in range(1, 11)]
+    dataset = make(10)
+    chunks = list(read_chunks(Source("en", dataset=dataset), None))
+    assert [plain(chunk.pieces)[0] for chunk in chunks] == expected
+    for number, chunk in enumerate(chunks, 1):
+        position = json.loads(json.dumps(chunk.position))
+        for again in (dataset, make(10)):
+            rest = [p for c in read_chunks(Source("en", dataset=again), position) for p in c.pieces]
+            assert plain(rest) == expected[number:]
+    next(read_chunks(Source("en", dataset=dataset), chunks[3].position))  # and no further
+    assert plain(pieces_of(Source("en", dataset=dataset))) == expected
+
+
+def test_a_streamed_folder_goes_on_from_every_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(corpus_read, "STATE_EVERY", 4)
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part in range(2):
+        lines = [json.dumps({"text": f"text {part} {i}"}) for i in range(9)]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines))
+    found = parse_sources([f"en=hf:{folder}"])[0]
+    assert found.files == (File(f"hf:{folder}", "hf"),)
+    expected = [("en", f"text {part} {i}", True) for part in range(2) for i in range(9)]
+    chunks = list(read_chunks(found, None))
+    assert [plain(chunk.pieces)[0] for chunk in chunks] == expected
+    for number in range(1, len(chunks), 3):
+        position = json.loads(json.dumps(chunks[number - 1].position))
+        rest = [p for c in read_chunks(found, position) for p in c.pieces]
+        assert plain(rest) == expected[number:]
+    before = describe_source(found)
+    (folder / "1.jsonl").write_text("{}")
+    assert describe_source(found) != before
+    with pytest.raises(RelneuronError, match="cannot be loaded"):
+        list(read_chunks(parse_sources([f"en=hf:{folder}::nosuch"])[0], None))

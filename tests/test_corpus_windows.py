@@ -1,0 +1,230 @@
+"""Windows of tokens against a plain packing written from its definition, and restarts of blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relneuron import corpus_read, corpus_windows
+from relneuron.artifact import RelneuronError
+from relneuron.corpus import Source, parse_sources
+from relneuron.corpus_windows import Block, Packing, default_bos, make_blocks
+
+BOS = 99
+Plain = tuple[str, list[int], list[bool]]
+
+
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    """One token a character; spaces have none."""
+    return [[ord(c) - 97 for c in text if c != " "] for text in texts]
+
+
+def reference(documents: Sequence[tuple[str, list[int]]], packing: Packing) -> list[Plain]:
+    """All windows of (group, tokens) documents, by the definition, one token at a time."""
+    window, bos = packing.window, packing.bos
+    open_: dict[str, list[tuple[int, bool]]] = {}
+    total: dict[str, int] = {}
+    full: set[str] = set()
+    made: list[Plain] = []
+
+    def close(group: str) -> None:
+        tokens = open_.pop(group)
+        limit = packing.max_tokens
+        if group in full or (limit is not None and total.get(group, 0) + len(tokens) > limit):
+            full.add(group)
+            return
+        total[group] = total.get(group, 0) + len(tokens)
+        made.append((group, [token for token, _ in tokens], [first for _, first in tokens]))
+
+    def put(group: str, token: int, first: bool) -> None:
+        if bos == "window" and group not in open_:
+            open_[group] = [(BOS, first)]
+            first = False
+        open_.setdefault(group, []).append((token, first))
+        if len(open_[group]) == window:
+            close(group)
+
+    for group, tokens in documents:
+        if tokens and bos == "document":
+            put(group, BOS, True)
+        for i, token in enumerate(tokens):
+            put(group, token, i == 0 and bos != "document")
+        if packing.mode == "documents" and group in open_:
+            close(group)
+    return made
+
+
+def blocks_of(source: Source, packing: Packing, state: Any = None) -> tuple[list[Block], Any]:
+    *blocks, notes = make_blocks(source, packing, encode, state=state)
+    assert all(isinstance(block, Block) for block in blocks) and isinstance(notes, dict)
+    return [block for block in blocks if isinstance(block, Block)], notes
+
+
+def plain(blocks: Sequence[Block]) -> list[Plain]:
+    return [
+        (block.groups[window.group], window.ids.tolist(), window.first.tolist())
+        for block in blocks
+        for window in block.windows
+    ]
+
+
+def column(documents: Sequence[tuple[str, str]], groups: tuple[str, ...] | None = None) -> Source:
+    records = [{"text": text, "lang": group} for group, text in documents]
+    return Source(group_column="lang", groups=groups, dataset=records)
+
+
+DOCUMENTS = st.lists(
+    st.tuples(st.sampled_from(["en", "zh", "fr"]), st.text("abcdef ", min_size=1, max_size=20)),
+    max_size=16,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    DOCUMENTS,
+    st.integers(2, 9),
+    st.sampled_from(["packed", "documents"]),
+    st.sampled_from(["document", "window", "none"]),
+    st.none() | st.integers(1, 40),
+)
+def test_windows_are_those_of_a_plain_packing_from_every_block_on(
+    documents: list[tuple[str, str]], window: int, mode: str, bos: str, limit: int | None
+) -> None:
+    packing = Packing(window, mode, bos, BOS, limit)
+    source = column(documents)
+    expected = reference([(g, t) for (g, text) in documents for t in encode([text])], packing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_read, "CHUNK_PIECES", 2)
+        patch.setattr(corpus_windows, "BLOCK_WINDOWS", 2)
+        blocks, notes = blocks_of(source, packing)
+        assert plain(blocks) == expected
+        for number, block in enumerate(blocks):
+            start = json.loads(json.dumps(block.start))
+            assert (start is None) == (number == 0)
+            again, same = blocks_of(source, packing, start)
+            assert plain(again) == plain(blocks[number:]) and same == notes
+            assert [b.n_tokens for b in again] == [b.n_tokens for b in blocks[number:]]
+
+
+def test_the_plain_packing_is_what_it_should_be() -> None:
+    documents = [("en", [0, 1, 2]), ("en", []), ("en", [3, 4])]
+    packed = reference(documents, Packing(3, "packed", "document", BOS))
+    assert packed == [
+        ("en", [BOS, 0, 1], [True, False, False]),
+        ("en", [2, BOS, 3], [False, True, False]),
+    ]
+    window = reference(documents, Packing(3, "packed", "window", BOS))
+    assert window == [
+        ("en", [BOS, 0, 1], [True, False, False]),
+        ("en", [BOS, 2, 3], [False, False, True]),
+    ]
+    single = reference(documents, Packing(3, "documents", "document", BOS))
+    assert [ids for _, ids, _ in single] == [[BOS, 0, 1], [2], [BOS, 3, 4]]
+
+
+def test_pieces_of_a_document_are_one_document(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(corpus_read, "PIECE_BYTES", 5)
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    monkeypatch.setattr(corpus_windows, "BLOCK_WINDOWS", 1)
+    texts = ["abcdefabcdefabcdef", "abc", "      ", "          abcd", "abcde"]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    source = parse_sources([f"en={tmp_path / 'a.txt'}"])[0]
+    documents = [("en", tokens) for tokens in encode(texts)]
+    for mode in ("packed", "documents"):
+        for bos in ("document", "window", "none"):
+            packing = Packing(4, mode, bos, BOS)
+            blocks, notes = blocks_of(source, packing)
+            assert plain(blocks) == reference(documents, packing)
+            assert notes["empty_documents"] == 1
+            for number, block in enumerate(blocks):
+                assert plain(blocks_of(source, packing, block.start)[0]) == plain(blocks[number:])
+
+
+def test_ids_get_no_bos(tmp_path: Path) -> None:
+    ids = np.arange(24).reshape(4, 6)
+    np.save(tmp_path / "a.npy", ids)
+    source = parse_sources([f"en={tmp_path / 'a.npy'}"])[0]
+    documents = [("en", row.tolist()) for row in ids]
+    for mode in ("packed", "documents"):
+        expected = reference(documents, Packing(4, mode))
+        for bos in ("document", "window", "none"):
+            assert plain(blocks_of(source, Packing(4, mode, bos, BOS))[0]) == expected
+        exact = plain(blocks_of(source, Packing(6, mode, "none"))[0])
+        assert [w for _, w, _ in exact] == ids.tolist()
+
+
+def test_notes_say_what_no_window_shows() -> None:
+    documents = [("en", "abcde"), ("zh", "abc"), ("en", " "), ("fr", "ab"), ("de", "abcd")]
+    _, notes = blocks_of(column(documents, ("zh", "en")), Packing(4))
+    assert notes == {
+        "dropped_tokens": {"zh": 3, "en": 1},
+        "empty_documents": 1,
+        "records_of_other_groups": 2,
+    }
+    _, notes = blocks_of(column(documents, ("zh", "en")), Packing(4, "documents"))
+    assert notes["dropped_tokens"] == {} and notes["empty_documents"] == 1
+
+
+class Endless:
+    """Fails when it is read far beyond what is needed."""
+
+    def __iter__(self) -> Any:
+        for number in range(20_000):
+            yield {"text": "abcd", "lang": ("en", "zh")[number % 2]}
+        raise AssertionError("read on")
+
+
+def test_a_source_ends_when_its_groups_are_full() -> None:
+    for mode in ("packed", "documents"):
+        packing = Packing(4, mode, max_tokens=4003)
+        blocks, notes = blocks_of(Source("en", dataset=Endless()), packing)
+        assert len(plain(blocks)) == 1000 and notes["dropped_tokens"] == {}
+        assert blocks[-1].fraction == pytest.approx(4000 / 4003)
+        source = Source(group_column="lang", groups=("en", "zh"), dataset=Endless())
+        assert len(plain(blocks_of(source, packing)[0])) == 2000
+    assert blocks_of(Source("en", dataset=Endless()), Packing(4, max_tokens=3))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((0,), "window of 0"),
+        ((1, "packed", "window", 0), "at least 2"),
+        ((4, "padded"), "unknown packing"),
+        ((4, "packed", "always", 0), "unknown BOS policy"),
+        ((4, "packed", "document"), "needs a BOS token"),
+        ((4, "packed", "none", None, 0), "0 tokens a group"),
+    ],
+)
+def test_bad_packings_are_refused(arguments: tuple[Any, ...], match: str) -> None:
+    with pytest.raises(RelneuronError) as caught:
+        Packing(*arguments)
+    assert match in caught.value.cause + caught.value.fix and caught.value.exit_code == 2
+
+
+class Speaker:
+    """A tokenizer that puts some tokens before a text."""
+
+    def __init__(self, before: list[int], bos_token_id: int | None, bare: list[int]) -> None:
+        self.before, self.bos_token_id, self.bare = before, bos_token_id, bare
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [*(self.before if add_special_tokens else []), *self.bare]}
+
+
+def test_the_default_policy_is_the_tokenizers_own() -> None:
+    assert default_bos(Speaker([1], 1, [5])) == ("document", 1)
+    assert default_bos(Speaker([0], 0, [5])) == ("document", 0)
+    assert default_bos(Speaker([], 1, [5])) == ("none", None)
+    assert default_bos(Speaker([2], 1, [5])) == ("none", None)
+    assert default_bos(Speaker([7], None, [5])) == ("none", None)
+    assert default_bos(Speaker([], 1, [1])) == ("none", None)  # a text's own token
