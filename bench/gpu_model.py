@@ -8,13 +8,19 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import relneuron
+from bench.counting import GROUPS as LANGUAGES
+from bench.counting import hooks
 from bench.gpu_run import GROUPS, Run, check, reference_stats
 from relneuron.bench import Effort, event_timer, measure, ratio, wall_timer
 from relneuron.bench_case import Contestant
+from relneuron.corpus_windows import Window
+from relneuron.count_batches import make_batch
+from relneuron.count_pass import Counter
 from relneuron.model import find_gated_mlps
 
 LLAMA_2_7B = {
@@ -79,6 +85,7 @@ def time_model(run: Run) -> None:
             run.json["model"]["peak_bytes"][contestant.name] = peak
     times = _measure_models(run, contestants, n_rows * length)
     run.reached("P8a", 1 / ratio(times["plain eager"], times["instrumented"]))
+    time_corpus(run, model, contestants[0], tokens)
     run.save()
 
     # Last, since compiling may fail or take long.
@@ -93,6 +100,40 @@ def time_model(run: Run) -> None:
         plain.run(0)
     times = _measure_models(run, [contestants[0], plain, contestants[1]], n_rows * length)
     run.reached("P8b", 1 / ratio(times["plain compiled"], times["instrumented"]))
+
+
+def time_corpus(run: Run, model: Any, plain: Contestant, tokens: Tensor) -> None:
+    """A batch of `relneuron count`, five groups, against the bare forward and the LAPE hook."""
+    n_rows, length = tokens.shape
+    batch = make_batch(
+        [
+            Window(row * len(LANGUAGES) // n_rows, ids, np.zeros(length, bool))
+            for row, ids in enumerate(tokens.cpu().numpy().astype(np.int32))
+        ]
+    )
+    counter = Counter(model, find_gated_mlps(model))
+    counter.grow(len(LANGUAGES))
+    shape = (len(LANGUAGES), len(counter.mlps), counter.mlps[0].width)
+    counts = torch.zeros(shape, dtype=torch.int64, device=run.device)
+
+    @contextmanager
+    def lape() -> Iterator[None]:
+        with hooks(model, counts) as now:
+            # One language a batch, as the authors have it.
+            now |= {"group": 0, "mask": torch.ones_like(tokens, dtype=torch.bool)}
+            yield
+
+    contestants = [
+        plain,
+        _forward_contestant("no lm_head", lambda _: counter.run(batch)),
+        replace(
+            _forward_contestant("count", lambda _: counter.count(batch)), around=lambda: counter
+        ),
+        replace(_forward_contestant("LAPE hook", plain.run), around=lape),
+    ]
+    times = _measure_models(run, contestants, n_rows * length)
+    run.reached("P8c", 1 / ratio(times["plain eager"], times["count"]))
+    run.reached("P8d", ratio(times["count"], times["LAPE hook"]))
 
 
 def _forward_contestant(name: str, forward: Callable[[int], object]) -> Contestant:

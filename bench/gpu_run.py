@@ -40,6 +40,8 @@ GOALS = {
     "P7b": Goal("time of pooling on the host / ours with responses", 30, 90),
     "P8a": Goal("speed of the instrumented model / plain eager, T=8192", 1.00, 1.015),
     "P8b": Goal("speed of the instrumented model / plain under torch.compile", 0.97, 1.00),
+    "P8c": Goal("tokens/s of `count`, five groups / plain eager, T=8192", 1.00, 1.03),
+    "P8d": Goal("the same batch: time of the LAPE hook / ours", 1.05, 1.10),
     "P9a": Goal("seconds for 13 conditions x 600 prompts of a 7B model", 6, 4, True),
     "P9b": Goal("time of generate with hooks, prompt by prompt / ours", 50, 90),
     "P10": Goal("a set of its own per prompt: time of one forward per prompt / ours", 10, 50),

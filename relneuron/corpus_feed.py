@@ -225,14 +225,14 @@ class Feed:
         }
 
     @property
-    def fraction(self) -> float | None:
-        """How much of all windows the blocks begun so far hold, estimated; None if unknown."""
+    def expected_tokens(self) -> float | None:
+        """How many tokens the sources have together, estimated by the bytes; None if unknown."""
         total = 0.0
         for lane in self._lanes:
             if lane.fraction is None or (lane.fraction == 0 and lane.notes is None):
                 return None
             total += lane.n_tokens / lane.fraction if lane.fraction else 0.0
-        return sum(lane.n_tokens for lane in self._lanes) / total if total else None
+        return total
 
     @property
     def notes(self) -> Json:

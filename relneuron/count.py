@@ -127,7 +127,8 @@ class _Job:
             state=position.feed,
             n_workers=self.n_workers,
         )
-        bar = progress_bar(None, "count", "token", self.quiet or self.ranks.rank > 0, scale=True)
+        is_quiet = self.quiet or self.ranks.rank > 0
+        bar = progress_bar(None, "count", "token", is_quiet, scale=True, done=position.n_tokens)
         try:
             with bar, feed, self.counter:
                 self._count_pools(feed, position, budget, bar)
@@ -136,7 +137,7 @@ class _Job:
         return feed
 
     def _count_pools(self, feed: Feed, position: Position, budget: int, bar: Any) -> None:
-        skip, number = position.done, position.number
+        skip, number, n_tokens = position.done, position.number, position.n_tokens
         while True:
             begin = feed.state()
             pool = feed.take(pool_windows(self.packing.window, self.options.batch_tokens))
@@ -149,11 +150,12 @@ class _Job:
             for place, members in enumerate(batches[skip:], skip):
                 if self._is_mine(number + place):
                     self._count_batch([pool[i] for i in members], budget)
-                self._show(bar, feed, sum(lengths[i] for i in members))
+                n_tokens += sum(lengths[i] for i in members)
+                self._show(bar, feed, n_tokens)
                 self.saver.look(
                     number + place,
                     lambda: self.counter.result(feed.groups),
-                    Position(begin, place + 1, number),
+                    Position(begin, place + 1, number, n_tokens),
                 )
             skip, number = 0, number + len(batches)
 
@@ -180,11 +182,10 @@ class _Job:
     def _show(self, bar: Any, feed: Feed, n_tokens: int) -> None:
         if bar.disable:
             return
-        if feed.fraction:
-            bar.total = (bar.n + n_tokens) / feed.fraction
+        bar.total = feed.expected_tokens
         if self.speed.share is not None:
             bar.set_postfix_str(f"{self.speed.share:.2f} of the bare forward", refresh=False)
-        bar.update(n_tokens)
+        bar.update(n_tokens - bar.n)
 
 
 def count(

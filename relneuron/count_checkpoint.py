@@ -24,14 +24,16 @@ NAME = "count.checkpoint"
 class Position:
     """Where a count stands: the pool of windows that it is in, and the batches of it that are done.
 
-    feed    where the sources stood at the pool's begin (corpus_feed.Feed.state)
-    done    batches of the pool that are counted
-    number  batches before the pool
+    feed      where the sources stood at the pool's begin (corpus_feed.Feed.state)
+    done      batches of the pool that are counted
+    number    batches before the pool
+    n_tokens  in all batches so far
     """
 
     feed: Json | None
     done: int
     number: int
+    n_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ def read_checkpoint(folder: Path, inputs: Json) -> Checkpoint | None:
             f"{path} is not the file that was written (its digest differs)",
             "restore it, or --force to count anew",
         )
+    try:
+        return _read(folder, data, inputs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RelneuronError(
+            f"{path} was written by another version of relneuron ({error!r})",
+            "go on with that version, or --force to count anew",
+        ) from error
+
+
+def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
     size = int.from_bytes(data[:8], "little")
     described = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["relneuron.counts"])
     changed = differences(described["inputs"], json.loads(json.dumps(inputs)))

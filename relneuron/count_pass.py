@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -171,27 +172,29 @@ def _cut(arrays: dict[str, Array], n_groups: int) -> dict[str, Array]:
 
 
 class Speed:
-    """How fast the counting is beside the bare forward of the same batches, and where time goes.
+    """How fast the counting is beside the bare forward of the same batches; times in seconds.
 
-    Every so often a batch is also run without the patch; `share` is the bare time of those batches
-    by the counted time. Times in seconds.
+    A batch is also run without the patch now and then: the third, sixth, twelfth, ... and from
+    there on each 128th. `share` is the median over these of the bare time by the counted time.
     """
 
     EVERY = 128
 
     def __init__(self, counter: Counter) -> None:
         self.counter = counter
-        self.bare = self.counted = self.saving = 0.0
-        self.tokens = self._batches = 0
+        self.tokens = 0
+        self._shares: list[float] = []
+        self._batches, self._next = 0, 3
         self._began = time.perf_counter()
 
     def count(self, batch: Batch) -> None:
         """Count a batch; now and then it is timed."""
         self._batches += 1
         self.tokens += batch.n_tokens
-        if self._batches % self.EVERY != 3:
+        if self._batches < self._next:
             self.counter.count(batch)
             return
+        self._next += min(self._next, self.EVERY)
         self._wait()
         times = [time.perf_counter()]
         self.counter.count(batch)
@@ -203,8 +206,7 @@ class Speed:
             self._wait()
         finally:
             self.counter.patch.__enter__()
-        self.counted += times[1] - times[0]
-        self.bare += time.perf_counter() - times[1]
+        self._shares.append((time.perf_counter() - times[1]) / (times[1] - times[0]))
 
     def _wait(self) -> None:
         if self.counter.device.type == "cuda":
@@ -217,7 +219,7 @@ class Speed:
     @property
     def share(self) -> float | None:
         """The speed as a share of the bare forward's; None before it was measured."""
-        return self.bare / self.counted if self.counted else None
+        return median(self._shares) if self._shares else None
 
 
 def check_boundaries(counter: Counter) -> None:

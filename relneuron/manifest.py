@@ -244,16 +244,17 @@ class Journal:
 
 
 def progress_bar(
-    total: int | None, stage: str, unit: str, quiet: bool, *, scale: bool = False
+    total: int | None, stage: str, unit: str, quiet: bool, *, scale: bool = False, done: int = 0
 ) -> Any:
     """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`.
 
-    A `total` of None is not known yet; with `scale` numbers are shown as 12.3k.
+    A `total` of None is not known yet; with `scale` numbers are shown as 12.3k; `done` of them were
+    done before.
     """
     from tqdm import tqdm
 
     off = True if quiet else None
-    return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, disable=off)
+    return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
 
 
 @contextmanager

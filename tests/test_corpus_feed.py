@@ -172,20 +172,20 @@ def test_groups_of_a_column_come_in_the_order_asked_or_met(tmp_path: Path, token
     assert notes["records_of_other_groups"] == 2
 
 
-def test_fraction_waits_and_cheap_states(tmp_path: Path, tokenizer: Any) -> None:
+def test_expected_tokens_waits_and_cheap_states(tmp_path: Path, tokenizer: Any) -> None:
     sources = parse_sources(write_texts(tmp_path))
     with Feed(sources, tokenizer, Packing(16)) as feed:
-        assert feed.fraction is None
-        fractions: list[float] = []
-        while feed.take(20):
-            if feed.fraction is not None:
-                fractions.append(feed.fraction)
+        assert feed.expected_tokens is None
+        n_tokens = 0
+        while windows := feed.take(20):
+            n_tokens += sum(len(window.ids) for window in windows)
+            assert feed.expected_tokens is None or feed.expected_tokens >= n_tokens
             begin = time.perf_counter()
             for _ in range(10):
                 feed.state()
             assert time.perf_counter() - begin < 0.1
         assert feed.started_s > 0 and feed.waited_s >= 0
-    assert fractions[-1] == pytest.approx(1.0) and all(0 < f <= 1 for f in fractions)
+        assert feed.expected_tokens == pytest.approx(n_tokens)
 
 
 def test_a_slow_tokenizer_and_a_fast_one_in_a_thread(tmp_path: Path, tokenizer: Any) -> None:
@@ -271,6 +271,6 @@ def test_a_streamed_folder_goes_on_in_another_process(tmp_path: Path, tokenizer:
     sources = parse_sources([f"en=hf:{tmp_path / 'data'}"])
     with Feed(sources, tokenizer, packing) as feed:
         found = plain(feed.take(2500), feed)
-        assert feed.fraction is None
+        assert feed.expected_tokens is None
     rest, groups, notes = everything(sources, tokenizer, packing, state=feed.state())
     assert (found + rest, groups, notes) == expected
