@@ -45,8 +45,8 @@ def identify(
         float, typer.Option(help="lape: a neuron is in the groups above this quantile.")
     ] = 0.95,
     precision: Annotated[
-        str, typer.Option(help="lape: float64, or float32 as the authors divide.")
-    ] = "float64",
+        str, typer.Option(help="lape: probabilities in float32 (as the authors) or float64.")
+    ] = "float32",
     seed: take.Seed = _DEFAULT.seed,
     force: take.Force = False,
     quiet: take.Quiet = False,

@@ -107,7 +107,7 @@ def identify_counts(
     top_rate: float = scores.TOP_RATE,
     filter_rate: float = scores.FILTER_RATE,
     bar_ratio: float = scores.BAR_RATIO,
-    precision: str = "float64",
+    precision: str = "float32",
     seed: int = 0,
     force: bool = False,
 ) -> NeuronFile:
@@ -177,7 +177,7 @@ def identify_counts(
     path = output.parent / "scores.safetensors"
     data = save(
         {
-            f"lape.{site}": entropy.astype(np.float64),
+            f"lape.{site}": entropy,
             f"probability.{site}": probability.astype(np.float32),
         },
         # One key only: safetensors writes several in an order that changes from run to run.
@@ -279,7 +279,7 @@ def _ranked_members(found: scores.Lape) -> list[scores.Ranked]:
     result = []
     for members in found.members:
         order = members[np.argsort(entropy[members], kind="stable")]
-        result.append((order, entropy[order].astype(np.float64)))
+        result.append((order, entropy[order]))
     return result
 
 

@@ -104,7 +104,9 @@ def test_the_same_call_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["probability", "mean"])
 def test_baselines(folder: Path, method: str) -> None:
-    result = identify_counts(folder, folder / "neurons.json", method=method, top_rate=0.05)
+    result = identify_counts(
+        folder, folder / "neurons.json", method=method, top_rate=0.05, precision="float64"
+    )
     counts = make_counts()
     array = counts.arrays["count.act" if method == "probability" else "sum.act"]
     for g, name in enumerate(GROUPS):

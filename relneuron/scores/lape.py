@@ -18,7 +18,7 @@ from relneuron.artifact import RelneuronError
 Array = np.ndarray[Any, Any]
 
 TOP_RATE, FILTER_RATE, BAR_RATIO = 0.01, 0.95, 0.95
-PRECISIONS = ("float64", "float32")
+PRECISIONS = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,12 @@ class Lape:
     wanted: int
 
 
-def activation_probability(count: Array, tokens: Array, *, precision: str = "float64") -> Array:
+def activation_probability(count: Array, tokens: Array, *, precision: str = "float32") -> Array:
     """count / tokens (G, L, F) in `precision`: the share of a group's tokens a neuron is active at.
 
     `count` (G, L, F) and `tokens` (G,) int64, 0 <= count <= tokens. "float32" rounds both to
-    float32 before the division, as the authors' code does; "float64" is exact up to 2^53 tokens.
+    float32 before the division, as the authors' code does (counts above 2^24 lose digits);
+    "float64" is exact up to 2^53 tokens.
     A group without tokens, a negative count and one above the group's tokens raise.
     """
     if precision not in PRECISIONS:
@@ -70,11 +71,11 @@ def activation_probability(count: Array, tokens: Array, *, precision: str = "flo
 
 
 def entropies(probability: Array) -> Array:
-    """-sum_g q_g ln q_g with q = p / sum_g p, in nats: (L, F) of (G, L, F), in its dtype.
+    """-sum_g q_g ln q_g with q = p / sum_g p, in nats: (L, F) float64 of (G, L, F).
 
     0 ln 0 is 0; a neuron that is active in no group has the entropy 0. The range is [0, ln G].
     """
-    total = probability.sum(axis=0)
+    total = probability.sum(axis=0, dtype=np.float64)
     total[total == 0] = 1
     entropy = np.zeros_like(total)
     for p in probability:
