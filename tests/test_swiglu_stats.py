@@ -674,6 +674,27 @@ def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor, dict[str, Any]]
 # Properties
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_worked_example_of_counts_and_moments(backend: str) -> None:
+    gate = torch.tensor([[1, -1, 0, 2], [0.5, 3, -2, -0.1], [-4, 0.2, 1, 0]])
+    expected = {
+        "sum": [0.9703434, 2.6987478, 0.4926527, 1.7140921],
+        "sum_sq": [0.6364866, 8.2509994, 0.5912840, 3.1054704],
+        "max": [0.7310586, 2.8577224, 0.7310586, 1.7615942],
+    }
+    asked = {"groups": 1, "sites": ("act",), "moments": True}
+    found = run(backend, gate, torch.ones_like(gate), stats=asked).stats
+    assert found is not None and found.count["act"].tolist() == [[2, 2, 1, 1]]
+    for name, values in expected.items():
+        got = getattr(found, name)["act"][0].double().tolist()
+        assert got == pytest.approx(values, rel=2e-7), name
+    # A neuron whose gate is zeroed is never active.
+    gate[:, 1] = 0
+    found = run(backend, gate, torch.ones_like(gate), stats=asked).stats
+    assert found is not None and found.count["act"].tolist() == [[2, 0, 1, 1]]
+    assert float(found.sum["act"][0, 1]) == 0
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_small_gates_are_active_as_their_act_is(isa: str, activation: str) -> None:
