@@ -1,8 +1,8 @@
 """The `report` stage: a study directory in, one HTML file that opens offline out.
 
 report_study.py reads the study, report_neurons.py and report_analyses.py make the sections, the
-figures*.py draw, report.html.j2 lays out; here are the first words and the last. The same study
-gives the same bytes.
+figures*.py draw, report.html.j2 lays out; here are the first words and the last. A study of a
+corpus has report_groups*.py for that. The same study gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.report_groups_study import (
+    GROUP_INPUTS,
+    GroupStudy,
+    is_group_study,
+    read_group_study,
+)
 from relneuron.report_study import Study, examples, read_study
 from relneuron.results import INPUTS, Headline, Result, Spread, headline, split_results
 from relneuron.tables import NBSP, Number, Table, label, percent, show, split_title, visible
@@ -37,14 +43,23 @@ def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
     Inside the study directory the tables of its analyses are written too.
     """
     refuse_overwrite(output, force)
-    if output.resolve() in [(study / name).resolve() for name in INPUTS]:
+    if output.resolve() in [(study / name).resolve() for name in (*INPUTS, *GROUP_INPUTS)]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
-    found = read_study(study)
+    found = read_group_study(study) if is_group_study(study) else read_study(study)
     html = render(found)
     if output.resolve().parent == study.resolve():
-        write_tables(study, found.tables)
+        write_tables(study, tables(found))
     atomic_write(output, html.encode())
     return output
+
+
+def tables(study: Study | GroupStudy) -> dict[str, Table]:
+    """The tables that other programs read."""
+    if isinstance(study, Study):
+        return study.tables
+    from relneuron.report_groups_tables import group_tables
+
+    return group_tables(study)
 
 
 def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
@@ -57,15 +72,22 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
     return paths
 
 
-def render(study: Study) -> str:
+def render(study: Study | GroupStudy) -> str:
     """The report as HTML text; whatever the study holds is shown as text."""
     try:
-        from jinja2 import Environment, StrictUndefined
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        context = page(study)
+        if isinstance(study, Study):
+            template, context = "report.html.j2", page(study)
+        else:
+            from relneuron.report_groups import group_page
+
+            template, context = "report_groups.html.j2", group_page(study)
+            context["commands"] = commands(study.manifest)
     except ImportError as error:
         raise RelneuronError(f"{error}", "pip install 'relneuron[all]'") from error
     environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=lambda value: value if hasattr(value, "__html__") else visible(str(value)),
         undefined=StrictUndefined,
@@ -74,8 +96,7 @@ def render(study: Study) -> str:
     )
     environment.filters |= {"show": show, "label": label, "percent": percent}
     environment.tests["text"] = lambda cell: isinstance(cell, str) and not isinstance(cell, Number)
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(context) + "\n"
+    return environment.get_template(template).render(context) + "\n"
 
 
 def page(study: Study) -> Json:
@@ -83,7 +104,7 @@ def page(study: Study) -> Json:
     results = split_results(study.grids)
     main = results[0]
     numbers = headline(main)
-    sizes = sorted(map(len, study.sets.values()))
+    sizes = sorted(len(chosen) for chosen in study.sets.values() if chosen)
     before = zip(main.relations, main.before, strict=True)
     return {
         "model": study.neurons.model.get("id", "an unnamed model"),
@@ -183,16 +204,40 @@ def commands(manifest: Json) -> list[str]:
         prompts, neurons = "STUDY/prompts.jsonl", "STUDY/neurons.json"
         fixed: dict[str, tuple[list[str], Json]] = {
             "prompts": (["FACTS_DIR", "-o", prompts], {}),
+            "count": ([name, *_texts(options.get("count", {})), "-o", "STUDY"], loading),
             "record": ([name, prompts, "-o", "STUDY"], loading),
             "identify": (["STUDY", "-o", neurons], {}),
             "ablate": ([name, neurons, prompts, "-o", "STUDY/effects.csv"], loading),
+            "nll": ([name, neurons, *_texts(options.get("nll", {})), "-o", "STUDY"], loading),
         }
         lines = [
-            _command([stage, *words], {**options[stage], **more})
+            _command([stage, *words], {**_packed(options[stage]), **more})
             for stage, (words, more) in fixed.items()
             if stage in options
         ]
     return "\n".join([*lines, "relneuron report STUDY -o report.html"]).split("\n")
+
+
+def _texts(inputs: Json) -> list[str]:
+    """The corpus of a stage as its arguments: names of groups and files, without folders."""
+    sources = inputs.get("sources", {})
+    found = []
+    for source in sources.values() if isinstance(sources, dict) else sources:
+        group = source.get("group")
+        for file in source.get("files", ()):
+            name = str(file.get("name")) if isinstance(file, dict) else str(file)
+            found.append(f"{group}={name}" if group else name)
+    return found or ["GROUP=TEXT..."]
+
+
+def _packed(inputs: Json) -> Json:
+    """The options of a stage, with those of its windows among them."""
+    packing = inputs.get("packing")
+    if not isinstance(packing, dict):
+        return inputs
+    kept = {key: packing.get(key) for key in ("window", "bos", "max_tokens")}
+    # The sources stand among the words of the command.
+    return {**inputs, "packing": packing.get("mode"), **kept, "sources": None}
 
 
 def _command(words: list[str], options: Json) -> str:
