@@ -32,7 +32,7 @@ from relneuron.conditions import (
     read_rankings,
     read_sets,
 )
-from relneuron.effects import EFFECTS, conditions_bytes
+from relneuron.effects import EFFECTS, conditions_bytes, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.manifest import (
     Journal,
@@ -57,11 +57,16 @@ from relneuron.scores.ranking import n_neurons
 from relneuron.sentences import read_sentences
 
 PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")
+BESIDE = ("accuracy.csv", "conditions.csv", "perplexity.csv")  # written beside the output
 
 
-def split_name(prompt: Prompt) -> str:
-    """The split as effects name it: `eva`, and `eva.de` for the same in another language."""
-    return prompt.split if prompt.language == "en" else f"{prompt.split}.{prompt.language}"
+def refuse_outputs(output: Path, force: bool) -> None:
+    """Raise if a file that the stage writes exists, unless `force` or a killed run left it."""
+    if output.name in BESIDE:
+        raise RelneuronError(f"{output.name} is written beside the output", "give another name", 2)
+    force = force or is_unfinished(output, "ablate")
+    for path in (output, *(output.parent / name for name in BESIDE)):
+        refuse_overwrite(path, force)
 
 
 def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str, int, int, float]]:
@@ -92,10 +97,10 @@ def ablate_prompts(
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt. `output` is .csv or .parquet.
+    after the prompt. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
     """
     options = AblateOptions(**asked)
-    refuse_overwrite(output, force or is_unfinished(output, "ablate"))
+    refuse_outputs(output, force)
     check_format(output)
     neurons = NeuronFile.read(neurons_path)
     everything = read_prompts(prompts_path)
@@ -202,10 +207,12 @@ def ablate_prompts(
         if texts:
             table = _perplexity_rows(plan, texts, nll, first)
             written[output.parent / "perplexity.csv"] = csv_bytes(PERPLEXITY, table)
-        else:
-            (output.parent / "perplexity.csv").unlink(missing_ok=True)
+        # The output comes first: if this is killed, it says that the others are not finished.
         for file, data in written.items():
             atomic_write(file, data)
+        for name_beside in BESIDE:
+            if output.parent / name_beside not in written:
+                (output.parent / name_beside).unlink(missing_ok=True)
         manifest = Manifest(output.parent)
         manifest.describe(
             versions=versions(),

@@ -5,6 +5,7 @@ The stage and study.py call it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class AblateOptions:
                 "use --mode scale --factor 0.5, say",
                 2,
             )
+        if self.factor is not None and not math.isfinite(self.factor):
+            raise RelneuronError(f"factor {self.factor} is not finite", "give a finite number", 2)
         for what, numbers in (
             ("sizes", self.sizes),
             ("generate", self.generate),

@@ -245,11 +245,10 @@ def ablate(
     debug: take.Debug = False,
 ) -> None:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
-    from relneuron.ablate import ablate_prompts, check_format
-    from relneuron.artifact import NeuronFile, refuse_overwrite, require
-    from relneuron.manifest import is_unfinished
+    from relneuron.ablate import ablate_prompts, check_format, refuse_outputs
+    from relneuron.artifact import NeuronFile, require
 
-    refuse_overwrite(output, force or is_unfinished(output, "ablate"))
+    refuse_outputs(output, force)
     check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     NeuronFile.read(neurons)

@@ -111,6 +111,7 @@ def count(
         shard=_shard(shard),
         oom=oom,
     )
+    take.check_folder(output)
     found = _sources(sources, text_column, group_column, groups, ids_dtype)
     loaded, tokenizer = _load(
         model, dtype, local_device(device), revision, needs_text=any(not s.is_ids for s in found)
@@ -142,6 +143,7 @@ def merge(
     """Add finished counts of one model: counts.safetensors."""
     from relneuron.merge import merge as merge_stage
 
+    take.check_folder(output)
     total = merge_stage(folders, output, force=force)
     for name, tokens in zip(total.groups, total.tokens.tolist(), strict=True):
         say(f"{name}: {tokens:,} tokens")
@@ -179,6 +181,7 @@ def nll(
     from relneuron.artifact import NeuronFile
     from relneuron.nll import nll as nll_stage
 
+    take.check_folder(output)
     NeuronFile.read(neurons)
     found = _sources(sources, text_column, group_column, groups, ids_dtype)
     loaded, tokenizer = _load(

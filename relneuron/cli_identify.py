@@ -115,6 +115,7 @@ def import_files(
 
     paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
     if paths and len(paths) == len(files):
+        take.check_folder(output)
         counts = import_counts(
             {name: Path(path) for name, path in paths.items()},
             config_shape(model),
@@ -150,6 +151,7 @@ def export(
     from relneuron.lape_files import write_neuron_pth
 
     if source.is_dir():
+        take.check_folder(output)
         for path in export_counts(source, output, force=force):
             say(f"-> {path}")
     else:

@@ -123,6 +123,12 @@ def split_list(text: str) -> tuple[str, ...]:
     return splits
 
 
+def check_folder(output: Path) -> None:
+    """Refuse a file where a folder is to be."""
+    if output.is_file():
+        raise RelneuronError(f"{output} is a file", "give a folder", 2)
+
+
 def names(text: str) -> tuple[str, ...]:
     """The names of an option such as --sites or --groups, in order."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact import SITES, NeuronFile, Prompt, RelneuronError, check_neurons
-from relneuron.effects import Condition
+from relneuron.effects import Condition, main_split, split_name
 from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
 
 Places = NDArray[np.int64]
@@ -139,13 +140,13 @@ def plan_conditions(
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
-    Clean, sets and random sets are asked everything; sizes, sites and concepts the eva prompts in
-    the files' own language; matched sets and ranges of ranks only those of their own relation.
+    Clean, sets and random sets are asked everything; sizes, sites and concepts the prompts of the
+    main split (eva in the files' own language, or else the first by `split_order`); matched sets
+    and ranges of ranks only those of their own relation.
     """
     everything = range(len(prompts))
-    own_language = [i for i in everything if prompts[i].language == "en"]
-    main = "eva" if any(prompts[i].split == "eva" for i in own_language) else prompts[0].split
-    eva = [i for i in own_language if prompts[i].split == main]
+    main = main_split(map(split_name, prompts))
+    eva = [i for i in everything if split_name(prompts[i]) == main]
     plan: list[Ablation] = []
 
     def add(name: str, places: Places, asked: Sequence[int], kind: str, **about: Any) -> None:
@@ -185,7 +186,36 @@ def plan_conditions(
         for name, places in concepts.items():
             add(f"concept:{name}", places, eva, "concept", relation=name)
     names = [ablation.condition.name for ablation in plan]
-    clash = sorted({name for name in names if names.count(name) > 1})
+    clash = [name for name, n in Counter(names).items() if n > 1]
     if clash:
-        raise RelneuronError(f"two conditions are named {clash[0]}", "rename the relation's file")
+        raise RelneuronError(f"two conditions are named {min(clash)}", "rename the relation's file")
     return plan
+
+
+def check_names(
+    relations: Sequence[str],
+    concepts: Sequence[str],
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+    *,
+    top: int,
+    analyses: Sequence[str],
+    sizes: Sequence[int] | None,
+    random_seeds: int,
+) -> None:
+    """Raise if two conditions would have one name, before any neuron is known.
+
+    That is the plan of sets of `top` neurons, whichever they are.
+    """
+    total = n_neurons(shape)
+    some, everything = np.arange(min(top, total)), np.arange(total)
+    plan_conditions(
+        dict.fromkeys(relations, some),
+        dict.fromkeys(relations, everything),
+        dict.fromkeys(concepts, some),
+        prompts,
+        shape,
+        analyses=analyses,
+        sizes=sizes or default_sizes(len(some), total),
+        random_seeds=random_seeds,
+    )

@@ -6,6 +6,7 @@ The stage and the command line build them; what is asked for wrongly is refused 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,6 +72,8 @@ class CountOptions:
             raise RelneuronError(
                 f"unknown --sites {','.join(self.sites)!r}", f"use some of {', '.join(SITES)}", 2
             )
+        if not math.isfinite(self.threshold):
+            raise RelneuronError(f"--threshold {self.threshold} is no number", "use 0, say", 2)
         for name in ("window", "max_tokens", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,6 +82,8 @@ class CountOptions:
                     "choose a positive number",
                     2,
                 )
+        if math.isnan(self.threshold):
+            raise RelneuronError("--threshold is no number", "use 0 for the usual one", 2)
         number, of = self.shard
         if not 1 <= number <= of:
             raise RelneuronError(f"--shard {number}/{of} does not exist", "use 1/3, 2/3, 3/3", 2)

@@ -109,11 +109,21 @@ class Counts:
         return counts
 
     def _check(self) -> None:
-        if self.tokens.shape != (len(self.groups),) or self.tokens.dtype != np.int64:
+        names = self.groups
+        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the groups are {names}")
+        if self.tokens.shape != (len(names),) or self.tokens.dtype != np.int64:
             raise ValueError(f"tokens are {self.tokens.dtype}{self.tokens.shape}")
+        shapes: dict[bool, tuple[int, ...]] = {}
         for name, array in self.arrays.items():
             statistic, _, site = name.partition(".")
-            if site not in SITES or array.dtype != DTYPES[statistic]:
-                raise ValueError(f"{name} is {array.dtype}")
-            if array.ndim != 3 or len(array) != len(self.groups):
+            if site not in self.sites or array.dtype != DTYPES[statistic]:
+                raise ValueError(f"{name} is {array.dtype}, the sites are {self.sites}")
+            # One width at the inner sites, another one at down, the same layers at all.
+            shape = shapes.setdefault(site == "down", array.shape)
+            layers = next(iter(shapes.values()))[:2]
+            is_whole = array.ndim == 3 and len(array) == len(names)
+            if not is_whole or array.shape != shape or shape[:2] != layers:
                 raise ValueError(f"{name} has the shape {array.shape}")
+        if not self.sites:
+            raise ValueError("there is no count")

@@ -5,7 +5,7 @@ The analyses and the report read it; nothing here needs a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import RelneuronError, csv_bytes, read_csv
+from relneuron.artifact import Prompt, RelneuronError, csv_bytes, read_csv
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
 NOT_ASKED = -1
@@ -67,11 +67,37 @@ def read_conditions(path: Path) -> dict[str, Condition]:
     return found
 
 
+# --- splits ----------------------------------------------------------------------------------
+
+
+def split_name(prompt: Prompt) -> str:
+    """The split as effects name it: `eva`, and `eva.de` for the same in another language."""
+    return prompt.split if prompt.language == "en" else f"{prompt.split}.{prompt.language}"
+
+
+def split_order(name: str) -> tuple[bool, bool, str]:
+    """A key that sorts eva first, then its alternatives, other languages after them."""
+    return not name.startswith("eva"), "." in name, name
+
+
+def main_split(names: Iterable[str]) -> str:
+    """The split that the analyses are of, the first by `split_order`.
+
+    `ablate` asks it what only one split is asked, and the report reads it there.
+    """
+    return min(names, key=split_order)
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
 @dataclass
 class Grid:
     """The answers of one split: N prompts under some of the conditions.
 
     A condition that was asked only some of the prompts has NOT_ASKED, NaN and "" at the others.
+    Prompts that ask the same fact in other words have the same number in `facts`; without
+    numbers every prompt asks a fact of its own.
     """
 
     split: str  # eva, eva2, det, or with a language: eva.de
@@ -81,6 +107,11 @@ class Grid:
     correct: dict[str, NDArray[np.int8]] = field(default_factory=dict)  # (N,) 1, 0, NOT_ASKED
     logprob: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # (N,) nats
     prediction: dict[str, list[str]] = field(default_factory=dict)
+    facts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # (N,)
+
+    def __post_init__(self) -> None:
+        if not self.facts.size:
+            self.facts = np.arange(len(self.ids))
 
     @property
     def relations(self) -> list[str]:
@@ -91,15 +122,29 @@ class Grid:
         return [condition for condition in self.conditions.values() if condition.kind == kind]
 
 
+def fact_numbers(ids: Iterable[str], prompts: Mapping[str, Prompt]) -> NDArray[np.int64]:
+    """(N,) the fact that each prompt asks: its relation, subject and object, numbered.
+
+    A prompt without a subject asks a fact of its own.
+    """
+    numbers: dict[tuple[str, ...], int] = {}
+    found = []
+    for key in ids:
+        p = prompts[key]
+        fact = (p.relation, p.subject, p.object) if p.subject else (key,)
+        found.append(numbers.setdefault(fact, len(numbers)))
+    return np.array(found, np.int64)
+
+
 def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid]:
-    """The grids of an effects.csv by split, in order of appearance.
+    """The grids of an effects.csv or .parquet by split, in order of appearance.
 
     Every prompt was asked under `clean`; a condition that conditions.csv lacks raises.
     """
     places: dict[str, dict[str, int]] = {}
     relations: dict[str, list[str]] = {}
     grids: dict[str, Grid] = {}
-    rows = [tuple(row[name] for name in EFFECTS) for row in read_csv(path, EFFECTS)]
+    rows = list(_effects_rows(path))
     for condition, relation, split, prompt, *_ in rows:
         if condition == "clean":
             place = places.setdefault(split, {})
@@ -129,3 +174,22 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
         grid.logprob[condition][i] = float(logprob)
         grid.prediction[condition][i] = prediction
     return grids
+
+
+def _effects_rows(path: Path) -> Iterator[tuple[str, ...]]:
+    if path.suffix != ".parquet":
+        yield from (tuple(row[name] for name in EFFECTS) for row in read_csv(path, EFFECTS))
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RelneuronError(
+            f"reading {path} needs pyarrow", "pip install 'relneuron[data]'"
+        ) from error
+    try:
+        columns = pyarrow.parquet.read_table(path, columns=list(EFFECTS)).to_pydict()
+    except pyarrow.ArrowException as error:
+        cause = str(error).partition("\n")[0]
+        raise RelneuronError(f"{path} is damaged ({cause})", "run ablate anew") from error
+    yield from zip(*(columns[name] for name in EFFECTS), strict=True)

@@ -43,8 +43,9 @@ def accuracy(study: Study, results: Results) -> Section:
             f"neurons off. {_lost(table)} of {n_of(tested, 'relation')} lose answers beyond chance."
         )
         how.append(
-            "Intervals: bootstrap over prompts; beyond chance: McNemar's exact test, "
-            f"q ≤ {SURE} (Benjamini–Hochberg)."
+            "Intervals: bootstrap over facts, with all prompts of a fact (Wilson's where all or no "
+            "answers are right); beyond chance: exact sign-flip test of the right answers per "
+            f"fact, q ≤ {SURE} (Benjamini–Hochberg)."
         )
     drops = [(name, mean(table, f"{name}_drop").mean) for name in ("random", "matched")]
     if known := [f"{name} neurons {percent(x)}" for name, x in drops if np.isfinite(x)]:
@@ -140,9 +141,9 @@ def drop(study: Study, _: Results) -> Section:
         "Does a set break only its own relation, or others too?",
         seen,
         "Accuracy lost in % of the accuracy before. A row is a relation that was asked, a column "
-        "the set that was off; frames mark a relation's own set. Bold: beyond chance (McNemar's "
-        f"exact test, q ≤ {SURE}); small: could be chance. A dash: the model answered "
-        "none before, or the pair was not run.",
+        "the set that was off; frames mark a relation's own set. Bold: beyond chance (exact "
+        f"sign-flip test over facts, q ≤ {SURE}); small: could be chance. A dash: the model "
+        "answered none before, or the pair was not run.",
         [figures.drop_heatmap(table)],
         [("drop", table)],
     )

@@ -26,8 +26,16 @@ from relneuron.artifact import (
     read_csv,
     read_prompts,
     require,
+    sha256,
 )
-from relneuron.effects import NOT_ASKED, Condition, Grid, read_conditions, read_effects
+from relneuron.effects import (
+    NOT_ASKED,
+    Condition,
+    Grid,
+    fact_numbers,
+    read_conditions,
+    read_effects,
+)
 from relneuron.manifest import Manifest
 from relneuron.results import INPUTS, OPTIONAL, Array, Result, in_order
 from relneuron.scores import ranking
@@ -70,25 +78,29 @@ class Study:
 def read_study(folder: Path) -> Study:
     """Read a study directory; a file whose digest is not the manifest's raises."""
     described = Manifest(folder)
+    effects = effects_file(folder, described.data)
     for name, made_by in INPUTS.items():
-        if name not in OPTIONAL or name in described.data["files"]:
+        if name not in (*OPTIONAL, "effects.csv") or name in described.data["files"]:
             require(folder / name, made_by)
+    require(effects, INPUTS[effects.name])
     for name in INPUTS.keys() & described.data["files"].keys():
         described.is_intact(name)
     manifest = described.data
+    check_neurons_of(effects, manifest)
     # A report does not describe itself.
     report = manifest.get("stages", {}).pop("report", {})
     for name in ("report.html", *report.get("files", ())):
         manifest.get("files", {}).pop(name, None)
     prompts = {prompt.id: prompt for prompt in read_prompts(folder / "prompts.jsonl")}
     neurons = NeuronFile.read(folder / "neurons.json")
-    concepts = folder / "concepts" / "neurons.json"
     sentences = folder / "perplexity.csv"
     try:
         sets = _neurons_once(neurons)
         significance = read_significance(folder / "significance.csv", neurons)
-        grids = in_order(read_effects(folder / "effects.csv", _conditions(folder, sets)))
+        grids = in_order(read_effects(effects, _conditions(folder, sets)))
         check_effects(folder / "accuracy.csv", grids, prompts)
+        for grid in grids.values():
+            grid.facts = fact_numbers(grid.ids, prompts)
         return Study(
             manifest,
             prompts,
@@ -96,7 +108,7 @@ def read_study(folder: Path) -> Study:
             sets,
             significance,
             grids,
-            _neurons_once(NeuronFile.read(concepts)) if concepts.exists() else {},
+            _concepts(effects, manifest, grids),
             read_perplexity(sentences) if sentences.exists() else [],
             _frequency(folder / "frequency.csv"),
         )
@@ -109,6 +121,53 @@ def read_study(folder: Path) -> Study:
 
 def _neurons_once(neurons: NeuronFile) -> dict[str, list[Neuron]]:
     return {name: check_neurons(found, neurons.model) for name, found in neurons.sets.items()}
+
+
+def effects_file(folder: Path, manifest: Json) -> Path:
+    """What the last `ablate` wrote: effects.csv or effects.parquet; the first if nobody says."""
+    made = manifest["stages"].get("ablate", {}).get("files", ())
+    names = ("effects.csv", "effects.parquet")
+    known = [name for name in names if name in made]
+    there = [name for name in names if (folder / name).is_file()]
+    return folder / [*known, *there, *names][0]
+
+
+def _asked_of(manifest: Json) -> Json:
+    """The inputs of `ablate`, if the manifest has them."""
+    inputs: Json = manifest["stages"].get("ablate", {}).get("inputs", {})
+    return inputs
+
+
+def _other(effects: Path, what: str) -> RelneuronError:
+    read = f"{effects.parent / 'neurons.json'} {effects.parent / 'prompts.jsonl'}"
+    return RelneuronError(
+        f"{effects} was made with other {what}",
+        f"make it anew: relneuron ablate MODEL {read} -o {effects} --force",
+    )
+
+
+def check_neurons_of(effects: Path, manifest: Json) -> None:
+    """Raise unless effects are those of the neurons.json beside them, as far as is known.
+
+    A new `identify` makes the manifest forget the `ablate` before it.
+    """
+    known = _asked_of(manifest).get("neurons")
+    if known is None and "identify" not in manifest["stages"]:
+        return
+    if known != sha256(effects.parent / "neurons.json"):
+        raise _other(effects, "neurons than neurons.json has")
+
+
+def _concepts(effects: Path, manifest: Json, grids: dict[str, Grid]) -> dict[str, list[Neuron]]:
+    """The sets of concepts that were switched off; those of an earlier study may lie there too."""
+    path = effects.parent / "concepts" / "neurons.json"
+    asked = any(grid.of_kind("concept") for grid in grids.values())
+    if not asked or not path.exists():
+        return {}
+    beside = _asked_of(manifest).get("beside")
+    if beside is not None and beside.get("concepts/neurons.json") != sha256(path):
+        raise _other(effects, "concepts than concepts/neurons.json has")
+    return _neurons_once(NeuronFile.read(path))
 
 
 def _frequency(path: Path) -> dict[str, float]:

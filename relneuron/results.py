@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact import SITES, Neuron
-from relneuron.effects import NOT_ASKED, Grid
+from relneuron.effects import NOT_ASKED, Grid, split_order
 
 Array = NDArray[np.float64]
 
@@ -24,6 +24,7 @@ INPUTS = {
     "neurons.json": "identify DIR -o neurons.json",
     "significance.csv": "identify DIR -o neurons.json",
     "effects.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
+    "effects.parquet": "ablate MODEL neurons.json prompts.jsonl -o effects.parquet",
     "accuracy.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "conditions.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "perplexity.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
@@ -32,7 +33,7 @@ INPUTS = {
 }
 # A study that was not asked for them has no such files; one whose manifest names them must.
 OPTIONAL = (
-    *("significance.csv", "conditions.csv", "perplexity.csv"),
+    *("significance.csv", "effects.parquet", "conditions.csv", "perplexity.csv"),
     *("frequency.csv", "concepts/neurons.json"),
 )
 
@@ -84,20 +85,22 @@ class Result:
 
 def in_order(grids: Mapping[str, Grid]) -> dict[str, Grid]:
     """The grids with eva first, then its alternatives, other languages after them."""
-    return {
-        split: grids[split]
-        for split in sorted(grids, key=lambda s: (not s.startswith("eva"), "." in s, s))
-    }
+    return {split: grids[split] for split in sorted(grids, key=split_order)}
 
 
 def split_results(grids: Mapping[str, Grid]) -> list[Result]:
-    """One result per split; the same relations and conditions in each, sets in the file's order."""
+    """One result per split; the same relations and conditions in each, sets in the file's order.
+
+    A set without neurons switches nothing off and is no set of a result.
+    """
     known = {name: c for grid in grids.values() for name, c in grid.conditions.items()}
     sets, random = ([c for c in known.values() if c.kind == kind] for kind in ("set", "random"))
     random.sort(key=lambda condition: condition.seed or 0)
     asked = dict.fromkeys(name for grid in grids.values() for name in grid.relations)
+    order = [condition.relation for condition in sets]
+    relations = sorted(asked, key=lambda name: order.index(name) if name in order else len(order))
+    sets = [condition for condition in sets if condition.n_neurons]
     own = [condition.relation for condition in sets]
-    relations = sorted(asked, key=lambda name: own.index(name) if name in own else len(own))
     results = []
     for split, grid in grids.items():
         rows = [grid.relation == name for name in relations]

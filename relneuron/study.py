@@ -12,25 +12,34 @@ from typing import Any
 
 from relneuron.ablate import ablate_prompts
 from relneuron.ablate_options import AblateOptions, ablate_inputs
-from relneuron.artifact import NeuronFile, RelneuronError, sha256
+from relneuron.artifact import NeuronFile, Prompt, RelneuronError, sha256
 from relneuron.clock import Clock
-from relneuron.concepts import concept_study
-from relneuron.facts import SUFFIX, read_relations, split_facts
+from relneuron.concepts import concept_study, concept_subjects
+from relneuron.conditions import check_names
+from relneuron.facts import SUFFIX, Relation, read_relations, split_facts
 from relneuron.identify import (
     BOOTSTRAP,
     NOISE,
     PERMUTATIONS,
     check_installed,
     check_options,
+    default_top,
     identify,
     identify_inputs,
 )
 from relneuron.manifest import Manifest, locked
-from relneuron.model import describe_model, find_gated_mlps, load_model, load_tokenizer
+from relneuron.model import (
+    describe_model,
+    find_gated_mlps,
+    load_model,
+    load_tokenizer,
+    model_shape,
+)
 from relneuron.predict import encode
 from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
+from relneuron.report_groups_study import GROUP_INPUTS
 from relneuron.results import INPUTS
 
 
@@ -104,6 +113,34 @@ def open_study(folder: Path, force: bool) -> Manifest:
     return Manifest(folder)
 
 
+def check_asked(
+    options: Options,
+    facts: Path,
+    relations: Sequence[Relation],
+    prompts: Sequence[Prompt],
+    shape: dict[str, int],
+) -> None:
+    """Raise for what `ablate` would refuse only after the stages before it."""
+    asked = [prompt for prompt in prompts if prompt.split in options.splits]
+    if not asked:
+        raise RelneuronError(
+            f"{facts} makes no prompt of the splits {', '.join(options.splits)}",
+            "name others with --splits, or give the fact files more templates",
+            2,
+        )
+    concepts = concept_subjects(relations, n_eva=options.eva, seed=options.seed)
+    check_names(
+        [relation.name for relation in relations],
+        list(concepts) if len(concepts) > 1 else [],
+        asked,
+        shape,
+        top=options.top or default_top(shape),
+        analyses=options.analyses,
+        sizes=options.sizes,
+        random_seeds=options.random_seeds,
+    )
+
+
 def run_study(
     model_path: str,
     facts: Path,
@@ -126,6 +163,12 @@ def run_study(
     check_installed(o.noise)
     open_study(folder, force)
     relations = read_relations(facts, suffix=o.suffix)
+    if len(relations) < 2:
+        raise RelneuronError(
+            f"{facts} has one relation, and nothing to tell its neurons from",
+            "give a folder with the fact files of at least two relations",
+            2,
+        )
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
     model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
@@ -133,6 +176,7 @@ def run_study(
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed)]
     encode(tokenizer, model, wanted)
+    check_asked(o, facts, relations, wanted, model_shape(mlps))
     described = describe_model(name, model, mlps, o.backend)
 
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
@@ -186,6 +230,13 @@ def run_study(
         if o.drop_responses:
             Manifest(folder).drop(responses.name)
 
+        asked = o.asked()
+        # What is refused is refused before the concepts' study, whose neurons it then reads.
+        before = Manifest(folder).data["stages"].get("ablate", {}).get("inputs", {})
+        inputs = ablate_inputs(described, neurons, prompts, asked)
+        inputs["beside"] = before.get("beside", {})
+        Manifest(folder).is_done("ablate", inputs, force=force)
+
         top = max(map(len, NeuronFile.read(neurons).sets.values()), default=0)
         if "concepts" in o.analyses and top:
             concept_study(
@@ -205,7 +256,6 @@ def run_study(
                 force=force,
                 quiet=quiet,
             )
-        asked = o.asked()
         inputs = ablate_inputs(described, neurons, prompts, asked)
         if not Manifest(folder).is_done("ablate", inputs, force=force):
             ablate_prompts(
@@ -230,7 +280,8 @@ def run_study(
 def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
-    names = [name for name in INPUTS if name != "manifest.json" and (folder / name).exists()]
+    known = dict.fromkeys((*INPUTS, *GROUP_INPUTS))
+    names = [name for name in known if name != "manifest.json" and (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names}
     if resume and manifest.is_done("report", inputs, force=force):
         return output

@@ -21,7 +21,7 @@ SPLITS = {
 HIDDEN = ("Cc", "Cf", "Cn", "Cs", "Zl", "Zp")
 NBSP = "\N{NO-BREAK SPACE}"
 HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after": "right after"}
-NAMES = ("relation", "off", "other", "concept")  # columns that hold names of sets
+NAMES = ("relation", "off", "other", "concept", "group", "mask", "set")  # of sets and texts
 TESTS = ("p_value", "q_value")
 RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from relneuron.artifact import sha256
 from relneuron.effects import Condition, conditions_bytes
 
 NAN = float("nan")
@@ -101,6 +102,11 @@ def write_study(
         "sets": sets,
     }
     (folder / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")
+    stages = dict((manifest or {}).get("stages", {}))
+    if "identify" in stages:
+        # `ablate` came after it, and had these neurons.
+        stages.setdefault("ablate", {"inputs": {"neurons": sha256(folder / "neurons.json")}})
+        manifest = {**(manifest or {}), "stages": stages}
     head = {"schema": "relneuron.study/1", "relneuron": "0.1.0", "model": {"id": model, **shape}}
     (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
     return folder

@@ -6,6 +6,7 @@ Nothing may be written where something is refused.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from hooked import RELATIONS, Study, one_thread, read_rows, same_rows
 
 from relneuron.ablate import ablate_prompts
 from relneuron.ablate_options import AblateOptions, ablate_inputs
-from relneuron.artifact import Prompt, RelneuronError, csv_bytes
+from relneuron.artifact import Prompt, RelneuronError, atomic_write, csv_bytes
 from relneuron.clock import Clock
 from relneuron.effects import (
     EFFECTS,
@@ -138,6 +139,8 @@ def test_an_object_of_no_token_is_refused_by_name(
         ({"factor": 0.5}, "factor"),
         ({"mode": "mean", "factor": 0.5}, "factor"),
         ({"mode": "scale"}, "factor"),
+        ({"mode": "scale", "factor": float("nan")}, "factor nan is not finite"),
+        ({"mode": "scale", "factor": float("inf")}, "factor inf is not finite"),
         ({"sizes": (0, 10)}, "sizes"),
         ({"sizes": ()}, "sizes"),
         ({"splits": ("eva3",)}, "no prompt of the splits eva3"),
@@ -288,6 +291,56 @@ def test_a_run_killed_between_its_files_and_the_manifest_goes_on(
     (tmp_path / "s" / "ablate.journal").write_text("{}\n")
     with pytest.raises(RelneuronError, match="exists"):
         study.ablate(tmp_path / "s")
+
+
+@pytest.mark.parametrize("n_written", [1, 2, 3])
+def test_a_run_killed_between_its_files_goes_on(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int
+) -> None:
+    """The files of an ablation with perplexity, then of one without it in their place."""
+    for analyses in (("perplexity",), ()):
+        asked: dict[str, Any] = {"analyses": analyses, "random_seeds": 1 + len(analyses)}
+        study.ablate(tmp_path / "whole", force=True, **asked)
+        left = n_written
+
+        def stopping(path: Path, data: bytes) -> None:
+            nonlocal left
+            if path.suffix == ".csv" and not left:
+                raise InterruptedError
+            left -= path.suffix == ".csv"
+            atomic_write(path, data)
+
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(sys.modules["relneuron.ablate"], "atomic_write", stopping)
+            patch.setattr(Manifest, "finish", _killed)
+            study.ablate(tmp_path / "s", force=not analyses, **asked)
+        study.ablate(tmp_path / "s", **asked)
+        files = [
+            {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+            for name in ("s", "whole")
+        ]
+        assert files[0] == files[1]
+        assert ("perplexity.csv" in files[0]) == bool(analyses)
+
+
+@pytest.mark.parametrize("beside", ["accuracy.csv", "conditions.csv", "perplexity.csv"])
+def test_the_files_of_another_ablation_are_not_overwritten(
+    study: Study, tmp_path: Path, beside: str
+) -> None:
+    (tmp_path / beside).write_text("of a finished study")
+    for name in ("effects.csv", "other.parquet", beside):
+        with pytest.raises(RelneuronError, match=rf"{beside} (exists|is written beside)"):
+            ablate_prompts(
+                "m",
+                study.model,
+                study.tokenizer,
+                study.folder / "neurons.json",
+                study.folder / "prompts.jsonl",
+                tmp_path / name,
+                quiet=True,
+            )
+        assert [path.name for path in tmp_path.iterdir()] == [beside]
+        assert (tmp_path / beside).read_text() == "of a finished study"
 
 
 def _killed(*_: Any, **__: Any) -> None:

@@ -12,7 +12,8 @@ from scipy.stats import hypergeom, mannwhitneyu, spearmanr, wilcoxon
 
 from relneuron import analyses
 from relneuron.analyses.answers import kind_of_error
-from relneuron.analyses.uncertainty import paired_bootstrap, q_values
+from relneuron.analyses.outcomes import outcomes
+from relneuron.analyses.uncertainty import paired_bootstrap, q_values, sign_flip_p
 from relneuron.artifact import Neuron, Prompt
 from relneuron.effects import Condition, Grid
 from relneuron.tables import Share, Table
@@ -99,7 +100,7 @@ def test_accuracy_by_hand() -> None:
     a, b, c = (cells(table, "eva", name) for name in "abc")
     assert (a["n_prompts"], a["before"], a["own"], a["lost"], a["gained"]) == (4, 0.75, 0.5, 2, 1)
     assert a["drop"] == (0.75 - 0.5) / 0.75
-    ends = paired_bootstrap(1, 2, 1, 0)
+    ends = paired_bootstrap(np.array([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 1]]))
     for name, (low, high) in zip(("before", "own", "drop"), ends, strict=True):
         assert (a[f"{name}_low"], a[f"{name}_high"]) == (low, high)
     assert (a["p_value"], b["p_value"], b["q_value"]) == (1, 0.5, 1)
@@ -139,8 +140,35 @@ def test_drop_by_hand() -> None:
     assert (mended["n_before"], mended["n_after"], mended["gained"]) == (0, 1, 1)
     assert math.isnan(mended["drop"]) and math.isnan(mended["drop_low"])
     p = [row[table.columns.index("p_value")] for row in table.rows]
-    assert p == [1, 1, 1, 0.5, 1, 1]
-    assert [row[-1] for row in table.rows] == q_values(p).tolist()
+    # Nothing of c is right before: no drop, no test, no part of the family.
+    np.testing.assert_array_equal(p, [1, 1, 1, 0.5, NAN, NAN])
+    np.testing.assert_array_equal([row[-1] for row in table.rows], q_values(p))
+
+
+def test_a_fact_is_a_case_however_often_it_is_asked() -> None:
+    """Two facts asked twice each, and one once, of a; b has a set without neurons."""
+    grid = grid_of(
+        {
+            "clean": {"a": "11110", "b": "111111"},
+            "a": {"a": "00010", "b": "111111"},
+            "b": {"a": "11110", "b": "000000"},
+        }
+    )
+    grid.facts = np.array([0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8])
+    grid.conditions["b"] = Condition("b", "set", "b", n_neurons=0)
+    found = outcomes(grid, "a", "a")
+    assert found.facts.tolist() == [[2, 2, 0], [2, 2, 1], [1, 0, 0]]
+    table = analyses.drop_table(grid)
+    a, b = cells(table, "a", "a"), cells(table, "b", "b")
+    assert (a["n_prompts"], a["lost"], a["gained"]) == (5, 3, 0)
+    # Two facts changed: p is 2 / 4, not the 2 / 8 of three answers.
+    assert a["p_value"] == sign_flip_p(np.array([-2, -1, 0])) == 0.5
+    assert (a["drop_low"], a["drop_high"]) == paired_bootstrap(found.facts).drop
+    # Without neurons no test, and no part of the family.
+    assert math.isnan(b["p_value"]) and math.isnan(b["q_value"])
+    accuracy = analyses.accuracy({"eva": grid})
+    assert cells(accuracy, "eva", "a")["q_value"] == 0.5
+    assert math.isnan(cells(accuracy, "eva", "b")["q_value"])
 
 
 def test_only_prompts_asked_count_and_sets_give_the_order() -> None:
@@ -211,7 +239,8 @@ def test_sizes_by_hand() -> None:
     assert (two["own"], two["others"], two["others_drop"]) == (0.75, 0.75, 0)
     assert (four["own"], four["others"], four["others_drop"]) == (0.25, 0.375, 0.5)
     assert four["own_drop"] == (0.75 - 0.25) / 0.75
-    assert (four["own_low"], four["own_high"]) == paired_bootstrap(1, 2, 0, 1).after
+    facts = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0]])
+    assert (four["own_low"], four["own_high"]) == paired_bootstrap(facts).after
     more = grid_of({"clean": dict.fromkeys("abc", "11"), "a@1": {"a": "11", "b": "10", "c": "00"}})
     row = cells(analyses.sizes(more), "a", 1)
     assert (row["others"], row["others_drop"]) == (0.25, 0.75)
@@ -240,7 +269,8 @@ def test_sites_by_hand() -> None:
     assert [row[:3] for row in table.rows] == [["a", s, 10] for s in ("gate", "down", "all")]
     gate, down = cells(table, "a", "gate"), cells(table, "a", "down")
     assert (gate["own"], gate["own_drop"], gate["others_drop"]) == (0.5, (0.75 - 0.5) / 0.75, 0.0)
-    assert (gate["own_low"], gate["own_high"]) == paired_bootstrap(2, 1, 0, 1).after
+    facts = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    assert (gate["own_low"], gate["own_high"]) == paired_bootstrap(facts).after
     assert (down["own_drop"], down["others_drop"]) == (0.0, -0.5)
     assert cells(table, "a", "all")["own"] == 0.5
     more = grid_of({"clean": dict.fromkeys("abc", "11"), "a@up": {"a": "11", "b": "10", "c": "00"}})

@@ -249,7 +249,7 @@ def sentence_rows() -> list[SentenceRow]:
 
 
 def test_perplexity_by_hand() -> None:
-    table = perplexity(sentence_rows())
+    table = perplexity(sentence_rows(), {"random.0", "random.1"})
     a, b = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
     assert (a["n_sentences"], b["n_sentences"]) == (3, 2)
     assert [a[n] for n in ("before", "own", "random", "ratio")] == pytest.approx(
@@ -262,6 +262,22 @@ def test_perplexity_by_hand() -> None:
     assert b["before"] == pytest.approx(15)
     for name in ("own", "random", "ratio", "ratio_low", "p_value", "q_value"):
         assert math.isnan(b[name]), name
+
+
+def test_a_relation_may_be_named_like_a_random_set(study: Study) -> None:
+    rows = [
+        row._replace(condition="random.walk") if row.condition == "ceo" else row
+        for row in sentences()
+    ]
+    rows = [row._replace(relation="random.walk") if row.relation == "ceo" else row for row in rows]
+    grids = study.grids
+    tables = run_all(grids, study.sets, prompts_of(study.rows), N_NEURONS, sentences=rows)
+    row = dict(zip(tables["perplexity"].columns, tables["perplexity"].rows[0], strict=True))
+    assert row["relation"] == "random.walk"
+    drawn = [r for r in rows if r.relation == "random.walk" and r.condition[-1].isdigit()]
+    assert len(drawn) == 12
+    assert row["random"] == pytest.approx(sum(math.exp(r.nll / r.n_tokens) for r in drawn) / 12)
+    assert not math.isnan(row["own"])
 
 
 def test_perplexity_is_read_and_checked(tmp_path: Path) -> None:

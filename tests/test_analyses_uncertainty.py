@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,44 +17,63 @@ from relneuron.analyses.answers import relative_difference
 from relneuron.analyses.outcomes import Outcomes
 from relneuron.analyses.uncertainty import (
     N_RESAMPLES,
-    mcnemar_p,
     overlap_p,
     paired_bootstrap,
     percentile_interval,
     q_values,
     rank_sum_p,
     ratio_bootstrap,
+    sign_flip_p,
     signed_rank,
     spearman,
+    wilson_interval,
 )
 
 
-def index_bootstrap(before: np.ndarray, after: np.ndarray, seed: int) -> list[list[float]]:
-    """Low and high of accuracy before, after and drop, from resampled prompts."""
+def one_each(kept: int, lost: int, gained: int, wrong: int) -> np.ndarray:
+    """(F, 3): facts of one prompt each, by whether they are right before and after."""
+    kinds = [[1, 1, 1], [1, 1, 0], [1, 0, 1], [1, 0, 0]]
+    return np.repeat(np.array(kinds), (kept, lost, gained, wrong), axis=0)
+
+
+def index_bootstrap(facts: np.ndarray, seed: int) -> list[list[float]]:
+    """Low and high of accuracy before, after and drop, from resampled facts."""
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(before.size, size=(20_000, before.size))
-    was, now = before[drawn].mean(1), after[drawn].mean(1)
-    drop = ((was - now)[was > 0]) / was[was > 0]
-    return [np.percentile(values, [2.5, 97.5]).tolist() for values in (was, now, drop)]
+    drawn = rng.integers(len(facts), size=(20_000, len(facts)))
+    n, before, after = (facts[:, column][drawn].sum(1) for column in range(3))
+    drop = ((before - after)[before > 0]) / before[before > 0]
+    return [np.percentile(values, [2.5, 97.5]).tolist() for values in (before / n, after / n, drop)]
 
 
-@pytest.mark.parametrize("counts", [(20, 15, 3, 12), (3, 0, 9, 28), (40, 5, 0, 5)])
-def test_counts_resampled_give_the_intervals_of_prompts_resampled(
-    counts: tuple[int, int, int, int],
-) -> None:
-    before = np.repeat([1, 1, 0, 0], counts)
-    after = np.repeat([1, 0, 1, 0], counts)
-    many = np.array([paired_bootstrap(*counts, seed=seed) for seed in range(10)])
-    expected = index_bootstrap(before, after, seed=1)
+# Facts asked by one to three prompts.
+MIXED = np.array([[2, 2, 0], [2, 1, 1], [1, 1, 1], [3, 3, 1], [2, 0, 1], [2, 2, 2], [1, 0, 0]] * 6)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [*(one_each(*counts) for counts in [(20, 15, 3, 12), (3, 0, 9, 28), (40, 5, 0, 5)]), MIXED],
+)
+def test_counts_resampled_give_the_intervals_of_facts_resampled(facts: np.ndarray) -> None:
+    many = np.array([paired_bootstrap(facts, seed=seed) for seed in range(10)])
+    expected = index_bootstrap(facts, seed=1)
     # An accuracy moves in steps of 1/50, and so do the ends; the drop of the second is skewed.
     np.testing.assert_allclose(many.mean(0)[:2], expected[:2], atol=0.02)
     np.testing.assert_allclose(many.mean(0)[2], expected[2], rtol=0.15, atol=0.03)
 
 
+def test_a_fact_asked_twice_is_no_two_facts() -> None:
+    """Two templates that always go together say as much as one."""
+    once = one_each(20, 15, 3, 12)
+    assert paired_bootstrap(2 * once) == paired_bootstrap(once)
+    changes = once[:, 2] - once[:, 1]
+    assert sign_flip_p(2 * changes) == sign_flip_p(changes)
+    assert sign_flip_p(np.repeat(changes, 2)) < sign_flip_p(changes) / 10
+
+
 def test_an_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> None:
     shares = [0.4, 0.3, 0.1, 0.2]
     drawn = np.random.default_rng(3).multinomial(200, shares, size=300)
-    found = [paired_bootstrap(*counts.tolist()) for counts in drawn]
+    found = [paired_bootstrap(one_each(*counts.tolist())) for counts in drawn]
     for name, truth in (("before", 0.7), ("after", 0.5), ("drop", 2 / 7)):
         ends = [getattr(one, name) for one in found]
         covered = np.mean([low <= truth <= high for low, high in ends])
@@ -61,16 +81,28 @@ def test_an_interval_covers_the_true_accuracy_about_as_often_as_it_says() -> Non
 
 
 def test_a_bootstrap_is_seeded_and_knows_its_limits() -> None:
-    assert paired_bootstrap(5, 3, 2, 4) == paired_bootstrap(5, 3, 2, 4, seed=0)
-    assert paired_bootstrap(5, 3, 2, 4) != paired_bootstrap(5, 3, 2, 4, seed=1)
-    sure = paired_bootstrap(0, 6, 0, 0)
-    assert (sure.before, sure.after, sure.drop) == ((1.0, 1.0), (0.0, 0.0), (1.0, 1.0))
-    never = paired_bootstrap(0, 0, 2, 2)
-    assert never.before == (0, 0)
+    some = one_each(5, 3, 2, 4)
+    assert paired_bootstrap(some) == paired_bootstrap(some, seed=0)
+    assert paired_bootstrap(some) == paired_bootstrap(some[::-1])
+    assert paired_bootstrap(some) != paired_bootstrap(some, seed=1)
+    never = paired_bootstrap(one_each(0, 0, 2, 2))
     assert np.isnan(never.drop).all() and 0 <= never.after.low < never.after.high <= 1
-    assert np.isnan(np.array(paired_bootstrap(0, 0, 0, 0))).all()
-    # One prompt of two right before: a quarter of the resamples has none, and no drop.
-    assert paired_bootstrap(0, 1, 0, 1).drop == (1.0, 1.0)
+    assert np.isnan(np.array(paired_bootstrap(one_each(0, 0, 0, 0)))).all()
+    # One prompt of two right before: a quarter of the resamples has none; the others' drop is 1.
+    assert np.isnan(paired_bootstrap(one_each(0, 1, 0, 1)).drop).all()
+
+
+def test_accuracies_that_no_resample_moves_have_wilson_s_interval() -> None:
+    for right, n in [(0, 1), (0, 6), (6, 6), (3, 7), (50, 50), (999, 1000)]:
+        expected = binomtest(right, n).proportion_ci(method="wilson")
+        assert wilson_interval(right / n, n) == pytest.approx(tuple(expected), abs=1e-12)
+    sure = paired_bootstrap(one_each(0, 6, 0, 0))
+    assert (sure.before, sure.after) == (wilson_interval(1, 6), wilson_interval(0, 6))
+    assert (sure.before.high, sure.after.low) == (1, 0) and sure.after.high > 0.3
+    assert np.isnan(sure.drop).all()
+    # Twelve prompts of six facts are six cases; so are facts that are all half right.
+    np.testing.assert_array_equal(paired_bootstrap(2 * one_each(0, 6, 0, 0)), sure)
+    assert paired_bootstrap(np.array([[2, 1, 1]] * 6)).before == wilson_interval(0.5, 6)
 
 
 def test_percentile_interval_by_hand() -> None:
@@ -90,13 +122,24 @@ def test_ratio_bootstrap_resamples_pairs() -> None:
     assert np.isnan(ratio_bootstrap(before[:0], after[:0])).all()
 
 
-def test_mcnemar_is_the_binomial_test_of_changed_answers() -> None:
+def test_sign_flips_of_single_prompts_are_mcnemar_s_exact_test() -> None:
     pairs = [(lost, gained) for lost in range(13) for gained in range(13) if lost + gained]
-    expected = [binomtest(lost, lost + gained).pvalue for lost, gained in pairs]
-    lost, gained = np.array(pairs).T
-    np.testing.assert_allclose(mcnemar_p(lost, gained), expected, rtol=1e-12)
-    assert mcnemar_p(0, 0) == 1
-    assert mcnemar_p(5, 0) == pytest.approx(2 / 32)
+    for lost, gained in [*pairs, (150, 90), (900, 1100)]:
+        facts = one_each(5, lost, gained, 7)
+        expected = binomtest(lost, lost + gained).pvalue
+        assert sign_flip_p(facts[:, 2] - facts[:, 1]) == pytest.approx(expected, rel=1e-11)
+    assert sign_flip_p(np.zeros(4, np.int64)) == 1
+    assert sign_flip_p(np.full(5, -1)) == 2 / 32
+
+
+def test_sign_flips_are_those_of_every_sign() -> None:
+    rng = np.random.default_rng(8)
+    for n in (1, 2, 5, 9):
+        for _ in range(8):
+            changes = rng.integers(-3, 4, size=n)
+            sums = [np.dot(signs, changes) for signs in product((-1, 1), repeat=n)]
+            expected = np.mean([abs(one) >= abs(changes.sum()) for one in sums])
+            assert sign_flip_p(changes) == pytest.approx(expected, rel=1e-12)
 
 
 def test_q_values_are_those_of_scipy_over_the_finite_p() -> None:
@@ -153,7 +196,8 @@ def test_drop_of_the_method_s_vector() -> None:
 def drop_of(n_before: int, n_after: int) -> float:
     """Of 100 prompts, of which as many as possible stay right."""
     kept = min(n_before, n_after)
-    return Outcomes(kept, n_before - kept, n_after - kept, 100 - max(n_before, n_after)).drop
+    counts = kept, n_before - kept, n_after - kept, 100 - max(n_before, n_after)
+    return Outcomes(*counts, one_each(*counts)).drop
 
 
 def test_macro_and_micro_of_the_method_s_vector() -> None:

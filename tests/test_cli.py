@@ -47,6 +47,12 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a study by its path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def broken_model(source: Path, folder: Path, change: str) -> Path:
     """A copy of the tiny model with something wrong."""
     shutil.copytree(source, folder)
@@ -189,8 +195,7 @@ def test_single_stages_write_what_run_writes(
     code, out, _ = relneuron("run", model_folder, "--facts", fact_folder, "-o", whole, *RUN)
     assert code == 0
     assert out.splitlines()[-1] == f"report: {whole / 'report.html'}"
-    for path in whole.iterdir():
-        assert (by_stages / path.name).read_bytes() == path.read_bytes(), path.name
+    assert contents(by_stages) == contents(whole)
 
 
 def test_identify_says_what_it_chose_and_how_sure_it_is(
@@ -225,7 +230,7 @@ def test_identify_says_what_it_chose_and_how_sure_it_is(
 def test_nothing_is_overwritten_without_force(
     relneuron: Any, by_stages: Path, model_folder: Path, fact_folder: Path, tmp_path: Path
 ) -> None:
-    before = {path: path.read_bytes() for path in by_stages.iterdir()}
+    before = contents(by_stages)
     s = by_stages
     for words in (
         ["prompts", fact_folder, "-o", s / "prompts.jsonl", "--eva", "8"],
@@ -240,7 +245,7 @@ def test_nothing_is_overwritten_without_force(
     words = ["run", model_folder, "--facts", fact_folder, "-o", tmp_path / "mine", *RUN]
     check_refused(relneuron(*words), "not empty")
     assert files_in(tmp_path) == {"mine", "mine/thesis.tex"}
-    assert {path: path.read_bytes() for path in by_stages.iterdir()} == before
+    assert contents(by_stages) == before
 
 
 def test_neurons_of_another_model_are_refused(
@@ -301,8 +306,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(
     subprocess.run([sys.executable, "-m", "relneuron", *map(str, study)], check=True)
     study[5] = complete
     subprocess.run([sys.executable, "-m", "relneuron", *map(str, study)], check=True)
-    for path in complete.iterdir():
-        assert (tmp_path / "s" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert contents(tmp_path / "s") == contents(complete)
 
 
 def test_doctor_gives_a_verdict_per_layer(

@@ -16,6 +16,7 @@ import pytest
 from hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_rows
 
 from relneuron.ablate_options import AblateOptions
+from relneuron.analyses import run_all
 from relneuron.artifact import RelneuronError
 from relneuron.conditions import (
     ANALYSES,
@@ -28,7 +29,7 @@ from relneuron.conditions import (
     read_rankings,
     site_places,
 )
-from relneuron.effects import read_conditions
+from relneuron.effects import KINDS, read_conditions, read_effects
 from relneuron.predict import Asker
 from relneuron.scores.ranking import site_of, top_k
 
@@ -251,6 +252,39 @@ def test_equal_neurons_are_asked_once_and_written_for_both(
     n_eva, n_all = 12, len({key for _, key in rows})
     assert len(rows) == 4 * n_all + 6 * n_eva + 12
     assert len(asked) == 4 * n_all + n_eva + 12
+
+
+@pytest.mark.parametrize(
+    ("splits", "languages", "main"),
+    [
+        (("det", "eva2"), ("en", "de"), "eva2"),
+        (("eva2", "det", "eva"), ("en", "de"), "eva"),
+        (("det",), ("en",), "det"),
+        (("eva", "eva2"), ("de",), "eva.de"),
+    ],
+)
+def test_the_report_reads_the_split_that_was_asked(
+    study: Study, tmp_path: Path, splits: Any, languages: Any, main: str
+) -> None:
+    """What only one split is asked must be of the split that the analyses are of."""
+    prompts = [p for p in study.prompts.values() if p.language in languages]
+    path = study.write_prompts(tmp_path / "prompts.jsonl", prompts)
+    analyses = ("matched", "sizes", "sites")
+    asked: dict[str, Any] = {"splits": splits, "analyses": analyses, "sizes": (5, 40)}
+    study.ablate(tmp_path / "out", prompts=path, any_set=True, **asked)
+    conditions = read_conditions(tmp_path / "out" / "conditions.csv")
+    grids = read_effects(tmp_path / "out" / "effects.csv", conditions)
+    for name, about in conditions.items():
+        found = {split for split, grid in grids.items() if name in grid.conditions}
+        assert found == ({main} if about.kind in KINDS[3:] else set(grids)), name
+    sets = {name: [(0, "gate", 1)] for name in study.sets}
+    tables = run_all(grids, sets, study.prompts, N_NEURONS)
+    assert {"sizes", "cumulativity", "sites"} <= tables.keys()
+    # Only lives_in is asked in German.
+    relations = {"lives_in"} if languages == ("de",) else set(RELATIONS)
+    assert set(tables["sizes"].column("relation")) == relations
+    matched = tables["accuracy"].where("split", main).column("matched")
+    assert np.isfinite(np.array(matched, np.float64)).all()
 
 
 def left_out(folder: Path) -> list[str]:

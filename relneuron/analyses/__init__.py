@@ -42,7 +42,7 @@ from relneuron.analyses.neurons import (
 from relneuron.analyses.sentences import SentenceRow, perplexity, read_perplexity
 from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_micro, sizes
 from relneuron.artifact import Neuron, Prompt
-from relneuron.effects import Grid
+from relneuron.effects import Grid, main_split
 from relneuron.tables import Table
 
 __all__ = [
@@ -80,12 +80,12 @@ def run_all(
     sentences: Sequence[SentenceRow] = (),
     frequency: Mapping[str, float] | None = None,
 ) -> dict[str, Table]:
-    """The tables that have a row, by key. All but accuracy are of `eva`, or else the first split.
+    """The tables that have a row, by key. All but accuracy are of `main_split`.
 
     `sets`: each relation's neurons, each once; `prompts` by id, all of the study; `n_neurons` the
     model has; `frequency`: the number of documents that name a prompt's fact, by prompt id.
     """
-    grid = grids["eva"] if "eva" in grids else next(iter(grids.values()))
+    grid = grids[main_split(grids)]
     ranges = cumulativity(grid)
     tables = {
         "accuracy": accuracy(grids),
@@ -98,7 +98,7 @@ def run_all(
         "cumulativity_summary": cumulativity_summary(ranges),
         "sites": sites(grid),
         "concepts": concepts(sets, concept_sets or {}, grid, n_neurons),
-        "perplexity": perplexity(sentences),
+        "perplexity": perplexity(sentences, {c.name for c in grid.of_kind("random")}),
         "resilience": resilience(grid, frequency),
         "errors": errors(grid, prompts),
     }

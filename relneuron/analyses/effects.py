@@ -42,9 +42,11 @@ SITE_COLUMNS = (
 def accuracy(grids: Mapping[str, Grid]) -> Table:
     """Intra-relation effects on every split: accuracy clean and with the own set off.
 
-    Intervals are those of a bootstrap over prompts; the own set's p is McNemar's, its q over the
-    split's relations. others: the mean, least and greatest accuracy of the relation with another
-    relation's set off; random and matched: the same over the random sets' seeds.
+    Intervals are those of a bootstrap over facts (`paired_bootstrap`); the own set's p is that of
+    the sign-flip test over facts, its q over the split's relations. Both are NaN where no drop is
+    defined and for a set without neurons. others: the mean, least and greatest accuracy of the
+    relation with another relation's set off; random and matched: the same over the random sets'
+    seeds.
     """
     rows: list[Row] = []
     for grid in grids.values():
@@ -80,7 +82,8 @@ def drop_table(grid: Grid) -> Table:
     """Inter-relation effects: what every set does to every relation.
 
     drop = (acc_before - acc_after) / acc_before from whole numbers of prompts; negative where
-    the set's absence helps, NaN where nothing was right before. q over the whole matrix.
+    the set's absence helps, NaN where nothing was right before. Intervals and p as in `accuracy`,
+    q over the whole matrix.
     """
     rows: list[Row] = []
     for relation in relations(grid):

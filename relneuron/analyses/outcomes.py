@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.analyses.uncertainty import NAN, Paired, mcnemar_p, paired_bootstrap, q_values
+from relneuron.analyses.uncertainty import (
+    NAN,
+    Counts,
+    Paired,
+    paired_bootstrap,
+    q_values,
+    sign_flip_p,
+)
 from relneuron.effects import NOT_ASKED, Grid
 from relneuron.results import Spread, spread
 from relneuron.tables import Share
@@ -26,10 +33,12 @@ class Outcomes(NamedTuple):
     lost: int  # right, wrong
     gained: int  # wrong, right
     wrong: int  # wrong, wrong
+    facts: Counts  # (F, 3) of each fact: prompts, right before, right after
+    off: int | None = None  # neurons that were off; None: the clean model
 
     @property
     def n(self) -> int:
-        return sum(self)
+        return self.kept + self.lost + self.gained + self.wrong
 
     @property
     def n_before(self) -> int:
@@ -54,13 +63,16 @@ class Outcomes(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        return float(mcnemar_p(self.lost, self.gained)) if self.n else NAN
+        """The sign-flip test over facts; NaN where no drop is defined and where nothing was off."""
+        if not self.n_before or not self.off:
+            return NAN
+        return sign_flip_p(self.facts[:, 2] - self.facts[:, 1])
 
     def intervals(self) -> Paired:
-        return paired_bootstrap(*self)
+        return paired_bootstrap(self.facts)
 
 
-NOT_MEASURED = Outcomes(0, 0, 0, 0)
+NOT_MEASURED = Outcomes(0, 0, 0, 0, np.empty((0, 3), np.int64))
 
 
 def sets_off(grid: Grid) -> dict[str, str]:
@@ -94,9 +106,19 @@ def outcomes(grid: Grid, relation: str, condition: str | None) -> Outcomes:
     if condition is None:
         return NOT_MEASURED
     rows = asked(grid, relation, condition)
-    both = 2 * grid.correct["clean"][rows] + grid.correct[condition][rows]
-    wrong, gained, lost, kept = np.bincount(both, minlength=4).tolist()
-    return Outcomes(kept, lost, gained, wrong)
+    before, after = (grid.correct[name][rows] for name in ("clean", condition))
+    wrong, gained, lost, kept = np.bincount(2 * before + after, minlength=4).tolist()
+    about = grid.conditions[condition]
+    off = None if about.kind == "clean" else about.n_neurons
+    return Outcomes(kept, lost, gained, wrong, by_fact(grid.facts[rows], before, after), off)
+
+
+def by_fact(facts: Counts, before: NDArray[np.int8], after: NDArray[np.int8]) -> Counts:
+    """(F, 3): the prompts of each fact that was asked, those right before, those right after."""
+    n = np.bincount(facts)
+    # Sums of zeros and ones: exact as floats.
+    right = [np.bincount(facts, one, len(n)).astype(np.int64) for one in (before, after)]
+    return np.stack([n, *right], axis=1)[n > 0]
 
 
 class Mean(NamedTuple):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +51,12 @@ def read_perplexity(path: Path) -> list[SentenceRow]:
     return rows
 
 
-def perplexity(rows: Sequence[SentenceRow]) -> Table:
+def perplexity(rows: Sequence[SentenceRow], random: Collection[str]) -> Table:
     """Perplexity before and after, per relation: the mean of its sentences' exp(nll / n_tokens).
 
-    ratio = own / before, its interval by a bootstrap over sentences; random: the mean over seeds;
-    p: Wilcoxon's signed-rank test of the nll per token, own against clean. A condition that lacks a
-    sentence of the relation was not measured.
+    ratio = own / before, its interval by a bootstrap over sentences; random: the mean over the
+    conditions named in `random`; p: Wilcoxon's signed-rank test of the nll per token, own against
+    clean. A condition that lacks a sentence of the relation was not measured.
     """
     table: list[Row] = []
     for relation in dict.fromkeys(row.relation for row in rows):
@@ -64,12 +64,12 @@ def perplexity(rows: Sequence[SentenceRow]) -> Table:
         clean = losses.pop("clean")
         own = losses.get(relation, np.full(clean.shape, NAN))
         before, after = np.exp(clean), np.exp(own)
-        random = [np.exp(v).mean() for name, v in losses.items() if name.startswith("random.")]
+        drawn = [np.exp(values).mean() for name, values in losses.items() if name in random]
         ratio = after.mean() / before.mean(), *ratio_bootstrap(before, after)
         table.append(
             [
                 *(relation, clean.size, float(before.mean()), float(after.mean())),
-                *(spread(np.array(random)).mean, *map(Share, ratio), signed_rank(own - clean)[1]),
+                *(spread(np.array(drawn)).mean, *map(Share, ratio), signed_rank(own - clean)[1]),
             ]
         )
     return Table("Perplexity of neutral sentences", PERPLEXITY, with_q(PERPLEXITY, table))

@@ -6,13 +6,17 @@ NaN stands for what cannot be tested.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 N_RESAMPLES = 1000
 ENDS = (0.025, 0.975)  # of a 95 % interval
@@ -20,7 +24,7 @@ NAN = float("nan")
 
 
 class Interval(NamedTuple):
-    """The percentile interval of a bootstrap (Efron and Tibshirani 1993, 13.3)."""
+    """A 95 % interval, of a bootstrap by percentiles (Efron and Tibshirani 1993, 13.3)."""
 
     low: float
     high: float
@@ -34,6 +38,18 @@ def percentile_interval(resampled: Array) -> Interval:
     return Interval(*np.quantile(resampled, ENDS).tolist()) if resampled.size else UNKNOWN
 
 
+def wilson_interval(share: float, n: int) -> Interval:
+    """Wilson's 95 % score interval of a share of n cases (Wilson 1927).
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96.
+    """
+    z = NormalDist().inv_cdf(ENDS[1])
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + side * half) / (1 + z**2 / n) for side in (-1, 1))
+    return Interval(max(0.0, low), min(1.0, high))
+
+
 class Paired(NamedTuple):
     """Intervals of the accuracy before, the accuracy after, and the drop between them."""
 
@@ -42,23 +58,36 @@ class Paired(NamedTuple):
     drop: Interval
 
 
-def paired_bootstrap(kept: int, lost: int, gained: int, wrong: int, seed: int = 0) -> Paired:
-    """Intervals over resampled prompts, each of which was answered before and after.
+def paired_bootstrap(facts: Counts, seed: int = 0) -> Paired:
+    """Intervals over resampled facts, each of which was asked once or more, before and after.
 
-    Drawing n prompts with replacement makes the counts of the four outcomes (right both times,
-    right then wrong, wrong then right, wrong both times) multinomial with n trials and their
-    shares as probabilities; so the counts are drawn, and no prompt is. The drop is
+    `facts`: (F, 3) of each fact the prompts that ask it, those right before, those right after.
+    Facts are drawn, with all their prompts, as the prompts of a fact are no independent cases (a
+    cluster bootstrap; Davison and Hinkley 1997, 3.8). To draw F facts with replacement makes the
+    numbers of facts of each kind multinomial with F trials; so the numbers are drawn. The drop is
     (before - after) / before; resamples with nothing right before are left out of it.
+
+    Where all resamples have the same accuracy, as with all or no answers right, the interval is
+    Wilson's with n = F. Where they all have the same drop, its interval is NaN.
     """
-    n = kept + lost + gained + wrong
-    if not n:
+    if not len(facts):
         return Paired(UNKNOWN, UNKNOWN, UNKNOWN)
-    shares = np.array([kept, lost, gained, wrong]) / n
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=N_RESAMPLES)
-    before, after = counts[:, 0] + counts[:, 1], counts[:, 0] + counts[:, 2]
+    kinds, times = np.unique(facts, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(facts), times / len(facts), size=N_RESAMPLES)
+    n, before, after = (drawn @ kinds).T
     some = before > 0
-    drop = (before[some] - after[some]) / before[some]
-    return Paired(*map(percentile_interval, (before / n, after / n, drop)))
+    drop = percentile_interval((before[some] - after[some]) / before[some])
+    return Paired(
+        _accuracy_interval(before / n, len(facts)),
+        _accuracy_interval(after / n, len(facts)),
+        UNKNOWN if drop.low == drop.high else drop,
+    )
+
+
+def _accuracy_interval(resampled: Array, n_facts: int) -> Interval:
+    low, high = percentile_interval(resampled)
+    return wilson_interval(low, n_facts) if low == high else Interval(low, high)
 
 
 def ratio_bootstrap(before: Array, after: Array, seed: int = 0) -> Interval:
@@ -70,16 +99,27 @@ def ratio_bootstrap(before: Array, after: Array, seed: int = 0) -> Interval:
     return percentile_interval((drawn @ after) / (drawn @ before))
 
 
-def mcnemar_p(lost: Any, gained: Any) -> Array:
-    """McNemar's exact test of paired answers, two-sided, of counts of any one shape.
+def sign_flip_p(changes: Counts) -> float:
+    """The exact two-sided sign-flip test of paired counts, (F,) int: P(|sum of +-d| >= |sum of d|).
 
-    The p-value of a fair coin for `lost` of lost + gained changed answers; 1 if none changed.
+    d is by how many right answers a fact changed. If the neurons do nothing, a fact is as likely
+    to gain d as to lose d, so every sign is a fair coin (Fisher 1935, section 21). Where every d
+    is -1, 0 or 1 this is McNemar's exact test; 1 if nothing changed.
     """
-    from scipy.stats import binom
+    sizes, times = np.unique(np.abs(changes[changes != 0]), return_counts=True)
+    chance = np.ones(1)  # of the sum of those |d| whose sign is +, from 0 on
+    for size, n in zip(sizes.tolist(), times.tolist(), strict=True):
+        positive = np.zeros(size * n + 1)
+        positive[::size] = _heads(n)
+        chance = np.convolve(chance, positive)
+    sums = 2 * np.arange(chance.size) - (chance.size - 1)
+    return min(1.0, float(chance[np.abs(sums) >= abs(int(changes.sum()))].sum()))
 
-    n = np.add(lost, gained)
-    result: Array = np.minimum(1.0, 2 * binom.cdf(np.minimum(lost, gained), n, 0.5))
-    return result
+
+def _heads(n: int) -> list[float]:
+    """The chances of 0 to n heads of n fair coins: integers over 2**n, rounded once."""
+    ways = accumulate(range(n), lambda found, k: found * (n - k) // (k + 1), initial=1)
+    return [found / 2**n for found in ways]
 
 
 def q_values(p: Sequence[float] | Array) -> Array:
