@@ -83,7 +83,6 @@ def make_batch(
     if by_document:
         first = np.zeros(ids.shape, bool)
         first[inside] = np.concatenate([window.first for window in windows])
-        first[:, 0] = True
         place = np.arange(longest, dtype=np.int32)
         positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
     return Batch(ids, np.where(counted, groups[:, None], np.int32(-1)), lengths, positions)

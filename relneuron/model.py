@@ -6,6 +6,7 @@ The stages and `relneuron doctor` call it; `patch.py` acts on the gated MLPs tha
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -303,9 +304,14 @@ def model_shape(mlps: Sequence[GatedMLP]) -> dict[str, int]:
     return {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
 
 
+# What a config says of where it comes from, and of the library that read it.
+_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+
+
 def describe_model(name: str, model: Any, mlps: Sequence[GatedMLP], backend: str) -> Json:
-    """What the manifest says of a model; `digest` covers a sample of every weight."""
-    digest = hashlib.sha256()
+    """What the manifest says of a model; `digest` covers the config and a sample of each weight."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
         flat = value.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu")

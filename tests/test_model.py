@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact import RelneuronError
-from relneuron.model import GatedMLP, find_gated_mlps, inspect_layers
+from relneuron.model import GatedMLP, describe_model, find_gated_mlps, inspect_layers
 from relneuron.patch import LayerState, Patch, check_canary, mask_states, pack_keep, unpack_keep
 
 NEURONS = [(0, "gate", 3), (1, "up", 40), (2, "down", 5), (1, "gate", 40), (2, "down", 31)]
@@ -409,3 +409,17 @@ def test_train_mode_quantised_and_offloaded_are_refused(llama: Any) -> None:
 def test_states_without_neurons_have_no_masks(llama: Any) -> None:
     mlps = find_gated_mlps(llama)
     assert mask_states([[]], mlps) == [LayerState()] * 3
+
+
+def test_another_weight_or_config_is_another_model(llama: Any) -> None:
+    def digest() -> object:
+        return describe_model("any name", llama, find_gated_mlps(llama), "auto")["digest"]
+
+    before = digest()
+    llama.config.name_or_path = "elsewhere"
+    assert digest() == before
+    llama.config.rms_norm_eps *= 10
+    assert (other := digest()) != before
+    with torch.no_grad():
+        llama.model.norm.weight[0] += 1
+    assert digest() not in (before, other)
