@@ -76,7 +76,9 @@ def sha256(path: Path) -> str:
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise if `path` exists and `--force` was not given."""
+    """Raise if `path` is a folder, or exists and `--force` was not given."""
+    if path.is_dir():
+        raise RelneuronError(f"{path} is a folder", "name a file in it", 2)
     if path.exists() and not force:
         raise RelneuronError(f"{path} exists", "choose another output or add --force", 2)
 

@@ -26,7 +26,13 @@ def identify(
             "probability entropy), probability, mean, random."
         ),
     ] = _DEFAULT.method,
-    top: take.Top = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help="Neurons per relation or group; default: 3000, at most a tenth of the model's; "
+            "of counts --top-rate. lape: of all groups together."
+        ),
+    ] = None,
     fdr: take.Fdr = None,
     negatives: take.Negatives = _DEFAULT.negatives,
     permutations: take.Permutations = _DEFAULT.permutations,
@@ -75,6 +81,8 @@ def identify(
         return
     from relneuron.identify import identify as identify_stage
 
+    if (folder / "counts.safetensors").exists() and not (folder / "prompts.jsonl").exists():
+        raise RelneuronError(f"{folder} holds counts, no responses", "add --method lape", 2)
     chosen = identify_stage(
         folder,
         output,
@@ -116,6 +124,8 @@ def import_files(
     paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
     if paths and len(paths) == len(files):
         take.check_folder(output)
+        if "" in paths:
+            raise RelneuronError("a file of counts has no group", "give GROUP=FILE", 2)
         counts = import_counts(
             {name: Path(path) for name, path in paths.items()},
             config_shape(model),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -334,8 +336,10 @@ def _open_ids(source: Source, file: File, vocabulary: int | None) -> Array:
             raise ValueError("no 1-D or 2-D array of integers")
     except RelneuronError:
         raise
-    except Exception as error:  # unpickling fails in many ways
+    except Exception as error:  # a damaged file fails in many ways
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError) or "allow_pickle" in line:
+            line = "it is no plain array, and nothing in it was run"
         raise RelneuronError(
             f"{file.path} is no file of token ids ({line})",
             "give a 1-D or 2-D array of integers",
@@ -353,19 +357,24 @@ def _open_bin(source: Source, file: File, vocabulary: int | None) -> Array:
             f"{file.path} has {size} bytes, no multiple of {dtype.itemsize} ({dtype})",
             "name the dtype of its ids with --ids-dtype",
         )
-    return np.memmap(file.path, dtype, "r") if size else np.zeros(0, dtype)
+    ids = np.memmap(file.path, dtype, "r") if size else np.zeros(0, dtype)
+    head = ids[: 1 << 16]
+    if source.ids_dtype is None and len(head) > 15 and head[::2].any() and not head[1::2].any():
+        cause = f"in {file.path} every second id is 0: its ids seem to be wider than {dtype}"
+        raise RelneuronError(cause, f"name their dtype with --ids-dtype (uint32? or {dtype})")
+    return ids
 
 
 def _open_pt(path: str) -> Array:
     torch = import_module("torch")
-    try:
-        ids = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the old format cannot be mapped
-        ids = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of the way that a pickle was written
+        try:
+            ids = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old format cannot be mapped
+            ids = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError("no tensor of int32 or int64")
-    array: Array = ids.detach().numpy()
-    return array
+    return np.asarray(ids.detach().numpy())
 
 
 def _read_ids(source: Source, file: File, at: Any, vocabulary: int | None) -> Iterator[Step]:
@@ -387,6 +396,5 @@ def _read_ids(source: Source, file: File, at: Any, vocabulary: int | None) -> It
                 "give ids of this model's tokenizer, or mend --ids-dtype",
             )
         begins = offset % width == 0
-        content = piece.astype(np.int32)
-        yield Piece(source.group or "", content, begins), end, end / len(flat)
+        yield Piece(source.group or "", piece.astype(np.int32), begins), end, end / len(flat)
         offset = end

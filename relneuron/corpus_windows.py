@@ -54,10 +54,11 @@ class Packing:
                 f"the BOS policy {self.bos!r} needs a BOS token", "use the policy none", 2
             )
         least = 2 if self.bos == "window" else 1
+        most = "all" if self.max_tokens is None else self.max_tokens
         if self.window < least or (self.max_tokens is not None and self.max_tokens < 1):
             raise RelneuronError(
-                f"a window of {self.window} tokens, {self.max_tokens} tokens a group",
-                f"a window has at least {least}, a group at least 1",
+                f"--window {self.window}, --max-tokens {most}",
+                f"a window has at least {least} tokens, a group at least 1",
                 2,
             )
 

@@ -235,9 +235,10 @@ def count(
             if ranks.rank == 0:
                 _drop_checkpoint(folder, inputs)
             return None
-        if ranks.rank == 0:
-            _begin(folder, inputs, force=force)
-        ranks.largest(0)  # nobody reads the checkpoint before it was looked at
+        refused = _begin(folder, inputs, force=force) if ranks.rank == 0 else None
+        # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
+        if ranks.largest(int(refused is not None)):
+            raise refused or RelneuronError("the first process refused", "see what it says")
         job = _Job(
             sources=sources,
             tokenizer=tokenizer,
@@ -266,15 +267,16 @@ def count(
     )
 
 
-def _begin(folder: Path, inputs: Json, *, force: bool) -> None:
-    """Refuse what would be overwritten; a folder with a checkpoint is a count that may go on."""
+def _begin(folder: Path, inputs: Json, *, force: bool) -> RelneuronError | None:
+    """Why nothing may be written, if so; a folder with a checkpoint is a count that goes on."""
     try:
         if read_checkpoint(folder, inputs) is None:
             refuse_overwrite(folder / NAME, force)
-    except RelneuronError:
+    except RelneuronError as error:
         if not force:
-            raise
-        (folder / CHECKPOINT).unlink()
+            return error
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    return None
 
 
 def _drop_checkpoint(folder: Path, inputs: Json) -> None:
@@ -320,7 +322,11 @@ def _finish(
     """Write the counters and the manifest; the checkpoint goes last."""
     is_whole = options.shard[1] == 1
     if is_whole and not counts.tokens.any():
-        raise RelneuronError("the corpus has no window of tokens", "give more text")
+        raise RelneuronError(
+            f"the corpus has no window of tokens (--window {packing.window}, --max-tokens "
+            f"{packing.max_tokens or 'all'})",
+            "give more text, a shorter window, or more tokens",
+        )
     for name, tokens in zip(counts.groups, counts.tokens, strict=True):
         if is_whole and not tokens:
             warnings.warn(f"group {name!r} has no token that was counted", stacklevel=2)

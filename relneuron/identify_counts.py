@@ -120,7 +120,8 @@ def identify_counts(
     only, in that order; one without tokens is left out with a warning.
 
     Zeroing a neuron's gate, act or product is the same ablation: a set names the site `gate` for
-    all three, else `up` or `down`. Beside neurons.json stands scores.safetensors with
+    all three, else `up` or `down`. Beside neurons.json stands scores.safetensors
+    (beside x.json x.scores.safetensors) with
     `lape.<site>` (L, F) float64, the entropy before the filter in nats, and `probability.<site>`
     (G, L, F) float32; its metadata name the groups. F is D at site down.
     """
@@ -174,7 +175,9 @@ def identify_counts(
     }
     selection |= _sizes(sets)
     result = NeuronFile(model, method, sets, selection)
-    path = output.parent / "scores.safetensors"
+    # A second choice in a folder leaves the scores of the first one as they are.
+    stem = "" if output.name == "neurons.json" else f"{output.stem}."
+    path = output.parent / f"{stem}scores.safetensors"
     data = save(
         {
             f"lape.{site}": entropy,

@@ -28,8 +28,11 @@ def import_counts(
         manifest = Manifest(folder)
         if manifest.is_done("count", inputs, force=force):
             return counts
-        refuse_overwrite(folder / NAME, force)
-        counts.write(folder / NAME)
+        path = folder / NAME
+        # A run that was killed before its manifest left these bytes.
+        if not path.is_file() or path.read_bytes() != counts.to_bytes():
+            refuse_overwrite(path, force)
+            counts.write(path)
         manifest.describe(
             versions=versions(),
             model=shape,

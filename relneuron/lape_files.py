@@ -7,6 +7,7 @@ they are read with `weights_only`, so nothing in them is ever run.
 from __future__ import annotations
 
 import io
+import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -277,6 +278,9 @@ def _load(path: Path, fix: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except RelneuronError:
         raise
+    except pickle.UnpicklingError as error:
+        cause = f"{path} is no torch file of tensors: it holds more, which was not run"
+        raise RelneuronError(cause, fix) from error
     # A damaged pickle can raise whatever it names.
     except Exception as error:
         cause = f"{path} is no torch file of tensors: {_one_line(error)}"

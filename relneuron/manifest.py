@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,6 +116,12 @@ class Manifest:
         Finished from other inputs is an error that names them, unless `force` redoes the stage.
         """
         entry = self.data["stages"].get(stage)
+        relations = self.data["stages"].keys() & {"prompts", "record"}
+        if stage == "count" and entry is None and relations and not force:
+            raise RelneuronError(
+                f"{self.path.parent} holds a study of relations",
+                "use another output, or --force to forget what was identified and ablated there",
+            )
         if entry is None:
             return False
         inputs = json.loads(json.dumps(inputs))
@@ -257,6 +264,10 @@ def progress_bar(
     return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
 
 
+# What artifact.atomic_write calls its temporary files; others' stay.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; a second process is refused at once. May be nested."""
@@ -273,7 +284,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         # What a killed writer left behind.
         for stale in folder.glob(".*.tmp"):
-            stale.unlink()
+            if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                stale.unlink()
         yield
     finally:
         lock.release()  # the file stays: to delete it would let two writers in

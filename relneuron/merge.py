@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from relneuron.artifact import Json, RelneuronError, refuse_overwrite
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import Manifest, differences, json_digest, locked
 
+# Where and how a model runs: two counts of it can still be added.
+_PLACE = ("backend", "device", "attention")
 # What must be equal for two counts to mean the same.
 _SAME = ("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries")
 
@@ -42,11 +45,14 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
         manifest = Manifest(output)
         if manifest.is_done("count", inputs, force=force):
             return Counts.read(output / NAME)
-        refuse_overwrite(output / NAME, force)
         total = Counts.read(folders[0] / NAME)
         for folder in folders[1:]:
             total = total + Counts.read(folder / NAME)
-        total.write(output / NAME)
+        path = output / NAME
+        # A run that was killed before its manifest left these bytes.
+        if not path.is_file() or path.read_bytes() != total.to_bytes():
+            refuse_overwrite(path, force)
+            total.write(path)
         described = Manifest(first_folder).data
         kept = ("versions", "model", "dtype", "sites", "threshold", "fallbacks")
         tokens = dict(zip(total.groups, total.tokens.tolist(), strict=True))
@@ -77,7 +83,10 @@ def _finished(folder: Path) -> Json:
 
 
 def _relevant(inputs: Json) -> Json:
-    return {key: inputs.get(key) for key in _SAME}
+    """What must agree; where a part was counted need not."""
+    found = {key: inputs.get(key) for key in _SAME}
+    model = {k: v for k, v in (found["model"] or {}).items() if k not in _PLACE}
+    return found | {"model": model}
 
 
 def _parts(runs: Sequence[Json]) -> list[Json]:
@@ -87,16 +96,47 @@ def _parts(runs: Sequence[Json]) -> list[Json]:
         if "parts" in run:
             parts += [run["parts"][key] for key in sorted(run["parts"], key=int)]
         else:
-            what = {k: v for k, v in run.items() if k not in (*_SAME, "shard")}
-            parts.append({"corpus": json_digest(what), "shard": run.get("shard", "1/1")})
+            what = {k: v for k, v in run.items() if k not in (*_SAME, "shard", "batch_tokens")}
+            shard = run.get("shard", "1/1")
+            part = {"corpus": json_digest(what), "shard": shard, "texts": _texts(run)}
+            # The plan of batches decides which windows a shard has; the whole has all.
+            parts.append(part | ({} if shard == "1/1" else {"plan": run.get("batch_tokens")}))
     return parts
+
+
+def _texts(run: Json) -> Json:
+    """Each text of a corpus by a digest of its group and what is in it, whatever it is called."""
+    found: Json = {}
+    for source in run.get("sources", {}).values():
+        about = [source.get(key) for key in ("group", "group_column", "groups", "text_column")]
+        files = source["files"].values()
+        for file in (file for file in files if file["kind"] != "hf"):
+            found[json_digest([*about, file["sha256"]])] = file["name"]
+        # The splits of a data set can lie in the same files.
+        if dataset := [file for file in files if file["kind"] == "hf"]:
+            found[json_digest([*about, dataset])] = dataset[0]["name"]
+    return found
 
 
 def _check_parts(folders: Sequence[Path], runs: Sequence[Json]) -> None:
     """Refuse what would be counted twice, and a corpus of which a shard is missing."""
     shards: dict[str, dict[str, Path]] = {}
+    plans: dict[str, Any] = {}
+    texts: dict[str, tuple[str, Path]] = {}
     for folder, run in zip(folders, runs, strict=True):
         for part in _parts([run]):
+            corpus = part["corpus"]
+            for text, name in part["texts"].items():
+                if texts.setdefault(text, (corpus, folder))[0] != corpus:
+                    raise RelneuronError(
+                        f"{texts[text][1]} and {folder} both count {name}",
+                        "count each text once",
+                    )
+            if "plan" in part and plans.setdefault(corpus, part["plan"]) != part["plan"]:
+                raise RelneuronError(
+                    f"{folder} and another shard of its corpus have not the same batches",
+                    "count all shards with the same --batch-tokens",
+                )
             known = shards.setdefault(part["corpus"], {})
             if part["shard"] in known:
                 raise RelneuronError(

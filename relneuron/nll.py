@@ -343,11 +343,9 @@ def nll(
         for file, data in written.items():
             atomic_write(file, data)
         manifest = Manifest(folder)
-        manifest.describe(
-            versions=versions(),
-            model=described,
-            fallbacks=fallbacks(described) + notices + evaluator.notices,
-        )
+        if "count" not in manifest.data["stages"]:  # else the model is the one that was counted
+            manifest.describe(versions=versions(), model=described)
+        manifest.describe(fallbacks=fallbacks(described) + notices + evaluator.notices)
         manifest.finish(
             "nll",
             inputs,

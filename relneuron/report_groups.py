@@ -6,6 +6,9 @@ the sections and report_groups.html.j2 lays out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 
 from relneuron.artifact import Json
@@ -21,7 +24,7 @@ from relneuron.report_groups_sections import (
     shared,
     threshold,
 )
-from relneuron.report_groups_study import CLEAN, GroupStudy, rise, with_short_names
+from relneuron.report_groups_study import CLEAN, GroupStudy, rise
 from relneuron.report_groups_tables import group_tables
 from relneuron.report_parts import Section, n_of
 from relneuron.tables import NBSP, Table, percent
@@ -130,3 +133,36 @@ def amount(n: int) -> str:
 def _by(own: float, others: float) -> str:
     """The others' change, with a verb only if it goes the other way."""
     return f"by {nats(others)}" if own > 0 < others else changed(others)
+
+
+def with_short_names(study: GroupStudy, most: int) -> tuple[GroupStudy, dict[str, str]]:
+    """The study with names of at most about `most` letters, and the whole names of the short ones.
+
+    A table of pairs repeats every name once a group: with many long names that is a large page.
+    """
+    masks = dict.fromkeys([*study.groups, *(cell.mask for cell in study.cells)])
+    long = {name: f"{name[:most]}… #{n}" for n, name in enumerate(masks, 1) if len(name) > most}
+    if not long:
+        return study, {}
+
+    def names(known: Iterable[str]) -> list[str]:
+        return [long.get(name, name) for name in known]
+
+    counts, neurons, activity = study.counts, study.neurons, study.activity
+    if neurons:
+        sets = dict(zip(names(neurons.sets), neurons.sets.values(), strict=True))
+        neurons = replace(neurons, sets=sets)
+    result = replace(
+        study,
+        counts=counts and replace(counts, groups=names(counts.groups)),
+        neurons=neurons,
+        activity=activity and activity._replace(groups=names(activity.groups)),
+        cells=[
+            cell._replace(
+                mask=long.get(cell.mask, cell.mask), group=long.get(cell.group, cell.group)
+            )
+            for cell in study.cells
+        ],
+        dropped=dict(zip(names(study.dropped), study.dropped.values(), strict=True)),
+    )
+    return result, {short: name for name, short in long.items()}

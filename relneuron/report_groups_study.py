@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from relneuron.analyses.uncertainty import NAN, q_values, signed_rank
-from relneuron.artifact import Json, Neuron, NeuronFile, RelneuronError, check_neurons, read_csv
+from relneuron.artifact import (
+    Json,
+    Neuron,
+    NeuronFile,
+    RelneuronError,
+    check_neurons,
+    read_csv,
+    sha256,
+)
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import Manifest
 from relneuron.results import Array, Spread, spread
@@ -186,7 +194,7 @@ def read_group_study(folder: Path) -> GroupStudy:
     report = manifest["stages"].pop("report", {})
     for name in ("report.html", *report.get("files", ())):
         manifest["files"].pop(name, None)
-    there = {name for name in GROUP_INPUTS if (folder / name).exists()}
+    there = {name for name in GROUP_INPUTS if (folder / name).exists()} - _stale(folder, manifest)
     if not there & {NAME, "neurons.json"}:
         raise RelneuronError(
             f"{folder} holds no {NAME} and no neurons.json",
@@ -197,7 +205,8 @@ def read_group_study(folder: Path) -> GroupStudy:
     counts = Counts.read(folder / NAME) if NAME in there else None
     try:
         windows = folder / "nll_windows.csv" if "nll_windows.csv" in there else None
-        scores = read_scores(folder / "scores.safetensors" if neurons else folder / "none", neurons)
+        has_scores = neurons and "scores.safetensors" in there
+        scores = read_scores(folder / ("scores.safetensors" if has_scores else "none"), neurons)
         study = GroupStudy(
             manifest,
             _shape(manifest, neurons, counts),
@@ -215,6 +224,23 @@ def read_group_study(folder: Path) -> GroupStudy:
             "run the stages from identify on anew",
         ) from error
     return study
+
+
+def _stale(folder: Path, manifest: Json) -> set[str]:
+    """Files that a stage made from others than those that are there: not of this study."""
+    stages, neurons = manifest["stages"], folder / "neurons.json"
+    stale: set[str] = set()
+    if not (stages and manifest["files"] and neurons.exists()):
+        return stale
+    chosen = stages.get("identify", {}).get("files", ())
+    if neurons.name not in chosen:
+        stale.add("scores.safetensors")
+        # An imported set is of no stage.
+        if "count" in stages and NeuronFile.read(neurons).method != "imported":
+            return stale | {neurons.name, "nll.csv", "nll_windows.csv"}
+    if stages.get("nll", {}).get("inputs", {}).get("neurons") != sha256(neurons):
+        stale |= {"nll.csv", "nll_windows.csv"}
+    return stale
 
 
 def read_scores(
@@ -341,39 +367,3 @@ def _risen(cell: NllCell, clean: Mapping[str, NllCell], pairs: Windows) -> NllCe
     error = float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else NAN
     p = signed_rank(difference)[1]
     return cell._replace(rise=float(difference.mean()), rise_se=error, p_value=p)
-
-
-# Names
-
-
-def with_short_names(study: GroupStudy, most: int) -> tuple[GroupStudy, dict[str, str]]:
-    """The study with names of at most about `most` letters, and the whole names of the short ones.
-
-    A table of pairs repeats every name once a group: with many long names that is a large page.
-    """
-    masks = dict.fromkeys([*study.groups, *(cell.mask for cell in study.cells)])
-    long = {name: f"{name[:most]}… #{n}" for n, name in enumerate(masks, 1) if len(name) > most}
-    if not long:
-        return study, {}
-
-    def names(known: Iterable[str]) -> list[str]:
-        return [long.get(name, name) for name in known]
-
-    counts, neurons, activity = study.counts, study.neurons, study.activity
-    if neurons:
-        sets = dict(zip(names(neurons.sets), neurons.sets.values(), strict=True))
-        neurons = replace(neurons, sets=sets)
-    result = replace(
-        study,
-        counts=counts and replace(counts, groups=names(counts.groups)),
-        neurons=neurons,
-        activity=activity and activity._replace(groups=names(activity.groups)),
-        cells=[
-            cell._replace(
-                mask=long.get(cell.mask, cell.mask), group=long.get(cell.group, cell.group)
-            )
-            for cell in study.cells
-        ],
-        dropped=dict(zip(names(study.dropped), study.dropped.values(), strict=True)),
-    )
-    return result, {short: name for name, short in long.items()}

@@ -130,7 +130,9 @@ class Study:
             os._exit(99)
 
     def _run(self, output: Path, words: Sequence[str], before: Callable[[], object]) -> NoReturn:
-        said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        # Appended to: several processes say their lines in one file.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        said = os.open(self.folder / "said", flags)
         os.dup2(said, 1)
         os.dup2(said, 2)
         true, log = Counter.count, os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -302,6 +304,22 @@ def ranks(study: Study) -> list[str]:
     return done
 
 
+def check_refusal(study: Study) -> None:
+    """What the first process refuses ends all of them at once, each with one message."""
+    output = study.folder / "mine"
+    output.mkdir()
+    (output / "counts.safetensors").write_text("mine")
+    assert run_ranks(study, output, 2) == [2, 1], study.said()
+    causes, fixes = (
+        [line for line in study.said().splitlines() if line.startswith(word)]
+        for word in ("error: ", "fix:   ")
+    )
+    assert len(causes) == len(fixes) == 2 and study.said().count("\n") == 4, study.said()
+    assert [cause.endswith("counts.safetensors exists") for cause in causes].count(True) == 1
+    assert (output / "counts.safetensors").read_text() == "mine"
+    assert study.batches() == 0
+
+
 def check_moments(study: Study) -> None:
     """Two processes add up sums in another order; all else is exact."""
     outputs = [study.folder / f"of {size}" for size in (1, 2)]
@@ -333,7 +351,9 @@ def main() -> None:
             study = Study(folder, 2500, "--moments")
             found[what] = random_moments(study, asked.moments, asked.seed)
         else:
-            found[what] = ranks(Study(folder, 2000))
+            study = Study(folder, 2000)
+            found[what] = ranks(study)
+            check_refusal(study)
             check_moments(Study(folder / "moments", 300, "--moments"))
     print(json.dumps(found))
 

@@ -83,7 +83,7 @@ def test_an_error_saves_nothing_an_interrupt_saves_all(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused_and_stale_files_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".effects.csv.x.tmp").write_bytes(b"half")
+    (tmp_path / ".effects.csv.abcd_123.tmp").write_bytes(b"half")
     other = (
         "import sys, pathlib; from relneuron.manifest import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('in')"
@@ -94,6 +94,25 @@ def test_a_second_writer_is_refused_and_stale_files_are_swept(tmp_path: Path) ->
         refused = subprocess.run(words, capture_output=True, text=True)
         assert "another process is writing" in refused.stderr
     assert subprocess.run(words, capture_output=True, text=True).stdout == "in\n"
+
+
+def test_temporary_files_of_others_are_not_swept(tmp_path: Path) -> None:
+    others = {".lock", ".mine.tmp", ".notes.txt.tmp", ".a.TEMPFILE.tmp", ".folder.abcdefgh.tmp"}
+    for name in others - {".lock", ".folder.abcdefgh.tmp"}:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".folder.abcdefgh.tmp").mkdir()
+    # What a writer leaves that is killed before its rename.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupt)
+        patch.setattr(Path, "unlink", lambda path: None)
+        atomic_write(tmp_path / "a.csv", b"half")
+    assert len([*tmp_path.glob(".a.csv.*.tmp")]) == 1
+    with locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == others
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_memory_maps_are_a_safetensors_file(tmp_path: Path) -> None:

@@ -128,9 +128,9 @@ def test_texts_that_are_no_corpus(
         (["--threshold", "inf"], "--threshold inf is no number"),
         (["--window", "0"], "--window must be at least 1"),
         (["--window", "65"], "--window 65 is longer than the model's context of 64"),
-        (["--window", "1", "--bos", "window"], "a window of 1 tokens"),
+        (["--window", "1", "--bos", "window"], "--window 1, --max-tokens all"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
-        (["--max-tokens", "5"], "the corpus has no window of tokens"),
+        (["--max-tokens", "5"], "has no window of tokens (--window 24, --max-tokens 5)"),
         (["--backend", "cuda"], "unknown backend 'cuda'"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
     ],
@@ -158,6 +158,25 @@ def test_models_that_cannot_count(
     check_refused(relneuron, tmp_path, "tokenizer", *words)
     words = ["count", tmp_path / "none", text, "-o", out]
     check_refused(relneuron, tmp_path, "is no model folder", *words)
+
+
+def test_an_output_that_is_a_folder(
+    relneuron: Any, model_folder: Path, corpus: Path, study: Path, tmp_path: Path
+) -> None:
+    out, neurons, pth = tmp_path / "o", study / "neurons.json", tmp_path / "n.pth"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    assert relneuron("export", neurons, "-o", pth)[0] == 0
+    prompts = corpus / "prompts.txt"
+    for words in (
+        ["generate", model_folder, prompts, "--neurons", neurons, "--off", "en"],
+        ["identify", study, "--method", "lape"],
+        ["import", pth, "--model", model_folder, "--names", "en,zh,code"],
+        ["export", neurons],
+        ["report", study],
+    ):
+        for force in ([], ["--force"]):
+            check_refused(relneuron, tmp_path, f"{out} is a folder", *words, "-o", out, *force)
 
 
 def test_an_output_that_is_a_file(
@@ -209,8 +228,10 @@ def test_nothing_is_identified_without_counts(relneuron: Any, study: Path, tmp_p
     for method in ("lape", "probability", "mean", "random"):
         words = ["identify", tmp_path, "-o", tmp_path / "n.json", "--method", method]
         check_refused(relneuron, tmp_path, "counts.safetensors", *words)
-    words = ["identify", study, "-o", study / "neurons.json", "--method", "lape"]
-    check_refused(relneuron, study, "exists", *words)
+    words = ["identify", study, "-o", study / "neurons.json"]
+    check_refused(relneuron, study, "exists", *words, "--method", "lape")
+    fix = check_refused(relneuron, study, f"{study} holds counts, no responses", *words)
+    assert fix == "fix:   add --method lape"
 
 
 def test_neurons_that_nll_cannot_use(
@@ -278,6 +299,7 @@ def test_files_that_cannot_be_imported_or_exported(
         (["a.pth", *model, *names], "a.pth"),
         (["none.pth", *model, *names], "none.pth does not exist"),
         (["en=none.pth", *model], "none.pth does not exist"),
+        (["=none.pth", *model], "has no group"),
         (["a.pth", "en=a.pth", *model], "unknown files"),
         (["a.pth", "--model", tmp_path, *names], "is no model folder"),
         ([*counts, *model], "counts.safetensors exists"),

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from relneuron.artifact import RelneuronError
 from relneuron.corpus import MIB, Source, describe_source, parse_sources
+from relneuron.corpus_read import read_chunks
 
 TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]
 
@@ -75,6 +77,38 @@ def test_bad_sources_are_refused(
     with pytest.raises(RelneuronError, match=match) as caught:
         parse_sources([text.replace("{}", str(tmp_path)) for text in texts], **options)
     assert caught.value.exit_code == 2 and "\n" not in caught.value.cause
+
+
+def ids_of(path: Path, vocabulary: int, **options: Any) -> list[int]:
+    chunks = read_chunks(source(path, **options), None, vocabulary)
+    return [int(i) for chunk in chunks for piece in chunk.pieces for i in piece.content]
+
+
+@pytest.mark.parametrize(
+    ("wide", "guessed", "vocabulary"),
+    [("uint32", "uint16", 300), ("int64", "uint16", 300), ("int64", "uint32", 70_000)],
+)
+def test_raw_ids_wider_than_their_guessed_dtype_are_refused(
+    tmp_path: Path, wide: str, guessed: str, vocabulary: int
+) -> None:
+    path, ids = tmp_path / "a.bin", [*range(290), 0, 0, 7]
+    np.array(ids, wide).tofile(path)
+    with pytest.raises(RelneuronError, match=f"every second id is 0.* wider than {guessed}") as no:
+        ids_of(path, vocabulary)
+    assert path.name in no.value.cause and "--ids-dtype" in no.value.fix
+    assert ids_of(path, vocabulary, ids_dtype=wide) == ids
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[0] * 1000, [5, 0] * 500 + [5, 9], [0, 5] * 500, [5, 0] * 7, [5] + [0] * 14, []],
+    ids=["zeros", "one odd id", "even zeros", "short", "one id", "empty"],
+)
+def test_raw_ids_with_many_zeros_are_read(tmp_path: Path, ids: list[int]) -> None:
+    np.array(ids, np.uint16).tofile(tmp_path / "a.bin")
+    assert ids_of(tmp_path / "a.bin", 300) == ids
+    np.array([5, 0] * 500, np.uint16).tofile(tmp_path / "b.bin")
+    assert ids_of(tmp_path / "b.bin", 300, ids_dtype="uint16") == [5, 0] * 500
 
 
 @pytest.mark.parametrize(("suffix", "package"), [("parquet", "pyarrow"), ("hf", "datasets")])

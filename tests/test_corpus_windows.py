@@ -197,12 +197,12 @@ def test_a_source_ends_when_its_groups_are_full() -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((0,), "window of 0"),
+        ((0,), "--window 0, --max-tokens all"),
         ((1, "packed", "window", 0), "at least 2"),
         ((4, "padded"), "unknown packing"),
         ((4, "packed", "always", 0), "unknown BOS policy"),
         ((4, "packed", "document"), "needs a BOS token"),
-        ((4, "packed", "none", None, 0), "0 tokens a group"),
+        ((4, "packed", "none", None, 0), "--window 4, --max-tokens 0"),
     ],
 )
 def test_bad_packings_are_refused(arguments: tuple[Any, ...], match: str) -> None:

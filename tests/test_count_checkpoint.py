@@ -205,6 +205,33 @@ def test_a_file_of_somebody_else_is_not_overwritten(
     run(model, documents, path.parent, force=True, **ASKED)
 
 
+@pytest.mark.parametrize("stage", ["prompts", "record"])
+def test_nothing_is_counted_in_a_study_of_relations(
+    model: Any, documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    output = tmp_path / "o"
+    output.mkdir()
+    for name in ("prompts.jsonl", "neurons.json"):
+        (output / name).write_text("{}")
+    manifest = Manifest(output)
+    manifest.finish(stage, {}, [output / "prompts.jsonl"])
+    manifest.finish("identify", {}, [output / "neurons.json"])
+    before, seen = files_of(output), note_batches(monkeypatch)
+    with pytest.raises(RelneuronError, match="o holds a study of relations") as caught:
+        run(model, documents, output, **ASKED)
+    assert "--force" in caught.value.fix and not seen
+    assert files_of(output) == before | {".lock": b""}
+    run(model, documents, output, force=True, **ASKED)
+    assert [*Manifest(output).data["stages"]] == [stage, "count"]
+    # Now the count is a finished one as any other.
+    counted, n_batches = files_of(output), len(seen)
+    with pytest.raises(RelneuronError, match="count was made from other inputs"):
+        run(model, documents, output, window=8, batch_tokens=32)
+    sources = write_corpus(tmp_path / "o.corpus", documents)
+    again = count("m", model, Numbers(), sources, output, CountOptions(**ASKED), quiet=True)
+    assert again is None and len(seen) == n_batches and files_of(output) == counted
+
+
 def test_the_corpus_may_lie_elsewhere_when_a_count_goes_on(
     model: Any, documents: Any, stopped: Path, tmp_path: Path
 ) -> None:

@@ -238,6 +238,21 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
         refused(write_folder(tmp_path / name, bad), "were not all finite", method="mean")
 
 
+def test_a_second_choice_leaves_the_scores_of_the_first(folder: Path) -> None:
+    identify_counts(folder, folder / "neurons.json", top=3)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = identify_counts(folder, folder / "en.zh.json", groups=["en", "zh"], top=4)
+    for name in ("neurons.json", "scores.safetensors", NAME):
+        assert (folder / name).read_bytes() == before[name], name
+    with safe_open(folder / "en.zh.scores.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["groups"]) == [*result.sets] == ["en", "zh"]
+    manifest = Manifest(folder)
+    files = ["en.zh.scores.safetensors", "en.zh.json"]
+    assert manifest.data["stages"]["identify"]["files"] == files
+    assert [*manifest.data["files"]] == sorted([NAME, *files])
+    assert all(manifest.is_intact(name) for name in manifest.data["files"])
+
+
 def test_an_output_is_only_replaced_with_force(folder: Path) -> None:
     path = folder / "neurons.json"
     identify_counts(folder, path, top=3)

@@ -19,6 +19,7 @@ from conftest import SHARED
 from relneuron import lape_files
 from relneuron.artifact import NeuronFile, RelneuronError
 from relneuron.counts import Counts
+from relneuron.lape_counts import import_counts
 from relneuron.lape_files import (
     config_shape,
     read_counts_pth,
@@ -26,6 +27,7 @@ from relneuron.lape_files import (
     write_counts_pth,
     write_neuron_pth,
 )
+from relneuron.manifest import Manifest
 
 PUBLISHED = SHARED / "lape" / "LLaMA-2-7B.neuron.pth"
 LLAMA2 = {"id": "llama-2-7b", "layers": 32, "width": 11008, "hidden": 4096}
@@ -156,7 +158,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, is_zip: bool) -> None:
         path = save(tmp_path / "n.pth", value, _use_new_zipfile_serialization=is_zip)
         with pytest.raises(RelneuronError, match=r"n\.pth is no torch file") as caught:
             read_neuron_pth(path, ["a"], SMALL)
-        assert "\n" not in caught.value.cause
+        said = caught.value.cause + caught.value.fix
+        assert "it holds more, which was not run" in said
+        assert "\n" not in said and "weights_only" not in said  # not how to run it
         with pytest.raises(RelneuronError, match=r"n\.pth is no torch file"):
             read_counts_pth({"a": path})
     assert not mark.exists()
@@ -258,6 +262,44 @@ def test_counts_beyond_32_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_counts_pth({"a": path}).arrays["count.act"], count)
     with pytest.raises(RelneuronError, match="of gate, not of act"):
         write_counts_pth(Counts(["a"], np.array([9]), {"count.gate": count}), tmp_path, force=True)
+
+
+def test_imported_counts_are_a_finished_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = {"n": 9, "over_zero": torch.ones(2, 50, dtype=torch.int32)}
+    paths = {"a": save(tmp_path / "a.pth", value), "b": save(tmp_path / "b.pth", value | {"n": 8})}
+    folder = tmp_path / "o"
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "finish", killed)
+        import_counts(paths, SMALL, folder)
+    left = (folder / "counts.safetensors").read_bytes()
+    with pytest.raises(RelneuronError, match=r"counts\.safetensors exists"):
+        import_counts({"a": paths["b"], "b": paths["a"]}, SMALL, folder)
+    assert (folder / "counts.safetensors").read_bytes() == left
+    assert not (folder / "manifest.json").exists()
+    counts = import_counts(paths, SMALL, folder)  # what a killed run left needs no --force
+    assert (folder / "counts.safetensors").read_bytes() == left == counts.to_bytes()
+    assert Manifest(folder).data["groups"] == ["a", "b"]
+    assert Manifest(folder).is_intact("counts.safetensors")
+
+
+def test_no_counts_are_imported_into_a_study_of_relations(tmp_path: Path) -> None:
+    value = {"n": 9, "over_zero": torch.ones(2, 50, dtype=torch.int32)}
+    paths, prompts = {"a": save(tmp_path / "a.pth", value)}, tmp_path / "o" / "prompts.jsonl"
+    prompts.parent.mkdir()
+    prompts.write_text("{}")
+    Manifest(prompts.parent).finish("prompts", {}, [prompts])
+    with pytest.raises(RelneuronError, match="o holds a study of relations") as caught:
+        import_counts(paths, SMALL, prompts.parent)
+    assert "--force" in caught.value.fix
+    assert not (prompts.parent / "counts.safetensors").exists()
+    import_counts(paths, SMALL, prompts.parent, force=True)
+    assert [*Manifest(prompts.parent).data["stages"]] == ["prompts", "count"]
 
 
 @pytest.mark.parametrize(

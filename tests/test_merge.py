@@ -200,6 +200,109 @@ def test_the_same_windows_twice_and_missing_shards(
     assert not output.exists()
 
 
+def test_the_same_text_in_two_corpora(model: Any, documents: Any, tmp_path: Path) -> None:
+    """However it is cut into batches, windows and corpora, a text of a group is counted once."""
+    whole, other, output = tmp_path / "whole", tmp_path / "other batches", tmp_path / "o"
+    run(model, documents, whole, **ASKED)
+    run(model, documents, other, **(ASKED | {"batch_tokens": 99}))
+    refused([whole, other], output, "count the same windows")
+    halves = shards(model, documents, tmp_path, 2)
+    merge(halves, tmp_path / "merged")
+    for one in (whole, other):
+        refused([tmp_path / "merged", one], output, "shards of different numbers")
+        refused([one, tmp_path / "merged"], output, "shards of different numbers")
+    part, short = tmp_path / "part", tmp_path / "short"
+    run(model, {"vi": draw(("vi",), 90)["vi"], "en": documents["en"]}, part, **ASKED)
+    run(model, {"en": documents["en"]}, short, window=8, batch_tokens=48)
+    for one in (whole, tmp_path / "merged"):
+        for two in (part, short):
+            error = refused([one, two], output, r"both count en\.txt")
+            assert str(one) in error.cause and str(two) in error.cause
+    # Text of one group may be text of another one, too.
+    run(model, {"western": documents["en"]}, tmp_path / "b", **ASKED)
+    assert merge([whole, tmp_path / "b"], output).groups == ["en", "zh", "fr", "western"]
+
+
+def test_splits_of_one_data_set_are_two_texts(model: Any, documents: Any, tmp_path: Path) -> None:
+    run(model, documents, tmp_path / "a", **ASKED)
+    run(model, draw(("vi",), 90), tmp_path / "b", **ASKED)
+
+    def from_dataset(folder: Path, split: str) -> None:
+        """As if the texts were a split of a data set in one file."""
+        about = {"name": "data", "kind": "hf"}
+        files = {"0": about | {"config": None, "split": split}}
+        files["1"] = about | {"name": "all.arrow", "bytes": 9, "sha256": "a" * 64}
+        manifest = Manifest(folder)
+        entry = manifest.data["stages"]["count"]
+        sources = {"0": {"group": "en", "text_column": "text", "files": files}}
+        inputs = entry["inputs"] | {"sources": sources}
+        manifest.finish("count", inputs, [folder / "counts.safetensors"])
+
+    from_dataset(tmp_path / "a", "train")
+    from_dataset(tmp_path / "b", "test")
+    assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "o").groups[-1] == "vi"
+    manifest = Manifest(tmp_path / "b")
+    inputs = manifest.data["stages"]["count"]["inputs"]
+    inputs["sources"]["0"]["files"]["0"]["split"] = "train"
+    inputs["packing"]["window"] = 8
+    manifest.save()
+    refused([tmp_path / "a", tmp_path / "b"], tmp_path / "p", "both count data")
+
+
+def test_shards_with_other_batches_are_refused(model: Any, documents: Any, tmp_path: Path) -> None:
+    run(model, documents, tmp_path / "1", shard=(1, 2), **ASKED)
+    run(model, documents, tmp_path / "2", shard=(2, 2), **(ASKED | {"batch_tokens": 64}))
+    error = refused([tmp_path / "1", tmp_path / "2"], tmp_path / "o", "have not the same batches")
+    assert "--batch-tokens" in error.fix
+
+
+def test_shards_may_be_counted_in_other_places(model: Any, documents: Any, tmp_path: Path) -> None:
+    whole = run(model, documents, tmp_path / "whole", **ASKED)
+    parts = shards(model, documents, tmp_path, 2)
+    # As if the second shard was counted on a GPU.
+    manifest = Manifest(parts[1])
+    for described in (manifest.data["model"], manifest.data["stages"]["count"]["inputs"]["model"]):
+        assert described["device"] == "cpu" and described["backend"] != "triton"
+        described |= {"backend": "triton", "device": "cuda", "attention": "flash_attention_2"}
+    manifest.save()
+    assert_equal(merge(parts, tmp_path / "o"), whole)
+    assert_equal(merge(parts[::-1], tmp_path / "back"), whole)
+
+
+def test_killed_between_the_sum_and_the_manifest(
+    model: Any, documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, output = shards(model, documents, tmp_path, 2), tmp_path / "o"
+    run(model, draw(("vi",), 90), tmp_path / "vi", **ASKED)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Manifest, "finish", killed)
+        merge(parts, output)
+    left = files_of(output)
+    assert left.keys() == LEFT - {"manifest.json"}
+    refused([*parts, tmp_path / "vi"], output, r"counts\.safetensors exists", 2)
+    merge(parts, output)
+    assert files_of(output).keys() == LEFT
+    assert files_of(output)["counts.safetensors"] == left["counts.safetensors"]
+    assert Manifest(output).is_intact("counts.safetensors")
+
+
+def test_no_sum_is_written_into_a_study_of_relations(
+    model: Any, documents: Any, tmp_path: Path
+) -> None:
+    parts, output = shards(model, documents, tmp_path, 2), tmp_path / "o"
+    output.mkdir()
+    (output / "prompts.jsonl").write_text("{}")
+    (output / ".lock").touch()
+    Manifest(output).finish("prompts", {}, [output / "prompts.jsonl"])
+    refused(parts, output, "o holds a study of relations")
+    merge(parts, output, force=True)
+    assert [*Manifest(output).data["stages"]] == ["prompts", "count"]
+
+
 def test_what_is_no_finished_count(model: Any, documents: Any, tmp_path: Path) -> None:
     good, bad, output = tmp_path / "good", tmp_path / "bad", tmp_path / "o"
     run(model, documents, good, **ASKED)

@@ -323,6 +323,25 @@ def test_the_manifest_knows_the_stage(model: Any, tokenizer: Any, study: Path) -
     }
 
 
+def test_a_counted_folder_keeps_the_model_that_was_counted(
+    model: Any, tokenizer: Any, study: Path
+) -> None:
+    folder = study / "o"
+    folder.mkdir()
+    (folder / "counts.safetensors").write_bytes(b"counts")
+    counted = {"id": "counted", **SHAPE, "device": "cuda", "backend": "triton"}
+    manifest = Manifest(folder)
+    manifest.describe(model=counted, versions={"torch": "0"})
+    manifest.finish("count", {}, [folder / "counts.safetensors"])
+    run(model, tokenizer, study, text(drawn(6)))
+    found = Manifest(folder).data
+    assert found["model"] == counted and found["versions"] == {"torch": "0"}
+    assert [*found["stages"]] == ["count", "nll"]
+    assert found["stages"]["nll"]["inputs"]["model"]["device"] == "cpu"
+    run(model, tokenizer, study, text(drawn(6)), output="bare")
+    assert Manifest(study / "bare").data["model"]["id"] == "m"
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 

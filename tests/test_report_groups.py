@@ -15,6 +15,7 @@ import pytest
 from corpus_studies import (
     GROUPS,
     entropies,
+    ids,
     kept,
     rows_of,
     sets_of,
@@ -25,7 +26,10 @@ from corpus_studies import (
 from scipy.stats import false_discovery_control, wilcoxon
 from studies import Page
 
+from relneuron.artifact import sha256
 from relneuron.counts import Counts
+from relneuron.identify_counts import identify_counts
+from relneuron.manifest import Manifest
 from relneuron.report import commands, render, write_report
 from relneuron.report_groups import amount
 from relneuron.report_groups_study import read_group_study
@@ -263,6 +267,64 @@ def test_random_masks_and_empty_sets_stand_apart(tmp_path: Path) -> None:
     found = read_group_study(study)
     assert {cell.mask for cell in found.others} == {"en", "fr"}
     assert {cell.mask for cell in found.random} == {"random.0"}
+
+
+def read_study(folder: Path) -> Path:
+    """A study whose manifest has a count, LAPE neurons and their NLL."""
+    write_corpus_study(folder)
+    manifest = Manifest(folder)
+    manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"])
+    rates = {"filter_rate": 0.8, "bar_ratio": 0.8}
+    identify_counts(folder, folder / "neurons.json", top=30, force=True, **rates)
+    finish_nll(folder)
+    return folder
+
+
+def finish_nll(folder: Path) -> None:
+    inputs = {"neurons": sha256(folder / "neurons.json")}
+    files = [folder / "nll.csv", folder / "nll_windows.csv"]
+    Manifest(folder).finish("nll", inputs, files)
+
+
+def check_parts(folder: Path, *, neurons: bool, scores: bool, nll: bool) -> None:
+    """Whether the study and its page have the chosen neurons, their scores and the NLL."""
+    found, page = read_group_study(folder), render(read_group_study(folder))
+    assert found.counts is not None
+    assert (found.neurons is not None) == neurons == ("neurons" in ids(page))
+    assert (found.entropy is not None) == scores
+    assert bool(found.cells) == nll == ("nll" in ids(page))
+
+
+def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
+    whole = {"neurons": True, "scores": True, "nll": True}
+    check_parts(read_study(tmp_path / "whole"), **whole)
+    check_parts(write_corpus_study(tmp_path / "no stages"), **whole)
+
+    again = read_study(tmp_path / "identified anew")
+    identify_counts(again, again / "neurons.json", method="random", top=9, force=True)
+    check_parts(again, **(whole | {"nll": False}))
+    finish_nll(again)
+    check_parts(again, **whole)
+
+    second = read_study(tmp_path / "second file")
+    identify_counts(second, second / "x.json", method="random", top=9)
+    check_parts(second, neurons=False, scores=False, nll=False)
+
+    counted = read_study(tmp_path / "counted anew")
+    Manifest(counted).finish("count", {"corpus": 2}, [counted / "counts.safetensors"])
+    check_parts(counted, neurons=False, scores=False, nll=False)
+    assert "no neurons are chosen yet" in text_of(render(read_group_study(counted)))
+
+
+def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
+    study = write_corpus_study(tmp_path, method="imported")
+    Manifest(study).finish("count", {"corpus": 1}, [study / "counts.safetensors"])
+    check_parts(study, neurons=True, scores=False, nll=False)
+    finish_nll(study)
+    check_parts(study, neurons=True, scores=False, nll=True)
+    text = (study / "neurons.json").read_text(encoding="utf-8")
+    (study / "neurons.json").write_text(text.replace("a/model", "b/model"), encoding="utf-8")
+    check_parts(study, neurons=True, scores=False, nll=False)
 
 
 def test_commands_repeat_the_recorded_options() -> None:
