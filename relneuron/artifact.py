@@ -160,25 +160,30 @@ def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a prompts.jsonl, in the file's order."""
     names = [field.name for field in fields(Prompt)]
-    prompts = []
-    with require(path, "prompts FACTS_DIR -o prompts.jsonl").open(encoding="utf-8-sig") as file:
+    return [Prompt(**values) for values in read_records(path, names, "prompt")]
+
+
+def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, str]]:
+    """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids."""
+    records = []
+    with require(path, "prompts FACTS_DIR -o prompts.jsonl").open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
                 values = {name: record[name] for name in names}
                 if not all(isinstance(value, str) for value in values.values()):
                     raise TypeError("a field is not a string")
-                prompts.append(Prompt(**values))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                records.append(values)
+            except (ValueError, KeyError, TypeError) as error:
                 raise RelneuronError(
-                    f"{path}, line {number}: not a prompt ({error})",
+                    f"{path}, line {number}: not a {what} ({error})",
                     f"give one JSON object a line with the fields {', '.join(names)}",
                 ) from error
-    if not prompts:
-        raise RelneuronError(f"{path} holds no prompt", "make it with: relneuron prompts")
-    if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise RelneuronError(f"{path} has two prompts with the same id", "give each its own id")
-    return prompts
+    if not records:
+        raise RelneuronError(f"{path} holds no {what}", "make it with: relneuron prompts")
+    if len({values["id"] for values in records}) < len(records):
+        raise RelneuronError(f"{path} has two {what}s with the same id", "give each its own id")
+    return records
 
 
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from relneuron.artifact import RelneuronError, require
+from relneuron.artifact import read_records
 
 GENERAL = "The crossword puzzle wanted the word {}."
 
@@ -61,22 +61,4 @@ def sentences_bytes(sentences: Iterable[Sentence]) -> bytes:
 def read_sentences(path: Path) -> list[Sentence]:
     """The sentences of a sentences.jsonl, in the file's order."""
     names = [field.name for field in fields(Sentence)]
-    sentences = []
-    with require(path, "prompts FACTS_DIR -o prompts.jsonl").open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                values = {name: record[name] for name in names}
-                if not all(isinstance(value, str) for value in values.values()):
-                    raise TypeError("a field is not a string")
-                sentences.append(Sentence(**values))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise RelneuronError(
-                    f"{path}, line {number}: not a sentence ({error})",
-                    f"give one JSON object a line with the fields {', '.join(names)}",
-                ) from error
-    if not sentences:
-        raise RelneuronError(f"{path} holds no sentence", "make it with: relneuron prompts")
-    if len({sentence.id for sentence in sentences}) < len(sentences):
-        raise RelneuronError(f"{path} has two sentences with the same id", "give each its own id")
-    return sentences
+    return [Sentence(**values) for values in read_records(path, names, "sentence")]

@@ -19,11 +19,13 @@ from safetensors.numpy import load_file
 
 from relneuron.artifact import (
     NeuronFile,
+    Prompt,
     RelneuronError,
     atomic_write,
     check_neurons,
     create_safetensors,
     read_csv,
+    read_prompts,
 )
 from relneuron.manifest import Journal, Manifest, locked
 
@@ -164,3 +166,14 @@ def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
     assert list(read_csv(tmp_path / "t.csv", ("a",))) == [{"a": "1", "b": "2"}]
     with pytest.raises(RelneuronError, match="column c"):
         list(read_csv(tmp_path / "t.csv", ("a", "c")))
+
+
+def test_prompts_with_a_byte_order_mark_are_read_and_other_encodings_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    fields = ("id", "relation", "split", "language", "template", "subject", "object", "prompt")
+    line = json.dumps(dict.fromkeys(fields, "é"), ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert read_prompts(path) == [Prompt(*["é"] * 8)]
+    path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
+    with pytest.raises(RelneuronError, match=r"prompts.jsonl, line 2: not a prompt \(.*utf-8"):
+        read_prompts(path)
