@@ -9,7 +9,7 @@ alternating rounds of one run:
   corpus can cost; `with the lm_head` is the whole forward that a plain loop makes;
 - `relneuron`: `Counter` of `relneuron count`, rows of all groups in one batch;
 - `hooks`: what the LAPE authors' code does per layer, written for this library: SiLU, a comparison
-  in float32, a sum, one group's windows a batch, the whole forward.
+  in float32, a sum, one group's windows a batch; here without the lm_head, too.
 
 All must give the same counters, or the run ends. `--documents` pads windows of different lengths.
 Then the stage itself counts text files, and says how much of its time it waited for tokens and what
@@ -110,6 +110,8 @@ class Race:
     def __init__(self, model: Any, mixed: list[Batch], apart: list[Batch]) -> None:
         self.model, self.mixed, self.apart = model, mixed, apart
         self.counter = Counter(model, find_gated_mlps(model))
+        self.all_of_it = Counter(model, self.counter.mlps)
+        self.all_of_it.body = model
         self.shape = model_shape(self.counter.mlps)
 
     def contestants(self) -> dict[str, Callable[[], torch.Tensor | None]]:
@@ -134,7 +136,7 @@ class Race:
 
     def whole(self) -> None:
         for batch in self.mixed:
-            self._forward(batch)
+            self.all_of_it.run(batch)
 
     def hooked(self) -> torch.Tensor:
         n, width = len(GROUPS), self.shape["width"]
@@ -144,18 +146,8 @@ class Race:
             for batch in self.apart:
                 now["group"] = int(batch.group_ids.max())
                 now["mask"] = torch.from_numpy(batch.group_ids >= 0).to(device)
-                self._forward(batch)
+                self.counter.run(batch)
         return counts.cpu()
-
-    def _forward(self, batch: Batch) -> None:
-        device = self.counter.device
-        arguments = {}
-        if batch.is_padded:
-            inside = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
-            arguments["attention_mask"] = torch.from_numpy(inside).long().to(device)
-        with torch.inference_mode():
-            ids = torch.from_numpy(batch.ids).long().to(device)
-            self.model(input_ids=ids, use_cache=False, **arguments)
 
 
 def race(race: Race, rounds: int) -> dict[str, list[float]]:
