@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_ablation import time_ablation
+from bench.gpu_attribution import time_attribution
 from bench.gpu_model import time_model
 from bench.gpu_ranking import rank_model
 from bench.gpu_run import GROUPS, Run, check, new_stats, reference_stats
@@ -39,6 +40,8 @@ TESTS = tuple(
         "residual_stats",
         "average_precision",
         "average_precision_triton",
+        "logprob_gain",
+        "logprob_gain_triton",
         "testing",
     )
 )
@@ -240,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("compile", 20, check_compile),
         ("kernels of the goals", 60, goal_kernels),
         ("average precision", 60, rank_model),
+        ("attribution", 60, time_attribution),
         ("ablation", 60, time_ablation),
         ("model", 60, time_model),
         ("graph timings", 20, graph_kernels),

@@ -51,6 +51,13 @@ GOALS = {
     "P12a": Goal("AP of 4,096 prompts, 12 relations: batched sort in torch / ours", 2, 4),
     "P12b": Goal("AP of 8,192 prompts, 12 relations: batched sort in torch / ours", 2, 4),
     "P12c": Goal("the same: time of scikit-learn on one core / ours", 30000, 80000),
+    "P14a": Goal("ms per example for the gain of every neuron of a 7B model, exact", 4.5, 3, True),
+    "P14b": Goal("the same: time of naive batched bfloat16 products / ours", 30, 45),
+    "P15a": Goal("the same gains within 1e-5: ms per example", 0.35, 0.15, True),
+    "P15b": Goal("the same: time of naive batched bfloat16 products / ours", 350, 900),
+    "P16a": Goal("the exact 300 largest of them: ms per example", 0.2, 0.03, True),
+    "P16b": Goal("the same: time of naive batched bfloat16 products / ours", 600, 4000),
+    "P17": Goal("largest error of a gain against float64", 1e-4, 2e-5, True),
 }
 
 

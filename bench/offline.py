@@ -11,7 +11,9 @@ predicated or not, divided by the elements one thread handles in one turn. The k
 swiglu_stats have two loops: `blocks` over whole blocks of rows, and `rows` over the rest of a run,
 over rows out of order and over rows with different masks. What happens once per run (flush, sort)
 is not in them. Of average_precision, `rows` is the loop of `_sum_kernel`, per row and relation;
-`_sort_kernel` has no loop, and its `blocks` are all its instructions per row.
+`_sort_kernel` has no loop, and its `blocks` are all its instructions per row. Of logprob_gain, an
+element is a token of a pair of neuron and sentence: `rows` is the loop with an exponential each, or
+with the products of matrices of the moments; `blocks` is the one without exponentials.
 """
 
 from __future__ import annotations
@@ -108,7 +110,11 @@ def _innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
     ]
 
 
-WIDE_LOAD = re.compile(r"\bLDG\.E\S*\.128\b|\b(?:global|buffer)_load_dwordx4\b")
+WIDE_LOAD = re.compile(r"\bLDG(?:STS)?\.E\S*\.128\b|\b(?:global|buffer)_load_dwordx4\b")
+LOAD = re.compile(r"\bLDG(?:STS)?\.E|\b(?:global|buffer)_load_")
+# What a pair of logprob_gain costs: an exponential, or a product of matrices.
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b|\bv_exp_f32")
+PRODUCT = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA)\b|\bv_mfma_f32")
 STORE = re.compile(r"\bSTG\b|\b(?:global|buffer)_store_")
 
 
@@ -118,7 +124,7 @@ def narrow_products(ttir: str) -> list[str]:
     An offset is row * stride + column; with a tensor past 2^31 elements only a 64-bit product
     holds it, whatever it is widened to afterwards.
     """
-    large: set[str] = set(re.findall(r"(%(?:stride_\w+|n_tiles|WIDTH|[TFGNMR])): i32", ttir))
+    large: set[str] = set(re.findall(r"(%(?:stride_\w+|n_tiles|WIDTH|[TFGNMRE])): i32", ttir))
     passes_on = r"tt\.(?:splat|expand_dims|broadcast|reshape)|ttg?\.convert_layout"
     found = []
     for line in ttir.splitlines():
@@ -206,6 +212,8 @@ def _loop_numbers(
     """(narrowest load, instructions per element of `blocks` and of `rows`)."""
     if name == "_span_kernel":
         return None, (None, None)
+    if name.startswith("_gain"):
+        return _gain_numbers(name, launch, loops, warp_size)
     if name in ("_sort_kernel", "_sum_kernel"):
         body = max(loops, key=len)
         elements = launch.constants["BLOCK"] * launch.constants.get("RELATIONS", 1)
@@ -237,6 +245,25 @@ def _loop_numbers(
     assert len(per_element) >= expected, f"{name} has {len(per_element)} loops, not {expected}"
     per_element.sort()
     return min(widths), (per_element[0] if is_main else None, per_element[-1])
+
+
+def _gain_numbers(
+    name: str, launch: Launch, loops: list[list[str]], warp_size: int
+) -> tuple[int, tuple[float | None, float]]:
+    """`_loop_numbers` of a kernel of logprob_gain, per token of a pair."""
+    sizes = launch.constants
+    pairs = sizes.get("NEURONS", 1) * sizes["SENTENCES"]
+    elements = pairs * sizes["BLOCK"] / (launch.num_warps * warp_size)
+    bodies = sorted((body for body in loops if any(map(LOAD.search, body))), key=len)
+    loads = [text for body in bodies for text in body if LOAD.search(text)]
+    load_bytes = 16 if all(map(WIDE_LOAD.search, loads)) else 8
+    lengths = [round(len(body) / elements, 2) for body in bodies]
+    is_moments = name == "_gain_moments_kernel"
+    costs = PRODUCT if is_moments else EXPONENTIAL
+    has_costs = [any(map(costs.search, body)) for body in bodies]
+    expected = [True] if is_moments else [False, True]
+    assert has_costs == expected, f"{name} has loops with {costs.pattern}: {has_costs}"
+    return load_bytes, (None if is_moments else lengths[0], lengths[-1])
 
 
 def faults(row: Row, budget: Row | None) -> list[str]:

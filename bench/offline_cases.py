@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 
 from relneuron.ops import SITES, GroupStats
 from relneuron.ops import average_precision_triton as ranking
+from relneuron.ops import logprob_gain_triton as gains
 from relneuron.ops import swiglu_stats_triton as launcher
 from relneuron.ops.swiglu_stats_reference import Call
 from relneuron.ops.swiglu_stats_triton import Launch
@@ -68,6 +69,16 @@ SUMS = {
     "rank with weights": (12, 4096, True),
     "rank 40000 rows": (12, 40000, False),
 }
+# Of logprob_gain: (kernel, sentences, with tilt). The kernels see float32, whatever the model has.
+GAINS = {
+    "gain": ("dense", 64, False),
+    "gain with tilt": ("dense", 64, True),
+    "gain for 1 sentence": ("dense", 1, False),
+    "gain of a list": ("list", 64, False),
+    "gain of a list with tilt": ("list", 64, True),
+    "moments": ("moments", 128, False),
+    "moments for 8 sentences": ("moments", 8, False),
+}
 
 
 def cases(quick: bool) -> list[tuple[str, str, str]]:
@@ -85,7 +96,8 @@ def cases(quick: bool) -> list[tuple[str, str, str]]:
     if not quick:
         sorts += [("sm_90", dtype, variant) for dtype in ("fp32", "bf16") for variant in SORTS]
     sums = [(target, "any", variant) for target in TARGETS for variant in SUMS]
-    return found + list(dict.fromkeys(sorts[::2] if quick else sorts)) + sums
+    attributed = [(target, "any", variant) for target in TARGETS for variant in GAINS]
+    return found + list(dict.fromkeys(sorts[::2] if quick else sorts)) + sums + attributed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,6 +158,8 @@ def launches(target: str, dtype: str, variant: str) -> list[Launch]:
     """What the op would launch on the target."""
     if variant in SORTS or variant in SUMS:
         return [ranking_launch(target, dtype, variant)]
+    if variant in GAINS:
+        return [gain_launch(target, variant)]
     call = example_call(DTYPES[dtype], **VARIANTS[variant])
     kind = TARGETS[target]
     is_nvidia = kind.backend == "cuda"
@@ -169,6 +183,31 @@ def ranking_launch(target: str, dtype: str, variant: str) -> Launch:
     counts = ranking.Counts.of(labels, weights, width, labels.device)
     sums = torch.empty(relations, 11008, dtype=torch.int64, device="meta")
     return ranking.plan_sum(sums, sums, order, counts, 0, config)
+
+
+def gain_launch(target: str, variant: str) -> Launch:
+    """What `logprob_gain` would launch on the target for a tile of 1,024 neurons, 32,000 tokens."""
+    kind = TARGETS[target]
+    capability = (int(kind.arch) // 10, 0) if kind.backend == "cuda" else (9, 4)
+    config = gains.LAUNCH_TABLE[capability]
+    kernel, n_sentences, has_tilt = GAINS[variant]
+
+    def tensor(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    tile, largest, p = tensor(1024, 32000), tensor(1024), tensor(n_sentences, 32000)
+    if kernel == "moments":
+        return gains.plan_moments(tensor(2, 63, 1024, n_sentences), tile, p, config)
+    tokens = gains.Tokens(p, p if has_tilt else None, largest if has_tilt else None)
+    if kernel == "dense":
+        t = tensor(n_sentences, 11008)[:, :1024]
+        sums = tensor(n_sentences, 11008, of=torch.float64)[:, :1024]
+        return gains.plan_dense(sums, tile, largest, tokens, t, t if has_tilt else None, config)
+    t, places = tensor(4096), tensor(1024, of=torch.int64)
+    sums, sentence = tensor(4096, of=torch.float64), tensor(4096, of=torch.int32)
+    tilt = t if has_tilt else None
+    pairs = gains.Pairs(places, places, places, sentence, t, tilt, gains.LIST_SENTENCES)
+    return gains.plan_list(sums, tile, largest, tokens, pairs, config)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "average_precision.h"
+#include "logprob_gain.h"
 #include "runtime.h"
 #include "swiglu_stats.h"
 
@@ -120,6 +121,47 @@ bool average_precision(uintptr_t ap, uintptr_t values, int64_t stride_vn, int64_
   return relneuron::average_precision(args, isa.c_str(), n_threads);
 }
 
+void logprob_gain(uintptr_t values, int64_t stride_vk, int64_t stride_vd, int values_dtype,
+                  uintptr_t rows, int64_t K, int64_t D, uintptr_t unembed, int64_t stride_uv,
+                  int unembed_dtype, int64_t V, uintptr_t logp, int64_t E, uintptr_t largest,
+                  uintptr_t row_start, uintptr_t sentence, uintptr_t t, uintptr_t tilt, uintptr_t z,
+                  uintptr_t log_sums, uintptr_t second, uintptr_t third, const std::string& isa,
+                  int n_threads) {
+  require(values_dtype >= 0 && values_dtype <= 2 && unembed_dtype >= 0 && unembed_dtype <= 2,
+          "dtypes must be in [0, 2]");
+  require(K >= 1 && D >= 1 && V >= 1 && E >= 1, "K, D, V and E must be positive");
+  require((log_sums && row_start && sentence && t && !second) || (second && third && !log_sums),
+          "pairs and log_sums, or second and third must be given");
+  require(!tilt == !z, "tilt and z go together");
+
+  relneuron::LogprobGainArgs args;
+  args.values = pointer<const void>(values);
+  args.stride_vk = stride_vk;
+  args.stride_vd = stride_vd;
+  args.values_dtype = static_cast<relneuron::GainType>(values_dtype);
+  args.rows = pointer<const int64_t>(rows);
+  args.K = K;
+  args.D = D;
+  args.unembed = pointer<const void>(unembed);
+  args.stride_uv = stride_uv;
+  args.unembed_dtype = static_cast<relneuron::GainType>(unembed_dtype);
+  args.V = V;
+  args.logp = pointer<const float>(logp);
+  args.E = E;
+  args.largest = pointer<float>(largest);
+  args.row_start = pointer<const int64_t>(row_start);
+  args.sentence = pointer<const int32_t>(sentence);
+  args.t = pointer<const float>(t);
+  args.tilt = pointer<const float>(tilt);
+  args.z = pointer<const float>(z);
+  args.log_sums = pointer<double>(log_sums);
+  args.second = pointer<double>(second);
+  args.third = pointer<double>(third);
+
+  const py::gil_scoped_release release;
+  relneuron::logprob_gain(args, isa.c_str(), n_threads);
+}
+
 void import_numpy() {
   if (_import_array() < 0) throw py::error_already_set();
 }
@@ -158,4 +200,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("n_threads").noconvert(),
         "The kernel of relneuron.ops.average_precision; addresses are not checked. False if a "
         "value is not finite.");
+  m.def("logprob_gain", &logprob_gain, py::kw_only(), py::arg("values").noconvert(),
+        py::arg("stride_vk").noconvert(), py::arg("stride_vd").noconvert(),
+        py::arg("values_dtype").noconvert(), py::arg("rows").noconvert(),
+        py::arg("K").noconvert(), py::arg("D").noconvert(), py::arg("unembed").noconvert(),
+        py::arg("stride_uv").noconvert(), py::arg("unembed_dtype").noconvert(),
+        py::arg("V").noconvert(), py::arg("logp").noconvert(), py::arg("E").noconvert(),
+        py::arg("largest").noconvert(), py::arg("row_start") = 0, py::arg("sentence") = 0,
+        py::arg("t") = 0, py::arg("tilt") = 0, py::arg("z") = 0, py::arg("log_sums") = 0,
+        py::arg("second") = 0, py::arg("third") = 0, py::arg("isa").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of relneuron.ops.logprob_gain; addresses are not checked.");
 }

@@ -18,6 +18,32 @@ from relneuron.ops import available_backends
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# The same for the kernels of logprob_gain, whose loops are told by what is in them.
+GAIN_FAULTS = """
+import json
+from dataclasses import replace
+from bench import offline
+
+case, moments = ("sm_90", "any", "gain"), ("sm_90", "any", "moments")
+launch, product = offline.launches(*case)[0], offline.launches(*moments)[0]
+row = offline.measure(*case, launch)
+found = {"none": offline.faults(row, row)}
+few_registers = replace(launch, options={"maxnreg": 64})
+found["spill"] = offline.faults(offline.measure(*case, few_registers), row)
+# Rows that begin anywhere are loaded one by one.
+unaligned = replace(launch, args={**launch.args, "WIDTH": 32001})
+found["narrow"] = offline.faults(offline.measure(*case, unaligned), row)
+for loop in ("blocks", "rows"):
+    less = replace(row, **{loop: getattr(row, loop) / 1.2})
+    found[loop] = offline.faults(row, less)
+try:
+    plain = replace(product, constants={**product.constants, "PRECISION": "ieee"})
+    offline.measure(*moments, plain)
+except AssertionError as error:
+    found["no matrix product"] = str(error)
+print(json.dumps(found))
+"""
+
 pytestmark = pytest.mark.skipif(
     "triton is not usable" in available_backends()["triton"].detail, reason="no triton"
 )
@@ -56,3 +82,15 @@ def test_the_gate_can_fail(tmp_path: Path) -> None:
     assert any("limit 14.0" in fault for fault in found["limit"])
     assert len(found["32-bit offset"]) == 1 and len(found["widened too late"]) == 1
     assert len(found["32-bit column"]) == 1
+
+
+def test_the_gate_sees_the_loops_of_logprob_gain(tmp_path: Path) -> None:
+    done = run("-c", GAIN_FAULTS, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["none"] == []
+    assert any("spills" in fault for fault in found["spill"])
+    assert any("narrower than 16 bytes" in fault for fault in found["narrow"])
+    for loop in ("blocks", "rows"):
+        assert len(found[loop]) == 1 and f"in loop {loop}, budget" in found[loop][0]
+    assert "_gain_moments_kernel has loops" in found["no matrix product"]

@@ -11,6 +11,13 @@ Dimensions have the same letters in Python, Triton and C++:
 
 from relneuron.ops.average_precision import average_precision
 from relneuron.ops.backends import BackendStatus, available_backends
+from relneuron.ops.logprob_gain import (
+    GainLayer,
+    TopGains,
+    logprob_gain,
+    logprob_gain_top,
+    logprob_gain_vectors,
+)
 from relneuron.ops.residual_stats import residual_stats
 from relneuron.ops.swiglu_stats import swiglu_stats, swiglu_stats_only
 from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
@@ -20,9 +27,14 @@ __all__ = [
     "ACTIVATIONS",
     "SITES",
     "BackendStatus",
+    "GainLayer",
     "GroupStats",
+    "TopGains",
     "available_backends",
     "average_precision",
+    "logprob_gain",
+    "logprob_gain_top",
+    "logprob_gain_vectors",
     "residual_stats",
     "swiglu_stats",
     "swiglu_stats_only",

@@ -1,0 +1,220 @@
+"""What `logprob_gain` knows of a layer before it looks at single neurons: the base point.
+
+logprob_gain.py calls it: probabilities at the base point, first-order gains of all neurons with a
+bound on what lies beyond them, and the gains of single neurons in float64, for what float32 leaves
+open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-24  # half an ulp of float32 at 1
+# An inner product in float32 is off by about one UNIT of |a| |b|, whatever its length, as its
+# partial sums are a random walk; six allow for one whose terms cancel.
+DOT_UNITS = 6
+# No scratch of the plain torch parts is larger than so many numbers.
+_SCRATCH = 1 << 21
+
+
+class Head(NamedTuple):
+    """What all layers share: the way from the residual stream to the logits."""
+
+    unembed: Tensor  # (V, D), the final norm's gain folded in
+    scale: Tensor  # (E,) float64
+    targets: Tensor  # (E,) int64
+    offset: Tensor | None  # (V,)
+    norm: float  # the largest norm of a row of `unembed`
+
+
+class Pairs(NamedTuple):
+    """Neurons and sentences to evaluate, by neuron: flat places in the coefficients (E, P, K)."""
+
+    place: Tensor  # (n,) int64, sorted by neuron
+    rows: Tensor  # (U,) int64: the neurons that occur, ascending
+    row_start: Tensor  # (U + 1,) int64: the pairs of rows[u] are row_start[u] ... row_start[u + 1]
+    sentence: Tensor  # (n,) int32
+    order: Tensor  # (n,) int64: where each pair stood before it was sorted
+
+
+def arithmetic(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices of `n` rows of `width` numbers, each within the scratch."""
+    step = max(1, _SCRATCH // max(1, width))
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
+
+
+def make_head(unembed: Tensor, scale: Tensor, targets: Tensor, offset: Tensor | None) -> Head:
+    """The head, its longest row found."""
+    kind = arithmetic(unembed)
+    norms = [
+        unembed[rows].to(kind).norm(dim=1).max()
+        for rows in blocks(unembed.shape[0], unembed.shape[1])
+    ]
+    norm = float(torch.stack(norms).max())
+    return Head(unembed, scale.double(), targets, offset, norm)
+
+
+class Base:
+    """One layer's base points: logits(x) and everything that is linear in the value vectors.
+
+    With b = unembed @ v of a neuron and the factors t = scale * c, tilt = scale_after / scale - 1
+    (t = scale_after * c where the norm is recomputed), the logits at x + c v are those at x, plus
+    t b + tilt z with z = scale * unembed @ x. `z` is kept relative to the target's.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        x: Tensor,
+        values: Tensor,
+        coefficients: Tensor,
+        scale_after: Tensor | None,
+    ) -> None:
+        kind = arithmetic(head.unembed)
+        self.head, self.x, self.values = head, x, values
+        self.coefficients, self.scale_after = coefficients, scale_after  # (E, P, K) each
+        self.shape = coefficients.shape
+        t, tilt = self.factors()
+        self.t, self.tilt = t.to(kind), None if tilt is None else tilt.to(kind)
+        logits, z = base_logits(head, x, kind)
+        self.logp = logits.log_softmax(1)
+        self.z = z if scale_after is not None else None
+        self.z_span = z.abs().amax(1)
+        self.x_norm = x.to(kind).norm(dim=1)
+        p = self.logp.exp()
+        self.mean_z = (p * z).sum(1)
+        mean = torch.zeros_like(x, dtype=kind)
+        for tokens in blocks(*head.unembed.shape):
+            mean += p[:, tokens] @ head.unembed[tokens].to(kind)
+        target = head.unembed[head.targets].to(kind)
+        self.value_norm, dots = _dots(values, torch.cat([target, target - mean]))
+        self.target_dot, self.direction_dot = dots[: len(x)], dots[len(x) :]  # (E, K) each
+
+    def p(self) -> Tensor:
+        """Probabilities at the base points (E, V)."""
+        return self.logp.exp()
+
+    def factors(self, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """t and tilt in float64, of all coefficients or at flat places in them."""
+        scale, c, after = self.head.scale[:, None, None], self.coefficients, self.scale_after
+        if place is not None:
+            scale = self.head.scale[place // (self.shape[1] * self.shape[2])]
+            c = c.reshape(-1)[place]
+            after = None if after is None else after.reshape(-1)[place]
+        if after is None:
+            return scale * c, None
+        return after.double() * c, after.double() / scale - 1
+
+    def reach(self) -> Tensor:
+        """A bound on |change of any logit| (E, P, K), by Cauchy and Schwarz."""
+        bound = self.t.abs() * (self.value_norm * self.head.norm)
+        if self.tilt is not None:
+            bound = bound + self.tilt.abs() * self.z_span[:, None, None]
+        return bound
+
+    def first_order(self) -> Tensor:
+        """The gain's first-order part (E, P, K): no gain is larger, as log p(w) is concave.
+
+        t (b_w - E_p b) + tilt (z_w - E_p z); rounding aside, see `rounding`.
+        """
+        gain = self.t * self.direction_dot[:, None, :]
+        if self.tilt is not None:
+            gain = gain - self.tilt * self.mean_z[:, None, None]
+        return gain
+
+    def rounding(
+        self, reach: Tensor, moves: Tensor | None = None, sentence: Tensor | None = None
+    ) -> Tensor:
+        """What float32 may have changed in a gain: two inner products, and the base point's logits.
+
+        `reach` is that of the pairs, `moves` how much their logits do move where that is known (an
+        error of the base logits only matters as far as the probabilities change).
+        """
+        unit = UNIT if self.t.dtype == torch.float32 else 2.0**-53
+        logits = (self.head.scale * self.x_norm * self.head.norm).to(reach.dtype)
+        if sentence is None:
+            logits = logits.reshape(-1, *[1] * (reach.dim() - 1))
+        else:
+            logits = logits[sentence]
+        changes = (reach if moves is None else moves).clamp(max=1.0)
+        bound: Tensor = DOT_UNITS * unit * (2 * reach + logits * changes)
+        return bound
+
+
+def base_logits(head: Head, x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits at x (E, V), and z (E, V): without the offset, less the target's."""
+    z = torch.empty(len(x), len(head.unembed), dtype=kind, device=x.device)
+    for tokens in blocks(*head.unembed.shape):
+        z[:, tokens] = x.to(kind) @ head.unembed[tokens].to(kind).T
+    z *= head.scale.to(kind)[:, None]
+    logits = z if head.offset is None else z + head.offset.to(kind)
+    return logits, z - z.gather(1, head.targets[:, None])
+
+
+def _dots(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the value vectors (K,), and their inner products with others (E, K)."""
+    kind = others.dtype
+    norm = torch.empty(len(values), dtype=kind, device=others.device)
+    dots = torch.empty(len(others), len(values), dtype=kind, device=others.device)
+    for rows in blocks(*values.shape):
+        block = values[rows].to(kind)
+        norm[rows] = block.norm(dim=1)
+        dots[:, rows] = others @ block.T
+    return norm, dots
+
+
+def make_pairs(place: Tensor, shape: tuple[int, ...]) -> Pairs:
+    """Places in the coefficients (E, P, K), sorted by neuron."""
+    _, n_positions, n_neurons = shape
+    neuron = place % n_neurons
+    neuron, order = neuron.sort(stable=True)
+    place = place[order]
+    rows, counts = torch.unique_consecutive(neuron, return_counts=True)
+    row_start = torch.zeros(len(rows) + 1, dtype=torch.int64, device=place.device)
+    row_start[1:] = counts.cumsum(0)
+    sentence = (place // (n_positions * n_neurons)).int()
+    return Pairs(place, rows, row_start, sentence, order)
+
+
+def exact_gains(base: Base, place: Tensor) -> Tensor:
+    """The gains at some places of the coefficients, in float64: the reference, (n,) float64.
+
+    Plain: logits at x + c v, log-sum-exp over blocks of the vocabulary, as the definition says.
+    """
+    head, wide = base.head, torch.float64
+    result = torch.empty(len(place), dtype=wide, device=place.device)
+    if not len(place):
+        return result
+    per_sentence = base.shape[1] * base.shape[2]
+    used, own = torch.unique(place // per_sentence, return_inverse=True)
+    few = head._replace(scale=head.scale[used], targets=head.targets[used])
+    logits, z = base_logits(few, base.x[used], wide)
+    before = logits.gather(1, few.targets[:, None])[:, 0] - logits.logsumexp(1)
+    t, tilt = base.factors(place)
+    step = max(1, _SCRATCH // 4096)
+    for start in range(0, len(place), step):
+        chosen = slice(start, start + step)
+        rows, own_row = torch.unique(place[chosen] % base.shape[2], return_inverse=True)
+        sentence, t_own = own[chosen], t[chosen, None]
+        values = base.values[rows].to(wide)
+        total = torch.full((len(own_row),), -torch.inf, dtype=wide, device=place.device)
+        for tokens in blocks(head.unembed.shape[0], max(len(own_row), head.unembed.shape[1])):
+            moved = (values @ head.unembed[tokens].to(wide).T)[own_row] * t_own
+            if tilt is not None:
+                moved += tilt[chosen, None] * z[:, tokens][sentence]
+            moved += logits[:, tokens][sentence]
+            total = torch.logaddexp(total, moved.logsumexp(1))
+        target = (values[own_row] * head.unembed[few.targets[sentence]].to(wide)).sum(1)
+        at_target = logits[sentence, few.targets[sentence]]
+        result[chosen] = at_target + target * t[chosen] - total - before[sentence]
+    return result
