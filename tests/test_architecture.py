@@ -16,7 +16,8 @@ import relneuron
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "relneuron"
-STAGES = {"prompts", "record", "count", "identify", "identify_counts", "ablate", "nll", "report"}
+STAGES = {"prompts", "record", "count", "identify", "identify_counts", "ablate", "attribute"}
+STAGES |= {"nll", "report"}
 # What each part may import of ours; a stage is never imported by a stage.
 ALLOWED = {
     "ops": {"ops", "_cpu"},
@@ -52,6 +53,21 @@ ALLOWED = {
     "steer": {"artifact", "counts", "model", "patch"},
     "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "manifest", "model"}
     | {"patch", "predict", "steer"},
+    "residual_layers": {"artifact"},
+    "trace": {"artifact", "residual_layers"},
+    "residual": {"residual_layers", "trace"},
+    "value_scores": {"ops", "residual_layers", "trace"},
+    "query_scores": {"ops", "residual_layers", "trace"},
+    "attributions": {"artifact"},
+    "knowledge": {"artifact", "facts", "predict"},
+    "interventions": {"artifact", "manifest", "predict", "residual_layers"},
+    "method_scores": {"artifact", "ops", "residual_layers", "trace"},
+    "comparison": {"artifact", "interventions", "manifest", "method_scores", "ops", "query_scores"}
+    | {"residual_layers", "trace", "value_scores"},
+    "attribute_options": {"artifact", "model"},
+    "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "knowledge"}
+    | {"ops", "query_scores", "residual_layers", "trace", "value_scores"},
+    "identify_gains": {"artifact", "attributions", "identify", "manifest", "scores"},
     "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
     "tables": {"artifact"},
     "results": {"artifact", "effects"},
@@ -64,11 +80,18 @@ ALLOWED = {
     "report_groups_tables": {"analyses", "artifact", "report_groups_study", "results", "tables"},
     "report_groups_sections": {"analyses", "figures", "figures_analyses", "figures_groups"}
     | {"report_groups_study", "report_groups_tables", "report_parts", "tables"},
+    "figures_attribution": {"figures", "figures_analyses", "results", "tables"},
+    "report_attribution_study": {"artifact", "attributions", "manifest", "results"},
+    "report_attribution_tables": {"report_attribution_study", "results", "tables"},
+    "report_attribution_sections": {"figures", "figures_attribution", "report_attribution_study"}
+    | {"report_attribution_tables", "report_parts", "tables"},
+    "report_attribution": {"artifact", "report_attribution_sections", "report_attribution_study"}
+    | {"report_attribution_tables", "report_parts", "tables"},
     "report_groups": {"artifact", "report_groups_sections", "report_groups_study"}
     | {"report_groups_tables", "report_parts", "tables"},
     **dict.fromkeys(
         ("report_analyses", "report_neurons"),
-        {"analyses", "artifact", "figures", "figures_analyses"}
+        {"analyses", "artifact", "figures", "figures_analyses", "figures_attribution"}
         | {"report_parts", "report_study", "results", "tables"},
     ),
     "analyses": {"analyses", "artifact", "effects", "results", "tables"},
@@ -82,10 +105,12 @@ ALLOWED = {
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
     | {"artifact", "manifest", "facts", "model", "predict", "results"}
-    | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"},
+    | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
+    | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES
     | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
     | {
+        "cli_attribute",
         "cli_bench",
         "cli_corpus",
         "cli_identify",
@@ -94,11 +119,13 @@ ALLOWED = {
         "clock",
         "conditions",
     },
+    "cli_attribute": {"artifact", "attribute", "attribute_options", "attributions", "cli_options"}
+    | {"cli_print", "knowledge", "manifest", "model"},
     "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print"},
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
-    | {"lape_counts", "lape_files", "study"},
+    | {"identify_gains", "lape_counts", "lape_files", "study"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
@@ -109,7 +136,10 @@ ALLOWED = {
         | {"effects", "conditions", "evaluate", "ablate_options"}
         | {"corpus", "corpus_feed", "corpus_windows", "counts", "count_batches"}
         | {"count_checkpoint", "count_options", "count_pass", "count_ranks"}
-        | {"report_groups", "report_groups_study", "report_groups_tables"},
+        | {"report_groups", "report_groups_study", "report_groups_tables"}
+        | {"report_attribution", "report_attribution_study", "report_attribution_tables"}
+        | {"attribute_options", "attribute_pass", "attributions", "comparison", "knowledge"}
+        | {"query_scores", "residual", "residual_layers"},
     ),
 }
 
