@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from relneuron.artifact import Prompt, atomic_write, csv_bytes, read_csv
+from bench.rows import add_rows
+from relneuron.artifact import Prompt
 from relneuron.bench import where
 from relneuron.conditions import Ablation, places_of
 from relneuron.demo import CHECKPOINT, FACTS, TOP
@@ -199,14 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{name:<18} {median(times):8.3f} s  {1e3 * median(times) / n_rows:8.3f} ms an answer"
             f"  {median(ratios):7.1f} x ours"
         )
-    if options.output is not None:
-        names = list(rows[0])
-        old: list[Sequence[object]] = []
-        if options.output.exists():
-            old = [[line[name] for name in names] for line in read_csv(options.output, names)]
-        added = [list(row.values()) for row in rows]
-        atomic_write(options.output, csv_bytes(names, [*old, *added]))
-        print(f"-> {options.output}")
+    add_rows(options.output, rows)
     return 0
 
 

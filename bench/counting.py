@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from relneuron.artifact import atomic_write, csv_bytes, read_csv
+from bench.rows import add_rows
 from relneuron.bench import where
 from relneuron.corpus import parse_sources
 from relneuron.corpus_windows import Window
@@ -237,13 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"count of text files: {stage['tokens_per_s']:,.0f} tokens/s, waiting for tokens "
         f"{stage['waiting']:.2%}, a checkpoint every {EVERY_S:.0f} s {stage['checkpoints']:.2%}"
     )
-    if o.output is not None:
-        names = list(rows[0])
-        old: list[Sequence[object]] = []
-        if o.output.exists():
-            old = [[line[name] for name in names] for line in read_csv(o.output, names)]
-        atomic_write(o.output, csv_bytes(names, [*old, *(list(row.values()) for row in rows)]))
-        print(f"-> {o.output}")
+    add_rows(o.output, rows)
     return 0
 
 

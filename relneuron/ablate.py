@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from relneuron.ablate_options import AblateOptions, ablate_inputs, read_how
+from relneuron.ablate_options import SETS_BESIDE, AblateOptions, ablate_inputs, read_how
 from relneuron.artifact import (
     NeuronFile,
     Prompt,
@@ -27,6 +27,7 @@ from relneuron.artifact import (
 )
 from relneuron.conditions import (
     Ablation,
+    Places,
     default_sizes,
     plan_conditions,
     read_rankings,
@@ -123,20 +124,22 @@ def ablate_prompts(
             "mend its name, or add --any-set to switch it off all the same",
         )
     notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
-    rankings, concepts = dict(sets), {}
+    rankings = dict(sets)
     if {"sizes", "sites"} & {*options.analyses}:
         rankings = read_rankings(neurons_path.parent / "scores.safetensors", sets)
-    path = neurons_path.parent / "concepts" / "neurons.json"
-    if "concepts" in options.analyses and path.exists():
-        found = NeuronFile.read(path)
-        found.check_model(shape)
-        concepts = read_sets(found, shape)[0]
+    concepts, gains = (
+        _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
+        if analysis in options.analyses
+        else {}
+        for analysis in ("concepts", "gain")
+    )
     set_size = max(map(len, sets.values()), default=0)
     sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
     plan = plan_conditions(
         sets,
         rankings,
         concepts,
+        gains,
         prompts,
         shape,
         analyses=options.analyses,
@@ -152,8 +155,11 @@ def ablate_prompts(
         sizes,
         known=min(map(len, rankings.values()), default=n_neurons(shape)),
         total=n_neurons(shape),
-        has_concepts=bool(concepts),
-        has_texts=texts is not None,
+        has={
+            "concepts": bool(concepts),
+            "gain": bool(gains),
+            "perplexity": texts is not None,
+        },
     )
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
@@ -234,6 +240,15 @@ def ablate_prompts(
     return accuracy
 
 
+def _sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
+    """The sets of a neurons.json beside the study's own; none if it is not there."""
+    if not path.exists():
+        return {}
+    found = NeuronFile.read(path)
+    found.check_model(shape)
+    return read_sets(found, shape)[0]
+
+
 def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
     """Neutral sentences as prompts that ask nothing."""
     if "perplexity" not in options.analyses or not path.exists():
@@ -250,8 +265,7 @@ def _left_out(
     *,
     known: int,
     total: int,
-    has_concepts: bool,
-    has_texts: bool,
+    has: Mapping[str, bool],
 ) -> list[str]:
     """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
     unranked = "no scores.safetensors beside the neurons ranks them so"
@@ -259,9 +273,10 @@ def _left_out(
     why = {
         f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
         "sites": unranked if known < total else "",
-        "concepts": "" if has_concepts else "no concepts/neurons.json beside the neurons",
-        "perplexity": "" if has_texts else "no sentences.jsonl beside the prompts",
+        **{name: f"no {path} beside the neurons" for name, path in SETS_BESIDE.items()},
+        "perplexity": "no sentences.jsonl beside the prompts",
     }
+    why |= {name: "" for name, is_there in has.items() if is_there}
     if not larger:
         del why["sizes "]
     return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]

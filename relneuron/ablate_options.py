@@ -19,6 +19,8 @@ from relneuron.evaluate import MODES, OOM, POSITIONS, How
 from relneuron.model import same_model
 
 MEANS_OF = ("all", "relation")
+# Sets found in another way, beside the neurons, and the analysis that compares them.
+SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOpti
     others = {
         "scores.safetensors": neurons.parent if {"sizes", "sites"} & {*options.analyses} else None,
         "responses.safetensors": neurons.parent if options.mode == "mean" else None,
-        "concepts/neurons.json": neurons.parent if "concepts" in options.analyses else None,
+        **{
+            name: neurons.parent if analysis in options.analyses else None
+            for analysis, name in SETS_BESIDE.items()
+        },
         "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
     }
     read = {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}

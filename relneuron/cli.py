@@ -16,6 +16,7 @@ import typer
 
 from relneuron import cli_options as take
 from relneuron.artifact import RelneuronError
+from relneuron.cli_attribute import attribute
 from relneuron.cli_bench import bench
 from relneuron.cli_corpus import count, generate, merge, nll
 from relneuron.cli_identify import export, identify, import_files
@@ -53,7 +54,7 @@ def demo(
     bootstrap: take.Bootstrap = _DEFAULT.bootstrap,
     noise: take.Noise = _DEFAULT.noise,
     random_seeds: take.RandomSeeds = _DEFAULT.random_seeds,
-    analyses: take.Analyses = "main",
+    analyses: take.Analyses = "gain",
     sizes: take.Sizes = "",
     force: take.Force = False,
     quiet: take.Quiet = False,
@@ -316,7 +317,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-for command in (identify, count, merge, nll, generate, export, bench):
+for command in (identify, attribute, count, merge, nll, generate, export, bench):
     app.command()(command)
 app.command("import")(import_files)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import RelneuronError, refuse_overwrite
+from relneuron.artifact import NeuronFile, RelneuronError, refuse_overwrite
 from relneuron.cli_print import print_chosen, print_groups, say
 from relneuron.study import Options
 
@@ -22,8 +22,8 @@ def identify(
     method: Annotated[
         str,
         typer.Option(
-            help="Of recorded responses: ap (average precision). Of counts: lape (activation "
-            "probability entropy), probability, mean, random."
+            help="Of recorded responses: ap (average precision). Of attributions: logprob_gain. "
+            "Of counts: lape (activation probability entropy), probability, mean, random."
         ),
     ] = _DEFAULT.method,
     top: Annotated[
@@ -53,12 +53,25 @@ def identify(
     precision: Annotated[
         str, typer.Option(help="lape: probabilities in float32 (as the authors) or float64.")
     ] = "float32",
+    kept_only: Annotated[
+        bool,
+        typer.Option("--kept-only", help="logprob_gain: of sentences the model knows, no others."),
+    ] = False,
     seed: take.Seed = _DEFAULT.seed,
     force: take.Force = False,
     quiet: take.Quiet = False,
     debug: take.Debug = False,
 ) -> None:
-    """Rank the neurons of a recorded or counted directory; needs no model."""
+    """Rank the neurons of a recorded, attributed or counted directory; needs no model."""
+    if method == "logprob_gain":
+        from relneuron.identify_gains import identify_gains
+
+        ranked = identify_gains(
+            folder, output, top=top, kept_only=kept_only, force=force, quiet=quiet
+        )
+        print_gains(ranked)
+        say(f"-> {output}")
+        return
     if method in COUNT_METHODS:
         from relneuron.identify_counts import identify_counts
 
@@ -83,6 +96,9 @@ def identify(
 
     if (folder / "counts.safetensors").exists() and not (folder / "prompts.jsonl").exists():
         raise RelneuronError(f"{folder} holds counts, no responses", "add --method lape", 2)
+    if (folder / "targets.csv").exists() and not (folder / "validated.csv").exists():
+        cause = f"{folder} holds an attribution, no responses"
+        raise RelneuronError(cause, "add --method logprob_gain", 2)
     chosen = identify_stage(
         folder,
         output,
@@ -99,6 +115,18 @@ def identify(
     )
     print_chosen(chosen)
     say(f"-> {output}")
+
+
+def print_gains(chosen: NeuronFile) -> None:
+    """How many neurons each relation has, and the mean gain at the cut."""
+    for relation, found in chosen.selection.items():
+        if "reason" in found:
+            say(f"{relation}: no neurons, {found['reason']}")
+            continue
+        say(
+            f"{relation}: {len(chosen.sets[relation])} neurons, mean gain >= "
+            f"{found['score_at_cut']:.3g} nats over {found['sentences']:,} sentences"
+        )
 
 
 def import_files(
@@ -156,7 +184,6 @@ def export(
     debug: take.Debug = False,
 ) -> None:
     """A .neuron.pth of a neurons.json, or files of counts, in the LAPE authors' format."""
-    from relneuron.artifact import NeuronFile
     from relneuron.lape_counts import export_counts
     from relneuron.lape_files import write_neuron_pth
 

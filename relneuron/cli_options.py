@@ -70,7 +70,7 @@ Splits = Annotated[str, typer.Option(help="What to ask when neurons are off: eva
 RandomSeeds = Annotated[int, typer.Option(min=0, help="Random neuron sets to compare with.")]
 Analyses = Annotated[
     str,
-    typer.Option(help="main, all, or some of: matched,sizes,sites,concepts,perplexity."),
+    typer.Option(help="main, all, or some of: matched,sizes,sites,concepts,gain,perplexity."),
 ]
 Sizes = Annotated[
     str, typer.Option(help="Set sizes of the analysis sizes; default: the paper's nine, scaled.")

@@ -24,7 +24,7 @@ from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
 Places = NDArray[np.int64]
 
 # What can be asked beside the clean model, the relations' sets and the random ones.
-ANALYSES = ("matched", "sizes", "sites", "concepts", "perplexity")
+ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
 PAPER_TOP = 3000
 
@@ -131,6 +131,7 @@ def plan_conditions(
     sets: Mapping[str, Places],
     rankings: Mapping[str, Places],
     concepts: Mapping[str, Places],
+    gains: Mapping[str, Places],
     prompts: Sequence[Prompt],
     shape: Mapping[str, int],
     *,
@@ -140,9 +141,9 @@ def plan_conditions(
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
-    Clean, sets and random sets are asked everything; sizes, sites and concepts the prompts of the
-    main split (eva in the files' own language, or else the first by `split_order`); matched sets
-    and ranges of ranks only those of their own relation.
+    Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
+    of the main split (eva in the files' own language, or else the first by `split_order`); matched
+    sets and ranges of ranks only those of their own relation.
     """
     everything = range(len(prompts))
     main = main_split(map(split_name, prompts))
@@ -185,6 +186,9 @@ def plan_conditions(
     if "concepts" in analyses:
         for name, places in concepts.items():
             add(f"concept:{name}", places, eva, "concept", relation=name)
+    if "gain" in analyses:
+        for name, places in gains.items():
+            add(f"gain:{name}", places, eva, "gain", relation=name)
     names = [ablation.condition.name for ablation in plan]
     clash = [name for name, n in Counter(names).items() if n > 1]
     if clash:
@@ -213,6 +217,7 @@ def check_names(
         dict.fromkeys(relations, some),
         dict.fromkeys(relations, everything),
         dict.fromkeys(concepts, some),
+        dict.fromkeys(relations, some),
         prompts,
         shape,
         analyses=analyses,

@@ -17,7 +17,7 @@ from relneuron.artifact import Prompt, RelneuronError, csv_bytes, read_csv
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
 NOT_ASKED = -1
-KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept")
+KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept", "gain")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Condition:
     | range | `<relation>@<first>-<last>` | ranks `first` to `last` of it, counted from 1 |
     | site | `<relation>@<site>` | the best of one site, as many as the set has |
     | concept | `concept:<name>` | the set of a kind of subject |
+    | gain | `gain:<relation>` | those that raise the answer most, as many as the set has |
     """
 
     name: str

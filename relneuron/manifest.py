@@ -57,14 +57,17 @@ _MANIFEST_KEYS = (
 
 # The stages in their order, each with those that are made from it.
 _LATER = {
-    "prompts": ("record", "identify", "ablate", "report"),
+    "prompts": ("record", "attribute", "identify", "ablate", "report"),
     "record": ("identify", "ablate", "report"),
     "count": ("identify", "ablate", "nll", "report"),
+    "attribute": ("identify", "ablate", "report"),
     "identify": ("ablate", "nll", "report"),
     "ablate": ("report",),
     "nll": ("report",),
     "report": (),
 }
+# Stages of another kind of study, in whose folder a stage is not begun.
+_APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"record", "count"}}
 
 
 def json_digest(value: object) -> str:
@@ -116,10 +119,11 @@ class Manifest:
         Finished from other inputs is an error that names them, unless `force` redoes the stage.
         """
         entry = self.data["stages"].get(stage)
-        relations = self.data["stages"].keys() & {"prompts", "record"}
-        if stage == "count" and entry is None and relations and not force:
+        others = _APART.get(stage, set())
+        if entry is None and self.data["stages"].keys() & others and not force:
+            kind = "groups of text" if "count" in self.data["stages"] else "relations"
             raise RelneuronError(
-                f"{self.path.parent} holds a study of relations",
+                f"{self.path.parent} holds a study of {kind}",
                 "use another output, or --force to forget what was identified and ablated there",
             )
         if entry is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -308,8 +308,13 @@ def model_shape(mlps: Sequence[GatedMLP]) -> dict[str, int]:
 _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
-def describe_model(name: str, model: Any, mlps: Sequence[GatedMLP], backend: str) -> Json:
-    """What the manifest says of a model; `digest` covers the config and a sample of each weight."""
+def describe_model(
+    name: str, model: Any, mlps: Sequence[GatedMLP] | Mapping[str, int], backend: str
+) -> Json:
+    """What the manifest says of a model; `digest` covers the config and a sample of each weight.
+
+    A model whose MLPs are not gated gives its shape (layers, width and hidden) in their place.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for key, value in sorted(model.state_dict().items()):
@@ -319,12 +324,19 @@ def describe_model(name: str, model: Any, mlps: Sequence[GatedMLP], backend: str
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(raw.numpy().tobytes())
     parameter = next(model.parameters())
+    if isinstance(mlps, Mapping):
+        text = model.config.get_text_config()
+        names = ("hidden_act", "hidden_activation", "activation_function")
+        activation = next((getattr(text, name) for name in names if hasattr(text, name)), None)
+        shape = {key: mlps[key] for key in ("layers", "width", "hidden")}
+    else:
+        activation, shape = mlps[0].activation, model_shape(mlps)
     return {
         "id": name,
         "revision": getattr(model.config, "_commit_hash", None),
         "architecture": type(model).__name__,
-        **model_shape(mlps),
-        "activation": mlps[0].activation,
+        **shape,
+        "activation": activation,
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": parameter.device.type,

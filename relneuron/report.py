@@ -2,7 +2,8 @@
 
 report_study.py reads the study, report_neurons.py and report_analyses.py make the sections, the
 figures*.py draw, report.html.j2 lays out; here are the first words and the last. A study of a
-corpus has report_groups*.py for that. The same study gives the same bytes.
+corpus has report_groups*.py for that, an attribution report_attribution*.py. The same study gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.report_attribution_study import (
+    ATTRIBUTION_INPUTS,
+    AttributionStudy,
+    is_attribution,
+    read_attribution_study,
+)
 from relneuron.report_groups_study import (
     GROUP_INPUTS,
     GroupStudy,
@@ -28,12 +35,14 @@ from relneuron.tables import NBSP, Number, Table, label, percent, show, split_ti
 if TYPE_CHECKING:
     from relneuron.report_parts import Section
 
+AnyStudy = Study | GroupStudy | AttributionStudy
+
 METHODS = {"ap": "average precision"}
 DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise")  # of identify
 ORDER = (
     *("accuracy", "prompts", "drop", "interference", "perplexity"),
     *("sizes", "cumulativity", "sites", "layers", "scores", "overlap", "versatility", "concepts"),
-    *("resilience", "errors"),
+    *("gain", "resilience", "errors"),
 )
 
 
@@ -43,9 +52,10 @@ def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
     Inside the study directory the tables of its analyses are written too.
     """
     refuse_overwrite(output, force)
-    if output.resolve() in [(study / name).resolve() for name in (*INPUTS, *GROUP_INPUTS)]:
+    inputs = (*INPUTS, *GROUP_INPUTS, *ATTRIBUTION_INPUTS)
+    if output.resolve() in [(study / name).resolve() for name in inputs]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
-    found = read_group_study(study) if is_group_study(study) else read_study(study)
+    found = read_any(study)
     html = render(found)
     if output.resolve().parent == study.resolve():
         write_tables(study, tables(found))
@@ -53,10 +63,21 @@ def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
     return output
 
 
-def tables(study: Study | GroupStudy) -> dict[str, Table]:
+def read_any(folder: Path) -> AnyStudy:
+    """Read a folder as what it is, by the files it holds."""
+    if is_attribution(folder):
+        return read_attribution_study(folder)
+    return read_group_study(folder) if is_group_study(folder) else read_study(folder)
+
+
+def tables(study: AnyStudy) -> dict[str, Table]:
     """The tables that other programs read."""
     if isinstance(study, Study):
         return study.tables
+    if isinstance(study, AttributionStudy):
+        from relneuron.report_attribution_tables import attribution_tables
+
+        return attribution_tables(study)
     from relneuron.report_groups_tables import group_tables
 
     return group_tables(study)
@@ -72,13 +93,18 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
     return paths
 
 
-def render(study: Study | GroupStudy) -> str:
+def render(study: AnyStudy) -> str:
     """The report as HTML text; whatever the study holds is shown as text."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         if isinstance(study, Study):
             template, context = "report.html.j2", page(study)
+        elif isinstance(study, AttributionStudy):
+            from relneuron.report_attribution import attribution_page
+
+            template, context = "report_attribution.html.j2", attribution_page(study)
+            context["commands"] = commands(study.manifest)
         else:
             from relneuron.report_groups import group_page
 
@@ -198,6 +224,8 @@ def commands(manifest: Json) -> list[str]:
         taken = {key: options.get("identify", {}).get(key) for key in DEMO_OPTIONS}
         asked = options.get("ablate", {})
         taken |= {key: asked.get(key) for key in ("random_seeds", "analyses", "sizes")}
+        if taken["analyses"] == []:
+            taken["analyses"] = "main"  # without the option it makes more
         lines = [_command(["demo", "-o", "STUDY"], taken)]
     else:
         loading = {key: model.get(key) for key in ("dtype", "revision")}
@@ -206,6 +234,7 @@ def commands(manifest: Json) -> list[str]:
             "prompts": (["FACTS_DIR", "-o", prompts], {}),
             "count": ([name, *_texts(options.get("count", {})), "-o", "STUDY"], loading),
             "record": ([name, prompts, "-o", "STUDY"], loading),
+            "attribute": ([name, "PROMPTS", "-o", "STUDY", *_comparing(options)], loading),
             "identify": (["STUDY", "-o", neurons], {}),
             "ablate": ([name, neurons, prompts, "-o", "STUDY/effects.csv"], loading),
             "nll": ([name, neurons, *_texts(options.get("nll", {})), "-o", "STUDY"], loading),
@@ -213,9 +242,14 @@ def commands(manifest: Json) -> list[str]:
         lines = [
             _command([stage, *words], {**_packed(options[stage]), **more})
             for stage, (words, more) in fixed.items()
-            if stage in options
+            # Prompts of no facts were made within another study.
+            if stage in options and (stage != "prompts" or "facts" in options[stage])
         ]
     return "\n".join([*lines, "relneuron report STUDY -o report.html"]).split("\n")
+
+
+def _comparing(options: Json) -> list[str]:
+    return ["--no-compare"] if options.get("attribute", {}).get("compare") is False else []
 
 
 def _texts(inputs: Json) -> list[str]:

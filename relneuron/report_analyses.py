@@ -13,6 +13,7 @@ import numpy as np
 
 from relneuron import figures
 from relneuron import figures_analyses as draw
+from relneuron import figures_attribution as draw_attribution
 from relneuron.analyses import resilience_test
 from relneuron.figures import SURE, floats
 from relneuron.report_parts import Results, Section, mean, n_of
@@ -319,6 +320,47 @@ def sites(study: Study, _: Results) -> Section:
     )
 
 
+def gain(study: Study, _: Results) -> Section:
+    table, shared = study.tables["gain"], study.tables["gain_overlap"]
+    drops = {
+        (method, who): percent(mean(table.where("method", method), who).mean)
+        for method in ("ap", "gain")
+        for who in ("drop", "others_drop")
+    }
+    seen = [
+        f"Mean drop of the relation itself: {drops['ap', 'drop']} with its neurons by average "
+        f"precision (AP) off, {drops['gain', 'drop']} with as many by gain. Of the others: "
+        f"{drops['ap', 'others_drop']} and {drops['gain', 'others_drop']}."
+    ]
+    n, by_ap, by_gain, chance = (
+        mean(shared, name).mean for name in ("shared", "ap", "gain", "expected")
+    )
+    if np.isfinite(floats(shared, "p_value")).any():
+        beyond = int((floats(shared, "q_value") <= SURE).sum())
+        seen.append(
+            f"The sets by AP set {significant(by_ap, 3)} products of the MLPs to zero on average, "
+            f"those by gain {significant(by_gain, 3)}, of which {significant(n, 3)} are the same; "
+            f"random sets would share {significant(chance, 3)}. {beyond:,} of "
+            f"{n_of(len(shared.rows), 'relation')} share more than chance (q ≤ {SURE})."
+        )
+    if np.isfinite(known := mean(shared, "correlation").mean):
+        seen.append(f"Rank correlation of the two scores, mean: {significant(known, 2)}.")
+    return Section(
+        "gain",
+        "Neurons by log-probability gain",
+        "Are the neurons that tell a relation's prompts from others those that raise its answers?",
+        seen,
+        "AP asks how well a neuron's output tells the relation's prompts from others. The gain "
+        "(arXiv 2312.12141) asks what it writes: by how many nats its value vector, added to the "
+        "residual stream, raises the log-probability of the answer's first token; mean over the "
+        "relation's det prompts that are answered right. A set by gain holds products of the "
+        "MLPs, as many as the relation's own set has neurons: a zeroed gate or up output zeroes "
+        "one product too, a zeroed down output none.",
+        [draw_attribution.gain_plot(table)],
+        [("gain", table), ("gain_overlap", shared)],
+    )
+
+
 MAKERS: dict[str, Callable[[Study, Results], Section]] = {
     "accuracy": accuracy,
     "drop": drop,
@@ -327,6 +369,7 @@ MAKERS: dict[str, Callable[[Study, Results], Section]] = {
     "sizes": sizes,
     "cumulativity": cumulativity,
     "sites": sites,
+    "gain": gain,
     "resilience": resilience,
     "errors": errors,
 }

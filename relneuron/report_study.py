@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
-from relneuron.analyses import SentenceRow, read_perplexity, run_all
+from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
+from relneuron.analyses.uncertainty import spearman
 from relneuron.artifact import (
     Json,
     Neuron,
@@ -42,6 +45,7 @@ from relneuron.scores import ranking
 from relneuron.tables import Table
 
 ACCURACY = ("condition", "relation", "split", "n_prompts", "n_correct")
+GAIN_SCORES = "logprob_gain.gate"
 SIGNIFICANCE = ("p_permutation", "q_value", "ap_low", "ap_high")
 
 
@@ -54,6 +58,7 @@ class Study:
     significance: dict[str, Array]  # p, q, low, high of each row of neurons.sets: (K, 4)
     grids: dict[str, Grid]  # by split, the main one first
     concept_sets: dict[str, list[Neuron]]
+    gains: Gains
     sentences: list[SentenceRow]
     frequency: dict[str, float]  # by prompt id: documents that name its fact
 
@@ -70,6 +75,7 @@ class Study:
             self.prompts,
             self.n_neurons,
             concept_sets=self.concept_sets,
+            gains=self.gains,
             sentences=self.sentences,
             frequency=self.frequency,
         )
@@ -108,11 +114,12 @@ def read_study(folder: Path) -> Study:
             sets,
             significance,
             grids,
-            _concepts(effects, manifest, grids),
+            _sets_beside(effects, manifest, grids, "concept", "concepts/neurons.json"),
+            _gains(effects, manifest, grids, neurons),
             read_perplexity(sentences) if sentences.exists() else [],
             _frequency(folder / "frequency.csv"),
         )
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, csv.Error, SafetensorError) as error:
         raise RelneuronError(
             f"{folder}: a table is damaged or of another study ({error!r})",
             "run the stages from identify on anew",
@@ -158,16 +165,52 @@ def check_neurons_of(effects: Path, manifest: Json) -> None:
         raise _other(effects, "neurons than neurons.json has")
 
 
-def _concepts(effects: Path, manifest: Json, grids: dict[str, Grid]) -> dict[str, list[Neuron]]:
-    """The sets of concepts that were switched off; those of an earlier study may lie there too."""
-    path = effects.parent / "concepts" / "neurons.json"
-    asked = any(grid.of_kind("concept") for grid in grids.values())
+def _sets_beside(
+    effects: Path, manifest: Json, grids: dict[str, Grid], kind: str, name: str
+) -> dict[str, list[Neuron]]:
+    """The sets of a kind that were switched off; those of an earlier study may lie there too."""
+    path = effects.parent / name
+    asked = any(grid.of_kind(kind) for grid in grids.values())
     if not asked or not path.exists():
         return {}
     beside = _asked_of(manifest).get("beside")
-    if beside is not None and beside.get("concepts/neurons.json") != sha256(path):
-        raise _other(effects, "concepts than concepts/neurons.json has")
+    if beside is not None and beside.get(name) != sha256(path):
+        raise _other(effects, f"{kind}s than {name} has")
     return _neurons_once(NeuronFile.read(path))
+
+
+def _gains(effects: Path, manifest: Json, grids: dict[str, Grid], neurons: NeuronFile) -> Gains:
+    """The sets by log-probability gain, and how their scores go with those of the own sets."""
+    sets = _sets_beside(effects, manifest, grids, "gain", "attribution/neurons.json")
+    if not sets:
+        return NO_GAINS
+    n_products = int(neurons.model["layers"]) * int(neurons.model["width"])
+    folder = effects.parent / "attribution"
+    described = Manifest(folder)
+    if "scores.safetensors" in described.data["files"]:
+        described.is_intact("scores.safetensors")
+    by_ap = read_scores(effects.parent / "scores.safetensors", ("ap.gate", "ap.up"))
+    by_gain = read_scores(folder / "scores.safetensors", (GAIN_SCORES,))
+    both = [name for name in sets if name in by_ap and name in by_gain]
+    correlation = {name: spearman(by_ap[name], by_gain[name])[0] for name in both}
+    return Gains(sets, n_products, correlation)
+
+
+def read_scores(path: Path, names: Sequence[str]) -> dict[str, Array]:
+    """Each relation's scores of all products, (L * F,): the largest of the tensors `names`.
+
+    A relation without scores is left out, and all are where the file or a tensor is not there.
+    """
+    if not path.exists():
+        return {}
+    with safe_open(path, "np") as file:
+        if not set(names) <= set(file.keys()):
+            return {}
+        relations = json.loads((file.metadata() or {}).get("relations", "[]"))
+        found = np.maximum.reduce([file.get_tensor(name) for name in names])
+    flat = found.reshape(len(found), -1).astype(np.float64)
+    pairs = zip(relations, flat, strict=True)
+    return {name: scores for name, scores in pairs if np.isfinite(scores).all()}
 
 
 def _frequency(path: Path) -> dict[str, float]:

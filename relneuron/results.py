@@ -30,11 +30,14 @@ INPUTS = {
     "perplexity.csv": "ablate MODEL neurons.json prompts.jsonl -o effects.csv",
     "frequency.csv": "no command, but by counting documents: id, documents",
     "concepts/neurons.json": "run MODEL --facts DIR -o DIR --analyses concepts",
+    "attribution/neurons.json": "run MODEL --facts DIR -o DIR --analyses gain",
+    "attribution/scores.safetensors": "run MODEL --facts DIR -o DIR --analyses gain",
 }
 # A study that was not asked for them has no such files; one whose manifest names them must.
 OPTIONAL = (
     *("significance.csv", "effects.parquet", "conditions.csv", "perplexity.csv"),
     *("frequency.csv", "concepts/neurons.json"),
+    *("attribution/neurons.json", "attribution/scores.safetensors"),
 )
 
 

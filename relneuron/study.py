@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,7 +14,18 @@ from typing import Any
 
 from relneuron.ablate import ablate_prompts
 from relneuron.ablate_options import AblateOptions, ablate_inputs
-from relneuron.artifact import NeuronFile, Prompt, RelneuronError, sha256
+from relneuron.artifact import (
+    NeuronFile,
+    Prompt,
+    RelneuronError,
+    atomic_write,
+    prompts_bytes,
+    read_csv,
+    read_prompts,
+    sha256,
+)
+from relneuron.attribute import attribute
+from relneuron.attribute_options import AttributeOptions
 from relneuron.clock import Clock
 from relneuron.concepts import concept_study, concept_subjects
 from relneuron.conditions import check_names
@@ -27,6 +40,7 @@ from relneuron.identify import (
     identify,
     identify_inputs,
 )
+from relneuron.identify_gains import identify_gains, identify_gains_inputs
 from relneuron.manifest import Manifest, locked
 from relneuron.model import (
     describe_model,
@@ -39,7 +53,9 @@ from relneuron.predict import encode
 from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
+from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
 from relneuron.report_groups_study import GROUP_INPUTS
+from relneuron.residual import read_residual_model
 from relneuron.results import INPUTS
 
 
@@ -256,6 +272,17 @@ def run_study(
                 force=force,
                 quiet=quiet,
             )
+        if "gain" in o.analyses and top:
+            gain_study(
+                name,
+                model,
+                tokenizer,
+                folder,
+                batch_tokens=o.batch_tokens,
+                backend=o.backend,
+                force=force,
+                quiet=quiet,
+            )
         inputs = ablate_inputs(described, neurons, prompts, asked)
         if not Manifest(folder).is_done("ablate", inputs, force=force):
             ablate_prompts(
@@ -277,10 +304,67 @@ def run_study(
     return report
 
 
+def gain_study(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    study: Path,
+    *,
+    batch_tokens: int = 4096,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> NeuronFile | None:
+    """Make, or go on with, `study`/attribution: as many neurons by gain as each set has by AP.
+
+    The gains are those of the det prompts that are answered right, which the sets were found with.
+    Returns the neurons, or None, with a warning, if the model cannot be attributed.
+    """
+    try:
+        read_residual_model(model)
+    except RelneuronError as error:
+        warnings.warn(f"gain left out: {error.cause}", stacklevel=2)
+        return None
+    validated = read_csv(study / "validated.csv", ("id", "correct"))
+    right = {row["id"] for row in validated if row["correct"] == "1"}
+    everything = read_prompts(study / "prompts.jsonl")
+    data = prompts_bytes([p for p in everything if p.split == "det" and p.id in right])
+    sets = NeuronFile.read(study / "neurons.json").sets
+    chosen: dict[str, Any] = {"kept_only": False}
+    chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
+    options = AttributeOptions(
+        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens
+    )
+    folder = study / "attribution"
+    prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
+    with locked(folder):
+        inputs = {"right": hashlib.sha256(data).hexdigest()}
+        if not Manifest(folder).is_done("prompts", inputs, force=force):
+            atomic_write(prompts, data)
+            Manifest(folder).finish("prompts", inputs, [prompts])
+        # What no manifest knows is left of a run that was killed.
+        anew = force or "attribute" not in Manifest(folder).data["stages"]
+        attribute(
+            name,
+            model,
+            tokenizer,
+            prompts,
+            folder,
+            options,
+            backend=backend,
+            force=anew,
+            quiet=quiet,
+        )
+        inputs = identify_gains_inputs(folder, **chosen)
+        if not Manifest(folder).is_done("identify", inputs, force=force):
+            identify_gains(folder, neurons, **chosen, force=True, quiet=quiet)
+    return NeuronFile.read(neurons)
+
+
 def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
-    known = dict.fromkeys((*INPUTS, *GROUP_INPUTS))
+    known = dict.fromkeys((*INPUTS, *GROUP_INPUTS, *ATTRIBUTION_INPUTS))
     names = [name for name in known if name != "manifest.json" and (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names}
     if resume and manifest.is_done("report", inputs, force=force):

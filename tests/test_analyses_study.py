@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from scipy.stats import wilcoxon
 
-from relneuron.analyses import SentenceRow, perplexity, read_perplexity, run_all
+from relneuron.analyses import Gains, SentenceRow, perplexity, read_perplexity, run_all
 from relneuron.artifact import Neuron, Prompt, RelneuronError, csv_bytes
 from relneuron.effects import (
     EFFECTS,
@@ -29,7 +29,8 @@ N_PROMPTS = 30
 N_NEURONS = 60
 KEYS = [
     *("accuracy", "drop", "overlap", "versatility", "interference", "sizes", "cumulativity"),
-    *("cumulativity_summary", "sites", "concepts", "perplexity", "resilience", "errors"),
+    *("cumulativity_summary", "sites", "concepts", "gain", "gain_overlap", "perplexity"),
+    *("resilience", "errors"),
 ]
 
 Answers = dict[tuple[str, str], dict[str, int]]  # (condition, relation) -> {prompt: right}
@@ -52,6 +53,7 @@ def draw_conditions(full: bool) -> list[Condition]:
         ranges = [(a + 1, b) for a, b in pairwise(SIZES)]
         found += [Condition(f"{r}@{a}-{b}", "range", r, first=a, last=b) for a, b in ranges]
         found += [Condition(f"{r}@{site}", "site", r, site=site) for site in ("gate", "up", "down")]
+        found.append(Condition(f"gain:{r}", "gain", r, n_neurons=4))
     return found + [Condition("concept:people", "concept", "people")] * full
 
 
@@ -112,6 +114,7 @@ class Study(NamedTuple):
             prompts_of(self.rows),
             N_NEURONS,
             concept_sets={"people": self.sets["hq"]},
+            gains=Gains(draw_sets(random.Random(5)), N_NEURONS, {"hq": 0.5}),
             sentences=sentences(),
             frequency={name: float(i) for i, name in enumerate(self.grids["eva"].ids)},
         )
@@ -213,6 +216,7 @@ def test_what_was_not_asked_has_no_table(tmp_path: Path) -> None:
     grids = read_grids(tmp_path)
     tables = run_all(grids, draw_sets(random.Random(3)), prompts_of(rows), N_NEURONS)
     absent = {"sizes", "cumulativity", "cumulativity_summary", "sites", "concepts", "perplexity"}
+    absent |= {"gain", "gain_overlap"}
     assert list(tables) == [key for key in KEYS if key not in absent]
     # Where there is no eva, the first split stands for it.
     right = [int(row[5]) for row in rows if row[:3] == ("clean", "ceo", "eva2")]

@@ -5,6 +5,7 @@ What cannot be compared is left out with a notice.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_rows
 
+from relneuron import cli
 from relneuron.ablate_options import AblateOptions
 from relneuron.analyses import run_all
 from relneuron.artifact import RelneuronError
@@ -60,6 +62,7 @@ def plan(study: Study, **changes: Any) -> dict[str, Any]:
         "sets": sets,
         "rankings": read_rankings(study.folder / "scores.safetensors", sets),
         "concepts": {},
+        "gains": {},
         "prompts": [p for p in study.prompts.values() if p.split != "det"],
         "shape": SHAPE,
         "analyses": ("matched", "sizes", "sites"),
@@ -169,6 +172,9 @@ def test_analyses_are_parsed() -> None:
     assert parse_analyses("all") == ANALYSES
     assert parse_analyses(" sites , matched") == ("matched", "sites")
     assert parse_analyses("main,sizes") == ("sizes",)
+    assert parse_analyses("gain") == ("gain",)
+    assert inspect.signature(cli.demo).parameters["analyses"].default == "gain"
+    assert inspect.signature(cli.run).parameters["analyses"].default == "main"
     for text in ("", ",", "size", "sizes,all"):
         with pytest.raises(RelneuronError, match="unknown analysis"):
             parse_analyses(text)

@@ -441,5 +441,5 @@ def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answer
         assert int(row["total"]) == len(lost)
         assert int(row["affected"]) == sum(not alone[key] for key in lost)
     page = (study / "report.html").read_text()
-    for section in ("sizes", "cumulativity", "sites", "concepts", "perplexity"):
+    for section in ("sizes", "cumulativity", "sites", "concepts", "gain", "perplexity"):
         assert f'id="{section}"' in page

@@ -1,5 +1,7 @@
 """Every analysis of the method (A10; arXiv 2502.17355, sections 4 and 5) from one evaluation.
 
+Beside them the comparison with neurons found by log-probability gain (B3; arXiv 2312.12141).
+
 The report and the command line call `run_all`. Each analysis is a pure function from what was
 measured to a tidy table: one row a case, shares as fractions, NaN for what is not defined.
 
@@ -15,6 +17,8 @@ measured to a tidy table: one row a case, shares as fractions, NaN for what is n
 | cumulativity_summary | a range of ranks | A10.6 |
 | sites | a relation and a type of neuron | A10.9 |
 | concepts | a relation and a kind of subject | A10.10 |
+| gain | a relation and a way to find its neurons | B3, B6 |
+| gain_overlap | a relation's two sets | B3 |
 | perplexity | a relation's neutral sentences | A10.11 |
 | resilience | a relation's facts that outlive its set, and that do not | A10.12 |
 | errors | a relation's lost answers | A10.13 |
@@ -32,6 +36,7 @@ from relneuron.analyses.answers import (
     resilience_test,
 )
 from relneuron.analyses.effects import accuracy, drop_table, sites
+from relneuron.analyses.gain import NO_GAINS, Gains, gain, gain_overlap
 from relneuron.analyses.neurons import (
     OverlapEffect,
     concepts,
@@ -46,6 +51,8 @@ from relneuron.effects import Grid, main_split
 from relneuron.tables import Table
 
 __all__ = [
+    "NO_GAINS",
+    "Gains",
     "OverlapEffect",
     "ResilienceTest",
     "SentenceRow",
@@ -55,6 +62,8 @@ __all__ = [
     "cumulativity_summary",
     "drop_table",
     "errors",
+    "gain",
+    "gain_overlap",
     "interference",
     "macro_micro",
     "overlap",
@@ -77,6 +86,7 @@ def run_all(
     n_neurons: int,
     *,
     concept_sets: Mapping[str, Sequence[Neuron]] | None = None,
+    gains: Gains = NO_GAINS,
     sentences: Sequence[SentenceRow] = (),
     frequency: Mapping[str, float] | None = None,
 ) -> dict[str, Table]:
@@ -98,6 +108,8 @@ def run_all(
         "cumulativity_summary": cumulativity_summary(ranges),
         "sites": sites(grid),
         "concepts": concepts(sets, concept_sets or {}, grid, n_neurons),
+        "gain": gain(grid, sets, gains),
+        "gain_overlap": gain_overlap(sets, gains),
         "perplexity": perplexity(sentences, {c.name for c in grid.of_kind("random")}),
         "resilience": resilience(grid, frequency),
         "errors": errors(grid, prompts),

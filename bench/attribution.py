@@ -1,0 +1,220 @@
+"""`logprob_gain` on a CPU against the plain torch computation: time and peak memory in one run.
+
+    PYTHONPATH=. python -m bench.attribution [--sentences N] [--rounds N] [-o FILE.csv]
+
+The neurons are those of a Llama of random weights (`--layers`, `--width`, `--hidden`,
+`--vocabulary`), traced on random sentences; random weights write little, so `--gain` scales the
+coefficients to gains of that size. Contestants, in alternating rounds, all in float32:
+
+- `plain`: the vocabulary projection of a layer's value vectors once for all sentences, then for
+  each sentence the logits of all neurons and their log_softmax;
+- `plain, in place`: the same with one buffer, logsumexp and the target's logit only;
+- `exact`, `certified`, `top`: ours.
+
+All must give the same gains and the same sets, or the run ends. Memory is how far the process's
+peak rises above what it held before. Then 200 sentences, each with its own ten neurons off, in
+batches and one at a time (`relneuron.interventions`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.rows import add_rows
+from relneuron import ops
+from relneuron.bench import where
+from relneuron.residual import read_residual_model
+from relneuron.trace import trace
+
+
+def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:
+    """A Llama of random weights with grouped heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_sentences(n: int, vocabulary: int) -> list[list[int]]:
+    """Random token ids, 6 to 14 a sentence."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(6, 15, (n,), generator=generator).tolist()
+    return [torch.randint(3, vocabulary, (k,), generator=generator).tolist() for k in lengths]
+
+
+class Race:
+    """The neurons of a traced batch, and every way to score them."""
+
+    def __init__(self, model: Any, n_sentences: int, gain: float, top: int) -> None:
+        residual = read_residual_model(model)
+        found = trace(residual, make_sentences(n_sentences, residual.vocabulary))
+        self.unembed, self.scale, self.top = residual.unembed, found.scale, top
+        self.targets = found.logits.argsort(dim=1, descending=True)[:, 1]
+        self.layers = [
+            ops.GainLayer(found.r[i][:, -1], layer.ffn_values(), found.neurons[i][:, -1])
+            for i, layer in enumerate(residual.layers)
+        ]
+        largest = max(float(gains.abs().max()) for gains in self.ours("exact"))
+        self.layers = [
+            layer._replace(coefficients=layer.coefficients * (gain / largest))
+            for layer in self.layers
+        ]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        n_neurons, hidden = self.layers[0].values.shape
+        sizes = {"layers": len(self.layers), "neurons": n_neurons, "hidden": hidden}
+        return {"sentences": len(self.scale), **sizes, "vocabulary": len(self.unembed)}
+
+    def contestants(self) -> dict[str, Callable[[], list[Tensor]]]:
+        return {
+            "plain": self.plain,
+            "plain, in place": self.plain_in_place,
+            "exact": lambda: self.ours("exact"),
+            "certified": lambda: self.ours("certified"),
+            f"top {self.top}": self.best,
+        }
+
+    def ours(self, mode: str) -> list[Tensor]:
+        shared = (self.unembed, self.scale, self.targets)
+        found = [
+            ops.logprob_gain(layer.x, layer.values, layer.coefficients, *shared, mode=mode)
+            for layer in self.layers
+        ]
+        return [gains for gains in found if isinstance(gains, Tensor)]
+
+    def best(self) -> list[Tensor]:
+        found = ops.logprob_gain_top(
+            self.layers, self.unembed, self.scale, self.targets, top=self.top
+        )
+        return [found.gain, found.layer * len(self.layers[0].values) + found.index]
+
+    def plain(self) -> list[Tensor]:
+        result = []
+        for layer in self.layers:
+            b = layer.values @ self.unembed.T
+            logits = self.scale[:, None] * (layer.x @ self.unembed.T)
+            t = self.scale[:, None] * layer.coefficients
+            gains = torch.empty_like(layer.coefficients)
+            for e, w in enumerate(self.targets.tolist()):
+                before = logits[e].log_softmax(0)[w]
+                gains[e] = (logits[e] + t[e][:, None] * b).log_softmax(1)[:, w] - before
+            result.append(gains)
+        return result
+
+    def plain_in_place(self) -> list[Tensor]:
+        result = []
+        for layer in self.layers:
+            b = layer.values @ self.unembed.T
+            buffer = torch.empty_like(b)
+            logits = self.scale[:, None] * (layer.x @ self.unembed.T)
+            t = self.scale[:, None] * layer.coefficients
+            gains = torch.empty_like(layer.coefficients)
+            for e, w in enumerate(self.targets.tolist()):
+                before = logits[e, w] - logits[e].logsumexp(0)
+                torch.mul(b, t[e][:, None], out=buffer).add_(logits[e])
+                gains[e] = buffer[:, w] - buffer.logsumexp(1) - before
+            result.append(gains)
+        return result
+
+    def check(self, name: str, found: list[Tensor], wanted: list[Tensor]) -> None:
+        """Raise where a contestant's gains are not the exact ones."""
+        truth = torch.cat(wanted, 1)
+        if name.startswith("top"):
+            best = truth.topk(self.top, 1).values
+            # A plain float32 gain may be off by this, and so may its place in the list.
+            wrong = float((found[0] - best).abs().max())
+            wrong = max(wrong, float((truth.gather(1, found[1]) - found[0]).abs().max()))
+        else:
+            wrong = float((torch.cat(found, 1) - truth).abs().max())
+        if not wrong <= 1.5e-5:
+            raise AssertionError(f"{name}: gains differ by {wrong:.2g}")
+        print(f"{name}: gains within {wrong:.1g} of plain")
+
+
+def peak_rise(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int | None]:
+    """What `run` gives, and by how many bytes the process's peak memory rises meanwhile.
+
+    None where the system does not tell.
+    """
+    status = Path("/proc/self/status")
+
+    def bytes_of(key: str) -> int:
+        lines = status.read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+    if not status.exists():
+        return run(), None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = bytes_of("VmRSS")
+    found = run()
+    return found, bytes_of("VmHWM") - before
+
+
+def race(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant in alternating rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--sentences", type=int, default=32)
+    add("--layers", type=int, default=8)
+    add("--width", type=int, default=2048)
+    add("--hidden", type=int, default=256)
+    add("--vocabulary", type=int, default=32000)
+    add("--gain", type=float, default=0.5, help="largest gain, in nats")
+    add("--top", type=int, default=300)
+    add("--rounds", type=int, default=3)
+    add("-o", "--output", type=Path, metavar="FILE.csv", help="add rows to this file")
+    o = parser.parse_args(arguments)
+    model = make_model(o.vocabulary, o.hidden, o.width, o.layers)
+    with torch.no_grad():
+        runner = Race(model, o.sentences, o.gain, o.top)
+        contestants = runner.contestants()
+        wanted: list[Tensor] = []
+        memory = {}
+        for name, run in contestants.items():  # warms up, too
+            found, memory[name] = peak_rise(run)
+            wanted = wanted or found
+            runner.check(name, found, wanted)
+        seconds = race(contestants, o.rounds)
+    rows = []
+    for name, times in seconds.items():
+        ratios = [t / plain for t, plain in zip(seconds["plain"], times, strict=True)]
+        rise = memory[name]
+        row = {"contestant": name, "median_s": round(median(times), 4)}
+        row |= {"plain_over_it": round(median(ratios), 2), "peak_mb": rise and round(rise / 1e6, 1)}
+        rows.append({**row, "gain": o.gain, **runner.shape, **where("cpu")})
+        print(f"{name:<18} {median(times):8.3f} s  {median(ratios):6.1f}  {rise or 0:>14,} bytes")
+    add_rows(o.output, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

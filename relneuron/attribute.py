@@ -1,0 +1,393 @@
+"""The `attribute` stage: what raises each sentence's answer, neuron by neuron (arXiv 2312.12141).
+
+It writes the scores (attributions.csv or .parquet, gains.safetensors), the sentences (targets.csv),
+the tokens that the best neurons promote (promoted.csv), and what becomes of the answers when the
+neurons that eight methods choose are zeroed (interventions.csv, comparison.csv).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact import (
+    Json,
+    Prompt,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    prompts_bytes,
+    refuse_overwrite,
+    relation_names,
+)
+from relneuron.attribute_options import AttributeOptions, attribute_inputs
+from relneuron.attribute_pass import NEURONS, Scorer, Sentences, unpack
+from relneuron.attributions import (
+    COMPARISON,
+    COMPARISON_COLUMNS,
+    GAINS,
+    INTERVENTIONS,
+    INTERVENTIONS_COLUMNS,
+    PROMOTED,
+    PROMOTED_COLUMNS,
+    TABLES,
+    TARGETS,
+    GainFile,
+    Row,
+    Target,
+    number,
+    read_gains,
+    table_bytes,
+    targets_bytes,
+)
+from relneuron.comparison import Sizes, plan, run, summary
+from relneuron.knowledge import encode_targets, read_knowledge
+from relneuron.manifest import Journal, Manifest, json_digest, locked, progress_bar, versions
+from relneuron.model import describe_model, fallbacks
+from relneuron.predict import Questions, is_out_of_memory, plan_batches
+from relneuron.query_scores import promoted_tokens
+from relneuron.residual import read_residual_model
+from relneuron.residual_layers import ResidualModel
+from relneuron.scores.logprob_gain import best_neurons, mean_gains
+
+JOURNAL = "attribute.journal"
+WRITTEN = (TARGETS, *TABLES, GAINS, PROMOTED, INTERVENTIONS, COMPARISON)
+N_NAMED = 5  # best neurons of a relation that the manifest names
+UNITS = 10  # of each relation and kind, whose promoted tokens are written
+TOKENS = 10  # promoted tokens of a neuron
+
+
+def refuse_outputs(folder: Path, force: bool) -> None:
+    """Raise if a file that the stage writes exists, unless `force` or a killed run left it."""
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    is_done = "attribute" in Manifest(folder).data["stages"]
+    force = force or ((folder / JOURNAL).exists() and not is_done)
+    for name in WRITTEN:
+        refuse_overwrite(folder / name, force)
+
+
+def attribute(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    options: AttributeOptions | None = None,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Score what raises the answers of `prompts_path`'s sentences and write it to `folder`.
+
+    A value score is log p(w | x + v) - log p(w | x) in nats: w the first token of the answer, v
+    what a layer, head, position or neuron writes at the last token, x the residual stream before
+    it (methods B3). A query score is a neuron's or layer's share in activating the best value
+    neurons (B4). `options.compare` zeroes, in the sentences whose answer the model knows, the
+    neurons that eight methods choose, and asks again (B5, B6).
+
+    What the sentences are read from: `knowledge.read_knowledge`. Memory holds one batch of scores
+    at a time; a journal of finished batches lets a killed run go on, and end with the same bits.
+    An attribution that is finished already is left as it is.
+    """
+    options = options or AttributeOptions()
+    options.check_installed()
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    everything = read_knowledge(prompts_path)
+    prompts = [p for p in everything if not options.splits or p.split in options.splits]
+    if not prompts:
+        raise RelneuronError(
+            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
+            "name others with --splits",
+            2,
+        )
+    residual = read_residual_model(model)
+    targets = encode_targets(tokenizer, model, prompts, strict=options.strict)
+    described = describe_model(name, model, residual.shape, backend)
+    copy = prompts_bytes(everything)
+    inputs = attribute_inputs(
+        described,
+        hashlib.sha256(copy).hexdigest(),
+        json_digest([targets.ids, targets.targets]),
+        options,
+    )
+    if Manifest(folder).is_done("attribute", inputs, force=force):
+        (folder / JOURNAL).unlink(missing_ok=True)
+        return
+    refuse_outputs(folder, force)
+    _check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
+    sentences = Sentences(prompts, targets)
+    sizes = Sizes.of(residual, options.intervene)
+    batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
+    with locked(folder):
+        _write_copy(folder / "prompts.jsonl", prompts_path, copy)
+        journal = Journal(folder / JOURNAL, inputs)
+        gains = None
+        if not journal.done:
+            (folder / GAINS).unlink(missing_ok=True)
+        if "ffn_neuron" in options.kinds:
+            gains = GainFile(folder / GAINS, residual.shape, len(prompts))
+            journal.before_commit = gains.flush
+        scorer = Scorer(residual, sentences, options, sizes, backend)
+        found = _score_all(scorer, batches, gains, journal, quiet)
+        made = [
+            Target(
+                prompt.id,
+                prompt.relation,
+                tokenizer.decode([target]),
+                target,
+                n_answer,
+                len(ids),
+                *(one[key] for key in ("rank", "prob", "logprob", "kept")),
+            )
+            for prompt, target, n_answer, ids, one in zip(
+                *(prompts, targets.targets, targets.n_answer_tokens, targets.ids, found),
+                strict=True,
+            )
+        ]
+        written = {
+            TARGETS: targets_bytes(made),
+            options.table: table_bytes(options.table, (one.get("text", "") for one in found)),
+            PROMOTED: csv_bytes(PROMOTED_COLUMNS, _promoted(residual, tokenizer, prompts, found)),
+        }
+        seeds = list(range(options.random_seeds))
+        n_kept = sum(one["kept"] for one in found)
+        notices = []
+        if options.compare and n_kept:
+            written |= _compare(residual, sentences, found, sizes, options, journal, quiet)
+        elif options.compare:
+            notices.append("nothing compared: the model knows the answer of no sentence")
+        if options.keep == "known" and not n_kept:
+            notices.append("nothing scored: the model knows the answer of no sentence")
+        for notice in notices:
+            warnings.warn(notice, stacklevel=2)
+        # Until the journal is gone, what is written here counts as unfinished.
+        for file, data in written.items():
+            atomic_write(folder / file, data)
+        for file in {*WRITTEN} - {*written, GAINS}:
+            (folder / file).unlink(missing_ok=True)
+        best = {}
+        if gains is not None:
+            best = _best_by_relation(folder / GAINS, residual.shape, made, options.keep)
+        manifest = Manifest(folder)
+        manifest.describe(
+            versions=versions(),
+            model=described,
+            dtype=described["dtype"],
+            tokens={
+                "target": "the answer's first token",
+                "answers_of_several_tokens": targets.n_several,
+                "first_prompt_ids": targets.ids[0][:8],
+                "padding": "left, masked; position ids are explicit",
+            },
+            seeds=manifest.data.get("seeds", {}) | {"interventions": seeds},
+            batch_plan={
+                "batch_tokens": options.batch_tokens,
+                "batches": len(batches),
+                "order": "by split and language, then by length",
+            },
+            memory={"scores": "streamed by batch of sentences: one in memory, the rest on disk"},
+            fallbacks=fallbacks(described) + notices,
+        )
+        files = [folder / file for file in (*written, *([GAINS] if gains else []))]
+        manifest.finish(
+            "attribute",
+            inputs,
+            files,
+            sentences=len(prompts),
+            kept=n_kept,
+            **_said(residual, options, sizes if n_kept else None),
+            best=best,
+        )
+        journal.remove()
+
+
+# --- the prompts beside the scores -----------------------------------------------------------
+
+
+def _check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
+    """Refuse to replace other prompts than these."""
+    is_other = copy.exists() and not copy.samefile(source) and copy.read_bytes() != data
+    if is_other:
+        refuse_overwrite(copy, force)
+
+
+def _write_copy(copy: Path, source: Path, data: bytes) -> None:
+    if not copy.exists() or not (copy.samefile(source) or copy.read_bytes() == data):
+        atomic_write(copy, data)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def _score_all(
+    scorer: Scorer,
+    batches: Sequence[list[int]],
+    gains: GainFile | None,
+    journal: Journal,
+    quiet: bool,
+) -> list[Json]:
+    """Score every batch that the journal lacks; what it keeps of each sentence, in their order."""
+    by_row: dict[int, Json] = {}
+    with progress_bar(sum(map(len, batches)), "attribute", "sentence", quiet) as bar, journal:
+        for batch, rows in enumerate(batches):
+            key = f"attribute {batch}"
+            if key not in journal.done:
+                found, block = _score(scorer, rows)
+                if gains is not None and block is not None:
+                    gains.store(rows, block)
+                journal.add(key, found)
+            by_row |= dict(zip(rows, journal.done[key], strict=True))
+            bar.update(len(rows))
+    return [by_row[row] for row in range(len(by_row))]
+
+
+def _score(scorer: Scorer, rows: list[int]) -> tuple[list[Json], Any]:
+    try:
+        return scorer.score(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ids = scorer.sentences.targets.ids
+        n_tokens = len(rows) * max(len(ids[row]) for row in rows)
+        raise RelneuronError(
+            f"out of memory with {len(rows)} sentences of together {n_tokens} tokens",
+            f"use --batch-tokens {max(1, n_tokens // 2)}",
+        ) from error
+
+
+def _best_by_relation(
+    path: Path, shape: Mapping[str, int], targets: Sequence[Target], keep: str
+) -> Json:
+    """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
+    relations = sorted({target.relation for target in targets})
+    taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
+    layers = [
+        mean_gains(gains, np.array(taken), len(relations))
+        for _, gains in read_gains(path, shape, len(targets))
+    ]
+    return {
+        name: [
+            [layer, index, float(number(score))]
+            for layer, _, index, score in best_neurons(np.stack([m[row] for m in layers]), N_NAMED)
+        ]
+        for row, name in enumerate(relations)
+        if row in taken
+    }
+
+
+def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | None) -> Json:
+    """How the numbers came about, for the manifest."""
+    exact = options.mode == "exact"
+    gains = "exact" if exact else f"certified: within {options.tolerance} nats"
+    query: Json = {"of": options.query_of, "units": options.query_units}
+    if options.query_of == "ffn":
+        query["key"] = options.key
+    return {
+        "ffn_gains": gains,
+        "final_norm": {
+            "kind": "LayerNorm" if residual.centred else "RMSNorm",
+            "scale": "own, of each vector" if options.own_norm else "frozen",
+            "eps": residual.eps,
+            "bias": options.norm_bias,
+        },
+        "query": query,
+        "attention": "eager, where it is traced",
+        **({"zeroed": asdict(sizes)} if options.compare and sizes else {}),
+    }
+
+
+# --- promoted tokens -------------------------------------------------------------------------
+
+
+def _promoted(
+    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
+) -> list[Row]:
+    """What the neurons promote that are among the best of most sentences, by relation and of all.
+
+    UNITS of each kind and relation; of those that are in as many sentences the ones with the
+    higher sum of scores there.
+    """
+    times: dict[tuple[str, str], dict[tuple[int, int, int], list[float]]] = {}
+    for prompt, one in zip(prompts, found, strict=True):
+        for kind, layer, head, index, score in one.get("best", ()):
+            for relation in ("", prompt.relation):
+                units = times.setdefault((kind, relation), {})
+                sums = units.setdefault((layer, head, index), [0, 0.0])
+                sums[0] += 1
+                sums[1] += float(score)
+    rows: list[Row] = []
+    for kind in NEURONS:
+        taken = set()
+        for relation in ("", *relation_names(prompts)):
+            units = times.get((kind, relation), {})
+            order = sorted(units, key=lambda unit: (*(-n for n in units[unit]), unit))
+            taken |= {*order[:UNITS]}
+        for layer, head, index in sorted(taken):
+            place = index if head < 0 else head * residual.head_dim + index
+            of = "attention_neuron" if kind == "attention_neuron" else "ffn_neuron"
+            tokens = promoted_tokens(residual, of, layer, place, TOKENS)
+            rows += [
+                (
+                    *(kind, layer, "" if head < 0 else head, index),
+                    *(rank, tokenizer.decode([token]), token, number(logit)),
+                )
+                for rank, (token, logit) in enumerate(tokens, 1)
+            ]
+    return rows
+
+
+# --- the comparison --------------------------------------------------------------------------
+
+
+def _compare(
+    residual: ResidualModel,
+    sentences: Sentences,
+    found: Sequence[Json],
+    sizes: Sizes,
+    options: AttributeOptions,
+    journal: Journal,
+    quiet: bool,
+) -> dict[str, bytes]:
+    """interventions.csv and comparison.csv: the known sentences with their neurons zeroed."""
+    kept = [row for row, one in enumerate(found) if one["kept"]]
+    prompts = [sentences.prompts[row] for row in kept]
+    ids, types = [p.id for p in prompts], [p.relation for p in prompts]
+    shape = (len(kept), len(residual.layers), residual.n_heads)
+    heads = np.stack([unpack(found[row]["heads"], "<f4") for row in kept]).reshape(shape)
+    chosen = [
+        {name: unpack(places, "<i4").tolist() for name, places in found[row]["off"].items()}
+        for row in kept
+    ]
+    conditions = plan(
+        residual, ids, types, chosen, heads.astype(np.float64), sizes, n_seeds=options.random_seeds
+    )
+    total = len(conditions) * len(kept)
+    with progress_bar(total, "compare", "answer", quiet) as bar, journal:
+        rows = run(
+            residual,
+            [sentences.targets.ids[row] for row in kept],
+            [sentences.targets.targets[row] for row in kept],
+            ids,
+            types,
+            conditions,
+            batch_tokens=options.batch_tokens,
+            journal=journal,
+            advance=bar.update,
+        )
+    asked = (
+        (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob)) for r in rows
+    )
+    means = ([number(v) if isinstance(v, float) else v for v in row] for row in summary(rows))
+    return {
+        INTERVENTIONS: csv_bytes(INTERVENTIONS_COLUMNS, asked),
+        COMPARISON: csv_bytes(COMPARISON_COLUMNS, means),
+    }

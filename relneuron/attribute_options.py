@@ -1,0 +1,117 @@
+"""What `attribute` is asked for, and what its results depend on.
+
+The stage, its command and study.py call it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+
+from relneuron.artifact import Json, RelneuronError
+from relneuron.model import same_model
+
+# What a row of attributions.csv can score, in the table's order.
+VALUE_KINDS = (
+    "ffn_layer",
+    "attention_layer",
+    "head",
+    "position",
+    "ffn_neuron",
+    "attention_neuron",
+)
+QUERY_KINDS = ("query_layer", "query_ffn_neuron")
+KINDS = (*VALUE_KINDS, *QUERY_KINDS)
+MODES = ("certified", "exact")
+KEYS = ("gate", "up", "down")
+QUERY_OF = ("attention", "ffn")
+KEEP = ("all", "known")
+FORMATS = ("csv", "parquet")
+
+
+@dataclass(frozen=True)
+class AttributeOptions:
+    """What is scored, and what is compared; the defaults are those of arXiv 2312.12141.
+
+    `splits`: only these prompts, () for all. `kinds`: rows of attributions.csv. `top`: of each
+    sentence's neurons and positions. `mode`: FFN gains within `tolerance` nats ("certified") or to
+    the last bit of float32 arithmetic ("exact"). `own_norm`: the final norm's scale is taken anew
+    for each vector, not frozen. `norm_bias`: the final norm's bias and the lm_head's are in the
+    logits. `query_units`: the value neurons whose activation the query scores explain, of the
+    attention or, with `query_of` "ffn", of the FFN, whose key is then the row of its gate or up
+    projection or its value vector ("down"). `strict` refuses answers of several tokens. `keep`
+    "known" scores only sentences whose answer the model knows (methods B7). `compare` zeroes the
+    best `intervene` neurons of each method in the known sentences, and random ones.
+    """
+
+    splits: Sequence[str] = ()
+    kinds: Sequence[str] = KINDS
+    top: int = 300
+    mode: str = "certified"
+    tolerance: float = 1e-5
+    own_norm: bool = False
+    norm_bias: bool = False
+    key: str = "gate"
+    query_of: str = "attention"
+    query_units: int = 30
+    strict: bool = False
+    keep: str = "all"
+    compare: bool = True
+    intervene: int = 10
+    random_seeds: int = 3
+    batch_tokens: int = 2048
+    format: str = "csv"
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            *(("kind", kind, KINDS) for kind in self.kinds),
+            ("mode", self.mode, MODES),
+            ("key", self.key, KEYS),
+            ("query-of", self.query_of, QUERY_OF),
+            ("keep", self.keep, KEEP),
+            ("format", self.format, FORMATS),
+        ):
+            if value not in known:
+                raise RelneuronError(f"unknown {what} {value!r}", f"use {', '.join(known)}", 2)
+        if not self.kinds:
+            raise RelneuronError("no kind of score is asked for", f"use {', '.join(KINDS)}", 2)
+        for what, number, least in (
+            ("top", self.top, 1),
+            ("query-units", self.query_units, 1),
+            ("intervene", self.intervene, 1),
+            ("random-seeds", self.random_seeds, 0),
+            ("batch-tokens", self.batch_tokens, 1),
+        ):
+            if number < least:
+                fix = f"give a number of at least {least}"
+                raise RelneuronError(f"{what} {number} is too small", fix, 2)
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise RelneuronError(
+                f"tolerance {self.tolerance} is not positive", "give nats, such as 1e-5", 2
+            )
+
+    @property
+    def table(self) -> str:
+        """The name of the table of scores."""
+        return f"attributions.{self.format}"
+
+    def check_installed(self) -> None:
+        """Refuse a table that cannot be written here, before any work."""
+        if self.format == "parquet" and find_spec("pyarrow") is None:
+            raise RelneuronError(
+                "writing .parquet needs pyarrow", "pip install 'relneuron[data]', or write csv"
+            )
+
+
+def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeOptions) -> Json:
+    """What the stage depends on, for the manifest.
+
+    `prompts` and `tokens` are the digests of the sentences' prompts.jsonl and of their token ids.
+    """
+    asked = {
+        name: list(value) if isinstance(value, tuple | list) else value
+        for name, value in asdict(options).items()
+    }
+    return {"model": same_model(model), "prompts": prompts, "tokens": tokens, **asked}

@@ -1,0 +1,254 @@
+"""The files of an attribution: which neurons, heads and layers raised each sentence's answer.
+
+`attribute` writes them; `identify` and the report read them. Nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact import RelneuronError, create_safetensors, csv_bytes, read_csv, require
+
+TARGETS = "targets.csv"
+GAINS = "gains.safetensors"
+PROMOTED = "promoted.csv"
+INTERVENTIONS = "interventions.csv"
+COMPARISON = "comparison.csv"
+TABLES = ("attributions.csv", "attributions.parquet")
+MADE_BY = "attribute MODEL PROMPTS -o DIR"
+
+# One row a score. `layer` from zero; of a query_layer, `index` is the place of the component in
+# h^0, A^0, F^0, A^1, ... and `layer` is empty for h^0. `index` is the neuron, or of an attention
+# neuron the coordinate within its `head`; `position` is a token of the sentence, from zero.
+ATTRIBUTIONS = ("id", "kind", "layer", "head", "index", "position", "score", "rank")
+PROMOTED_COLUMNS = ("kind", "layer", "head", "index", "place", "token", "token_id", "logit")
+INTERVENTIONS_COLUMNS = ("condition", "id", "relation", "rank", "prob", "logprob")
+_DROPS = ("mrr_drop", "prob_drop", "logprob_drop")
+COMPARISON_COLUMNS = (
+    *("condition", "relation", "n", "mrr", "prob", "logprob", *_DROPS),
+    *(f"{drop}_{end}" for drop in _DROPS for end in ("low", "high")),
+)
+BLOCK = 1 << 22  # characters of the table that are turned into columns at a time
+
+Array = np.ndarray[Any, Any]
+Row = tuple[object, ...]
+
+
+def number(value: float) -> str:
+    """A float32 in decimal: nine digits give every one of them back; "" for NaN."""
+    return "" if value != value else f"{value:.9g}"
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of targets.csv: a sentence, its answer's first token, and how the model knew it.
+
+    `rank` is 1 + the number of tokens with a larger logit; `logprob` is in nats. `kept`: the
+    comparison takes the sentence in (methods B7).
+    """
+
+    id: str
+    relation: str
+    target: str  # the token as text
+    target_id: int
+    n_answer_tokens: int
+    n_tokens: int
+    rank: int
+    prob: float
+    logprob: float
+    kept: bool
+
+
+_TARGETS = tuple(f.name for f in fields(Target))
+
+
+def targets_bytes(targets: Iterable[Target]) -> bytes:
+    """targets.csv."""
+
+    def cell(value: object) -> object:
+        if isinstance(value, bool):
+            return int(value)
+        return number(value) if isinstance(value, float) else value
+
+    return csv_bytes(_TARGETS, ([cell(getattr(t, name)) for name in _TARGETS] for t in targets))
+
+
+def read_targets(path: Path) -> list[Target]:
+    """The rows of a targets.csv, in the file's order."""
+    found = []
+    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS), 2):
+        try:
+            whole = {n: int(row[n]) for n in ("target_id", "n_answer_tokens", "n_tokens", "rank")}
+            if row["kept"] not in ("0", "1"):
+                raise ValueError(f"kept is {row['kept']!r}")
+            found.append(
+                Target(
+                    row["id"],
+                    row["relation"],
+                    row["target"],
+                    **whole,
+                    prob=float(row["prob"]),
+                    logprob=float(row["logprob"]),
+                    kept=row["kept"] == "1",
+                )
+            )
+        except (TypeError, ValueError) as error:
+            raise RelneuronError(
+                f"{path}, line {line}: not a row of targets ({error})",
+                f"make it with: relneuron {MADE_BY}",
+            ) from error
+    if not found:
+        raise RelneuronError(f"{path} has no row", f"make it with: relneuron {MADE_BY}")
+    return found
+
+
+# --- the table of scores ---------------------------------------------------------------------
+
+
+def best_first(scores: Array, top: int | None = None) -> Array:
+    """Flat places (K,) of the `top` highest scores (default: all), NaN left out.
+
+    Of equal scores the later place comes first, as the published method ranks them (methods B3).
+    """
+    flat = scores.reshape(-1)
+    places = np.flatnonzero(flat == flat)
+    if top is not None and top < places.size:
+        # All that can be among the best, before anything is sorted.
+        least = np.partition(flat[places], places.size - top)[places.size - top]
+        places = places[flat[places] >= least]
+    order = np.lexsort((-places, -flat[places]))
+    result: Array = places[order[:top]]
+    return result
+
+
+def rows_text(rows: Sequence[Row]) -> str:
+    """Rows of a csv as text, without a header."""
+    return csv_bytes([str(cell) for cell in rows[0]], rows[1:]).decode() if rows else ""
+
+
+def table_bytes(name: str, texts: Iterable[str]) -> bytes:
+    """attributions.csv or .parquet from the texts of its rows, in their order."""
+    if name.endswith(".csv"):
+        return b"".join([csv_bytes(ATTRIBUTIONS, ()), *(text.encode() for text in texts)])
+    import pyarrow
+    import pyarrow.parquet
+
+    types = dict.fromkeys(ATTRIBUTIONS, pyarrow.int32())
+    types |= {"id": pyarrow.string(), "kind": pyarrow.string(), "score": pyarrow.float32()}
+    sink = io.BytesIO()
+    with pyarrow.parquet.ParquetWriter(sink, pyarrow.schema(types.items())) as writer:
+        for block in _blocks(texts):
+            columns = zip(*csv.reader(io.StringIO(block, newline="")), strict=True)
+            arrays = [
+                pyarrow.array([_value(name, cell) for cell in column], types[name])
+                for name, column in zip(ATTRIBUTIONS, columns, strict=True)
+            ]
+            writer.write_table(pyarrow.table(arrays, ATTRIBUTIONS))
+    return sink.getvalue()
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Texts joined to blocks of at least BLOCK characters, so that few rows are objects at once."""
+    waiting: list[str] = []
+    for text in texts:
+        waiting.append(text)
+        if sum(map(len, waiting)) >= BLOCK:
+            yield "".join(waiting)
+            waiting.clear()
+    if any(waiting):
+        yield "".join(waiting)
+
+
+def _value(name: str, cell: str) -> object:
+    if name in ("id", "kind"):
+        return cell
+    if not cell:
+        return None
+    return float(cell) if name == "score" else int(cell)
+
+
+def read_attributions(folder: Path) -> Iterator[dict[str, str]]:
+    """The rows of a folder's attributions.csv or .parquet, each cell as text."""
+    path = next((folder / name for name in TABLES if (folder / name).exists()), folder / TABLES[0])
+    if path.suffix == ".csv":
+        yield from read_csv(require(path, MADE_BY), ATTRIBUTIONS)
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise RelneuronError(
+            f"reading {path} needs pyarrow", "pip install 'relneuron[data]'"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=list(ATTRIBUTIONS)):
+                for row in batch.to_pylist():
+                    yield {name: _text(row[name]) for name in ATTRIBUTIONS}
+    except (pyarrow.ArrowException, KeyError) as error:
+        cause = str(error).partition("\n")[0]
+        raise RelneuronError(
+            f"{path} is damaged ({cause})", f"make it with: relneuron {MADE_BY}"
+        ) from error
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return ""
+    return number(cell) if isinstance(cell, float) else str(cell)
+
+
+# --- gains -----------------------------------------------------------------------------------
+
+
+class GainFile:
+    """gains.safetensors while it is filled: `ffn.<layer>` (N, F) float32, a memory map each."""
+
+    def __init__(self, path: Path, shape: Mapping[str, int], n_sentences: int) -> None:
+        size = (n_sentences, shape["width"])
+        names = [f"ffn.{layer}" for layer in range(shape["layers"])]
+        self._maps = list(create_safetensors(path, dict.fromkeys(names, size)).values())
+
+    def store(self, rows: Sequence[int], gains: Array) -> None:
+        """Write the gains (E, L, F) of the sentences in `rows`."""
+        for layer, array in enumerate(self._maps):
+            array[list(rows)] = gains[:, layer]
+
+    def flush(self) -> None:
+        for array in self._maps:
+            array.flush()
+
+
+def read_gains(
+    path: Path, shape: Mapping[str, int], n_sentences: int
+) -> Iterator[tuple[int, Array]]:
+    """(layer, gains (N, F) float32) of gains.safetensors, one layer at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    made_by = f"make it with: relneuron {MADE_BY}"
+    for layer in range(shape["layers"]):
+        try:
+            # Opened anew for each layer: what was read of an open file stays in memory.
+            with safe_open(require(path, MADE_BY), "np") as file:
+                gains = file.get_tensor(f"ffn.{layer}")
+        except SafetensorError as error:
+            raise RelneuronError(
+                f"{path} holds no gains of layer {layer} ({error})", made_by
+            ) from error
+        if gains.shape != (n_sentences, shape["width"]):
+            raise RelneuronError(
+                f"{path} has gains of the shape {gains.shape} in layer {layer}, not "
+                f"{(n_sentences, shape['width'])} as {TARGETS} and the model",
+                made_by,
+            )
+        yield layer, gains

@@ -1,0 +1,178 @@
+"""The `identify` stage on an attribution: gains of sentences in, neuron sets of relations out.
+
+`relneuron identify --method logprob_gain` calls it. It needs no model: a relation's neurons are
+those whose write raises the log-probability of its answers most, on average over its sentences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from relneuron.artifact import (
+    Json,
+    NeuronFile,
+    RelneuronError,
+    atomic_write,
+    refuse_overwrite,
+    require,
+    sha256,
+)
+from relneuron.attributions import GAINS, MADE_BY, TARGETS, Target, read_gains, read_targets
+from relneuron.identify import default_top
+from relneuron.manifest import Manifest, json_digest, progress_bar
+from relneuron.scores.logprob_gain import best_neurons, mean_gains
+
+METHOD = "logprob_gain"
+
+Array = np.ndarray[Any, Any]
+
+
+def identify_gains_inputs(
+    folder: Path, *, top: int | Mapping[str, int] | None, kept_only: bool
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    return {
+        "digests": {name: sha256(require(folder / name, MADE_BY)) for name in (TARGETS, GAINS)},
+        "attribute": json_digest(
+            Manifest(folder).data["stages"].get("attribute", {}).get("inputs")
+        ),
+        "method": METHOD,
+        "top": dict(top) if isinstance(top, Mapping) else top,
+        "kept_only": kept_only,
+    }
+
+
+def check_top(top: int | Mapping[str, int] | None) -> None:
+    """Refuse numbers of neurons that are none."""
+    wrong = [n for n in top.values() if n < 0] if isinstance(top, Mapping) else []
+    if isinstance(top, int) and top < 1:
+        wrong = [top]
+    if wrong:
+        cause = f"--top must be at least 1, got {wrong[0]}"
+        raise RelneuronError(cause, "choose a positive number", 2)
+
+
+def identify_gains(
+    folder: Path,
+    output: Path,
+    *,
+    top: int | Mapping[str, int] | None = None,
+    kept_only: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> NeuronFile:
+    """Choose each relation's neurons by the gains that `attribute` left in `folder`.
+
+    A neuron's score is the mean of its gain, log p(w | x + m v) - log p(w | x) in nats (arXiv
+    2312.12141), over the relation's attributed sentences, or with `kept_only` over those that the
+    model knows (methods B7). A set has the `top` FFN neurons with the highest scores (default:
+    `identify.default_top`; a mapping gives each relation its own number); they are named by the
+    site `gate`, since to zero a gate zeroes all that the neuron writes.
+
+    Beside neurons.json stands scores.safetensors (beside x.json x.scores.safetensors) with
+    `logprob_gain.gate` (R, L, F) float32; the metadata name the relations. One layer of gains is
+    in memory at a time.
+    """
+    check_top(top)
+    refuse_overwrite(output, force)
+    model, targets = _read(folder)
+    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
+    inputs = identify_gains_inputs(folder, top=top, kept_only=kept_only)
+    relations = sorted({target.relation for target in targets})
+    group = _groups(folder, targets, relations, kept_only)
+    k = default_top(shape) if top is None else top
+    scores = np.empty((len(relations), shape["layers"], shape["width"]), np.float32)
+    with progress_bar(shape["layers"], "identify", "layer", quiet) as bar:
+        for layer, gains in read_gains(folder / GAINS, shape, len(targets)):
+            _check_finite(folder, layer, gains[group >= 0])
+            scores[:, layer] = mean_gains(gains, group, len(relations))
+            bar.update()
+    sets, selection = {}, {}
+    for row, name in enumerate(relations):
+        n = int((group == row).sum())
+        own = k.get(name, 0) if isinstance(k, Mapping) else k
+        sets[name] = best_neurons(scores[row], own) if n else []
+        selection[name] = _cut(scores[row], [score for *_, score in sets[name]], n)
+    result = NeuronFile(model, METHOD, sets, selection)
+    # A second choice in a folder leaves the scores of the first one as they are.
+    stem = "" if output.name == "neurons.json" else f"{output.stem}."
+    path = output.parent / f"{stem}scores.safetensors"
+    # One key only: safetensors writes several in an order that changes from run to run.
+    data = save({f"{METHOD}.gate": scores}, {"relations": json.dumps(relations)})
+    atomic_write(path, data)
+    result.write(output)
+    manifest = Manifest(output.parent)
+    if output.parent.resolve() != folder.resolve():
+        described = Manifest(folder).data
+        kept = ("versions", "model", "dtype", "fallbacks")
+        manifest.describe(**{key: described[key] for key in kept if key in described})
+    manifest.finish(
+        "identify", inputs, [path, output], top=dict(k) if isinstance(k, Mapping) else k
+    )
+    return result
+
+
+def _read(folder: Path) -> tuple[Json, list[Target]]:
+    """The model and the sentences of a finished attribution; its files must be as it left them."""
+    manifest = Manifest(folder)
+    entry, model = manifest.data["stages"].get("attribute"), manifest.data.get("model")
+    if entry is None or model is None:
+        raise RelneuronError(
+            f"{folder} has no finished attribution in its manifest",
+            f"make it with: relneuron {MADE_BY}",
+        )
+    if GAINS not in entry["files"]:
+        raise RelneuronError(
+            f"{folder} has no {GAINS}: the FFN neurons were not scored",
+            f"attribute with --kinds ffn_neuron: relneuron {MADE_BY}",
+        )
+    for name in (TARGETS, GAINS):
+        manifest.is_intact(name)
+        require(folder / name, MADE_BY)
+    return model, read_targets(folder / TARGETS)
+
+
+def _groups(
+    folder: Path, targets: Sequence[Target], relations: Sequence[str], kept_only: bool
+) -> Array:
+    """(N,) int64 the relation's place of each sentence whose gains count, else -1."""
+    inputs = Manifest(folder).data["stages"]["attribute"]["inputs"]
+    # Of sentences that were left out there are no gains.
+    kept_only = kept_only or inputs["keep"] == "known"
+    place = {name: number for number, name in enumerate(relations)}
+    taken = [place[t.relation] if t.kept or not kept_only else -1 for t in targets]
+    if max(taken) < 0:
+        raise RelneuronError(
+            f"{folder / TARGETS}: the model knows the answer of no sentence",
+            "leave out --kept-only, or attribute with --keep all",
+        )
+    return np.array(taken, np.int64)
+
+
+def _check_finite(folder: Path, layer: int, gains: Array) -> None:
+    if not np.isfinite(gains).all():
+        raise RelneuronError(
+            f"{folder / GAINS}: gains of layer {layer} are not all finite",
+            "attribute with --dtype float32 or bfloat16",
+        )
+
+
+def _cut(scores: Array, chosen: Sequence[float], n_sentences: int) -> Json:
+    """What neurons.json says of a relation's cut."""
+    if not n_sentences:
+        return {"sentences": 0, "reason": "no sentence whose answer the model knows"}
+    if not chosen:
+        return {"sentences": n_sentences, "reason": "none was asked for"}
+    cut = chosen[-1]
+    return {
+        "sentences": n_sentences,
+        "score_at_cut": cut,
+        "ties_at_cut": int((scores == np.float32(cut)).sum()),
+        "ties_chosen": sum(score == cut for score in chosen),
+    }

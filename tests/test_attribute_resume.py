@@ -1,0 +1,172 @@
+"""An attribution that is killed, interrupted or run again ends with the same bytes.
+
+The runs are those of attribution_runs.py; what stands in the files is checked by test_attribute.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attribution_runs import OPTIONS, Attributed, files_of
+from hooked import one_thread
+
+import relneuron.attribute
+import relneuron.manifest
+from relneuron.attribute import JOURNAL
+from relneuron.manifest import Journal, Manifest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Attributed:
+    return Attributed("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Killed(BaseException):
+    """As a kill: nothing catches it, and nothing is saved on the way out."""
+
+
+COMMIT = (Journal, "commit")
+STEPS = (
+    COMMIT,
+    (Journal, "remove"),
+    (Manifest, "save"),
+    (relneuron.attribute, "atomic_write"),
+    (relneuron.manifest, "atomic_write"),
+)
+
+
+class Points:
+    """Counts some steps of a run, and dies before the `last` one."""
+
+    def __init__(self, last: int, steps: Sequence[tuple[Any, str]] = STEPS) -> None:
+        self.last, self.steps, self.n = last, steps, 0
+
+    def __enter__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+        for owner, name in self.steps:
+            self._count(owner, name)
+
+    def _count(self, owner: Any, name: str) -> None:
+        true = getattr(owner, name)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.n += 1
+            if self.n == self.last:
+                raise Killed
+            return true(*args, **kwargs)
+
+        self.patch.setattr(owner, name, step)
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+SMALL = replace(OPTIONS, top=5, random_seeds=0, batch_tokens=60)
+
+
+def test_killed_at_every_step_it_ends_with_the_same_bytes(
+    llama: Attributed, tmp_path: Path
+) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    whole = files_of(tmp_path / "whole")
+    assert JOURNAL not in whole
+    points = Points(0)
+    with points:
+        llama.attribute(tmp_path / "counted", SMALL)
+    assert files_of(tmp_path / "counted") == whole and points.n > 15
+    for last in range(1, points.n + 1):
+        output = tmp_path / str(last)
+        with pytest.raises(Killed), Points(last):
+            llama.attribute(output, SMALL)
+        llama.attribute(output, SMALL)
+        assert files_of(output) == whole, last
+
+
+def test_killed_again_and_again(llama: Attributed, tmp_path: Path) -> None:
+    """Every run saves a batch or two more, and what was saved is not done again."""
+    options = replace(SMALL, batch_tokens=25)
+    llama.attribute(tmp_path / "whole", options)
+    output, n_kills, done = tmp_path / "out", 0, 0
+    while True:
+        try:
+            with Points(3, [COMMIT]):
+                llama.attribute(output, options)
+            break
+        except Killed:
+            n_kills += 1
+            lines = (output / JOURNAL).read_bytes().count(b"\n")
+            assert done < lines <= done + 3
+            done = lines
+    assert n_kills > 10
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> None:
+    options = replace(SMALL, batch_tokens=20)
+    llama.attribute(tmp_path / "whole", options)
+    true, n = relneuron.attribute.Scorer.score, 0
+
+    def score(self: Any, rows: list[int]) -> Any:
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise KeyboardInterrupt
+        return true(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relneuron.attribute.Scorer, "score", score)
+        with pytest.raises(KeyboardInterrupt):
+            llama.attribute(tmp_path / "out", options)
+        assert (tmp_path / "out" / JOURNAL).read_bytes().count(b'"key": "attribute ') == 2
+        llama.attribute(tmp_path / "out", options)
+    n_batches = Manifest(tmp_path / "out").data["batch_plan"]["batches"]
+    assert n == 1 + n_batches  # the interrupted batch, and every batch once
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+KILL = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from attribution_runs import Attributed
+from relneuron.manifest import Journal
+from test_attribute_resume import SMALL
+Journal.SAVE_EVERY_S = 0.0
+true, n = Journal.commit, 0
+def commit(self):
+    global n
+    n += 1
+    true(self)
+    if n == int(sys.argv[3]):
+        with self.path.open("ab") as file:
+            file.write(b'{"key": "cut sh')
+        os.kill(os.getpid(), 9)
+Journal.commit = commit
+Attributed("llama", Path(sys.argv[2])).attribute(Path(sys.argv[2]) / "out", SMALL)
+"""
+
+
+def test_a_process_that_is_killed_goes_on(llama: Attributed, tmp_path: Path) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    words = [sys.executable, "-c", KILL, str(Path(__file__).parent), str(tmp_path)]
+    result = subprocess.run([*words, "3"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == -9
+    assert (tmp_path / "out" / JOURNAL).read_bytes().endswith(b'{"key": "cut sh')
+    llama.attribute(tmp_path / "out", SMALL)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
