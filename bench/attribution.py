@@ -12,13 +12,15 @@ coefficients to gains of that size. Contestants, in alternating rounds, all in f
 - `exact`, `certified`, `top`: ours.
 
 All must give the same gains and the same sets, or the run ends. Memory is how far the process's
-peak rises above what it held before. Then 200 sentences, each with its own ten neurons off, in
-batches and one at a time (`relneuron.interventions`).
+peak rises above what it held before. Then `--interventions` sentences, each with its own ten
+neurons off: `together`, in batches, every row its own mask, and `one at a time`, their columns of
+W_down set to zero, the logits of the last token only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from torch import Tensor
 from bench.rows import add_rows
 from relneuron import ops
 from relneuron.bench import where
+from relneuron.interventions import intervene, off
 from relneuron.residual import read_residual_model
 from relneuron.trace import trace
 
@@ -150,6 +153,41 @@ class Race:
         print(f"{name}: gains within {wrong:.1g} of plain")
 
 
+class Interventions:
+    """Sentences, each with ten neurons of its own off."""
+
+    def __init__(self, model: Any, n: int) -> None:
+        self.residual = read_residual_model(model)
+        self.ids = make_sentences(n, self.residual.vocabulary)
+        self.targets = [line[0] for line in self.ids]
+        total = len(self.residual.layers) * self.residual.width
+        generator = torch.Generator().manual_seed(1)
+        self.places = torch.randint(total, (n, 10), generator=generator).tolist()
+
+    def contestants(self) -> dict[str, Callable[[], list[float]]]:
+        return {"one at a time": self.apart, "together": self.together}
+
+    def together(self) -> list[float]:
+        sets = [off(places) for places in self.places]
+        found = intervene(self.residual, self.ids, self.targets, [sets], batch_tokens=2048)
+        logprobs: list[float] = found.logprob[0].tolist()
+        return logprobs
+
+    def apart(self) -> list[float]:
+        model, width, logprobs = self.residual.model, self.residual.width, []
+        for ids, target, places in zip(self.ids, self.targets, self.places, strict=True):
+            saved = []
+            for place in places:
+                weight = self.residual.layers[place // width].down.weight
+                saved.append((weight, place % width, weight[:, place % width].clone()))
+                weight[:, place % width] = 0
+            logits = model(torch.tensor([ids]), logits_to_keep=1, use_cache=False).logits[0, -1]
+            logprobs.append(float(logits.log_softmax(0)[target]))
+            for weight, column, old in reversed(saved):
+                weight[:, column] = old
+        return logprobs
+
+
 def peak_rise(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int | None]:
     """What `run` gives, and by how many bytes the process's peak memory rises meanwhile.
 
@@ -163,6 +201,7 @@ def peak_rise(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int | None
 
     if not status.exists():
         return run(), None
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = bytes_of("VmRSS")
     found = run()
@@ -190,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--vocabulary", type=int, default=32000)
     add("--gain", type=float, default=0.5, help="largest gain, in nats")
     add("--top", type=int, default=300)
+    add("--interventions", type=int, default=200, help="sentences")
     add("--rounds", type=int, default=3)
     add("-o", "--output", type=Path, metavar="FILE.csv", help="add rows to this file")
     o = parser.parse_args(arguments)
@@ -204,6 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted = wanted or found
             runner.check(name, found, wanted)
         seconds = race(contestants, o.rounds)
+        answers = Interventions(model, o.interventions)
+        pairs = answers.contestants()
+        first, second = (run() for run in pairs.values())
+        wrong = max(abs(a - b) for a, b in zip(first, second, strict=True))
+        if not wrong <= 1e-5:
+            raise AssertionError(f"answers together differ by {wrong:.2g}")
+        print(f"together: log-probabilities within {wrong:.1g} of one at a time")
+        apart = race(pairs, 3 * o.rounds)
     rows = []
     for name, times in seconds.items():
         ratios = [t / plain for t, plain in zip(seconds["plain"], times, strict=True)]
@@ -212,6 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row |= {"plain_over_it": round(median(ratios), 2), "peak_mb": rise and round(rise / 1e6, 1)}
         rows.append({**row, "gain": o.gain, **runner.shape, **where("cpu")})
         print(f"{name:<18} {median(times):8.3f} s  {median(ratios):6.1f}  {rise or 0:>14,} bytes")
+    for name, times in apart.items():
+        ratios = [t / one for t, one in zip(apart["one at a time"], times, strict=True)]
+        row = {"contestant": f"interventions {name}", "median_s": round(median(times), 4)}
+        row |= {"plain_over_it": round(median(ratios), 2), "peak_mb": None, "gain": None}
+        rows.append({**row, **runner.shape, "sentences": o.interventions, **where("cpu")})
+        print(f"{name:<18} {median(times):8.3f} s  {median(ratios):6.1f}")
     add_rows(o.output, rows)
     return 0
 

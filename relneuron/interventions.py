@@ -24,6 +24,7 @@ from relneuron.residual_layers import ResidualModel
 Places = NDArray[np.int64]
 
 _ABSENT = object()
+CPU_TOKENS = 512  # activations of more leave the caches, and take up to 1.4 times as long
 
 
 # --- masks on a running model ----------------------------------------------------------------
@@ -255,9 +256,10 @@ def intervene(
     """Every sentence under every condition: rank, probability and log-probability of its target.
 
     `ids` and `targets` of N sentences; `conditions` are C of N sets of neurons that are off, one
-    of each sentence. The rows of a batch, at most `batch_tokens` with their padding, are of any
-    sentences and conditions of about the same length; each has its own neurons off. Finished
-    batches stand in the `journal`, and are not run again. `advance` hears of rows that are done.
+    of each sentence. The rows of a batch, at most `batch_tokens` with their padding (on a CPU also
+    at most CPU_TOKENS), are of any sentences and conditions of about the same length; each has its
+    own neurons off. Finished batches stand in the `journal`, and are not run again. `advance` hears
+    of rows that are done.
 
     Raises RelneuronError for a place that the model does not have, for logits that are not finite
     and when memory runs out.
@@ -275,6 +277,8 @@ def intervene(
     rows = sorted(
         ((c, s) for c in range(len(conditions)) for s in range(n)), key=lambda row: len(ids[row[1]])
     )
+    if residual.unembed.is_cpu:
+        batch_tokens = min(batch_tokens, CPU_TOKENS)
     for number, batch in enumerate(_batches(rows, ids, batch_tokens)):
         key = f"intervene {number}"
         if journal is None or key not in journal.done:
