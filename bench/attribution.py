@@ -24,6 +24,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor
 from bench.rows import add_rows
 from relneuron import ops
 from relneuron.bench import where
+from relneuron.bench_gain import PEERS
 from relneuron.interventions import intervene, off
 from relneuron.residual import read_residual_model
 from relneuron.trace import trace
@@ -89,8 +91,7 @@ class Race:
 
     def contestants(self) -> dict[str, Callable[[], list[Tensor]]]:
         return {
-            "plain": self.plain,
-            "plain, in place": self.plain_in_place,
+            **{name: partial(self.theirs, name) for name in PEERS},
             "exact": lambda: self.ours("exact"),
             "certified": lambda: self.ours("certified"),
             f"top {self.top}": self.best,
@@ -110,33 +111,10 @@ class Race:
         )
         return [found.gain, found.layer * len(self.layers[0].values) + found.index]
 
-    def plain(self) -> list[Tensor]:
-        result = []
-        for layer in self.layers:
-            b = layer.values @ self.unembed.T
-            logits = self.scale[:, None] * (layer.x @ self.unembed.T)
-            t = self.scale[:, None] * layer.coefficients
-            gains = torch.empty_like(layer.coefficients)
-            for e, w in enumerate(self.targets.tolist()):
-                before = logits[e].log_softmax(0)[w]
-                gains[e] = (logits[e] + t[e][:, None] * b).log_softmax(1)[:, w] - before
-            result.append(gains)
-        return result
-
-    def plain_in_place(self) -> list[Tensor]:
-        result = []
-        for layer in self.layers:
-            b = layer.values @ self.unembed.T
-            buffer = torch.empty_like(b)
-            logits = self.scale[:, None] * (layer.x @ self.unembed.T)
-            t = self.scale[:, None] * layer.coefficients
-            gains = torch.empty_like(layer.coefficients)
-            for e, w in enumerate(self.targets.tolist()):
-                before = logits[e, w] - logits[e].logsumexp(0)
-                torch.mul(b, t[e][:, None], out=buffer).add_(logits[e])
-                gains[e] = buffer[:, w] - buffer.logsumexp(1) - before
-            result.append(gains)
-        return result
+    def theirs(self, name: str) -> list[Tensor]:
+        shared = (self.unembed, self.scale, self.targets)
+        peer = PEERS[name]
+        return [peer(layer.x, layer.values, layer.coefficients, *shared) for layer in self.layers]
 
     def check(self, name: str, found: list[Tensor], wanted: list[Tensor]) -> None:
         """Raise where a contestant's gains are not the exact ones."""

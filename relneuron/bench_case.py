@@ -1,6 +1,6 @@
 """What a case of `relneuron bench` is, and who takes part in one.
 
-bench_suite.py and bench_ranking.py make them, bench.py checks and times them.
+bench_suite.py, bench_ranking.py and bench_gain.py make them, bench.py checks and times them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a suite. In average_precision T, F, G are the prompts, columns and relations."""
+    """One row of a suite. In average_precision T, F, G are the prompts, columns and relations, in
+    logprob_gain the tokens of the vocabulary, neurons and sentences."""
 
     op: str = "swiglu_stats"
     dtype: str = "float32"
@@ -25,7 +26,7 @@ class Case:
     layout: str = "sorted"  # swiglu_stats: how the relations lie in the rows, sorted or mixed
 
     def __str__(self) -> str:
-        letters = "NMR" if self.op == "average_precision" else "TFG"
+        letters = {"average_precision": "NMR", "logprob_gain": "VKE"}.get(self.op, "TFG")
         sizes = zip(letters, (self.T, self.F, self.G), strict=True)
         shape = " ".join(f"{letter}={size}" for letter, size in sizes)
         return f"{self.op} {self.dtype} {shape} {self.layout}"

@@ -1,7 +1,8 @@
 """Who takes part in `relneuron bench`, and how each is known to be right.
 
 bench.py asks for the contestants of a case and times them. Those of swiglu_stats are here, with
-their peers in bench_peers.py; those of average_precision are in bench_ranking.py. `torch.compile`
+their peers in bench_peers.py; those of average_precision are in bench_ranking.py, those of
+logprob_gain in bench_gain.py. `torch.compile`
 gets whole graphs of fixed shapes.
 """
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from relneuron import bench_gain, bench_ranking, ops
 from relneuron import bench_peers as peers
-from relneuron import bench_ranking, ops
 from relneuron.bench_case import Case, Contestant, near
 from relneuron.testing import assert_accurate
 
@@ -32,10 +33,12 @@ SUITES = {
     "quick": [
         *(Case(dtype=dtype, T=64, F=352) for dtype in ("float32", "bfloat16")),
         *bench_ranking.QUICK,
+        *bench_gain.QUICK,
     ],
     "usual": [
         *(Case(dtype=dtype, T=T) for dtype in ("float32", "bfloat16") for T in (2048, 8192)),
         *bench_ranking.USUAL,
+        *bench_gain.USUAL,
     ],
     "full": [
         *(
@@ -45,6 +48,7 @@ SUITES = {
             for T in (64, 512, 2048, 8192)
         ),
         *bench_ranking.FULL,
+        *bench_gain.FULL,
     ],
 }
 
@@ -309,4 +313,5 @@ def swiglu_stats_contestants(
 CONTESTANTS = {
     "swiglu_stats": swiglu_stats_contestants,
     "average_precision": bench_ranking.average_precision_contestants,
+    "logprob_gain": bench_gain.logprob_gain_contestants,
 }

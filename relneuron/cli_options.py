@@ -92,7 +92,10 @@ DropResponses = Annotated[
 ]
 
 # Of `bench` only.
-Op = Annotated[str | None, typer.Argument(metavar="[OP]", help="swiglu_stats, average_precision.")]
+Op = Annotated[
+    str | None,
+    typer.Argument(metavar="[OP]", help="swiglu_stats, average_precision, logprob_gain."),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run at all.")]
 Full = Annotated[bool, typer.Option("--full", help="Every size, dtype and layout.")]
 Dtypes = Annotated[str, typer.Option(help="float32,bfloat16,float16 in place of all.")]

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from relneuron import ops
+from relneuron.artifact import RelneuronError
 from relneuron.manifest import versions
 from relneuron.model import inspect_layers
+from relneuron.residual import read_residual_model
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -26,7 +28,7 @@ def machine_report() -> list[tuple[str, str]]:
 
 
 def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
-    """(layer, verdict) rows of a model, and whether every layer is supported."""
+    """(layer, verdict) rows of a model and one of `attribute`; whether every layer is supported."""
     verdicts = inspect_layers(model)
     rows = [
         (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
@@ -34,4 +36,9 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
     ]
     n_good = sum(v.mlp is not None for v in verdicts)
     rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
+    try:
+        residual = read_residual_model(model)
+        rows.append(("attribution", f"supported: {residual.n_heads} heads a layer"))
+    except RelneuronError as error:
+        rows.append(("attribution", f"not supported: {error.cause}"))
     return rows, n_good == len(verdicts)

@@ -318,10 +318,12 @@ def test_doctor_gives_a_verdict_per_layer(
     code, out, _ = relneuron("doctor", model_folder)
     assert code == 0
     assert "supported: 2 of 2 layers" in out
+    assert "attribution  supported: " in out
     code, out, _ = relneuron("doctor", broken_model(model_folder, tmp_path / "m", "ungated"))
     assert code == 1
     assert "linear maps: attn.c_attn" in out
     assert "supported: 0 of 2 layers" in out
+    assert "attribution  supported: " in out  # a GPT-2
 
 
 def test_usage_errors_and_unexpected_errors(
