@@ -71,7 +71,7 @@ class Race:
     def __init__(self, model: Any, n_sentences: int, gain: float, top: int) -> None:
         residual = read_residual_model(model)
         found = trace(residual, make_sentences(n_sentences, residual.vocabulary))
-        self.unembed, self.scale, self.top = residual.unembed, found.scale, top
+        self.unembed, self.scale, self.top = residual.unembed, found.scale.float(), top
         self.targets = found.logits.argsort(dim=1, descending=True)[:, 1]
         self.layers = [
             ops.GainLayer(found.r[i][:, -1], layer.ffn_values(), found.neurons[i][:, -1])

@@ -21,6 +21,7 @@ constexpr int panel_rows = 6;
 #endif
 constexpr int panel_tokens = 2 * n_lanes;
 constexpr int64_t depth = 256;  // elements of the inner products at a time: a panel stays in L1
+constexpr int64_t terms = 128;  // of them so many make one sum: longer ones round away more
 constexpr int64_t n_vectors = tile_tokens / n_lanes;
 
 // Logits that move by less than these take a polynomial for exp(y) - 1; up to large_move exp(y) fits a
@@ -168,24 +169,25 @@ void pack_sentence(const LogprobGainArgs& args, const Tile& tile, int64_t e) {
 // Adds the products of one panel of neurons and one of tokens to `products`, rows tile_tokens apart.
 RELNEURON_INLINE void multiply_panels(const float* values, const float* tokens, int64_t n,
                                       bool is_first, float* products) {
-  F32 sums[panel_rows][2];
-  for (int row = 0; row < panel_rows; ++row) {
-    for (int i = 0; i < 2; ++i) {
-      sums[row][i] = is_first ? F32{} : load<F32>(products + row * tile_tokens + i * n_lanes);
-    }
-  }
-  for (int64_t d = 0; d < n; ++d) {
-    const F32 left = load<F32>(tokens + d * panel_tokens);
-    const F32 right = load<F32>(tokens + d * panel_tokens + n_lanes);
+  for (int64_t begin = 0; begin < n; begin += terms) {
+    const int64_t end = n - begin < terms ? n : begin + terms;
+    F32 sums[panel_rows][2] = {};
+    for (int64_t d = begin; d < end; ++d) {
+      const F32 left = load<F32>(tokens + d * panel_tokens);
+      const F32 right = load<F32>(tokens + d * panel_tokens + n_lanes);
 #pragma GCC unroll 12
-    for (int row = 0; row < panel_rows; ++row) {
-      const F32 value = splat(values[d * panel_rows + row]);
-      sums[row][0] = multiply_add(value, left, sums[row][0]);
-      sums[row][1] = multiply_add(value, right, sums[row][1]);
+      for (int row = 0; row < panel_rows; ++row) {
+        const F32 value = splat(values[d * panel_rows + row]);
+        sums[row][0] = multiply_add(value, left, sums[row][0]);
+        sums[row][1] = multiply_add(value, right, sums[row][1]);
+      }
     }
-  }
-  for (int row = 0; row < panel_rows; ++row) {
-    for (int i = 0; i < 2; ++i) store(products + row * tile_tokens + i * n_lanes, sums[row][i]);
+    for (int row = 0; row < panel_rows; ++row) {
+      for (int i = 0; i < 2; ++i) {
+        float* to = products + row * tile_tokens + i * n_lanes;
+        store(to, is_first && begin == 0 ? sums[row][i] : load<F32>(to) + sums[row][i]);
+      }
+    }
   }
 }
 

@@ -32,6 +32,7 @@ from relneuron.conditions import (
     plan_conditions,
     read_rankings,
     read_sets,
+    scores_beside,
 )
 from relneuron.effects import EFFECTS, conditions_bytes, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
@@ -126,7 +127,7 @@ def ablate_prompts(
     notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     rankings = dict(sets)
     if {"sizes", "sites"} & {*options.analyses}:
-        rankings = read_rankings(neurons_path.parent / "scores.safetensors", sets)
+        rankings = read_rankings(scores_beside(neurons_path), sets, shape)
     concepts, gains = (
         _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
         if analysis in options.analyses

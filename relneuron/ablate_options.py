@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact import SITES, Json, Prompt, RelneuronError, require, sha256
-from relneuron.conditions import ANALYSES, Ablation
+from relneuron.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.evaluate import MODES, OOM, POSITIONS, How
 from relneuron.model import same_model
 
@@ -84,7 +84,9 @@ class AblateOptions:
 def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOptions) -> Json:
     """What the stage depends on, for the manifest."""
     others = {
-        "scores.safetensors": neurons.parent if {"sizes", "sites"} & {*options.analyses} else None,
+        scores_beside(neurons).name: (
+            neurons.parent if {"sizes", "sites"} & {*options.analyses} else None
+        ),
         "responses.safetensors": neurons.parent if options.mode == "mean" else None,
         **{
             name: neurons.parent if analysis in options.analyses else None

@@ -18,28 +18,27 @@ import numpy as np
 
 from relneuron.artifact import (
     Json,
-    Prompt,
     RelneuronError,
     atomic_write,
     csv_bytes,
     prompts_bytes,
     refuse_overwrite,
-    relation_names,
+    sha256,
 )
 from relneuron.attribute_options import AttributeOptions, attribute_inputs
-from relneuron.attribute_pass import NEURONS, Scorer, Sentences, unpack
+from relneuron.attribute_pass import Scorer, Sentences, promoted_rows, unpack
 from relneuron.attributions import (
     COMPARISON,
     COMPARISON_COLUMNS,
     GAINS,
     INTERVENTIONS,
     INTERVENTIONS_COLUMNS,
+    MODEL_KEYS,
     PROMOTED,
     PROMOTED_COLUMNS,
     TABLES,
     TARGETS,
     GainFile,
-    Row,
     Target,
     number,
     read_gains,
@@ -51,7 +50,6 @@ from relneuron.knowledge import encode_targets, read_knowledge
 from relneuron.manifest import Journal, Manifest, json_digest, locked, progress_bar, versions
 from relneuron.model import describe_model, fallbacks
 from relneuron.predict import Questions, is_out_of_memory, plan_batches
-from relneuron.query_scores import promoted_tokens
 from relneuron.residual import read_residual_model
 from relneuron.residual_layers import ResidualModel
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
@@ -59,8 +57,6 @@ from relneuron.scores.logprob_gain import best_neurons, mean_gains
 JOURNAL = "attribute.journal"
 WRITTEN = (TARGETS, *TABLES, GAINS, PROMOTED, INTERVENTIONS, COMPARISON)
 N_NAMED = 5  # best neurons of a relation that the manifest names
-UNITS = 10  # of each relation and kind, whose promoted tokens are written
-TOKENS = 10  # promoted tokens of a neuron
 
 
 def refuse_outputs(folder: Path, force: bool) -> None:
@@ -94,14 +90,18 @@ def attribute(
     neurons that eight methods choose, and asks again (B5, B6).
 
     What the sentences are read from: `knowledge.read_knowledge`. Memory holds one batch of scores
-    at a time; a journal of finished batches lets a killed run go on, and end with the same bits.
-    An attribution that is finished already is left as it is.
+    at a time, and of all sentences the rows of the table as text (about 60 bytes each); a journal
+    of finished batches lets a killed run go on, and end with the same bits. An attribution that is
+    finished already is left as it is. The folder may be that of a recorded study of this model
+    and these prompts, whose files and description stay as they are.
     """
     options = options or AttributeOptions()
     options.check_installed()
     if folder.is_file():
         raise RelneuronError(f"{folder} is a file", "give a folder", 2)
     everything = read_knowledge(prompts_path)
+    if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
+        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
     prompts = [p for p in everything if not options.splits or p.split in options.splits]
     if not prompts:
         raise RelneuronError(
@@ -123,12 +123,15 @@ def attribute(
         (folder / JOURNAL).unlink(missing_ok=True)
         return
     refuse_outputs(folder, force)
+    _check_recorded(folder, prompts_path, copy, described)
     _check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
     sentences = Sentences(prompts, targets)
     sizes = Sizes.of(residual, options.intervene)
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
     with locked(folder):
         _write_copy(folder / "prompts.jsonl", prompts_path, copy)
+        if "ffn_neuron" in options.kinds and not (folder / GAINS).exists():
+            (folder / JOURNAL).unlink(missing_ok=True)  # it counts on gains that are gone
         journal = Journal(folder / JOURNAL, inputs)
         gains = None
         if not journal.done:
@@ -156,9 +159,10 @@ def attribute(
         written = {
             TARGETS: targets_bytes(made),
             options.table: table_bytes(options.table, (one.get("text", "") for one in found)),
-            PROMOTED: csv_bytes(PROMOTED_COLUMNS, _promoted(residual, tokenizer, prompts, found)),
+            PROMOTED: csv_bytes(
+                PROMOTED_COLUMNS, promoted_rows(residual, tokenizer, prompts, found)
+            ),
         }
-        seeds = list(range(options.random_seeds))
         n_kept = sum(one["kept"] for one in found)
         notices = []
         if options.compare and n_kept:
@@ -178,25 +182,13 @@ def attribute(
         if gains is not None:
             best = _best_by_relation(folder / GAINS, residual.shape, made, options.keep)
         manifest = Manifest(folder)
-        manifest.describe(
-            versions=versions(),
-            model=described,
-            dtype=described["dtype"],
-            tokens={
-                "target": "the answer's first token",
-                "answers_of_several_tokens": targets.n_several,
-                "first_prompt_ids": targets.ids[0][:8],
-                "padding": "left, masked; position ids are explicit",
-            },
-            seeds=manifest.data.get("seeds", {}) | {"interventions": seeds},
-            batch_plan={
-                "batch_tokens": options.batch_tokens,
-                "batches": len(batches),
-                "order": "by split and language, then by length",
-            },
-            memory={"scores": "streamed by batch of sentences: one in memory, the rest on disk"},
-            fallbacks=fallbacks(described) + notices,
-        )
+        run_on = {
+            "versions": versions(),
+            "dtype": described["dtype"],
+            "fallbacks": fallbacks(described) + notices,
+        }
+        if "record" not in manifest.data["stages"]:  # else the folder is described as recorded
+            manifest.describe(model=described, **run_on)
         files = [folder / file for file in (*written, *([GAINS] if gains else []))]
         manifest.finish(
             "attribute",
@@ -205,6 +197,20 @@ def attribute(
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),
+            tokens={
+                "target": "the answer's first token",
+                "answers_of_several_tokens": targets.n_several,
+                "first_prompt_ids": targets.ids[0][:8],
+                "padding": "left, masked; position ids are explicit",
+            },
+            seeds={"interventions": list(range(options.random_seeds))},
+            batch_plan={
+                "batch_tokens": options.batch_tokens,
+                "batches": len(batches),
+                "order": "by split and language, then by length",
+            },
+            memory={"scores": "of one batch of sentences; the rows of all as text"},
+            **run_on,
             best=best,
         )
         journal.remove()
@@ -213,15 +219,33 @@ def attribute(
 # --- the prompts beside the scores -----------------------------------------------------------
 
 
+def _is_copy(copy: Path, source: Path, data: bytes) -> bool:
+    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
+
+
+def _check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
+    """Refuse the folder of a recorded study of another model or of other prompts."""
+    recorded = Manifest(folder).data["stages"].get("record", {}).get("inputs")
+    if recorded is None:
+        return
+    known = recorded.get("model", {})
+    if any(known.get(key) != model.get(key) for key in MODEL_KEYS):
+        raise RelneuronError(f"{folder} holds a study of another model", "use another output", 2)
+    copy = folder / "prompts.jsonl"
+    if not _is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
+        raise RelneuronError(
+            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
+        )
+
+
 def _check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
     """Refuse to replace other prompts than these."""
-    is_other = copy.exists() and not copy.samefile(source) and copy.read_bytes() != data
-    if is_other:
+    if not _is_copy(copy, source, data):
         refuse_overwrite(copy, force)
 
 
 def _write_copy(copy: Path, source: Path, data: bytes) -> None:
-    if not copy.exists() or not (copy.samefile(source) or copy.read_bytes() == data):
+    if not _is_copy(copy, source, data):
         atomic_write(copy, data)
 
 
@@ -303,46 +327,6 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
         "attention": "eager, where it is traced",
         **({"zeroed": asdict(sizes)} if options.compare and sizes else {}),
     }
-
-
-# --- promoted tokens -------------------------------------------------------------------------
-
-
-def _promoted(
-    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
-) -> list[Row]:
-    """What the neurons promote that are among the best of most sentences, by relation and of all.
-
-    UNITS of each kind and relation; of those that are in as many sentences the ones with the
-    higher sum of scores there.
-    """
-    times: dict[tuple[str, str], dict[tuple[int, int, int], list[float]]] = {}
-    for prompt, one in zip(prompts, found, strict=True):
-        for kind, layer, head, index, score in one.get("best", ()):
-            for relation in ("", prompt.relation):
-                units = times.setdefault((kind, relation), {})
-                sums = units.setdefault((layer, head, index), [0, 0.0])
-                sums[0] += 1
-                sums[1] += float(score)
-    rows: list[Row] = []
-    for kind in NEURONS:
-        taken = set()
-        for relation in ("", *relation_names(prompts)):
-            units = times.get((kind, relation), {})
-            order = sorted(units, key=lambda unit: (*(-n for n in units[unit]), unit))
-            taken |= {*order[:UNITS]}
-        for layer, head, index in sorted(taken):
-            place = index if head < 0 else head * residual.head_dim + index
-            of = "attention_neuron" if kind == "attention_neuron" else "ffn_neuron"
-            tokens = promoted_tokens(residual, of, layer, place, TOKENS)
-            rows += [
-                (
-                    *(kind, layer, "" if head < 0 else head, index),
-                    *(rank, tokenizer.decode([token]), token, number(logit)),
-                )
-                for rank, (token, logit) in enumerate(tokens, 1)
-            ]
-    return rows
 
 
 # --- the comparison --------------------------------------------------------------------------

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Json, Prompt, RelneuronError
+from relneuron.artifact import Json, Prompt, RelneuronError, relation_names
 from relneuron.attribute_options import QUERY_KINDS, AttributeOptions
 from relneuron.attributions import Row, best_first, number, rows_text
 from relneuron.comparison import Sizes, TargetRanks, choose
 from relneuron.knowledge import Targets, keep, type_tokens
 from relneuron.ops.logprob_gain import TopGains
-from relneuron.query_scores import QueryScores, query_scores
+from relneuron.query_scores import QueryScores, promoted_tokens, query_scores
 from relneuron.residual_layers import ResidualModel
 from relneuron.trace import Trace, trace
 from relneuron.value_scores import ValueScores, value_scores
@@ -29,6 +29,9 @@ from relneuron.value_scores import ValueScores, value_scores
 GAIN_TOLERANCE = 1e-5  # nats, of the gains that the comparison ranks neurons by
 N_BEST = 10  # a neuron counts as one of a sentence's best up to this rank
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
+WRITES = ("ffn_layer", "attention_layer", "head", "position")
+UNITS = 10  # of each relation and kind, whose promoted tokens are written
+TOKENS = 10  # promoted tokens of a neuron
 
 Array = np.ndarray[Any, Any]
 
@@ -71,6 +74,7 @@ class Scorer:
         self.sizes, self.backend = sizes, backend
         asked, compare = set(options.kinds), options.compare
         self.has_query = compare or bool(asked & {*QUERY_KINDS})
+        self.has_writes = compare or bool(asked & {*WRITES})
         of_ffn, of_attention = (
             self.has_query and options.query_of == n for n in ("ffn", "attention")
         )
@@ -138,6 +142,7 @@ class Scorer:
             self.residual,
             traced,
             wanted,
+            writes=self.has_writes,
             ffn=options.mode if self.has_ffn else None,
             attention="top" if self.has_attention else None,
             top=max(
@@ -264,6 +269,9 @@ class _Table:
         """((layer, head, index, position), score) of one kind, "" for what does not apply."""
         scores = self.arrays[kind][e]
         order = best_first(scores, top)
+        if kind == "query_ffn_neuron":
+            # No unit reads the others: those of the layers above, or all of them.
+            order = order[scores.reshape(-1)[order] != 0]
         axes = [axis.tolist() for axis in np.unravel_index(order, scores.shape)]
         empty = [""] * len(order)
         if kind == "query_layer":
@@ -298,6 +306,46 @@ def _best(rows: Sequence[Row]) -> list[list[Any]]:
         for _, kind, layer, head, index, _, score, rank in rows
         if kind in NEURONS and rank <= N_BEST  # type: ignore[operator]
     ]
+
+
+# --- promoted tokens -------------------------------------------------------------------------
+
+
+def promoted_rows(
+    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
+) -> list[Row]:
+    """What the neurons promote that are among the best of most sentences, by relation and of all.
+
+    UNITS of each kind and relation; of those that are in as many sentences the ones with the
+    higher sum of scores there.
+    """
+    times: dict[tuple[str, str], dict[tuple[int, int, int], list[float]]] = {}
+    for prompt, one in zip(prompts, found, strict=True):
+        for kind, layer, head, index, score in one.get("best", ()):
+            for relation in ("", prompt.relation):
+                units = times.setdefault((kind, relation), {})
+                sums = units.setdefault((layer, head, index), [0, 0.0])
+                sums[0] += 1
+                sums[1] += float(score)
+    rows: list[Row] = []
+    for kind in NEURONS:
+        taken = set()
+        for relation in ("", *relation_names(prompts)):
+            units = times.get((kind, relation), {})
+            order = sorted(units, key=lambda unit: (*(-n for n in units[unit]), unit))
+            taken |= {*order[:UNITS]}
+        for layer, head, index in sorted(taken):
+            place = index if head < 0 else head * residual.head_dim + index
+            of = "attention_neuron" if kind == "attention_neuron" else "ffn_neuron"
+            tokens = promoted_tokens(residual, of, layer, place, TOKENS)
+            rows += [
+                (
+                    *(kind, layer, "" if head < 0 else head, index),
+                    *(rank, tokenizer.decode([token]), token, number(logit)),
+                )
+                for rank, (token, logit) in enumerate(tokens, 1)
+            ]
+    return rows
 
 
 # --- arrays in the journal -------------------------------------------------------------------

@@ -23,6 +23,7 @@ INTERVENTIONS = "interventions.csv"
 COMPARISON = "comparison.csv"
 TABLES = ("attributions.csv", "attributions.parquet")
 MADE_BY = "attribute MODEL PROMPTS -o DIR"
+MODEL_KEYS = ("layers", "width", "hidden", "digest")  # of a described model; it may have others
 
 # One row a score. `layer` from zero; of a query_layer, `index` is the place of the component in
 # h^0, A^0, F^0, A^1, ... and `layer` is empty for h^0. `index` is the neuron, or of an attention

@@ -132,7 +132,7 @@ def print_attributed(folder: Path) -> None:
     """The sentences, each relation's best neurons, and what zeroing cost."""
     manifest = Manifest(folder).data
     entry = manifest["stages"]["attribute"]
-    several = manifest["tokens"]["answers_of_several_tokens"]
+    several = entry["tokens"]["answers_of_several_tokens"]
     say(
         f"{entry['sentences']:,} sentences, the model knows the answer of {entry['kept']:,}; "
         f"{several:,} answers of several tokens: their first one was asked for"
@@ -170,6 +170,13 @@ def print_comparison(path: Path) -> None:
     formats = ("{:.3f}", "{:.1%}", "{:.2f}", "{:.1%}", "{:.1%}", "{:.2f}")
     for name, rows in groups.items():
         means = [sum(float(row[key] or "nan") for row in rows) / len(rows) for key in names]
-        cells = ["" if m != m else f.format(m) for f, m in zip(formats, means, strict=True)]
-        table.add_row(name, *cells)
+        table.add_row(name, *(_cell(f, mean) for f, mean in zip(formats, means, strict=True)))
     Console(highlight=False).print(table)
+
+
+def _cell(form: str, value: float) -> str:
+    """A number of the table, zero without a sign; "" for NaN."""
+    text = form.format(value)
+    if value != value:
+        return ""
+    return text if text.strip("-0.%") else text.lstrip("-")

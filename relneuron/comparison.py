@@ -91,6 +91,7 @@ def choose(
 
     Keys: METHODS and `value_ffn`, `query` (FFN neurons; `query` with query scores only),
     `value_attention` (each coordinate once, whatever its position). Plain lists, for a journal.
+    Neurons whose query score is 0, which no value unit reads, are not among `query`.
     `gains` (E, L, F) are the FFN neurons' where they are known with the frozen norm and the same
     `norm_bias`. Tops of `value` that are shorter than `sizes` give fewer neurons.
     """
@@ -115,7 +116,9 @@ def choose(
     columns["value_ffn"] = _top_ffn(value, residual.width, sizes.value_ffn)
     columns["value_attention"] = _top_attention(value, heads_width, sizes.value_attention)
     if query is not None:
-        columns["query"] = best(query.ffn_neuron.flatten(1), sizes.query)
+        scores = query.ffn_neuron.flatten(1)
+        places = best(scores, sizes.query)
+        columns["query"] = places.where(scores.gather(1, places) != 0, -1)
     rows = {name: places.tolist() for name, places in columns.items()}
     limits = {"value_attention": sizes.value_attention}
     return [
@@ -173,7 +176,8 @@ def plan(
     """All conditions of N sentences, `clean` first, each asked of every sentence.
 
     `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. Random sets are
-    drawn from all neurons, as many as the condition they stand beside has in the sentence.
+    drawn from all neurons, as many as the condition they stand beside has in the sentence. If no
+    sentence has a query neuron, as in models of one layer, there is no condition `query`.
     """
     n_layers = len(residual.layers)
     n_ffn, n_heads = n_layers * residual.width, n_layers * residual.n_heads
@@ -189,8 +193,8 @@ def plan(
         sets = [drawn("random", seed, i, n_ffn, sizes.method) for i in ids]
         conditions.append(Condition(f"random.{seed}", [off(ffn) for ffn in sets]))
     wholes = {"value": [(row["value_ffn"], row["value_attention"]) for row in chosen]}
-    if all("query" in row for row in chosen):
-        wholes["query"] = [(row["query"], ()) for row in chosen]
+    if any(row.get("query") for row in chosen):
+        wholes["query"] = [(row.get("query", ()), ()) for row in chosen]
     for name, both in wholes.items():
         conditions.append(Condition(name, [off(*one) for one in both]))
         for seed in range(n_seeds):

@@ -27,6 +27,8 @@ Places = NDArray[np.int64]
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
 PAPER_TOP = 3000
+_AP = tuple(f"ap.{site}" for site in SITES)  # tensors of scores.safetensors, (R, L, K) each
+_GAIN = "logprob_gain.gate"
 
 
 @dataclass(frozen=True)
@@ -80,28 +82,62 @@ def read_sets(
     return sets, doubles
 
 
-def read_rankings(path: Path, sets: Mapping[str, Places]) -> dict[str, Places]:
+def scores_beside(neurons: Path) -> Path:
+    """The scores that neurons were cut from: of x.json x.scores.safetensors, if it is there."""
+    own = neurons.with_name(f"{neurons.stem}.scores.safetensors")
+    return own if own.exists() else neurons.with_name("scores.safetensors")
+
+
+def read_rankings(
+    path: Path, sets: Mapping[str, Places], shape: Mapping[str, int]
+) -> dict[str, Places]:
     """All neurons, best first, by the scores that each set was cut from.
 
-    Without scores.safetensors, or with one that ranks others first, the set itself is all that is
-    known of the ranking.
+    Of log-probability gains these are the neurons of the site `gate` only. Without
+    scores.safetensors, or with one that ranks others first or has scores of another kind, the set
+    itself is all that is known of the ranking.
     """
     rankings = dict(sets)
-    if not path.exists():
-        return rankings
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as file:
-        order = json.loads((file.metadata() or {}).get("relations", "[]"))
-        scores = {site: file.get_tensor(f"ap.{site}") for site in SITES}
-    for name, chosen in sets.items():
-        if name not in order:
+    for name, (flat, places) in _read_scores(path, shape).items():
+        chosen = sets.get(name)
+        if chosen is None or not np.isfinite(flat).all():
             continue
-        flat = all_scores({site: values[order.index(name)] for site, values in scores.items()})
-        best = np.argsort(-flat, kind="stable")
+        best = places[np.argsort(-flat, kind="stable")]
         if np.array_equal(np.sort(best[: len(chosen)]), np.sort(chosen)):
             rankings[name] = best
     return rankings
+
+
+def _read_scores(
+    path: Path, shape: Mapping[str, int]
+) -> dict[str, tuple[NDArray[np.float32], Places]]:
+    """Each relation's scores (K,) and the places (K,) of the neurons that have them."""
+    if not path.exists():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            order = json.loads((file.metadata() or {}).get("relations", "[]"))
+            there = [name for name in (*_AP, _GAIN) if name in file.keys()]  # noqa: SIM118
+            scores = {name: file.get_tensor(name) for name in there}
+    except (SafetensorError, ValueError) as error:
+        raise RelneuronError(
+            f"{path} is damaged ({error})", "make it anew with: relneuron identify"
+        ) from error
+    if scores.keys() >= {*_AP}:
+        everything = np.arange(n_neurons(shape))
+        return {
+            name: (
+                all_scores({s: scores[key][row] for s, key in zip(SITES, _AP, strict=True)}),
+                everything,
+            )
+            for row, name in enumerate(order)
+        }
+    if _GAIN in scores:
+        gates = site_places("gate", shape)
+        return {name: (scores[_GAIN][row].reshape(-1), gates) for row, name in enumerate(order)}
+    return {}
 
 
 def default_sizes(set_size: int, total: int) -> tuple[int, ...]:

@@ -23,12 +23,19 @@ from relneuron.artifact import (
     require,
     sha256,
 )
-from relneuron.attributions import GAINS, MADE_BY, TARGETS, Target, read_gains, read_targets
+from relneuron.attributions import (
+    GAINS,
+    MADE_BY,
+    MODEL_KEYS,
+    TARGETS,
+    Target,
+    read_gains,
+    read_targets,
+)
 from relneuron.identify import default_top
+from relneuron.manifest import GAIN_METHOD as METHOD
 from relneuron.manifest import Manifest, json_digest, progress_bar
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
-
-METHOD = "logprob_gain"
 
 Array = np.ndarray[Any, Any]
 
@@ -36,16 +43,30 @@ Array = np.ndarray[Any, Any]
 def identify_gains_inputs(
     folder: Path, *, top: int | Mapping[str, int] | None, kept_only: bool
 ) -> Json:
-    """What the stage depends on, for the manifest."""
+    """What the stage depends on, for the manifest; gains that were dropped are as noted there."""
+    described = Manifest(folder).data
+    known = {name: about for name, about in described["files"].items() if about.get("dropped")}
+    digests = {
+        name: known[name]["sha256"] if name in known else sha256(require(folder / name, MADE_BY))
+        for name in (TARGETS, GAINS)
+    }
     return {
-        "digests": {name: sha256(require(folder / name, MADE_BY)) for name in (TARGETS, GAINS)},
-        "attribute": json_digest(
-            Manifest(folder).data["stages"].get("attribute", {}).get("inputs")
-        ),
+        "digests": digests,
+        "attribute": json_digest(described["stages"].get("attribute", {}).get("inputs")),
         "method": METHOD,
         "top": dict(top) if isinstance(top, Mapping) else top,
         "kept_only": kept_only,
     }
+
+
+def are_dropped(folder: Path) -> bool:
+    """Whether the gains of a finished attribution were deleted to save space."""
+    return bool(Manifest(folder).data["files"].get(GAINS, {}).get("dropped"))
+
+
+def drop_gains(folder: Path) -> None:
+    """Delete the gains of a finished attribution; what was made from them stays done."""
+    Manifest(folder).drop(GAINS)
 
 
 def check_top(top: int | Mapping[str, int] | None) -> None:
@@ -108,14 +129,39 @@ def identify_gains(
     atomic_write(path, data)
     result.write(output)
     manifest = Manifest(output.parent)
-    if output.parent.resolve() != folder.resolve():
+    is_elsewhere = output.parent.resolve() != folder.resolve()
+    if is_elsewhere and "record" not in manifest.data["stages"]:
         described = Manifest(folder).data
         kept = ("versions", "model", "dtype", "fallbacks")
         manifest.describe(**{key: described[key] for key in kept if key in described})
+    stage = _stage(manifest, output)
+    if stage == "identify":
+        _remove_replaced(manifest, {path.name, output.name})
     manifest.finish(
-        "identify", inputs, [path, output], top=dict(k) if isinstance(k, Mapping) else k
+        stage,
+        inputs,
+        [path, output],
+        top=dict(k) if isinstance(k, Mapping) else k,
     )
     return result
+
+
+def _stage(manifest: Manifest, output: Path) -> str:
+    """What the manifest calls this stage: not `identify`, if that is of another method's neurons.
+
+    So neurons by gain may stand beside those of a recorded study, which stay as they are.
+    """
+    before = manifest.data["stages"].get("identify", {}).get("inputs", {}).get("method", METHOD)
+    is_beside = before != METHOD and output.name != "neurons.json"
+    return "identify_gains" if is_beside else "identify"
+
+
+def _remove_replaced(manifest: Manifest, written: set[str]) -> None:
+    """Delete what another method said of the neurons that are replaced: labels, significance."""
+    entry = manifest.data["stages"].get("identify", {"inputs": {}, "files": []})
+    if entry["inputs"].get("method") != METHOD:
+        for name in set(entry["files"]) - written:
+            (manifest.path.parent / name).unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> tuple[Json, list[Target]]:
@@ -126,6 +172,12 @@ def _read(folder: Path) -> tuple[Json, list[Target]]:
         raise RelneuronError(
             f"{folder} has no finished attribution in its manifest",
             f"make it with: relneuron {MADE_BY}",
+        )
+    attributed = entry["inputs"].get("model", model)
+    if any(attributed.get(key) != model.get(key) for key in MODEL_KEYS):
+        raise RelneuronError(
+            f"{folder} holds the attribution of another model than the one it was recorded with",
+            f"make it anew in another folder: relneuron {MADE_BY}",
         )
     if GAINS not in entry["files"]:
         raise RelneuronError(

@@ -57,17 +57,19 @@ _MANIFEST_KEYS = (
 
 # The stages in their order, each with those that are made from it.
 _LATER = {
-    "prompts": ("record", "attribute", "identify", "ablate", "report"),
+    "prompts": ("record", "attribute", "identify", "identify_gains", "ablate", "report"),
     "record": ("identify", "ablate", "report"),
     "count": ("identify", "ablate", "nll", "report"),
-    "attribute": ("identify", "ablate", "report"),
+    "attribute": ("identify", "identify_gains", "ablate", "report"),
     "identify": ("ablate", "nll", "report"),
+    "identify_gains": (),  # neurons of an attribution beside those of another identify
     "ablate": ("report",),
     "nll": ("report",),
     "report": (),
 }
 # Stages of another kind of study, in whose folder a stage is not begun.
-_APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"record", "count"}}
+_APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"count"}}
+GAIN_METHOD = "logprob_gain"  # of an `identify` that is made from an attribution
 
 
 def json_digest(value: object) -> str:
@@ -157,7 +159,7 @@ class Manifest:
 
     def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
         """Record a finished stage and the digests of its files; later stages are forgotten."""
-        for later in _LATER[stage]:
+        for later in self._made_from(stage):
             self.data["stages"].pop(later, None)
         folder = self.path.parent
         names = [path.relative_to(folder).as_posix() for path in files]
@@ -170,12 +172,26 @@ class Manifest:
         self.data["files"] = {name: known[name] for name in sorted(kept)}
         self.save()
 
+    def _made_from(self, stage: str) -> list[str]:
+        """The stages that hold no longer once `stage` is made anew."""
+        stages, later = self.data["stages"], list(_LATER[stage])
+        method = stages.get("identify", {}).get("inputs", {}).get("method")
+        if stage == "attribute" and "record" in stages and method != GAIN_METHOD:
+            # Neurons of recorded responses, and what became of them, are of no attribution.
+            later = [name for name in later if name not in ("identify", "ablate")]
+        return later
+
     def drop(self, name: str) -> None:
         """Delete a large intermediate file and say so; the stage that made it stays done."""
         if name in self.data["files"] and not self.data["files"][name].get("dropped"):
             self.data["files"][name]["dropped"] = True
             self.save()
         (self.path.parent / name).unlink(missing_ok=True)
+
+    def forget(self, stage: str) -> None:
+        """Have `stage` made anew, where a file of it that was dropped is needed again."""
+        self.data["stages"].pop(stage, None)
+        self.save()
 
     def describe(self, **facts: object) -> None:
         """Set facts of the whole study: the model, the tokens, the batch plan, ..."""

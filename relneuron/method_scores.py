@@ -94,7 +94,7 @@ def layer_scores(
     they are known. In `unembed`'s dtype: float32 with gains certified to 1e-5, float64 exact.
     """
     wanted = unembed.dtype
-    x, m, scale = (t.to(unembed.device, wanted) for t in (x, coefficients, scale))
+    x, m = (t.to(unembed.device, wanted) for t in (x, coefficients))
     mode = "exact" if wanted == torch.float64 else "certified"
 
     def gain_from(base: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def layer_scores(
         return cast(Tensor, found)  # tops come of mode="top" alone
 
     def logprob_of(base: Tensor) -> Tensor:
-        logits = scale[:, None] * (base @ unembed.T) + (0 if offset is None else offset)
+        logits = scale.to(wanted)[:, None] * (base @ unembed.T) + (0 if offset is None else offset)
         return logits.log_softmax(-1).gather(1, targets[:, None])
 
     if gain is None and any(method in _OF_GAIN for method in methods):

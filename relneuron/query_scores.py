@@ -16,6 +16,7 @@ from relneuron.residual_layers import QUERY_KEYS, ResidualLayer, ResidualModel
 from relneuron.trace import Trace
 
 UNIT_KINDS = ("attention", "ffn")
+_SCRATCH = 1 << 22  # float64 numbers of neurons at a time: 32 MB
 
 
 @dataclass
@@ -95,8 +96,12 @@ def query_scores(
         reads_attention = chosen.above(i - 1) if kind == "ffn" else above
         add(2 * i + 1, trace.attention[i], reads_attention)
         add(2 * i + 2, trace.ffn[i], above)
-        products = (above.keys @ layer.ffn_values().double().T) * above.read(trace.neurons[i])
-        neurons[:, i].index_add_(0, above.sentence, products)
+        values, step = layer.ffn_values(), max(1, _SCRATCH // max(len(above.keys), residual.hidden))
+        for start in range(0, residual.width if len(above.keys) else 0, step):
+            some = slice(start, start + step)
+            products = above.keys @ values[some].double().T
+            products *= above.read(trace.neurons[i][..., some])
+            neurons[:, i, some].index_add_(0, above.sentence, products)
     dtype = residual.unembed.dtype
     return QueryScores(layers.to(dtype), neurons.to(dtype))
 

@@ -226,6 +226,8 @@ def record(
             refuse_overwrite(copy, force)
             atomic_write(copy, prompts_path.read_bytes())
         path = folder / "responses.safetensors"
+        if not path.exists():
+            (folder / "record.journal").unlink(missing_ok=True)  # it counts on what is gone
         journal = Journal(folder / "record.journal", inputs)
         if not journal.done:
             path.unlink(missing_ok=True)

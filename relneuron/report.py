@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 AnyStudy = Study | GroupStudy | AttributionStudy
 
-METHODS = {"ap": "average precision"}
+METHODS = {"ap": "average precision", "logprob_gain": "log-probability gain"}
+RUN = ("prompts", "record", "identify", "ablate")  # the stages whose options `run` takes
 DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise")  # of identify
 ORDER = (
     *("accuracy", "prompts", "drop", "interference", "perplexity"),
@@ -230,22 +231,47 @@ def commands(manifest: Json) -> list[str]:
     else:
         loading = {key: model.get(key) for key in ("dtype", "revision")}
         prompts, neurons = "STUDY/prompts.jsonl", "STUDY/neurons.json"
+        attributed = prompts if "record" in options else "PROMPTS"
+        beside = stages.get("identify_gains", {}).get("files", ["gain.json"])[-1]
         fixed: dict[str, tuple[list[str], Json]] = {
-            "prompts": (["FACTS_DIR", "-o", prompts], {}),
-            "count": ([name, *_texts(options.get("count", {})), "-o", "STUDY"], loading),
-            "record": ([name, prompts, "-o", "STUDY"], loading),
-            "attribute": ([name, "PROMPTS", "-o", "STUDY", *_comparing(options)], loading),
-            "identify": (["STUDY", "-o", neurons], {}),
-            "ablate": ([name, neurons, prompts, "-o", "STUDY/effects.csv"], loading),
-            "nll": ([name, neurons, *_texts(options.get("nll", {})), "-o", "STUDY"], loading),
+            "prompts": (["prompts", "FACTS_DIR", "-o", prompts], {}),
+            "count": (["count", name, *_texts(options.get("count", {})), "-o", "STUDY"], loading),
+            "record": (["record", name, prompts, "-o", "STUDY"], loading),
+            "attribute": (
+                ["attribute", name, attributed, "-o", "STUDY", *_comparing(options)],
+                loading,
+            ),
+            "identify": (["identify", "STUDY", "-o", neurons], {}),
+            "identify_gains": (["identify", "STUDY", "-o", f"STUDY/{beside}"], {}),
+            "ablate": (["ablate", name, neurons, prompts, "-o", "STUDY/effects.csv"], loading),
+            "nll": (
+                ["nll", name, neurons, *_texts(options.get("nll", {})), "-o", "STUDY"],
+                loading,
+            ),
         }
-        lines = [
-            _command([stage, *words], {**_packed(options[stage]), **more})
+        lines = []
+        if _is_run(options):
+            taken = {key: value for stage in RUN for key, value in options.get(stage, {}).items()}
+            dropped = manifest.get("files", {}).get("responses.safetensors", {}).get("dropped")
+            taken |= {"drop_responses": bool(dropped), "prompts": None, "neurons": None}
+            lines = [
+                _command(["run", name, "--facts", "FACTS_DIR", "-o", "STUDY"], taken | loading)
+            ]
+            fixed = {stage: fixed[stage] for stage in ("attribute", "identify_gains")}
+        lines += [
+            _command(words, {**_packed(options[stage]), **more})
             for stage, (words, more) in fixed.items()
             # Prompts of no facts were made within another study.
             if stage in options and (stage != "prompts" or "facts" in options[stage])
         ]
     return "\n".join([*lines, "relneuron report STUDY -o report.html"]).split("\n")
+
+
+def _is_run(options: Json) -> bool:
+    """Whether sets were switched off that only `run` makes: of concepts, or by gain as many."""
+    beside = options.get("ablate", {}).get("beside", {})
+    made = {name for name in beside if name.endswith("/neurons.json")}
+    return bool(made) and "facts" in options.get("prompts", {})
 
 
 def _comparing(options: Json) -> list[str]:

@@ -37,7 +37,9 @@ def attribution_page(study: AttributionStudy) -> Json:
 
 
 def facts(study: AttributionStudy) -> str:
-    found = [n_of(len(study.targets), "sentence"), n_of(len(study.relations), "relation")]
+    found = [n_of(len(study.scored), "sentence"), n_of(len(study.relations), "relation")]
+    if len(study.scored) < len(study.targets):
+        found[0] += f" of {len(study.targets):,} that were asked"
     found.append(f"{'recomputed' if study.asked.get('own_norm') else 'frozen'} final norm")
     if study.sums.query_layers or "query_ffn_neuron" in study.sums.by_layer:
         is_ffn = study.asked.get("query_of") == "ffn"
@@ -68,8 +70,8 @@ def answer(study: AttributionStudy) -> str:
 
 def _best_neuron(study: AttributionStudy) -> str:
     """What can be said where nothing was set to zero."""
-    n = n_of(len(study.targets), "sentence")
-    layers = study.sums.layers["ffn_layer"].sum(axis=0) / len(study.targets)
+    n = n_of(len(study.scored), "sentence")
+    layers = study.sums.layers["ffn_layer"].sum(axis=0) / max(1, len(study.scored))
     if not layers.any():
         return (
             f"{n} of {n_of(len(study.relations), 'relation')} are scored; nothing was set to zero."

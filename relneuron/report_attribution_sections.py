@@ -169,10 +169,10 @@ def interventions(study: AttributionStudy, _: Tables) -> list[Section]:
 def heads_off(study: AttributionStudy, _: Tables) -> list[Section]:
     """The best heads of each relation off, asked of all relations."""
     rows: list[list[Cell]] = [
-        [relation, name.partition(":")[2], Share(c.prob_drop[0]), *map(Share, c.prob_drop[1:])]
+        [relation, off, Share(c.prob_drop[0]), *map(Share, c.prob_drop[1:])]
         for relation in study.relations
-        for name, c in study.of(relation).items()
-        if name.startswith("heads:")
+        for off in study.relations
+        if (c := study.of(relation).get(f"heads:{off}"))
     ]
     if not rows:
         return []
@@ -357,6 +357,8 @@ def answers(study: AttributionStudy, tables: Tables) -> list[Section]:
         f"{n_of(len(study.targets), 'sentence')}, {kept:,} of them known: the answer is among the "
         "model's ten most probable tokens and above every other answer of its relation."
     ]
+    if len(study.scored) < len(study.targets):
+        seen.append("Only the known ones are scored; all means of scores are over them.")
     if several:
         seen.append(
             f"{n_of(several, 'answer')} {'has' if several == 1 else 'have'} several tokens: the "

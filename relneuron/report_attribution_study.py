@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,14 +98,20 @@ class AttributionStudy:
     conditions: list[Condition]
 
     @cached_property
+    def scored(self) -> list[Target]:
+        """The sentences that have scores."""
+        return scored(self.targets, self.asked)
+
+    @cached_property
     def relations(self) -> list[str]:
-        return list(dict.fromkeys(target.relation for target in self.targets))
+        """Of the sentences that have scores."""
+        return list(dict.fromkeys(target.relation for target in self.scored))
 
     @cached_property
     def n_sentences(self) -> NDArray[np.int64]:
-        """(R,)"""
-        n = Counter(target.relation for target in self.targets)
-        return np.array([n[relation] for relation in self.relations])
+        """(R,) of those that have scores."""
+        n = Counter(target.relation for target in self.scored)
+        return np.array([n[relation] for relation in self.relations], np.int64)
 
     @property
     def asked(self) -> Json:
@@ -138,6 +144,11 @@ def n_top(model: Json, asked: Json) -> int:
     return min(PAPER_TOP, int(asked.get("top", PAPER_TOP)), share)
 
 
+def scored(targets: Sequence[Target], asked: Json) -> list[Target]:
+    """The sentences that `attribute` scored: all, or those that the model knows."""
+    return [target for target in targets if target.kept or asked.get("keep") != "known"]
+
+
 def is_attribution(folder: Path) -> bool:
     """Whether a folder holds an attribution, and not the effects of a study of relations."""
     if any((folder / name).exists() for name in ("effects.csv", "effects.parquet")):
@@ -167,7 +178,9 @@ def read_attribution_study(folder: Path) -> AttributionStudy:
             manifest,
             model,
             targets,
-            read_sums(read_attributions(folder), targets, shape, n_top(model, asked)),
+            read_sums(
+                read_attributions(folder), scored(targets, asked), shape, n_top(model, asked)
+            ),
             read_promoted(folder / PROMOTED),
             read_conditions(folder / COMPARISON),
         )
@@ -183,7 +196,7 @@ def read_attribution_study(folder: Path) -> AttributionStudy:
 def _check(study: AttributionStudy) -> None:
     """Raise unless the comparison is of these sentences."""
     n = dict(zip(study.relations, study.n_sentences.tolist(), strict=True))
-    n[""] = len(study.targets)
+    n[""] = len(study.scored)
     for condition in study.conditions:
         if not 0 <= condition.n <= n[condition.relation]:
             raise ValueError(f"{COMPARISON} has {condition.n} of {n[condition.relation]} sentences")

@@ -40,7 +40,7 @@ def attribution_tables(study: AttributionStudy) -> dict[str, Table]:
 def answers_table(study: AttributionStudy) -> Table:
     """How well the model knew the answers before anything was set to zero."""
     rows: list[list[Cell]] = []
-    for relation in study.relations:
+    for relation in dict.fromkeys(target.relation for target in study.targets):
         own = [target for target in study.targets if target.relation == relation]
         several = sum(target.n_answer_tokens > 1 for target in own)
         mrr = float(np.mean([1 / target.rank for target in own]))
@@ -130,7 +130,7 @@ def neuron_table(study: AttributionStudy, kind: str) -> Table:
 def top_layers_table(study: AttributionStudy) -> Table:
     """Where the sentences' top value and query neurons are: mean number a sentence, by layer."""
     found = {kind: study.sums.by_layer[kind] for kind in NEURONS if kind in study.sums.by_layer}
-    n = len(study.targets)
+    n = len(study.scored)
     rows: list[list[Cell]] = [
         [layer, *(float(counts[layer]) / n for counts in found.values())]
         for layer in range(int(study.model["layers"]) if found else 0)
@@ -146,7 +146,7 @@ def value_query_counts(study: AttributionStudy) -> NDArray[np.int64]:
         for kind in ("ffn_neuron", "query_ffn_neuron")
     )
     both = np.intersect1d(value, query)
-    n = [np.bincount(p // per_sentence, minlength=len(study.targets)) for p in (value, both, query)]
+    n = [np.bincount(p // per_sentence, minlength=len(study.scored)) for p in (value, both, query)]
     return np.stack([n[0] - n[1], n[1], n[2] - n[1]], axis=1)
 
 
@@ -160,7 +160,7 @@ def value_query_table(study: AttributionStudy) -> Table:
     if {"ffn_neuron", "query_ffn_neuron"} <= study.sums.places.keys():
         counts = value_query_counts(study)
         total = int(study.model["layers"]) * int(study.model["width"])
-        of = np.array([study.relations.index(target.relation) for target in study.targets])
+        of = np.array([study.relations.index(target.relation) for target in study.scored])
         for r, relation in enumerate(study.relations):
             value, both, query = counts[of == r].mean(axis=0).tolist()
             share = Share(both / (value + both) if value + both else np.nan)
@@ -179,7 +179,7 @@ def query_layer_table(study: AttributionStudy) -> Table:
         totals[component] += total
     rows: list[list[Cell]] = [
         [component_name(i), i / 2 - 0.5, value]
-        for i, value in enumerate((totals / len(study.targets)).tolist())
+        for i, value in enumerate((totals / max(1, len(study.scored))).tolist())
     ]
     title = "Query scores of layers, mean over sentences"
     return Table(title, ["component", "layer", "score"], rows)

@@ -182,7 +182,7 @@ def _sets_beside(
 def _gains(effects: Path, manifest: Json, grids: dict[str, Grid], neurons: NeuronFile) -> Gains:
     """The sets by log-probability gain, and how their scores go with those of the own sets."""
     sets = _sets_beside(effects, manifest, grids, "gain", "attribution/neurons.json")
-    if not sets:
+    if not sets or neurons.method != "ap":  # else there is nothing to compare with
         return NO_GAINS
     n_products = int(neurons.model["layers"]) * int(neurons.model["width"])
     folder = effects.parent / "attribution"

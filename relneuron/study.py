@@ -40,7 +40,12 @@ from relneuron.identify import (
     identify,
     identify_inputs,
 )
-from relneuron.identify_gains import identify_gains, identify_gains_inputs
+from relneuron.identify_gains import (
+    are_dropped,
+    drop_gains,
+    identify_gains,
+    identify_gains_inputs,
+)
 from relneuron.manifest import Manifest, locked
 from relneuron.model import (
     describe_model,
@@ -279,6 +284,7 @@ def run_study(
                 tokenizer,
                 folder,
                 batch_tokens=o.batch_tokens,
+                drop=o.drop_responses,
                 backend=o.backend,
                 force=force,
                 quiet=quiet,
@@ -311,14 +317,16 @@ def gain_study(
     study: Path,
     *,
     batch_tokens: int = 4096,
+    drop: bool = False,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile | None:
     """Make, or go on with, `study`/attribution: as many neurons by gain as each set has by AP.
 
-    The gains are those of the det prompts that are answered right, which the sets were found with.
-    Returns the neurons, or None, with a warning, if the model cannot be attributed.
+    The gains are those of the det prompts that are answered right, which the sets were found with;
+    with `drop` gains.safetensors goes once the neurons are chosen. Returns the neurons, or None,
+    with a warning, if the model cannot be attributed.
     """
     try:
         read_residual_model(model)
@@ -342,6 +350,10 @@ def gain_study(
         if not Manifest(folder).is_done("prompts", inputs, force=force):
             atomic_write(prompts, data)
             Manifest(folder).finish("prompts", inputs, [prompts])
+        if are_dropped(folder):
+            inputs = identify_gains_inputs(folder, **chosen)
+            if not Manifest(folder).is_done("identify", inputs, force=force):
+                Manifest(folder).forget("attribute")
         # What no manifest knows is left of a run that was killed.
         anew = force or "attribute" not in Manifest(folder).data["stages"]
         attribute(
@@ -358,6 +370,8 @@ def gain_study(
         inputs = identify_gains_inputs(folder, **chosen)
         if not Manifest(folder).is_done("identify", inputs, force=force):
             identify_gains(folder, neurons, **chosen, force=True, quiet=quiet)
+        if drop:
+            drop_gains(folder)
     return NeuronFile.read(neurons)
 
 

@@ -32,7 +32,7 @@ class Trace:
 
     n_pad: Tensor  # (E,) int64
     mask: Tensor  # (E, T) bool: tokens of the sentence
-    scale: Tensor  # (E,) of the final norm at the last position, frozen for every score
+    scale: Tensor  # (E,) float64: the final norm's at the last position, frozen for every score
     logits: Tensor  # (E, V) float32, the model's own at the last position
     h: list[Tensor] = field(default_factory=list)  # (E, T, D), L + 1 of them: layer inputs, output
     r: list[Tensor] = field(default_factory=list)  # (E, T, D): between attention and FFN
@@ -181,7 +181,8 @@ def _empty(residual: ResidualModel, n_pad: Tensor, n_tokens: int) -> Trace:
     n_pad = n_pad.to(unembed.device)
     mask = torch.arange(n_tokens, device=unembed.device) >= n_pad[:, None]
     logits = unembed.new_zeros(len(n_pad), len(unembed), dtype=torch.float32)
-    return Trace(n_pad=n_pad, mask=mask, scale=unembed.new_zeros(len(n_pad)), logits=logits)
+    scale = unembed.new_zeros(len(n_pad), dtype=torch.float64)
+    return Trace(n_pad=n_pad, mask=mask, scale=scale, logits=logits)
 
 
 def _put(whole: Trace, part: Trace, rows: list[int]) -> None:
@@ -215,5 +216,5 @@ def _run(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
             **({"logits_to_keep": 1} if keep else {}),
         )
     found.logits = output.logits[:, -1].float()
-    found.scale = residual.final_norm.scale(found.h[-1][:, -1]).to(unembed.dtype)
+    found.scale = residual.final_norm.scale(found.h[-1][:, -1])
     return found

@@ -37,10 +37,10 @@ class ValueScores:
     first, of equal gains the later (layer, index) first, -1 where a sentence has fewer.
     """
 
-    ffn_layer: Tensor  # (E, L)
-    attention_layer: Tensor  # (E, L)
-    head: Tensor  # (E, L, H)
-    position: Tensor  # (E, L, H, T), NaN at padding
+    ffn_layer: Tensor | None  # (E, L)
+    attention_layer: Tensor | None  # (E, L)
+    head: Tensor | None  # (E, L, H)
+    position: Tensor | None  # (E, L, H, T), NaN at padding
     ffn_neuron: Tensor | None  # (E, L, F)
     attention_neuron: Tensor | None  # (E, L, T, H * d_h), NaN at padding
     ffn_top: TopGains | None  # (E, top) each
@@ -51,14 +51,14 @@ class _Setting(NamedTuple):
     """What all scores of a batch share."""
 
     unembed: Tensor
-    frozen: Tensor  # (E,) scale of the final norm at the last layer's output
+    frozen: Tensor  # (E,) float64: scale of the final norm at the last layer's output
     targets: Tensor
     own_norm: Norm | None  # recompute the scale with it; None: `frozen` everywhere
     shared: dict[str, Any]  # offset and backend
 
     def scale(self, x: Tensor) -> Tensor:
         """(E,): the scale at the base points x (E, D)."""
-        return self.frozen if self.own_norm is None else self.own_norm.scale(x).to(self.frozen)
+        return self.frozen if self.own_norm is None else self.own_norm.scale(x)
 
 
 def value_scores(
@@ -66,6 +66,7 @@ def value_scores(
     trace: Trace,
     targets: Tensor,
     *,
+    writes: bool = True,
     ffn: str | None = "certified",
     attention: str | None = "top",
     top: int = 300,
@@ -90,10 +91,11 @@ def value_scores(
 
     Arguments
         targets    (E,) int64: the answer's token w
+        writes     score layers, heads and positions, too; False leaves them None
         ffn        certified | exact: all FFN neurons and the `top` largest; top: only these; None
         attention  the same for attention neurons, of which there are L * T * H * d_h a sentence
         top        how many a sentence; these sets are exact in every mode
-        tolerance  of `certified`, in nats
+        tolerance  of `certified`, in nats, with the unembedding as it is folded, in float32
         backend    of the op `logprob_gain`
 
     Raises ValueError for another mode, and what `logprob_gain` raises.
@@ -110,9 +112,12 @@ def value_scores(
         own_norm=residual.final_norm if own_norm else None,
         shared={"offset": residual.offset if norm_bias else None, "backend": backend},
     )
-    writes = [_writes(residual, trace, layer, setting) for layer in residual.layers]
-    ffn_layer, attention_layer, head, position = map(_stack, zip(*writes, strict=True))
-    scores = ValueScores(ffn_layer, attention_layer, head, position, None, None, None, None)
+    scores = ValueScores(*[None] * 8)
+    if writes:
+        found = [_writes(residual, trace, layer, setting) for layer in residual.layers]
+        scores.ffn_layer, scores.attention_layer, scores.head, scores.position = map(
+            _stack, zip(*found, strict=True)
+        )
     if ffn is not None:
         layers = [_ffn_neurons(trace, layer, setting) for layer in residual.layers]
         scores.ffn_top = _top(layers, setting, top)
@@ -140,7 +145,7 @@ def _vector_gains(x: Tensor, vectors: Tensor, setting: _Setting, rows: slice) ->
     """(e, M) gains of vectors (e, M, D) that the sentences `rows` wrote at x (e, D)."""
     after = None
     if setting.own_norm is not None:
-        after = setting.own_norm.scale(x[:, None] + vectors).to(setting.frozen)
+        after = setting.own_norm.scale(x.double()[:, None] + vectors)
     scale = setting.frozen[rows] if after is None else setting.scale(x)
     targets = setting.targets[rows]
     return logprob_gain_vectors(
@@ -196,7 +201,7 @@ def _gain_layer(
 ) -> GainLayer:
     after = None
     if setting.own_norm is not None:
-        after = scale_after(setting.own_norm, x, values, coefficients).to(setting.frozen)
+        after = scale_after(setting.own_norm, x, values, coefficients)
     return GainLayer(x, values, coefficients, after, valid)
 
 

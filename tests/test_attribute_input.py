@@ -114,7 +114,7 @@ def test_answers_of_several_tokens(run: Attributed, tmp_path: Path) -> None:
     run.attribute(tmp_path / "out", QUICK, path)
     rows = read_rows(tmp_path / "out" / "targets.csv")
     assert [(row["target"], row["n_answer_tokens"]) for row in rows] == [("w5", "1"), ("w8", "3")]
-    tokens = Manifest(tmp_path / "out").data["tokens"]
+    tokens = Manifest(tmp_path / "out").data["stages"]["attribute"]["tokens"]
     assert tokens["answers_of_several_tokens"] == 1
     assert tokens["target"] == "the answer's first token"
 
@@ -317,19 +317,18 @@ def test_forced_and_killed_it_goes_on_with_force_only(
     refused(run, output, "made from other inputs", other)
     refused(run, output, "exists|not the file")
     run.attribute(output, other, force=True)
-    n_batches = Manifest(output).data["batch_plan"]["batches"]
+    n_batches = Manifest(output).data["stages"]["attribute"]["batch_plan"]["batches"]
     assert n_scored == n_batches + 1
     run.attribute(tmp_path / "anew", other)
     assert files_of(output) == files_of(tmp_path / "anew")
 
 
-def test_a_recorded_study_is_not_overwritten(run: Attributed, tmp_path: Path) -> None:
-    for stage, kind in (("record", "relations"), ("count", "groups of text")):
-        output = tmp_path / stage
-        manifest = Manifest(output)
-        manifest.data["stages"][stage] = {"inputs": {}, "files": []}
-        manifest.save()
-        refused(run, output, f"holds a study of {kind}", QUICK)
+def test_a_study_of_a_corpus_is_not_overwritten(run: Attributed, tmp_path: Path) -> None:
+    output = tmp_path / "count"
+    manifest = Manifest(output)
+    manifest.data["stages"]["count"] = {"inputs": {}, "files": []}
+    manifest.save()
+    refused(run, output, "holds a study of groups of text", QUICK)
 
 
 def test_a_locked_folder(run: Attributed, tmp_path: Path) -> None:

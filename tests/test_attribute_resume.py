@@ -133,7 +133,7 @@ def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> Non
             llama.attribute(tmp_path / "out", options)
         assert (tmp_path / "out" / JOURNAL).read_bytes().count(b'"key": "attribute ') == 2
         llama.attribute(tmp_path / "out", options)
-    n_batches = Manifest(tmp_path / "out").data["batch_plan"]["batches"]
+    n_batches = Manifest(tmp_path / "out").data["stages"]["attribute"]["batch_plan"]["batches"]
     assert n == 1 + n_batches  # the interrupted batch, and every batch once
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -168,5 +168,15 @@ def test_a_process_that_is_killed_goes_on(llama: Attributed, tmp_path: Path) -> 
     result = subprocess.run([*words, "3"], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == -9
     assert (tmp_path / "out" / JOURNAL).read_bytes().endswith(b'{"key": "cut sh')
+    llama.attribute(tmp_path / "out", SMALL)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_gains_that_are_gone_are_scored_again(llama: Attributed, tmp_path: Path) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    with Points(4), pytest.raises(Killed):
+        llama.attribute(tmp_path / "out", SMALL)
+    assert b'"key": "attribute ' in (tmp_path / "out" / JOURNAL).read_bytes()
+    (tmp_path / "out" / "gains.safetensors").unlink()
     llama.attribute(tmp_path / "out", SMALL)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

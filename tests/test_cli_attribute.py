@@ -20,6 +20,7 @@ from hooked import one_thread, read_rows
 
 from relneuron.artifact import NeuronFile
 from relneuron.attribute import JOURNAL
+from relneuron.cli_attribute import _cell
 from relneuron.manifest import Manifest
 
 QUICK = ["--query-units", 4, "--top", 20, "--random-seeds", 1, "--batch-tokens", 200, "--quiet"]
@@ -239,3 +240,17 @@ def test_the_command_killed_and_run_again(
     assert not (output / "targets.csv").exists()
     assert call(*words) == 0
     assert files_of(output) == files_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        ("{:.1%}", -0.0004, "0.0%"),
+        ("{:.1%}", -0.0006, "-0.1%"),
+        ("{:.2f}", -0.001, "0.00"),
+        ("{:.2f}", -0.01, "-0.01"),
+        ("{:.3f}", float("nan"), ""),
+    ],
+)
+def test_zero_has_no_sign(form: str, value: float, text: str) -> None:
+    assert _cell(form, value) == text

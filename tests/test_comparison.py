@@ -197,6 +197,26 @@ def test_without_query_scores_there_is_no_query_condition(traced: Traced) -> Non
     assert not any("query" in name for name in names)
 
 
+def test_neurons_that_nothing_reads_are_no_query_neurons(traced: Traced) -> None:
+    residual, found, targets = traced
+    value = value_scores(residual, found, targets, ffn="top")
+    query = query_scores(residual, found, value.attention_top)  # type: ignore[arg-type]
+    query.ffn_neuron[0] = 0
+    query.ffn_neuron[1] = 0
+    query.ffn_neuron[1, 1, 5], query.ffn_neuron[1, 0, 7] = 0.1, 0.2
+    chosen = choose(residual, found, targets, value, query, Sizes(10, 20, 7, 30, 1))
+    assert [row["query"] for row in chosen[:2]] == [[], [7, WIDTH + 5]]
+    assert len(chosen[2]["query"]) == 30
+    ids, types = list("abcd"), ["r"] * 4
+    heads = np.zeros((4, N_LAYERS, N_HEADS))
+    conditions = plan(residual, ids, types, chosen, heads, Sizes.of(residual), n_seeds=1)
+    offs = {c.name: [len(one.ffn) for one in c.offs] for c in conditions}
+    assert offs["query"] == offs["random_query.0"] == [0, 2, 30, len(chosen[3]["query"])]
+    nobody = [row | {"query": []} for row in chosen]
+    names = [c.name for c in plan(residual, ids, types, nobody, heads, Sizes.of(residual))]
+    assert "value" in names and not any("query" in name for name in names)
+
+
 def test_heads_are_ranked_by_their_mean_over_a_type() -> None:
     heads = np.zeros((3, 2, 2))
     heads[0, 0, 1], heads[1, 1, 0], heads[2, 1, 0] = 5, 4, 4

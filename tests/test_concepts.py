@@ -21,6 +21,7 @@ from relneuron.concepts import concept_study, make_concept_prompts
 from relneuron.demo import FACTS
 from relneuron.facts import Fact, Relation, Templates, read_relations, split_facts
 from relneuron.model import load_model, load_tokenizer
+from relneuron.predict import Asker
 from relneuron.prompts import write_prompts
 from relneuron.record import record
 
@@ -175,6 +176,32 @@ def test_without_answers_the_model_runs_once_a_batch_and_objects_are_not_read(
     model_inputs.remove()
     assert texts == [prompt.prompt for prompt in prompts]
     assert [rows for rows, _ in shapes] == [len(prompts)]
+
+
+def test_responses_that_are_gone_are_recorded_again(
+    loaded: tuple[Any, Any], fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed run's journal counts on rows of responses.safetensors."""
+    prompts = tmp_path / "prompts.jsonl"
+    write_prompts(fact_folder, prompts, n_eva=8)
+    record("m", *loaded, prompts, tmp_path / "whole", batch_tokens=200, quiet=True)
+    ask, asked = Asker.ask, []
+
+    def failing(self: Asker, *args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return ask(self, *args)
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Asker, "ask", failing)
+        record("m", *loaded, prompts, folder, batch_tokens=200, quiet=True)
+    assert (folder / "record.journal").read_bytes().count(b"key") == 4
+    (folder / "responses.safetensors").unlink()
+    record("m", *loaded, prompts, folder, batch_tokens=200, quiet=True)
+    name = "responses.safetensors"
+    assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # --- the whole small study -------------------------------------------------------------------

@@ -60,7 +60,7 @@ def plan(study: Study, **changes: Any) -> dict[str, Any]:
     sets = {name: places_of(chosen, SHAPE) for name, chosen in study.sets.items()}
     asked: dict[str, Any] = {
         "sets": sets,
-        "rankings": read_rankings(study.folder / "scores.safetensors", sets),
+        "rankings": read_rankings(study.folder / "scores.safetensors", sets, SHAPE),
         "concepts": {},
         "gains": {},
         "prompts": [p for p in study.prompts.values() if p.split != "det"],
@@ -315,10 +315,10 @@ def test_without_scores_what_they_rank_is_left_out_with_a_notice(
 def test_scores_of_another_ranking_are_no_ranking(study: Study, tmp_path: Path) -> None:
     sets = {name: places_of(chosen, SHAPE) for name, chosen in study.sets.items()}
     path = study.folder / "scores.safetensors"
-    assert {len(r) for r in read_rankings(path, sets).values()} == {N_NEURONS}
+    assert {len(r) for r in read_rankings(path, sets, SHAPE).values()} == {N_NEURONS}
     sets["works_as"] = np.append(sets["works_as"][:-1], best(study, "works_as", 99)[-1])
     sets["stranger"] = np.arange(3)
-    found = {name: len(ranking) for name, ranking in read_rankings(path, sets).items()}
+    found = {name: len(ranking) for name, ranking in read_rankings(path, sets, SHAPE).items()}
     assert found == {"likes_fruit": 256, "lives_in": 256, "works_as": TOP, "stranger": 3}
 
 

@@ -1,6 +1,6 @@
 """`ops.logprob_gain` against the definition in float64, the published vectors and its own promises.
 
-`naive` writes the definition down with all logits at hand. Triton has its own file.
+The bounds that certify are in test_logprob_gain_bounds.py, Triton in test_logprob_gain_triton.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import SHARED
+from gain_problems import best, extras, naive, problem
 from torch import Tensor
 
 from relneuron.ops import (
@@ -44,66 +45,6 @@ def forced(variant: str, threads: int = 1) -> Iterator[str]:
 
     with mock.patch.object(engine, "_call_cpu", with_isa):
         yield backend
-
-
-def problem(
-    shape: tuple[int, int, int, int, int],
-    *,
-    size: float = 0.3,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Random arguments (E, P, K, D, V); logits move by a few times `size`."""
-    n_sentences, n_positions, n_neurons, hidden, vocabulary = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator)
-
-    return {
-        "x": (normal(n_sentences, hidden) * 3 / hidden**0.5).to(dtype),
-        # As a transposed weight lies.
-        "values": (normal(hidden, n_neurons) * size / hidden**0.5).to(dtype).T,
-        "coefficients": normal(n_sentences, n_positions, n_neurons).to(dtype),
-        "unembed": normal(vocabulary, hidden).to(dtype),
-        "scale": torch.rand(n_sentences, generator=generator) + 0.5,
-        "targets": torch.randint(vocabulary, (n_sentences,), generator=generator),
-    }
-
-
-def naive(given: dict[str, Any]) -> Tensor:
-    """The definition, float64, like coefficients (E, P, K)."""
-    x, values, c, unembed, scale = (
-        given[name].double() for name in ("x", "values", "coefficients", "unembed", "scale")
-    )
-    offset, after = given.get("offset"), given.get("scale_after")
-    offset = 0.0 if offset is None else offset.double()
-    result = torch.empty_like(c)
-    for e, target in enumerate(given["targets"].tolist()):
-        before = (scale[e] * (x[e] @ unembed.T) + offset).log_softmax(0)[target]
-        for p in range(c.shape[1]):
-            s = scale[e] if after is None else after[e, p].double()[:, None]
-            logits = s * ((x[e] + c[e, p][:, None] * values) @ unembed.T) + offset
-            result[e, p] = logits.log_softmax(1)[:, target] - before
-    return result
-
-
-def best(gains: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest of each row and their places, the later one first among equals."""
-    values, order = gains.reshape(len(gains), -1).flip(1).sort(dim=1, descending=True, stable=True)
-    return values[:, :top], order.shape[1] - 1 - order[:, :top]
-
-
-def extras(given: dict[str, Any], *, offset: bool, own_norm: bool) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(9)
-    more: dict[str, Any] = {}
-    if offset:
-        more["offset"] = torch.randn(len(given["unembed"]), generator=generator)
-    if own_norm:
-        shape = given["coefficients"].shape
-        change = 1 + 0.3 * torch.rand(shape, generator=generator).double()
-        more["scale_after"] = given["scale"][:, None, None] * change
-    return given | more
 
 
 # --- the published vectors -------------------------------------------------------------------
@@ -235,55 +176,6 @@ def test_16_bit_weights(variant: str, values: torch.dtype, unembed: torch.dtype)
 def test_any_depth_of_the_inner_products(hidden: int) -> None:
     given = problem((2, 1, 13, hidden, 20))
     assert torch.allclose(logprob_gain(**given).double(), naive(given), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-8])
-@pytest.mark.parametrize("size", [0.01, 0.1, 1.0])
-def test_certified_is_never_outside_its_tolerance(tolerance: float, size: float) -> None:
-    given = problem((3, 6, 120, 48, 900), size=size, seed=5)  # positions enough for moments
-    gains = logprob_gain(**given, mode="certified", tolerance=tolerance)
-    truth = naive(given)
-    assert ((gains.double() - truth).abs() <= tolerance + 2.0**-24 * truth.abs()).all()
-
-
-def test_moments_settle_most_of_a_typical_layer() -> None:
-    """The share that is left to exact sums is small, or the mode would be of no use."""
-    given = problem((4, 8, 200, 64, 900), size=0.05, seed=3)
-    evaluated = 0
-    kernel = engine._cpu_sums
-
-    def counted(base: Base, pairs: Any, *rest: Any) -> Any:
-        nonlocal evaluated
-        evaluated += len(pairs.place)
-        return kernel(base, pairs, *rest)
-
-    with mock.patch.object(engine, "_cpu_sums", counted):
-        logprob_gain(**given, mode="certified", backend="cpu" if ISAS else "auto")
-    assert evaluated < 0.1 * given["coefficients"].numel()
-
-
-def test_a_thousand_bounds_and_the_telescope() -> None:
-    """No gain exceeds its first-order bound, and the gains of layers add up to the whole path's."""
-    for seed in range(20):
-        given = problem((2, 1, 25, 12, 40), size=1.0, seed=seed)
-        given = {k: v.double() if k != "targets" else v for k, v in given.items()}
-        head = make_head(given["unembed"], given["scale"], given["targets"], None)
-        base = Base(head, given["x"], given["values"], given["coefficients"], None)
-        gains = logprob_gain(**given)
-        assert (gains <= base.first_order() + 1e-12).all()
-        own = extras(given, offset=True, own_norm=True)
-        head = make_head(own["unembed"], own["scale"], own["targets"], own["offset"])
-        base = Base(head, own["x"], own["values"], own["coefficients"], own["scale_after"])
-        assert (logprob_gain(**own) <= base.first_order() + 1e-12).all()
-        # h^0, then what five layers write.
-        writes = torch.randn(2, 5, 12, dtype=torch.float64)
-        path = torch.cat([given["x"][:, None], writes], 1).cumsum(1)
-        shared = {name: given[name] for name in ("unembed", "scale", "targets")}
-        steps = [
-            logprob_gain_vectors(path[:, i], writes[:, i : i + 1], **shared)[:, 0] for i in range(5)
-        ]
-        whole = logprob_gain_vectors(path[:, 0], (path[:, -1] - path[:, 0])[:, None], **shared)
-        assert torch.allclose(sum(steps, torch.zeros(2)), whole[:, 0], rtol=0, atol=1e-12)
 
 
 # --- the largest -----------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def test_scores_equal_a_loop_over_units_and_neurons(family: str, kind: str, key:
         assert bool((ours.layer[:, 2 * N_LAYERS - 1] != 0).any()) == (kind == "ffn")
 
 
+def test_neurons_in_parts_have_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, residual, found, values = scored("llama")
+    whole = query_scores(residual, found, values.attention_top)
+    monkeypatch.setattr("relneuron.query_scores._SCRATCH", 7 * max(HIDDEN, 30 * len(found.mask)))
+    parts = query_scores(residual, found, values.attention_top)
+    torch.testing.assert_close(parts.ffn_neuron, whole.ffn_neuron, rtol=1e-6, atol=1e-9)
+    assert bool(whole.ffn_neuron.any())
+
+
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_of_a_unit_sum_to_one(family: str, kind: str) -> None:

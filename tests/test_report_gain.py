@@ -397,3 +397,25 @@ def test_a_model_that_cannot_be_attributed_has_a_study_without(
     assert not (tmp_path / "s" / "attribution").exists()
     assert not any("gain:" in row["condition"] for row in rows(tmp_path / "s" / "effects.csv"))
     assert (tmp_path / "s" / "neurons.json").read_bytes() == (study / "neurons.json").read_bytes()
+
+
+def test_gains_are_dropped_and_made_anew_when_they_are_needed(
+    study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    folder, dropping = tmp_path / "s", replace(OPTIONS, drop_responses=True)
+    run_study(str(model_folder), fact_folder, folder, dropping, quiet=True)
+    gains = folder / "attribution" / "gains.safetensors"
+    assert not gains.exists() and not (folder / "responses.safetensors").exists()
+    for name in ("attribution/neurons.json", "effects.csv"):
+        assert (folder / name).read_bytes() == (study / name).read_bytes()
+
+    # What is done is not done again.
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(relneuron.attribute_pass.Scorer, "score", None)
+        run_study(str(model_folder), fact_folder, folder, dropping, quiet=True)
+    assert contents(folder) == before
+
+    (folder / "attribution" / "neurons.json").unlink()
+    run_study(str(model_folder), fact_folder, folder, dropping, quiet=True)
+    assert contents(folder) == before

@@ -200,6 +200,26 @@ def test_fewer_neurons_than_asked() -> None:
         assert (ours.attention_top.layer[e, n:] == -1).all()
 
 
+def test_what_is_not_asked_for_is_not_scored() -> None:
+    _, _, _, ours = scored("llama", writes=False, ffn="exact", attention="top", top=5)
+    _, _, _, whole = scored("llama", ffn="exact", attention="top", top=5)
+    assert ours.ffn_layer is ours.attention_layer is ours.head is ours.position is None
+    assert torch.equal(ours.ffn_neuron, whole.ffn_neuron)
+    assert torch.equal(ours.attention_top.index, whole.attention_top.index)
+
+
+def test_certified_with_the_own_norm_at_a_small_tolerance() -> None:
+    """The scales at x and at x + v are float64: rounded, their quotient alone would be off by 1e-7.
+
+    What remains is that of the folded unembedding, which is float32.
+    """
+    asked: dict[str, Any] = {"ffn": "certified", "attention": None, "tolerance": 1e-7}
+    model, found, targets, ours = scored("llama", own_norm=True, **asked)
+    want = naive_value_scores(model, found, targets, own_norm=True)["ffn_neuron"]
+    error = (ours.ffn_neuron.double() - want).abs() - 2.0**-24 * want.abs()
+    assert float(error.max()) < 2e-7
+
+
 def test_own_norm_lists_that_are_too_long_are_marked() -> None:
     _, _, _, ours = scored("gpt2", ffn="top", attention="top", top=500, own_norm=True)
     n = N_LAYERS * WIDTH

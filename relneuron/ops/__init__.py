@@ -6,7 +6,7 @@ neither triton nor the C++ extension has to be there to import it.
 Dimensions have the same letters in Python, Triton and C++:
     T tokens, F neurons per layer (intermediate size), D hidden size, G groups (relations),
     C conditions (ablation sets), N prompts, R relations to score, L layers, V vocabulary,
-    M columns to score.
+    M columns to score, E sentences, K value vectors, P positions.
 """
 
 from relneuron.ops.average_precision import average_precision

@@ -75,8 +75,8 @@ def logprob_gain(
         scale         (E,) the final norm's scale, frozen at its value in the unchanged model
         targets       (E,) int64 in [0, V)
         mode          exact: the definition in float32; certified: every value within `tolerance`
-                      of the exact one, most of them from moments with a proven remainder; top: only
-                      the `top` largest of each sentence
+                      of the definition's, and half an ulp of its own; top: only the `top` largest
+                      of each sentence
         offset        (V,) added to the logits: a norm's bias through the unembedding
         scale_after   like coefficients: the scale at x + c v, where the norm is recomputed there
         backend       auto | reference | cpu | triton; one that cannot run here raises
@@ -91,13 +91,15 @@ def logprob_gain(
     b is made in tiles that all sentences and positions share; no tensor of (neurons, V) exists.
     With M_n = E_p b^n, log(1 + S), S = t M_1 + t^2 M_2 / 2 + t^3 M_3 / 6 has a remainder of S of at
     most x^2 y e^x / 24, x = |t| max |b|, y = t^2 M_2; a pair whose bound is above the tolerance is
-    evaluated exactly, and in float64 where float32 could be off by more than it. `top` visits
-    neurons by their first-order gain t (b_w - M_1), which no gain exceeds as log p(w) is concave
-    along v, until it proves the rest smaller; gains at the edge of the list are told apart in
-    float64, so the set is that of the definition.
+    evaluated exactly, and in float64 where float32 could be off by more than it. (On a CPU moments
+    serve neurons of three coefficients or more: for fewer, the exact sums cost no more.) `top`
+    visits neurons by their first-order gain t (b_w - M_1), which no gain exceeds as log p(w) is
+    concave along v, until it proves the rest smaller; gains at the edge of the list are told apart
+    in float64, so the set is that of the definition.
 
-    Rounding bounds take inner products to be off by at most 8 units of 2^-24 times the product of
-    norms, ten times what one sees.
+    Base points are in float64. Rounding bounds are no worst case but twice what the worst inputs
+    show: inner products off by 8 units of 2^-24 times the product of norms, and more where all
+    their terms have one sign (logprob_gain_base.py).
 
     Returns gains like `coefficients`, float32 (float64 for float64 inputs); with mode="top"
     `TopGains`. The same bits for every number of threads and on every run on one machine.
@@ -137,9 +139,9 @@ def logprob_gain_vectors(
 
     What heads, positions and whole layers write, which no two sentences share.
     """
-    n_sentences, n_vectors, _ = vectors.shape
-    values = vectors.reshape(n_sentences * n_vectors, -1)
     _check_vectors(x, vectors, scale_after)
+    n_sentences, n_vectors, hidden = vectors.shape
+    values = vectors.reshape(n_sentences * n_vectors, hidden)
     after = None
     if scale_after is not None:
         after = scale_after.reshape(1, -1).expand(n_sentences, -1)[:, None]
@@ -202,7 +204,8 @@ def _prepare(
     if not isinstance(unembed, Tensor) or unembed.dim() != 2 or not unembed.numel():
         raise _error("unembed", "(V, D)", unembed)
     n_tokens, hidden = unembed.shape
-    n_sentences = len(layers[0].x)
+    x = layers[0].x
+    n_sentences = len(x) if isinstance(x, Tensor) and x.dim() else 0
     for layer in layers:
         _check_layer(layer, n_sentences, hidden)
     tensors = {"unembed": unembed, "scale": scale, "targets": targets, "offset": offset}
@@ -288,8 +291,9 @@ def _check_dtypes(unembed: Tensor, own: dict[str, Tensor]) -> None:
 
 
 def _check_vectors(x: Tensor, vectors: Tensor, scale_after: Tensor | None) -> None:
-    wanted = f"(E, M, D) with E={len(x)} (from x)"
-    if not isinstance(vectors, Tensor) or vectors.dim() != 3 or len(vectors) != len(x):
+    n_sentences = len(x) if isinstance(x, Tensor) and x.dim() else 0
+    wanted = f"(E, M, D) with E={n_sentences} (from x)"
+    if not isinstance(vectors, Tensor) or vectors.dim() != 3 or len(vectors) != n_sentences:
         raise _error("vectors", wanted, vectors)
     if scale_after is not None:
         shape = tuple(vectors.shape[:2])

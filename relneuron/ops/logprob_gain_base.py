@@ -7,6 +7,7 @@ open.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 UNIT = 2.0**-24  # half an ulp of float32 at 1
-# An inner product in float32 is off by about one UNIT of |a| |b|, whatever its length, as its
-# partial sums are a random walk; six allow for one whose terms cancel.
-DOT_UNITS = 6
+# A float32 inner product whose partial sums are a random walk is off by up to 2.5 UNITs of |a| |b|,
+# whatever its length; the rest is for the rounding of factors and of sums over the vocabulary.
+DOT_UNITS = 8
 # No scratch of the plain torch parts is larger than so many numbers.
 _SCRATCH = 1 << 21
 
@@ -55,13 +56,28 @@ def blocks(n: int, width: int) -> Iterator[slice]:
 
 def make_head(unembed: Tensor, scale: Tensor, targets: Tensor, offset: Tensor | None) -> Head:
     """The head, its longest row found."""
+    return Head(unembed, scale.double(), targets, offset, _largest_norm(unembed))
+
+
+# The norm of the last unembed: (its storage, its place and version there, the norm).
+_LAST: list[tuple[weakref.ref[object], tuple[object, ...], float]] = []
+
+
+def _largest_norm(unembed: Tensor) -> float:
+    """The largest norm of a row; kept while the memory lives, as every layer has the same."""
+    storage: object = unembed.untyped_storage()
+    # A tensor made in inference mode does not say when it changes.
+    version = None if unembed.is_inference() else unembed._version
+    key = (unembed.data_ptr(), unembed.dtype, unembed.shape, unembed.stride(), version)
+    if _LAST and version is not None and _LAST[0][0]() is storage and _LAST[0][1] == key:
+        return _LAST[0][2]
     kind = arithmetic(unembed)
-    norms = [
-        unembed[rows].to(kind).norm(dim=1).max()
-        for rows in blocks(unembed.shape[0], unembed.shape[1])
-    ]
+    norms = [unembed[rows].to(kind).norm(dim=1).max() for rows in blocks(*unembed.shape)]
     norm = float(torch.stack(norms).max())
-    return Head(unembed, scale.double(), targets, offset, norm)
+    _LAST.clear()
+    if version is not None:
+        _LAST.append((weakref.ref(storage, lambda _: _LAST.clear()), key, norm))
+    return norm
 
 
 class Base:
@@ -86,18 +102,23 @@ class Base:
         self.shape = coefficients.shape
         t, tilt = self.factors()
         self.t, self.tilt = t.to(kind), None if tilt is None else tilt.to(kind)
-        logits, z = base_logits(head, x, kind)
-        self.logp = logits.log_softmax(1)
-        self.z = z if scale_after is not None else None
-        self.z_span = z.abs().amax(1)
-        self.x_norm = x.to(kind).norm(dim=1)
-        p = self.logp.exp()
-        self.mean_z = (p * z).sum(1)
-        mean = torch.zeros_like(x, dtype=kind)
+        # In float64, which for E rows costs little: what is off here is off in every neuron's gain.
+        z = base_logits(head, x)
+        logp = add_offset(head, z).log_softmax(1)
+        self.logp, self.logp_span = logp.to(kind, copy=True), -logp.amin(1).to(kind)
+        p = logp.exp_()
+        self.z: Tensor | None = None
+        if scale_after is not None:
+            z -= z.gather(1, head.targets[:, None])
+            self.z, self.z_span = z.to(kind), z.abs().amax(1).to(kind)
+            self.mean_z = (p * z).sum(1).to(kind)
+        del z
+        mean = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         for tokens in blocks(*head.unembed.shape):
-            mean += p[:, tokens] @ head.unembed[tokens].to(kind)
-        target = head.unembed[head.targets].to(kind)
-        self.value_norm, dots = _dots(values, torch.cat([target, target - mean]))
+            mean += p[:, tokens] @ head.unembed[tokens].double()
+        target = head.unembed[head.targets].double()
+        norm, dots = _dots(values, torch.cat([target, target - mean]))
+        self.value_norm, dots = norm.to(kind), dots.to(kind)
         self.target_dot, self.direction_dot = dots[: len(x)], dots[len(x) :]  # (E, K) each
 
     def p(self) -> Tensor:
@@ -125,40 +146,45 @@ class Base:
     def first_order(self) -> Tensor:
         """The gain's first-order part (E, P, K): no gain is larger, as log p(w) is concave.
 
-        t (b_w - E_p b) + tilt (z_w - E_p z); rounding aside, see `rounding`.
+        t (b_w - E_p b) + tilt (z_w - E_p z), z_w = 0; rounding aside, see `rounding`.
         """
         gain = self.t * self.direction_dot[:, None, :]
         if self.tilt is not None:
             gain = gain - self.tilt * self.mean_z[:, None, None]
         return gain
 
-    def rounding(
-        self, reach: Tensor, moves: Tensor | None = None, sentence: Tensor | None = None
-    ) -> Tensor:
-        """What float32 may have changed in a gain: two inner products, and the base point's logits.
+    def rounding(self, reach: Tensor) -> Tensor:
+        """What float32 may have changed in a first-order gain, or in its bound, of that reach."""
+        return DOT_UNITS * self.unit * reach
 
-        `reach` is that of the pairs, `moves` how much their logits do move where that is known (an
-        error of the base logits only matters as far as the probabilities change).
+    def sum_rounding(self, reach: Tensor, moves: Tensor, sentence: Tensor, chain: float) -> Tensor:
+        """What it may have changed in a gain from sums over the vocabulary.
+
+        `moves`: how much the pair's logits do move. Inner products whose terms have one sign are
+        off by `chain` units of sqrt(D) of themselves more. Probabilities are exponentials of
+        rounded logarithms, which matters as far as they change.
         """
-        unit = UNIT if self.t.dtype == torch.float32 else 2.0**-53
-        logits = (self.head.scale * self.x_norm * self.head.norm).to(reach.dtype)
-        if sentence is None:
-            logits = logits.reshape(-1, *[1] * (reach.dim() - 1))
-        else:
-            logits = logits[sentence]
-        changes = (reach if moves is None else moves).clamp(max=1.0)
-        bound: Tensor = DOT_UNITS * unit * (2 * reach + logits * changes)
+        coherent = chain * self.x.shape[1] ** 0.5 * moves
+        changed = self.logp_span.to(reach.dtype)[sentence] * moves.clamp(max=1.0)
+        bound: Tensor = self.unit * (DOT_UNITS * reach + coherent + changed)
         return bound
 
+    @property
+    def unit(self) -> float:
+        return UNIT if self.t.dtype == torch.float32 else 2.0**-53
 
-def base_logits(head: Head, x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits at x (E, V), and z (E, V): without the offset, less the target's."""
-    z = torch.empty(len(x), len(head.unembed), dtype=kind, device=x.device)
+
+def base_logits(head: Head, x: Tensor) -> Tensor:
+    """Logits at x without the offset, (E, V) float64."""
+    z = torch.empty(len(x), len(head.unembed), dtype=torch.float64, device=x.device)
     for tokens in blocks(*head.unembed.shape):
-        z[:, tokens] = x.to(kind) @ head.unembed[tokens].to(kind).T
-    z *= head.scale.to(kind)[:, None]
-    logits = z if head.offset is None else z + head.offset.to(kind)
-    return logits, z - z.gather(1, head.targets[:, None])
+        z[:, tokens] = x.double() @ head.unembed[tokens].double().T
+    z *= head.scale[:, None]
+    return z
+
+
+def add_offset(head: Head, logits: Tensor) -> Tensor:
+    return logits if head.offset is None else logits + head.offset.double()
 
 
 def _dots(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,17 +224,23 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
     per_sentence = base.shape[1] * base.shape[2]
     used, own = torch.unique(place // per_sentence, return_inverse=True)
     few = head._replace(scale=head.scale[used], targets=head.targets[used])
-    logits, z = base_logits(few, base.x[used], wide)
+    z = base_logits(few, base.x[used])
+    logits = add_offset(few, z)
     before = logits.gather(1, few.targets[:, None])[:, 0] - logits.logsumexp(1)
     t, tilt = base.factors(place)
-    step = max(1, _SCRATCH // 4096)
+    if tilt is not None:
+        z = z - z.gather(1, few.targets[:, None])
+    neuron = place % base.shape[2]
+    # By neuron, as pairs of one share its inner products.
+    order = neuron.argsort(stable=True)
+    step = _SCRATCH // 4096
     for start in range(0, len(place), step):
-        chosen = slice(start, start + step)
-        rows, own_row = torch.unique(place[chosen] % base.shape[2], return_inverse=True)
+        chosen = order[start : start + step]
+        rows, own_row = torch.unique(neuron[chosen], return_inverse=True)
         sentence, t_own = own[chosen], t[chosen, None]
         values = base.values[rows].to(wide)
-        total = torch.full((len(own_row),), -torch.inf, dtype=wide, device=place.device)
-        for tokens in blocks(head.unembed.shape[0], max(len(own_row), head.unembed.shape[1])):
+        total = torch.full((len(chosen),), -torch.inf, dtype=wide, device=place.device)
+        for tokens in blocks(head.unembed.shape[0], max(len(chosen), head.unembed.shape[1])):
             moved = (values @ head.unembed[tokens].to(wide).T)[own_row] * t_own
             if tilt is not None:
                 moved += tilt[chosen, None] * z[:, tokens][sentence]

@@ -21,6 +21,9 @@ _PAIRS = 1 << 19  # pairs at a time: bounds the memory to about 50 MB
 # On a CPU the moments of a neuron cost as much as its exact sums for so many coefficients per
 # sentence, and what they leave open costs its inner products twice.
 _WORTHWHILE_POSITIONS = 2
+# What inner products whose terms have one sign are off by more, in UNITs of sqrt(D) of themselves.
+# The C++ kernel adds up short pieces; a matrix product of a GPU may be one long chain.
+_CHAIN = {"cpu": 0.125, "triton": 1.5}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,7 +61,8 @@ class Engine:
         if tilt is not None:
             tilted = tilt.abs() * base.z_span[sentence]
             reach, moves = reach + tilted, moves + tilted
-        errors = base.rounding(reach, moves, sentence).double() + UNIT * gains.abs()
+        rounding = base.sum_rounding(reach, moves, sentence, _CHAIN[self.backend])
+        errors = rounding.double() + UNIT * gains.abs()
         lost = ~gains.isfinite()
         if bool(lost.any()):
             gains[lost] = exact_gains(base, pairs.place[lost])
@@ -164,7 +168,9 @@ class Engine:
             x = t.abs() * largest.double()
             remainder = x * x * y * x.exp() / 24
             sentence = torch.arange(start, start + len(t), device=t.device)[:, None, None]
-            rounding = base.rounding(reach[some][:, :, rows].double(), x, sentence)
+            rounding = base.sum_rounding(
+                reach[some][:, :, rows].double(), x, sentence, _CHAIN[self.backend]
+            )
             error = remainder / (1 + s - remainder) + rounding
             # t b_w - log(1 + S), without the cancellation of t b_w and t M_1.
             gain = t * direction + t * mean - torch.log1p(s)
