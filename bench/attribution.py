@@ -11,19 +11,20 @@ coefficients to gains of that size. Contestants, in alternating rounds, all in f
 - `plain, in place`: the same with one buffer, logsumexp and the target's logit only;
 - `exact`, `certified`, `top`: ours.
 
-All must give the same gains and the same sets, or the run ends. Memory is how far the process's
-peak rises above what it held before. Then `--interventions` sentences, each with its own ten
-neurons off: `together`, in batches, every row its own mask, and `one at a time`, their columns of
-W_down set to zero, the logits of the last token only.
+All must give the same gains and the same sets, or the run ends. Memory is how far the peak of a
+process of its own, which has made the inputs, rises during the call. Then `--interventions`
+sentences, each with its own ten neurons off: `together`, in batches, every row its own mask, and
+`one at a time`, their columns of W_down set to zero, the logits of the last token only.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -166,24 +167,27 @@ class Interventions:
         return logprobs
 
 
-def peak_rise(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], int | None]:
-    """What `run` gives, and by how many bytes the process's peak memory rises meanwhile.
-
-    None where the system does not tell.
-    """
+def peak_rise(run: Callable[[], object]) -> int:
+    """By how many bytes this process's peak memory rises during `run`, as Linux tells it."""
     status = Path("/proc/self/status")
 
     def bytes_of(key: str) -> int:
         lines = status.read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
 
-    if not status.exists():
-        return run(), None
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = bytes_of("VmRSS")
-    found = run()
-    return found, bytes_of("VmHWM") - before
+    run()
+    return bytes_of("VmHWM") - before
+
+
+def peak_rises(names: Iterable[str], arguments: Sequence[str]) -> dict[str, int | None]:
+    """`peak_rise` of each contestant in a process of its own; None where the system is another."""
+    if not sys.platform.startswith("linux"):
+        return dict.fromkeys(names)
+    command = [sys.executable, "-m", "bench.attribution", *arguments, "--memory"]
+    return {name: int(subprocess.check_output([*command, name])) for name in names}
 
 
 def race(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -210,15 +214,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--interventions", type=int, default=200, help="sentences")
     add("--rounds", type=int, default=3)
     add("-o", "--output", type=Path, metavar="FILE.csv", help="add rows to this file")
+    add("--memory", metavar="CONTESTANT", help="print its peak memory in bytes, and nothing else")
+    arguments = sys.argv[1:] if arguments is None else arguments
     o = parser.parse_args(arguments)
     model = make_model(o.vocabulary, o.hidden, o.width, o.layers)
     with torch.no_grad():
         runner = Race(model, o.sentences, o.gain, o.top)
         contestants = runner.contestants()
+        if o.memory is not None:
+            print(peak_rise(contestants[o.memory]))
+            return 0
+        memory = peak_rises(contestants, arguments)
         wanted: list[Tensor] = []
-        memory = {}
         for name, run in contestants.items():  # warms up, too
-            found, memory[name] = peak_rise(run)
+            found = run()
             wanted = wanted or found
             runner.check(name, found, wanted)
         seconds = race(contestants, o.rounds)

@@ -175,7 +175,12 @@ def logprob_gain_top(
     if not layers:
         raise ValueError("logprob_gain: there must be a layer, got none")
     engine, head = _prepare(layers, unembed, scale, targets, offset, backend)
-    bases = [_base(head, layer) for layer in layers]
+    bases, n_held = [], 0
+    for layer in layers:
+        bases.append(_base(head, layer))
+        n_held += len(layer.x) * len(unembed)
+        bases[-1].is_held = n_held <= unembed.numel() // 2
+        bases[-1].rest()
     return TopGains(*Search(engine, bases, [layer.valid for layer in layers], top).run())
 
 

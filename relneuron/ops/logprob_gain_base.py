@@ -19,7 +19,7 @@ UNIT = 2.0**-24  # half an ulp of float32 at 1
 # whatever its length; the rest is for the rounding of factors and of sums over the vocabulary.
 DOT_UNITS = 8
 # No scratch of the plain torch parts is larger than so many numbers.
-_SCRATCH = 1 << 21
+_SCRATCH = 1 << 19
 
 
 class Head(NamedTuple):
@@ -100,26 +100,53 @@ class Base:
         self.head, self.x, self.values = head, x, values
         self.coefficients, self.scale_after = coefficients, scale_after  # (E, P, K) each
         self.shape = coefficients.shape
+        self.is_held = True
         t, tilt = self.factors()
         self.t, self.tilt = t.to(kind), None if tilt is None else tilt.to(kind)
         # In float64, which for E rows costs little: what is off here is off in every neuron's gain.
         z = base_logits(head, x)
-        logp = add_offset(head, z).log_softmax(1)
-        self.logp, self.logp_span = logp.to(kind, copy=True), -logp.amin(1).to(kind)
-        p = logp.exp_()
-        self.z: Tensor | None = None
-        if scale_after is not None:
-            z -= z.gather(1, head.targets[:, None])
-            self.z, self.z_span = z.to(kind), z.abs().amax(1).to(kind)
-            self.mean_z = (p * z).sum(1).to(kind)
-        del z
+        self._total = logsumexp(head, z)
         mean = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         for tokens in blocks(*head.unembed.shape):
-            mean += p[:, tokens] @ head.unembed[tokens].double()
+            p = (add_offset(head, z[:, tokens], tokens) - self._total).exp_()
+            mean += p @ head.unembed[tokens].double()
+        self._keep(z)
+        self.logp_span = -self.logp.amin(1)
+        if self.z is not None:
+            self.z_span, self.mean_z = self.z.abs().amax(1), (self.p() * self.z).sum(1)
+        del z
         target = head.unembed[head.targets].double()
         norm, dots = _dots(values, torch.cat([target, target - mean]))
         self.value_norm, dots = norm.to(kind), dots.to(kind)
         self.target_dot, self.direction_dot = dots[: len(x)], dots[len(x) :]  # (E, K) each
+
+    def _keep(self, z: Tensor) -> None:
+        """log p of all tokens (E, V), and where the scale changes z less the target's."""
+        kind = self.t.dtype
+        self._logp: Tensor | None = torch.empty(z.shape, dtype=kind, device=z.device)
+        for tokens in blocks(z.shape[1], len(z)):
+            self._logp[:, tokens] = add_offset(self.head, z[:, tokens], tokens) - self._total
+        self._z: Tensor | None = None
+        if self.tilt is not None:
+            self._z = (z - z.gather(1, self.head.targets[:, None])).to(kind)
+
+    def rest(self) -> None:
+        """Forget what has E x V numbers, until it is asked for again, unless it `is_held`."""
+        if not self.is_held:
+            self._logp = self._z = None
+
+    @property
+    def logp(self) -> Tensor:
+        if self._logp is None:
+            self._keep(base_logits(self.head, self.x))
+        assert self._logp is not None
+        return self._logp
+
+    @property
+    def z(self) -> Tensor | None:
+        if self._logp is None:
+            self._keep(base_logits(self.head, self.x))
+        return self._z
 
     def p(self) -> Tensor:
         """Probabilities at the base points (E, V)."""
@@ -183,8 +210,18 @@ def base_logits(head: Head, x: Tensor) -> Tensor:
     return z
 
 
-def add_offset(head: Head, logits: Tensor) -> Tensor:
-    return logits if head.offset is None else logits + head.offset.double()
+def add_offset(head: Head, logits: Tensor, tokens: slice = slice(None)) -> Tensor:
+    """Logits with the offset of those tokens."""
+    return logits if head.offset is None else logits + head.offset[tokens].double()
+
+
+def logsumexp(head: Head, z: Tensor) -> Tensor:
+    """log of the sum of exp(logits with the offset), (E, 1), in blocks of the vocabulary."""
+    total = torch.full((len(z), 1), -torch.inf, dtype=z.dtype, device=z.device)
+    for tokens in blocks(z.shape[1], len(z)):
+        part = add_offset(head, z[:, tokens], tokens).logsumexp(1, keepdim=True)
+        total = torch.logaddexp(total, part)
+    return total
 
 
 def _dots(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +263,7 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
     few = head._replace(scale=head.scale[used], targets=head.targets[used])
     z = base_logits(few, base.x[used])
     logits = add_offset(few, z)
-    before = logits.gather(1, few.targets[:, None])[:, 0] - logits.logsumexp(1)
+    before = (logits.gather(1, few.targets[:, None]) - logsumexp(few, z))[:, 0]
     t, tilt = base.factors(place)
     if tilt is not None:
         z = z - z.gather(1, few.targets[:, None])

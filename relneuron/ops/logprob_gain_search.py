@@ -76,6 +76,7 @@ class Search:
                 gains[sentence, column] = exact_gains(base, flat)
             else:
                 gains[sentence, column], errors[sentence, column] = self.engine.gains(base, flat)
+            base.rest()
         return gains, errors
 
     def _choose(
