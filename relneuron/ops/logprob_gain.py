@@ -102,7 +102,7 @@ def logprob_gain(
     their terms have one sign (logprob_gain_base.py).
 
     Returns gains like `coefficients`, float32 (float64 for float64 inputs); with mode="top"
-    `TopGains`. The same bits for every number of threads and on every run on one machine.
+    `TopGains`. The sums over the vocabulary have the same bits for every number of threads.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, a target outside the
     vocabulary, values that are not finite, and options that do not go together.
