@@ -179,7 +179,7 @@ def logprob_gain_top(
     for layer in layers:
         bases.append(_base(head, layer))
         n_held += len(layer.x) * len(unembed)
-        bases[-1].is_held = n_held <= unembed.numel() // 2
+        bases[-1].is_held = n_held <= unembed.numel() // 4
         bases[-1].rest()
     return TopGains(*Search(engine, bases, [layer.valid for layer in layers], top).run())
 

@@ -104,31 +104,31 @@ class Base:
         t, tilt = self.factors()
         self.t, self.tilt = t.to(kind), None if tilt is None else tilt.to(kind)
         # In float64, which for E rows costs little: what is off here is off in every neuron's gain.
-        z = base_logits(head, x)
-        self._total = logsumexp(head, z)
+        self._total = logsumexp(head, x)
         mean = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        for tokens in blocks(*head.unembed.shape):
-            p = (add_offset(head, z[:, tokens], tokens) - self._total).exp_()
-            mean += p @ head.unembed[tokens].double()
-        self._keep(z)
+        self._read(mean)
         self.logp_span = -self.logp.amin(1)
         if self.z is not None:
             self.z_span, self.mean_z = self.z.abs().amax(1), (self.p() * self.z).sum(1)
-        del z
         target = head.unembed[head.targets].double()
         norm, dots = _dots(values, torch.cat([target, target - mean]))
         self.value_norm, dots = norm.to(kind), dots.to(kind)
         self.target_dot, self.direction_dot = dots[: len(x)], dots[len(x) :]  # (E, K) each
 
-    def _keep(self, z: Tensor) -> None:
-        """log p of all tokens (E, V), and where the scale changes z less the target's."""
-        kind = self.t.dtype
-        self._logp: Tensor | None = torch.empty(z.shape, dtype=kind, device=z.device)
-        for tokens in blocks(z.shape[1], len(z)):
-            self._logp[:, tokens] = add_offset(self.head, z[:, tokens], tokens) - self._total
-        self._z: Tensor | None = None
-        if self.tilt is not None:
-            self._z = (z - z.gather(1, self.head.targets[:, None])).to(kind)
+    def _read(self, mean: Tensor | None = None) -> None:
+        """log p of all tokens (E, V), where the scale changes z less the target's, and into `mean`
+        E_p of the unembedding's rows."""
+        head, kind, shape = self.head, self.t.dtype, (len(self.x), len(self.head.unembed))
+        self._logp: Tensor | None = torch.empty(shape, dtype=kind, device=self.x.device)
+        self._z = torch.empty_like(self._logp) if self.tilt is not None else None
+        target = target_logits(head, self.x)
+        for tokens, rows, z in base_logits(head, self.x):
+            logp = add_offset(head, z, tokens) - self._total
+            self._logp[:, tokens] = logp
+            if self._z is not None:
+                self._z[:, tokens] = z - target
+            if mean is not None:
+                mean += logp.exp() @ rows
 
     def rest(self) -> None:
         """Forget what has E x V numbers, until it is asked for again, unless it `is_held`."""
@@ -138,14 +138,14 @@ class Base:
     @property
     def logp(self) -> Tensor:
         if self._logp is None:
-            self._keep(base_logits(self.head, self.x))
+            self._read()
         assert self._logp is not None
         return self._logp
 
     @property
     def z(self) -> Tensor | None:
         if self._logp is None:
-            self._keep(base_logits(self.head, self.x))
+            self._read()
         return self._z
 
     def p(self) -> Tensor:
@@ -201,25 +201,33 @@ class Base:
         return UNIT if self.t.dtype == torch.float32 else 2.0**-53
 
 
-def base_logits(head: Head, x: Tensor) -> Tensor:
-    """Logits at x without the offset, (E, V) float64."""
-    z = torch.empty(len(x), len(head.unembed), dtype=torch.float64, device=x.device)
-    for tokens in blocks(*head.unembed.shape):
-        z[:, tokens] = x.double() @ head.unembed[tokens].double().T
-    z *= head.scale[:, None]
-    return z
+def base_logits(head: Head, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of the vocabulary: (tokens, their rows (v, D), logits at x without the offset (E, v)).
+
+    float64. What has E x V numbers of them is never held.
+    """
+    x = x.double() * head.scale[:, None]
+    for tokens in blocks(len(head.unembed), max(len(x), head.unembed.shape[1])):
+        rows = head.unembed[tokens].double()
+        yield tokens, rows, x @ rows.T
 
 
-def add_offset(head: Head, logits: Tensor, tokens: slice = slice(None)) -> Tensor:
+def target_logits(head: Head, x: Tensor) -> Tensor:
+    """The targets' logits at x without the offset, (E, 1) float64."""
+    rows = head.unembed[head.targets].double()
+    return (x.double() * head.scale[:, None] * rows).sum(1, keepdim=True)
+
+
+def add_offset(head: Head, logits: Tensor, tokens: slice | Tensor) -> Tensor:
     """Logits with the offset of those tokens."""
     return logits if head.offset is None else logits + head.offset[tokens].double()
 
 
-def logsumexp(head: Head, z: Tensor) -> Tensor:
-    """log of the sum of exp(logits with the offset), (E, 1), in blocks of the vocabulary."""
-    total = torch.full((len(z), 1), -torch.inf, dtype=z.dtype, device=z.device)
-    for tokens in blocks(z.shape[1], len(z)):
-        part = add_offset(head, z[:, tokens], tokens).logsumexp(1, keepdim=True)
+def logsumexp(head: Head, x: Tensor) -> Tensor:
+    """log of the sum of exp(logits at x with the offset), (E, 1) float64."""
+    total = torch.full((len(x), 1), -torch.inf, dtype=torch.float64, device=x.device)
+    for tokens, _, z in base_logits(head, x):
+        part = add_offset(head, z, tokens).logsumexp(1, keepdim=True)
         total = torch.logaddexp(total, part)
     return total
 
@@ -261,12 +269,11 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
     per_sentence = base.shape[1] * base.shape[2]
     used, own = torch.unique(place // per_sentence, return_inverse=True)
     few = head._replace(scale=head.scale[used], targets=head.targets[used])
-    z = base_logits(few, base.x[used])
-    logits = add_offset(few, z)
-    before = (logits.gather(1, few.targets[:, None]) - logsumexp(few, z))[:, 0]
+    x = base.x[used]
+    z_target = target_logits(few, x)
+    at_target = add_offset(few, z_target, few.targets[:, None])
+    before = (at_target - logsumexp(few, x))[:, 0]
     t, tilt = base.factors(place)
-    if tilt is not None:
-        z = z - z.gather(1, few.targets[:, None])
     neuron = place % base.shape[2]
     # By neuron, as pairs of one share its inner products.
     order = neuron.argsort(stable=True)
@@ -277,13 +284,13 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
         sentence, t_own = own[chosen], t[chosen, None]
         values = base.values[rows].to(wide)
         total = torch.full((len(chosen),), -torch.inf, dtype=wide, device=place.device)
-        for tokens in blocks(head.unembed.shape[0], max(len(chosen), head.unembed.shape[1])):
-            moved = (values @ head.unembed[tokens].to(wide).T)[own_row] * t_own
+        for tokens, vectors, z in base_logits(few, x):
+            moved = (values @ vectors.T)[own_row] * t_own
             if tilt is not None:
-                moved += tilt[chosen, None] * z[:, tokens][sentence]
-            moved += logits[:, tokens][sentence]
+                moved += tilt[chosen, None] * (z - z_target)[sentence]
+            moved += add_offset(few, z, tokens)[sentence]
             total = torch.logaddexp(total, moved.logsumexp(1))
         target = (values[own_row] * head.unembed[few.targets[sentence]].to(wide)).sum(1)
-        at_target = logits[sentence, few.targets[sentence]]
-        result[chosen] = at_target + target * t[chosen] - total - before[sentence]
+        moved_target = at_target[sentence, 0] + target * t[chosen]
+        result[chosen] = moved_target - total - before[sentence]
     return result
