@@ -9,6 +9,7 @@ coefficients to gains of that size. Contestants, in alternating rounds, all in f
 - `plain`: the vocabulary projection of a layer's value vectors once for all sentences, then for
   each sentence the logits of all neurons and their log_softmax;
 - `plain, in place`: the same with one buffer, logsumexp and the target's logit only;
+- `plain, in blocks`: that for a few neurons at a time, whose logits stay in the caches;
 - `exact`, `certified`, `top`: ours.
 
 All must give the same gains and the same sets, or the run ends. Memory is how far the peak of a

@@ -190,9 +190,12 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 def _call_cpu(base: Base, rows: Tensor, **given: Any) -> Tensor:
-    """Run the kernel on some neurons; returns the largest |b| of each."""
+    """Run the kernel on some neurons; returns the largest |b| of each.
+
+    `given` may force an instruction set, `isa`, and a thread count, `n_threads` (tests).
+    """
     unembed = base.head.unembed
-    if unembed.stride(1) != 1 or unembed.dtype not in _DTYPES:
+    if unembed.stride(1) != 1:
         unembed = unembed.contiguous()
     largest = torch.empty(len(rows))
     cpu_module().logprob_gain(
@@ -215,11 +218,8 @@ def _call_cpu(base: Base, rows: Tensor, **given: Any) -> Tensor:
     return largest
 
 
-def _cpu_sums(
-    base: Base, pairs: Pairs, t: Tensor, tilt: Tensor | None, isa: str = "", n_threads: int = 0
-) -> tuple[Tensor, Tensor]:
-    """`Engine._log_sums` by the C++ kernel; `isa` forces an instruction set, `n_threads` a thread
-    count (tests)."""
+def _cpu_sums(base: Base, pairs: Pairs, t: Tensor, tilt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`Engine._log_sums` by the C++ kernel."""
     log_sums = torch.empty(len(t), dtype=torch.float64)
     largest = _call_cpu(
         base,
@@ -228,10 +228,8 @@ def _cpu_sums(
         sentence=pairs.sentence.data_ptr(),
         t=t.data_ptr(),
         tilt=_pointer(tilt),
-        z=_pointer(base.z if tilt is not None else None),
+        z=_pointer(base.z),
         log_sums=log_sums.data_ptr(),
-        isa=isa,
-        n_threads=n_threads or torch.get_num_threads(),
     )
     return log_sums, largest
 
