@@ -35,7 +35,7 @@ from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.manifest import Journal, locked, progress_bar
 from relneuron.model import GatedMLP, describe_model, find_gated_mlps, model_shape, same_model
 from relneuron.patch import Patch, check_canary
-from relneuron.predict import Asker, Questions, Step, encode
+from relneuron.predict import Asker, Questions, Step, cache_of, encode
 from relneuron.steer import mean_activations, steering_states
 
 CLEAN = "clean"
@@ -168,10 +168,11 @@ class Continuer(Asker):
             stay = [i for i, row in enumerate(going) if not ends[row]]
             if not stay:
                 break
-            cache, tokens = out.past_key_values, chosen[:, None]
-            if len(stay) < len(going) and hasattr(cache, "batch_select_indices"):
+            cache, tokens = cache_of(out), chosen[:, None]
+            (state,) = cache.values()
+            if len(stay) < len(going) and hasattr(state, "batch_select_indices"):
                 kept = torch.tensor(stay, device=tokens.device)
-                cache.batch_select_indices(kept)
+                state.batch_select_indices(kept)
                 going = [going[i] for i in stay]
                 tokens, mask, seen = tokens[kept], mask[kept], seen[kept]
             entering = torch.ones_like(tokens)

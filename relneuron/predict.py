@@ -6,7 +6,7 @@ The `record` and `ablate` stages call it, so both ask in exactly the same way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "not enough memory", "can't allocate memory")
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(word in str(error).lower() for word in words)
+
+
+def cache_of(out: Any) -> dict[str, Any]:
+    """The cache that a forward left, as the keyword argument by which the next one takes it.
+
+    A model's output calls it as its forward does: `cache` from transformers 5.24 on,
+    `past_key_values` before and in code of a model's own.
+    """
+    name = "cache" if "cache" in out else "past_key_values"
+    return {name: getattr(out, name)}
 
 
 @dataclass(frozen=True)
@@ -168,15 +178,17 @@ class Asker:
             mask[row, longest - len(line) :] = 1
         return torch.from_numpy(tokens).to(self.device), torch.from_numpy(mask).to(self.device)
 
-    def _forward(self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Any = None) -> Any:
-        """Logits of the last `n_logits` columns, or of all of them (0), with a cache."""
+    def _forward(
+        self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Logits of the last `n_logits` columns, or of all of them (0); `cache` by `cache_of`."""
         width = tokens.shape[1]
         return self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
-            past_key_values=cache,
             use_cache=n_logits > 0,
+            **(cache or {}),
             **({"logits_to_keep": n_logits} if self._takes_keep else {}),
         )
 
@@ -201,7 +213,7 @@ class Asker:
             if number == 0:
                 logprobs = self._logprobs(logits, questions, rows)
             chosen.append(logits.argmax(-1))
-            cache, inputs = out.past_key_values, chosen[-1][:, None]
+            cache, inputs = cache_of(out), chosen[-1][:, None]
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
         return Answers([self._text(answer) for answer in torch.stack(chosen, 1).tolist()], logprobs)
@@ -236,8 +248,9 @@ class Asker:
         ]
         if open_rows:
             places = torch.tensor(open_rows, device=self.device)
-            cache = out.past_key_values
-            cache.batch_select_indices(places)
+            cache = cache_of(out)
+            (state,) = cache.values()
+            state.batch_select_indices(places)
             inputs, mask = chosen[places, :1], mask[places]
             mask[:, -1] = 0
             before_step(Step(places, torch.ones_like(inputs), 1, 1))

@@ -21,6 +21,7 @@ from relneuron.ablate import ablate_prompts
 from relneuron.artifact import Prompt, read_prompts
 from relneuron.identify import identify
 from relneuron.model import load_model, load_tokenizer
+from relneuron.predict import cache_of
 from relneuron.prompts import write_prompts
 from relneuron.record import record
 
@@ -178,10 +179,10 @@ class Hooked:
             for handle in handles:
                 handle.remove()
 
-    def _logits(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, Any]:
+    def _logits(self, tokens: Tensor, start: int, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         self._columns = range(start, start + tokens.shape[1])
         out = self.model(tokens, **options)
-        return out.logits[0].float(), out.past_key_values
+        return out.logits[0].float(), cache_of(out)
 
     @torch.no_grad()
     def answer(
@@ -198,7 +199,7 @@ class Hooked:
             if cached:
                 start = len(ids) + len(made) - 1
                 logits, cache = self._logits(
-                    torch.tensor([made[-1:]]), start, past_key_values=cache, use_cache=True
+                    torch.tensor([made[-1:]]), start, use_cache=True, **cache
                 )
             else:
                 logits, _ = self._logits(torch.tensor([ids + made]), 0, use_cache=False)

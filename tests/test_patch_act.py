@@ -18,6 +18,7 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.model import find_gated_mlps
 from relneuron.patch import LayerState, Patch, Replacement, StatisticsDone, Tokens, pack_keep
+from relneuron.predict import cache_of
 
 LAYERS, WIDTH, HIDDEN = 3, 48, 32
 B, T, C = 4, 7, 3
@@ -136,9 +137,9 @@ def test_activations_stay_set_through_the_cache_and_where_outputs_are_left_out(m
         assert torch.allclose(logits(model, ids())[:, -2:], wanted[:, -2:], atol=1e-4)
         patch.tokens = Tokens(conditions=PER_TOKEN[:, :-1].int())
         with torch.no_grad():
-            cache = model(ids()[:, :-1], use_cache=True).past_key_values
+            cache = cache_of(model(ids()[:, :-1], use_cache=True))
         patch.tokens = Tokens(conditions=PER_TOKEN[:, -1:].int())
-        last = logits(model, ids()[:, -1:], past_key_values=cache, use_cache=True)
+        last = logits(model, ids()[:, -1:], use_cache=True, **cache)
         assert torch.allclose(last[:, -1], wanted[:, -1], atol=1e-4)
 
 
