@@ -16,6 +16,7 @@
 #include "logprob_gain.h"
 #include "runtime.h"
 #include "swiglu_stats.h"
+#include "swiglu_stats_quick.h"
 
 namespace py = pybind11;
 
@@ -162,6 +163,12 @@ void logprob_gain(uintptr_t values, int64_t stride_vk, int64_t stride_vd, int va
   relneuron::logprob_gain(args, isa.c_str(), n_threads);
 }
 
+PyMethodDef quick_methods[] = {
+    {"swiglu_stats_quick",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(relneuron::swiglu_stats_quick)),
+     METH_FASTCALL, "The kernel of relneuron.ops.swiglu_stats for calls that are plainly right."},
+    {nullptr, nullptr, 0, nullptr}};
+
 void import_numpy() {
   if (_import_array() < 0) throw py::error_already_set();
 }
@@ -192,6 +199,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("condition_ids").noconvert(), py::arg("isa").noconvert(),
         py::arg("n_threads").noconvert(),
         "The kernel of relneuron.ops.swiglu_stats; addresses are not checked.");
+  if (PyModule_AddFunctions(m.ptr(), quick_methods) != 0) throw py::error_already_set();
   m.def("average_precision", &average_precision, py::kw_only(), py::arg("ap").noconvert(),
         py::arg("values").noconvert(), py::arg("stride_vn").noconvert(),
         py::arg("stride_vm").noconvert(), py::arg("N").noconvert(), py::arg("M").noconvert(),

@@ -73,6 +73,27 @@ RELNEURON_INLINE F32 larger(F32 a, F32 b) {
 #endif
 }
 
+// x, its magnitude at most `limit`; NaN gives NaN or the limit.
+RELNEURON_INLINE F32 bounded(F32 x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_range_ps(x, splat(limit), 0b0010);  // the lesser magnitude, the sign of x
+#else
+  x = larger(splat(-limit), x);
+  return x > limit ? splat(limit) : x;
+#endif
+}
+
+// x - a * b where a * b is exact.
+RELNEURON_INLINE F32 minus_exact_product(F32 x, F32 a, float b) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(a, splat(b), x);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_ps(a, splat(b), x);
+#else
+  return x - a * b;
+#endif
+}
+
 // The largest integer <= x, for |x| < 2^31; anything for NaN.
 RELNEURON_INLINE F32 floor_of(F32 x) {
 #if defined(__AVX512F__)
@@ -214,7 +235,7 @@ RELNEURON_INLINE U32 where_bits_16(uint32_t bits, U32 x) {
 #endif
 }
 
-// The lower (0) or upper (1) lanes as doubles. The compiler's own conversions between widths go
+// The lower (0) or upper (1) lanes as doubles, or as 64-bit integers. The compiler's own conversions between widths go
 // through quarters of a vector.
 template <int half>
 RELNEURON_INLINE F64 widen(F32 x) {
@@ -224,6 +245,19 @@ RELNEURON_INLINE F64 widen(F32 x) {
   return _mm256_cvtps_pd(_mm256_extractf128_ps(x, half));
 #else
   return F64{x[2 * half], x[2 * half + 1]};
+#endif
+}
+
+template <int half>
+RELNEURON_INLINE U64 widen(U32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U64>(_mm512_cvtepu32_epi64(
+      _mm512_extracti64x4_epi64(reinterpret_cast<__m512i>(x), half)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U64>(
+      _mm256_cvtepu32_epi64(_mm256_extracti128_si256(reinterpret_cast<__m256i>(x), half)));
+#else
+  return U64{x[2 * half], x[2 * half + 1]};
 #endif
 }
 

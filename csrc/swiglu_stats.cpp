@@ -22,6 +22,10 @@ constexpr int64_t min_elements_per_thread = 1 << 15;
 // Of all slots of a thread.
 constexpr int64_t slots_bytes_max = 4 << 20;
 
+// Counting a row at once takes about as long as half of a slot's share: to clear it and to add it to
+// the counts.
+constexpr int64_t direct_rows_per_group = 2;
+
 // What the plan points to.
 struct Groups {
   std::vector<Segment> segments;
@@ -43,8 +47,10 @@ Groups plan_groups(const SwigluStatsArgs& args, int64_t most_slots, SwigluStatsP
     }
     segment.t_end = t_end;
     segment.slot_end = static_cast<int64_t>(all.groups.size());
+    segment.is_direct =
+        !args.sum && segment.t_end - segment.t_begin <= direct_rows_per_group * n_slots();
     all.segments.push_back(segment);
-    segment = {t_end, t_end, segment.slot_end, segment.slot_end};
+    segment = {t_end, t_end, segment.slot_end, segment.slot_end, false};
   };
   for (int64_t t = 0; t < args.T; ++t) {
     const int32_t group = args.group_ids ? args.group_ids[t] : 0;

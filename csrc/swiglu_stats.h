@@ -52,10 +52,12 @@ void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads);
 // ---- Between swiglu_stats.cpp and the kernel of each instruction set.
 
 // Rows [t_begin, t_end) whose tokens belong to a few groups: their statistics are added up in
-// cache, in one slot per group, and written back when the rows are done.
+// cache, in one slot per group, and written back when the rows are done; with few rows a group slots
+// would cost more than they save.
 struct Segment {
   int64_t t_begin, t_end;
   int64_t slot_begin, slot_end;  // of its groups in SwigluStatsPlan::groups
+  bool is_direct;                // few rows a group: hits go to the counts at once, without slots
 };
 
 // Plain pointers, because no standard header may be used where it is compiled for an instruction set.

@@ -26,11 +26,29 @@ RELNEURON_INLINE void for_each_column(int64_t width, Visit visit) {
   }
 }
 
+// Hits of a block in planes, added to the counts of its columns.
+template <typename Element>
+RELNEURON_INLINE void add_hits(int64_t* count, U32 plane0, U32 plane1) {
+  float natural[block_width];
+  Element::to_natural(natural, {float_of(plane0), float_of(plane1)});
+  constexpr int half = n_lanes / 2;
+  for (int at = 0; at < block_width; at += n_lanes) {
+    const U32 hits = load<U32>(natural + at);
+    store(count + at, load<U64>(count + at) + widen<0>(hits));
+    store(count + at + half, load<U64>(count + at + half) + widen<1>(hits));
+  }
+}
+
 template <typename Element>
 void add_slot_counts(const SwigluStatsArgs& args, const Slot& slot, int64_t first, int64_t width) {
-  for_each_column<Element>(width, [&](int64_t column, int64_t at, int plane, int lane) {
-    const uint32_t pair = slot.counts(at).pair[lane];
-    args.count[first + column] += plane ? pair >> 16 : pair & 0xffffu;
+  int64_t at = 0;
+  for (; at + block_width <= width; at += block_width) {
+    const U32 pair = load<U32>(slot.counts(at).pair);
+    add_hits<Element>(args.count + first + at, pair & 0xffffu, pair >> 16);
+  }
+  const Counts& rest = slot.counts(at);
+  for_each_column<Element>(width - at, [&](int64_t column, int64_t, int plane, int lane) {
+    args.count[first + at + column] += plane ? rest.pair[lane] >> 16 : rest.pair[lane] & 0xffffu;
   });
 }
 
@@ -98,9 +116,10 @@ struct Rows {
 
 struct Task {
   Slot slots[n_sites_max];        // by site, of the tokens' group
+  int64_t* counts[n_sites_max];   // in place of slots: of the group, from the range's first column on
   bool is_counted[n_sites_max];   // by site
   float* responses[n_sites_max];  // by site, in planes of the range; null = none
-  bool has_moments, has_keep, stream;
+  bool is_direct, has_moments, has_keep, stream;
   bool needs_act, needs_product;  // of statistics and responses; h needs both
   bool is_part_full;              // after these rows
   float threshold;
@@ -152,7 +171,15 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
   if (up_sums) Float32::to_natural(up_sums + at, up_sum);
 
   const auto record = [&](Site site, const Block (&value)[n_rows]) RELNEURON_LAMBDA {
-    if (task.is_counted[site]) {
+    if (task.is_counted[site] && task.is_direct) {
+      U32 hits[2] = {};
+      for (const Block& x : value) {
+        for (int i = 0; i < 2; ++i) {
+          hits[i] = add_where_greater(hits[i], x.plane[i], splat(task.threshold), 1u);
+        }
+      }
+      add_hits<Element>(task.counts[site] + at, hits[0], hits[1]);
+    } else if (task.is_counted[site]) {
       add_counts(task.slots[site].counts(at), value, splat(task.threshold));
       if (task.has_moments) {
         add_moments(task.slots[site].moments(at), task.slots[site].totals(at), value,
@@ -243,7 +270,16 @@ void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int6
     rest_rows.up[r] = rest[1][r] - at;
     rest_rows.out[r] = rest[2][r] - at;
   }
-  do_block<Element, activation, n_rows, has_out>(task, rest_rows, at, f + at);
+  Task rest_task = task;
+  int64_t rest_counts[n_sites_max][block_width] = {};
+  if (task.is_direct) {
+    for (int site = 0; site < n_sites_max; ++site) rest_task.counts[site] = rest_counts[site] - at;
+  }
+  do_block<Element, activation, n_rows, has_out>(rest_task, rest_rows, at, f + at);
+  for (int site = 0; task.is_direct && site < n_sites_max; ++site) {
+    if (!task.is_counted[site]) continue;
+    for (int64_t i = at; i < width; ++i) task.counts[site][i] += rest_counts[site][i - at];
+  }
   if constexpr (!has_out) return;
   for (int r = 0; r < n_rows; ++r) memcpy(rows.out[r] + at, rest[2][r], rest_bytes);
 }
@@ -308,7 +344,8 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
           }
         }
       };
-      for_each_slot([&](const Slot& slot, int64_t first) {
+      task.is_direct = segment.is_direct;
+      if (!task.is_direct) for_each_slot([&](const Slot& slot, int64_t first) {
         memset(slot.records, 0, static_cast<size_t>(layout.slot_bytes));
         if (args.sum) load_moments<Element>(args, slot, first, width);
       });
@@ -317,7 +354,12 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
         const int64_t slot = plan.slots[t];
         for (int s = 0; s < args.n_sites; ++s) {
           task.is_counted[args.sites[s]] = slot >= 0;
-          if (slot >= 0) task.slots[args.sites[s]] = slot_of(slot, s);
+          if (slot >= 0 && task.is_direct) {
+            const int64_t row = s * args.G + plan.groups[segment.slot_begin + slot];
+            task.counts[args.sites[s]] = args.count + row * args.F + f;
+          } else if (slot >= 0) {
+            task.slots[args.sites[s]] = slot_of(slot, s);
+          }
         }
         if (prompt_of(t) != prompt) change_prompt(prompt_of(t));
         int n_rows = 1;
@@ -348,7 +390,7 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
                                        : do_rows<Element, activation, n_rows_max, has_out>;
         run(task, rows, f, width, n_next * args.stride_gt, n_next * args.stride_ut);
       }
-      for_each_slot([&](const Slot& slot, int64_t first) {
+      if (!task.is_direct) for_each_slot([&](const Slot& slot, int64_t first) {
         add_slot_counts<Element>(args, slot, first, width);
         if (args.sum) store_moments<Element>(args, slot, first, width);
       });
