@@ -6,7 +6,10 @@ files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -20,8 +23,10 @@ from relneuron.ops.backends import (
 from relneuron.ops.swiglu_stats_checks import (
     DTYPES,
     Names,
+    check_given,
     check_inputs,
     check_masks,
+    check_memory,
     check_statistics,
 )
 from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
@@ -65,7 +70,8 @@ def swiglu_stats(
         prompt_ids     (T,) int32 in [-1, N), -1 = none
         keep           (C, ceil(F/32)) int32: bit f % 32 of word f // 32 set = neuron f stays
         condition_ids  (T,) int32 in [0, C): the row of `keep` for each token; row 0 if left out
-        out            (T, F) tensor for h; may not share memory with gate or up
+        out            (T, F) tensor for h; like all that is written (stats, responses) it may share
+                       memory with no other argument
         ids_checked    True: the caller promises that all ids are in range (saves one look at them)
         backend        auto | reference | cpu | triton; a backend that cannot run here raises
 
@@ -92,7 +98,8 @@ def swiglu_stats(
     Subnormal values count also when torch flushes them to zero (`torch.set_flush_denormal`).
 
     Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
-    inputs that require it are refused.
+    tensors that require it are refused. Threads may share `stats` and `responses`: calls that add
+    to some take turns.
     """
     _check_activation("swiglu_stats", activation)
     h = run_checked(
@@ -177,6 +184,14 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
+    others = {
+        "out": out,
+        "group_ids": group_ids,
+        "prompt_ids": prompt_ids,
+        "keep": keep,
+        "condition_ids": condition_ids,
+    }
+    counters = check_given(names, gate, up, stats, responses, others)
     check_inputs(names, gate, up, out)
     check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
     check_masks(names, gate, keep, condition_ids)
@@ -190,12 +205,12 @@ def run_checked(
         activation,
         ",".join(site_of[site] for site in stats.sites) if stats is not None else "",
         stats._threshold_bits if stats is not None else 0,
-        stats._count if stats is not None else None,
-        stats.tokens if stats is not None else None,
-        stats._sum if stats is not None else None,
-        stats._sum_sq if stats is not None else None,
-        stats._max if stats is not None else None,
-        stats._n_nonfinite if stats is not None else None,
+        counters.get("count"),
+        counters.get("tokens"),
+        counters.get("sum"),
+        counters.get("sum_sq"),
+        counters.get("max"),
+        counters.get("n_nonfinite"),
         group_ids,
         ",".join(site_of[site] for site in responses or ()),
         list(responses.values()) if responses else [],
@@ -254,14 +269,23 @@ def _swiglu_stats_impl(
         condition_ids=condition_ids,
     )
     chosen = choose_backend("swiglu_stats", backend, gate.device.type)
+    check_memory(call)
     if not ids_checked:
         _check_ids_range(call)
-    if chosen == "cpu":
-        _swiglu_stats_cpu(call)
-    elif chosen == "triton":
-        triton_module("swiglu_stats").swiglu_stats_triton(call)
-    else:
-        swiglu_stats_reference(call)
+    # Two threads that add to the same counters would lose some of each other's tokens.
+    with _ADDING if call.tokens is not None or call.responses else nullcontext():
+        if chosen == "cpu":
+            _swiglu_stats_cpu(call)
+        elif chosen == "triton":
+            triton_module("swiglu_stats").swiglu_stats_triton(call)
+        else:
+            swiglu_stats_reference(call)
+
+
+_ADDING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked meanwhile has no thread that would release it.
+    os.register_at_fork(after_in_child=_ADDING._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 # Not torch.library.custom_op: its autograd, of which there is none here, takes more time than a
