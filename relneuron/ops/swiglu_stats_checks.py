@@ -208,8 +208,8 @@ def check_memory(call: Call) -> None:
     By addresses, as two views of a numpy array are two storages to torch. What lies between the
     rows of a matrix is not its memory.
     """
-    written = (call.out, call.count, call.tokens, call.sum, call.sum_sq, call.max)
-    written = (*written, call.n_nonfinite, *call.responses.values())
+    moments = (call.sum, call.sum_sq, call.max, call.n_nonfinite)
+    written = (call.out, call.count, call.tokens, *moments, *call.responses.values())
     read = (call.gate, call.up, call.group_ids, call.prompt_ids, call.keep, call.condition_ids)
     spans = []
     for tensors, is_written in ((written, True), (read, False)):

@@ -54,7 +54,7 @@ def check_tensors(
                     f"{op}: {name} must not require grad, the op has no gradient; "
                     f"pass {name}.detach(), or call it under torch.no_grad()"
                 )
-            if has_tangents and forward_ad.unpack_dual(tensor).tangent is not None:
+            if has_tangents and _has_tangent(tensor):
                 raise ValueError(
                     f"{op}: {name} must not have a tangent, the op has no gradient; "
                     f"pass torch.autograd.forward_ad.unpack_dual({name}).primal"
@@ -62,9 +62,17 @@ def check_tensors(
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a kernel can read a tensor as it lies."""
-    keys = _dispatch_keys(tensor)
-    return keys.raw_repr() in _PLAIN or _strange_key(tensor) is None
+    """Whether a kernel can read a tensor as it lies, and nothing is lost of a tangent."""
+    if torch.compiler.is_compiling():
+        return True
+    if forward_ad._current_level >= 0 and _has_tangent(tensor):
+        return False
+    return _dispatch_keys(tensor).raw_repr() in _PLAIN or _strange_key(tensor) is None
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    primal_and_tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return primal_and_tangent.tangent is not None
 
 
 def _strange_key(tensor: Tensor) -> str | None:
