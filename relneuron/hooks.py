@@ -28,7 +28,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Within it, calls of a module and what is in it run no hook, not even those for all modules."""
+    """Within it, a module and what is in it run no hook, not even those set for all modules."""
     held: list[tuple[dict[str, Any], str, Any]] = []
     everywhere = vars(torch.nn.modules.module)
     for name in _HOOKS:

@@ -355,6 +355,8 @@ def test_backward_may_run_in_another_thread(model: Any) -> None:
         assert elsewhere(loss.backward) is None
 
 
+# What torch loads for it at first uses a part of torch that it calls old.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_an_ablation_inside_a_transform_of_torch_is_right() -> None:
     model = tiny_model("llama", initializer_range=0.3)
     embedded = model.model.embed_tokens(ids()).detach()
