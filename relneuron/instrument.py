@@ -28,7 +28,10 @@ class Probe:
     _patch: Patch = field(repr=False)
 
     def batch(self, attention_mask: Tensor, group_ids: int | Sequence[int] | Tensor = 0) -> None:
-        """Say what the next forward's tokens are; call it before each forward.
+        """Say what the next forward's tokens are; call it before each forward, which counts once.
+
+        A second forward raises: so does `generate` after its first token. What gradient
+        checkpointing runs again in backward() is not counted again.
 
         `attention_mask` (B, T): padding (0) is never counted. `group_ids`: one group, one per
         row (B,), or one per token (B, T); -1 = not counted.
@@ -43,7 +46,7 @@ class Probe:
             ids = ids.unsqueeze(1)
         # masked_fill makes a new tensor, so the caller's mask and ids stay as they are.
         full = ids.expand(attention_mask.shape).masked_fill(attention_mask == 0, -1)
-        self._patch.tokens = Tokens(group_ids=full)
+        self._patch.tokens = Tokens(group_ids=full, counted=set())
 
 
 @contextmanager
@@ -61,6 +64,10 @@ def instrument(
     `groups`: their names or their number G. Inside the context call `probe.batch(...)` before
     each forward; `probe.stats[layer].count[site]` is (G, F) int64 and `.tokens` (G,) int64.
     `sites`, `threshold` and `moments` are those of `ops.GroupStats`.
+
+    The model belongs to this thread meanwhile: a forward of another one raises, and so it does in
+    `ablate`. Hooks on the MLPs and their parts run as ever. With gradient checkpointing call
+    backward() inside the context, as it runs the forward again.
     """
     names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
     mlps = find_gated_mlps(model)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from relneuron import ops
 from relneuron.artifact import Json, RelneuronError
+from relneuron.hooks import without_hooks
 
 logger = logging.getLogger("relneuron")
 
@@ -136,10 +137,23 @@ class GatedMLP:
             module.up_proj(x).reshape(-1, self.width),
         )
 
-    def activate(self, gate: Tensor) -> Tensor:
+    def own_activation(self) -> Callable[[Tensor], Tensor]:
         """The module's own activation, as its own forward calls it."""
         names = (name for name in _ACTIVATION_NAMES if callable(getattr(self.module, name, None)))
-        return cast(Tensor, getattr(self.module, next(names))(gate))
+        return cast(Callable[[Tensor], Tensor], getattr(self.module, next(names)))
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return self.own_activation()(gate)
+
+    def uncalled(self) -> list[tuple[str, nn.Module]]:
+        """The modules inside that neither the projections nor the activation are made of."""
+        own = cast(Any, self.module)
+        names = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+        roots = [self.own_activation(), *(getattr(own, name, None) for name in names)]
+        called = {id(m) for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+        return [
+            (name, m) for name, m in own.named_modules() if m is not own and id(m) not in called
+        ]
 
     def down(self, h: Tensor) -> Tensor:
         return cast(Tensor, cast(Any, self.module).down_proj(h))
@@ -203,7 +217,8 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
     if isinstance(patched, GatedMLP):
         return Verdict(number, patched, "patched already, checked before that")
     try:
-        return _inspect_mlp(number, f"{path}.{found[0]}", module)
+        with without_hooks(module):
+            return _inspect_mlp(number, f"{path}.{found[0]}", module)
     except Exception as error:
         return Verdict(number, None, f"its MLP cannot be run alone: {_first_line(error)}")
 

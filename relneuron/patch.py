@@ -5,6 +5,7 @@ The stages and the two context managers of the package (instrument.py) are made 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from relneuron import ops
 from relneuron.artifact import RelneuronError, check_neurons
+from relneuron.hooks import has_hooks
 from relneuron.model import GatedMLP, model_shape
+from relneuron.ops.tensors import is_plain
 
 _ABSENT = object()
+_PATCHING = threading.Lock()
 
 
 @dataclass
@@ -58,13 +62,15 @@ class Tokens:
     """What the next forward's tokens are; ids (B, T) int32, -1 = nowhere.
 
     `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
-    output is only needed at so many last columns; at the others its MLP is left out.
+    output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
+    not None, are the layers that have counted the tokens: each may do it once.
     """
 
     group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
     conditions: Tensor | None = None
     n_needed: int | None = None
+    counted: set[int] | None = None
 
 
 class Patch:
@@ -73,6 +79,7 @@ class Patch:
     A context manager. Class-level overrides and hooks are ignored by a model that was compiled
     before; an instance's own `forward` is not. Inside another patch both act: statistics of
     both, neurons of both switched off. Leaving in another order than last-in first-out raises.
+    A patched model belongs to the thread that entered: a forward or patch of another one raises.
 
     With `only_statistics` a forward ends with StatisticsDone as soon as the last layer's are taken:
     its down_proj, the final norm and the lm_head are not computed. With `own_activation` h comes
@@ -91,17 +98,28 @@ class Patch:
         self.mlps, self.states, self.backend = mlps, list(states), backend
         self.only_statistics, self.own_activation = only_statistics, own_activation
         self.tokens = Tokens()
+        self.thread = 0  # that entered
         self._saved: list[tuple[nn.Module, object, object]] = []
 
     def __enter__(self) -> Patch:
         if self._saved:
             raise RelneuronError("this patch is active already", "make a second one to nest")
-        for layer, mlp in enumerate(self.mlps):
-            before = mlp.module.__dict__.get("forward", _ABSENT)
-            outer = before if isinstance(before, _Forward) else None
-            forward = _Forward(self, mlp, layer, outer)
-            self._saved.append((mlp.module, before, forward))
-            mlp.module.__dict__["forward"] = forward
+        if len({id(mlp.module) for mlp in self.mlps}) < len(self.mlps):
+            raise RelneuronError(
+                "layers of the model share one MLP, whose neurons would be counted in each of them",
+                "give a model with an MLP of its own in every layer",
+            )
+        with _PATCHING:
+            found = [mlp.module.__dict__.get("forward", _ABSENT) for mlp in self.mlps]
+            for before in found:
+                if isinstance(before, _Forward):
+                    before.check_thread()
+            self.thread = threading.get_ident()
+            for layer, (mlp, before) in enumerate(zip(self.mlps, found, strict=True)):
+                outer = before if isinstance(before, _Forward) else None
+                forward = _Forward(self, mlp, layer, outer)
+                self._saved.append((mlp.module, before, forward))
+                mlp.module.__dict__["forward"] = forward
         return self
 
     def __exit__(
@@ -155,6 +173,7 @@ class _Forward:
     def __init__(self, patch: Patch, mlp: GatedMLP, layer: int, outer: _Forward | None) -> None:
         self.mlp, self.layer = mlp, layer
         self.patches: list[Patch] = [patch, *(outer.patches if outer else [])]
+        self._uncalled = mlp.uncalled()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RelneuronError("a patched model cannot be copied", "copy it outside the context")
@@ -162,7 +181,22 @@ class _Forward:
     def __reduce__(self) -> Any:
         raise RelneuronError("a patched model cannot be pickled", "save it outside the context")
 
+    def check_thread(self) -> None:
+        if threading.get_ident() != self.patches[0].thread and not _is_recomputing():
+            raise RelneuronError(
+                "the model is inside instrument() or ablate() of another thread",
+                "enter in the thread that runs the model, or give each thread a model of its own",
+            )
+
     def __call__(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.check_thread()
+        for name, module in self._uncalled:
+            if has_hooks(module):
+                raise RelneuronError(
+                    f"{self.mlp.path}.{name} has a hook, and is not called inside the context",
+                    "remove the hook, or put it on the MLP, its projections or its activation",
+                )
         needed = [patch.tokens.n_needed for patch in self.patches]
         if self.layer == len(self.patches[0].mlps) - 1 and None not in needed:
             # Behind the last layer's MLP no token looks at another one.
@@ -178,13 +212,17 @@ class _Forward:
             gate = patch.replaced(self.layer, "gate", gate, x.shape)
             up = patch.replaced(self.layer, "up", up, x.shape)
         is_last = self.layer == len(self.patches[0].mlps) - 1
+        act, is_hooked = self._act(gate, up, x.shape)
+        sites = {"gate": gate, "up": up}
+        if is_hooked and act is not None:
+            sites |= {"act": act, "product": act * up}
         if is_last and all(patch.is_done() for patch in self.patches):
             for patch in self.patches:
-                _statistics_only(self.mlp, gate, up, patch.states[self.layer], patch, x.shape)
+                _statistics_only(self.mlp, sites, patch.states[self.layer], patch, x.shape)
             raise StatisticsDone
         h: Tensor | None = None
         for patch in self.patches:
-            out = _hidden(self.mlp, gate, up, patch.states[self.layer], patch, x.shape)
+            out = _hidden(self.mlp, sites, act, patch.states[self.layer], patch, x.shape)
             # Every patch of the chain computes the same h with its own neurons at zero.
             h = out if h is None else torch.where(out == 0, out, h)
         h = cast(Tensor, h)
@@ -201,6 +239,24 @@ class _Forward:
             y = patch.replaced(self.layer, "down", y, x.shape)
         return y
 
+    def _act(self, gate: Tensor, up: Tensor, shape: torch.Size) -> tuple[Tensor | None, bool]:
+        """The model's own activation (T, F), called once, or None where the kernels' is taken.
+
+        And whether hooks have seen it, in the shape that they know, and may have changed it.
+        """
+        own = self.mlp.own_activation()
+        if isinstance(own, nn.Module) and has_hooks(own):
+            return own(gate.reshape(*shape[:-1], -1)).reshape(gate.shape), True
+        has_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+        is_own = any(p.own_activation for p in self.patches) or has_grad
+        is_own = is_own or not (is_plain(gate) and is_plain(up))
+        return (own(gate) if is_own else None), False
+
+
+def _is_recomputing() -> bool:
+    """Whether autograd runs a forward again, as gradient checkpointing does: it has counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
 
 def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     if ids is None:
@@ -216,6 +272,14 @@ def _recording(
     mlp: GatedMLP, state: LayerState, patch: Patch, shape: torch.Size
 ) -> dict[str, Any] | None:
     """What the op records of a forward, as its arguments; `None` for nothing."""
+    if _is_recomputing():
+        return None
+    counted = patch.tokens.counted if state.stats is not None else None
+    if counted is not None and mlp.layer in counted:
+        raise RelneuronError(
+            "the tokens of the last probe.batch() were counted already",
+            "call it before each forward; generate() makes many: count its text by one forward",
+        )
     prompt_ids = _flat(patch.tokens.prompt_ids, shape, "prompt_ids")
     sums = None
     if state.responses is not None and prompt_ids is not None:
@@ -223,9 +287,12 @@ def _recording(
     has_stats = state.stats is not None
     if not (has_stats or sums):
         return None
+    group_ids = _flat(patch.tokens.group_ids, shape, "group_ids") if has_stats else None
+    if counted is not None:
+        counted.add(mlp.layer)
     return {
         "stats": state.stats,
-        "group_ids": _flat(patch.tokens.group_ids, shape, "group_ids") if has_stats else None,
+        "group_ids": group_ids,
         "responses": sums or None,
         "prompt_ids": prompt_ids if sums else None,
     }
@@ -237,28 +304,66 @@ def _op(mlp: GatedMLP, patch: Patch) -> dict[str, Any]:
 
 
 def _statistics_only(
-    mlp: GatedMLP, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+    mlp: GatedMLP, sites: dict[str, Tensor], state: LayerState, patch: Patch, shape: torch.Size
 ) -> None:
+    """Record a forward; where hooks may have changed act, `sites` has it and the product, too."""
     recording = _recording(mlp, state, patch, shape)
-    if recording is not None:
-        ops.swiglu_stats_only(gate.detach(), up.detach(), **recording, **_op(mlp, patch))
+    if recording is None:
+        return
+    sites = {site: values.detach() for site, values in sites.items()}
+    if state.stats is not None and "act" in sites:
+        _record_values(state.stats, sites, recording["group_ids"], patch.backend)
+        recording |= {"stats": None, "group_ids": None}
+    if recording["stats"] is not None or recording["responses"]:
+        ops.swiglu_stats_only(sites["gate"], sites["up"], **recording, **_op(mlp, patch))
+
+
+def _record_values(
+    stats: ops.GroupStats, sites: dict[str, Tensor], group_ids: Tensor | None, backend: str
+) -> None:
+    """Add the values at hand to `stats`, each site as the first input of an op of its own."""
+    for site in stats.sites:
+        part = ops.GroupStats(
+            groups=stats.groups,
+            width=stats.width,
+            sites=("gate",),
+            threshold=stats.threshold,
+            moments=stats.moments,
+            device=stats.device,
+        )
+        values, is_first = sites[site], site == stats.sites[0]
+        ops.swiglu_stats_only(
+            values, values, stats=part, group_ids=group_ids, ids_checked=True, backend=backend
+        )
+        for name in ("count", "sum", "sum_sq", "n_nonfinite"):
+            for values in getattr(part, name).values():
+                getattr(stats, name)[site].add_(values)
+        for values in part.max.values():
+            torch.maximum(stats.max[site], values, out=stats.max[site])
+        if is_first:
+            stats.tokens += part.tokens
 
 
 def _hidden(
-    mlp: GatedMLP, gate: Tensor, up: Tensor, state: LayerState, patch: Patch, shape: torch.Size
+    mlp: GatedMLP,
+    sites: dict[str, Tensor],
+    act: Tensor | None,
+    state: LayerState,
+    patch: Patch,
+    shape: torch.Size,
 ) -> Tensor:
     """h (T, F) with this patch's statistics taken and its neurons switched off."""
+    gate, up = sites["gate"], sites["up"]
     conditions = patch.conditions(shape) if state.keep is not None else None
     if conditions is not None:
         conditions = conditions.expand(shape[:-1]).reshape(-1).contiguous()
-    has_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    if not (has_grad or patch.own_activation):
+    if act is None:
         recording = _recording(mlp, state, patch, shape) or {}
         mask: dict[str, Any] = {"keep": state.keep, "condition_ids": conditions}
         return ops.swiglu_stats(gate, up, **recording, **mask, **_op(mlp, patch))
     # torch computes h; the op only takes the statistics.
-    _statistics_only(mlp, gate, up, state, patch, shape)
-    h = mlp.activate(gate) * up
+    _statistics_only(mlp, sites, state, patch, shape)
+    h = sites["product"] if "product" in sites else act * up
     if state.keep is None:
         return h
     on = unpack_keep(state.keep, gate.shape[1])
@@ -283,6 +388,8 @@ def _replace_act(
 
 
 def _record_down(y: Tensor, state: LayerState, patch: Patch) -> None:
+    if _is_recomputing():
+        return
     if state.stats_down is not None:
         flat_y = y.detach().reshape(-1, y.shape[-1])
         ops.residual_stats(

@@ -19,6 +19,7 @@ from relneuron.ops.backends import (
     cpu_module,
     triton_module,
 )
+from relneuron.ops.tensors import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ONE_BITS = 62  # the reciprocals below are integers, in units of 2^-62
@@ -63,12 +64,13 @@ def average_precision(
     Raises ValueError for a shape, dtype or device that does not fit, for NaN and infinities in
     `values`, labels other than 1, 0 and -1, a relation without positives, and one that leaves rows
     out and keeps no negative (with all N rows positive AP is 1, as in scikit-learn); TypeError for
-    what is no tensor. `labels` and `weights` may also be on the CPU.
+    what is no tensor. There is no gradient: with grad mode on, `values` that require it are
+    refused. `labels` and `weights` may also be on the CPU.
     """
     check_backend_name("average_precision", backend)
     _check(values, labels, weights)
     chosen = choose_backend("average_precision", backend, values.device.type)
-    values = values.detach()
+    _check_labels(labels.cpu().numpy(), None if weights is None else weights.cpu().numpy())
     if not values.shape[1] or not labels.shape[0]:
         return torch.empty(labels.shape[0], values.shape[1], device=values.device)
     if chosen == "cpu":
@@ -85,11 +87,8 @@ def average_precision(
 
 
 def _check(values: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-    for name, tensor in (("values", values), ("labels", labels), ("weights", weights)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "weights"):
-            raise TypeError(
-                f"average_precision: {name} must be a tensor, got {type(tensor).__name__}"
-            )
+    given = {"values": values, "labels": labels}
+    check_tensors("average_precision", given, {"weights": weights})
     if values.dim() != 2 or values.dtype not in DTYPES:
         raise _error("values", "(N, M) float32|bfloat16|float16|float64", values)
     n = values.shape[0]
@@ -104,7 +103,6 @@ def _check(values: Tensor, labels: Tensor, weights: Tensor | None) -> None:
                 f"average_precision: {name} must be on {values.device} (from values) or cpu, "
                 f"got {tensor.device}"
             )
-    _check_labels(labels.cpu().numpy(), None if weights is None else weights.cpu().numpy())
 
 
 def _check_labels(labels: Array, weights: Array | None) -> None:

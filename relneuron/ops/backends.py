@@ -67,6 +67,8 @@ def triton_module(op: str) -> ModuleType:
 
 def choose_backend(op: str, backend: str, device_type: str) -> str:
     """The backend to run; a forced one that cannot run raises with the reason."""
+    if device_type == "meta":
+        raise ValueError(f"{op}: tensors must have data, got them on the meta device")
     triton = functools.partial(triton_module, op)
     if backend == "auto":
         loads: dict[str, Callable[[], ModuleType]] = {"cpu": cpu_module, "cuda": triton}

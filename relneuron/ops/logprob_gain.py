@@ -8,7 +8,7 @@ kernels are logprob_gain_triton.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +18,7 @@ from relneuron.ops.backends import check_backend_name, choose_backend
 from relneuron.ops.logprob_gain_base import Base, Head, make_head
 from relneuron.ops.logprob_gain_engine import Engine
 from relneuron.ops.logprob_gain_search import Search
+from relneuron.ops.tensors import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODES = ("exact", "certified", "top")
@@ -105,7 +106,8 @@ def logprob_gain(
     `TopGains`. The sums over the vocabulary have the same bits for every number of threads.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, a target outside the
-    vocabulary, values that are not finite, and options that do not go together.
+    vocabulary, values that are not finite, and options that do not go together. There is no
+    gradient: with grad mode on, tensors that require it are refused.
     """
     layer = GainLayer(x, values, coefficients, scale_after)
     if mode not in MODES:
@@ -139,6 +141,8 @@ def logprob_gain_vectors(
 
     What heads, positions and whole layers write, which no two sentences share.
     """
+    given = {"x": x, "vectors": vectors, "scale_after": scale_after}
+    _check_plain(given)
     _check_vectors(x, vectors, scale_after)
     n_sentences, n_vectors, hidden = vectors.shape
     values = vectors.reshape(n_sentences * n_vectors, hidden)
@@ -206,8 +210,14 @@ def _prepare(
 ) -> tuple[Engine, Head]:
     """Check everything before anything is computed; the engine and the head."""
     check_backend_name("logprob_gain", backend)
+    given = {"unembed": unembed, "scale": scale, "targets": targets, "offset": offset}
+    for number, layer in enumerate(layers):
+        own = layer._asdict()
+        given |= {f"{n} of layer {number}" if len(layers) > 1 else n: t for n, t in own.items()}
+    _check_plain(given)
     if not isinstance(unembed, Tensor) or unembed.dim() != 2 or not unembed.numel():
         raise _error("unembed", "(V, D)", unembed)
+    chosen = choose_backend("logprob_gain", backend, unembed.device.type)
     n_tokens, hidden = unembed.shape
     x = layers[0].x
     n_sentences = len(x) if isinstance(x, Tensor) and x.dim() else 0
@@ -243,7 +253,6 @@ def _prepare(
         )
     if not bool((scale > 0).all()):
         raise ValueError("logprob_gain: scale must be positive")
-    chosen = choose_backend("logprob_gain", backend, unembed.device.type)
     if unembed.dtype == torch.float64:
         if backend not in ("auto", "reference"):
             raise ValueError(
@@ -252,12 +261,18 @@ def _prepare(
             )
         chosen = "reference"
     engine = Engine(chosen)
-    head = make_head(unembed.detach(), scale.detach(), targets, offset)
+    head = make_head(unembed, scale, targets, offset)
     for name, tensor in floats.items():
         finite = head.norm < torch.inf if name == "unembed" else _is_finite(tensor)
         if not finite:
             raise ValueError(f"logprob_gain: {name} must be finite, got nan or inf")
     return engine, head
+
+
+def _check_plain(given: Mapping[str, object]) -> None:
+    """What is no tensor is refused by the checks of shapes."""
+    tensors = {name: each for name, each in given.items() if isinstance(each, Tensor)}
+    check_tensors("logprob_gain", tensors)
 
 
 def _check_layer(layer: GainLayer, n_sentences: int, hidden: int) -> None:
@@ -319,5 +334,5 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are finite, without a copy of the tensor."""
     if not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor.detach())
+    low, high = torch.aminmax(tensor)
     return bool(low.isfinite() & high.isfinite())

@@ -59,8 +59,9 @@ def make_head(unembed: Tensor, scale: Tensor, targets: Tensor, offset: Tensor | 
     return Head(unembed, scale.double(), targets, offset, _largest_norm(unembed))
 
 
-# The norm of the last unembed: (its storage, its place and version there, the norm).
-_LAST: list[tuple[weakref.ref[object], tuple[object, ...], float]] = []
+# The norm of the last unembed: (its storage, its place and version there, the norm). One object, so
+# that no thread reads half of what another one writes.
+_last: tuple[weakref.ref[object], tuple[object, ...], float] | None = None
 
 
 def _largest_norm(unembed: Tensor) -> float:
@@ -69,14 +70,14 @@ def _largest_norm(unembed: Tensor) -> float:
     # A tensor made in inference mode does not say when it changes.
     version = None if unembed.is_inference() else unembed._version
     key = (unembed.data_ptr(), unembed.dtype, unembed.shape, unembed.stride(), version)
-    if _LAST and version is not None and _LAST[0][0]() is storage and _LAST[0][1] == key:
-        return _LAST[0][2]
+    global _last
+    last = _last
+    if last and version is not None and last[0]() is storage and last[1] == key:
+        return last[2]
     kind = arithmetic(unembed)
     norms = [unembed[rows].to(kind).norm(dim=1).max() for rows in blocks(*unembed.shape)]
     norm = float(torch.stack(norms).max())
-    _LAST.clear()
-    if version is not None:
-        _LAST.append((weakref.ref(storage, lambda _: _LAST.clear()), key, norm))
+    _last = (weakref.ref(storage), key, norm) if version is not None else None
     return norm
 
 

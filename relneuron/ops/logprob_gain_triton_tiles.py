@@ -86,8 +86,10 @@ def _in_bfloat16(unembed: Tensor) -> Tensor:
     # A tensor made in inference mode does not say when it changes.
     version = None if unembed.is_inference() else unembed._version
     key = (unembed.data_ptr(), unembed.shape, unembed.stride(), version)
-    if _LAST and version is not None and _LAST[0][0]() is storage and _LAST[0][1] == key:
-        return _LAST[0][2]
+    # A copy, as another thread may clear it.
+    for of, place, pieces in _LAST[:]:
+        if version is not None and of() is storage and place == key:
+            return pieces
     high = unembed.bfloat16()
     rest = unembed - high.float()
     middle = rest.bfloat16()

@@ -43,7 +43,7 @@ def residual_stats(
     F. x is recorded before masking. The sum is taken in float32 and rounded once to the dtype, as
     torch does, so y is bit-identical in all backends.
 
-    Returns y (T, D): `out` if given, which may not share memory with x or residual.
+    Returns y (T, D): `out` if given, which may share memory with no other argument.
     """
     y = run_checked(
         _NAMES,

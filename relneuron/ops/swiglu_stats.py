@@ -7,10 +7,14 @@ files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from relneuron.ops.backends import (
     check_backend_name,
@@ -21,8 +25,10 @@ from relneuron.ops.backends import (
 from relneuron.ops.swiglu_stats_checks import (
     DTYPES,
     Names,
+    check_given,
     check_inputs,
     check_masks,
+    check_memory,
     check_statistics,
 )
 from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
@@ -36,6 +42,13 @@ from relneuron.ops.swiglu_stats_reference import (
 
 NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
 NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
+
+# Two threads that add to the same counters would lose some of each other's tokens.
+_ADDING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked meanwhile has no thread that would release it.
+    os.register_at_fork(after_in_child=_ADDING._at_fork_reinit)  # type: ignore[attr-defined]
+_ALONE = nullcontext()
 
 
 def swiglu_stats(
@@ -66,7 +79,8 @@ def swiglu_stats(
         prompt_ids     (T,) int32 in [-1, N), -1 = none
         keep           (C, ceil(F/32)) int32: bit f % 32 of word f // 32 set = neuron f stays
         condition_ids  (T,) int32 in [0, C): the row of `keep` for each token; row 0 if left out
-        out            (T, F) tensor for h; may not share memory with gate or up
+        out            (T, F) tensor for h; like all that is written (stats, responses) it may share
+                       memory with no other argument
         ids_checked    True: the caller promises that all ids are in range (saves one look at them)
         backend        auto | reference | cpu | triton; a backend that cannot run here raises
 
@@ -93,7 +107,8 @@ def swiglu_stats(
     Subnormal values count also when torch flushes them to zero (`torch.set_flush_denormal`).
 
     Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
-    inputs that require it are refused.
+    tensors that require it are refused. Threads may share `stats` and `responses`: calls that add
+    to some take turns.
     """
     _check_activation("swiglu_stats", activation)
     h = run_checked(
@@ -178,13 +193,21 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
-    given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
-    if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and _is_eager():
+    if backend in ("auto", "cpu") and type(gate) is Tensor and _is_eager():
+        given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
         h = out
-        if h is None and not only_stats:
+        if h is None and not only_stats and gate.layout is torch.strided:
             h = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        if _ran_quickly(names, activation, gate, up, h, *given):
+        if (h is None) == only_stats and _ran_quickly(names, activation, gate, up, h, *given):
             return h
+    others = {
+        "out": out,
+        "group_ids": group_ids,
+        "prompt_ids": prompt_ids,
+        "keep": keep,
+        "condition_ids": condition_ids,
+    }
+    counters = check_given(names, gate, up, stats, responses, others)
     check_inputs(names, gate, up, out)
     check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
     check_masks(names, gate, keep, condition_ids)
@@ -198,12 +221,12 @@ def run_checked(
         activation,
         ",".join(site_of[site] for site in stats.sites) if stats is not None else "",
         stats._threshold_bits if stats is not None else 0,
-        stats._count if stats is not None else None,
-        stats.tokens if stats is not None else None,
-        stats._sum if stats is not None else None,
-        stats._sum_sq if stats is not None else None,
-        stats._max if stats is not None else None,
-        stats._n_nonfinite if stats is not None else None,
+        counters.get("count"),
+        counters.get("tokens"),
+        counters.get("sum"),
+        counters.get("sum_sq"),
+        counters.get("max"),
+        counters.get("n_nonfinite"),
         group_ids,
         ",".join(site_of[site] for site in responses or ()),
         list(responses.values()) if responses else [],
@@ -229,6 +252,7 @@ def _is_eager() -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack()
         or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -256,39 +280,42 @@ def _ran_quickly(
     """Run the call on the CPU kernel if it is plainly right; False if it is left to the checks."""
     try:
         quick = cpu_module().swiglu_stats_quick
+        if stats is not None:
+            stats.check_fields(names.op)
         sites = _codes(names, stats.sites) if stats is not None else ()
         response_sites = _codes(names, tuple(responses)) if responses else ()
-    except (ImportError, TypeError):  # no extension here; sites that are no names
+    except (ImportError, AttributeError, TypeError):  # no extension; no GroupStats, or no names
         return False
     if sites is None or response_sites is None:
         return False
-    return bool(
-        quick(
-            gate,
-            up,
-            h,
-            CODES.index(activation),
-            sites,
-            stats.groups if stats is not None else 0,
-            stats.width if stats is not None else 0,
-            stats._threshold_bits if stats is not None else 0,
-            stats._count if stats is not None else None,
-            stats.tokens if stats is not None else None,
-            stats._sum if stats is not None else None,
-            stats._sum_sq if stats is not None else None,
-            stats._max if stats is not None else None,
-            stats._n_nonfinite if stats is not None else None,
-            group_ids,
-            response_sites,
-            tuple(responses.values()) if responses else (),
-            prompt_ids,
-            keep,
-            condition_ids,
-            ids_checked,
-            torch.is_grad_enabled(),
-            torch.get_num_threads(),
+    with _ADDING if stats is not None or responses else _ALONE:
+        return bool(
+            quick(
+                gate,
+                up,
+                h,
+                CODES.index(activation),
+                sites,
+                stats.groups if stats is not None else 0,
+                stats.width if stats is not None else 0,
+                stats._threshold_bits if stats is not None else 0,
+                stats._count if stats is not None else None,
+                stats.tokens if stats is not None else None,
+                stats._sum if stats is not None else None,
+                stats._sum_sq if stats is not None else None,
+                stats._max if stats is not None else None,
+                stats._n_nonfinite if stats is not None else None,
+                group_ids,
+                response_sites,
+                tuple(responses.values()) if responses else (),
+                prompt_ids,
+                keep,
+                condition_ids,
+                ids_checked,
+                torch.is_grad_enabled(),
+                torch.get_num_threads(),
+            )
         )
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,14 +364,16 @@ def _swiglu_stats_impl(
         condition_ids=condition_ids,
     )
     chosen = choose_backend("swiglu_stats", backend, gate.device.type)
+    check_memory(call)
     if not ids_checked:
         _check_ids_range(call)
-    if chosen == "cpu":
-        _swiglu_stats_cpu(call)
-    elif chosen == "triton":
-        triton_module("swiglu_stats").swiglu_stats_triton(call)
-    else:
-        swiglu_stats_reference(call)
+    with _ADDING if call.tokens is not None or call.responses else _ALONE:
+        if chosen == "cpu":
+            _swiglu_stats_cpu(call)
+        elif chosen == "triton":
+            triton_module("swiglu_stats").swiglu_stats_triton(call)
+        else:
+            swiglu_stats_reference(call)
 
 
 # Not torch.library.custom_op: its autograd, of which there is none here, takes more time than a

@@ -5,13 +5,15 @@ Nothing is read from the tensors here but shapes, strides and addresses, so noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from relneuron.ops.swiglu_stats_groups import GroupStats
+from relneuron.ops.swiglu_stats_reference import RESIDUAL, Call
+from relneuron.ops.tensors import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,32 +28,41 @@ class Names(NamedTuple):
     codes: tuple[str, ...]
 
 
-def check_inputs(names: Names, gate: Tensor, up: Tensor, out: Tensor | None) -> None:
-    """gate and up are two (T, F) matrices without gradient; out is a third that may be written."""
+def check_given(
+    names: Names,
+    gate: Tensor,
+    up: Tensor,
+    stats: GroupStats | None,
+    responses: Mapping[str, Tensor] | None,
+    others: Mapping[str, Tensor | None],
+) -> dict[str, Tensor]:
+    """All arguments are plain tensors without a gradient; returns those of `stats`."""
     if not (isinstance(gate, Tensor) and isinstance(up, Tensor)):
         raise TypeError(
             f"{names.op}: {names.gate} and {names.up} must be tensors, "
             f"got {type(gate).__name__} and {type(up).__name__}"
         )
+    if gate.is_meta:
+        raise ValueError(f"{names.op}: {names.gate} must have data, got a tensor on meta")
+    for site, tensor in responses.items() if responses else ():
+        others = {**others, f"responses[{site!r}]": tensor}
+    check_tensors(names.op, {names.gate: gate, names.up: up}, others)
+    if stats is None:
+        return {}
+    if not isinstance(stats, GroupStats):
+        raise TypeError(f"{names.op}: stats must be a GroupStats, got {type(stats).__name__}")
+    return stats.tensors(names.op)
+
+
+def check_inputs(names: Names, gate: Tensor, up: Tensor, out: Tensor | None) -> None:
+    """gate and up are two (T, F) matrices; out is a third that may be written."""
     if gate.ndim != 2 or gate.dtype not in DTYPES:
         raise _error(names, names.gate, "(T, F) float32|bfloat16|float16", gate)
     shape = (gate.shape[0], gate.shape[1])
     for name, tensor in ((names.up, up), (names.gate, gate)):
         _check_matrix(names, name, tensor, "(T, F)", shape, gate.dtype, gate, writable=False)
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        raise RuntimeError(
-            f"{names.op}: {names.gate} and {names.up} must not require grad, the op has no "
-            "gradient; call it under torch.no_grad() or pass "
-            f"{names.gate}.detach() and {names.up}.detach()"
-        )
-    if out is None:
-        return
-    _check_matrix(names, "out", out, "(T, F)", shape, gate.dtype, gate, writable=True)
-    for name, tensor in ((names.gate, gate), (names.up, up)):
-        if _share_memory(out, tensor):
-            raise ValueError(
-                f"{names.op}: out must not share memory with {name}; pass a separate tensor"
-            )
+    if out is not None:
+        _check_matrix(names, "out", out, "(T, F)", shape, gate.dtype, gate, writable=True)
 
 
 def check_statistics(
@@ -187,15 +198,77 @@ def _check_ids_layout(names: Names, name: str, ids: Tensor, gate: Tensor) -> Non
         raise _error(names, name, expected, ids, strides=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# Memory: looked at where the op runs, as only there compiled code has addresses
+
+
+def check_memory(call: Call) -> None:
+    """Refuse a tensor that is written and shares memory with another argument of the call.
+
+    By addresses, as two views of a numpy array are two storages to torch. What lies between the
+    rows of a matrix is not its memory.
+    """
+    moments = (call.sum, call.sum_sq, call.max, call.n_nonfinite)
+    written = (call.out, call.count, call.tokens, *moments, *call.responses.values())
+    read = (call.gate, call.up, call.group_ids, call.prompt_ids, call.keep, call.condition_ids)
+    spans = []
+    for tensors, is_written in ((written, True), (read, False)):
+        for tensor in tensors:
+            if tensor is not None:
+                start = tensor.data_ptr()
+                n_bytes = tensor.nbytes if tensor.is_contiguous() else _reach(tensor)
+                spans.append((start, start + n_bytes, is_written))
+    spans.sort()
+    end = end_written = 0
+    for start, stop, is_written in spans:
+        if start < (end if is_written else end_written):
+            _check_pairs(call, written, read)
+            return
+        if stop > end:
+            end = stop
+        if is_written and stop > end_written:
+            end_written = stop
+
+
+def _reach(tensor: Tensor) -> int:
+    """The bytes from the first one of a tensor to its last."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _check_pairs(
+    call: Call, written: Sequence[Tensor | None], read: Sequence[Tensor | None]
+) -> None:
+    """`check_memory` with names, of arguments whose ranges intersect."""
+    op, gate, up = "swiglu_stats", "gate", "up"
+    if call.activation == RESIDUAL:
+        op, gate, up = "residual_stats", "x", "residual"
+    elif call.out is None:
+        op = "swiglu_stats_only"
+    fields = ("count", "tokens", "sum", "sum_sq", "max", "n_nonfinite")
+    labels = ["out", *(f"stats.{name}" for name in fields)]
+    labels += [f"responses[{site!r}]" for site in call.responses]
+    labels += [gate, up, "group_ids", "prompt_ids", "keep", "condition_ids"]
+    named = list(zip(labels, (*written, *read), strict=True))
+    for place, (name, tensor) in enumerate(named[: len(written)]):
+        for other, another in named[place + 1 :]:
+            if tensor is not None and another is not None and _share_memory(tensor, another):
+                raise ValueError(
+                    f"{op}: {name} must not share memory with {other}; pass a separate tensor"
+                )
+
+
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two matrices intersect (strided gaps count as theirs)."""
-    if a.numel() == 0 or b.numel() == 0 or torch.compiler.is_compiling():
-        return False  # the compiler tracks aliases itself, and a fake tensor has no address
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    """Whether an element of one may lie in the other; if not by rows of one stride, by ranges."""
+    start, other_start = a.data_ptr(), b.data_ptr()
+    if start + _reach(a) <= other_start or other_start + _reach(b) <= start:
         return False
-
-    def last(x: Tensor) -> int:
-        rows, columns = x.shape
-        return int(x.storage_offset() + (rows - 1) * x.stride(0) + (columns - 1) * x.stride(1))
-
-    return a.storage_offset() <= last(b) and b.storage_offset() <= last(a)
+    if not (a.numel() and b.numel()):
+        return False
+    if not (a.dim() == b.dim() == 2) or min(len(a), len(b)) < 2 or a.stride(0) != b.stride(0):
+        return True
+    step = a.stride(0) * a.element_size()
+    widths = [x.shape[1] * x.element_size() for x in (a, b)]
+    # Rows of both come again every `step` bytes: do they lie beside each other within it?
+    offset = (other_start - start) % step if step else 0
+    return max(widths) > step or not (widths[0] <= offset and offset + widths[1] <= step)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from relneuron.ops.tensors import check_tensors
+
 # The order is the code of a site in the C++ and Triton kernels.
 SITES = ("gate", "up", "act", "product")
 # The site of `residual_stats`.
@@ -70,6 +72,7 @@ class GroupStats:
         self.threshold = threshold
         self.moments = moments
         self._threshold_bits = threshold_bits(threshold)
+        self._made = (groups, width, sites, threshold, moments)
         shape = (len(sites), groups, width)
         self.tokens = torch.zeros(groups, dtype=torch.int64, device=device)
         # One tensor per statistic with a leading site axis, so that an op has few arguments.
@@ -83,6 +86,12 @@ class GroupStats:
             self._sum_sq = torch.zeros(shape, dtype=torch.float64, device=device)
             self._max = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
             self._n_nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
+        # Of every attribute that is a tensor: an op may write into no other one.
+        self._layout = {
+            name: (tensor.shape, tensor.dtype)
+            for name, tensor in vars(self).items()
+            if isinstance(tensor, Tensor)
+        }
 
     def _by_site(self, stacked: Tensor | None) -> dict[str, Tensor]:
         return {} if stacked is None else {s: stacked[i] for i, s in enumerate(self.sites)}
@@ -117,6 +126,37 @@ class GroupStats:
         """Where all the tensors are."""
         return self.tokens.device
 
+    def tensors(self, op: str) -> dict[str, Tensor]:
+        """tokens, count, ... for `op` to write into, those by site as (sites, G, F).
+
+        Raises ValueError where anything is not as it was made: a kernel that trusted it would write
+        beside the memory, or count by a threshold that no one reads.
+        """
+        self.check_fields(op)
+        found = {name.strip("_"): getattr(self, name) for name in self._layout}
+        check_tensors(op, {f"stats.{name}": tensor for name, tensor in found.items()})
+        for attribute, (shape, dtype) in self._layout.items():
+            name = attribute.strip("_")
+            tensor = found[name]
+            is_as_made = tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+            if not is_as_made or tensor.device != self.device:
+                raise ValueError(
+                    f"{op}: stats.{name} must be contiguous {tuple(shape)} {dtype} as it was made, "
+                    f"on {self.device} (from stats.tokens), got {tuple(tensor.shape)} "
+                    f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
+                    "make another GroupStats"
+                )
+        return found
+
+    def check_fields(self, op: str) -> None:
+        """What of `tensors` is about fields that are no tensors."""
+        now = (self.groups, self.width, self.sites, self.threshold, self.moments)
+        if now != self._made:
+            raise ValueError(
+                f"{op}: stats must have groups, width, sites, threshold and moments as it was made "
+                f"with, {self._made}, got {now}; make another GroupStats"
+            )
+
     def _like(self, device: torch.device | str) -> GroupStats:
         return GroupStats(
             groups=self.groups,
@@ -127,15 +167,12 @@ class GroupStats:
             device=device,
         )
 
-    def _tensors(self) -> list[Tensor]:
-        maybe = [self.tokens, self._count, self._sum, self._sum_sq, self._n_nonfinite, self._max]
-        return [tensor for tensor in maybe if tensor is not None]
-
     def to(self, device: torch.device | str) -> GroupStats:
         """A copy on `device` (always a copy, so the two never share memory)."""
         other = self._like(device)
-        for target, source in zip(other._tensors(), self._tensors(), strict=True):
-            target.copy_(source)
+        targets = other.tensors("GroupStats")
+        for name, source in self.tensors("GroupStats").items():
+            targets[name].copy_(source)
         return other
 
     def __add__(self, other: GroupStats) -> GroupStats:
@@ -148,11 +185,12 @@ class GroupStats:
                     f"GroupStats: {name} must be equal to merge, got {mine} and {theirs}"
                 )
         merged = self.to(self.device)
-        for target, source in zip(merged._tensors(), other._tensors(), strict=True):
-            if target is merged._max:
-                torch.maximum(target, source, out=target)
+        targets = merged.tensors("GroupStats")
+        for name, source in other.tensors("GroupStats").items():
+            if name == "max":
+                torch.maximum(targets[name], source, out=targets[name])
             else:
-                target += source
+                targets[name] += source
         return merged
 
     def __repr__(self) -> str:
