@@ -75,8 +75,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(path: Path) -> None:
+    """Raise if nothing can be written at `path`: what should be its folder is a file, or closed."""
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise RelneuronError(
+            f"{folder} is a file, {path} cannot be written in it", "choose another output", 2
+        )
+    if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise RelneuronError(
+            f"{folder} cannot be written to", "choose a folder you have the right to write to", 2
+        )
+
+
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise if `path` is a folder, or exists and `--force` was not given."""
+    """Raise if `path` is a folder or under a file, or exists and `--force` was not given."""
+    check_place(path)
     if path.is_dir():
         raise RelneuronError(f"{path} is a folder", "name a file in it", 2)
     if path.exists() and not force:

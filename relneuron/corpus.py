@@ -10,11 +10,11 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
+from relneuron.installed import need
 
 KINDS = {
     ".txt": "text",
@@ -146,7 +146,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
 def _files(path: str) -> list[File]:
     if path.startswith(HF):
-        _need("datasets", path)
+        need(path, "datasets")
         if not split_hf(path)[0]:
             raise RelneuronError(f"{path} names no dataset", "write hf:PATH[:CONFIG[:SPLIT]]", 2)
         return [File(path, "hf")]
@@ -174,11 +174,6 @@ def _known() -> str:
     return ", ".join(KINDS)
 
 
-def _need(package: str, path: str) -> None:
-    if find_spec(package) is None:
-        raise RelneuronError(f"{path} needs {package}", "pip install 'relneuron[data]'", 2)
-
-
 def _check_files(files: Sequence[File], group_column: str | None) -> None:
     """Refuse a file that stands there twice, lacks its package, or cannot name a group."""
     seen = set()
@@ -188,7 +183,7 @@ def _check_files(files: Sequence[File], group_column: str | None) -> None:
             raise RelneuronError(f"{file.path} is in the corpus twice", "name it once", 2)
         seen.add(key)
         if file.kind == "parquet":
-            _need("pyarrow", file.path)
+            need(file.path, "pyarrow")
         if group_column is not None and file.kind in ("text", *ID_KINDS):
             raise RelneuronError(
                 f"{file.path} has no fields, --group-column needs them", "write GROUP=PATH", 2

@@ -46,6 +46,31 @@ def _settle_arithmetic() -> None:
         function(torch.ones(1))
 
 
+def choose_device(asked: str | None) -> str:
+    """The device to run on: as asked for, if it is here; by default the GPU if there is one."""
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = asked.partition(":")
+    number = number if ":" in asked else "0"
+    if not (number.isdecimal() and int(number) < here.get(kind, 0)):
+        usable = [name for name, n in here.items() if n]
+        why = (
+            f"torch finds {here[kind]} of this kind"
+            if kind in here
+            else f"known are {', '.join(here)}"
+        )
+        raise RelneuronError(
+            f"no device {asked!r} here: {why}", f"use --device {' or '.join(usable)}", 2
+        )
+    return "cpu" if kind == "cpu" else asked
+
+
 def load_model(
     name: str,
     *,
@@ -61,7 +86,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
