@@ -28,6 +28,7 @@ from relneuron.conditions import (
     Ablation,
     Places,
     default_sizes,
+    empty_sets,
     plan_conditions,
     read_rankings,
     read_sets,
@@ -124,7 +125,8 @@ def ablate_prompts(
             f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
             "mend its name, or add --any-set to switch it off all the same",
         )
-    notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    notices = empty_sets(sets)
+    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     rankings = dict(sets)
     if {"sizes", "sites"} & {*options.analyses}:
         rankings = read_rankings(scores_beside(neurons_path), sets, shape)

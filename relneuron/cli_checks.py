@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from typer import Context
 from typer.core import TyperCommand
 
 from relneuron.artifact import RelneuronError, check_place
@@ -114,7 +113,7 @@ RULES = {
 class Command(TyperCommand):
     """A command that refuses what it would swallow, and begins nothing that it cannot end."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Check, then run."""
         name = str(self.name)
         need(f"relneuron {name}", *NEEDS.get(name, ()))

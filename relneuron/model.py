@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relneuron import ops
-from relneuron.artifact import Json, RelneuronError
-
-logger = logging.getLogger("relneuron")
+from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -91,12 +90,14 @@ def load_model(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
     _settle_arithmetic()
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
+    looks_local = check_model_folder(name)
+    if looks_local and revision is not None:
         raise RelneuronError(
-            f"{name} is no model folder: it has no config.json",
-            "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
+            f"{name} is a folder, which has no revision {revision}", "leave out --revision", 2
         )
+    if looks_local and (Path(name) / ADAPTER).is_file():
+        becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
+        warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True
@@ -192,6 +193,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
     gated MLP is a module with `gate_proj`, `up_proj` and `down_proj`, or `gate_up_proj` and
     `down_proj`, and an activation; on one random row it must give what the formula gives.
     """
+    check_unwrapped(model)
     config = model.config.get_text_config() if hasattr(model, "config") else None
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = [
@@ -208,6 +210,16 @@ def inspect_layers(model: Any) -> list[Verdict]:
     return [_inspect_layer(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
 
 
+def check_unwrapped(model: Any) -> None:
+    """Refuse a model inside of another module (DataParallel, say), which is not one itself."""
+    inner = getattr(model, "module", None)
+    if not hasattr(model, "config") and hasattr(inner, "config"):
+        raise RelneuronError(
+            f"{type(model).__name__} holds the model as its .module",
+            "give model.module in place of model",
+        )
+
+
 def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
     names = {name: module for name, module in layer.named_modules()}
     found = [
@@ -216,6 +228,10 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
         if hasattr(module, "down_proj")
         and (hasattr(module, "gate_up_proj") or hasattr(module, "gate_proj"))
     ]
+    compiled = [name for name in found if f"{name}._orig_mod" in found]
+    if compiled:
+        why = f"{compiled[0]} is compiled by itself: compile the whole model, or no part of it"
+        return Verdict(number, None, why)
     if len(found) != 1:
         if any("expert" in name for name in names):
             return Verdict(number, None, "mixture of experts, not one gated MLP")
@@ -250,6 +266,10 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
     if not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         return Verdict(
             number, None, f"quantised weights ({', '.join(map(str, sorted(dtypes, key=str)))})"
+        )
+    if torch.float64 in dtypes:
+        return Verdict(
+            number, None, "float64 weights, the kernels take float32, bfloat16 and float16"
         )
     weight = cast(Tensor, weights[0])
     if weight.device.type == "meta" or type(weight.data).__name__ == "DTensor":

@@ -56,7 +56,7 @@ ALLOWED = {
     | {"patch", "predict", "steer"},
     "residual_layers": {"artifact"},
     "trace": {"artifact", "residual_layers"},
-    "residual": {"residual_layers", "trace"},
+    "residual": {"model", "residual_layers", "trace"},
     "value_scores": {"ops", "residual_layers", "trace"},
     "query_scores": {"ops", "residual_layers", "trace"},
     "attributions": {"artifact", "installed"},

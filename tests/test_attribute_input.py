@@ -100,7 +100,7 @@ def test_parquet_without_pyarrow(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = refused(run, tmp_path / "out", "needs pyarrow", replace(QUICK, format="parquet"))
-    assert "write .csv" in error.fix
+    assert "write csv" in error.fix
 
 
 # --- sentences -------------------------------------------------------------------------------

@@ -144,4 +144,10 @@ def test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time(
     path.write_bytes(data[:-1])
     assert describe_source(source(path)) != before
     path.write_bytes(data)
-    assert describe_source(source(path, text_column="other")) != before
+    assert describe_source(source(path)) == before and before["text_column"] is None
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    columns = [
+        describe_source(source(tmp_path / "a.jsonl", text_column=name))["text_column"]
+        for name in (None, "other")
+    ]
+    assert columns == ["text", "other"]

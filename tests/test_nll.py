@@ -35,6 +35,8 @@ SETS: dict[str, list[tuple[int, str, int, float]]] = {
     "empty": [],
 }
 Array = np.ndarray[Any, Any]
+# One of the sets is empty, which is said in each run.
+pytestmark = pytest.mark.filterwarnings("ignore:empty. its set has no neuron")
 
 
 class Window(NamedTuple):
