@@ -16,7 +16,7 @@ def main() -> None:
     if absent:
         sys.stderr.write(
             f"error: the command line needs {', '.join(absent)}: not installed\n"
-            f"fix:   {install_command('all')} (or only cli and what you use of hf,gpu,plot,data)\n"
+            f"fix:   {install_command('all')}\n"
         )
         sys.exit(1)
     from relneuron.cli import main as run

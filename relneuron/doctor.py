@@ -27,7 +27,7 @@ def machine_report() -> list[tuple[str, str]]:
         rows.append((f"backend {backend}", f"{verdict}: {status.detail}"))
     for extra in dict.fromkeys(EXTRAS.values()):
         absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
-        verdict = f"{', '.join(absent)} is missing: {install_command(extra)}" if absent else "there"
+        verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
         rows.append((f"extra {extra}", verdict))
     return rows
 
