@@ -51,11 +51,15 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Only:
-    """Options that do something only under a condition; given without it they are refused."""
+    """Options that do something only under a condition; given without it they are refused.
+
+    Their defaults may be given, unless they say otherwise than another option (`clashes`).
+    """
 
     options: tuple[str, ...]
     condition: str  # what must be given, or must not
     holds: Callable[[Values], bool]
+    clashes: bool = False
 
 
 def _has_analysis(name: str) -> Callable[[Values], bool]:
@@ -78,7 +82,7 @@ RULES = {
         _MEAN,
         Only(("accept_object_prefix",), "without --generate", _is("generate", None)),
     ),
-    "identify": (Only(("top_rate",), "without --top", _is("top", None)),),
+    "identify": (Only(("top_rate",), "without --top", _is("top", None), clashes=True),),
     "attribute": (
         Only(("intervene", "random_seeds"), "with --compare", _is("compare", True)),
         Only(
@@ -91,7 +95,10 @@ RULES = {
     ),
     "count": (
         Only(
-            ("checkpoint_seconds",), "without --checkpoint-batches", _is("checkpoint_batches", None)
+            ("checkpoint_seconds",),
+            "without --checkpoint-batches",
+            _is("checkpoint_batches", None),
+            clashes=True,
         ),
     ),
     "generate": (Only(("counts",), "with --set", lambda given: given["set_to"] is not None),),
@@ -125,9 +132,11 @@ class Command(TyperCommand):
         ]
         if name == "identify":
             check_method(ctx.params["method"], {key: flags[key] for key in given})
+        defaults = {p.name: p.default for p in self.params}
         for rule in RULES.get(name, ()):
             for option in rule.options:
-                if option in given and not rule.holds(ctx.params):
+                is_said = rule.clashes or ctx.params[option] != defaults[option]
+                if option in given and is_said and not rule.holds(ctx.params):
                     raise RelneuronError(
                         f"{flags[option]} does something only {rule.condition}",
                         f"leave out {flags[option]}, or run {rule.condition}",

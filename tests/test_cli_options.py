@@ -96,7 +96,7 @@ STRAY: list[tuple[list[str], str, str]] = [
         "with --pooling mean",
     ),
     ([*ABLATE, "--analyses", "sites", "--sizes", "5"], "--sizes", "with --analyses sizes"),
-    ([*ABLATE, "--mode", "zero", "--mean-of", "all"], "--mean-of", "with --mode mean"),
+    ([*ABLATE, "--mode", "zero", "--mean-of", "relation"], "--mean-of", "with --mode mean"),
     (
         [*ABLATE, "--generate", "5", "--accept-object-prefix"],
         "--accept-object-prefix",
@@ -155,6 +155,17 @@ def test_an_option_that_would_do_nothing_is_refused(
     n = 1 if option in ("--exclude-bos", "--accept-object-prefix", "--quick") else 2
     if words[0] not in ("demo", "bench", "doctor"):
         assert "does something only" not in relneuron(*words[:place], *words[place + n :])[2]
+
+
+def test_a_default_may_be_given(relneuron: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """As in a command that a report prints with all that a stage was made with."""
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        [*ABLATE, "--mean-of", "all"],
+        [*ATTRIBUTE, "--key", "gate", "--no-compare", "--intervene", "10", "--random-seeds", "3"],
+        [*ATTRIBUTE, "--mode", "exact", "--tolerance", "1e-5"],
+    ):
+        assert "does something only" not in relneuron(*words)[2]
 
 
 def test_every_rule_is_tried() -> None:
