@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from relneuron.conditions import (
     Ablation,
     Places,
     default_sizes,
+    empty_sets,
     plan_conditions,
     read_rankings,
     read_sets,
@@ -36,6 +36,7 @@ from relneuron.conditions import (
 )
 from relneuron.effects import EFFECTS, conditions_bytes, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.installed import need
 from relneuron.manifest import (
     Journal,
     Manifest,
@@ -124,7 +125,8 @@ def ablate_prompts(
             f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
             "mend its name, or add --any-set to switch it off all the same",
         )
-    notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    notices = empty_sets(sets)
+    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     rankings = dict(sets)
     if {"sizes", "sites"} & {*options.analyses}:
         rankings = read_rankings(scores_beside(neurons_path), sets, shape)
@@ -339,10 +341,8 @@ def check_format(output: Path) -> None:
     """Refuse a table format that cannot be written, before any prompt is asked."""
     if output.suffix not in (".csv", ".parquet"):
         raise RelneuronError(f"{output} is neither .csv nor .parquet", "choose one of the two", 2)
-    if output.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise RelneuronError(
-            "writing .parquet needs pyarrow", "pip install 'relneuron[data]', or write .csv"
-        )
+    if output.suffix == ".parquet":
+        need("writing .parquet", "pyarrow", otherwise=", or write .csv")
 
 
 def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:

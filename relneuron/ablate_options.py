@@ -101,6 +101,9 @@ def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOpti
         "prompts": sha256(prompts),
         "beside": {name: sha256(path) for name, path in read.items()},
         **{name: value for name, value in asdict(options).items() if name != "oom"},
+        # What does nothing without another option is none of the inputs.
+        "mean_of": options.mean_of if options.mode == "mean" else None,
+        "sizes": options.sizes if "sizes" in options.analyses else None,
     }
 
 

@@ -75,8 +75,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(path: Path) -> None:
+    """Raise if nothing can be written at `path`: what should be its folder is a file, or closed."""
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise RelneuronError(
+            f"{folder} is a file, {path} cannot be written in it", "choose another output", 2
+        )
+    if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise RelneuronError(
+            f"{folder} cannot be written to", "choose a folder you have the right to write to", 2
+        )
+
+
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise if `path` is a folder, or exists and `--force` was not given."""
+    """Raise if `path` is a folder or under a file, or exists and `--force` was not given."""
+    check_place(path)
     if path.is_dir():
         raise RelneuronError(f"{path} is a folder", "name a file in it", 2)
     if path.exists() and not force:
@@ -88,6 +102,30 @@ def require(path: Path, made_by: str) -> Path:
     if not path.is_file():
         raise RelneuronError(f"{path} does not exist", f"make it with: relneuron {made_by}", 2)
     return path
+
+
+ADAPTER = "adapter_config.json"  # of a folder that peft writes
+
+
+def check_model_folder(name: str) -> bool:
+    """Whether `name` is a folder, not a name of the hub; one that holds no model raises."""
+    folder = Path(name)
+    if not (name.startswith((".", "/", "~")) or folder.exists()):
+        return False
+    if (folder / "config.json").is_file():
+        return True
+    if (folder / ADAPTER).is_file():
+        about = read_json(folder / ADAPTER, ADAPTER)
+        base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
+        raise RelneuronError(
+            f"{name} is an adapter ({ADAPTER}) of {base or 'another model'}, no model by itself",
+            "merge it into that model (peft: model.merge_and_unload().save_pretrained(FOLDER)), "
+            "save the tokenizer there and give FOLDER",
+        )
+    raise RelneuronError(
+        f"{name} is no model folder: it has no config.json",
+        "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
+    )
 
 
 # --- tables ----------------------------------------------------------------------------------
@@ -123,9 +161,14 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [column for column in columns if column not in (reader.fieldnames or [])]
         if missing:
+            header = ",".join(reader.fieldnames or [])
+            is_other = all(column in header for column in columns) and ";" in header
             raise RelneuronError(
-                f"{path} lacks the column {', '.join(missing)}",
-                "make the file anew with the stage that writes it",
+                f"{path} lacks the column {', '.join(missing)}"
+                + (": its columns are separated by semicolons" if is_other else ""),
+                "save it with commas between the columns"
+                if is_other
+                else "make the file anew with the stage that writes it",
             )
         yield from reader
 
@@ -168,6 +211,8 @@ def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, 
     records = []
     with require(path, "prompts FACTS_DIR -o prompts.jsonl").open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
                 values = {name: record[name] for name in names}

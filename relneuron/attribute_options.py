@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 
 from relneuron.artifact import Json, RelneuronError
+from relneuron.installed import need
 from relneuron.model import same_model
 
 # What a row of attributions.csv can score, in the table's order.
@@ -99,10 +99,8 @@ class AttributeOptions:
 
     def check_installed(self) -> None:
         """Refuse a table that cannot be written here, before any work."""
-        if self.format == "parquet" and find_spec("pyarrow") is None:
-            raise RelneuronError(
-                "writing .parquet needs pyarrow", "pip install 'relneuron[data]', or write csv"
-            )
+        if self.format == "parquet":
+            need("writing .parquet", "pyarrow", otherwise=", or write csv")
 
 
 def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeOptions) -> Json:
@@ -114,4 +112,15 @@ def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeO
         name: list(value) if isinstance(value, tuple | list) else value
         for name, value in asdict(options).items()
     }
+    # What does nothing without another option is none of the inputs.
+    queries = options.compare or {*options.kinds} & {*QUERY_KINDS}
+    unused = {
+        "tolerance": options.mode != "certified",
+        "query_of": not queries,
+        "query_units": not queries,
+        "key": not queries or options.query_of != "ffn",
+        "intervene": not options.compare,
+        "random_seeds": not options.compare,
+    }
+    asked |= {name: None for name, is_unused in unused.items() if is_unused}
     return {"model": same_model(model), "prompts": prompts, "tokens": tokens, **asked}

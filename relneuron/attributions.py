@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact import RelneuronError, create_safetensors, csv_bytes, read_csv, require
+from relneuron.installed import need
 
 TARGETS = "targets.csv"
 GAINS = "gains.safetensors"
@@ -184,13 +185,10 @@ def read_attributions(folder: Path) -> Iterator[dict[str, str]]:
     if path.suffix == ".csv":
         yield from read_csv(require(path, MADE_BY), ATTRIBUTIONS)
         return
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RelneuronError(
-            f"reading {path} needs pyarrow", "pip install 'relneuron[data]'"
-        ) from error
+    need(f"reading {path}", "pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=list(ATTRIBUTIONS)):

@@ -18,6 +18,7 @@ from relneuron import cli_options as take
 from relneuron.artifact import RelneuronError
 from relneuron.cli_attribute import attribute
 from relneuron.cli_bench import bench
+from relneuron.cli_checks import METHODS, Command
 from relneuron.cli_corpus import count, generate, merge, nll
 from relneuron.cli_identify import export, identify, import_files
 from relneuron.cli_print import (
@@ -31,6 +32,7 @@ from relneuron.cli_print import (
 from relneuron.clock import Clock
 from relneuron.conditions import parse_analyses
 from relneuron.facts import SUFFIX
+from relneuron.installed import install_command, need
 from relneuron.study import Options, report_stage, run_study
 
 app = typer.Typer(
@@ -45,7 +47,7 @@ _DEFAULT = Options()
 _SPLITS = ",".join(_DEFAULT.splits)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: take.Output = Path("relneuron-demo"),
     top: take.Top = None,
@@ -88,7 +90,7 @@ def demo(
     print_study(report)
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     model: take.Model,
     facts: Annotated[Path, typer.Option(help="Folder of LRE-format fact files.")],
@@ -127,6 +129,12 @@ def run(
     debug: take.Debug = False,
 ) -> None:
     """The whole study on your model; goes on where it stopped."""
+    if method in METHODS and method != _DEFAULT.method:
+        raise RelneuronError(
+            f"run ranks by {_DEFAULT.method}, not by {method}",
+            f"leave out --method; {method} is one of relneuron identify",
+            2,
+        )
     options = Options(
         eva=eva,
         seed=seed,
@@ -161,7 +169,7 @@ def run(
     print_study(run_study(model, facts, output, options, force=force, quiet=quiet, say=say))
 
 
-@app.command()
+@app.command(cls=Command)
 def prompts(
     facts: Annotated[Path, typer.Argument(help="Folder of LRE-format fact files, or one file.")],
     output: take.Output,
@@ -178,7 +186,7 @@ def prompts(
     say(f"{len(made)} prompts -> {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def record(
     model: take.Model,
     prompts: take.Prompts,
@@ -218,7 +226,7 @@ def record(
     say(f"{accuracy:.1%} of the prompts answered correctly -> {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def ablate(
     model: take.Model,
     neurons: Annotated[Path, typer.Argument(metavar="NEURONS", help="A neurons.json.")],
@@ -284,7 +292,7 @@ def ablate(
     say(f"-> {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     folder: take.Study, output: take.Output, force: take.Force = False, debug: take.Debug = False
 ) -> None:
@@ -292,7 +300,7 @@ def report(
     say(f"report: {report_stage(folder, output, force=force)}")
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Model to check.")] = None,
     revision: take.Revision = None,
@@ -305,6 +313,7 @@ def doctor(
     print_rows(machine_report())
     if model is None:
         return
+    need("a model", "transformers")
     rows, supported = model_report(load_model(model, revision=revision))
     try:
         load_tokenizer(model, revision=revision)
@@ -318,8 +327,8 @@ def doctor(
 
 
 for command in (identify, attribute, count, merge, nll, generate, export, bench):
-    app.command()(command)
-app.command("import")(import_files)
+    app.command(cls=Command)(command)
+app.command("import", cls=Command)(import_files)
 
 
 def _load(
@@ -351,14 +360,10 @@ def main() -> None:
         fix = DISK_FIXES.get(error.errno or 0, "run again with --debug to see where")
         fail(f"{error.strerror or error}{where}", f"{fix}; then run the same command again", 1)
     except ImportError as error:
-        fail(str(error), "pip install 'relneuron[all]'", 1)
+        fail(str(error), install_command("all"), 1)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
             error.show()
             sys.exit(error.exit_code)
         fail(f"{type(error).__name__}: {error}", "run again with --debug to see where", 1)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from relneuron import cli_options as take
 from relneuron.artifact import RelneuronError
 from relneuron.cli_print import print_bench, say
+from relneuron.installed import need
 
 
 def bench(
@@ -23,6 +24,7 @@ def bench(
     import torch
 
     from relneuron.bench import EFFORTS, Row, append_rows, choose_cases, run_case, summary
+    from relneuron.model import choose_device
 
     suite = "quick" if quick else "full" if full else "usual"
     sizes = [part.strip() for part in tokens.split(",") if part.strip()]
@@ -30,16 +32,16 @@ def bench(
         raise RelneuronError(f"unknown number in {tokens!r}", "use numbers such as 2048,8192", 2)
     dtypes = [part.strip() for part in dtype.split(",") if part.strip()]
     cases = choose_cases(suite, op, dtypes, [int(part) for part in sizes])
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise RelneuronError(f"no device {device!r} here", "use --device cpu", 2)
+    device = choose_device(device)
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise RelneuronError(f"bench cannot time the device {device!r}", "use --device cpu", 2)
     if threads:
         torch.set_num_threads(threads)
     if output is not None:
+        need("relneuron bench -o", "matplotlib", otherwise=", or leave out -o")
         from relneuron.bench_plot import roofline
 
-        if output.is_file():
-            raise RelneuronError(f"{output} is a file", "give a folder with -o", 2)
+        take.check_folder(output)
     rows: list[Row] = []
     for case in cases:
         found = run_case(case, device=device, compiled=not no_compile, effort=EFFORTS[suite])

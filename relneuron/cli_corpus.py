@@ -20,7 +20,9 @@ Sources = Annotated[
         ".bin), or hf:DATASET[:CONFIG[:SPLIT]]. Without GROUP= see --group-column.",
     ),
 ]
-TextColumn = Annotated[str, typer.Option(help="Field of a record that holds the text.")]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Field of a record that holds the text; default: text.")
+]
 GroupColumn = Annotated[
     str | None, typer.Option(help="Field of a record that names its group; paths without GROUP=.")
 ]
@@ -65,7 +67,7 @@ def count(
         str, typer.Option(help="position: a document sees no other one of its window; or none.")
     ] = "none",
     max_tokens: MaxTokens = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     group_column: GroupColumn = None,
     groups: Groups = "",
     ids_dtype: IdsDtype = None,
@@ -162,7 +164,7 @@ def nll(
     random_sets: Annotated[
         int, typer.Option(min=0, help="Also random sets, as large as the largest one.")
     ] = 0,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     group_column: GroupColumn = None,
     groups: Groups = "",
     ids_dtype: IdsDtype = None,
@@ -182,7 +184,7 @@ def nll(
     from relneuron.nll import nll as nll_stage
 
     take.check_folder(output)
-    NeuronFile.read(neurons)
+    sets = NeuronFile.read(neurons).sets
     found = _sources(sources, text_column, group_column, groups, ids_dtype)
     loaded, tokenizer = _load(
         model, dtype, device, revision, needs_text=any(not s.is_ids for s in found)
@@ -206,7 +208,7 @@ def nll(
         force=force,
         quiet=quiet,
     )
-    print_nll(cells)
+    print_nll(cells, [name for name, chosen in sets.items() if not chosen])
     say(f"-> {output / 'nll.csv'}")
 
 
@@ -289,7 +291,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _sources(
     texts: list[str],
-    text_column: str,
+    text_column: str | None,
     group_column: str | None,
     groups: str,
     ids_dtype: str | None,

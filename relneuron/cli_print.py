@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -73,7 +73,8 @@ def print_chosen(chosen: NeuronFile) -> None:
 def print_groups(chosen: NeuronFile) -> None:
     """How many neurons each group has, and what was left out."""
     for name, neurons in chosen.sets.items():
-        say(f"{name}: {len(neurons):,} neurons")
+        none = ": none of those chosen is active enough in it" if chosen.method == "lape" else ""
+        say(f"{name}: {len(neurons):,} neurons" if neurons else f"{name}: no neurons{none}")
     multiplicity = chosen.selection.get("multiplicity")
     if multiplicity:
         several = sum(multiplicity[1:])
@@ -100,14 +101,17 @@ def print_counted(counted: Counted | None, folder: Path) -> None:
     say(f"-> {folder / COUNTS}")
 
 
-def print_nll(cells: Sequence[Cell]) -> None:
-    """The NLL of each group's text: clean, then how much it rises under each mask."""
+def print_nll(cells: Sequence[Cell], empty: Collection[str] = ()) -> None:
+    """The NLL of each group's text: clean, then how much it rises under each mask.
+
+    Masks in `empty` have no neuron: there is nothing to say of them.
+    """
     groups = list(dict.fromkeys(cell.group for cell in cells))
     clean = {cell.group: cell.nll for cell in cells if cell.mask == cells[0].mask}
     table = Table("off", caption="NLL, nats a token")
     for name in groups:
         table.add_column(Text(_printable(name)), justify="right")
-    for mask in dict.fromkeys(cell.mask for cell in cells):
+    for mask in dict.fromkeys(cell.mask for cell in cells if cell.mask not in empty):
         found = {cell.group: cell.nll for cell in cells if cell.mask == mask}
         first = mask == cells[0].mask
         values = [found[g] if first else found[g] - clean[g] for g in groups]
@@ -133,7 +137,9 @@ def print_accuracy(folder: Path) -> None:
     Of eva, or of the first split that was asked.
     """
     columns = ("condition", "relation", "split", "accuracy")
-    rows = list(read_csv(folder / "accuracy.csv", columns))
+    conditions = read_csv(folder / "conditions.csv", ("condition", "kind", "n_neurons"))
+    empty = {c["condition"] for c in conditions if c["n_neurons"] == "0" and c["kind"] != "clean"}
+    rows = [r for r in read_csv(folder / "accuracy.csv", columns) if r["condition"] not in empty]
     splits = [row["split"] for row in rows]
     main = "eva" if "eva" in splits else splits[0]
     found = {

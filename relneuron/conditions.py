@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,18 @@ def read_sets(
         if len(rows) > len(sets[name]):
             doubles[name] = len(rows) - len(sets[name])
     return sets, doubles
+
+
+def empty_sets(sets: Mapping[str, Sized]) -> list[str]:
+    """A notice for each set without neurons; if there is no other, RelneuronError."""
+    empty = [name for name, chosen in sets.items() if not len(chosen)]
+    if len(empty) == len(sets):
+        raise RelneuronError(
+            f"no neuron to switch off: {', '.join(empty) or 'the file'} "
+            f"{'have' if empty[1:] else 'has'} none",
+            "give sets with neurons: identify with other options, such as a larger --top",
+        )
+    return [f"{name}: its set has no neuron, so that nothing is off for it" for name in empty]
 
 
 def scores_beside(neurons: Path) -> Path:

@@ -10,11 +10,11 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
+from relneuron.installed import need
 
 KINDS = {
     ".txt": "text",
@@ -29,6 +29,7 @@ KINDS = {
     ".bin": "bin",
 }
 ID_KINDS = ("pt", "npy", "bin")
+NO_FIELDS = {"text", *ID_KINDS}
 ID_DTYPES = ("uint16", "uint32", "int32", "int64")
 HF = "hf:"
 MIB = 1 << 20
@@ -79,7 +80,7 @@ class Source:
 def parse_sources(
     texts: Sequence[str],
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     group_column: str | None = None,
     groups: Sequence[str] | None = None,
     ids_dtype: str | None = None,
@@ -87,8 +88,9 @@ def parse_sources(
     """The sources that `NAME=PATH` texts name; all paths of a name are one source, in order.
 
     With `group_column` the paths have no name, are one source, and every record names its group;
-    `groups` keeps only these. A folder stands for its files of known suffixes, sorted by name.
-    Nothing is read. Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
+    `groups` keeps only these; `text_column` (default: text) needs files with fields, `ids_dtype` a
+    .bin file. A folder stands for its files of known suffixes, sorted by name. Nothing is read.
+    Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
     """
     if not texts:
         raise RelneuronError("no corpus was given", "name it as GROUP=PATH", 2)
@@ -105,12 +107,18 @@ def parse_sources(
                 f"{text} names a group, and so does --group-column", "leave out one of them", 2
             )
         found.setdefault(name, []).extend(_files(path))
-    _check_files([file for files in found.values() for file in files], group_column)
+    everything = [file for files in found.values() for file in files]
+    _check_files(everything, group_column)
+    kinds = {file.kind for file in everything}
+    if text_column is not None and kinds <= NO_FIELDS:
+        raise RelneuronError("--text-column, but no file with fields", "leave out --text-column", 2)
+    if ids_dtype is not None and "bin" not in kinds:
+        raise RelneuronError("--ids-dtype, but no .bin file", "leave out --ids-dtype", 2)
     return [
         Source(
             name,
             tuple(files),
-            text_column,
+            text_column or "text",
             group_column,
             None if groups is None else tuple(groups),
             ids_dtype,
@@ -146,7 +154,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
 def _files(path: str) -> list[File]:
     if path.startswith(HF):
-        _need("datasets", path)
+        need(path, "datasets")
         if not split_hf(path)[0]:
             raise RelneuronError(f"{path} names no dataset", "write hf:PATH[:CONFIG[:SPLIT]]", 2)
         return [File(path, "hf")]
@@ -174,11 +182,6 @@ def _known() -> str:
     return ", ".join(KINDS)
 
 
-def _need(package: str, path: str) -> None:
-    if find_spec(package) is None:
-        raise RelneuronError(f"{path} needs {package}", "pip install 'relneuron[data]'", 2)
-
-
 def _check_files(files: Sequence[File], group_column: str | None) -> None:
     """Refuse a file that stands there twice, lacks its package, or cannot name a group."""
     seen = set()
@@ -188,8 +191,8 @@ def _check_files(files: Sequence[File], group_column: str | None) -> None:
             raise RelneuronError(f"{file.path} is in the corpus twice", "name it once", 2)
         seen.add(key)
         if file.kind == "parquet":
-            _need("pyarrow", file.path)
-        if group_column is not None and file.kind in ("text", *ID_KINDS):
+            need(file.path, "pyarrow")
+        if group_column is not None and file.kind in NO_FIELDS:
             raise RelneuronError(
                 f"{file.path} has no fields, --group-column needs them", "write GROUP=PATH", 2
             )
@@ -206,7 +209,11 @@ def describe_source(source: Source) -> Json:
 
     Of each file the name, the bytes and the SHA-256 of its first and last MiB.
     """
-    result: Json = {"group": source.group, "text_column": source.text_column}
+    has_fields = source.dataset is not None or not {f.kind for f in source.files} <= NO_FIELDS
+    result: Json = {
+        "group": source.group,
+        "text_column": source.text_column if has_fields else None,
+    }
     if source.group_column is not None:
         groups = None if source.groups is None else list(source.groups)
         result |= {"group_column": source.group_column, "groups": groups}

@@ -11,19 +11,24 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact import RelneuronError
+from relneuron.installed import EXTRAS, install_command, missing
 from relneuron.manifest import versions
 from relneuron.model import inspect_layers
 from relneuron.residual import read_residual_model
 
 
 def machine_report() -> list[tuple[str, str]]:
-    """(name, finding) rows: versions, devices, and each backend with the reason it cannot run."""
+    """(name, finding) rows: versions, devices, backends and extras, with what is missing."""
     rows = [(name, value) for name, value in versions().items()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows += [("CPU threads", str(torch.get_num_threads())), ("GPU", gpu)]
     for backend, status in ops.available_backends().items():
         verdict = "works" if status.works else "does not work"
         rows.append((f"backend {backend}", f"{verdict}: {status.detail}"))
+    for extra in dict.fromkeys(EXTRAS.values()):
+        absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
+        verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
+        rows.append((f"extra {extra}", verdict))
     return rows
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact import Prompt, RelneuronError, csv_bytes, read_csv
+from relneuron.installed import need
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
 NOT_ASKED = -1
@@ -181,13 +182,10 @@ def _effects_rows(path: Path) -> Iterator[tuple[str, ...]]:
     if path.suffix != ".parquet":
         yield from (tuple(row[name] for name in EFFECTS) for row in read_csv(path, EFFECTS))
         return
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RelneuronError(
-            f"reading {path} needs pyarrow", "pip install 'relneuron[data]'"
-        ) from error
+    need(f"reading {path}", "pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         columns = pyarrow.parquet.read_table(path, columns=list(EFFECTS)).to_pydict()
     except pyarrow.ArrowException as error:

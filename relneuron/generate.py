@@ -7,6 +7,7 @@ mean activation throughout (steer.py).
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
-from relneuron.conditions import Ablation, read_sets
+from relneuron.conditions import Ablation, empty_sets, read_sets
 from relneuron.counts import NAME
 from relneuron.effects import Condition
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
@@ -291,6 +292,10 @@ def generate(
     shape = model_shape(mlps)
     neurons.check_model(shape)
     plan = plan_masks(neurons, off, shape, len(prompts))
+    asked = {a.condition.name: a.places for a in plan if a.condition.kind != CLEAN}
+    # With --set something is done, whatever is off.
+    for notice in empty_sets({"": (0,), **asked} if set_to or not asked else asked):
+        warnings.warn(notice, stacklevel=2)
     counts = (counts_folder or neurons_path.parent) / NAME if set_to else None
     steering: Any = nullcontext()
     if set_to and counts:
@@ -337,6 +342,11 @@ def steering_patch(
 ) -> Patch:
     """A patch that sets the neurons of a set to their mean activation."""
     check_set(name, neurons.sets)
+    if not neurons.sets[name]:
+        raise RelneuronError(
+            f"no neuron to set to its mean: the set {name} has none",
+            "give a set with neurons: identify with other options, such as a larger --top-rate",
+        )
     require(counts, "count MODEL GROUP=TEXT... -o DIR --moments")
     means = mean_activations(counts.parent, name, model_shape(mlps))
     return Patch(mlps, steering_states(mlps, [[]], neurons.sets[name], means), backend=backend)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
+from relneuron.installed import need
 from relneuron.manifest import Manifest, json_digest, progress_bar
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
@@ -112,9 +112,8 @@ def check_options(
 
 def check_installed(noise: int) -> None:
     """Refuse q-values without the library that makes them, before any work."""
-    if noise and find_spec("scipy") is None:
-        fix = "pip install 'relneuron[stats]', or --noise 0 for none"
-        raise RelneuronError("q-values need scipy, which is not installed", fix)
+    if noise:
+        need("a q-value", "scipy", otherwise=", or --noise 0 for none")
 
 
 def default_top(shape: Mapping[str, int]) -> int:

@@ -56,7 +56,8 @@ def identify_counts_inputs(
     precision: str,
     seed: int,
 ) -> Json:
-    """What the stage depends on, for the manifest."""
+    """What the stage depends on, for the manifest; of options that the method takes."""
+    is_lape = method == "lape"
     return {
         "digests": {NAME: sha256(require(folder / NAME, MADE_BY))},
         "count": json_digest(Manifest(folder).data["stages"].get("count", {}).get("inputs")),
@@ -64,11 +65,11 @@ def identify_counts_inputs(
         "site": site,
         "groups": None if groups is None else list(groups),
         "top": top,
-        "top_rate": top_rate,
-        "filter_rate": filter_rate,
-        "bar_ratio": bar_ratio,
+        "top_rate": top_rate if top is None else None,
+        "filter_rate": filter_rate if is_lape else None,
+        "bar_ratio": bar_ratio if is_lape else None,
         "precision": precision,
-        "seed": seed,
+        "seed": seed if method == "random" else None,
     }
 
 

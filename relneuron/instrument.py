@@ -5,6 +5,7 @@ Both act on a model that someone else runs; they are patches (patch.py) that say
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +107,8 @@ def ablate(
     become `value`, a number for all or one per neuron: their mean responses, say.
     """
     mlps, chosen = find_gated_mlps(model), list(neurons)
+    if not chosen:
+        warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
     if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
         raise RelneuronError(
             f"mode {mode!r} with the value {value}",

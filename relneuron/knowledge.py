@@ -66,7 +66,7 @@ def read_knowledge(path: Path) -> list[Prompt]:
     if suffix == ".jsonl":
         if _is_prompts(text):
             prompts = read_prompts(path)
-            _check_filled(path, prompts)
+            _check_filled(path, text, prompts)
             return prompts
         records = _jsonl_records(path, text)
     else:
@@ -104,16 +104,17 @@ def _fact_prompts(path: Path) -> list[Prompt]:
 
 
 def _is_prompts(text: str) -> bool:
-    """Whether the first line is one of a prompts.jsonl."""
+    """Whether the first line, blank ones left out, is one of a prompts.jsonl."""
     try:
-        first = json.loads(text.partition("\n")[0])
+        first = json.loads(text.lstrip().partition("\n")[0])
     except ValueError:
         return False
     return isinstance(first, dict) and {field.name for field in fields(Prompt)} <= first.keys()
 
 
-def _check_filled(path: Path, prompts: Sequence[Prompt]) -> None:
-    for line, prompt in enumerate(prompts, 1):
+def _check_filled(path: Path, text: str, prompts: Sequence[Prompt]) -> None:
+    lines = [number for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for line, prompt in zip(lines, prompts, strict=True):
         for name in ("id", "relation", "object", "prompt"):
             if not getattr(prompt, name).strip():
                 raise _empty(path, line, name)
@@ -133,6 +134,11 @@ def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
     fix = f"give every line as many cells as the first, separated by {delimiter!r}"
     try:
         header = [name.strip().lower() for name in next(reader, [])]
+        if len(header) == 1 and ";" in header[0] and delimiter == ",":
+            raise RelneuronError(
+                f"{path}, line 1: its columns are separated by semicolons",
+                "save it with commas between the columns, or with tabs as .tsv",
+            )
         double = [name for name, n in Counter(header).items() if n > 1]
         if double:
             raise RelneuronError(

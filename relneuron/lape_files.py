@@ -23,6 +23,7 @@ from relneuron.artifact import (
     NeuronFile,
     RelneuronError,
     atomic_write,
+    check_model_folder,
     json_bytes,
     refuse_overwrite,
     sha256,
@@ -235,9 +236,7 @@ def config_shape(name_or_path: str) -> Json:
     from transformers import AutoConfig
 
     fix = "give a model folder with a config.json, or a hub name"
-    looks_local = name_or_path.startswith((".", "/", "~")) or Path(name_or_path).exists()
-    if looks_local and not (Path(name_or_path) / "config.json").is_file():
-        raise RelneuronError(f"{name_or_path} is no model folder: it has no config.json", fix)
+    check_model_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relneuron import ops
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
 from relneuron.hooks import without_hooks
-
-logger = logging.getLogger("relneuron")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -47,6 +46,31 @@ def _settle_arithmetic() -> None:
         function(torch.ones(1))
 
 
+def choose_device(asked: str | None) -> str:
+    """The device to run on: as asked for, if it is here; by default the GPU if there is one."""
+    here = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = asked.partition(":")
+    number = number if ":" in asked else "0"
+    if not (number.isdecimal() and int(number) < here.get(kind, 0)):
+        usable = [name for name, n in here.items() if n]
+        why = (
+            f"torch finds {here[kind]} of this kind"
+            if kind in here
+            else f"known are {', '.join(here)}"
+        )
+        raise RelneuronError(
+            f"no device {asked!r} here: {why}", f"use --device {' or '.join(usable)}", 2
+        )
+    return "cpu" if kind == "cpu" else asked
+
+
 def load_model(
     name: str,
     *,
@@ -62,17 +86,19 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
     _settle_arithmetic()
-    looks_local = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_local and not (Path(name) / "config.json").is_file():
+    looks_local = check_model_folder(name)
+    if looks_local and revision is not None:
         raise RelneuronError(
-            f"{name} is no model folder: it has no config.json",
-            "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
+            f"{name} is a folder, which has no revision {revision}", "leave out --revision", 2
         )
+    if looks_local and (Path(name) / ADAPTER).is_file():
+        becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
+        warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True
@@ -181,6 +207,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
     gated MLP is a module with `gate_proj`, `up_proj` and `down_proj`, or `gate_up_proj` and
     `down_proj`, and an activation; on one random row it must give what the formula gives.
     """
+    check_unwrapped(model)
     config = model.config.get_text_config() if hasattr(model, "config") else None
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = [
@@ -197,6 +224,16 @@ def inspect_layers(model: Any) -> list[Verdict]:
     return [_inspect_layer(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
 
 
+def check_unwrapped(model: Any) -> None:
+    """Refuse a model inside of another module (DataParallel, say), which is not one itself."""
+    inner = getattr(model, "module", None)
+    if not hasattr(model, "config") and hasattr(inner, "config"):
+        raise RelneuronError(
+            f"{type(model).__name__} holds the model as its .module",
+            "give model.module in place of model",
+        )
+
+
 def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
     names = {name: module for name, module in layer.named_modules()}
     found = [
@@ -205,6 +242,10 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
         if hasattr(module, "down_proj")
         and (hasattr(module, "gate_up_proj") or hasattr(module, "gate_proj"))
     ]
+    compiled = [name for name in found if f"{name}._orig_mod" in found]
+    if compiled:
+        why = f"{compiled[0]} is compiled by itself: compile the whole model, or no part of it"
+        return Verdict(number, None, why)
     if len(found) != 1:
         if any("expert" in name for name in names):
             return Verdict(number, None, "mixture of experts, not one gated MLP")
@@ -240,6 +281,10 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
     if not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
         return Verdict(
             number, None, f"quantised weights ({', '.join(map(str, sorted(dtypes, key=str)))})"
+        )
+    if torch.float64 in dtypes:
+        return Verdict(
+            number, None, "float64 weights, the kernels take float32, bfloat16 and float16"
         )
     weight = cast(Tensor, weights[0])
     if weight.device.type == "meta" or type(weight.data).__name__ == "DTensor":

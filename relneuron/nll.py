@@ -29,7 +29,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.conditions import Ablation, Places, read_sets, site_places
+from relneuron.conditions import Ablation, Places, empty_sets, read_sets, site_places
 from relneuron.corpus import Source, describe_source
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing
@@ -290,6 +290,7 @@ def nll(
     shape = model_shape(mlps)
     neurons.check_model(shape)
     sets, doubles = read_sets(neurons, shape)
+    notices = empty_sets(sets)
     cut = choose_packing(model, tokenizer, sources, options)
     cut = replace(cut, max_tokens=windows * cut.window)
     plan = plan_masks(sets, shape, random_sets)
@@ -309,7 +310,7 @@ def nll(
         texts = read_texts(feed, windows)
         missing = [group for group in feed.groups if group not in texts.groups]
         notes = feed.notes
-    notices = [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     scorer = Scorer(model, texts.ids)
     notices += [f"{name}: no window of {cut.window} tokens" for name in missing] + scorer.notices
     for notice in notices:

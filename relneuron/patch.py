@@ -263,7 +263,9 @@ def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
         return None
     if ids.shape != shape[:-1]:
         raise ValueError(
-            f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}"
+            f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}: "
+            "call probe.batch before each forward; generate makes many, so generate outside of "
+            "instrument and count the text in one forward"
         )
     return ids.reshape(-1)
 

@@ -95,7 +95,7 @@ def encode(
             raise RelneuronError(
                 f"prompt {prompt.id} has {len(head)} tokens; with {n_tokens} for the answer "
                 f"it is longer than the model's context of {context}",
-                "shorten or remove it",
+                "shorten or remove it" + _fewer(context - len(head), n_tokens),
             )
         if not answers:
             continue
@@ -108,6 +108,13 @@ def encode(
             )
         firsts.append(whole[common])
     return Questions(list(prompts), [list(head) for head in ids], firsts)
+
+
+def _fewer(room: int, n_tokens: int) -> str:
+    """The other way to fit a context, where more than an answer's tokens are asked for."""
+    if room < 1 or n_tokens <= N_ANSWER_TOKENS:
+        return ""
+    return f", or ask for at most {room} tokens (--max-new-tokens, --generate)"
 
 
 def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.installed import need
 from relneuron.report_attribution_study import (
     ATTRIBUTION_INPUTS,
     AttributionStudy,
@@ -96,23 +97,21 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
 
 def render(study: AnyStudy) -> str:
     """The report as HTML text; whatever the study holds is shown as text."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    need("a report", "jinja2", "matplotlib", "scipy")
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-        if isinstance(study, Study):
-            template, context = "report.html.j2", page(study)
-        elif isinstance(study, AttributionStudy):
-            from relneuron.report_attribution import attribution_page
+    if isinstance(study, Study):
+        template, context = "report.html.j2", page(study)
+    elif isinstance(study, AttributionStudy):
+        from relneuron.report_attribution import attribution_page
 
-            template, context = "report_attribution.html.j2", attribution_page(study)
-            context["commands"] = commands(study.manifest)
-        else:
-            from relneuron.report_groups import group_page
+        template, context = "report_attribution.html.j2", attribution_page(study)
+        context["commands"] = commands(study.manifest)
+    else:
+        from relneuron.report_groups import group_page
 
-            template, context = "report_groups.html.j2", group_page(study)
-            context["commands"] = commands(study.manifest)
-    except ImportError as error:
-        raise RelneuronError(f"{error}", "pip install 'relneuron[all]'") from error
+        template, context = "report_groups.html.j2", group_page(study)
+        context["commands"] = commands(study.manifest)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

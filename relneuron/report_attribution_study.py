@@ -123,7 +123,7 @@ class AttributionStudy:
     def zeroed(self) -> Json:
         """How many neurons and heads each condition set to zero, as `attribute` noted."""
         found: Json = self.manifest["stages"].get("attribute", {}).get("zeroed", {})
-        return {"method": self.asked.get("intervene", BEST)} | found
+        return {"method": self.asked.get("intervene") or BEST} | found
 
     @property
     def n_top(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from relneuron.model import check_unwrapped
 from relneuron.residual_layers import (
     QUERY_KEYS,
     Norm,
@@ -44,6 +45,7 @@ def read_residual_model(model: Any) -> ResidualModel:
     what does not hold; for weights that are sharded, offloaded, quantised or on several devices;
     and for a model in train mode.
     """
+    check_unwrapped(model)
     _check_weights(model)
     residual = _assemble(model)
     _check_sums(residual)

@@ -66,14 +66,24 @@ def test_a_set_of_no_asked_relation_needs_any_set(study: Study, tmp_path: Path) 
     assert {condition for condition, _ in rows} == {"clean", "typo", "random.0"}
 
 
-def test_an_empty_set_is_clean(study: Study, tmp_path: Path) -> None:
-    path = study.write_sets(tmp_path / "neurons.json", {"works_as": []})
-    analyses = ("matched", "sites")
-    with pytest.warns(UserWarning, match="sites left out"):
-        rows = study.ablate(tmp_path / "out", neurons=path, analyses=analyses)
-    for (condition, key), row in rows.items():
+def test_an_empty_set_is_clean_and_said(study: Study, tmp_path: Path) -> None:
+    path = study.write_sets(tmp_path / "neurons.json", study.sets | {"works_as": []})
+    with pytest.warns(UserWarning, match="works_as: its set has no neuron"):
+        rows = study.ablate(tmp_path / "out", neurons=path, analyses=("matched",))
+    empty = [(c, key) for c, key in rows if c.startswith("works_as")]
+    assert {c for c, _ in empty} == {"works_as", "works_as~0"}
+    for condition, key in empty:
         for column in ("prediction", "correct", "logprob"):
-            assert row[column] == rows["clean", key][column], condition
+            assert rows[condition, key][column] == rows["clean", key][column], condition
+    notices = json.loads((tmp_path / "out" / "manifest.json").read_text())["fallbacks"]
+    assert "works_as: its set has no neuron, so that nothing is off for it" in notices
+
+
+def test_sets_without_any_neuron_are_refused(study: Study, tmp_path: Path) -> None:
+    path = study.write_sets(tmp_path / "neurons.json", {"works_as": [], "lives_in": []})
+    refused(study, tmp_path / "out", "no neuron to switch off: works_as, lives_in", neurons=path)
+    path = study.write_sets(tmp_path / "neurons.json", {})
+    refused(study, tmp_path / "out", "no neuron to switch off: the file", neurons=path)
 
 
 def test_doubles_are_merged_with_a_warning(study: Study, tmp_path: Path) -> None:

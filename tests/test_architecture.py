@@ -23,6 +23,7 @@ ALLOWED = {
     "ops": {"ops", "_cpu"},
     "testing": {"testing", "ops"},
     "artifact": set(),
+    "installed": {"artifact"},
     "manifest": {"artifact"},
     "scores": {"scores", "artifact", "ops"},
     "facts": {"artifact"},
@@ -33,12 +34,12 @@ ALLOWED = {
     "predict": {"artifact"},
     "clock": set(),
     "sentences": {"artifact"},
-    "effects": {"artifact"},
+    "effects": {"artifact", "installed"},
     "conditions": {"artifact", "effects", "scores"},
     "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
     "ablate_options": {"artifact", "conditions", "evaluate", "model"},
     "counts": {"artifact"},
-    "corpus": {"artifact"},
+    "corpus": {"artifact", "installed"},
     "corpus_read": {"artifact", "corpus"},
     "corpus_windows": {"artifact", "corpus", "corpus_read"},
     "corpus_worker": {"artifact", "corpus", "corpus_windows"},
@@ -56,16 +57,16 @@ ALLOWED = {
     | {"patch", "predict", "steer"},
     "residual_layers": {"artifact"},
     "trace": {"artifact", "residual_layers"},
-    "residual": {"residual_layers", "trace"},
+    "residual": {"model", "residual_layers", "trace"},
     "value_scores": {"ops", "residual_layers", "trace"},
     "query_scores": {"ops", "residual_layers", "trace"},
-    "attributions": {"artifact"},
+    "attributions": {"artifact", "installed"},
     "knowledge": {"artifact", "facts", "predict"},
     "interventions": {"artifact", "manifest", "predict", "residual_layers"},
     "method_scores": {"artifact", "ops", "residual_layers", "trace"},
     "comparison": {"artifact", "interventions", "manifest", "method_scores", "ops", "query_scores"}
     | {"residual_layers", "trace", "value_scores"},
-    "attribute_options": {"artifact", "model"},
+    "attribute_options": {"artifact", "installed", "model"},
     "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "knowledge"}
     | {"ops", "query_scores", "residual_layers", "trace", "value_scores"},
     "identify_gains": {"artifact", "attributions", "identify", "manifest", "scores"},
@@ -96,7 +97,7 @@ ALLOWED = {
         | {"report_parts", "report_study", "results", "tables"},
     ),
     "analyses": {"analyses", "artifact", "effects", "results", "tables"},
-    "doctor": {"ops", "artifact", "manifest", "model", "residual"},
+    "doctor": {"ops", "artifact", "installed", "manifest", "model", "residual"},
     "bench_peers": set(),
     "bench_case": set(),
     "bench_ranking": {"bench_case", "ops"},
@@ -114,16 +115,20 @@ ALLOWED = {
     | {
         "cli_attribute",
         "cli_bench",
+        "cli_checks",
         "cli_corpus",
         "cli_identify",
         "cli_options",
         "cli_print",
         "clock",
         "conditions",
+        "installed",
     },
     "cli_attribute": {"artifact", "attribute", "attribute_options", "attributions", "cli_options"}
     | {"cli_print", "knowledge", "manifest", "model"},
-    "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print"},
+    "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print", "installed"}
+    | {"model"},
+    "cli_checks": {"artifact", "cli_options", "installed"},
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
@@ -132,7 +137,7 @@ ALLOWED = {
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
-        {"ops", "artifact", "manifest", "facts", "model", "patch", "predict", "scores"}
+        {"ops", "artifact", "installed", "manifest", "facts", "model", "patch", "predict", "scores"}
         | {"results", "tables", "sentences"}
         | {"report_analyses", "report_neurons", "report_parts", "report_study"}
         | {"effects", "conditions", "evaluate", "ablate_options"}

@@ -5,7 +5,6 @@ Also the stages as single commands: they write what `run` writes.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import resource
@@ -110,7 +109,8 @@ def test_bad_models(
         (["--backend", "cuda"], "unknown backend"),
         (["--dtype", "int8"], "unknown dtype"),
         (["--splits", "eva,test"], "unknown split"),
-        (["--method", "lape"], "unknown method"),
+        (["--method", "lape"], "run ranks by ap, not by lape"),
+        (["--method", "best"], "unknown method"),
         (["--pooling", "max"], "unknown pooling"),
         (["--top", "0"], "--top"),
         (["--top", "5", "--fdr", "0.05"], "--top and --fdr"),
@@ -348,8 +348,7 @@ def test_a_table_format_is_refused_before_any_work(
     words = ["ablate", tmp_path / "no model", by_stages / "neurons.json"]
     words.append(by_stages / "prompts.jsonl")
     check_refused(relneuron(*words, "-o", tmp_path / "effects.xlsx"), "neither .csv nor .parquet")
-    stage = importlib.import_module("relneuron.ablate")  # the package's name is the context manager
-    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     check_refused(relneuron(*words, "-o", tmp_path / "effects.parquet"), "needs pyarrow")
 
 

@@ -116,11 +116,11 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.setattr("relneuron.corpus.find_spec", lambda name: None)
+    monkeypatch.setattr("relneuron.installed.find_spec", lambda name: None)
     path = "hf:x" if suffix == "hf" else tmp_path / "a.parquet"
     with pytest.raises(RelneuronError, match=f"needs {package}") as caught:
         parse_sources([f"en={path}"])
-    assert "relneuron[data]" in caught.value.fix
+    assert "[data]" in caught.value.fix
 
 
 def test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time(
@@ -144,4 +144,10 @@ def test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time(
     path.write_bytes(data[:-1])
     assert describe_source(source(path)) != before
     path.write_bytes(data)
-    assert describe_source(source(path, text_column="other")) != before
+    assert describe_source(source(path)) == before and before["text_column"] is None
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    columns = [
+        describe_source(source(tmp_path / "a.jsonl", text_column=name))["text_column"]
+        for name in (None, "other")
+    ]
+    assert columns == ["text", "other"]

@@ -39,6 +39,9 @@ PROMPTS = [
 ]
 NEW = 10
 
+# One of the sets is empty, which is said in each run that switches it off.
+pytestmark = pytest.mark.filterwarnings("ignore:empty. its set has no neuron")
+
 
 @pytest.fixture(scope="module")
 def loaded(model_folder: Path) -> Iterator[tuple[Any, Any]]:
@@ -332,9 +335,9 @@ def test_sets_with_the_same_neurons_are_asked_once(
         return true(self, questions, rows, mark)
 
     monkeypatch.setattr(Continuer, "go_on", go_on)
-    made = ours(loaded, study, off=("clean", "empty"))
-    assert sorted(asked) == [0, 1, 2, 3, 4]
-    assert [g[1:] for g in made[:5]] == [g[1:] for g in made[5:]]
+    made = ours(loaded, study, off=("clean", "empty", "en"))
+    assert sorted(asked) == sorted([0, 1, 2, 3, 4] * 2)
+    assert [g[1:] for g in made[:5]] == [g[1:] for g in made[5:10]]
 
 
 def test_a_killed_run_goes_on(loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sklearn.metrics import average_precision_score
 
-from relneuron import identify as stage
 from relneuron.artifact import Prompt, RelneuronError, csv_bytes, prompts_bytes
 from relneuron.identify import check_options, identify
 from relneuron.scores import significance
@@ -162,7 +162,7 @@ def test_what_is_not_asked_for_is_an_empty_cell(
         for row in rows:
             assert [key for key, cell in row.items() if not cell] == columns
         assert ("q_at_cut" in result.selection["a"]) == (name != "noise")
-    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(RelneuronError, match="scipy"):
         run(tmp_path, top=5)
     _, rows = run(tmp_path, top=5, noise=0, permutations=0, bootstrap=0)

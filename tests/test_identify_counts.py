@@ -270,7 +270,14 @@ def test_inputs_change_with_the_counts_and_the_options(folder: Path, tmp_path: P
     options |= {"precision": "float64", "seed": 0}
     first = identify_counts_inputs(folder, **options)
     assert identify_counts_inputs(folder, **options) == first
-    assert identify_counts_inputs(folder, **(options | {"seed": 1})) != first
+    assert identify_counts_inputs(folder, **(options | {"bar_ratio": 0.9})) != first
+    # What a method does not take is none of its inputs.
+    assert identify_counts_inputs(folder, **(options | {"seed": 1})) == first
+    drawn = [
+        identify_counts_inputs(folder, **(options | {"method": "random", "seed": seed}))
+        for seed in (0, 1)
+    ]
+    assert drawn[0] != drawn[1] and drawn[0]["bar_ratio"] is None
     other = write_folder(tmp_path / "other", make_counts(seed=1))
     assert identify_counts_inputs(other, **options) != first
 

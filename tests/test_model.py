@@ -71,6 +71,7 @@ def test_nothing_off_is_bit_equal_in_the_reference_backend(family_model: Any) ->
         assert int(probe.stats[2].count["act"].sum()) > 0
 
 
+@pytest.mark.filterwarnings("ignore:ablate. no neuron")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_other_backends_agree_with_the_model(family: str, dtype: torch.dtype) -> None:
