@@ -9,8 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
+from relneuron.identity import tokenizer_digest
 from relneuron.model import same_model
 
 # What a row of attributions.csv can score, in the table's order.
@@ -105,7 +107,9 @@ class AttributeOptions:
             )
 
 
-def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeOptions) -> Json:
+def attribute_inputs(
+    model: Json, tokenizer: Any, prompts: str, tokens: str, options: AttributeOptions
+) -> Json:
     """What the stage depends on, for the manifest.
 
     `prompts` and `tokens` are the digests of the sentences' prompts.jsonl and of their token ids.
@@ -114,4 +118,10 @@ def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeO
         name: list(value) if isinstance(value, tuple | list) else value
         for name, value in asdict(options).items()
     }
-    return {"model": same_model(model), "prompts": prompts, "tokens": tokens, **asked}
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": prompts,
+        "tokens": tokens,
+        **asked,
+    }

@@ -108,7 +108,7 @@ def test_prompts_of_one_token_are_asked(study: Study, tmp_path: Path) -> None:
     path = study.write_prompts(tmp_path / "prompts.jsonl", prompts)
     neurons = study.write_sets(tmp_path / "neurons.json", {"works_as": study.sets["works_as"]})
     data = json.loads(neurons.read_text())
-    data["model"]["layers"] = 3
+    data["model"] = {"layers": 3, "width": 48, "hidden": 32}
     neurons.write_text(json.dumps(data))
     for positions in ("all", "prompt", "last"):
         folder = tmp_path / positions
@@ -163,7 +163,7 @@ def test_means_are_an_input_of_the_stage(study: Study, tmp_path: Path) -> None:
     found = []
     for content in (b"some", b"others"):
         (tmp_path / "responses.safetensors").write_bytes(content)
-        found.append(ablate_inputs({}, neurons, prompts, options))
+        found.append(ablate_inputs({}, None, neurons, prompts, options))
     assert found[0] != found[1]
 
 

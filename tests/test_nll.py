@@ -96,7 +96,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(relneuron.nll, "describe_source", lambda source: {"group": source.group})
+    monkeypatch.setattr("relneuron.corpus.describe_source", lambda source: {"group": source.group})
     monkeypatch.setattr("relneuron.count_options.default_bos", lambda tokenizer: ("none", None))
     NeuronFile({"id": "m", **SHAPE}, "lape", SETS, {}).write(tmp_path / "neurons.json")
     return tmp_path
