@@ -180,8 +180,9 @@ class Manifest:
         stages = self.data["stages"]
         stage = next((s for s in stages if name in stages[s]["files"]), "an earlier stage")
         again = f"relneuron {stage.removesuffix('_gains')} ... --force" if stage in stages else "it"
+        path = self.path.parent / name
         return RelneuronError(
-            f"{self.path.parent / name} is not the file that {stage} wrote (its digest differs)",
+            f"{path} is not the file that was written by {stage} (its digest differs)",
             f"restore it, or make it anew with {again}; what you changed on purpose is taken as it "
             "is under another name",
         )

@@ -172,7 +172,7 @@ def test_means_need_responses_of_the_same_prompts(study: Study, tmp_path: Path) 
     error = refused(study, tmp_path / "out", "does not exist", neurons=neurons, mode="mean")
     assert "relneuron record" in error.fix
     path = study.write_prompts(tmp_path / "prompts.jsonl", list(study.prompts.values())[1:])
-    refused(study, tmp_path / "out", "det", prompts=path, mode="mean")
+    refused(study, tmp_path / "out", "of other prompts", prompts=path, mode="mean")
 
 
 # --- what is written -------------------------------------------------------------------------
