@@ -36,10 +36,12 @@ from relneuron.conditions import (
 )
 from relneuron.effects import EFFECTS, conditions_bytes, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.identity import other_weights
 from relneuron.installed import need
 from relneuron.manifest import (
     Journal,
     Manifest,
+    checked,
     is_unfinished,
     locked,
     progress_bar,
@@ -101,12 +103,15 @@ def ablate_prompts(
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
     after the prompt. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
+
+    Neurons that were found in other weights (those of a model before it was tuned, say) are taken
+    with a warning, which the manifest keeps; a folder with the study of other weights is refused.
     """
     options = AblateOptions(**asked)
     refuse_outputs(output, force)
     check_format(output)
-    neurons = NeuronFile.read(neurons_path)
-    everything = read_prompts(prompts_path)
+    neurons = NeuronFile.read(checked(neurons_path))
+    everything = read_prompts(checked(prompts_path))
     prompts = [p for p in everything if p.split in options.splits]
     if not prompts:
         raise RelneuronError(
@@ -117,6 +122,8 @@ def ablate_prompts(
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
+    described = describe_model(name, model, mlps, backend)
+    Manifest(output.parent).check_model(described)
     sets, doubles = read_sets(neurons, shape)
     known = {prompt.relation for prompt in everything}
     strangers = [name for name in sets if name not in known]
@@ -126,10 +133,11 @@ def ablate_prompts(
             "mend its name, or add --any-set to switch it off all the same",
         )
     notices = empty_sets(sets)
+    notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)
     notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     rankings = dict(sets)
     if {"sizes", "sites"} & {*options.analyses}:
-        rankings = read_rankings(scores_beside(neurons_path), sets, shape)
+        rankings = read_rankings(checked(scores_beside(neurons_path)), sets, shape)
     concepts, gains = (
         _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
         if analysis in options.analyses
@@ -168,9 +176,8 @@ def ablate_prompts(
         warnings.warn(notice, stacklevel=2)
     how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
     asker = Asker(model, tokenizer)
-    described = describe_model(name, model, mlps, backend)
     check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
-    inputs = ablate_inputs(described, neurons_path, prompts_path, options)
+    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
         evaluator = Evaluator(
@@ -247,7 +254,7 @@ def _sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
     """The sets of a neurons.json beside the study's own; none if it is not there."""
     if not path.exists():
         return {}
-    found = NeuronFile.read(path)
+    found = NeuronFile.read(checked(path))
     found.check_model(shape)
     return read_sets(found, shape)[0]
 
@@ -258,7 +265,7 @@ def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
         return []
     return [
         Prompt(s.id, s.relation, "neutral", "en", s.template, "", s.object, s.sentence)
-        for s in read_sentences(path)
+        for s in read_sentences(checked(path))
     ]
 
 

@@ -13,9 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import SITES, Json, Prompt, RelneuronError, require, sha256
+from relneuron.artifact import (
+    RESPONSE_ROWS,
+    SITES,
+    Json,
+    Prompt,
+    RelneuronError,
+    check_rows,
+    require,
+    sha256,
+)
 from relneuron.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.evaluate import MODES, OOM, POSITIONS, How
+from relneuron.identity import tokenizer_digest
+from relneuron.manifest import checked
 from relneuron.model import same_model
 
 MEANS_OF = ("all", "relation")
@@ -81,7 +92,9 @@ class AblateOptions:
                 )
 
 
-def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOptions) -> Json:
+def ablate_inputs(
+    model: Json, tokenizer: Any, neurons: Path, prompts: Path, options: AblateOptions
+) -> Json:
     """What the stage depends on, for the manifest."""
     others = {
         scores_beside(neurons).name: (
@@ -97,6 +110,7 @@ def ablate_inputs(model: Json, neurons: Path, prompts: Path, options: AblateOpti
     read = {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
     return {
         "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
         "beside": {name: sha256(path) for name, path in read.items()},
@@ -113,8 +127,10 @@ def mean_responses(
     """(M,) float32 mean response of every neuron over the det prompts: of all (""), by relation."""
     from safetensors import safe_open
 
-    require(responses, "record MODEL prompts.jsonl -o DIR")
-    of = np.array([prompt.relation for prompt in prompts if prompt.split == "det"])
+    require(checked(responses), "record MODEL prompts.jsonl -o DIR")
+    det = [prompt for prompt in prompts if prompt.split == "det"]
+    check_rows(responses, RESPONSE_ROWS, [prompt.id for prompt in det])
+    of = np.array([prompt.relation for prompt in det])
     groups = {"": np.ones(len(of), bool)} | {name: of == name for name in dict.fromkeys(of)}
     weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
     parts = []

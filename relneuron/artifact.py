@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 SCHEMA = "relneuron.study/1"
 NEURONS_FORMAT = "relneuron.neurons/1"
 SITES = ("gate", "up", "down")  # the order that breaks ties in a ranking
+RESPONSE_ROWS = "relneuron.responses"  # the key of what responses.safetensors says of its rows
 
 Json = dict[str, Any]
 
@@ -69,10 +72,33 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+# Digests of files that were read to their end: by what the file system says of them.
+_HASHED: dict[tuple[int, ...], str] = {}
+# A file that was written so lately may be written again with the same time; no clock is coarser.
+_SETTLED_NS = 2_000_000_000
+
+
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
+    """The hexadecimal SHA-256 of a file's bytes (about 1 GB a second).
+
+    A process reads a file once, as long as its inode, size and times stay as they are.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        about = os.fstat(file.fileno())
+        times = about.st_mtime_ns, about.st_ctime_ns
+        key = (about.st_dev, about.st_ino, about.st_size, *times)
+        if key in _HASHED:
+            return _HASHED[key]
+        is_settled = max(times) < time.time_ns() - _SETTLED_NS
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if is_settled:
+        _HASHED[key] = digest
+    return digest
+
+
+def hashing_threads() -> ThreadPoolExecutor:
+    """Threads that hash side by side: hashlib lets others run meanwhile."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 def check_place(path: Path) -> None:
@@ -311,13 +337,15 @@ def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) ->
 # --- dense arrays ----------------------------------------------------------------------------
 
 
-def create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def create_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Make a float32 safetensors file of zeros and return its tensors as writable memory maps.
 
     The space is reserved at once, so that a full disk is an error here and not a crash later.
-    An existing file with the same header is opened as it is.
+    An existing file with the same header is opened as it is; what it lacks at its end is zeros.
     """
-    header: Json = {}
+    header: Json = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, shape in shapes.items():
         size = 4 * int(np.prod(shape, dtype=np.int64))
@@ -336,12 +364,11 @@ def create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
         with path.open("rb") as file:
             existing = file.read(len(head))
     if existing != head or path.stat().st_size != len(head) + offset:
-        with path.open("wb") as file:
+        with path.open("r+b" if existing == head else "wb") as file:
             try:
+                file.truncate(len(head) + offset)
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, len(head) + offset)
-                else:
-                    file.truncate(len(head) + offset)
                 file.write(head)
             except BaseException:
                 path.unlink(missing_ok=True)
@@ -351,3 +378,27 @@ def create_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
         start = len(head) + header[name]["data_offsets"][0]
         result[name] = np.memmap(path, np.float32, "r+", start, shape)
     return result
+
+
+def rows_digest(arrays: Sequence[np.ndarray[Any, Any]], rows: Sequence[int]) -> str:
+    """The SHA-256 of some rows of all arrays, which are hashed side by side."""
+    places = list(rows)
+    with hashing_threads() as pool:
+        parts = pool.map(lambda array: hashlib.sha256(array[places]).digest(), arrays)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def check_rows(path: Path, key: str, ids: Sequence[str]) -> None:
+    """Raise if a safetensors file says under `key` that its rows are of others than `ids`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {}).get(key, "{}"))
+        others = about.get("ids", list(ids)) != list(ids)
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise RelneuronError(f"{path} is damaged ({error})", "make it anew") from error
+    if others:
+        raise RelneuronError(
+            f"the rows of {path} are of other prompts than those beside it", "make it anew"
+        )

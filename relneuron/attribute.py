@@ -33,7 +33,6 @@ from relneuron.attributions import (
     GAINS,
     INTERVENTIONS,
     INTERVENTIONS_COLUMNS,
-    MODEL_KEYS,
     PROMOTED,
     PROMOTED_COLUMNS,
     TABLES,
@@ -47,7 +46,15 @@ from relneuron.attributions import (
 )
 from relneuron.comparison import Sizes, plan, run, summary
 from relneuron.knowledge import encode_targets, read_knowledge
-from relneuron.manifest import Journal, Manifest, json_digest, locked, progress_bar, versions
+from relneuron.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    json_digest,
+    locked,
+    progress_bar,
+    versions,
+)
 from relneuron.model import describe_model, fallbacks
 from relneuron.predict import Questions, is_out_of_memory, plan_batches
 from relneuron.residual import read_residual_model
@@ -91,15 +98,15 @@ def attribute(
 
     What the sentences are read from: `knowledge.read_knowledge`. Memory holds one batch of scores
     at a time, and of all sentences the rows of the table as text (about 60 bytes each); a journal
-    of finished batches lets a killed run go on, and end with the same bits. An attribution that is
-    finished already is left as it is. The folder may be that of a recorded study of this model
-    and these prompts, whose files and description stay as they are.
+    of finished batches, with the digests of their gains, lets a killed run go on, and end with the
+    same bits. An attribution that is finished already is left as it is. The folder may be that of
+    a recorded study of this model and these prompts, whose files and description stay as they are.
     """
     options = options or AttributeOptions()
     options.check_installed()
     if folder.is_file():
         raise RelneuronError(f"{folder} is a file", "give a folder", 2)
-    everything = read_knowledge(prompts_path)
+    everything = read_knowledge(checked(prompts_path))
     if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
         raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
     prompts = [p for p in everything if not options.splits or p.split in options.splits]
@@ -115,6 +122,7 @@ def attribute(
     copy = prompts_bytes(everything)
     inputs = attribute_inputs(
         described,
+        tokenizer,
         hashlib.sha256(copy).hexdigest(),
         json_digest([targets.ids, targets.targets]),
         options,
@@ -130,15 +138,19 @@ def attribute(
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
     with locked(folder):
         _write_copy(folder / "prompts.jsonl", prompts_path, copy)
-        if "ffn_neuron" in options.kinds and not (folder / GAINS).exists():
-            (folder / JOURNAL).unlink(missing_ok=True)  # it counts on gains that are gone
         journal = Journal(folder / JOURNAL, inputs)
         gains = None
         if not journal.done:
             (folder / GAINS).unlink(missing_ok=True)
         if "ffn_neuron" in options.kinds:
-            gains = GainFile(folder / GAINS, residual.shape, len(prompts))
+            about = {
+                "prompts": inputs["prompts"],
+                "ids": [prompt.id for prompt in prompts],
+                "model": described["digest"],
+            }
+            gains = GainFile(folder / GAINS, residual.shape, about)
             journal.before_commit = gains.flush
+            _redo_lost(journal, gains, batches)
         scorer = Scorer(residual, sentences, options, sizes, backend)
         found = _score_all(scorer, batches, gains, journal, quiet)
         made = [
@@ -189,7 +201,8 @@ def attribute(
         }
         if "record" not in manifest.data["stages"]:  # else the folder is described as recorded
             manifest.describe(model=described, **run_on)
-        files = [folder / file for file in (*written, *([GAINS] if gains else []))]
+        names = (*written, *([GAINS] if gains else []), "prompts.jsonl")
+        files = [folder / file for file in names]
         manifest.finish(
             "attribute",
             inputs,
@@ -225,12 +238,11 @@ def _is_copy(copy: Path, source: Path, data: bytes) -> bool:
 
 def _check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
     """Refuse the folder of a recorded study of another model or of other prompts."""
-    recorded = Manifest(folder).data["stages"].get("record", {}).get("inputs")
+    manifest = Manifest(folder)
+    manifest.check_model(model)
+    recorded = manifest.data["stages"].get("record", {}).get("inputs")
     if recorded is None:
         return
-    known = recorded.get("model", {})
-    if any(known.get(key) != model.get(key) for key in MODEL_KEYS):
-        raise RelneuronError(f"{folder} holds a study of another model", "use another output", 2)
     copy = folder / "prompts.jsonl"
     if not _is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
         raise RelneuronError(
@@ -266,12 +278,25 @@ def _score_all(
             key = f"attribute {batch}"
             if key not in journal.done:
                 found, block = _score(scorer, rows)
+                digest = None
                 if gains is not None and block is not None:
                     gains.store(rows, block)
-                journal.add(key, found)
-            by_row |= dict(zip(rows, journal.done[key], strict=True))
+                    digest = gains.digest(rows)
+                journal.add(key, {"found": found, "gains": digest})
+            by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
             bar.update(len(rows))
     return [by_row[row] for row in range(len(by_row))]
+
+
+def _redo_lost(journal: Journal, gains: GainFile, batches: Sequence[list[int]]) -> None:
+    """Have the batches scored again whose gains are not in the file as they were written."""
+    noted = {
+        f"attribute {batch}": rows
+        for batch, rows in enumerate(batches)
+        if journal.done.get(f"attribute {batch}", {}).get("gains")
+    }
+    lost = [k for k, rows in noted.items() if journal.done[k]["gains"] != gains.digest(rows)]
+    journal.redo(lost, f"rows of {GAINS} are not as they were written")
 
 
 def _score(scorer: Scorer, rows: list[int]) -> tuple[list[Json], Any]:

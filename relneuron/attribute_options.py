@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
+from relneuron.identity import tokenizer_digest
 from relneuron.installed import need
 from relneuron.model import same_model
 
@@ -103,7 +105,9 @@ class AttributeOptions:
             need("writing .parquet", "pyarrow", otherwise=", or write csv")
 
 
-def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeOptions) -> Json:
+def attribute_inputs(
+    model: Json, tokenizer: Any, prompts: str, tokens: str, options: AttributeOptions
+) -> Json:
     """What the stage depends on, for the manifest.
 
     `prompts` and `tokens` are the digests of the sentences' prompts.jsonl and of their token ids.
@@ -123,4 +127,10 @@ def attribute_inputs(model: Json, prompts: str, tokens: str, options: AttributeO
         "random_seeds": not options.compare,
     }
     asked |= {name: None for name, is_unused in unused.items() if is_unused}
-    return {"model": same_model(model), "prompts": prompts, "tokens": tokens, **asked}
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": prompts,
+        "tokens": tokens,
+        **asked,
+    }

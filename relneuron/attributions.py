@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import RelneuronError, create_safetensors, csv_bytes, read_csv, require
+from relneuron.artifact import (
+    Json,
+    RelneuronError,
+    create_safetensors,
+    csv_bytes,
+    read_csv,
+    require,
+    rows_digest,
+)
 from relneuron.installed import need
 
 TARGETS = "targets.csv"
@@ -24,7 +33,7 @@ INTERVENTIONS = "interventions.csv"
 COMPARISON = "comparison.csv"
 TABLES = ("attributions.csv", "attributions.parquet")
 MADE_BY = "attribute MODEL PROMPTS -o DIR"
-MODEL_KEYS = ("layers", "width", "hidden", "digest")  # of a described model; it may have others
+GAIN_ROWS = "relneuron.gains"  # the key of what gains.safetensors says of its rows
 
 # One row a score. `layer` from zero; of a query_layer, `index` is the place of the component in
 # h^0, A^0, F^0, A^1, ... and `layer` is empty for h^0. `index` is the neuron, or of an attention
@@ -211,17 +220,26 @@ def _text(cell: object) -> str:
 
 
 class GainFile:
-    """gains.safetensors while it is filled: `ffn.<layer>` (N, F) float32, a memory map each."""
+    """gains.safetensors while it is filled: `ffn.<layer>` (N, F) float32, a memory map each.
 
-    def __init__(self, path: Path, shape: Mapping[str, int], n_sentences: int) -> None:
-        size = (n_sentences, shape["width"])
+    Its metadata hold `about`, whose `ids` are the sentences of the rows.
+    """
+
+    def __init__(self, path: Path, shape: Mapping[str, int], about: Json) -> None:
+        size = (len(about["ids"]), shape["width"])
         names = [f"ffn.{layer}" for layer in range(shape["layers"])]
-        self._maps = list(create_safetensors(path, dict.fromkeys(names, size)).values())
+        # One key only, as in every file: safetensors writes several in any order.
+        metadata = {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
+        self._maps = list(create_safetensors(path, dict.fromkeys(names, size), metadata).values())
 
     def store(self, rows: Sequence[int], gains: Array) -> None:
         """Write the gains (E, L, F) of the sentences in `rows`."""
         for layer, array in enumerate(self._maps):
             array[list(rows)] = gains[:, layer]
+
+    def digest(self, rows: Sequence[int]) -> str:
+        """Of the gains of some sentences as they are in the file."""
+        return rows_digest(self._maps, rows)
 
     def flush(self) -> None:
         for array in self._maps:

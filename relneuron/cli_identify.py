@@ -186,11 +186,12 @@ def export(
     """A .neuron.pth of a neurons.json, or files of counts, in the LAPE authors' format."""
     from relneuron.lape_counts import export_counts
     from relneuron.lape_files import write_neuron_pth
+    from relneuron.manifest import checked
 
     if source.is_dir():
         take.check_folder(output)
         for path in export_counts(source, output, force=force):
             say(f"-> {path}")
     else:
-        write_neuron_pth(NeuronFile.read(source), output, force=force)
+        write_neuron_pth(NeuronFile.read(checked(source)), output, force=force)
         say(f"-> {output}")

@@ -127,7 +127,8 @@ def concept_study(
             atomic_write(path, data)
             manifest.describe(seeds={"split": seed})
             manifest.finish("prompts", inputs, [path])
-        recorded = manifest.is_done("record", record_inputs(described, path, **pooled), force=force)
+        inputs = record_inputs(described, tokenizer, path, **pooled)
+        recorded = manifest.is_done("record", inputs, force=force)
         identified = recorded and manifest.is_done(
             "identify", identify_inputs(folder, **chosen), force=force
         )

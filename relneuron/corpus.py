@@ -7,13 +7,14 @@ corpus_read reads them.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact import Json, RelneuronError, hashing_threads, sha256
 from relneuron.installed import need
 
 KINDS = {
@@ -204,10 +205,18 @@ def split_hf(path: str) -> tuple[str, str | None, str]:
     return place, config or None, split or "train"
 
 
+def describe_sources(sources: Sequence[Source]) -> Json:
+    """A fingerprint of every source, by its place."""
+    return {str(i): describe_source(source) for i, source in enumerate(sources)}
+
+
 def describe_source(source: Source) -> Json:
     """A fingerprint for the manifest: what a source is and what its files hold; no times, no paths.
 
-    Of each file the name, the bytes and the SHA-256 of its first and last MiB.
+    Of each file the name, the bytes and the SHA-256 of all of it: reading that takes a second for
+    each GB, far less than a model takes to read the text. Of a data set on the hub only its name
+    is known; of a Python object the digest of a list's or tuple's records, or the fingerprint that
+    a Hugging Face dataset has.
     """
     has_fields = source.dataset is not None or not {f.kind for f in source.files} <= NO_FIELDS
     result: Json = {
@@ -220,31 +229,42 @@ def describe_source(source: Source) -> Json:
     if any(file.kind == "bin" for file in source.files):
         result["ids_dtype"] = source.ids_dtype
     if source.dataset is not None:
-        length = len(source.dataset) if hasattr(source.dataset, "__len__") else None
-        result["dataset"] = {"type": type(source.dataset).__name__, "records": length}
+        result["dataset"] = _describe_dataset(source.dataset)
     result["files"] = {str(i): entry for i, entry in enumerate(_describe_files(source.files))}
     return result
 
 
-def _describe_files(files: Sequence[File]) -> Iterator[Json]:
+def _describe_dataset(dataset: Any) -> Json:
+    length = len(dataset) if hasattr(dataset, "__len__") else None
+    found: Json = {"type": type(dataset).__name__, "records": length}
+    if isinstance(dataset, list | tuple):
+        digest = hashlib.sha256()
+        for record in dataset:
+            digest.update(json.dumps(record, default=repr).encode() + b"\n")
+        found["sha256"] = digest.hexdigest()
+    elif isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
+        found["fingerprint"] = fingerprint
+    return found
+
+
+def _describe_files(files: Sequence[File]) -> list[Json]:
+    """Of each file, and of each within a data set's folder; hashed side by side."""
+    found: list[Json] = []
+    paths: dict[int, Path] = {}  # by their places in what was found
     for file in files:
         if file.kind != "hf":
-            yield _fingerprint(Path(file.path), file.kind)
+            paths[len(found)] = Path(file.path)
+            found.append({"name": Path(file.path).name, "kind": file.kind})
             continue
         folder, config, split = split_hf(file.path)
-        if not Path(folder).is_dir():
-            yield {"kind": "hf", "name": folder, "config": config, "split": split}
-            continue
-        yield {"kind": "hf", "name": Path(folder).name, "config": config, "split": split}
-        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            yield _fingerprint(path, "hf")
-
-
-def _fingerprint(path: Path, kind: str) -> Json:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(2 * MIB if size <= 2 * MIB else MIB))
-        if size > 2 * MIB:
-            file.seek(-MIB, 2)
-            digest.update(file.read(MIB))
-    return {"name": path.name, "kind": kind, "bytes": size, "sha256": digest.hexdigest()}
+        local = Path(folder).is_dir()
+        name = Path(folder).name if local else folder
+        found.append({"kind": "hf", "name": name, "config": config, "split": split})
+        inside = (p for p in Path(folder).rglob("*") if p.is_file()) if local else ()
+        for path in sorted(inside):
+            paths[len(found)] = path
+            found.append({"name": path.name, "kind": "hf"})
+    with hashing_threads() as pool:
+        for place, digest in zip(paths, pool.map(sha256, paths.values()), strict=True):
+            found[place] |= {"bytes": paths[place].stat().st_size, "sha256": digest}
+    return found

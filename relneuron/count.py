@@ -23,7 +23,12 @@ from relneuron.corpus_windows import Packing, Window
 from relneuron.count_batches import check_vocabulary, make_batch, plan_pool, pool_windows
 from relneuron.count_checkpoint import NAME as CHECKPOINT
 from relneuron.count_checkpoint import Checkpoint, Position, read_checkpoint, write_checkpoint
-from relneuron.count_options import CountOptions, choose_packing, count_inputs
+from relneuron.count_options import (
+    CountOptions,
+    check_unchanged,
+    choose_packing,
+    count_inputs,
+)
 from relneuron.count_pass import Counter, Speed, check_boundaries
 from relneuron.count_ranks import Ranks, joined
 from relneuron.counts import NAME, Counts
@@ -256,6 +261,7 @@ def count(
         counts = ranks.add(counter.result(feed.groups))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
+            check_unchanged(sources, inputs)
             _finish(folder, inputs, described, options, packing, feed, counts, budget)
     return Counted(
         counts=counts,

@@ -5,16 +5,18 @@ The stage and the command line build them; what is asked for wrongly is refused 
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
-from relneuron.corpus import Source, describe_source
+from relneuron.corpus import Source, describe_sources
 from relneuron.corpus_windows import Packing, default_bos
 from relneuron.counts import SITES
+from relneuron.identity import tokenizer_digest
+from relneuron.manifest import differences
 from relneuron.model import same_model
 
 MODES = ("packed", "documents")
@@ -128,17 +130,18 @@ def count_inputs(
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
-        "sources": {str(i): describe_source(source) for i, source in enumerate(sources)},
+        "sources": describe_sources(sources),
         "packing": asdict(packing),
         **o,
         "sites": list(options.sites),
     }
 
 
-def tokenizer_digest(tokenizer: Any) -> str | None:
-    """The SHA-256 of everything that decides which tokens a text has; None without a tokenizer."""
-    if tokenizer is None:
-        return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
+    """Raise if a text is not what it was when it was begun: nobody knows what was read."""
+    changed = differences(inputs["sources"], json.loads(json.dumps(describe_sources(sources))))
+    if changed:
+        raise RelneuronError(
+            f"a text changed while it was read: {'; '.join(changed)}",
+            "leave the texts as they are meanwhile, and read them anew with --force",
+        )

@@ -33,7 +33,8 @@ from relneuron.conditions import Ablation, empty_sets, read_sets
 from relneuron.counts import NAME
 from relneuron.effects import Condition
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.manifest import Journal, locked, progress_bar
+from relneuron.identity import other_weights, tokenizer_digest
+from relneuron.manifest import Journal, Manifest, checked, locked, progress_bar
 from relneuron.model import GatedMLP, describe_model, find_gated_mlps, model_shape, same_model
 from relneuron.patch import Patch, check_canary
 from relneuron.predict import Asker, Questions, Step, cache_of, encode
@@ -210,6 +211,7 @@ class Continuer(Asker):
 
 def generate_inputs(
     model: Json,
+    tokenizer: Any,
     neurons: Path,
     prompts: Path,
     counts: Path | None,
@@ -219,6 +221,7 @@ def generate_inputs(
     """What the output depends on, for the journal."""
     return {
         "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
         "counts": sha256(counts) if counts else None,
@@ -286,8 +289,8 @@ def generate(
         raise RelneuronError(f"unknown oom {oom!r}", "use split, error", 2)
     journal_path = output.with_name(f"{output.name}.journal")
     refuse_overwrite(output, force or journal_path.exists())
-    neurons = NeuronFile.read(neurons_path)
-    prompts = read_questions(prompts_path, template)
+    neurons = NeuronFile.read(checked(neurons_path))
+    prompts = read_questions(checked(prompts_path), template)
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
@@ -302,11 +305,18 @@ def generate(
         steering = steering_patch(mlps, neurons, set_to, counts, backend)
     questions = encode(tokenizer, model, prompts, answers=False, n_tokens=max_new_tokens)
     described = describe_model(name, model, mlps, backend)
+    notices = other_weights(f"{neurons_path}: neurons", neurons.model, described)
+    if counts:
+        counted_in = Manifest(counts.parent).data.get("model", {})
+        notices += other_weights(f"{counts}: means", counted_in, described)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
     continuer = Continuer(model, tokenizer, decoding)
     check_canary(model, mlps, continuer.pad(questions.ids[:1])[0], backend)
     masks = [ablation.condition.name for ablation in plan]
     inputs = generate_inputs(
         described,
+        tokenizer,
         neurons_path,
         prompts_path,
         counts,

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact import (
+    RESPONSE_ROWS,
     SITES,
     Json,
     NeuronFile,
     Prompt,
     RelneuronError,
     atomic_write,
+    check_rows,
     csv_bytes,
     read_csv,
     read_prompts,
@@ -35,7 +37,7 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.installed import need
-from relneuron.manifest import Manifest, json_digest, progress_bar
+from relneuron.manifest import Manifest, checked, json_digest, progress_bar
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
 from relneuron.scores.ranking import ScoredNeuron, all_scores, n_neurons, top_k
@@ -172,6 +174,7 @@ def identify(
             "give facts that the model knows, of at least two relations",
         )
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
+    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts])
     n_blocks = shape["layers"] * len(SITES)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -250,9 +253,10 @@ def identify(
 
 def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
     """The relations, the det prompts, and whether the model answered each correctly."""
-    everything = read_prompts(folder / "prompts.jsonl")
+    everything = read_prompts(checked(folder / "prompts.jsonl"))
     prompts = [prompt for prompt in everything if prompt.split == "det"]
-    rows = read_csv(require(folder / "validated.csv", "record MODEL"), ("id", "correct"))
+    path = require(checked(folder / "validated.csv"), "record MODEL")
+    rows = read_csv(path, ("id", "correct"))
     correct = {row["id"]: row["correct"] == "1" for row in rows}
     unknown = [prompt.id for prompt in prompts if prompt.id not in correct]
     if unknown:

@@ -28,7 +28,7 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.counts import NAME, SITES, Counts
-from relneuron.manifest import Manifest, json_digest
+from relneuron.manifest import Manifest, checked, json_digest
 from relneuron.scores import lape as scores
 
 METHODS = {
@@ -202,13 +202,10 @@ def identify_counts(
 
 def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts, Json]:
     """The counts, which must be as they were written and fit the model; and the model."""
-    path = require(folder / NAME, MADE_BY)
+    path = require(checked(folder / NAME), MADE_BY)
     model = described.get("model")
     if model is None:
         raise RelneuronError(f"{folder} has no count in its manifest", "run relneuron count")
-    manifest = Manifest(folder)
-    if NAME in described["files"]:
-        manifest.is_intact(NAME)
     counts = Counts.read(path)
     if f"count.{site}" not in counts.arrays:
         raise RelneuronError(

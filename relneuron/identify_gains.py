@@ -19,14 +19,15 @@ from relneuron.artifact import (
     NeuronFile,
     RelneuronError,
     atomic_write,
+    check_rows,
     refuse_overwrite,
     require,
     sha256,
 )
 from relneuron.attributions import (
+    GAIN_ROWS,
     GAINS,
     MADE_BY,
-    MODEL_KEYS,
     TARGETS,
     Target,
     read_gains,
@@ -34,7 +35,7 @@ from relneuron.attributions import (
 )
 from relneuron.identify import default_top
 from relneuron.manifest import GAIN_METHOD as METHOD
-from relneuron.manifest import Manifest, json_digest, progress_bar
+from relneuron.manifest import MODEL_KEYS, Manifest, checked, json_digest, progress_bar
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
 
 Array = np.ndarray[Any, Any]
@@ -185,9 +186,10 @@ def _read(folder: Path) -> tuple[Json, list[Target]]:
             f"attribute with --kinds ffn_neuron: relneuron {MADE_BY}",
         )
     for name in (TARGETS, GAINS):
-        manifest.is_intact(name)
-        require(folder / name, MADE_BY)
-    return model, read_targets(folder / TARGETS)
+        require(checked(folder / name), MADE_BY)
+    targets = read_targets(folder / TARGETS)
+    check_rows(folder / GAINS, GAIN_ROWS, [target.id for target in targets])
+    return model, targets
 
 
 def _groups(

@@ -11,7 +11,7 @@ from pathlib import Path
 from relneuron.artifact import Json, RelneuronError, refuse_overwrite, sha256
 from relneuron.counts import NAME, Counts
 from relneuron.lape_files import read_counts_pth, write_counts_pth
-from relneuron.manifest import Manifest, locked, versions
+from relneuron.manifest import Manifest, checked, locked, versions
 
 # What the authors count: SiLU(gate) > 0.
 _EVENT: Json = {"sites": ["act"], "threshold": 0.0, "moments": False}
@@ -53,4 +53,4 @@ def export_counts(source: Path, folder: Path, *, force: bool = False) -> list[Pa
             f"{source} counts activations above {threshold}, the authors' files those above 0",
             "count with --threshold 0",
         )
-    return write_counts_pth(Counts.read(source / NAME), folder, force=force)
+    return write_counts_pth(Counts.read(checked(source / NAME)), folder, force=force)

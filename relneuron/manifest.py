@@ -11,7 +11,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ _MANIFEST_KEYS = (
     "fallbacks",
     "stages",
     "files",
+    "earlier",
+    "digest",
 )
 
 
@@ -70,6 +73,8 @@ _LATER = {
 # Stages of another kind of study, in whose folder a stage is not begun.
 _APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"count"}}
 GAIN_METHOD = "logprob_gain"  # of an `identify` that is made from an attribution
+# What two descriptions of one model have in common, wherever it runs.
+MODEL_KEYS = ("layers", "width", "hidden", "digest")
 
 
 def json_digest(value: object) -> str:
@@ -99,12 +104,15 @@ def differences(before: Json, now: Json) -> list[str]:
 class Manifest:
     """manifest.json of a folder: which stages are done, from what, and every file's digest.
 
-    It holds no times and no paths of the output, so the same study gives the same bytes.
+    It holds no times and no paths of the output, so the same study gives the same bytes. It ends
+    with the digest of all that stands before; a manifest without one is not checked.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "manifest.json"
         self.data: Json = {"schema": SCHEMA, "stages": {}, "files": {}}
+        # Files of stages that were made anew since, and are still there.
+        self._earlier: Json = {}
         if self.path.exists():
             data = read_json(self.path, "manifest")
             schema = data.get("schema") if isinstance(data, dict) else None
@@ -113,6 +121,13 @@ class Manifest:
                     f"{self.path} has the schema {schema!r}, this version reads {SCHEMA!r}",
                     "use another folder, or the version of relneuron that wrote it",
                 )
+            digest = data.pop("digest", None)
+            if digest is not None and digest != json_digest(data):
+                raise RelneuronError(
+                    f"{self.path} is not as it was written (its digest differs)",
+                    "restore it, or delete it and make the study anew with --force",
+                )
+            self._earlier = data.pop("earlier", {})
             self.data |= data
 
     def is_done(self, stage: str, inputs: Json, *, force: bool = False) -> bool:
@@ -148,14 +163,40 @@ class Manifest:
             return True
         if not path.exists():
             return False
-        if path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"]:
+        if _is_as_noted(path, known):
             return True
         if force:
             return False
-        raise RelneuronError(
-            f"{path} is not the file that was written (its digest differs)",
-            "restore it, or --force to make it anew",
+        raise self._changed(name)
+
+    def check(self, name: str) -> None:
+        """Raise if a file that is there is another one than a stage wrote; others are not known."""
+        known = self.data["files"].get(name) or self._earlier.get(name)
+        path = self.path.parent / name
+        if known is not None and path.is_file() and not _is_as_noted(path, known):
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> RelneuronError:
+        stages = self.data["stages"]
+        stage = next((s for s in stages if name in stages[s]["files"]), "an earlier stage")
+        again = f"relneuron {stage.removesuffix('_gains')} ... --force" if stage in stages else "it"
+        path = self.path.parent / name
+        return RelneuronError(
+            f"{path} is not the file that was written by {stage} (its digest differs)",
+            f"restore it, or make it anew with {again}; what you changed on purpose is taken as it "
+            "is under another name",
         )
+
+    def check_model(self, model: Json) -> None:
+        """Refuse the folder of a recorded or counted study of another model, or other weights."""
+        for stage in ("record", "count"):
+            known = self.data["stages"].get(stage, {}).get("inputs", {}).get("model") or {}
+            if any(key in known and known[key] != model.get(key) for key in MODEL_KEYS):
+                raise RelneuronError(
+                    f"{self.path.parent} holds a study of another model, or of other weights",
+                    "use another output",
+                    2,
+                )
 
     def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
         """Record a finished stage and the digests of its files; later stages are forgotten."""
@@ -166,10 +207,12 @@ class Manifest:
         for name, path in zip(names, files, strict=True):
             self.data["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
         self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
-        stages, known = self.data["stages"], self.data["files"]
+        stages, known = self.data["stages"], self._earlier | self.data["files"]
         self.data["stages"] = {name: stages[name] for name in _LATER if name in stages}
-        kept = [name for entry in self.data["stages"].values() for name in entry["files"]]
+        kept = {name for entry in self.data["stages"].values() for name in entry["files"]}
         self.data["files"] = {name: known[name] for name in sorted(kept)}
+        left = [name for name in sorted(known.keys() - kept) if (folder / name).is_file()]
+        self._earlier = {name: known[name] for name in left if not known[name].get("dropped")}
         self.save()
 
     def _made_from(self, stage: str) -> list[str]:
@@ -198,9 +241,31 @@ class Manifest:
         self.data.update(facts)
 
     def save(self) -> None:
+        data = json.loads(json.dumps(self.data))
+        data |= {"earlier": self._earlier} if self._earlier else {}
+        data["digest"] = json_digest(data)
         rank = {key: place for place, key in enumerate(_MANIFEST_KEYS)}
-        keys = sorted(self.data, key=lambda key: rank.get(key, len(rank)))
-        atomic_write(self.path, json_bytes({key: self.data[key] for key in keys}))
+        keys = sorted(data, key=lambda key: rank.get(key, rank["files"] + 0.5))
+        atomic_write(self.path, json_bytes({key: data[key] for key in keys}))
+
+
+def _is_as_noted(path: Path, known: Json) -> bool:
+    return bool(path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"])
+
+
+def checked(path: Path) -> Path:
+    """`path`, if it is as the manifest beside it notes; who reads a file calls this first.
+
+    A file that no manifest knows is the user's own. One that is not there is left to its reader.
+    """
+    if _is_manifest(path.parent / "manifest.json"):
+        Manifest(path.parent).check(path.name)
+    return path
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a manifest.json is ours: other programs write files of that name, too."""
+    return path.is_file() and b'"relneuron.study/' in path.read_bytes()
 
 
 def is_unfinished(output: Path, stage: str) -> bool:
@@ -215,11 +280,14 @@ def is_unfinished(output: Path, stage: str) -> bool:
 
 
 class Journal:
-    """What a long stage has finished so far: one JSON line per block, appended and synced.
+    """What a long stage has finished so far: one line per block, appended and synced.
 
-    A line cut short by a kill is ignored, so the block is simply done again. A journal of other
-    inputs is thrown away. Used as a context manager, it also saves what is finished when the
-    stage is interrupted. `before_commit` runs first: it makes safe what the lines stand for.
+    A line is a SHA-256 and the JSON that it is of, with all lines before it. A line cut short by a
+    kill is ignored, so the block is simply done again; so is all from the first line on that is
+    not as it was written, with a warning, and all of a journal of other inputs or versions. What
+    the lines stand for besides is for the stage to check, see `redo`. Used as a context manager,
+    it also saves what is finished when the stage is interrupted. `before_commit` runs first: it
+    makes safe what the lines stand for.
     """
 
     SAVE_EVERY_S = 10.0
@@ -229,23 +297,67 @@ class Journal:
     ) -> None:
         self.path, self.before_commit = path, before_commit
         self._saved = time.monotonic()
-        self.done: dict[str, Any] = {}
+        self._head = json.loads(json.dumps({"versions": versions(), "inputs": inputs}))
+        self._last = ""  # the digest of the last line
         self._pending: list[str] = []
-        head = json.dumps({"inputs": inputs}, sort_keys=True)
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if not lines or lines[0].decode(errors="replace") != head:
-            atomic_write(path, head.encode() + b"\n")
-            return
-        for line in lines[1:]:
-            block = json.loads(line)
-            self.done[block["key"]] = block["value"]
-        # A cut last line must not join the next one.
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+        data = path.read_bytes() if path.exists() else b""
+        self.done, n_bytes = self._read(data)
+        if n_bytes:
+            # A cut last line must not join the next one.
+            os.truncate(path, n_bytes)
+        else:
+            self._write()
+
+    def _read(self, data: bytes) -> tuple[dict[str, Any], int]:
+        """The blocks that are as they were written, and where in the file they end."""
+        done: dict[str, Any] = {}
+        lines, end, last = data.split(b"\n")[:-1], 0, ""
+        for number, line in enumerate(lines):
+            digest, _, text = line.partition(b" ")
+            if _chained(last, text) != digest.decode(errors="replace"):
+                n_bad = len(lines) - number
+                self._warn(f"{n_bad} of {len(lines)} lines are not as they were written")
+                break
+            last, value = digest.decode(), json.loads(text)
+            if number == 0 and value != self._head:
+                changed = "; ".join(differences(value, self._head))
+                self._warn(f"it is of other inputs ({changed})")
+                break
+            if number:
+                done[value["key"]] = value["value"]
+            end, self._last = end + len(line) + 1, last
+        if data and not lines:
+            self._warn("it is cut short")
+        return done, end
+
+    def _warn(self, why: str) -> None:
+        warnings.warn(f"{self.path}: {why}; what it noted there is done again", stacklevel=4)
+
+    def _write(self) -> None:
+        """The whole file: the head and all that is done."""
+        self._last = ""
+        self._pending.clear()
+        blocks = [{"key": key, "value": value} for key, value in self.done.items()]
+        atomic_write(self.path, "".join(map(self._line, [self._head, *blocks])).encode())
+
+    def _line(self, value: Json) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        self._last = _chained(self._last, text.encode())
+        return f"{self._last} {text}\n"
+
+    def redo(self, keys: Collection[str], why: str) -> None:
+        """Forget finished blocks whose results are not as they were noted, and say so."""
+        if keys:
+            what = f"{len(keys)} of {len(self.done)} blocks are done again"
+            warnings.warn(f"{self.path}: {why}: {what}", stacklevel=2)
+            self.done = {key: value for key, value in self.done.items() if key not in keys}
+            self._write()
 
     def add(self, key: str, value: object) -> None:
         """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
-        self._pending.append(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
-        self.done[key] = json.loads(self._pending[-1])["value"]
+        block = json.loads(json.dumps({"key": key, "value": value}))
+        self._pending.append(self._line(block))
+        self.done[key] = block["value"]
         if time.monotonic() - self._saved > self.SAVE_EVERY_S:
             self.commit()
 
@@ -268,6 +380,10 @@ class Journal:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _chained(last: str, text: bytes) -> str:
+    return hashlib.sha256(last.encode() + text).hexdigest()
 
 
 def progress_bar(

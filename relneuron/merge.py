@@ -11,7 +11,7 @@ from typing import Any
 
 from relneuron.artifact import Json, RelneuronError, refuse_overwrite
 from relneuron.counts import NAME, Counts
-from relneuron.manifest import Manifest, differences, json_digest, locked
+from relneuron.manifest import Manifest, checked, differences, json_digest, locked
 
 # Where and how a model runs: two counts of it can still be added.
 _PLACE = ("backend", "device", "attention")
@@ -45,9 +45,9 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
         manifest = Manifest(output)
         if manifest.is_done("count", inputs, force=force):
             return Counts.read(output / NAME)
-        total = Counts.read(folders[0] / NAME)
+        total = Counts.read(checked(folders[0] / NAME))
         for folder in folders[1:]:
-            total = total + Counts.read(folder / NAME)
+            total = total + Counts.read(checked(folder / NAME))
         path = output / NAME
         # A run that was killed before its manifest left these bytes.
         if not path.is_file() or path.read_bytes() != total.to_bytes():

@@ -5,8 +5,6 @@ The stages and `relneuron doctor` call it; `patch.py` acts on the gated MLPs tha
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from torch.nn import functional as F
 from relneuron import ops
 from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
 from relneuron.hooks import without_hooks
+from relneuron.identity import model_digest
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -364,25 +364,13 @@ def model_shape(mlps: Sequence[GatedMLP]) -> dict[str, int]:
     return {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
 
 
-# What a config says of where it comes from, and of the library that read it.
-_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
-
-
 def describe_model(
     name: str, model: Any, mlps: Sequence[GatedMLP] | Mapping[str, int], backend: str
 ) -> Json:
-    """What the manifest says of a model; `digest` covers the config and a sample of each weight.
+    """What the manifest says of a model; `digest` is `identity.model_digest`.
 
     A model whose MLPs are not gated gives its shape (layers, width and hidden) in their place.
     """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for key, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu")
-        raw = sample.contiguous().view(torch.uint8) if sample.numel() else sample
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(raw.numpy().tobytes())
     parameter = next(model.parameters())
     if isinstance(mlps, Mapping):
         text = model.config.get_text_config()
@@ -401,7 +389,7 @@ def describe_model(
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": parameter.device.type,
         "backend": _resolve_backend(backend, parameter.device.type),
-        "digest": digest.hexdigest(),
+        "digest": model_digest(model),
     }
 
 

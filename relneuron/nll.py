@@ -30,13 +30,22 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.conditions import Ablation, Places, empty_sets, read_sets, site_places
-from relneuron.corpus import Source, describe_source
+from relneuron.corpus import Source, describe_sources
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing
-from relneuron.count_options import CountOptions, choose_packing, tokenizer_digest
+from relneuron.count_options import CountOptions, check_unchanged, choose_packing
 from relneuron.effects import Condition
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.manifest import Journal, Manifest, is_unfinished, locked, progress_bar, versions
+from relneuron.identity import other_weights, tokenizer_digest
+from relneuron.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
 from relneuron.model import describe_model, fallbacks, find_gated_mlps, model_shape, same_model
 from relneuron.patch import check_canary
 from relneuron.predict import Step, is_out_of_memory
@@ -239,7 +248,7 @@ def nll_inputs(
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
-        "sources": {str(i): describe_source(source) for i, source in enumerate(sources)},
+        "sources": describe_sources(sources),
         "packing": asdict(packing),
         "windows": windows,
         "random_sets": random_sets,
@@ -285,7 +294,7 @@ def nll(
         )
     output = folder / "nll.csv"
     refuse_overwrite(output, force or is_unfinished(output, "nll"))
-    neurons = NeuronFile.read(neurons_path)
+    neurons = NeuronFile.read(checked(neurons_path))
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
@@ -295,6 +304,7 @@ def nll(
     cut = replace(cut, max_tokens=windows * cut.window)
     plan = plan_masks(sets, shape, random_sets)
     described = describe_model(name, model, mlps, backend)
+    Manifest(folder).check_model(described)
     inputs = nll_inputs(
         described,
         tokenizer,
@@ -310,6 +320,8 @@ def nll(
         texts = read_texts(feed, windows)
         missing = [group for group in feed.groups if group not in texts.groups]
         notes = feed.notes
+    check_unchanged(sources, inputs)
+    notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)
     notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
     scorer = Scorer(model, texts.ids)
     notices += [f"{name}: no window of {cut.window} tokens" for name in missing] + scorer.notices

@@ -5,6 +5,7 @@ It asks every prompt (validated.csv) and pools each det prompt's responses (resp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact import (
+    RESPONSE_ROWS,
     SITES,
     Json,
     RelneuronError,
@@ -21,11 +23,14 @@ from relneuron.artifact import (
     csv_bytes,
     read_prompts,
     refuse_overwrite,
+    rows_digest,
     sha256,
 )
+from relneuron.identity import tokenizer_digest
 from relneuron.manifest import (
     Journal,
     Manifest,
+    checked,
     is_unfinished,
     locked,
     progress_bar,
@@ -47,6 +52,7 @@ POOLING = ("mean", "last")
 
 def record_inputs(
     model: Json,
+    tokenizer: Any,
     prompts: Path,
     *,
     batch_tokens: int,
@@ -58,6 +64,7 @@ def record_inputs(
     """What the stage depends on, for the manifest; `validate` stands there only where it is off."""
     inputs: Json = {
         "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
         "prompts": sha256(prompts),
         "batch_tokens": batch_tokens,
         "pooling": pooling,
@@ -91,7 +98,9 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
 class _Responses:
     """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
 
-    def __init__(self, path: Path, shape: dict[str, int], rows: list[int], divisors: list[int]):
+    def __init__(
+        self, path: Path, shape: Json, rows: list[int], divisors: list[int], about: Json
+    ) -> None:
         self.widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
         self._row = {row: i for i, row in enumerate(rows)}
         self._divisor = dict(zip(rows, divisors, strict=True))
@@ -102,6 +111,8 @@ class _Responses:
                 for layer in range(shape["layers"])
                 for site, width in self.widths.items()
             },
+            # One key only, as in every file: safetensors writes several in any order.
+            {RESPONSE_ROWS: json.dumps(about, ensure_ascii=False)},
         )
 
     def wants(self, rows: Sequence[int]) -> bool:
@@ -117,6 +128,11 @@ class _Responses:
         places = [self._row[row] for row in rows]
         for site, values in sums.items():
             self._maps[f"{site}.{layer}"][places] = (values.cpu() / divisors).numpy()
+
+    def digest(self, rows: Sequence[int]) -> str | None:
+        """Of a batch's rows as they are in the file; None for prompts that have none."""
+        places = [self._row[row] for row in rows if row in self._row]
+        return rows_digest(list(self._maps.values()), places) if places else None
 
     def flush(self) -> None:
         for array in self._maps.values():
@@ -165,7 +181,9 @@ def _ask_all(
                     if state.responses is not None:
                         responses.store(layer, state.responses, rows)
                     state.responses = None
-                journal.add(str(number), predictions)
+                journal.add(
+                    str(number), {"predictions": predictions, "rows": responses.digest(rows)}
+                )
             bar.update(len(rows))
 
 
@@ -190,8 +208,10 @@ def record(
     A det prompt's response of a neuron is the mean over its pooled tokens of the neuron's raw
     output: gate_proj's (before the activation), up_proj's, down_proj's; float32. The tensors
     `gate.<layer>`, `up.<layer>` (N, F) and `down.<layer>` (N, D) have one row per det prompt, in
-    the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
-    map, and a journal of finished batches lets a killed run go on with the same bits.
+    the order of prompts.jsonl; the file's metadata names them, their file's digest, the pooling and
+    the model's digest. Memory holds one batch of responses at a time: rows go to a memory map, and
+    a journal of finished batches, with the digests of their rows, lets a killed run go on with the
+    same bits; rows that are not as they were noted are asked for again.
 
     Without `validate` nothing is asked: one forward a prompt, no prediction, every prompt counts
     as correct, and objects may be empty.
@@ -199,7 +219,7 @@ def record(
     check_pooling(pooling)
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
-    prompts = read_prompts(prompts_path)
+    prompts = read_prompts(checked(prompts_path))
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     questions = encode(tokenizer, model, prompts, answers=validate)
@@ -213,6 +233,7 @@ def record(
     described = describe_model(name, model, mlps, backend)
     inputs = record_inputs(
         described,
+        tokenizer,
         prompts_path,
         batch_tokens=batch_tokens,
         pooling=pooling,
@@ -226,13 +247,26 @@ def record(
             refuse_overwrite(copy, force)
             atomic_write(copy, prompts_path.read_bytes())
         path = folder / "responses.safetensors"
-        if not path.exists():
-            (folder / "record.journal").unlink(missing_ok=True)  # it counts on what is gone
         journal = Journal(folder / "record.journal", inputs)
         if not journal.done:
             path.unlink(missing_ok=True)
-        responses = _Responses(path, shape, det, n_pooled)
+        about = {
+            "prompts": inputs["prompts"],
+            "ids": [prompts[row].id for row in det],
+            "pooling": pooling,
+            "exclude_bos": exclude_bos,
+            "model": described["digest"],
+        }
+        responses = _Responses(path, shape, det, n_pooled, about)
         journal.before_commit = responses.flush
+        journal.redo(
+            [
+                key
+                for key, noted in journal.done.items()
+                if noted["rows"] != responses.digest(batches[int(key)])
+            ],
+            f"rows of {path.name} are not as they were written",
+        )
         _ask_all(
             Asker(model, tokenizer),
             mlps,
@@ -247,7 +281,8 @@ def record(
         )
         predictions = [""] * len(prompts)
         for number, rows in enumerate(batches):
-            for row, prediction in zip(rows, journal.done[str(number)], strict=True):
+            said = journal.done[str(number)]["predictions"]
+            for row, prediction in zip(rows, said, strict=True):
                 predictions[row] = prediction
         correct = [
             not validate
@@ -282,6 +317,6 @@ def record(
             },
             fallbacks=fallbacks(described),
         )
-        manifest.finish("record", inputs, [output, path])
+        manifest.finish("record", inputs, [output, path, copy])
         journal.remove()
     return sum(correct) / len(correct)

@@ -30,7 +30,7 @@ from relneuron.attributions import (
     read_attributions,
     read_targets,
 )
-from relneuron.manifest import Manifest
+from relneuron.manifest import Manifest, checked
 from relneuron.results import Array
 
 ATTRIBUTION_INPUTS = ("manifest.json", TARGETS, *TABLES, PROMOTED, COMPARISON)
@@ -159,8 +159,9 @@ def is_attribution(folder: Path) -> bool:
 def read_attribution_study(folder: Path) -> AttributionStudy:
     """Read a folder of `attribute`; a file whose digest is not the manifest's raises."""
     described = Manifest(folder)
-    for name in [name for name in ATTRIBUTION_INPUTS if name in described.data["files"]]:
-        if not described.is_intact(name):
+    for name in ATTRIBUTION_INPUTS:
+        checked(folder / name)
+        if name in described.data["files"] and not (folder / name).exists():
             raise RelneuronError(
                 f"{folder / name} is gone", "restore it, or run attribute again with --force", 2
             )

@@ -30,7 +30,7 @@ from relneuron.artifact import (
     sha256,
 )
 from relneuron.counts import NAME, Counts
-from relneuron.manifest import Manifest
+from relneuron.manifest import Manifest, checked
 from relneuron.results import Array, Spread, spread
 
 GROUP_INPUTS = (
@@ -184,8 +184,9 @@ def is_group_study(folder: Path) -> bool:
 def read_group_study(folder: Path) -> GroupStudy:
     """Read a folder of a corpus study; a file whose digest is not the manifest's raises."""
     described = Manifest(folder)
-    for name in [name for name in GROUP_INPUTS if name in described.data["files"]]:
-        if not described.is_intact(name):
+    for name in GROUP_INPUTS:
+        checked(folder / name)
+        if name in described.data["files"] and not (folder / name).exists():
             raise RelneuronError(
                 f"{folder / name} is gone", "restore it, or run its stage again with --force", 2
             )

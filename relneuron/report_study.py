@@ -39,7 +39,7 @@ from relneuron.effects import (
     read_conditions,
     read_effects,
 )
-from relneuron.manifest import Manifest
+from relneuron.manifest import Manifest, checked
 from relneuron.results import INPUTS, OPTIONAL, Array, Result, in_order
 from relneuron.scores import ranking
 from relneuron.tables import Table
@@ -89,8 +89,8 @@ def read_study(folder: Path) -> Study:
         if name not in (*OPTIONAL, "effects.csv") or name in described.data["files"]:
             require(folder / name, made_by)
     require(effects, INPUTS[effects.name])
-    for name in INPUTS.keys() & described.data["files"].keys():
-        described.is_intact(name)
+    for name in (*INPUTS, "scores.safetensors"):
+        checked(folder / name)
     manifest = described.data
     check_neurons_of(effects, manifest)
     # A report does not describe itself.
@@ -186,9 +186,6 @@ def _gains(effects: Path, manifest: Json, grids: dict[str, Grid], neurons: Neuro
         return NO_GAINS
     n_products = int(neurons.model["layers"]) * int(neurons.model["width"])
     folder = effects.parent / "attribution"
-    described = Manifest(folder)
-    if "scores.safetensors" in described.data["files"]:
-        described.is_intact("scores.safetensors")
     by_ap = read_scores(effects.parent / "scores.safetensors", ("ap.gate", "ap.up"))
     by_gain = read_scores(folder / "scores.safetensors", (GAIN_SCORES,))
     both = [name for name in sets if name in by_ap and name in by_gain]

@@ -14,6 +14,7 @@ import torch
 
 from relneuron.artifact import RelneuronError, check_neurons
 from relneuron.counts import NAME, Counts
+from relneuron.manifest import checked
 from relneuron.model import GatedMLP, model_shape
 from relneuron.patch import LayerState, Replacement, mask_states
 
@@ -27,7 +28,7 @@ def mean_activations(folder: Path, group: str, shape: dict[str, int]) -> Array:
     of a model with other layers or another width.
     """
     path = folder / NAME
-    counts = Counts.read(path, "count MODEL GROUP=TEXT... -o DIR --moments")
+    counts = Counts.read(checked(path), "count MODEL GROUP=TEXT... -o DIR --moments")
     sums = counts.arrays.get("sum.act")
     if sums is None:
         raise RelneuronError(

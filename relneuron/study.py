@@ -46,7 +46,8 @@ from relneuron.identify_gains import (
     identify_gains,
     identify_gains_inputs,
 )
-from relneuron.manifest import Manifest, locked
+from relneuron.identity import held
+from relneuron.manifest import Manifest, checked, locked
 from relneuron.model import (
     describe_model,
     find_gated_mlps,
@@ -201,7 +202,7 @@ def run_study(
     described = describe_model(name, model, mlps, o.backend)
 
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
-    with Clock(model) as clock, locked(folder):
+    with held(model, described["digest"]), Clock(model) as clock, locked(folder):
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
@@ -227,7 +228,7 @@ def run_study(
         }
         manifest = Manifest(folder)
         recorded = manifest.is_done(
-            "record", record_inputs(described, prompts, **pooled), force=force
+            "record", record_inputs(described, tokenizer, prompts, **pooled), force=force
         )
         identified = recorded and manifest.is_done(
             "identify", identify_inputs(folder, **chosen), force=force
@@ -254,11 +255,11 @@ def run_study(
         asked = o.asked()
         # What is refused is refused before the concepts' study, whose neurons it then reads.
         before = Manifest(folder).data["stages"].get("ablate", {}).get("inputs", {})
-        inputs = ablate_inputs(described, neurons, prompts, asked)
+        inputs = ablate_inputs(described, tokenizer, neurons, prompts, asked)
         inputs["beside"] = before.get("beside", {})
         Manifest(folder).is_done("ablate", inputs, force=force)
 
-        top = max(map(len, NeuronFile.read(neurons).sets.values()), default=0)
+        top = max(map(len, NeuronFile.read(checked(neurons)).sets.values()), default=0)
         if "concepts" in o.analyses and top:
             concept_study(
                 name,
@@ -289,7 +290,7 @@ def run_study(
                 force=force,
                 quiet=quiet,
             )
-        inputs = ablate_inputs(described, neurons, prompts, asked)
+        inputs = ablate_inputs(described, tokenizer, neurons, prompts, asked)
         if not Manifest(folder).is_done("ablate", inputs, force=force):
             ablate_prompts(
                 name,
@@ -333,11 +334,11 @@ def gain_study(
     except RelneuronError as error:
         warnings.warn(f"gain left out: {error.cause}", stacklevel=2)
         return None
-    validated = read_csv(study / "validated.csv", ("id", "correct"))
+    validated = read_csv(checked(study / "validated.csv"), ("id", "correct"))
     right = {row["id"] for row in validated if row["correct"] == "1"}
-    everything = read_prompts(study / "prompts.jsonl")
+    everything = read_prompts(checked(study / "prompts.jsonl"))
     data = prompts_bytes([p for p in everything if p.split == "det" and p.id in right])
-    sets = NeuronFile.read(study / "neurons.json").sets
+    sets = NeuronFile.read(checked(study / "neurons.json")).sets
     chosen: dict[str, Any] = {"kept_only": False}
     chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
     options = AttributeOptions(

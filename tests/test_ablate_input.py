@@ -118,7 +118,7 @@ def test_prompts_of_one_token_are_asked(study: Study, tmp_path: Path) -> None:
     path = study.write_prompts(tmp_path / "prompts.jsonl", prompts)
     neurons = study.write_sets(tmp_path / "neurons.json", {"works_as": study.sets["works_as"]})
     data = json.loads(neurons.read_text())
-    data["model"]["layers"] = 3
+    data["model"] = {"layers": 3, "width": 48, "hidden": 32}
     neurons.write_text(json.dumps(data))
     for positions in ("all", "prompt", "last"):
         folder = tmp_path / positions
@@ -173,7 +173,7 @@ def test_means_are_an_input_of_the_stage(study: Study, tmp_path: Path) -> None:
     found = []
     for content in (b"some", b"others"):
         (tmp_path / "responses.safetensors").write_bytes(content)
-        found.append(ablate_inputs({}, neurons, prompts, options))
+        found.append(ablate_inputs({}, None, neurons, prompts, options))
     assert found[0] != found[1]
 
 
@@ -182,7 +182,7 @@ def test_means_need_responses_of_the_same_prompts(study: Study, tmp_path: Path) 
     error = refused(study, tmp_path / "out", "does not exist", neurons=neurons, mode="mean")
     assert "relneuron record" in error.fix
     path = study.write_prompts(tmp_path / "prompts.jsonl", list(study.prompts.values())[1:])
-    refused(study, tmp_path / "out", "det", prompts=path, mode="mean")
+    refused(study, tmp_path / "out", "of other prompts", prompts=path, mode="mean")
 
 
 # --- what is written -------------------------------------------------------------------------

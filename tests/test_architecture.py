@@ -28,7 +28,8 @@ ALLOWED = {
     "scores": {"scores", "artifact", "ops"},
     "facts": {"artifact"},
     "hooks": set(),
-    "model": {"ops", "artifact", "hooks"},
+    "identity": {"artifact"},
+    "model": {"ops", "artifact", "hooks", "identity"},
     "patch": {"ops", "artifact", "hooks", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
     "predict": {"artifact"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "effects": {"artifact", "installed"},
     "conditions": {"artifact", "effects", "scores"},
     "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
-    "ablate_options": {"artifact", "conditions", "evaluate", "model"},
+    "ablate_options": {"artifact", "conditions", "evaluate", "identity", "manifest", "model"},
     "counts": {"artifact"},
     "corpus": {"artifact", "installed"},
     "corpus_read": {"artifact", "corpus"},
@@ -46,15 +47,16 @@ ALLOWED = {
     "corpus_feed": {"artifact", "corpus", "corpus_windows", "corpus_worker"},
     "count_batches": {"artifact", "corpus_windows"},
     "count_checkpoint": {"artifact", "counts", "manifest"},
-    "count_options": {"artifact", "corpus", "corpus_windows", "counts", "model"},
+    "count_options": {"artifact", "corpus", "corpus_windows", "counts", "identity", "manifest"}
+    | {"model"},
     "count_pass": {"artifact", "count_batches", "counts", "model", "ops", "patch"},
     "count_ranks": {"counts"},
     "merge": {"artifact", "counts", "manifest"},
     "lape_files": {"artifact", "counts"},
     "lape_counts": {"artifact", "counts", "lape_files", "manifest"},
-    "steer": {"artifact", "counts", "model", "patch"},
-    "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "manifest", "model"}
-    | {"patch", "predict", "steer"},
+    "steer": {"artifact", "counts", "manifest", "model", "patch"},
+    "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "identity", "manifest"}
+    | {"model", "patch", "predict", "steer"},
     "residual_layers": {"artifact"},
     "trace": {"artifact", "residual_layers"},
     "residual": {"model", "residual_layers", "trace"},
@@ -66,7 +68,7 @@ ALLOWED = {
     "method_scores": {"artifact", "ops", "residual_layers", "trace"},
     "comparison": {"artifact", "interventions", "manifest", "method_scores", "ops", "query_scores"}
     | {"residual_layers", "trace", "value_scores"},
-    "attribute_options": {"artifact", "installed", "model"},
+    "attribute_options": {"artifact", "identity", "installed", "model"},
     "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "knowledge"}
     | {"ops", "query_scores", "residual_layers", "trace", "value_scores"},
     "identify_gains": {"artifact", "attributions", "identify", "manifest", "scores"},
@@ -107,7 +109,7 @@ ALLOWED = {
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
-    | {"artifact", "manifest", "facts", "model", "predict", "results"}
+    | {"artifact", "identity", "manifest", "facts", "model", "predict", "results"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES
@@ -132,13 +134,13 @@ ALLOWED = {
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
-    | {"identify_gains", "lape_counts", "lape_files", "study"},
+    | {"identify_gains", "lape_counts", "lape_files", "manifest", "study"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
         {"ops", "artifact", "installed", "manifest", "facts", "model", "patch", "predict", "scores"}
-        | {"results", "tables", "sentences"}
+        | {"identity", "results", "tables", "sentences"}
         | {"report_analyses", "report_neurons", "report_parts", "report_study"}
         | {"effects", "conditions", "evaluate", "ablate_options"}
         | {"corpus", "corpus_feed", "corpus_windows", "counts", "count_batches"}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import relneuron.manifest
 from relneuron.artifact import (
     NeuronFile,
     Prompt,
@@ -66,13 +69,67 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(tmp_path: Path) -> None:
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
-        again = Journal(path, inputs)
+        # Only a head can be cut that was not killed while it was appended.
+        with nullcontext() if cut in (0, *range(ends[0], cut + 1)) else pytest.warns(match="cut"):
+            again = Journal(path, inputs)
         n_whole = max(sum(end <= cut for end in ends) - 1, 0)
         assert again.done == {str(i): [i, "ä"] for i in range(n_whole)}
         again.add("next", 0)
         again.commit()
         assert Journal(path, inputs).done == again.done
-    assert Journal(path, {"a": 2}).done == {}
+    with pytest.warns(match=r"of other inputs \(inputs.a: 1 -> 2\)"):
+        assert Journal(path, {"a": 2}).done == {}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_of_a_journal_is_found_and_what_follows_done_again(
+    tmp_path: Path, seed: int
+) -> None:
+    path, inputs = tmp_path / "journal", {"a": 1}
+    with Journal(path, inputs) as journal:
+        for number in range(5):
+            journal.add(str(number), [number, 0.25])
+    data, rng = path.read_bytes(), random.Random(seed)
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    for _ in range(100):
+        place = rng.randrange(len(data) - 1)  # without the last line end the last line is cut
+        path.write_bytes(flipped(data, place, rng.randrange(8)))
+        with pytest.warns(match="not as they were written"):
+            again = Journal(path, inputs)
+        n_whole = max(sum(end <= place for end in ends) - 1, 0)
+        assert again.done == {str(i): [i, 0.25] for i in range(n_whole)}
+        again.add("next", 0)
+        again.commit()
+        assert Journal(path, inputs).done == again.done
+
+
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_blocks_are_done_again_when_a_stage_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {}) as journal:
+        for number in range(4):
+            journal.add(str(number), number)
+    journal.redo([], "no reason")
+    with pytest.warns(match="its rows are gone: 2 of 4 blocks are done again"):
+        journal.redo(["0", "2"], "its rows are gone")
+    journal.add("2", 7)
+    journal.commit()
+    assert Journal(path, {}).done == {"1": 1, "3": 3, "2": 7}
+
+
+def test_a_journal_of_another_version_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(tmp_path / "journal", {}) as journal:
+        journal.add("0", 7)
+    monkeypatch.setattr(relneuron.manifest, "versions", lambda: {"torch": "9"})
+    with pytest.warns(match="versions.torch: .* -> 9"):
+        assert Journal(tmp_path / "journal", {}).done == {}
 
 
 def test_an_error_saves_nothing_an_interrupt_saves_all(tmp_path: Path) -> None:

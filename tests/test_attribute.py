@@ -342,7 +342,7 @@ def test_the_table_is_the_mean_of_the_interventions(run: Attributed) -> None:
 def test_the_manifest_says_how(run: Attributed) -> None:
     manifest = Manifest(run.folder / "out")
     entry = manifest.data["stages"]["attribute"]
-    assert {*entry["files"]} == FILES - {"manifest.json", "prompts.jsonl"}
+    assert {*entry["files"]} == FILES - {"manifest.json"}
     assert all(manifest.is_intact(name) for name in entry["files"])
     assert (entry["sentences"], entry["kept"]) == (12, sum(run.known()))
     norm = run.model.config.rms_norm_eps if run.family == "llama" else 1e-5

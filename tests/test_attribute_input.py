@@ -90,8 +90,8 @@ def test_bad_options(asked: dict[str, Any], cause: str) -> None:
 
 
 def test_every_option_is_among_the_inputs() -> None:
-    inputs = attribute_inputs({"id": "m", "layers": 2}, "p", "t", AttributeOptions())
-    assert {*asdict(AttributeOptions())} | {"model", "prompts", "tokens"} == {*inputs}
+    inputs = attribute_inputs({"id": "m", "layers": 2}, None, "p", "t", AttributeOptions())
+    assert {*asdict(AttributeOptions())} | {"model", "tokenizer", "prompts", "tokens"} == {*inputs}
     assert inputs["model"] == {"layers": 2} and inputs == json.loads(json.dumps(inputs))
 
 

@@ -85,8 +85,9 @@ def test_the_recorded_study_stays_as_it_was(recorded: Path, both: Path) -> None:
     assert {*old["stages"]} == stages | {"report"}
     assert {*new["stages"]} == stages | {"attribute", "identify_gains"}
     assert all(old["stages"][name] == new["stages"][name] for name in stages)
-    assert old.keys() == new.keys()
-    assert all(old[key] == new[key] for key in old if key not in ("stages", "files"))
+    # The report is still there, and no longer that of the folder.
+    assert old.keys() | {"earlier"} == new.keys() and "report.html" in new["earlier"]
+    assert all(old[key] == new[key] for key in old if key not in ("stages", "files", "digest"))
     entry = new["stages"]["attribute"]
     assert entry["sentences"] == sum(p.split == "det" for p in read_prompts(both / "prompts.jsonl"))
     assert {"tokens", "seeds", "batch_plan", "memory", "versions", "dtype"} <= entry.keys()
@@ -200,6 +201,7 @@ def test_neurons_by_gain_of_another_folder_stand_beside_the_study(
     old, new = json.loads(before["manifest.json"]), json.loads(after["manifest.json"])
     assert new["stages"].pop("identify_gains")["files"] == ["gain.scores.safetensors", "gain.json"]
     new["files"] = {n: about for n, about in new["files"].items() if n not in NEW_BESIDE}
+    assert new.pop("digest") != old.pop("digest")
     assert new == old
 
 

@@ -155,7 +155,7 @@ def test_gains_are_read_as_they_were_stored(tmp_path: Path) -> None:
     gains = np.random.default_rng(2).normal(size=(6, 3, 5)).astype(np.float32)
     path = tmp_path / GAINS
     for rows in ([4, 0], [1, 5, 2], [3]):
-        file = GainFile(path, SHAPE, 6)  # opened anew: what was stored stays
+        file = GainFile(path, SHAPE, {"ids": [*"abcdef"]})  # opened anew: what was stored stays
         file.store(rows, gains[rows])
         file.flush()
     found = dict(read_gains(path, SHAPE, 6))
@@ -168,7 +168,7 @@ def test_gains_of_another_attribution(tmp_path: Path) -> None:
     path = tmp_path / GAINS
     with pytest.raises(RelneuronError, match="does not exist"):
         list(read_gains(path, SHAPE, 2))
-    GainFile(path, SHAPE, 2).flush()
+    GainFile(path, SHAPE, {"ids": [*"ab"]}).flush()
     for shape, n, cause in (
         (SHAPE, 3, r"shape \(2, 5\) in layer 0, not \(3, 5\)"),
         (SHAPE | {"width": 6}, 2, r"not \(2, 6\)"),

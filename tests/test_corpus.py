@@ -136,7 +136,7 @@ def test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time(
     (tmp_path / "other" / "a.txt").write_bytes(data)
     assert describe_source(source(path)) == before
     assert describe_source(source(tmp_path / "other" / "a.txt")) == before
-    for place in (0, MIB - 1, 2 * MIB, 3 * MIB - 1):
+    for place in (0, MIB - 1, MIB, 3 * MIB // 2, 2 * MIB, 3 * MIB - 1):
         changed = data.copy()
         changed[place] = 0
         path.write_bytes(changed)

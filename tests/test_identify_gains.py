@@ -44,7 +44,8 @@ def write_folder(
 ) -> Path:
     gains = make_gains() if gains is None else gains
     folder.mkdir(parents=True, exist_ok=True)
-    file = GainFile(folder / GAINS, MODEL, len(gains))
+    ids = [target.id for target in targets or make_targets()]
+    file = GainFile(folder / GAINS, MODEL, {"ids": [*ids, *map(str, range(N))][: len(gains)]})
     file.store(range(len(gains)), gains)
     file.flush()
     atomic_write(folder / TARGETS, targets_bytes(targets or make_targets()))
@@ -167,7 +168,7 @@ def test_folders_that_lack_something(tmp_path: Path) -> None:
     bad[3, 1, 7] = np.inf
     check_refused(write_folder(tmp_path / "inf", bad), "gains of layer 1 are not all finite")
     short = write_folder(tmp_path / "short", targets=make_targets(13))
-    check_refused(short, r"gains of the shape \(14, 40\) in layer 0, not \(13, 40\)")
+    check_refused(short, "the rows of .*gains.safetensors are of other prompts")
     unknown = [Target("s", "a", "x", 1, 1, 4, 99, 0.0, -9.0, False)] * N
     check_refused(
         write_folder(tmp_path / "unknown", targets=unknown), "no sentence", kept_only=True

@@ -28,6 +28,7 @@ def describe(folder: Path, stages: dict[str, Any]) -> None:
     """Let the manifest of a study know these stages."""
     path = folder / "manifest.json"
     data = json.loads(path.read_text(encoding="utf-8"))
+    data.pop("digest", None)
     path.write_text(json.dumps(data | {"stages": stages}), encoding="utf-8")
 
 

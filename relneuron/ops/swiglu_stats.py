@@ -251,7 +251,7 @@ def _is_eager() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._functorch.peek_interpreter_stack()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
 

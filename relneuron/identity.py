@@ -1,0 +1,156 @@
+"""Which model and tokenizer these are: digests of all that decides what they compute.
+
+The stages note them as inputs and compare them, so that a changed weight or token is never taken
+for the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from relneuron.artifact import Json, RelneuronError, hashing_threads
+
+CHUNK_BYTES = 1 << 26  # of a tensor, on the host at a time for each thread
+
+# What a config says of where it comes from, and of the library that read it.
+_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+# What decides tokens and text beside the rules of the tokenizer's backend.
+_OF_THE_TOKENIZER = (
+    *("special_tokens_map", "chat_template", "clean_up_tokenization_spaces"),
+    *("add_bos_token", "add_eos_token", "split_special_tokens"),
+)
+
+
+# --- models ----------------------------------------------------------------------------------
+
+_HELD: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+@contextmanager
+def held(model: Any, digest: str) -> Iterator[None]:
+    """Take a model's digest as known: within it nobody changes the model."""
+    _HELD[model] = digest
+    try:
+        yield
+    finally:
+        _HELD.pop(model, None)
+
+
+def model_digest(model: Any) -> str:
+    """The SHA-256 of a model: config, adapters, and every byte of its weights and buffers.
+
+    The weights are taken as they are in memory, in the order of their names and of their rows: on
+    any device the same, in another dtype another one. Tied weights are read once. They are hashed
+    side by side in chunks, about 1 GB a second with each of at most 8 threads: a 7B model in
+    bfloat16 has 14 GB. Weights that are not in memory (meta) raise RelneuronError.
+    """
+    if model in _HELD:
+        return _HELD[model]
+    digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
+    read: dict[tuple[object, ...], list[Any]] = {}
+    with hashing_threads() as pool:
+        found = []
+        for name, value in sorted(_contents(model).items()):
+            about = (tuple(value.shape), value.stride(), value.dtype, value.device)
+            where = (value.data_ptr(), *about)
+            if where not in read:
+                read[where] = _hash_rows(name, value, pool)
+            found.append((f"{name} {tuple(value.shape)} {value.dtype}", read[where]))
+        for text, parts in found:
+            digest.update(text.encode())
+            for part in parts:
+                digest.update(part.result())
+    return digest.hexdigest()
+
+
+def _settings(model: Any) -> list[Any]:
+    """What decides results beside the weights: config, end of text, active adapters."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    adapters = {
+        path: [getattr(module, name, None) for name in ("active_adapters", "scaling", "merged")]
+        for path, module in model.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+    }
+    return [config, ends, adapters]
+
+
+def _contents(model: Any) -> dict[str, Tensor]:
+    """Parameters, buffers and what modules keep beside them, as tensors."""
+    found: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            value = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        found[name] = value
+    return found
+
+
+def _hash_rows(name: str, value: Tensor, pool: Executor) -> list[Any]:
+    """The digests of a tensor's chunks of rows, in their order, as they will be known."""
+    if value.device.type == "meta":
+        raise RelneuronError(
+            f"the weights {name} are not in memory: they are offloaded (meta)",
+            "load the whole model, on one device",
+        )
+    rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+    if not rows.numel():
+        return []
+    n = max(1, CHUNK_BYTES * len(rows) // max(1, rows.numel() * rows.element_size()))
+    return [pool.submit(_hash, rows[i : i + n]) for i in range(0, len(rows), n)]
+
+
+def _hash(chunk: Tensor) -> bytes:
+    data = chunk.to("cpu").resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(cast(Any, data.numpy())).digest()
+
+
+def other_weights(what: str, found_in: Json, model: Json) -> list[str]:
+    """A notice, if `what` comes from other weights than those of a model of the same shape."""
+    known = found_in.get("digest")
+    if known in (None, model["digest"]):
+        return []
+    before, now = found_in.get("dtype"), model["dtype"]
+    dtypes = (f" as {before}", f" as {now}") if before not in (None, now) else ("", "")
+    whose = f"{found_in.get('id', 'another model')}{dtypes[0]}"
+    return [f"{what} of other weights: found in {whose}, used in {model['id']}{dtypes[1]}"]
+
+
+# --- tokenizers ------------------------------------------------------------------------------
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """The SHA-256 of everything that decides which tokens a text has, and which text tokens have.
+
+    Vocabulary, merges, added and special tokens, normaliser, pre-tokeniser, template, decoder and
+    chat template; not how the last call padded or cut. None without a tokenizer.
+    """
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):
+            rules.pop(name, None)
+    else:
+        pieces = getattr(getattr(tokenizer, "sp_model", None), "serialized_model_proto", bytes)()
+        rules = [
+            type(tokenizer).__name__,
+            sorted(getattr(tokenizer, "get_vocab", dict)().items()),
+            hashlib.sha256(pieces).hexdigest(),
+        ]
+    about = {name: getattr(tokenizer, name, None) for name in _OF_THE_TOKENIZER}
+    text = json.dumps([rules, about], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
