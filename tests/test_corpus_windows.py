@@ -217,8 +217,9 @@ class Speaker:
     def __init__(self, before: list[int], bos_token_id: int | None, bare: list[int]) -> None:
         self.before, self.bos_token_id, self.bare = before, bos_token_id, bare
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [*(self.before if add_special_tokens else []), *self.bare]}
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+        ids = [*(self.before if add_special_tokens else []), *self.bare]
+        return {"input_ids": [ids for _ in texts]}
 
 
 def test_the_default_policy_is_the_tokenizers_own() -> None:
