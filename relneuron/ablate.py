@@ -154,7 +154,7 @@ def ablate_prompts(
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
     notices += questions.notices
-    notices += target_notices(tokenizer, prompts, questions.answers, alike=False)
+    notices += target_notices(tokenizer, prompts, questions.answers)
     notices += _left_out(
         options.analyses,
         sizes,

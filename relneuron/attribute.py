@@ -138,7 +138,7 @@ def attribute(
     if is_predicted:
         targets = replace(targets, targets=_predictions(residual, targets.ids, batches))
     sentences = Sentences(prompts, targets)
-    notices = targets.notices + target_notices(tokenizer, prompts, targets.targets, alike=True)
+    notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
     with locked(folder):
         _write_copy(folder / "prompts.jsonl", prompts_path, copy)
         if "ffn_neuron" in options.kinds and not (folder / GAINS).exists():

@@ -155,7 +155,8 @@ def print_attributed(folder: Path) -> None:
     for relation, asked in target_counts(read_targets(folder / TARGETS)).items():
         shown = ", ".join(f"{token!r} ({token_id}) {n} times" for (token, token_id), n in asked[:5])
         more = f", {len(asked) - 5} more" if len(asked) > 5 else ""
-        say(f"{relation}: asked for {shown}{more}")
+        only = ", one and the same token" if len(asked) == 1 and asked[0][1] > 1 else ""
+        say(f"{relation}: asked for {shown}{more}{only}")
     for relation, neurons in entry["best"].items():
         shown = ", ".join(f"{layer}_{index} {gain:+.3g}" for layer, index, gain in neurons)
         say(f"{relation}: best neurons {shown} nats")

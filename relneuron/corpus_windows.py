@@ -101,8 +101,9 @@ class Block:
 def default_bos(tokenizer: Any) -> tuple[str, int | None]:
     """The policy a tokenizer follows by itself: `document` and its BOS token, or `none`."""
     bos_id = getattr(tokenizer, "bos_token_id", None)
-    is_put = bos_id is not None and read_policy(tokenizer).before[:1] == (bos_id,)
-    return ("document", int(bos_id)) if is_put else ("none", None)
+    if bos_id is None or read_policy(tokenizer).before[:1] != (bos_id,):
+        return "none", None
+    return "document", int(bos_id)
 
 
 @dataclass

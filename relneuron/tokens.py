@@ -169,8 +169,8 @@ def continuations(
 
     Of the text of both, tokenised as one, what follows the prompt's tokens; where the last of them
     come out otherwise, the tokens of the answer alone. A space is put between the two as
-    `space_before` says, but not where the tokenizer knows none. `tokens` is empty for an answer of
-    nothing but white space.
+    `space_before` says, but not where the tokenizer has no token for it. `tokens` is empty for an
+    answer of nothing but white space.
     """
     answers = [answer.strip() for answer in answers]
     spaces = [space_before(*parts) for parts in zip(prompts, answers, languages, strict=True)]
@@ -182,9 +182,9 @@ def continuations(
     found = []
     for head, whole, end, answer in zip(heads, wholes, ends, answers, strict=True):
         rest = _rest(tokenizer, head, whole, end)
-        if unknown is not None and end != answer and rest[:1] == [unknown]:
-            alone = _rest(tokenizer, head, [], answer)
-            rest = rest if alone[:1] == [unknown] else alone
+        if answer and rest[:1] in ([], [unknown]):  # no space, or the two are one unknown word
+            alone = _rest(tokenizer, [], [], answer)
+            rest = alone if alone[:1] != [unknown] else rest or alone
         n_spaces = len(list(takewhile(is_space, rest))) if answer else len(rest)
         found.append(Continuation(tuple(rest[:n_spaces]), tuple(rest[n_spaces:])))
     return found
@@ -248,13 +248,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
-def target_notices(
-    tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[int], *, alike: bool
-) -> list[str]:
+def target_notices(tokenizer: Any, prompts: Sequence[Prompt], targets: Sequence[int]) -> list[str]:
     """What a reader must know of the tokens that stand for answers.
 
-    Relations whose prompts (two or more) all ask for one and the same token, with `alike` also
-    where their answers are the same, and answers that the tokenizer does not know.
+    Relations whose answers differ and all begin with one and the same token, and answers that the
+    tokenizer does not know.
     """
     of: dict[str, list[tuple[Prompt, int]]] = {}
     for prompt, target in zip(prompts, targets, strict=True):
@@ -262,7 +260,7 @@ def target_notices(
     notices = []
     for relation, found in of.items():
         tokens, answers = {target for _, target in found}, {p.object.strip() for p, _ in found}
-        if len(found) > 1 and len(tokens) == 1 and (alike or len(answers) > 1):
+        if len(tokens) == 1 and len(answers) > 1:
             text = token_text(tokenizer, found[0][1])
             notices.append(
                 f"{relation}: all {len(found)} prompts ask for one and the same token, {text!r}"
@@ -284,14 +282,15 @@ def find_token(
     token. Any other is taken with the space that an answer would have there, or as it is. Digits
     that are no token of their own are an id if they may be.
     """
+    piece = tokenizer.convert_tokens_to_ids(target)
+    is_piece = piece is not None and tokenizer.convert_ids_to_tokens(piece) == target
+    if is_piece and tokenizer.decode([piece], skip_special_tokens=False) != target:
+        return Continuation((), (piece,))
     if target == target.lstrip():
         (found,) = continuations(tokenizer, [prompt], [target], [language])
         if len(found.tokens) == 1:
             return found
     exact = _rest(tokenizer, [], [], target)
-    vocabulary = tokenizer.get_vocab()
-    if target in vocabulary:
-        exact = [vocabulary[target]]
     if len(exact) == 1:
         return Continuation((), tuple(exact))
     is_id = may_be_id and target.strip().isdecimal()
