@@ -145,14 +145,15 @@ def space_before(prompt: str, answer: str, language: str = "") -> str:
     """The space between a prompt and its answer, or nothing.
 
     Nothing after white space or an opening bracket or quotation mark; nor in writing without
-    spaces (Chinese, Japanese, Thai, ...): where the prompt ends in such a character, or its last
-    letter is one, or the language is so written and the answer begins with such a letter.
+    spaces (Chinese, Japanese, Thai, ...): where the prompt ends in such a character; where its last
+    letter is one and so is the answer's first, or the answer has none; and where the language is so
+    written and the answer's first letter is.
     """
     if not prompt or prompt[-1].isspace() or unicodedata.category(prompt[-1]) in ("Ps", "Pi"):
         return ""
     last = next((char for char in reversed(prompt) if char.isalpha()), "")
     first = next((char for char in answer if char.isalpha()), "")
-    if _is_unspaced(prompt[-1]) or _is_unspaced(last):
+    if _is_unspaced(prompt[-1]) or (_is_unspaced(last) and (not first or _is_unspaced(first))):
         return ""
     spoken = language.lower().replace("_", "-").partition("-")[0]
     return "" if spoken in _UNSPACED_LANGUAGES and _is_unspaced(first) else " "

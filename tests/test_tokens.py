@@ -111,6 +111,8 @@ def test_bos_can_only_be_left_out_where_it_is() -> None:
         ("首都在哪里？", "北京", "", ""),
         ("谁创立了Microsoft？", "盖茨", "", ""),
         ("答案是:", "北京", "", ""),
+        ("成立年份:", "1912", "", ""),
+        ("Headquarters of 三菱:", "Tokyo", "en", " "),
         ("Question? Answer:", "北京", "zh-Hant", ""),
         ("Question? Answer:", "北京", "zh_CN", ""),
         ("Question? Answer:", "Paris", "zh", " "),
