@@ -60,6 +60,7 @@ from relneuron.predict import (
 )
 from relneuron.scores.ranking import n_neurons
 from relneuron.sentences import read_sentences
+from relneuron.tokens import target_notices
 
 PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")
 BESIDE = ("accuracy.csv", "conditions.csv", "perplexity.csv")  # written beside the output
@@ -102,7 +103,8 @@ def ablate_prompts(
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
+    after the prompt, with the space before it (`predict.Answers`). `output` is .csv or .parquet;
+    the files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -161,6 +163,8 @@ def ablate_prompts(
     questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
+    notices += questions.notices
+    notices += target_notices(tokenizer, prompts, questions.answers)
     notices += _left_out(
         options.analyses,
         sizes,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from relneuron.artifact import (
     Json,
+    Prompt,
     RelneuronError,
     atomic_write,
     csv_bytes,
@@ -45,7 +46,7 @@ from relneuron.attributions import (
     targets_bytes,
 )
 from relneuron.comparison import Sizes, plan, run, summary
-from relneuron.knowledge import encode_targets, read_knowledge
+from relneuron.knowledge import TargetPrompt, read_knowledge
 from relneuron.manifest import (
     Journal,
     Manifest,
@@ -60,6 +61,9 @@ from relneuron.predict import Questions, is_out_of_memory, plan_batches
 from relneuron.residual import read_residual_model
 from relneuron.residual_layers import ResidualModel
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
+from relneuron.targets import encode_targets
+from relneuron.tokens import policy_text, target_notices, token_text
+from relneuron.trace import trace
 
 JOURNAL = "attribute.journal"
 WRITTEN = (TARGETS, *TABLES, GAINS, PROMOTED, INTERVENTIONS, COMPARISON)
@@ -90,7 +94,8 @@ def attribute(
 ) -> None:
     """Score what raises the answers of `prompts_path`'s sentences and write it to `folder`.
 
-    A value score is log p(w | x + v) - log p(w | x) in nats: w the first token of the answer, v
+    A value score is log p(w | x + v) - log p(w | x) in nats: w the first token of the answer (the
+    one that is given for the sentence, or with `options.target` "prediction" the model's own), v
     what a layer, head, position or neuron writes at the last token, x the residual stream before
     it (methods B3). A query score is a neuron's or layer's share in activating the best value
     neurons (B4). `options.compare` zeroes, in the sentences whose answer the model knows, the
@@ -106,7 +111,8 @@ def attribute(
     options.check_installed()
     if folder.is_file():
         raise RelneuronError(f"{folder} is a file", "give a folder", 2)
-    everything = read_knowledge(checked(prompts_path))
+    is_predicted = options.target == "prediction"
+    everything = read_knowledge(checked(prompts_path), answers=not is_predicted)
     if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
         raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
     prompts = [p for p in everything if not options.splits or p.split in options.splits]
@@ -117,7 +123,9 @@ def attribute(
             2,
         )
     residual = read_residual_model(model)
-    targets = encode_targets(tokenizer, model, prompts, strict=options.strict)
+    targets = encode_targets(
+        tokenizer, model, prompts, strict=options.strict, answers=not is_predicted
+    )
     described = describe_model(name, model, residual.shape, backend)
     copy = prompts_bytes(everything)
     inputs = attribute_inputs(
@@ -133,9 +141,12 @@ def attribute(
     refuse_outputs(folder, force)
     _check_recorded(folder, prompts_path, copy, described)
     _check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
-    sentences = Sentences(prompts, targets)
     sizes = Sizes.of(residual, options.intervene)
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
+    if is_predicted:
+        targets = replace(targets, targets=_predictions(residual, targets.ids, batches))
+    sentences = Sentences(prompts, targets)
+    notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
     with locked(folder):
         _write_copy(folder / "prompts.jsonl", prompts_path, copy)
         journal = Journal(folder / JOURNAL, inputs)
@@ -157,7 +168,7 @@ def attribute(
             Target(
                 prompt.id,
                 prompt.relation,
-                tokenizer.decode([target]),
+                token_text(tokenizer, target),
                 target,
                 n_answer,
                 len(ids),
@@ -176,7 +187,6 @@ def attribute(
             ),
         }
         n_kept = sum(one["kept"] for one in found)
-        notices = []
         if options.compare and n_kept:
             written |= _compare(residual, sentences, found, sizes, options, journal, quiet)
         elif options.compare:
@@ -211,7 +221,8 @@ def attribute(
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),
             tokens={
-                "target": "the answer's first token",
+                "target": _asked_for(prompts, options.target),
+                "special": policy_text(tokenizer),
                 "answers_of_several_tokens": targets.n_several,
                 "first_prompt_ids": targets.ids[0][:8],
                 "padding": "left, masked; position ids are explicit",
@@ -227,6 +238,25 @@ def attribute(
             best=best,
         )
         journal.remove()
+
+
+def _asked_for(prompts: Sequence[Prompt], target: str) -> str:
+    if target == "prediction":
+        return "the model's most probable token"
+    n_given = sum(isinstance(prompt, TargetPrompt) for prompt in prompts)
+    return "the answer's first token" + (f"; given for {n_given} sentences" if n_given else "")
+
+
+def _predictions(
+    residual: ResidualModel, ids: Sequence[list[int]], batches: Sequence[Sequence[int]]
+) -> list[int]:
+    """The model's most probable next token of each sentence, in the batches that are scored."""
+    found = [0] * len(ids)
+    for rows in batches:
+        best = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
+        for row, token in zip(rows, best, strict=True):
+            found[row] = token
+    return found
 
 
 # --- the prompts beside the scores -----------------------------------------------------------

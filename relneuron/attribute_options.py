@@ -30,6 +30,7 @@ MODES = ("certified", "exact")
 KEYS = ("gate", "up", "down")
 QUERY_OF = ("attention", "ffn")
 KEEP = ("all", "known")
+TARGETS = ("answer", "prediction")
 FORMATS = ("csv", "parquet")
 
 
@@ -37,18 +38,21 @@ FORMATS = ("csv", "parquet")
 class AttributeOptions:
     """What is scored, and what is compared; the defaults are those of arXiv 2312.12141.
 
-    `splits`: only these prompts, () for all. `kinds`: rows of attributions.csv. `top`: of each
-    sentence's neurons and positions. `mode`: FFN gains within `tolerance` nats ("certified") or to
-    the last bit of float32 arithmetic ("exact"). `own_norm`: the final norm's scale is taken anew
-    for each vector, not frozen. `norm_bias`: the final norm's bias and the lm_head's are in the
-    logits. `query_units`: the value neurons whose activation the query scores explain, of the
-    attention or, with `query_of` "ffn", of the FFN, whose key is then the row of its gate or up
-    projection or its value vector ("down"). `strict` refuses answers of several tokens. `keep`
-    "known" scores only sentences whose answer the model knows (methods B7). `compare` zeroes the
-    best `intervene` neurons of each method in the known sentences, and random ones.
+    `splits`: only these prompts, () for all. `target`: the token that is scored, of the answer or
+    the model's own most probable one ("prediction", as in the published notebooks). `kinds`: rows
+    of attributions.csv. `top`: of each sentence's neurons and positions. `mode`: FFN gains within
+    `tolerance` nats ("certified") or to the last bit of float32 arithmetic ("exact"). `own_norm`:
+    the final norm's scale is taken anew for each vector, not frozen. `norm_bias`: the final norm's
+    bias and the lm_head's are in the logits. `query_units`: the value neurons whose activation the
+    query scores explain, of the attention or, with `query_of` "ffn", of the FFN, whose key is then
+    the row of its gate or up projection or its value vector ("down"). `strict` refuses answers of
+    several tokens. `keep` "known" scores only sentences whose answer the model knows (methods B7).
+    `compare` zeroes the best `intervene` neurons of each method in the known sentences, and random
+    ones.
     """
 
     splits: Sequence[str] = ()
+    target: str = "answer"
     kinds: Sequence[str] = KINDS
     top: int = 300
     mode: str = "certified"
@@ -69,6 +73,7 @@ class AttributeOptions:
     def __post_init__(self) -> None:
         for what, value, known in (
             *(("kind", kind, KINDS) for kind in self.kinds),
+            ("target", self.target, TARGETS),
             ("mode", self.mode, MODES),
             ("key", self.key, KEYS),
             ("query-of", self.query_of, QUERY_OF),

@@ -19,10 +19,11 @@ from relneuron.artifact import Json, Prompt, RelneuronError, relation_names
 from relneuron.attribute_options import QUERY_KINDS, AttributeOptions
 from relneuron.attributions import Row, best_first, number, rows_text
 from relneuron.comparison import Sizes, TargetRanks, choose
-from relneuron.knowledge import Targets, keep, type_tokens
 from relneuron.ops.logprob_gain import TopGains
 from relneuron.query_scores import QueryScores, promoted_tokens, query_scores
 from relneuron.residual_layers import ResidualModel
+from relneuron.targets import Targets, keep, type_tokens
+from relneuron.tokens import token_text
 from relneuron.trace import Trace, trace
 from relneuron.value_scores import ValueScores, value_scores
 
@@ -341,7 +342,7 @@ def promoted_rows(
             rows += [
                 (
                     *(kind, layer, "" if head < 0 else head, index),
-                    *(rank, tokenizer.decode([token]), token, number(logit)),
+                    *(rank, token_text(tokenizer, token), token, number(logit)),
                 )
                 for rank, (token, logit) in enumerate(tokens, 1)
             ]

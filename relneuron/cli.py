@@ -34,6 +34,7 @@ from relneuron.conditions import parse_analyses
 from relneuron.facts import SUFFIX
 from relneuron.installed import install_command, need
 from relneuron.study import Options, report_stage, run_study
+from relneuron.tokens import policy_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -316,8 +317,8 @@ def doctor(
     need("a model", "transformers")
     rows, supported = model_report(load_model(model, revision=revision))
     try:
-        load_tokenizer(model, revision=revision)
-        rows.append(("tokenizer", "works"))
+        tokenizer = load_tokenizer(model, revision=revision)
+        rows.append(("tokenizer", f"works: {policy_text(tokenizer)}"))
     except RelneuronError as error:
         rows.append(("tokenizer", f"no: {error.cause}"))
         supported = False

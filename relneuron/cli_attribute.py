@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,13 @@ from rich.table import Table
 from relneuron import cli_options as take
 from relneuron.artifact import read_csv
 from relneuron.attribute_options import KINDS, AttributeOptions
-from relneuron.attributions import COMPARISON, COMPARISON_COLUMNS
+from relneuron.attributions import (
+    COMPARISON,
+    COMPARISON_COLUMNS,
+    TARGETS,
+    Target,
+    read_targets,
+)
 from relneuron.cli_print import say
 from relneuron.manifest import Manifest
 
@@ -34,6 +42,10 @@ def attribute(
     output: take.Output,
     format: Annotated[str, typer.Option(help="Of the table of scores: csv, parquet.")] = "csv",
     splits: Annotated[str, typer.Option(help="Only these prompts: det,eva,eva2.")] = "",
+    target: Annotated[
+        str,
+        typer.Option(help="Token scored: answer (its first, or the column target), prediction."),
+    ] = _DEFAULT.target,
     kinds: Annotated[
         str, typer.Option(help=f"What is scored: all, or some of {', '.join(KINDS)}.")
     ] = "all",
@@ -91,6 +103,7 @@ def attribute(
 
     options = AttributeOptions(
         splits=take.split_list(splits) if splits else (),
+        target=target,
         kinds=KINDS if kinds == "all" else take.names(kinds),
         top=top,
         mode=mode,
@@ -110,7 +123,9 @@ def attribute(
     )
     options.check_installed()
     take.check_folder(output)
-    read_knowledge(prompts)  # what is wrong with it is said before the model is loaded
+    read_knowledge(
+        prompts, answers=target == "answer"
+    )  # what is wrong with it is said before the model is loaded
     loaded = load_model(model, revision=revision, dtype=dtype, device=device)
     tokenizer = load_tokenizer(model, revision=revision)
     attribute_stage(
@@ -137,11 +152,24 @@ def print_attributed(folder: Path) -> None:
         f"{entry['sentences']:,} sentences, the model knows the answer of {entry['kept']:,}; "
         f"{several:,} answers of several tokens: their first one was asked for"
     )
+    for relation, asked in target_counts(read_targets(folder / TARGETS)).items():
+        shown = ", ".join(f"{token!r} ({token_id}) {n} times" for (token, token_id), n in asked[:5])
+        more = f", {len(asked) - 5} more" if len(asked) > 5 else ""
+        only = ", one and the same token" if len(asked) == 1 and asked[0][1] > 1 else ""
+        say(f"{relation}: asked for {shown}{more}{only}")
     for relation, neurons in entry["best"].items():
         shown = ", ".join(f"{layer}_{index} {gain:+.3g}" for layer, index, gain in neurons)
         say(f"{relation}: best neurons {shown} nats")
     if COMPARISON in entry["files"]:
         print_comparison(folder / COMPARISON)
+
+
+def target_counts(targets: Sequence[Target]) -> dict[str, list[tuple[tuple[str, int], int]]]:
+    """Each relation's target tokens (text, id) and how often they are asked for, most first."""
+    counts: dict[str, Counter[tuple[str, int]]] = {}
+    for target in targets:
+        counts.setdefault(target.relation, Counter())[target.target, target.target_id] += 1
+    return {relation: found.most_common() for relation, found in counts.items()}
 
 
 def print_comparison(path: Path) -> None:

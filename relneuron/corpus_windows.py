@@ -16,6 +16,7 @@ import numpy as np
 from relneuron.artifact import Json, RelneuronError
 from relneuron.corpus import ID_KINDS, Source
 from relneuron.corpus_read import Piece, read_chunks
+from relneuron.tokens import read_policy
 
 BLOCK_WINDOWS = 64  # a block ends at the first chunk that completes so many windows,
 BLOCK_TOKENS = 1 << 20  # or so many tokens
@@ -100,12 +101,9 @@ class Block:
 def default_bos(tokenizer: Any) -> tuple[str, int | None]:
     """The policy a tokenizer follows by itself: `document` and its BOS token, or `none`."""
     bos_id = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenizer("a")["input_ids"]
-    if bos_id is None or not len(ids) or ids[0] != bos_id:
+    if bos_id is None or read_policy(tokenizer).before[:1] != (bos_id,):
         return "none", None
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    is_put = len(bare) == 0 or bare[0] != bos_id
-    return ("document", int(bos_id)) if is_put else ("none", None)
+    return "document", int(bos_id)
 
 
 @dataclass
@@ -261,7 +259,8 @@ class _Windows:
         packer = self.packer(piece.group)
         if not len(tokens) or packer.is_full:
             return
-        put_bos = is_text and self.packing.bos == "document"
+        has_bos = tokens[0] == self.packing.bos_id  # a text may begin with it itself
+        put_bos = is_text and self.packing.bos == "document" and not has_bos
         packer.add(tokens, self.is_bare, self.packing.bos_id if put_bos else None)
         self.is_bare = False
         self._take(packer, piece.group)

@@ -39,6 +39,7 @@ from relneuron.model import GatedMLP, describe_model, find_gated_mlps, model_sha
 from relneuron.patch import Patch, check_canary
 from relneuron.predict import Asker, Questions, Step, cache_of, encode
 from relneuron.steer import mean_activations, steering_states
+from relneuron.tokens import listed, whole_text, without_blanks
 
 CLEAN = "clean"
 FIELD = "{prompt}"
@@ -197,11 +198,8 @@ class Continuer(Asker):
         text = self._decoded(made) if self.decoding.stop else ""
         return "stop string" if any(stop in text for stop in self.decoding.stop) else ""
 
-    def _decoded(self, made: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(made, skip_special_tokens=True))
-
     def _cut(self, made: Sequence[int]) -> str:
-        text = self._decoded(made)
+        text = whole_text(self._decoded, made)
         places = [text.find(stop) for stop in self.decoding.stop]
         return text[: min((place for place in places if place >= 0), default=None)]
 
@@ -304,6 +302,11 @@ def generate(
     if set_to and counts:
         steering = steering_patch(mlps, neurons, set_to, counts, backend)
     questions = encode(tokenizer, model, prompts, answers=False, n_tokens=max_new_tokens)
+    _, blank = without_blanks(tokenizer, [p.prompt for p in prompts], ["a"] * len(prompts))
+    if blank:
+        named = listed([prompts[row].id for row in blank])
+        why = "which the tokenizer joins to the next word: a model hardly knows it alone"
+        warnings.warn(f"{named}: the prompt ends in a space, {why}", stacklevel=2)
     described = describe_model(name, model, mlps, backend)
     notices = other_weights(f"{neurons_path}: neurons", neurons.model, described)
     if counts:

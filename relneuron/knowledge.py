@@ -1,7 +1,8 @@
-"""Sentences whose next token is an answer: their files, their target tokens, the rule to keep them.
+"""Sentences whose next token is an answer: their files.
 
-The `attribute` stage calls it. A sentence is a Prompt whose relation is its knowledge type
-(language, capital, country, color, number, month, or any other).
+The `attribute` stage calls it; which tokens they are asked for says `targets.py`. A sentence is a
+Prompt whose relation is its knowledge type (language, capital, country, color, number, month, or
+any other).
 """
 
 from __future__ import annotations
@@ -13,39 +14,46 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from relneuron.artifact import Prompt, RelneuronError, read_prompts
 from relneuron.facts import read_relations
-from relneuron.predict import encode
 
-N_MOST_PROBABLE = 10  # a kept sentence's answer is among so many (arXiv 2312.12141, section 4)
 SPLIT = "eva"  # of sentences whose file knows no splits
 
 # What a table's column may be called; of each line one name is used.
 _SENTENCE = ("prompt", "sentence")
-_ANSWER = ("answer", "object", "target")
+_ANSWER = ("answer", "object")
 _TYPE = ("type", "relation")
 _COLUMNS = "a column prompt or sentence, one of answer, object or target, one of type or relation"
 _FORMATS = (".csv", ".jsonl", ".tsv")
+_TARGET = "target"
+_TARGET_ID = "target_id"
+
+
+@dataclass(frozen=True)
+class TargetPrompt(Prompt):
+    """A sentence whose target is given: a token as text, or its id."""
+
+    target: str | int = ""
 
 
 # --- files -----------------------------------------------------------------------------------
 
 
-def read_knowledge(path: Path) -> list[Prompt]:
+def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
     """The sentences of a file or folder, in its order; the relation of each is its type.
 
     - A prompts.jsonl, as `relneuron prompts` writes it: its prompts as they are.
     - A table (.csv, .tsv, or .jsonl with one object a line) with a column `prompt` or `sentence`,
       one of `answer`, `object` or `target`, one of `type` or `relation`, and optionally `id`,
-      `subject`, `language` and `template`. Outer space of a cell does not count. Without ids the
-      rows of a type are numbered: `<type>.0000`.
+      `subject`, `language` and `template`. Outer space of a cell does not count, but for `target`.
+      Without ids the rows of a type are numbered: `<type>.0000`.
     - A folder of fact files in the format of the LRE data set, or one of them (.json): every fact
       in every main template.
+
+    A `target` (also in a prompts.jsonl) is the token to ask for in place of the answer's first: its
+    text, or its id (a number in JSON, digits that are no token, or the column `target_id`). Where
+    there is no answer it stands for it. Without `answers` none is needed.
 
     Splits are those of a prompts.jsonl; everything else is `eva`. Raises RelneuronError with the
     line number for a missing column, an empty or missing cell, an id that is there twice, a file
@@ -65,13 +73,13 @@ def read_knowledge(path: Path) -> list[Prompt]:
     text = _read_text(path)
     if suffix == ".jsonl":
         if _is_prompts(text):
-            prompts = read_prompts(path)
-            _check_filled(path, text, prompts)
+            prompts = _with_targets(read_prompts(path), text)
+            _check_filled(path, text, prompts, answers)
             return prompts
         records = _jsonl_records(path, text)
     else:
         records = _csv_records(path, text, "\t" if suffix == ".tsv" else ",")
-    return _table_prompts(path, records)
+    return _table_prompts(path, records, answers)
 
 
 def _read_text(path: Path) -> str:
@@ -112,10 +120,27 @@ def _is_prompts(text: str) -> bool:
     return isinstance(first, dict) and {field.name for field in fields(Prompt)} <= first.keys()
 
 
-def _check_filled(path: Path, text: str, prompts: Sequence[Prompt]) -> None:
+def _with_targets(prompts: Sequence[Prompt], text: str) -> list[Prompt]:
+    """The prompts of a prompts.jsonl, with the targets that its lines give."""
+    records = (json.loads(line) for line in text.split("\n") if '"target"' in line)
+    given = {r["id"]: r["target"] for r in records if _is_target(r.get("target"))}
+    return [_given(prompt, given.get(prompt.id, "")) for prompt in prompts]
+
+
+def _is_target(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _given(prompt: Prompt, target: str | int) -> Prompt:
+    about = {field.name: getattr(prompt, field.name) for field in fields(Prompt)}
+    return prompt if target == "" else TargetPrompt(**about, target=target)
+
+
+def _check_filled(path: Path, text: str, prompts: Sequence[Prompt], answers: bool) -> None:
     lines = [number for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for line, prompt in zip(lines, prompts, strict=True):
-        for name in ("id", "relation", "object", "prompt"):
+        no_answer = isinstance(prompt, TargetPrompt) or not answers
+        for name in ("id", "relation", "prompt", *(() if no_answer else ("object",))):
             if not getattr(prompt, name).strip():
                 raise _empty(path, line, name)
 
@@ -152,7 +177,8 @@ def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
                     fix,
                 )
             if cells:
-                yield line, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+                named = zip(header, cells, strict=True)
+                yield line, {n: cell if n == _TARGET else cell.strip() for n, cell in named}
             line = reader.line_num + 1
     except csv.Error as error:
         raise RelneuronError(f"{path}, line {reader.line_num}: {error}", fix) from error
@@ -166,7 +192,13 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise TypeError("no object")
-            cells = {name.strip().lower(): _cell(value) for name, value in record.items()}
+            named = {name.strip().lower(): value for name, value in record.items()}
+            cells = {name: _cell(value) for name, value in named.items()}
+            target = named.get(_TARGET)
+            if isinstance(target, str):
+                cells[_TARGET] = target
+            elif _TARGET in cells:
+                cells.setdefault(_TARGET_ID, cells.pop(_TARGET))
         except (ValueError, TypeError, RecursionError) as error:
             raise RelneuronError(
                 f"{path}, line {number}: {error}", f"give one JSON object a line with {_COLUMNS}"
@@ -182,13 +214,16 @@ def _cell(value: object) -> str:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else ""
 
 
-def _table_prompts(path: Path, records: Iterator[_Record]) -> list[Prompt]:
+def _table_prompts(path: Path, records: Iterator[_Record], answers: bool) -> list[Prompt]:
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     numbers: Counter[str] = Counter()
     for line, cells in records:
         sentence = cells[_column(path, line, cells, _SENTENCE)]
-        answer = cells[_column(path, line, cells, _ANSWER)]
+        target = _target(path, line, cells)
+        answer = target.strip() if isinstance(target, str) else ""
+        if any(cells.get(name) for name in _ANSWER) or (answers and target == ""):
+            answer = cells[_column(path, line, cells, _ANSWER)]
         kind = cells[_column(path, line, cells, _TYPE)]
         name = cells.get("id", f"{kind}.{numbers[kind]:04d}")
         numbers[kind] += 1
@@ -202,10 +237,23 @@ def _table_prompts(path: Path, records: Iterator[_Record]) -> list[Prompt]:
         lines[name] = line
         about = {key: cells.get(key, "") for key in ("template", "subject")}
         language = cells.get("language") or "en"
-        prompts.append(Prompt(name, kind, SPLIT, language, **about, object=answer, prompt=sentence))
+        prompt = Prompt(name, kind, SPLIT, language, **about, object=answer, prompt=sentence)
+        prompts.append(_given(prompt, target))
     if not prompts:
         raise RelneuronError(f"{path} holds no sentence", f"give a table with {_COLUMNS}")
     return prompts
+
+
+def _target(path: Path, line: int, cells: Mapping[str, str]) -> str | int:
+    """The target that a line gives: an id, a text that is kept as it is, or nothing."""
+    given = cells.get(_TARGET_ID, "")
+    if given and not given.isdecimal():
+        raise RelneuronError(
+            f"{path}, line {line}: {_TARGET_ID} {given!r} is no token id",
+            f"give a number from 0 on; a token as text stands in the column {_TARGET}",
+        )
+    text = cells.get(_TARGET, "")
+    return int(given) if given else text if text.strip() else ""
 
 
 def _column(path: Path, line: int, cells: Mapping[str, str], names: Sequence[str]) -> str:
@@ -217,111 +265,11 @@ def _column(path: Path, line: int, cells: Mapping[str, str], names: Sequence[str
             f"keep one of {', '.join(names)}",
         )
     if not found:
+        also = " or target" if names == _ANSWER else ""
         raise RelneuronError(
-            f"{path}, line {line}: no column {' or '.join(names)}", f"give a table with {_COLUMNS}"
+            f"{path}, line {line}: no column {' or '.join(names)}{also}",
+            f"give a table with {_COLUMNS}",
         )
     if not cells[found[0]]:
         raise _empty(path, line, found[0])
     return found[0]
-
-
-# --- targets ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Targets:
-    """N sentences as tokens, with the token that each is asked for: its answer's first one."""
-
-    ids: list[list[int]]  # of each sentence, special tokens included
-    targets: list[int]
-    n_answer_tokens: list[int]
-
-    @property
-    def n_several(self) -> int:
-        """How many answers have more than one token."""
-        return sum(n > 1 for n in self.n_answer_tokens)
-
-
-def encode_targets(
-    tokenizer: Any, model: Any, prompts: Sequence[Prompt], *, strict: bool = False
-) -> Targets:
-    """Tokenise sentences and their answers, an answer with a space in front of it.
-
-    The target is the first token by which sentence and answer differ from the sentence alone. An
-    answer of several tokens is stood for by its first one, or with `strict` refused. Raises
-    RelneuronError that names the prompt, too, for a sentence without a token or longer than the
-    context, an answer without a token, and a token that the model does not have.
-    """
-    if not prompts:
-        raise RelneuronError("there is no sentence to attribute", "give at least one prompt")
-    _check_lengths(tokenizer, model, prompts)
-    asked = encode(tokenizer, model, prompts, n_tokens=0)
-    whole = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
-    n_logits = _n_logits(model)
-    counts = []
-    for prompt, head, full, target in zip(prompts, asked.ids, whole, asked.answers, strict=True):
-        if n_logits is not None and target >= n_logits:
-            raise RelneuronError(
-                f"prompt {prompt.id}: its answer {prompt.object!r} begins with the token "
-                f"{target}, the model predicts {n_logits} tokens",
-                "give a model and a tokenizer that belong together",
-            )
-        pairs = enumerate(zip(head, full, strict=False))
-        counts.append(len(full) - next((i for i, (a, b) in pairs if a != b), len(head)))
-        if strict and counts[-1] > 1:
-            raise RelneuronError(
-                f"prompt {prompt.id}: its answer {prompt.object!r} has {counts[-1]} tokens",
-                "leave --strict out to ask for the first one, or remove the prompt",
-            )
-    return Targets(asked.ids, asked.answers, counts)
-
-
-def _check_lengths(tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return
-    ids = tokenizer([prompt.prompt for prompt in prompts])["input_ids"]
-    for prompt, line in zip(prompts, ids, strict=True):
-        if len(line) > context:
-            raise RelneuronError(
-                f"prompt {prompt.id} has {len(line)} tokens, the model's context {context}",
-                "shorten or remove it",
-            )
-
-
-def _n_logits(model: Any) -> int | None:
-    """V, the tokens that the unembedding knows; not known without one."""
-    head = model.get_output_embeddings()
-    return None if head is None else int(head.weight.shape[0])
-
-
-# --- the rule to keep a sentence -------------------------------------------------------------
-
-
-def type_tokens(targets: Sequence[int], types: Sequence[str]) -> dict[str, Tensor]:
-    """Each type's target tokens, (K,) int64, each once and ascending."""
-    found: dict[str, set[int]] = {}
-    for target, kind in zip(targets, types, strict=True):
-        found.setdefault(kind, set()).add(target)
-    return {kind: torch.tensor(sorted(tokens)) for kind, tokens in found.items()}
-
-
-def keep(
-    logits: Tensor, targets: Tensor, types: Sequence[str], type_tokens: Mapping[str, Tensor]
-) -> Tensor:
-    """Which sentences the model knows (arXiv 2312.12141, section 4): (E,) bool.
-
-    `logits` (E, V) at the last position, `targets` (E,) int64. A sentence is kept if at most nine
-    tokens have a larger logit than its target, and its target a larger one than every other token
-    of `type_tokens[type]`. Where the type has no other token the first condition alone decides. A
-    target whose logit is not finite is not kept.
-    """
-    own = logits.gather(1, targets[:, None])
-    kept = ((logits > own).sum(1) < N_MOST_PROBABLE) & own[:, 0].isfinite()
-    for kind in dict.fromkeys(types):
-        rows = torch.tensor([i for i, name in enumerate(types) if name == kind])
-        rows, tokens = rows.to(logits.device), type_tokens[kind].to(logits.device)
-        is_own = tokens == targets[rows, None]
-        above = (own[rows] > logits[rows[:, None], tokens]) | is_own
-        kept[rows] &= above.all(1)
-    return kept

@@ -21,7 +21,6 @@ from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
 from relneuron.hooks import without_hooks
 from relneuron.identity import model_digest
 
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

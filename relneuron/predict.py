@@ -6,8 +6,8 @@ The `record` and `ablate` stages call it, so both ask in exactly the same way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact import Prompt, RelneuronError
+from relneuron.tokens import (
+    CHARACTER_BYTES,
+    CUT,
+    blank_notice,
+    continuations,
+    encode_texts,
+    whole_text,
+    without_blanks,
+)
 
 N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
 
@@ -55,11 +64,21 @@ def cache_of(out: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts as tokens: `ids` of each prompt and the first token of its object's answer."""
+    """Prompts as tokens: `ids` of each prompt and the first token that carries its answer's bytes.
+
+    spaces   tokens of white space alone in front of it, where the tokenizer makes some
+    notices  what a reader of the results must know of how prompts became tokens
+    """
 
     prompts: list[Prompt]
     ids: list[list[int]]
     answers: list[int]
+    spaces: list[tuple[int, ...]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def start(self, row: int) -> list[int]:
+        """How a prompt goes on with its answer, up to the first token of the answer's own."""
+        return [*(self.spaces[row] if self.spaces else ()), self.answers[row]]
 
 
 def encode(
@@ -70,44 +89,50 @@ def encode(
     answers: bool = True,
     n_tokens: int = N_ANSWER_TOKENS,
 ) -> Questions:
-    """Tokenise prompts with the tokenizer's own special tokens (BOS, where it adds one).
+    """Tokenise prompts, with the special tokens that the tokenizer puts before a text (BOS).
 
-    Raises RelneuronError for an empty prompt, one that with `n_tokens` of answer does not fit the
-    context, and an object without a token; without `answers` objects are not looked at.
+    An answer begins as `tokens.continuations` says. A prompt's space at its end is left out where
+    the tokenizer joins it to the next word. Raises RelneuronError for an empty prompt, one that
+    with `n_tokens` of answer does not fit the context, and an object without a token; without
+    `answers` objects are not looked at.
     """
-    ids = tokenizer([prompt.prompt for prompt in prompts])["input_ids"]
-    full = ids
+    texts, objects = [p.prompt for p in prompts], [p.object for p in prompts]
+    notices, found = [], []
     if answers:
-        full = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
+        texts, changed = without_blanks(tokenizer, texts, objects)
+        notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
+        found = continuations(tokenizer, texts, objects, [p.language for p in prompts])
+    ids = encode_texts(tokenizer, texts)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(max(line, default=0) for line in full)
+    largest = max(max(line, default=0) for line in [*ids, *(c.tokens for c in found)])
     if largest >= vocabulary:
         raise RelneuronError(
             f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
             "give a model and a tokenizer that belong together",
         )
-    firsts = []
-    for prompt, head, whole in zip(prompts, ids, full, strict=True):
-        if not head:
+    for prompt, line in zip(prompts, ids, strict=True):
+        if not line:
             raise RelneuronError(f"prompt {prompt.id} has no token", "remove the empty prompt")
-        if context is not None and len(head) + n_tokens > context:
+        if context is not None and len(line) + n_tokens > context:
             raise RelneuronError(
-                f"prompt {prompt.id} has {len(head)} tokens; with {n_tokens} for the answer "
+                f"prompt {prompt.id} has {len(line)} tokens; with {n_tokens} for the answer "
                 f"it is longer than the model's context of {context}",
-                "shorten or remove it" + _fewer(context - len(head), n_tokens),
+                "shorten or remove it" + _fewer(context - len(line), n_tokens),
             )
-        if not answers:
-            continue
-        pairs = enumerate(zip(head, whole, strict=False))
-        common = next((i for i, (a, b) in pairs if a != b), len(head))
-        if common >= len(whole) or not prompt.object.strip():
+    for prompt, answer in zip(prompts, found, strict=False):
+        if not answer.tokens:
             raise RelneuronError(
                 f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
                 "give every fact an object, or remove the prompt",
             )
-        firsts.append(whole[common])
-    return Questions(list(prompts), [list(head) for head in ids], firsts)
+    return Questions(
+        list(prompts),
+        ids,
+        [answer.tokens[0] for answer in found],
+        [answer.spaces for answer in found],
+        notices,
+    )
 
 
 def _fewer(room: int, n_tokens: int) -> str:
@@ -140,7 +165,11 @@ def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token."""
+    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
+
+    A space that is a token of its own before it counts with it, as in tokenizers that join the
+    two.
+    """
 
     predictions: list[str]
     logprobs: list[float]  # nats
@@ -207,23 +236,49 @@ class Asker:
         before_step: Callable[[Step], None] = _ignore,
         n_tokens: int = N_ANSWER_TOKENS,
     ) -> Answers:
-        """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS."""
+        """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS.
+
+        An answer that is only a part of one character's bytes by then goes on until it is whole.
+        """
         tokens, mask = self.pad([questions.ids[row] for row in rows])
         everyone = torch.arange(len(rows), device=self.device)
         inputs, entering, cache = tokens, mask, None
         chosen: list[Tensor] = []
         logprobs: list[float] = []
-        for number in range(n_tokens):
+        made: list[list[int]] = []
+        for number in range(n_tokens + CHARACTER_BYTES - 1):
             before_step(Step(everyone, entering, min(number, 1), 1))
             out = self._forward(inputs, mask, 1, cache)
             logits = out.logits[:, -1].float()
             if number == 0:
-                logprobs = self._logprobs(logits, questions, rows)
+                logprobs = self._logprobs(logits, [questions.start(row)[0] for row in rows])
             chosen.append(logits.argmax(-1))
+            if number >= n_tokens - 1:
+                lines = torch.stack(chosen, 1).tolist()
+                made = [self._first_tokens(line, n_tokens) for line in lines]
+                if not any(map(self._is_cut, made)):
+                    break
             cache, inputs = cache_of(out), chosen[-1][:, None]
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
-        return Answers([self._text(answer) for answer in torch.stack(chosen, 1).tolist()], logprobs)
+        for place, more in self._after_spaces(questions, rows, before_step):
+            logprobs[place] += more
+        return Answers([self._text(answer) for answer in made], logprobs)
+
+    def _after_spaces(
+        self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
+    ) -> Iterator[tuple[int, float]]:
+        """(place in `rows`, log p of what follows its first space) where an answer has spaces."""
+        starts = [questions.start(row) for row in rows]
+        for n in sorted({len(start) - 1 for start in starts} - {0}):
+            places = [i for i, start in enumerate(starts) if len(start) == n + 1]
+            tokens, mask = self.pad([[*questions.ids[rows[i]], *starts[i][:-1]] for i in places])
+            before_step(Step(torch.tensor(places, device=self.device), mask, n, n))
+            logits = self._forward(tokens, mask, n).logits[:, -n:].float()
+            parts = [
+                self._logprobs(logits[:, k], [starts[i][k + 1] for i in places]) for k in range(n)
+            ]
+            yield from zip(places, map(sum, zip(*parts, strict=True)), strict=True)
 
     @torch.no_grad()
     def ask_forced(
@@ -234,10 +289,12 @@ class Asker:
     ) -> Answers:
         """The answers of `ask`, mostly from one forward: the object's first token is put in.
 
-        Where greedy decoding chooses that token, the argmax after it is what greedy decoding
-        chooses next. Only the other rows take a second step; the forced token is masked out of it.
+        A space of its own in front of that is put in, in place of it. Where greedy decoding
+        chooses what was put in, the argmax after it is what greedy decoding chooses next. Only the
+        other rows take a second step; the forced token is masked out of it.
         """
-        wanted = [questions.answers[row] for row in rows]
+        starts = [questions.start(row) for row in rows]
+        wanted = [start[0] for start in starts]
         tokens, mask = self.pad(
             [[*questions.ids[row], first] for row, first in zip(rows, wanted, strict=True)]
         )
@@ -245,7 +302,10 @@ class Asker:
         before_step(Step(everyone, mask, 1, 2))
         out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
-        logprobs = self._logprobs(logits[:, 0], questions, rows)
+        logprobs = self._logprobs(logits[:, 0], wanted)
+        for i, start in enumerate(starts):
+            if len(start) > 1:
+                logprobs[i] += self._logprobs(logits[i : i + 1, 1], start[1:])[0]
         chosen = logits.argmax(-1)
         firsts = chosen[:, 0].tolist()
         open_rows = [
@@ -263,14 +323,30 @@ class Asker:
             before_step(Step(places, torch.ones_like(inputs), 1, 1))
             step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
             chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
-        return Answers([self._text(answer) for answer in chosen.tolist()], logprobs)
+        made = chosen.tolist()
+        predictions = [self._text(answer) for answer in made]
+        again = [i for i, answer in enumerate(made) if self._is_cut(answer)]
+        if again:
+            places = torch.tensor(again, device=self.device)
+
+            def mark(step: Step) -> None:
+                before_step(replace(step, rows=places[step.rows]))
+
+            asked = Questions(questions.prompts, questions.ids, questions.answers)
+            for i, said in zip(
+                again, self.ask(asked, [rows[i] for i in again], mark).predictions, strict=True
+            ):
+                predictions[i] = said
+        return Answers(predictions, logprobs)
 
     def forces_exactly(self, questions: Questions) -> bool:
         """Whether `ask_forced` may stand for `ask` on this model and these prompts.
 
         It must give the same predictions on eight of them, and no prompt may reach the end of a
-        sliding window: there the forced token takes up a place.
+        sliding window: there the forced token takes up a place. No answer has two spaces before it.
         """
+        if any(len(spaces) > 1 for spaces in questions.spaces):
+            return False
         order = sorted(range(len(questions.ids)), key=lambda row: len(questions.ids[row]))
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if window and len(questions.ids[order[-1]]) + N_ANSWER_TOKENS + 1 > window:
@@ -320,14 +396,29 @@ class Asker:
         summed: list[float] = torch.where(mask[:, :-1] == 1, nll.double(), 0.0).sum(1).tolist()
         return summed
 
-    def _logprobs(self, logits: Tensor, questions: Questions, rows: Sequence[int]) -> list[float]:
-        wanted = torch.tensor([questions.answers[row] for row in rows], device=self.device)
+    def _logprobs(self, logits: Tensor, tokens: Sequence[int]) -> list[float]:
+        """log p of one token a row of logits (b, V)."""
+        wanted = torch.tensor(tokens, device=self.device)
         picked: list[float] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
         return picked
+
+    def _first_tokens(self, made: list[int], n: int) -> list[int]:
+        """The first `n` tokens, or as many as make a whole character."""
+        while n < len(made) and self._is_cut(made[:n]):
+            n += 1
+        return made[:n]
+
+    def _is_cut(self, answer: list[int]) -> bool:
+        """Whether nothing is said yet but a part of a character."""
+        is_open = not self._ends & {*answer} and not self._text(answer)
+        return is_open and CUT in self._decoded(answer)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _text(self, answer: list[int]) -> str:
         end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))
         key = tuple(answer[:end])
         if key not in self._texts:
-            self._texts[key] = self.tokenizer.decode(key, skip_special_tokens=True).strip()
+            self._texts[key] = whole_text(self._decoded, key).strip()
         return self._texts[key]

@@ -6,6 +6,7 @@ It asks every prompt (validated.csv) and pools each det prompt's responses (resp
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from relneuron.model import (
 )
 from relneuron.patch import LayerState, Patch, Tokens
 from relneuron.predict import Asker, Questions, Step, encode, is_correct, plan_batches
+from relneuron.tokens import check_bos, policy_text
 
 POOLING = ("mean", "last")
 
@@ -227,6 +229,8 @@ def record(
     det = [row for row, prompt in enumerate(prompts) if prompt.split == "det"]
     if not det:
         raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
+    if exclude_bos:
+        check_bos(tokenizer, (questions.ids[row] for row in det))
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
     if min(n_pooled) < 1:
         raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
@@ -241,6 +245,8 @@ def record(
         accept_object_prefix=accept_object_prefix,
         validate=validate,
     )
+    for notice in questions.notices:
+        warnings.warn(notice, stacklevel=2)
     with locked(folder):
         copy = folder / "prompts.jsonl"
         if not copy.exists() or copy.read_bytes() != prompts_path.read_bytes():
@@ -301,6 +307,7 @@ def record(
             tokens={
                 "pooling": pooling,
                 "first_token": "excluded" if exclude_bos else "included",
+                "special": policy_text(tokenizer),
                 "first_prompt_ids": questions.ids[0][:8],
                 "padding": "left, masked; position ids are explicit",
                 "pooled": sum(n_pooled),
@@ -315,7 +322,7 @@ def record(
                 "responses_on_disk_bytes": responses.n_bytes,
                 "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
             },
-            fallbacks=fallbacks(described),
+            fallbacks=fallbacks(described) + questions.notices,
         )
         manifest.finish("record", inputs, [output, path, copy])
         journal.remove()

@@ -63,6 +63,7 @@ from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
 from relneuron.report_groups_study import GROUP_INPUTS
 from relneuron.residual import read_residual_model
 from relneuron.results import INPUTS
+from relneuron.tokens import check_bos
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ def run_study(
     mlps = find_gated_mlps(model)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed)]
-    encode(tokenizer, model, wanted)
+    questions = encode(tokenizer, model, wanted)
+    if o.exclude_bos:
+        check_bos(tokenizer, questions.ids)
     check_asked(o, facts, relations, wanted, model_shape(mlps))
     described = describe_model(name, model, mlps, o.backend)
 

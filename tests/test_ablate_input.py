@@ -105,7 +105,7 @@ class Letters:
 
     eos_token_id = 2
 
-    def __call__(self, texts: Any) -> dict[str, Any]:
+    def __call__(self, texts: Any, **_: Any) -> dict[str, Any]:
         return {"input_ids": [[ord(c) % 90 + 3 for c in text if c != " "] for text in texts]}
 
     def decode(self, tokens: Any, skip_special_tokens: bool) -> str:

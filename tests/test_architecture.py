@@ -32,7 +32,8 @@ ALLOWED = {
     "model": {"ops", "artifact", "hooks", "identity"},
     "patch": {"ops", "artifact", "hooks", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
-    "predict": {"artifact"},
+    "tokens": {"artifact"},
+    "predict": {"artifact", "tokens"},
     "clock": set(),
     "sentences": {"artifact"},
     "effects": {"artifact", "installed"},
@@ -42,7 +43,7 @@ ALLOWED = {
     "counts": {"artifact"},
     "corpus": {"artifact", "installed"},
     "corpus_read": {"artifact", "corpus"},
-    "corpus_windows": {"artifact", "corpus", "corpus_read"},
+    "corpus_windows": {"artifact", "corpus", "corpus_read", "tokens"},
     "corpus_worker": {"artifact", "corpus", "corpus_windows"},
     "corpus_feed": {"artifact", "corpus", "corpus_windows", "corpus_worker"},
     "count_batches": {"artifact", "corpus_windows"},
@@ -56,21 +57,22 @@ ALLOWED = {
     "lape_counts": {"artifact", "counts", "lape_files", "manifest"},
     "steer": {"artifact", "counts", "manifest", "model", "patch"},
     "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "identity", "manifest"}
-    | {"model", "patch", "predict", "steer"},
+    | {"model", "patch", "predict", "steer", "tokens"},
     "residual_layers": {"artifact"},
     "trace": {"artifact", "residual_layers"},
     "residual": {"model", "residual_layers", "trace"},
     "value_scores": {"ops", "residual_layers", "trace"},
     "query_scores": {"ops", "residual_layers", "trace"},
     "attributions": {"artifact", "installed"},
-    "knowledge": {"artifact", "facts", "predict"},
+    "knowledge": {"artifact", "facts"},
+    "targets": {"artifact", "knowledge", "predict", "tokens"},
     "interventions": {"artifact", "manifest", "predict", "residual_layers"},
     "method_scores": {"artifact", "ops", "residual_layers", "trace"},
     "comparison": {"artifact", "interventions", "manifest", "method_scores", "ops", "query_scores"}
     | {"residual_layers", "trace", "value_scores"},
     "attribute_options": {"artifact", "identity", "installed", "model"},
-    "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "knowledge"}
-    | {"ops", "query_scores", "residual_layers", "trace", "value_scores"},
+    "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "targets"}
+    | {"ops", "query_scores", "residual_layers", "tokens", "trace", "value_scores"},
     "identify_gains": {"artifact", "attributions", "identify", "manifest", "scores"},
     "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
     "tables": {"artifact"},
@@ -109,11 +111,11 @@ ALLOWED = {
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
-    | {"artifact", "identity", "manifest", "facts", "model", "predict", "results"}
+    | {"artifact", "identity", "manifest", "facts", "model", "predict", "results", "tokens"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES
-    | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo"}
+    | {"study", "artifact", "manifest", "facts", "model", "doctor", "demo", "tokens"}
     | {
         "cli_attribute",
         "cli_bench",
@@ -148,7 +150,7 @@ ALLOWED = {
         | {"report_groups", "report_groups_study", "report_groups_tables"}
         | {"report_attribution", "report_attribution_study", "report_attribution_tables"}
         | {"attribute_options", "attribute_pass", "attributions", "comparison", "knowledge"}
-        | {"query_scores", "residual", "residual_layers"},
+        | {"query_scores", "residual", "residual_layers", "targets", "tokens", "trace"},
     ),
 }
 

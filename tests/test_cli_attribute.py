@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def test_what_the_command_says(
         f"{n_several} answers of several tokens: their first one was asked for"
     )
     for relation, line in zip(RELATIONS, lines[1:4], strict=True):
+        asked = Counter((r["target"], r["target_id"]) for r in rows if r["relation"] == relation)
+        (token, token_id), n = asked.most_common(1)[0]
+        assert line.startswith(f"{relation}: asked for {token!r} ({token_id}) {n} times")
+        assert line.endswith("one and the same token") == (len(asked) == 1)
+    for relation, line in zip(RELATIONS, lines[4:7], strict=True):
         assert re.fullmatch(rf"{relation}: best neurons (\d_\d+ \+\S+, ){{4}}\d_\d+ \S+ nats", line)
     assert lines[-1] == f"-> {folder}"
     names = [line.split("│")[1].strip() for line in lines if line.startswith("│")]

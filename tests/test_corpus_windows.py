@@ -211,14 +211,26 @@ def test_bad_packings_are_refused(arguments: tuple[Any, ...], match: str) -> Non
     assert match in caught.value.cause + caught.value.fix and caught.value.exit_code == 2
 
 
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> None:
+    (tmp_path / "en.txt").write_text("one two\nthree four\n")
+    (source,) = parse_sources([f"en={tmp_path / 'en.txt'}"])
+    ids = {"one two": [1, 5, 6], "three four": [7, 8]}
+    packing = Packing(3, "documents", "document", 1)
+    block, _ = make_blocks(source, packing, lambda texts: [ids[text] for text in texts])
+    assert isinstance(block, Block)
+    assert [window.ids.tolist() for window in block.windows] == [[1, 5, 6], [1, 7, 8]]
+    assert [window.first.tolist() for window in block.windows] == [[True, False, False]] * 2
+
+
 class Speaker:
     """A tokenizer that puts some tokens before a text."""
 
     def __init__(self, before: list[int], bos_token_id: int | None, bare: list[int]) -> None:
         self.before, self.bos_token_id, self.bare = before, bos_token_id, bare
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [*(self.before if add_special_tokens else []), *self.bare]}
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+        ids = [*(self.before if add_special_tokens else []), *self.bare]
+        return {"input_ids": [ids for _ in texts]}
 
 
 def test_the_default_policy_is_the_tokenizers_own() -> None:

@@ -155,7 +155,8 @@ def reference(
             return tokenizer.decode(made[: n - 1], skip_special_tokens=True), n - 1, "eos"
         if cuts:
             return text[: min(cuts)], n, "stop string"
-    return tokenizer.decode(made, skip_special_tokens=True), len(made), "length"
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    return text.rstrip("\ufffd"), len(made), "length"
 
 
 def ours(loaded: tuple[Any, Any], study: Path, name: str = "o.jsonl", **asked: Any) -> list[Any]:

@@ -15,7 +15,8 @@ from conftest import tiny_model
 
 from relneuron.artifact import Prompt, RelneuronError, prompts_bytes
 from relneuron.facts import read_relations
-from relneuron.knowledge import encode_targets, keep, read_knowledge, type_tokens
+from relneuron.knowledge import read_knowledge
+from relneuron.targets import encode_targets, keep, type_tokens
 
 TYPES = ("language", "capital", "country", "color", "number", "month")
 CSV = "prompt,answer,type\n"
@@ -148,8 +149,13 @@ def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
 class Words:
     """A tokenizer of one token per word, each word by its number, with a first token 1."""
 
-    def __call__(self, texts: list[str]) -> dict[str, Any]:
-        return {"input_ids": [[1, *map(int, text.split())] for text in texts]}
+    def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+        first = [1] * add_special_tokens
+        words = [text.replace("a", "2").split() for text in texts]
+        return {"input_ids": [first + list(map(int, line)) for line in words]}
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(map(str, tokens))
 
 
 def test_targets_are_first_answer_tokens(model_folder: Path) -> None:

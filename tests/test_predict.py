@@ -116,7 +116,7 @@ class Letters:
 
     eos_token_id = 2
 
-    def __call__(self, texts: Any) -> dict[str, Any]:
+    def __call__(self, texts: Any, **_: Any) -> dict[str, Any]:
         return {"input_ids": [[ord(c) % 90 + 3 for c in text] for text in texts]}
 
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
