@@ -46,6 +46,7 @@ from relneuron.attributions import (
     targets_bytes,
 )
 from relneuron.comparison import Sizes, plan, run, summary
+from relneuron.effects import fact_numbers
 from relneuron.knowledge import encode_targets, read_knowledge
 from relneuron.manifest import Journal, Manifest, json_digest, locked, progress_bar, versions
 from relneuron.model import describe_model, fallbacks
@@ -110,7 +111,9 @@ def attribute(
             2,
         )
     residual = read_residual_model(model)
-    targets = encode_targets(tokenizer, model, prompts, strict=options.strict)
+    targets = encode_targets(
+        tokenizer, model, prompts, strict=options.strict, batch_tokens=options.batch_tokens
+    )
     described = describe_model(name, model, residual.shape, backend)
     copy = prompts_bytes(everything)
     inputs = attribute_inputs(
@@ -149,10 +152,12 @@ def attribute(
                 target,
                 n_answer,
                 len(ids),
-                *(one[key] for key in ("rank", "prob", "logprob", "kept")),
+                **{key: one[key] for key in ("rank", "prob", "logprob", "kept")},
+                answer=answer,
             )
-            for prompt, target, n_answer, ids, one in zip(
-                *(prompts, targets.targets, targets.n_answer_tokens, targets.ids, found),
+            for prompt, answer, target, n_answer, ids, one in zip(
+                *(prompts, targets.answers, targets.targets, targets.n_answer_tokens),
+                *(targets.ids, found),
                 strict=True,
             )
         ]
@@ -370,7 +375,9 @@ def _compare(
     asked = (
         (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob)) for r in rows
     )
-    means = ([number(v) if isinstance(v, float) else v for v in row] for row in summary(rows))
+    facts = dict(zip(ids, fact_numbers(ids, {p.id: p for p in prompts}).tolist(), strict=True))
+    found_means = summary(rows, facts)
+    means = ([number(v) if isinstance(v, float) else v for v in row] for row in found_means)
     return {
         INTERVENTIONS: csv_bytes(INTERVENTIONS_COLUMNS, asked),
         COMPARISON: csv_bytes(COMPARISON_COLUMNS, means),

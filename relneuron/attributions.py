@@ -68,6 +68,7 @@ class Target:
     prob: float
     logprob: float
     kept: bool
+    answer: str = ""  # the right answer that the target begins
 
 
 _TARGETS = tuple(f.name for f in fields(Target))
@@ -87,7 +88,7 @@ def targets_bytes(targets: Iterable[Target]) -> bytes:
 def read_targets(path: Path) -> list[Target]:
     """The rows of a targets.csv, in the file's order."""
     found = []
-    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS), 2):
+    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS[:-1]), 2):
         try:
             whole = {n: int(row[n]) for n in ("target_id", "n_answer_tokens", "n_tokens", "rank")}
             if row["kept"] not in ("0", "1"):
@@ -101,6 +102,7 @@ def read_targets(path: Path) -> list[Target]:
                     prob=float(row["prob"]),
                     logprob=float(row["logprob"]),
                     kept=row["kept"] == "1",
+                    answer=row.get("answer") or "",
                 )
             )
         except (TypeError, ValueError) as error:

@@ -11,16 +11,16 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Prompt, RelneuronError, read_prompts
-from relneuron.facts import read_relations
-from relneuron.predict import encode
+from relneuron.artifact import Json, Prompt, RelneuronError, distinct, read_prompts
+from relneuron.facts import ENGLISH, read_relations
+from relneuron.predict import Asker, encode
 
 N_MOST_PROBABLE = 10  # a kept sentence's answer is among so many (arXiv 2312.12141, section 4)
 SPLIT = "eva"  # of sentences whose file knows no splits
@@ -43,7 +43,8 @@ def read_knowledge(path: Path) -> list[Prompt]:
     - A table (.csv, .tsv, or .jsonl with one object a line) with a column `prompt` or `sentence`,
       one of `answer`, `object` or `target`, one of `type` or `relation`, and optionally `id`,
       `subject`, `language` and `template`. Outer space of a cell does not count. Without ids the
-      rows of a type are numbered: `<type>.0000`.
+      rows of a type are numbered: `<type>.0000`. In .jsonl an answer may be a list of right ones,
+      also under `answers` or `objects`.
     - A folder of fact files in the format of the LRE data set, or one of them (.json): every fact
       in every main template.
 
@@ -91,11 +92,12 @@ def _fact_prompts(path: Path) -> list[Prompt]:
             id=f"{relation.name}.{number:04d}.{variant}",
             relation=relation.name,
             split=SPLIT,
-            language="en",
+            language=relation.language,
             template=template,
             subject=fact.subject,
             object=fact.object,
             prompt=template.replace("{}", fact.subject),
+            objects=fact.objects,
         )
         for relation in read_relations(path)
         for number, fact in enumerate(relation.facts)
@@ -109,7 +111,10 @@ def _is_prompts(text: str) -> bool:
         first = json.loads(text.partition("\n")[0])
     except ValueError:
         return False
-    return isinstance(first, dict) and {field.name for field in fields(Prompt)} <= first.keys()
+    if not isinstance(first, dict):
+        return False
+    names = {field.name for field in fields(Prompt)} - {"object", "objects"}
+    return names <= first.keys() and bool({"object", "objects"} & first.keys())
 
 
 def _check_filled(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -117,6 +122,8 @@ def _check_filled(path: Path, prompts: Sequence[Prompt]) -> None:
         for name in ("id", "relation", "object", "prompt"):
             if not getattr(prompt, name).strip():
                 raise _empty(path, line, name)
+        if not all(name.strip() for name in prompt.objects):
+            raise _empty(path, line, "objects")
 
 
 def _empty(path: Path, line: int, column: str) -> RelneuronError:
@@ -125,7 +132,8 @@ def _empty(path: Path, line: int, column: str) -> RelneuronError:
     )
 
 
-_Record = tuple[int, Mapping[str, str]]  # a line's number and its cells
+# A line's number and its cells; where a list stands for the answer, its right answers.
+_Record = tuple[int, Mapping[str, str], tuple[str, ...]]
 
 
 def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
@@ -146,7 +154,7 @@ def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
                     fix,
                 )
             if cells:
-                yield line, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+                yield line, dict(zip(header, (cell.strip() for cell in cells), strict=True)), ()
             line = reader.line_num + 1
     except csv.Error as error:
         raise RelneuronError(f"{path}, line {reader.line_num}: {error}", fix) from error
@@ -160,12 +168,32 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise TypeError("no object")
-            cells = {name.strip().lower(): _cell(value) for name, value in record.items()}
+            record = {name.strip().lower(): value for name, value in record.items()}
+            right = _right_answers(record)
+            cells = {name: _cell(value) for name, value in record.items()}
         except (ValueError, TypeError, RecursionError) as error:
             raise RelneuronError(
                 f"{path}, line {number}: {error}", f"give one JSON object a line with {_COLUMNS}"
             ) from error
-        yield number, cells
+        yield number, cells, right
+
+
+def _right_answers(record: Json) -> tuple[str, ...]:
+    """The right answers, where there is a list of them; the record's first answer is one of them.
+
+    Two columns that mean the same stay as they are, to be refused.
+    """
+    for one, several in (("answer", "answers"), ("object", "objects"), ("target", "targets")):
+        given = {key: record[key] for key in (one, several) if key in record}
+        if any(isinstance(value, list) for value in given.values()):
+            record.pop(several, None)
+            values = [
+                v for some in given.values() for v in (some if isinstance(some, list) else [some])
+            ]
+            right = distinct(_cell(value) for value in values)
+            record[one] = right[0] if all(right) and right else ""
+            return right
+    return ()
 
 
 def _cell(value: object) -> str:
@@ -180,7 +208,7 @@ def _table_prompts(path: Path, records: Iterator[_Record]) -> list[Prompt]:
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     numbers: Counter[str] = Counter()
-    for line, cells in records:
+    for line, cells, right in records:
         sentence = cells[_column(path, line, cells, _SENTENCE)]
         answer = cells[_column(path, line, cells, _ANSWER)]
         kind = cells[_column(path, line, cells, _TYPE)]
@@ -194,9 +222,11 @@ def _table_prompts(path: Path, records: Iterator[_Record]) -> list[Prompt]:
                 "give each line its own id",
             )
         lines[name] = line
-        about = {key: cells.get(key, "") for key in ("template", "subject")}
-        language = cells.get("language") or "en"
-        prompts.append(Prompt(name, kind, SPLIT, language, **about, object=answer, prompt=sentence))
+        template, subject = (cells.get(key, "") for key in ("template", "subject"))
+        objects = distinct((answer, *right))
+        language = cells.get("language") or ENGLISH
+        about = name, kind, SPLIT, language, template, subject
+        prompts.append(Prompt(*about, answer, sentence, objects))
     if not prompts:
         raise RelneuronError(f"{path} holds no sentence", f"give a table with {_COLUMNS}")
     return prompts
@@ -224,11 +254,17 @@ def _column(path: Path, line: int, cells: Mapping[str, str], names: Sequence[str
 
 @dataclass(frozen=True)
 class Targets:
-    """N sentences as tokens, with the token that each is asked for: its answer's first one."""
+    """N sentences as tokens, with the token that each is asked for: its answer's first one.
+
+    Of several right answers it is the most probable one's, `answers`. `rights` are the first
+    tokens of all right answers of each sentence, those that other lines give it among them.
+    """
 
     ids: list[list[int]]  # of each sentence, special tokens included
     targets: list[int]
     n_answer_tokens: list[int]
+    rights: list[list[int]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
     @property
     def n_several(self) -> int:
@@ -237,37 +273,56 @@ class Targets:
 
 
 def encode_targets(
-    tokenizer: Any, model: Any, prompts: Sequence[Prompt], *, strict: bool = False
+    tokenizer: Any,
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    strict: bool = False,
+    batch_tokens: int = 2048,
 ) -> Targets:
     """Tokenise sentences and their answers, an answer with a space in front of it.
 
-    The target is the first token by which sentence and answer differ from the sentence alone. An
-    answer of several tokens is stood for by its first one, or with `strict` refused. Raises
-    RelneuronError that names the prompt, too, for a sentence without a token or longer than the
-    context, an answer without a token, and a token that the model does not have.
+    The target is the first token by which sentence and answer differ from the sentence alone; of
+    several right answers the model is asked which one it finds most probable. An answer of several
+    tokens is stood for by its first one, or with `strict` refused. Raises RelneuronError that
+    names the prompt, too, for a sentence without a token or longer than the context, an answer
+    without a token, and a token that the model does not have.
     """
     if not prompts:
         raise RelneuronError("there is no sentence to attribute", "give at least one prompt")
     _check_lengths(tokenizer, model, prompts)
     asked = encode(tokenizer, model, prompts, n_tokens=0)
-    whole = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
     n_logits = _n_logits(model)
+    for prompt, tokens in zip(prompts, asked.rights, strict=True):
+        for name, token in zip(prompt.objects, tokens, strict=True):
+            if n_logits is not None and token >= n_logits:
+                raise RelneuronError(
+                    f"prompt {prompt.id}: its answer {name!r} begins with the token {token}, the "
+                    f"model predicts {n_logits} tokens",
+                    "give a model and a tokenizer that belong together",
+                )
+    which = [0] * len(prompts)
+    if any(len({*tokens}) > 1 for tokens in asked.rights):
+        which = Asker(model, tokenizer).most_probable(asked, batch_tokens)
+    answers = [prompt.objects[k] for prompt, k in zip(prompts, which, strict=True)]
+    texts = [f"{prompt.prompt} {name}" for prompt, name in zip(prompts, answers, strict=True)]
     counts = []
-    for prompt, head, full, target in zip(prompts, asked.ids, whole, asked.answers, strict=True):
-        if n_logits is not None and target >= n_logits:
-            raise RelneuronError(
-                f"prompt {prompt.id}: its answer {prompt.object!r} begins with the token "
-                f"{target}, the model predicts {n_logits} tokens",
-                "give a model and a tokenizer that belong together",
-            )
+    for prompt, name, head, full in zip(
+        prompts, answers, asked.ids, tokenizer(texts)["input_ids"], strict=True
+    ):
         pairs = enumerate(zip(head, full, strict=False))
         counts.append(len(full) - next((i for i, (a, b) in pairs if a != b), len(head)))
         if strict and counts[-1] > 1:
             raise RelneuronError(
-                f"prompt {prompt.id}: its answer {prompt.object!r} has {counts[-1]} tokens",
+                f"prompt {prompt.id}: its answer {name!r} has {counts[-1]} tokens",
                 "leave --strict out to ask for the first one, or remove the prompt",
             )
-    return Targets(asked.ids, asked.answers, counts)
+    targets = [tokens[k] for tokens, k in zip(asked.rights, which, strict=True)]
+    together: dict[tuple[str, str], list[int]] = {}
+    for prompt, tokens in zip(prompts, asked.rights, strict=True):
+        together.setdefault((prompt.relation, prompt.prompt), []).extend(tokens)
+    rights = [together[prompt.relation, prompt.prompt] for prompt in prompts]
+    return Targets(asked.ids, targets, counts, rights, answers)
 
 
 def _check_lengths(tokenizer: Any, model: Any, prompts: Sequence[Prompt]) -> None:
@@ -301,14 +356,19 @@ def type_tokens(targets: Sequence[int], types: Sequence[str]) -> dict[str, Tenso
 
 
 def keep(
-    logits: Tensor, targets: Tensor, types: Sequence[str], type_tokens: Mapping[str, Tensor]
+    logits: Tensor,
+    targets: Tensor,
+    types: Sequence[str],
+    type_tokens: Mapping[str, Tensor],
+    rights: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Which sentences the model knows (arXiv 2312.12141, section 4): (E,) bool.
 
     `logits` (E, V) at the last position, `targets` (E,) int64. A sentence is kept if at most nine
     tokens have a larger logit than its target, and its target a larger one than every other token
-    of `type_tokens[type]`. Where the type has no other token the first condition alone decides. A
-    target whose logit is not finite is not kept.
+    of `type_tokens[type]` but its `rights`, the first tokens of its other right answers. Where
+    the type has no other token the first condition alone decides. A target whose logit is not
+    finite is not kept.
     """
     own = logits.gather(1, targets[:, None])
     kept = ((logits > own).sum(1) < N_MOST_PROBABLE) & own[:, 0].isfinite()
@@ -316,6 +376,8 @@ def keep(
         rows = torch.tensor([i for i, name in enumerate(types) if name == kind])
         rows, tokens = rows.to(logits.device), type_tokens[kind].to(logits.device)
         is_own = tokens == targets[rows, None]
+        for i, row in enumerate(rows.tolist() if rights else ()):
+            is_own[i] |= torch.isin(tokens, tokens.new_tensor(rights[row]))
         above = (own[rows] > logits[rows[:, None], tokens]) | is_own
         kept[rows] &= above.all(1)
     return kept

@@ -7,33 +7,41 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact import Prompt, RelneuronError, fold
 
 N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
 
 
 def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = False) -> bool:
-    """Whether a prediction is a non-empty prefix of the answer, ignoring case and outer space.
+    """Whether a prediction is a non-empty prefix of the answer, as `artifact.fold` has both.
 
+    It is one, too, if it ends between a letter and the mark that the answer writes after it.
     `accept_object_prefix` also accepts a prediction that the answer is a prefix of ("Japan." for
     "Japan"); the paper's rule (arXiv 2502.17355, section 3.2) does not.
     """
-    given, wanted = prediction.strip().lower(), answer.strip().lower()
+    given, wanted = fold(prediction), fold(answer)
     if not given:
         return False
-    return wanted.startswith(given) or (accept_object_prefix and given.startswith(wanted))
+    written = answer.strip().casefold().startswith(prediction.strip().casefold())
+    is_prefix = wanted.startswith(given) or written
+    return is_prefix or (accept_object_prefix and given.startswith(wanted))
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether free text begins with the answer, ignoring case and outer space."""
-    return text.strip().lower().startswith(answer.strip().lower())
+    """Whether free text begins with the answer, as `artifact.fold` has both."""
+    return fold(text).startswith(fold(answer))
+
+
+def given_object(text: str, objects: Sequence[str], rule: Callable[[str, str], bool]) -> str:
+    """The first of the right objects that a text gives by a rule such as `is_correct`, or ""."""
+    return next((name for name in objects if rule(text, name)), "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,11 +63,19 @@ def cache_of(out: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts as tokens: `ids` of each prompt and the first token of its object's answer."""
+    """Prompts as tokens: `ids` of each prompt and the first token of its object's answer.
+
+    `rights` are the first tokens of all of its right objects, in their order; without them
+    `answers` are the only ones.
+    """
 
     prompts: list[Prompt]
     ids: list[list[int]]
     answers: list[int]
+    rights: list[list[int]] = field(default_factory=list)
+
+    def right_of(self, row: int) -> list[int]:
+        return self.rights[row] if self.rights else [self.answers[row]]
 
 
 def encode(
@@ -78,7 +94,8 @@ def encode(
     ids = tokenizer([prompt.prompt for prompt in prompts])["input_ids"]
     full = ids
     if answers:
-        full = tokenizer([f"{prompt.prompt} {prompt.object}" for prompt in prompts])["input_ids"]
+        texts = [f"{prompt.prompt} {name}" for prompt in prompts for name in prompt.objects]
+        full = tokenizer(texts)["input_ids"]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = max(max(line, default=0) for line in full)
@@ -87,8 +104,9 @@ def encode(
             f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
             "give a model and a tokenizer that belong together",
         )
-    firsts = []
-    for prompt, head, whole in zip(prompts, ids, full, strict=True):
+    rights = []
+    wholes = iter(full)
+    for prompt, head in zip(prompts, ids, strict=True):
         if not head:
             raise RelneuronError(f"prompt {prompt.id} has no token", "remove the empty prompt")
         if context is not None and len(head) + n_tokens > context:
@@ -99,27 +117,36 @@ def encode(
             )
         if not answers:
             continue
-        pairs = enumerate(zip(head, whole, strict=False))
-        common = next((i for i, (a, b) in pairs if a != b), len(head))
-        if common >= len(whole) or not prompt.object.strip():
-            raise RelneuronError(
-                f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
-                "give every fact an object, or remove the prompt",
-            )
-        firsts.append(whole[common])
-    return Questions(list(prompts), [list(head) for head in ids], firsts)
+        rights.append([_first_token(prompt, name, head, next(wholes)) for name in prompt.objects])
+    firsts = [tokens[0] for tokens in rights]
+    return Questions(list(prompts), [list(head) for head in ids], firsts, rights)
 
 
-def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
+def _first_token(prompt: Prompt, name: str, head: Sequence[int], whole: Sequence[int]) -> int:
+    """The first token by which a prompt with its object differs from the prompt alone."""
+    pairs = enumerate(zip(head, whole, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), len(head))
+    if common >= len(whole) or not name.strip():
+        raise RelneuronError(
+            f"prompt {prompt.id}: its object {name!r} makes no token",
+            "give every fact an object, or remove the prompt",
+        )
+    return whole[common]
+
+
+def plan_batches(
+    questions: Questions, batch_tokens: int, only: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of the prompts in batches of one split and language, at most `batch_tokens` padded.
 
     Sorted by length within a split, so that a prompt's batch does not depend on other splits and
-    every stage that asks a split asks it in the same batches.
+    every stage that asks a split asks it in the same batches. `only` these prompts; default: all.
     """
-    kinds = [(prompt.split, prompt.language) for prompt in questions.prompts]
+    taken = range(len(questions.prompts)) if only is None else only
+    kinds = {i: (questions.prompts[i].split, questions.prompts[i].language) for i in taken}
     batches: list[list[int]] = []
-    for kind in dict.fromkeys(kinds):
-        rows = [i for i, k in enumerate(kinds) if k == kind]
+    for kind in dict.fromkeys(kinds.values()):
+        rows = [i for i, k in kinds.items() if k == kind]
         rows.sort(key=lambda i: len(questions.ids[i]))
         batch: list[int] = []
         for row in rows:
@@ -133,10 +160,14 @@ def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token."""
+    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
+
+    Of several right objects it is the most probable one's, `which` in their order.
+    """
 
     predictions: list[str]
     logprobs: list[float]  # nats
+    which: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -206,17 +237,29 @@ class Asker:
         inputs, entering, cache = tokens, mask, None
         chosen: list[Tensor] = []
         logprobs: list[float] = []
+        which: list[int] = []
         for number in range(n_tokens):
             before_step(Step(everyone, entering, min(number, 1), 1))
             out = self._forward(inputs, mask, 1, cache)
             logits = out.logits[:, -1].float()
             if number == 0:
-                logprobs = self._logprobs(logits, questions, rows)
+                logprobs, which = self._logprobs(logits, questions, rows)
             chosen.append(logits.argmax(-1))
             cache, inputs = cache_of(out), chosen[-1][:, None]
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
-        return Answers([self._text(answer) for answer in torch.stack(chosen, 1).tolist()], logprobs)
+        texts = [self._text(answer) for answer in torch.stack(chosen, 1).tolist()]
+        return Answers(texts, logprobs, which)
+
+    def most_probable(self, questions: Questions, batch_tokens: int) -> list[int]:
+        """Of each prompt, which of its right objects has the most probable first token."""
+        which = [0] * len(questions.prompts)
+        several = [row for row in range(len(which)) if len({*questions.right_of(row)}) > 1]
+        for batch in plan_batches(questions, batch_tokens, several):
+            answers = self.ask(questions, batch, n_tokens=1)
+            for row, k in zip(batch, answers.which, strict=True):
+                which[row] = k
+        return which
 
     @torch.no_grad()
     def ask_forced(
@@ -238,7 +281,7 @@ class Asker:
         before_step(Step(everyone, mask, 1, 2))
         out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
-        logprobs = self._logprobs(logits[:, 0], questions, rows)
+        logprobs, which = self._logprobs(logits[:, 0], questions, rows)
         chosen = logits.argmax(-1)
         firsts = chosen[:, 0].tolist()
         open_rows = [
@@ -256,7 +299,7 @@ class Asker:
             before_step(Step(places, torch.ones_like(inputs), 1, 1))
             step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
             chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
-        return Answers([self._text(answer) for answer in chosen.tolist()], logprobs)
+        return Answers([self._text(answer) for answer in chosen.tolist()], logprobs, which)
 
     def forces_exactly(self, questions: Questions) -> bool:
         """Whether `ask_forced` may stand for `ask` on this model and these prompts.
@@ -313,10 +356,17 @@ class Asker:
         summed: list[float] = torch.where(mask[:, :-1] == 1, nll.double(), 0.0).sum(1).tolist()
         return summed
 
-    def _logprobs(self, logits: Tensor, questions: Questions, rows: Sequence[int]) -> list[float]:
-        wanted = torch.tensor([questions.answers[row] for row in rows], device=self.device)
-        picked: list[float] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-        return picked
+    def _logprobs(
+        self, logits: Tensor, questions: Questions, rows: Sequence[int]
+    ) -> tuple[list[float], list[int]]:
+        """log p of the most probable right token of each row, and which of them it is."""
+        rights = [questions.right_of(row) for row in rows]
+        most = max(map(len, rights))
+        # Rows with fewer tokens repeat their first one; of equal ones the first counts.
+        wanted = torch.tensor([r + r[:1] * (most - len(r)) for r in rights], device=self.device)
+        picked = logits.log_softmax(-1).gather(1, wanted).tolist()
+        which = [row.index(max(row)) for row in picked]
+        return [row[k] for row, k in zip(picked, which, strict=True)], which
 
     def _text(self, answer: list[int]) -> str:
         end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))

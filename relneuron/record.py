@@ -6,6 +6,7 @@ It asks every prompt (validated.csv) and pools each det prompt's responses (resp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +250,9 @@ def record(
         for number, rows in enumerate(batches):
             for row, prediction in zip(rows, journal.done[str(number)], strict=True):
                 predictions[row] = prediction
+        right = partial(is_correct, accept_object_prefix=accept_object_prefix)
         correct = [
-            not validate
-            or is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
+            not validate or any(right(prediction, name) for name in prompt.objects)
             for prompt, prediction in zip(prompts, predictions, strict=True)
         ]
         table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)

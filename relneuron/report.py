@@ -29,7 +29,7 @@ from relneuron.report_groups_study import (
     read_group_study,
 )
 from relneuron.report_study import Study, examples, read_study
-from relneuron.results import INPUTS, Headline, Result, Spread, headline, split_results
+from relneuron.results import INPUTS, LOW, Headline, Result, Spread, headline, split_results
 from relneuron.tables import NBSP, Number, Table, label, percent, show, split_title, visible
 
 if TYPE_CHECKING:
@@ -139,11 +139,11 @@ def page(study: Study) -> Json:
         "main": main,
         "main_title": split_title(main.split),
         "sizes": _span(sizes),
-        "answer": answer(numbers, sizes, study.n_neurons),
+        "answer": unknown(main) or answer(numbers, sizes, study.n_neurons),
         "off": off(study.manifest),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
-        "left_out": [label(name) for name, accuracy in before if accuracy == 0],
+        "left_out": [label(name) for name, accuracy in before if accuracy <= LOW],
         "sections": sections(study, results),
         "examples": list(examples(study, main).items()),
         "commands": commands(study.manifest),
@@ -161,6 +161,16 @@ def sections(study: Study, results: Sequence[Result]) -> list[Section]:
 
 
 # Text
+
+
+def unknown(result: Result) -> str:
+    """Why nothing can be answered where the model knows none of the relations; "" if it does."""
+    if not result.before.size or result.before.max() > LOW:
+        return ""
+    return (
+        f"Nothing can be said: the model as it is answers at most {percent(result.before.max())} "
+        "of a relation's prompts, too few for a drop or a rise to mean anything."
+    )
 
 
 def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:

@@ -41,6 +41,11 @@ OPTIONAL = (
 )
 
 
+# Of 50 facts, the default, so many are 5: even if all of them are lost, chance does as much
+# (sign-flip p = 0.06). A relation that the model knows no better has no drop that means anything.
+LOW = 0.1
+
+
 def drop_matrix(before: Array, off: Array) -> Array:
     """(before - off) / before, (R,) and (R, C) -> (R, C); NaN where nothing was right before."""
     base = np.where(before > 0, before, np.nan)[:, None]
@@ -133,8 +138,12 @@ class Headline(NamedTuple):
 
 
 def headline(result: Result) -> Headline:
-    """The three numbers that answer the question; the random range is over the seeds' means."""
-    drop, random = result.drop, drop_matrix(result.before, result.random)
+    """The three numbers that answer the question; the random range is over the seeds' means.
+
+    Of the relations that the model answers at all: better than LOW.
+    """
+    before = np.where(result.before > LOW, result.before, 0)
+    drop, random = (drop_matrix(before, after) for after in (result.off, result.random))
     seeds = np.array([spread(column).mean for column in random.T])
     return Headline(
         spread(drop[result.own]),

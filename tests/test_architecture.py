@@ -30,6 +30,7 @@ ALLOWED = {
     "patch": {"ops", "artifact", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
     "predict": {"artifact"},
+    "preview": {"artifact", "effects", "predict", "results"},
     "clock": set(),
     "sentences": {"artifact"},
     "effects": {"artifact"},
@@ -105,7 +106,7 @@ ALLOWED = {
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
-    | {"artifact", "manifest", "facts", "model", "predict", "results"}
+    | {"artifact", "manifest", "facts", "model", "predict", "preview", "results"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES

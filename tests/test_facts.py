@@ -100,7 +100,7 @@ def test_split_shares_no_subject_and_is_exact() -> None:
     for seed in range(20):
         det, eva = split_facts(relation_of(pairs), 10, seed)
         assert len(eva) == 10
-        assert len(det) + len(eva) == len(pairs)
+        assert len(det) + len(eva) == 29  # a subject is a fact
         assert not {f.subject for f in det} & {f.subject for f in eva}
 
 
@@ -182,7 +182,10 @@ def test_the_papers_relations_have_its_templates_and_sizes() -> None:
     assert alternative["person_plays_pro_sport"] == ("What sport does {} play? They play? Answer:",)
     assert len(alternative["star_constellation"]) == 1
     assert alternative["person_occupation"] == ("{} works professionally as a? Answer:",)
-    assert len(relations["product_by_company"].facts) == 502
+    assert len(relations["product_by_company"].facts) == 494
+    several = [f for r in relations.values() for f in r.facts if len(f.objects) > 1]
+    assert len(several) == 16
+    assert Counter(len(fact.objects) for fact in several) == {2: 15, 4: 1}
     # 50 facts of each relation, twice where there are two templates (methods A3).
     prompts = [p for r in relations.values() for p in make_prompts(r, n_eva=50, seed=0)]
     assert sum(prompt.split == "eva" for prompt in prompts) == 850
