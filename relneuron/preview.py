@@ -8,10 +8,12 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from relneuron.artifact import read_csv, read_prompts
-from relneuron.effects import own_languages
+from relneuron.effects import fact_numbers, own_languages
 from relneuron.predict import Asker, Questions, plan_batches
-from relneuron.results import LOW
+from relneuron.results import is_known
 
 
 def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list[str]:
@@ -29,17 +31,18 @@ def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list
 
 def warn_of_unknown(folder: Path) -> None:
     """Warn of the relations that the model as it is hardly knows, before anything is off."""
-    right = {
-        row["id"]: row["correct"] == "1"
-        for row in read_csv(folder / "validated.csv", ("id", "correct"))
-    }
-    prompts = read_prompts(folder / "prompts.jsonl")
-    own, found = own_languages(prompts), dict[str, list[bool]]()
-    for p in prompts:
-        if p.language == own[p.relation]:
-            found.setdefault(p.relation, []).append(right[p.id])
-    shares = {relation: sum(some) / len(some) for relation, some in found.items()}
-    low = [f"{relation} {share:.1%}" for relation, share in shares.items() if share <= LOW]
+    rows = read_csv(folder / "validated.csv", ("id", "correct"))
+    right = {row["id"]: row["correct"] == "1" for row in rows}
+    everything = read_prompts(folder / "prompts.jsonl")
+    own = own_languages(everything)
+    asked = [p for p in everything if p.split != "det" and p.language == own[p.relation]]
+    facts = fact_numbers([p.id for p in asked], {p.id: p for p in asked})
+    low = []
+    for relation in dict.fromkeys(p.relation for p in asked):
+        of = np.array([p.relation == relation for p in asked])
+        correct = np.array([right[p.id] for p in asked])[of]
+        if not is_known(correct.mean(), np.unique(facts[of][correct]).size):
+            low.append(f"{relation} {correct.mean():.1%}")
     if low:
         warnings.warn(
             f"few answers are right before anything is off ({', '.join(low)}): drops mean nothing "

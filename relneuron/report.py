@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
 from relneuron.report_attribution_study import (
     ATTRIBUTION_INPUTS,
@@ -29,7 +31,7 @@ from relneuron.report_groups_study import (
     read_group_study,
 )
 from relneuron.report_study import Study, examples, read_study
-from relneuron.results import INPUTS, LOW, Headline, Result, Spread, headline, split_results
+from relneuron.results import INPUTS, Headline, Result, Spread, headline, split_results
 from relneuron.tables import NBSP, Number, Table, label, percent, show, split_title, visible
 
 if TYPE_CHECKING:
@@ -132,7 +134,6 @@ def page(study: Study) -> Json:
     main = results[0]
     numbers = headline(main)
     sizes = sorted(len(chosen) for chosen in study.sets.values() if chosen)
-    before = zip(main.relations, main.before, strict=True)
     return {
         "model": study.neurons.model.get("id", "an unnamed model"),
         "method": METHODS.get(study.neurons.method, study.neurons.method),
@@ -143,7 +144,7 @@ def page(study: Study) -> Json:
         "off": off(study.manifest),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
-        "left_out": [label(name) for name, accuracy in before if accuracy <= LOW],
+        "left_out": [label(main.relations[r]) for r in np.flatnonzero(~main.known)],
         "sections": sections(study, results),
         "examples": list(examples(study, main).items()),
         "commands": commands(study.manifest),
@@ -165,11 +166,13 @@ def sections(study: Study, results: Sequence[Result]) -> list[Section]:
 
 def unknown(result: Result) -> str:
     """Why nothing can be answered where the model knows none of the relations; "" if it does."""
-    if not result.before.size or result.before.max() > LOW:
+    measured = result.before[np.isfinite(result.before)]
+    if not measured.size or result.known.any():
         return ""
     return (
-        f"Nothing can be said: the model as it is answers at most {percent(result.before.max())} "
-        "of a relation's prompts, too few for a drop or a rise to mean anything."
+        f"Nothing can be said: the model as it is answers {percent(measured.mean())} of the "
+        f"prompts right, at most {percent(measured.max())} of a relation's, too few for a drop or "
+        "a rise to mean anything."
     )
 
 
