@@ -34,7 +34,7 @@ from relneuron.conditions import (
     read_sets,
     scores_beside,
 )
-from relneuron.effects import EFFECTS, OBJECTS, conditions_bytes, own_languages, split_name
+from relneuron.effects import WRITTEN, conditions_bytes, own_languages, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.manifest import (
     Journal,
@@ -76,7 +76,7 @@ def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str,
     """(condition, relation, split, n_prompts, n_correct, accuracy), in order of appearance."""
     total: Counter[tuple[str, str, str]] = Counter()
     correct: Counter[tuple[str, str, str]] = Counter()
-    for condition, relation, split, _, _, is_right, *_ in effects:
+    for condition, relation, split, _, _, _, is_right, _, _ in effects:
         total[condition, relation, split] += 1
         correct[condition, relation, split] += is_right
     return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
@@ -208,7 +208,7 @@ def ablate_prompts(
             for row in ablation.prompts:
                 p, (said, logprob, which) = prompts[row], answers[Row(first[place], row)]
                 given = given_object(said, p.objects, right)
-                values = (said, int(bool(given)), logprob, p.objects[which], given)
+                values = (said, given, int(bool(given)), p.objects[which], logprob)
                 effects.append((condition, p.relation, split_name(p, own), p.id, *values))
         accuracy = accuracy_rows(effects)
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
@@ -353,12 +353,11 @@ def check_format(output: Path) -> None:
 
 def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
     if path.suffix == ".csv":
-        return csv_bytes((*EFFECTS, *OBJECTS), effects)
+        return csv_bytes(WRITTEN, effects)
     import pyarrow
     import pyarrow.parquet
 
-    names = (*EFFECTS, *OBJECTS)
-    columns = dict(zip(names, map(list, zip(*effects, strict=True)), strict=True))
+    columns = dict(zip(WRITTEN, map(list, zip(*effects, strict=True)), strict=True))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), sink)
     return sink.getvalue()

@@ -153,7 +153,7 @@ def attribute(
                 n_answer,
                 len(ids),
                 **{key: one[key] for key in ("rank", "prob", "logprob", "kept")},
-                answer=answer,
+                answer=answer if len(prompt.objects) > 1 else "",
             )
             for prompt, answer, target, n_answer, ids, one in zip(
                 *(prompts, targets.answers, targets.targets, targets.n_answer_tokens),

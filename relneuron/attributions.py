@@ -68,21 +68,23 @@ class Target:
     prob: float
     logprob: float
     kept: bool
-    answer: str = ""  # the right answer that the target begins
+    answer: str = ""  # of several right answers the one that the target begins
 
 
 _TARGETS = tuple(f.name for f in fields(Target))
 
 
 def targets_bytes(targets: Iterable[Target]) -> bytes:
-    """targets.csv."""
+    """targets.csv; the column `answer` is there if a sentence has several right answers."""
+    rows = list(targets)
+    names = _TARGETS if any(t.answer for t in rows) else _TARGETS[:-1]
 
     def cell(value: object) -> object:
         if isinstance(value, bool):
             return int(value)
         return number(value) if isinstance(value, float) else value
 
-    return csv_bytes(_TARGETS, ([cell(getattr(t, name)) for name in _TARGETS] for t in targets))
+    return csv_bytes(names, ([cell(getattr(t, name)) for name in names] for t in rows))
 
 
 def read_targets(path: Path) -> list[Target]:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from relneuron.artifact import Prompt, RelneuronError, composed, csv_bytes, read_csv
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
-# Which right object `logprob` is of, the most probable one, and which one the prediction gives.
-OBJECTS = ("logprob_of", "given")
+# As it is written: also which right object the prediction gives, and which one `logprob` is of.
+WRITTEN = (*EFFECTS[:5], "given", "correct", "logprob_of", "logprob")
 NOT_ASKED = -1
 KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept", "gain")
 

@@ -40,8 +40,8 @@ def test_targets_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "targets.csv"
     atomic_write(path, targets_bytes([TARGET, odd]))
     assert path.read_text(encoding="utf-8").startswith(
-        "id,relation,target,target_id,n_answer_tokens,n_tokens,rank,prob,logprob,kept,answer\n"
-        "a.0,a, Rome,7,2,6,1,0.25,-1.38629436,1,\n"
+        "id,relation,target,target_id,n_answer_tokens,n_tokens,rank,prob,logprob,kept\n"
+        "a.0,a, Rome,7,2,6,1,0.25,-1.38629436,1\n"
     )
     found = read_targets(path)
     assert [replace(t, logprob=0) for t in found] == [replace(t, logprob=0) for t in (TARGET, odd)]
@@ -52,8 +52,8 @@ def test_targets_are_read_as_they_were_written(tmp_path: Path) -> None:
     ("old", "new", "cause"),
     [
         (",7,", ",x,", "line 2: not a row of targets"),
-        (",1,\n", ",yes,\n", "kept is 'yes'"),
-        (",1,\n", "\n", "kept is None"),
+        (",1\n", ",yes\n", "kept is 'yes'"),
+        (",1\n", "\n", "kept is None"),
         ("relation,", "relations,", "lacks the column relation"),
     ],
 )

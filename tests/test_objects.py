@@ -6,6 +6,7 @@ A fact counts once however often it is asked, and no right answer competes with 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from relneuron.analyses.answers import interference, resilience
 from relneuron.artifact import Prompt, RelneuronError, fold, prompts_bytes, read_prompts
+from relneuron.attributions import Target, targets_bytes
 from relneuron.comparison import Row, summary
 from relneuron.effects import Condition, Grid, fact_numbers, own_languages, split_name
 from relneuron.knowledge import encode_targets, keep, read_knowledge
@@ -136,6 +138,13 @@ def test_the_target_is_the_most_probable_right_answer(llama: Any) -> None:
     # Lines of their own keep their targets, and know the others' as right.
     rows = encode_targets(Letters(), llama, [prompt("0", "d"), prompt("1", "e")])
     assert rows.rights == [[*rows.targets], [*rows.targets]]
+
+
+def test_targets_name_their_answer_where_there_are_several() -> None:
+    one = Target("0", "r", "d", 7, 1, 4, 1, 0.5, -0.5, True)
+    assert targets_bytes([one]).decode().splitlines()[0].endswith(",kept")
+    header, first, second = targets_bytes([one, replace(one, answer="efg")]).decode().splitlines()
+    assert header.endswith(",kept,answer") and first.endswith(",1,") and second.endswith(",1,efg")
 
 
 def test_a_right_answer_is_no_competitor() -> None:
