@@ -157,7 +157,7 @@ def composed(text: str) -> str:
 class Prompt:
     """One line of prompts.jsonl: a question about a fact, and where it belongs.
 
-    `objects` are all right answers, `object` the first of them.
+    `objects` are all right answers, the first is `object`: those of another first one do not count.
     """
 
     id: str
@@ -171,7 +171,7 @@ class Prompt:
     objects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.objects:
+        if self.objects[:1] != (self.object,):
             object.__setattr__(self, "objects", (self.object,))
 
     @property
