@@ -328,6 +328,7 @@ def _read(path: Path) -> _FactFile:
         data = json.loads(text, object_pairs_hook=_once)
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
+        json.dumps(data, ensure_ascii=False).encode()  # JSON may hold half a character
         return _FactFile.model_validate(data)
     except (ValueError, RecursionError) as error:
         cause = " ".join(str(error).split())

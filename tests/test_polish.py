@@ -206,6 +206,27 @@ def test_neutral_and_concept_sentences_are_the_files_own_or_left_out(
     assert "The " not in (tmp_path / "s" / "sentences.jsonl").read_text(encoding="utf-8")
 
 
+def test_a_chat_template_is_asked_with_one_bos(facts: Path, model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}bot:{% endif %}"
+    )
+    folder = tmp_path / "model"
+    load_model(str(model)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    options = Options(**{**OPTIONS.__dict__, "chat_template": True, "random_seeds": 0})
+    with pytest.warns(UserWarning):  # the model knows no such prompts
+        run_study(str(folder), facts, tmp_path / "s", options, quiet=True)
+    prompts = read_prompts(tmp_path / "s" / "prompts.jsonl")
+    question = prompts[0].template.replace("{}", prompts[0].subject)
+    assert prompts[0].prompt == f"user: {question}</s>bot:"
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    ids = manifest["tokens"]["first_prompt_ids"]
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert len(manifest["stages"]["prompts"]["inputs"]["chat_template"]) == 64
+
+
 def test_what_is_written_decomposed_is_one_subject(facts: Path) -> None:
     raw = json.loads((facts / "zbiera.json").read_text(encoding="utf-8"))["samples"]
     assert len({s["subject"] for s in raw}) > len({nfc(s["subject"]) for s in raw}) == 30
