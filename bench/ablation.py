@@ -148,7 +148,11 @@ def race(
 def eva_prompts(facts: Path, n_prompts: int) -> list[Prompt]:
     """The first eva prompts of each relation, in turn, in the files' own language."""
     by_relation = [
-        [p for p in make_prompts(r, n_eva=50, seed=0) if (p.split, p.language) == ("eva", "en")]
+        [
+            p
+            for p in make_prompts(r, n_eva=50, seed=0)
+            if (p.split, p.language) == ("eva", r.language)
+        ]
         for r in read_relations(facts)
     ]
     turns = max(map(len, by_relation))

@@ -34,7 +34,7 @@ from relneuron.conditions import (
     read_sets,
     scores_beside,
 )
-from relneuron.effects import EFFECTS, conditions_bytes, split_name
+from relneuron.effects import WRITTEN, conditions_bytes, own_languages, split_name
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.identity import other_weights
 from relneuron.installed import need
@@ -56,6 +56,7 @@ from relneuron.predict import (
     Step,
     begins_with,
     encode,
+    given_object,
     is_correct,
 )
 from relneuron.scores.ranking import n_neurons
@@ -79,7 +80,7 @@ def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str,
     """(condition, relation, split, n_prompts, n_correct, accuracy), in order of appearance."""
     total: Counter[tuple[str, str, str]] = Counter()
     correct: Counter[tuple[str, str, str]] = Counter()
-    for condition, relation, split, _, _, is_right, _ in effects:
+    for condition, relation, split, _, _, _, is_right, _, _ in effects:
         total[condition, relation, split] += 1
         correct[condition, relation, split] += is_right
     return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
@@ -103,8 +104,9 @@ def ablate_prompts(
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt, with the space before it (`predict.Answers`). `output` is .csv or .parquet;
-    the files in `BESIDE` stand in its folder.
+    after the prompt, with the space before it (`predict.Answers`): of several right objects the
+    most probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it
+    is right. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -148,6 +150,7 @@ def ablate_prompts(
     )
     set_size = max(map(len, sets.values()), default=0)
     sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
+    own = own_languages(everything)
     plan = plan_conditions(
         sets,
         rankings,
@@ -158,6 +161,7 @@ def ablate_prompts(
         analyses=options.analyses,
         sizes=sizes,
         random_seeds=options.random_seeds,
+        own=own,
     )
     n_tokens = options.generate or N_ANSWER_TOKENS
     questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
@@ -214,9 +218,10 @@ def ablate_prompts(
         for place, ablation in enumerate(plan):
             condition = ablation.condition.name
             for row in ablation.prompts:
-                p, (said, logprob) = prompts[row], answers[Row(first[place], row)]
-                values = (said, int(right(said, p.object)), logprob)
-                effects.append((condition, p.relation, split_name(p), p.id, *values))
+                p, (said, logprob, which) = prompts[row], answers[Row(first[place], row)]
+                given = given_object(said, p.objects, right)
+                values = (said, given, int(bool(given)), p.objects[which], logprob)
+                effects.append((condition, p.relation, split_name(p, own), p.id, *values))
         accuracy = accuracy_rows(effects)
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
         written = {
@@ -268,7 +273,7 @@ def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
     if "perplexity" not in options.analyses or not path.exists():
         return []
     return [
-        Prompt(s.id, s.relation, "neutral", "en", s.template, "", s.object, s.sentence)
+        Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
         for s in read_sentences(checked(path))
     ]
 
@@ -343,7 +348,7 @@ def _asking(
             answers = asker.ask_forced(questions, rows, mark)
         else:
             answers = asker.ask(questions, rows, mark, n_tokens)
-        return list(zip(answers.predictions, answers.logprobs, strict=True))
+        return list(zip(answers.predictions, answers.logprobs, answers.which, strict=True))
 
     return ask
 
@@ -358,11 +363,11 @@ def check_format(output: Path) -> None:
 
 def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
     if path.suffix == ".csv":
-        return csv_bytes(EFFECTS, effects)
+        return csv_bytes(WRITTEN, effects)
     import pyarrow
     import pyarrow.parquet
 
-    columns = dict(zip(EFFECTS, map(list, zip(*effects, strict=True)), strict=True))
+    columns = dict(zip(WRITTEN, map(list, zip(*effects, strict=True)), strict=True))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), sink)
     return sink.getvalue()

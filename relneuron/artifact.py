@@ -11,10 +11,11 @@ import json
 import os
 import tempfile
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,26 @@ def read_json(path: Path, what: str) -> Any:
         raise RelneuronError(f"{path} is not JSON: {error}", f"give a valid {what}") from error
 
 
+def fold(text: str) -> str:
+    """`text` as names are compared: outer space off, case folded, composed (NFC).
+
+    So "Łódź" is "łódź" however its marks are encoded, and "Straße" is "STRASSE" (Unicode's
+    canonical caseless matching).
+    """
+    return composed(unicodedata.normalize("NFD", text.strip()).casefold())
+
+
+def composed(text: str) -> str:
+    """`text` in NFC: each letter one with its marks, as far as there is such a letter."""
+    return unicodedata.normalize("NFC", text)
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One line of prompts.jsonl: a question about a fact, and where it belongs."""
+    """One line of prompts.jsonl: a question about a fact, and where it belongs.
+
+    `objects` are all right answers, the first is `object`: those of another first one do not count.
+    """
 
     id: str
     relation: str
@@ -219,21 +237,74 @@ class Prompt:
     subject: str
     object: str
     prompt: str
+    objects: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objects[:1] != (self.object,):
+            object.__setattr__(self, "objects", (self.object,))
+
+    @property
+    def right(self) -> str:
+        """The right answers as people read them."""
+        return " / ".join(self.objects)
 
 
 def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
-    """prompts.jsonl: one JSON object a line."""
-    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts).encode()
+    """prompts.jsonl: one JSON object a line; `objects` stands there if there are several."""
+    lines = []
+    for prompt in prompts:
+        record = asdict(prompt)
+        if len(prompt.objects) == 1:
+            del record["objects"]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a prompts.jsonl, in the file's order."""
-    names = [field.name for field in fields(Prompt)]
-    return [Prompt(**values) for values in read_records(path, names, "prompt")]
+    """The prompts of a prompts.jsonl, in the file's order.
+
+    A line's right answers are those of `object` and `objects`, each a text or a list of them, and
+    those of the lines that ask the same: one text in one relation.
+    """
+    names = [field.name for field in fields(Prompt) if field.name not in ("object", "objects")]
+    prompts = []
+    for values in read_records(path, names, "prompt", objects=True):
+        right = values.pop("objects")
+        prompts.append(Prompt(**values, object=right[0], objects=right))
+    asked: dict[tuple[str, str], list[str]] = {}
+    for p in prompts:
+        asked.setdefault((p.relation, p.prompt), []).extend(p.objects)
+    return [
+        replace(p, objects=distinct((*p.objects, *asked[p.relation, p.prompt]))) for p in prompts
+    ]
 
 
-def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, str]]:
-    """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids."""
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that differ by `fold`, each as it is written first."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(fold(name), name)
+    return tuple(found.values())
+
+
+def right_answers(record: Json) -> tuple[str, ...]:
+    """The texts of `object` and `objects` in a JSON object, each a text or a list of them."""
+    given = [record[key] for key in ("object", "objects") if key in record]
+    names = [name for some in given for name in (some if isinstance(some, list) else [some])]
+    if not names:
+        raise KeyError("object")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("an object is not a string")
+    return distinct(names)
+
+
+def read_records(
+    path: Path, names: Sequence[str], what: str, *, objects: bool = False
+) -> list[Json]:
+    """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids.
+
+    With `objects` also the right answers of a line, under that name.
+    """
     records = []
     with require(path, "prompts FACTS_DIR -o prompts.jsonl").open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -244,11 +315,12 @@ def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, 
                 values = {name: record[name] for name in names}
                 if not all(isinstance(value, str) for value in values.values()):
                     raise TypeError("a field is not a string")
-                records.append(values)
+                records.append(values | ({"objects": right_answers(record)} if objects else {}))
             except (ValueError, KeyError, TypeError) as error:
+                also = ", object or objects" if objects else ""
                 raise RelneuronError(
                     f"{path}, line {number}: not a {what} ({error})",
-                    f"give one JSON object a line with the fields {', '.join(names)}",
+                    f"give one JSON object a line with the fields {', '.join(names)}{also}",
                 ) from error
     if not records:
         raise RelneuronError(f"{path} holds no {what}", "make it with: relneuron prompts")

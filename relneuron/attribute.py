@@ -46,6 +46,7 @@ from relneuron.attributions import (
     targets_bytes,
 )
 from relneuron.comparison import Sizes, plan, run, summary
+from relneuron.effects import fact_numbers
 from relneuron.knowledge import TargetPrompt, read_knowledge
 from relneuron.manifest import (
     Journal,
@@ -124,7 +125,12 @@ def attribute(
         )
     residual = read_residual_model(model)
     targets = encode_targets(
-        tokenizer, model, prompts, strict=options.strict, answers=not is_predicted
+        tokenizer,
+        model,
+        prompts,
+        strict=options.strict,
+        answers=not is_predicted,
+        batch_tokens=options.batch_tokens,
     )
     described = describe_model(name, model, residual.shape, backend)
     copy = prompts_bytes(everything)
@@ -172,10 +178,12 @@ def attribute(
                 target,
                 n_answer,
                 len(ids),
-                *(one[key] for key in ("rank", "prob", "logprob", "kept")),
+                **{key: one[key] for key in ("rank", "prob", "logprob", "kept")},
+                answer=answer if len(prompt.objects) > 1 else "",
             )
-            for prompt, target, n_answer, ids, one in zip(
-                *(prompts, targets.targets, targets.n_answer_tokens, targets.ids, found),
+            for prompt, answer, target, n_answer, ids, one in zip(
+                *(prompts, targets.answers, targets.targets, targets.n_answer_tokens),
+                *(targets.ids, found),
                 strict=True,
             )
         ]
@@ -425,7 +433,9 @@ def _compare(
     asked = (
         (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob)) for r in rows
     )
-    means = ([number(v) if isinstance(v, float) else v for v in row] for row in summary(rows))
+    facts = dict(zip(ids, fact_numbers(ids, {p.id: p for p in prompts}).tolist(), strict=True))
+    found_means = summary(rows, facts)
+    means = ([number(v) if isinstance(v, float) else v for v in row] for row in found_means)
     return {
         INTERVENTIONS: csv_bytes(INTERVENTIONS_COLUMNS, asked),
         COMPARISON: csv_bytes(COMPARISON_COLUMNS, means),

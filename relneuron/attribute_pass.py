@@ -46,7 +46,9 @@ class Sentences:
 
     @cached_property
     def type_tokens(self) -> dict[str, Tensor]:
-        return type_tokens(self.targets.targets, [p.relation for p in self.prompts])
+        every = zip(self.prompts, self.targets.rights, strict=True)
+        pairs = [(token, prompt.relation) for prompt, tokens in every for token in tokens]
+        return type_tokens([t for t, _ in pairs], [kind for _, kind in pairs])
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Scorer:
         logprob = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
         self._check_finite(rows, logprob, "log-probabilities")
         types = [self.sentences.prompts[row].relation for row in rows]
-        kept = keep(logits, wanted, types, self.sentences.type_tokens).tolist()
+        rights = [self.sentences.targets.rights[row] for row in rows]
+        kept = keep(logits, wanted, types, self.sentences.type_tokens, rights).tolist()
         found: list[Json] = [
             {"rank": rank, "prob": prob, "logprob": log, "kept": known}
             for rank, prob, log, known in zip(

@@ -78,26 +78,29 @@ class Target:
     prob: float
     logprob: float
     kept: bool
+    answer: str = ""  # of several right answers the one that the target begins
 
 
 _TARGETS = tuple(f.name for f in fields(Target))
 
 
 def targets_bytes(targets: Iterable[Target]) -> bytes:
-    """targets.csv."""
+    """targets.csv; the column `answer` is there if a sentence has several right answers."""
+    rows = list(targets)
+    names = _TARGETS if any(t.answer for t in rows) else _TARGETS[:-1]
 
     def cell(value: object) -> object:
         if isinstance(value, bool):
             return int(value)
         return number(value) if isinstance(value, float) else value
 
-    return csv_bytes(_TARGETS, ([cell(getattr(t, name)) for name in _TARGETS] for t in targets))
+    return csv_bytes(names, ([cell(getattr(t, name)) for name in names] for t in rows))
 
 
 def read_targets(path: Path) -> list[Target]:
     """The rows of a targets.csv, in the file's order."""
     found = []
-    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS), 2):
+    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS[:-1]), 2):
         try:
             whole = {n: int(row[n]) for n in ("target_id", "n_answer_tokens", "n_tokens", "rank")}
             if row["kept"] not in ("0", "1"):
@@ -111,6 +114,7 @@ def read_targets(path: Path) -> list[Target]:
                     prob=float(row["prob"]),
                     logprob=float(row["logprob"]),
                     kept=row["kept"] == "1",
+                    answer=row.get("answer") or "",
                 )
             )
         except (TypeError, ValueError) as error:

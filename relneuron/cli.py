@@ -31,7 +31,6 @@ from relneuron.cli_print import (
 )
 from relneuron.clock import Clock
 from relneuron.conditions import parse_analyses
-from relneuron.facts import SUFFIX
 from relneuron.installed import install_command, need
 from relneuron.study import Options, report_stage, run_study
 from relneuron.tokens import policy_text
@@ -98,7 +97,8 @@ def run(
     output: take.Output,
     eva: take.Eva = _DEFAULT.eva,
     seed: take.Seed = _DEFAULT.seed,
-    suffix: take.Suffix = SUFFIX,
+    suffix: take.Suffix = None,
+    chat_template: take.ChatTemplate = False,
     method: take.Method = _DEFAULT.method,
     top: take.Top = _DEFAULT.top,
     fdr: take.Fdr = _DEFAULT.fdr,
@@ -140,6 +140,7 @@ def run(
         eva=eva,
         seed=seed,
         suffix=suffix,
+        chat_template=chat_template,
         method=method,
         top=top,
         fdr=fdr,
@@ -176,14 +177,17 @@ def prompts(
     output: take.Output,
     eva: take.Eva = _DEFAULT.eva,
     seed: take.Seed = _DEFAULT.seed,
-    suffix: take.Suffix = SUFFIX,
+    suffix: take.Suffix = None,
+    chat_template: take.ChatTemplateOf = None,
     force: take.Force = False,
     debug: take.Debug = False,
 ) -> None:
     """LRE-format facts -> det, eva and eva2 prompts."""
+    from relneuron.model import load_tokenizer
     from relneuron.prompts import write_prompts
 
-    made = write_prompts(facts, output, n_eva=eva, seed=seed, suffix=suffix, force=force)
+    chat = load_tokenizer(chat_template) if chat_template else None
+    made = write_prompts(facts, output, n_eva=eva, seed=seed, suffix=suffix, chat=chat, force=force)
     say(f"{len(made)} prompts -> {output}")
 
 

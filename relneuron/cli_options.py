@@ -25,7 +25,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="Traceback on errors.")]
 Eva = Annotated[int, typer.Option(min=1, help="Facts per relation kept for evaluation.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split, the negatives and all that is drawn.")]
-Suffix = Annotated[str, typer.Option(help="Follows every template of the files' own language.")]
+Suffix = Annotated[
+    str | None,
+    typer.Option(
+        help="Follows every template of the files' own language; default: what each file says, "
+        "or '? Answer:' after English ones."
+    ),
+]
+ChatTemplate = Annotated[
+    bool,
+    typer.Option("--chat-template", help="Wrap every prompt in the model's chat template."),
+]
+ChatTemplateOf = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="MODEL",
+        help="Wrap every prompt in the chat template of this model (folder or hub name).",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16; default: float32 on a CPU, else the model's."),

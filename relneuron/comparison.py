@@ -278,7 +278,7 @@ def run(
 
 
 class Summary(NamedTuple):
-    """One row of comparison.csv. Intervals are NaN where there is only one sentence."""
+    """One row of comparison.csv. Intervals are NaN where there is only one fact."""
 
     condition: str
     relation: str  # "": all
@@ -297,11 +297,14 @@ class Summary(NamedTuple):
     logprob_drop_high: float
 
 
-def summary(rows: Iterable[Row], *, seed: int = 0) -> list[Summary]:
+def summary(
+    rows: Iterable[Row], facts: Mapping[str, int] | None = None, *, seed: int = 0
+) -> list[Summary]:
     """Means and drops of every condition over all sentences and over those of each relation.
 
-    The intervals are 95 % bootstrap intervals by percentiles over 1,000 resamples of sentences,
-    each drawn with its answers under all conditions, so a drop is paired with clean. Rows of a
+    The intervals are 95 % bootstrap intervals by percentiles over 1,000 resamples of facts, each
+    drawn with its sentences and their answers under all conditions, so a drop is paired with
+    clean. `facts`: the fact that a sentence says, by id; default: each one of its own. Rows of a
     condition that did not ask what `clean` asked are refused.
     """
     by_condition: dict[str, dict[str, Row]] = {}
@@ -321,15 +324,18 @@ def summary(rows: Iterable[Row], *, seed: int = 0) -> list[Summary]:
         ]
     ).reshape(len(by_condition), len(asked), 3)
     relation = np.array([row.relation for row in asked.values()])
+    numbers = np.array([(facts or {}).get(i, -1 - n) for n, i in enumerate(asked)])
     found = []
     for kind in ("", *dict.fromkeys(relation.tolist())):
-        inside = values[:, relation == kind] if kind else values
-        found += _summaries(list(by_condition), kind, inside, seed)
+        rows_of = relation == kind if kind else np.ones(len(relation), bool)
+        found += _summaries(list(by_condition), kind, values[:, rows_of], numbers[rows_of], seed)
     return found
 
 
-def _summaries(conditions: Sequence[str], relation: str, values: Array, seed: int) -> list[Summary]:
-    """Of values (C, n, 3), clean among the conditions."""
+def _summaries(
+    conditions: Sequence[str], relation: str, values: Array, facts: NDArray[np.int64], seed: int
+) -> list[Summary]:
+    """Of values (C, n, 3), clean among the conditions, and the sentences' facts (n,)."""
     n = values.shape[1]
     if not n:
         return []
@@ -337,11 +343,17 @@ def _summaries(conditions: Sequence[str], relation: str, values: Array, seed: in
     means = values.mean(1)
     drops = _drops(means, clean)
     rng = np.random.default_rng(seed)
-    flat = values.transpose(1, 0, 2).reshape(n, -1)
-    resampled = [rng.multinomial(n, np.full(n, 1 / n)) @ flat / n for _ in range(N_RESAMPLES)]
-    parts = np.stack(resampled).reshape(N_RESAMPLES, *means.shape)
+    # Facts in the order of their first sentences.
+    _, first, place = np.unique(facts, return_index=True, return_inverse=True)
+    place = np.argsort(np.argsort(first))[place]
+    n_facts = len(first)
+    sums = np.zeros((n_facts, means.size + 1))
+    np.add.at(sums, place, np.c_[values.transpose(1, 0, 2).reshape(n, -1), np.ones(n)])
+    drawn = (rng.multinomial(n_facts, np.full(n_facts, 1 / n_facts)) for _ in range(N_RESAMPLES))
+    resampled = np.stack([times @ sums for times in drawn])
+    parts = (resampled[:, :-1] / resampled[:, -1:]).reshape(N_RESAMPLES, *means.shape)
     low, high = np.quantile(_drops(parts, clean), ENDS, axis=0)
-    if n == 1:
+    if n_facts == 1:
         low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     ends = np.stack([low, high], -1).reshape(len(conditions), 6)
     return [

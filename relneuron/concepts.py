@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import NeuronFile, Prompt, atomic_write, prompts_bytes
-from relneuron.facts import Relation, split_facts
+from relneuron.facts import ENGLISH, Relation, split_facts
 from relneuron.identify import identify, identify_inputs
 from relneuron.manifest import Manifest, locked
 from relneuron.model import describe_model, find_gated_mlps
 from relneuron.record import record, record_inputs
 
-TEMPLATES = ("{} can", "{} has a")  # arXiv 2502.17355, section 5.4
+TEMPLATES = ("{} can", "{} has a")  # in English (arXiv 2502.17355, section 5.4)
 PER_CONCEPT = 100
 # Scores alone: as many negatives as positives, nothing of how sure a score is.
 RANKED = {"method": "ap", "fdr": None, "negatives": 1, "permutations": 0, "bootstrap": 0}
+
+
+def concept_templates(relation: Relation) -> tuple[str, ...]:
+    """The fact file's own, or in English TEMPLATES; none in another language without its own."""
+    return relation.concept_templates or (TEMPLATES if relation.language == ENGLISH else ())
 
 
 def concept_subjects(
@@ -32,13 +38,14 @@ def concept_subjects(
 ) -> dict[str, list[str]]:
     """The subjects of each concept's det facts, at most 100, drawn with `seed`; sorted.
 
-    A concept is the `domain` of some relations. Concepts whose relations have the same subjects
-    are one, named by all of them joined with "/"; a subject of more than one concept is in none.
+    Of the relations that have `concept_templates`. A concept is the `domain` of some of them.
+    Concepts whose relations have the same subjects are one, named by all of them joined with "/";
+    a subject of more than one concept is in none.
     """
     everyone: dict[str, set[str]] = {}
     det: dict[str, set[str]] = {}
     for relation in relations:
-        if relation.domain:
+        if relation.domain and concept_templates(relation):
             facts, _ = split_facts(relation, n_eva, seed)
             everyone.setdefault(relation.domain, set()).update(f.subject for f in relation.facts)
             det.setdefault(relation.domain, set()).update(f.subject for f in facts)
@@ -58,20 +65,24 @@ def concept_subjects(
 
 
 def make_concept_prompts(relations: Sequence[Relation], *, n_eva: int, seed: int) -> list[Prompt]:
-    """Two det prompts for each of the concepts' subjects, `relation` being the concept.
+    """A det prompt for each template and each of the concepts' subjects, `relation` the concept.
 
-    They ask for no fact, so their objects are empty. Fewer than two concepts cannot be told
-    apart: no prompt.
+    A subject's templates are those of the first relation that has it. They ask for no fact, so
+    their objects are empty. Fewer than two concepts cannot be told apart: no prompt.
     """
     concepts = concept_subjects(relations, n_eva=n_eva, seed=seed)
     if len(concepts) < 2:
         return []
+    of: dict[str, Relation] = {}
+    for relation in relations:
+        if relation.domain and concept_templates(relation):
+            of |= {fact.subject: relation for fact in relation.facts if fact.subject not in of}
     return [
         Prompt(
-            id=f"{concept}.det.en.{number:04d}.{variant}",
+            id=f"{concept}.det.{of[subject].language}.{number:04d}.{variant}",
             relation=concept,
             split="det",
-            language="en",
+            language=of[subject].language,
             template=template,
             subject=subject,
             object="",
@@ -79,7 +90,7 @@ def make_concept_prompts(relations: Sequence[Relation], *, n_eva: int, seed: int
         )
         for concept, subjects in concepts.items()
         for number, subject in enumerate(subjects)
-        for variant, template in enumerate(TEMPLATES)
+        for variant, template in enumerate(concept_templates(of[subject]))
     ]
 
 
@@ -103,8 +114,16 @@ def concept_study(
 ) -> NeuronFile | None:
     """Make, or go on with, the study of the concepts in `folder`: prompts, record, identify.
 
-    Returns each concept's `top` neurons, or None if there are fewer than two concepts.
+    Returns each concept's `top` neurons, or None if there are fewer than two concepts. Warns of
+    relations that are left out.
     """
+    silent = [r.name for r in relations if r.domain and not concept_templates(r)]
+    if silent:
+        warnings.warn(
+            f"concepts left out of {', '.join(silent)}: their fact files are not in English and "
+            "have no concept_templates",
+            stacklevel=2,
+        )
     prompts = make_concept_prompts(relations, n_eva=n_eva, seed=seed)
     if not prompts:
         return None

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact import SITES, NeuronFile, Prompt, RelneuronError, check_neurons
-from relneuron.effects import Condition, main_split, split_name
+from relneuron.effects import Condition, main_split, own_languages, split_name
 from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
 
 Places = NDArray[np.int64]
@@ -186,21 +186,25 @@ def plan_conditions(
     analyses: Sequence[str],
     sizes: Sequence[int],
     random_seeds: int,
+    own: Mapping[str, str] | None = None,
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
     Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
     of the main split (eva in the files' own language, or else the first by `split_order`); matched
-    sets and ranges of ranks only those of their own relation.
+    sets and ranges of ranks only those of their own relation. `own`: each relation's own language,
+    where that of `prompts` is not known from them.
     """
     everything = range(len(prompts))
-    main = main_split(map(split_name, prompts))
-    eva = [i for i in everything if split_name(prompts[i]) == main]
+    languages = own_languages(prompts) if own is None else own
+    splits = [split_name(prompt, languages) for prompt in prompts]
+    main = main_split(splits)
+    eva = [i for i in everything if splits[i] == main]
     plan: list[Ablation] = []
 
-    def add(name: str, places: Places, asked: Sequence[int], kind: str, **about: Any) -> None:
+    def add(name: str, places: Places, rows: Sequence[int], kind: str, **about: Any) -> None:
         condition = Condition(name, kind, n_neurons=len(places), **about)
-        plan.append(Ablation(condition, np.sort(places), asked))
+        plan.append(Ablation(condition, np.sort(places), rows))
 
     add("clean", np.empty(0, np.int64), everything, "clean")
     for name, places in sets.items():
@@ -210,11 +214,11 @@ def plan_conditions(
         drawn = places_of(random_neurons(shape, largest, seed), shape)
         add(f"random.{seed}", drawn, everything, "random", seed=seed)
     for name, places in sets.items():
-        own = [i for i in eva if prompts[i].relation == name]
-        if "matched" in analyses and own:
+        asked = [i for i in eva if prompts[i].relation == name]
+        if "matched" in analyses and asked:
             for seed in range(random_seeds):
                 drawn = matched_places(places, shape, seed, name)
-                add(f"{name}~{seed}", drawn, own, "matched", relation=name, seed=seed)
+                add(f"{name}~{seed}", drawn, asked, "matched", relation=name, seed=seed)
         if "sizes" in analyses:
             known = [size for size in sorted({*sizes}) if size <= len(rankings[name])]
             for size in known:
@@ -222,8 +226,8 @@ def plan_conditions(
                 add(f"{name}@{size}", best, eva, "size", relation=name, first=1, last=size)
             for a, b in zip(known, known[1:], strict=False):
                 between, about = rankings[name][a:b], {"first": a + 1, "last": b}
-                if own:
-                    add(f"{name}@{a + 1}-{b}", between, own, "range", relation=name, **about)
+                if asked:
+                    add(f"{name}@{a + 1}-{b}", between, asked, "range", relation=name, **about)
         if "sites" in analyses:
             for site in SITES:
                 inside = site_places(site, shape)

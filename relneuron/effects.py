@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import Prompt, RelneuronError, csv_bytes, read_csv
+from relneuron.artifact import Prompt, RelneuronError, composed, csv_bytes, read_csv
 from relneuron.installed import need
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
+# As it is written: also which right object the prediction gives, and which one `logprob` is of.
+WRITTEN = (*EFFECTS[:5], "given", "correct", "logprob_of", "logprob")
 NOT_ASKED = -1
 KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept", "gain")
 
@@ -72,9 +74,23 @@ def read_conditions(path: Path) -> dict[str, Condition]:
 # --- splits ----------------------------------------------------------------------------------
 
 
-def split_name(prompt: Prompt) -> str:
-    """The split as effects name it: `eva`, and `eva.de` for the same in another language."""
-    return prompt.split if prompt.language == "en" else f"{prompt.split}.{prompt.language}"
+def own_languages(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """Each relation's own language: that of its first det prompt, or else of its first prompt."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first = found.setdefault(prompt.relation, prompt)
+        if prompt.split == "det" != first.split:
+            found[prompt.relation] = prompt
+    return {relation: prompt.language for relation, prompt in found.items()}
+
+
+def split_name(prompt: Prompt, own: Mapping[str, str]) -> str:
+    """The split as effects name it: `eva`, and `eva.de` for the same in another language.
+
+    `own`: each relation's own language, which no name says.
+    """
+    is_own = prompt.language == own.get(prompt.relation)
+    return prompt.split if is_own else f"{prompt.split}.{prompt.language}"
 
 
 def split_order(name: str) -> tuple[bool, bool, str]:
@@ -125,15 +141,15 @@ class Grid:
 
 
 def fact_numbers(ids: Iterable[str], prompts: Mapping[str, Prompt]) -> NDArray[np.int64]:
-    """(N,) the fact that each prompt asks: its relation, subject and object, numbered.
+    """(N,) the fact that each prompt asks: its relation and subject, numbered.
 
-    A prompt without a subject asks a fact of its own.
+    Without a subject, prompts of the same words ask the same.
     """
     numbers: dict[tuple[str, ...], int] = {}
     found = []
     for key in ids:
         p = prompts[key]
-        fact = (p.relation, p.subject, p.object) if p.subject else (key,)
+        fact = (p.relation, composed(p.subject)) if p.subject else (p.relation, "", p.prompt)
         found.append(numbers.setdefault(fact, len(numbers)))
     return np.array(found, np.int64)
 

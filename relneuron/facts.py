@@ -1,25 +1,51 @@
 """Relations and their facts: reads files in the format of the LRE data set and splits them.
 
-The `prompts` stage calls it. A fact file is one relation; its name is the file's stem.
+The `prompts` stage calls it. A fact file is one relation; its name is the file's stem. A fact is
+one subject with all of its right objects.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact import RelneuronError, composed, distinct, fold
 
+ENGLISH = "en"  # the language of a file that does not say its own
 SUFFIX = "? Answer:"  # follows every English template (arXiv 2502.17355, table 5)
 
 
 class Fact(NamedTuple):
+    """A subject and its right objects, each once (`artifact.fold` tells them apart)."""
+
     subject: str
     object: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        return self.object, *self.others
+
+
+def fact_of(subject: str, objects: Iterable[str]) -> Fact:
+    """The fact that each of the objects is right, the first of them first."""
+    first, *others = distinct(objects)
+    return Fact(subject, first, tuple(others))
 
 
 class Templates(NamedTuple):
@@ -36,13 +62,27 @@ class Language:
     templates: Templates
     entities: dict[str, str]
 
+    def translate(self, facts: Iterable[Fact]) -> list[Fact]:
+        """The facts with the names of their entities here; what has no name keeps its own.
+
+        A name is looked up as it is written and, if that is not there, as `artifact.fold` has it.
+        """
+        folded = {fold(name): there for name, there in self.entities.items()}
+
+        def name(text: str) -> str:
+            return self.entities.get(text, folded.get(fold(text), text))
+
+        return [fact_of(name(fact.subject), map(name, fact.objects)) for fact in facts]
+
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation: templates with their suffix, distinct facts, other languages.
+    """One relation: templates with their suffix, its facts by subject, other languages.
 
-    `neutral_templates` are sentences with one `{}` for the object that do not ask for the fact;
-    `domain` is the kind of its subjects, "" where the file does not say.
+    `neutral_templates` are sentences with one `{}` for the object that do not ask for the fact,
+    `concept_templates` beginnings of sentences with one `{}` for the subject, likewise; `domain`
+    is the kind of its subjects, "" where the file does not say. `language` is that of the
+    templates and names, `suffix` what follows the templates.
     """
 
     name: str
@@ -51,6 +91,12 @@ class Relation:
     languages: dict[str, Language]
     neutral_templates: tuple[str, ...] = ()
     domain: str = ""
+    language: str = ENGLISH
+    suffix: str = ""
+    concept_templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", tuple(join_facts(self.facts)))
 
 
 # The paper's templates where they are not the file's own (arXiv 2502.17355, tables 5-7 and 9-20;
@@ -88,6 +134,9 @@ _PAPER = {
 }
 
 
+# --- a fact file -----------------------------------------------------------------------------
+
+
 def _one_slot(template: str) -> str:
     if template.count("{}") != 1:
         raise ValueError(f"a template needs exactly one {{}}, got {template!r}")
@@ -100,35 +149,105 @@ def _not_blank(text: str) -> str:
     return text.strip()
 
 
+def _language_code(text: str) -> str:
+    # It stands between dots in ids and names of splits.
+    if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", text):
+        raise ValueError(f"a language is a code such as pl or pt-BR, got {text!r}")
+    return text
+
+
 _Template = Annotated[str, AfterValidator(_one_slot)]
 _Name = Annotated[str, AfterValidator(_not_blank)]
+_Code = Annotated[str, AfterValidator(_language_code)]
 
 
-class _Sample(BaseModel):
+class _Part(BaseModel):
+    """A JSON object of a fact file; keys that are not read are kept, to be named."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Sample(_Part):
     subject: _Name
-    object: _Name
+    object: list[_Name] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _together(cls, data: Any) -> Any:
+        """`object` and `objects`, each one name or a list of them, as one list."""
+        if not isinstance(data, dict):
+            return data
+        given = [data[key] for key in ("object", "objects") if key in data]
+        names = [name for some in given for name in (some if isinstance(some, list) else [some])]
+        rest = {key: value for key, value in data.items() if key not in ("object", "objects")}
+        return rest | ({"object": names} if given else {})
 
 
-class _Language(BaseModel):
+class _Language(_Part):
     prompt_templates: list[_Template] = Field(min_length=1)
     prompt_templates_zs: list[_Template] = []
+    suffix: str = ""
     entities: dict[str, _Name] = {}
 
 
-class _Properties(BaseModel):
+class _Properties(_Part):
     domain_name: str = ""
 
 
-class _FactFile(BaseModel):
-    """The keys that are read; a file may carry more."""
-
-    model_config = ConfigDict(extra="ignore")
+class _FactFile(_Part):
+    language: _Code = ENGLISH
+    suffix: str | None = None
     prompt_templates: list[_Template] = Field(min_length=1)
     prompt_templates_zs: list[_Template] = []
     neutral_templates: list[_Template] = []
+    concept_templates: list[_Template] = []
     properties: _Properties = _Properties()
     samples: list[_Sample] = Field(min_length=1)
-    languages: dict[str, _Language] = {}
+    languages: dict[_Code, _Language] = {}
+
+    @model_validator(mode="after")
+    def _each_language_once(self) -> _FactFile:
+        seen = {_same_code(self.language): "the file's own"}
+        for code in self.languages:
+            if _same_code(code) in seen:
+                raise ValueError(
+                    f"languages.{code} is {seen[_same_code(code)]} language; the file's own is "
+                    f'said with "language", and is {self.language!r}'
+                )
+            seen[_same_code(code)] = f"the {code}"
+        return self
+
+
+def _same_code(code: str) -> str:
+    return code.casefold().replace("_", "-")
+
+
+# Keys of the LRE data set that nothing here needs.
+_UNREAD = {"name", "domain", "range", "_domain", "_range"}
+_UNREAD |= {
+    f"properties.{key}"
+    for key in ("relation_type", "range_name", "symmetric", "fn_type", "disambiguating")
+}
+
+
+def _unknown_keys(data: _FactFile) -> list[str]:
+    """The keys that are not read, each once and with where it stands."""
+    parts: list[tuple[str, _Part]] = [("", data), ("properties.", data.properties)]
+    parts += [(f"languages.{code}.", found) for code, found in data.languages.items()]
+    parts += [("samples.", sample) for sample in data.samples]
+    names = dict.fromkeys(where + key for where, part in parts for key in part.model_extra or {})
+    unknown = [name for name in names if name not in _UNREAD]
+    return [name if name.isprintable() else repr(name) for name in unknown]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one that has a key twice would lose what stands there first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {double!r} stands twice in one object")
+    return found
 
 
 def _templates(main: list[str], zero_shot: list[str], suffix: str) -> Templates:
@@ -142,55 +261,92 @@ def _templates(main: list[str], zero_shot: list[str], suffix: str) -> Templates:
     return Templates(first, tuple(template for template in other if template not in first))
 
 
-def read_relation(path: Path, *, suffix: str = SUFFIX) -> Relation:
+def join_facts(facts: Iterable[Fact]) -> Iterator[Fact]:
+    """One fact for each subject, with the objects of all of its facts, in order of appearance.
+
+    Subjects are the same if they are so composed (NFC): case tells some apart, as in "Co" and
+    "CO". They are spelled as the first.
+    """
+    found: dict[str, tuple[str, list[str]]] = {}
+    for fact in facts:
+        _, objects = found.setdefault(composed(fact.subject), (fact.subject, []))
+        objects += fact.objects
+    return (fact_of(subject, objects) for subject, objects in found.values())
+
+
+def read_relation(path: Path, *, suffix: str | None = None) -> Relation:
     """Read one fact file.
 
     JSON object with `prompt_templates` (main), `prompt_templates_zs` (alternative; those that are
     main ones too are left out), `samples` [{subject, object}], optionally `properties`
-    {domain_name} and, our additions, `neutral_templates` (see `Relation`) and `languages` {code:
-    {prompt_templates, prompt_templates_zs, entities {name: translated name}}}. Exact duplicate
-    pairs count once. `suffix` follows the templates of the file's own language, not those of
-    `languages`. The LRE files of the paper's relations get the paper's templates.
+    {domain_name} and, our additions, `language` (default: en), `suffix`, `neutral_templates` and
+    `concept_templates` (see `Relation`) and `languages` {code: {prompt_templates,
+    prompt_templates_zs, suffix, entities {name: translated name}}}. A sample may name several
+    right objects, as a list or under `objects`; those of all samples of a subject are right.
 
-    Raises RelneuronError naming file and field if the file is not JSON, lacks `samples`, has an
-    empty subject or object, or a template without exactly one `{}`.
+    `suffix` follows the templates of the file's own language. Without it the file's own does, or
+    SUFFIX in English, or nothing. The LRE files of the paper's relations get the paper's templates.
+
+    Warns of keys that are not read. Raises RelneuronError naming file and field if the file is not
+    JSON, lacks `samples`, has an empty subject or object, a template without exactly one `{}`, or
+    a key or a language twice.
     """
-    try:
-        data = _FactFile.model_validate_json(path.read_text(encoding="utf-8-sig"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        cause = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            cause = f"{where}: {first['msg']}" if where else first["msg"]
-        raise RelneuronError(
-            f"{path}: {cause}",
-            "a fact file is a JSON object with prompt_templates (each with one {}) and samples "
-            "[{subject, object}]",
-        ) from error
+    data = _read(path)
+    unknown = _unknown_keys(data)
+    if unknown:
+        warnings.warn(f"{path}: unknown, not read: {', '.join(unknown)}", stacklevel=2)
     main, zero_shot = data.prompt_templates, data.prompt_templates_zs
     if path.stem in _PAPER and tuple(main) == _PAPER[path.stem][0]:
         paper = _PAPER[path.stem][1]
         main, zero_shot = list(paper.main), list(paper.alternative)
-    facts = dict.fromkeys(Fact(sample.subject, sample.object) for sample in data.samples)
+    if suffix is None:
+        default = SUFFIX if _same_code(data.language) == ENGLISH else ""
+        suffix = default if data.suffix is None else data.suffix
     languages = {
         code: Language(
-            _templates(language.prompt_templates, language.prompt_templates_zs, ""),
-            language.entities,
+            _templates(found.prompt_templates, found.prompt_templates_zs, found.suffix),
+            found.entities,
         )
-        for code, language in data.languages.items()
+        for code, found in data.languages.items()
     }
     return Relation(
         path.stem,
         _templates(main, zero_shot, suffix),
-        tuple(facts),
+        tuple(fact_of(sample.subject, sample.object) for sample in data.samples),
         languages,
         tuple(data.neutral_templates),
         data.properties.domain_name.strip(),
+        data.language,
+        suffix,
+        tuple(data.concept_templates),
     )
 
 
-def read_relations(folder: Path, *, suffix: str = SUFFIX) -> list[Relation]:
+def _read(path: Path) -> _FactFile:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        data = json.loads(text, object_pairs_hook=_once)
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        json.dumps(data, ensure_ascii=False).encode()  # JSON may hold half a character
+        return _FactFile.model_validate(data)
+    except (ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())
+        if isinstance(error, json.JSONDecodeError):
+            cause = f"not JSON: {cause}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            said = re.sub(" or instance of .*", "", first["msg"])
+            cause = f"{where}: {said}" if where else said
+        raise RelneuronError(
+            f"{path}: {cause}",
+            "a fact file is a JSON object with prompt_templates (each with one {}) and samples "
+            "[{subject, object}]; each key and each language stands there once",
+        ) from error
+
+
+def read_relations(folder: Path, *, suffix: str | None = None) -> list[Relation]:
     """Read every `*.json` of a folder (or one file), in order of their names."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("*.json"))
     if not paths:
@@ -204,24 +360,17 @@ def split_facts(relation: Relation, n_eva: int, seed: int) -> tuple[list[Fact], 
     """Split a relation's facts into (det, eva) that share no subject, eva with `n_eva` facts.
 
     Subjects are shuffled by a generator seeded with `seed` and the relation's name, so a
-    relation's split does not depend on which others are present; whole groups of one subject's
-    facts are taken until eva holds exactly `n_eva` (a group that would overshoot is skipped).
-    The split of arXiv 2502.17355, section 3.2. Both lists are in the file's order.
+    relation's split does not depend on which others are present. The split of arXiv 2502.17355,
+    section 3.2. Both lists are in the file's order.
     """
-    groups: dict[str, list[Fact]] = {}
-    for fact in relation.facts:
-        groups.setdefault(fact.subject, []).append(fact)
-    subjects = sorted(groups)
+    subjects = sorted(fact.subject for fact in relation.facts)
     random.Random(f"relneuron.split.{seed}.{relation.name}").shuffle(subjects)
-    eva: set[Fact] = set()
-    for subject in subjects:
-        if len(eva) + len(groups[subject]) <= n_eva:
-            eva.update(groups[subject])
-    det = [fact for fact in relation.facts if fact not in eva]
-    if len(eva) < n_eva or not det:
+    drawn = set(subjects[:n_eva])
+    det = [fact for fact in relation.facts if fact.subject not in drawn]
+    if len(drawn) < n_eva or not det:
         raise RelneuronError(
-            f"relation {relation.name} has {len(relation.facts)} distinct facts, too few for "
+            f"relation {relation.name} has {len(relation.facts)} facts (subjects), too few for "
             f"{n_eva} evaluation facts and at least one to find neurons with",
             "give it more facts, or ask for fewer with --eva",
         )
-    return det, [fact for fact in relation.facts if fact in eva]
+    return det, [fact for fact in relation.facts if fact.subject in drawn]

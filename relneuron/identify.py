@@ -36,6 +36,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
+from relneuron.effects import fact_numbers
 from relneuron.installed import need
 from relneuron.manifest import Manifest, checked, json_digest, progress_bar
 from relneuron.scores import significance
@@ -146,7 +147,7 @@ def identify(
     stand labels.csv, scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D)
     float32, and significance.csv: for each chosen neuron its p-value from `permutations` shuffled
     labels, its q-value from `noise` columns of noise and the 95 % interval of its score from
-    `bootstrap` resamples of the prompts; a cell is empty where the number is 0.
+    `bootstrap` resamples of the facts; a cell is empty where the number is 0.
 
     One layer and site is in memory at a time; the responses are read twice if there are
     permutations or resamples.
@@ -164,6 +165,7 @@ def identify(
     inputs = identify_inputs(folder, **options, seed=seed)
 
     relation_of = [prompt.relation for prompt in prompts]
+    asked = fact_numbers([prompt.id for prompt in prompts], {p.id: p for p in prompts})
     labels = sample_labels(relations, relation_of, valid, negatives=negatives, seed=seed)
     reasons = {name: why_unranked(row) for name, row in zip(relations, labels, strict=True)}
     usable = [row for row, name in enumerate(relations) if reasons[name] is None]
@@ -209,7 +211,7 @@ def identify(
             neurons, q, cut = _choose(own, own_null, k, fdr)
             selection[name] = facts | cut
             chosen[name] = significance.Significance(
-                name, labels[row], neurons, q, permutations, bootstrap, seed
+                name, labels[row], neurons, q, permutations, bootstrap, seed, asked
             )
         if permutations or bootstrap:
             blocks = _read_blocks(path, shape["layers"], len(prompts), bar.update)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from relneuron.artifact import Prompt, RelneuronError, read_prompts
-from relneuron.facts import read_relations
+from relneuron.artifact import Json, Prompt, RelneuronError, distinct, read_prompts
+from relneuron.facts import ENGLISH, read_relations
 
 SPLIT = "eva"  # of sentences whose file knows no splits
 
@@ -47,7 +47,8 @@ def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
     - A table (.csv, .tsv, or .jsonl with one object a line) with a column `prompt` or `sentence`,
       one of `answer`, `object` or `target`, one of `type` or `relation`, and optionally `id`,
       `subject`, `language` and `template`. Outer space of a cell does not count, but for `target`.
-      Without ids the rows of a type are numbered: `<type>.0000`.
+      Without ids the rows of a type are numbered: `<type>.0000`. In .jsonl an answer may be a list
+      of right ones, also under `answers` or `objects`.
     - A folder of fact files in the format of the LRE data set, or one of them (.json): every fact
       in every main template.
 
@@ -99,11 +100,12 @@ def _fact_prompts(path: Path) -> list[Prompt]:
             id=f"{relation.name}.{number:04d}.{variant}",
             relation=relation.name,
             split=SPLIT,
-            language="en",
+            language=relation.language,
             template=template,
             subject=fact.subject,
             object=fact.object,
             prompt=template.replace("{}", fact.subject),
+            objects=fact.objects,
         )
         for relation in read_relations(path)
         for number, fact in enumerate(relation.facts)
@@ -117,7 +119,10 @@ def _is_prompts(text: str) -> bool:
         first = json.loads(text.lstrip().partition("\n")[0])
     except ValueError:
         return False
-    return isinstance(first, dict) and {field.name for field in fields(Prompt)} <= first.keys()
+    if not isinstance(first, dict):
+        return False
+    names = {field.name for field in fields(Prompt)} - {"object", "objects"}
+    return names <= first.keys() and bool({"object", "objects"} & first.keys())
 
 
 def _with_targets(prompts: Sequence[Prompt], text: str) -> list[Prompt]:
@@ -143,6 +148,8 @@ def _check_filled(path: Path, text: str, prompts: Sequence[Prompt], answers: boo
         for name in ("id", "relation", "prompt", *(() if no_answer else ("object",))):
             if not getattr(prompt, name).strip():
                 raise _empty(path, line, name)
+        if not no_answer and not all(name.strip() for name in prompt.objects):
+            raise _empty(path, line, "objects")
 
 
 def _empty(path: Path, line: int, column: str) -> RelneuronError:
@@ -151,7 +158,8 @@ def _empty(path: Path, line: int, column: str) -> RelneuronError:
     )
 
 
-_Record = tuple[int, Mapping[str, str]]  # a line's number and its cells
+# A line's number and its cells; where a list stands for the answer, its right answers.
+_Record = tuple[int, Mapping[str, str], tuple[str, ...]]
 
 
 def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
@@ -178,7 +186,7 @@ def _csv_records(path: Path, text: str, delimiter: str) -> Iterator[_Record]:
                 )
             if cells:
                 named = zip(header, cells, strict=True)
-                yield line, {n: cell if n == _TARGET else cell.strip() for n, cell in named}
+                yield line, {n: c if n == _TARGET else c.strip() for n, c in named}, ()
             line = reader.line_num + 1
     except csv.Error as error:
         raise RelneuronError(f"{path}, line {reader.line_num}: {error}", fix) from error
@@ -193,6 +201,9 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
             if not isinstance(record, dict):
                 raise TypeError("no object")
             named = {name.strip().lower(): value for name, value in record.items()}
+            if isinstance(named.get(_TARGET), list):  # a target is one token: these are answers
+                named.setdefault("answers", named.pop(_TARGET))
+            right = _right_answers(named)
             cells = {name: _cell(value) for name, value in named.items()}
             target = named.get(_TARGET)
             if isinstance(target, str):
@@ -203,7 +214,25 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
             raise RelneuronError(
                 f"{path}, line {number}: {error}", f"give one JSON object a line with {_COLUMNS}"
             ) from error
-        yield number, cells
+        yield number, cells, right
+
+
+def _right_answers(record: Json) -> tuple[str, ...]:
+    """The right answers, where there is a list of them; the record's first answer is one of them.
+
+    Two columns that mean the same stay as they are, to be refused.
+    """
+    for one, several in (("answer", "answers"), ("object", "objects")):
+        given = {key: record[key] for key in (one, several) if key in record}
+        if any(isinstance(value, list) for value in given.values()):
+            record.pop(several, None)
+            values = [
+                v for some in given.values() for v in (some if isinstance(some, list) else [some])
+            ]
+            right = distinct(_cell(value) for value in values)
+            record[one] = right[0] if all(right) and right else ""
+            return right
+    return ()
 
 
 def _cell(value: object) -> str:
@@ -218,7 +247,7 @@ def _table_prompts(path: Path, records: Iterator[_Record], answers: bool) -> lis
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     numbers: Counter[str] = Counter()
-    for line, cells in records:
+    for line, cells, right in records:
         sentence = cells[_column(path, line, cells, _SENTENCE)]
         target = _target(path, line, cells)
         answer = target.strip() if isinstance(target, str) else ""
@@ -235,10 +264,11 @@ def _table_prompts(path: Path, records: Iterator[_Record], answers: bool) -> lis
                 "give each line its own id",
             )
         lines[name] = line
-        about = {key: cells.get(key, "") for key in ("template", "subject")}
-        language = cells.get("language") or "en"
-        prompt = Prompt(name, kind, SPLIT, language, **about, object=answer, prompt=sentence)
-        prompts.append(_given(prompt, target))
+        template, subject = (cells.get(key, "") for key in ("template", "subject"))
+        objects = distinct((answer, *right))
+        language = cells.get("language") or ENGLISH
+        about = name, kind, SPLIT, language, template, subject
+        prompts.append(_given(Prompt(*about, answer, sentence, objects), target))
     if not prompts:
         raise RelneuronError(f"{path} holds no sentence", f"give a table with {_COLUMNS}")
     return prompts

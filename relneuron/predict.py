@@ -6,7 +6,7 @@ The `record` and `ablate` stages call it, so both ask in exactly the same way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact import Prompt, RelneuronError, fold
 from relneuron.tokens import (
     CHARACTER_BYTES,
     CUT,
+    Continuation,
     blank_notice,
     continuations,
     encode_texts,
@@ -29,20 +30,28 @@ N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
 
 
 def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = False) -> bool:
-    """Whether a prediction is a non-empty prefix of the answer, ignoring case and outer space.
+    """Whether a prediction is a non-empty prefix of the answer, as `artifact.fold` has both.
 
+    It is one, too, if it ends between a letter and the mark that the answer writes after it.
     `accept_object_prefix` also accepts a prediction that the answer is a prefix of ("Japan." for
     "Japan"); the paper's rule (arXiv 2502.17355, section 3.2) does not.
     """
-    given, wanted = prediction.strip().lower(), answer.strip().lower()
+    given, wanted = fold(prediction), fold(answer)
     if not given:
         return False
-    return wanted.startswith(given) or (accept_object_prefix and given.startswith(wanted))
+    written = answer.strip().casefold().startswith(prediction.strip().casefold())
+    is_prefix = wanted.startswith(given) or written
+    return is_prefix or (accept_object_prefix and given.startswith(wanted))
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether free text begins with the answer, ignoring case and outer space."""
-    return text.strip().lower().startswith(answer.strip().lower())
+    """Whether free text begins with the answer, as `artifact.fold` has both."""
+    return fold(text).startswith(fold(answer))
+
+
+def given_object(text: str, objects: Sequence[str], rule: Callable[[str, str], bool]) -> str:
+    """The first of the right objects that a text gives by a rule such as `is_correct`, or ""."""
+    return next((name for name in objects if rule(text, name)), "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,19 +75,25 @@ def cache_of(out: Any) -> dict[str, Any]:
 class Questions:
     """Prompts as tokens: `ids` of each prompt and the first token that carries its answer's bytes.
 
-    spaces   tokens of white space alone in front of it, where the tokenizer makes some
+    starts   how a prompt goes on with each of its right objects, in their order: tokens of white
+             space alone, where the tokenizer makes some, and the object's first own token; without
+             them `answers` are the only ones
     notices  what a reader of the results must know of how prompts became tokens
     """
 
     prompts: list[Prompt]
     ids: list[list[int]]
     answers: list[int]
-    spaces: list[tuple[int, ...]] = field(default_factory=list)
+    starts: list[list[tuple[int, ...]]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    def start(self, row: int) -> list[int]:
-        """How a prompt goes on with its answer, up to the first token of the answer's own."""
-        return [*(self.spaces[row] if self.spaces else ()), self.answers[row]]
+    def starts_of(self, row: int) -> list[tuple[int, ...]]:
+        return self.starts[row] if self.starts else [(self.answers[row],)]
+
+    def put_in(self, row: int) -> int:
+        """The token after a prompt that `ask_forced` puts in: a space, where an object has one."""
+        starts = self.starts_of(row)
+        return next((start for start in starts if len(start) > 1), starts[0])[0]
 
 
 def encode(
@@ -96,16 +111,17 @@ def encode(
     with `n_tokens` of answer does not fit the context, and an object without a token; without
     `answers` objects are not looked at.
     """
-    texts, objects = [p.prompt for p in prompts], [p.object for p in prompts]
-    notices, found = [], []
+    texts, notices = [prompt.prompt for prompt in prompts], []
+    found: list[list[Continuation]] = []
     if answers:
-        texts, changed = without_blanks(tokenizer, texts, objects)
+        texts, changed = without_blanks(tokenizer, texts, [prompt.object for prompt in prompts])
         notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
-        found = continuations(tokenizer, texts, objects, [p.language for p in prompts])
+        found = object_continuations(tokenizer, prompts, texts)
     ids = encode_texts(tokenizer, texts)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
-    largest = max(max(line, default=0) for line in [*ids, *(c.tokens for c in found)])
+    lines = [*ids, *(one.tokens for some in found for one in some)]
+    largest = max(max(line, default=0) for line in lines)
     if largest >= vocabulary:
         raise RelneuronError(
             f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
@@ -120,19 +136,30 @@ def encode(
                 f"it is longer than the model's context of {context}",
                 "shorten or remove it" + _fewer(context - len(line), n_tokens),
             )
-    for prompt, answer in zip(prompts, found, strict=False):
-        if not answer.tokens:
-            raise RelneuronError(
-                f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
-                "give every fact an object, or remove the prompt",
-            )
-    return Questions(
-        list(prompts),
-        ids,
-        [answer.tokens[0] for answer in found],
-        [answer.spaces for answer in found],
-        notices,
-    )
+    starts = [
+        [_start(prompt, name, one) for name, one in zip(prompt.objects, some, strict=True)]
+        for prompt, some in zip(prompts, found, strict=False)
+    ]
+    return Questions(list(prompts), ids, [some[0][-1] for some in starts], starts, notices)
+
+
+def object_continuations(
+    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[list[Continuation]]:
+    """How the text of each prompt goes on with each of its right objects."""
+    asked = [(text, p, name) for text, p in zip(texts, prompts, strict=True) for name in p.objects]
+    languages = [prompt.language for _, prompt, _ in asked]
+    found = iter(continuations(tokenizer, [a[0] for a in asked], [a[2] for a in asked], languages))
+    return [[next(found) for _ in prompt.objects] for prompt in prompts]
+
+
+def _start(prompt: Prompt, name: str, found: Continuation) -> tuple[int, ...]:
+    if not found.tokens:
+        raise RelneuronError(
+            f"prompt {prompt.id}: its object {name!r} makes no token",
+            "give every fact an object, or remove the prompt",
+        )
+    return (*found.spaces, found.tokens[0])
 
 
 def _fewer(room: int, n_tokens: int) -> str:
@@ -142,16 +169,19 @@ def _fewer(room: int, n_tokens: int) -> str:
     return f", or ask for at most {room} tokens (--max-new-tokens, --generate)"
 
 
-def plan_batches(questions: Questions, batch_tokens: int) -> list[list[int]]:
+def plan_batches(
+    questions: Questions, batch_tokens: int, only: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of the prompts in batches of one split and language, at most `batch_tokens` padded.
 
     Sorted by length within a split, so that a prompt's batch does not depend on other splits and
-    every stage that asks a split asks it in the same batches.
+    every stage that asks a split asks it in the same batches. `only` these prompts; default: all.
     """
-    kinds = [(prompt.split, prompt.language) for prompt in questions.prompts]
+    taken = range(len(questions.prompts)) if only is None else only
+    kinds = {i: (questions.prompts[i].split, questions.prompts[i].language) for i in taken}
     batches: list[list[int]] = []
-    for kind in dict.fromkeys(kinds):
-        rows = [i for i, k in enumerate(kinds) if k == kind]
+    for kind in dict.fromkeys(kinds.values()):
+        rows = [i for i, k in kinds.items() if k == kind]
         rows.sort(key=lambda i: len(questions.ids[i]))
         batch: list[int] = []
         for row in rows:
@@ -168,11 +198,18 @@ class Answers:
     """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
 
     A space that is a token of its own before it counts with it, as in tokenizers that join the
-    two.
+    two. Of several right objects it is the most probable one's, `which` in their order.
     """
 
     predictions: list[str]
     logprobs: list[float]  # nats
+    which: list[int] = field(default_factory=list)
+
+
+def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
+    """The largest score of each row, and which one it is; of equal ones the first."""
+    which = [row.index(max(row)) for row in scores]
+    return [row[k] for row, k in zip(scores, which, strict=True)], which
 
 
 @dataclass(frozen=True)
@@ -244,14 +281,14 @@ class Asker:
         everyone = torch.arange(len(rows), device=self.device)
         inputs, entering, cache = tokens, mask, None
         chosen: list[Tensor] = []
-        logprobs: list[float] = []
+        scores: list[list[float]] = []
         made: list[list[int]] = []
         for number in range(n_tokens + CHARACTER_BYTES - 1):
             before_step(Step(everyone, entering, min(number, 1), 1))
             out = self._forward(inputs, mask, 1, cache)
             logits = out.logits[:, -1].float()
             if number == 0:
-                logprobs = self._logprobs(logits, [questions.start(row)[0] for row in rows])
+                scores = self._firsts(logits, [questions.starts_of(row) for row in rows])
             chosen.append(logits.argmax(-1))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
@@ -261,24 +298,46 @@ class Asker:
             cache, inputs = cache_of(out), chosen[-1][:, None]
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
-        for place, more in self._after_spaces(questions, rows, before_step):
-            logprobs[place] += more
-        return Answers([self._text(answer) for answer in made], logprobs)
+        self._add_after_spaces(scores, questions, rows, before_step)
+        return Answers([self._text(answer) for answer in made], *_best(scores))
 
-    def _after_spaces(
-        self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
-    ) -> Iterator[tuple[int, float]]:
-        """(place in `rows`, log p of what follows its first space) where an answer has spaces."""
-        starts = [questions.start(row) for row in rows]
-        for n in sorted({len(start) - 1 for start in starts} - {0}):
-            places = [i for i, start in enumerate(starts) if len(start) == n + 1]
-            tokens, mask = self.pad([[*questions.ids[rows[i]], *starts[i][:-1]] for i in places])
-            before_step(Step(torch.tensor(places, device=self.device), mask, n, n))
+    def _add_after_spaces(
+        self,
+        scores: list[list[float]],
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None],
+    ) -> None:
+        """Add log p of what follows a start's first space, where it has spaces."""
+        starts = [
+            (i, k, start)
+            for i, row in enumerate(rows)
+            for k, start in enumerate(questions.starts_of(row))
+        ]
+        for n in sorted({len(start) - 1 for _, _, start in starts} - {0}):
+            some = [one for one in starts if len(one[2]) == n + 1]
+            tokens, mask = self.pad(
+                [[*questions.ids[rows[i]], *start[:-1]] for i, _, start in some]
+            )
+            places = torch.tensor([i for i, _, _ in some], device=self.device)
+            before_step(Step(places, mask, n, n))
             logits = self._forward(tokens, mask, n).logits[:, -n:].float()
-            parts = [
-                self._logprobs(logits[:, k], [starts[i][k + 1] for i in places]) for k in range(n)
-            ]
-            yield from zip(places, map(sum, zip(*parts, strict=True)), strict=True)
+            for column in range(n):
+                more = self._logprobs(
+                    logits[:, column], [start[column + 1] for _, _, start in some]
+                )
+                for (i, k, _), value in zip(some, more, strict=True):
+                    scores[i][k] += value
+
+    def most_probable(self, questions: Questions, batch_tokens: int) -> list[int]:
+        """Of each prompt, which of its right objects has the most probable first token."""
+        which = [0] * len(questions.prompts)
+        several = [row for row in range(len(which)) if len({*questions.starts_of(row)}) > 1]
+        for batch in plan_batches(questions, batch_tokens, several):
+            answers = self.ask(questions, batch, n_tokens=1)
+            for row, k in zip(batch, answers.which, strict=True):
+                which[row] = k
+        return which
 
     @torch.no_grad()
     def ask_forced(
@@ -293,8 +352,7 @@ class Asker:
         chooses what was put in, the argmax after it is what greedy decoding chooses next. Only the
         other rows take a second step; the forced token is masked out of it.
         """
-        starts = [questions.start(row) for row in rows]
-        wanted = [start[0] for start in starts]
+        wanted = [questions.put_in(row) for row in rows]
         tokens, mask = self.pad(
             [[*questions.ids[row], first] for row, first in zip(rows, wanted, strict=True)]
         )
@@ -302,10 +360,11 @@ class Asker:
         before_step(Step(everyone, mask, 1, 2))
         out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
-        logprobs = self._logprobs(logits[:, 0], wanted)
-        for i, start in enumerate(starts):
-            if len(start) > 1:
-                logprobs[i] += self._logprobs(logits[i : i + 1, 1], start[1:])[0]
+        starts = [questions.starts_of(row) for row in rows]
+        scores = self._firsts(logits[:, 0], starts)
+        for i, k in ((i, k) for i, some in enumerate(starts) for k in range(len(some))):
+            if len(starts[i][k]) > 1:
+                scores[i][k] += self._logprobs(logits[i : i + 1, 1], starts[i][k][1:])[0]
         chosen = logits.argmax(-1)
         firsts = chosen[:, 0].tolist()
         open_rows = [
@@ -337,16 +396,19 @@ class Asker:
                 again, self.ask(asked, [rows[i] for i in again], mark).predictions, strict=True
             ):
                 predictions[i] = said
-        return Answers(predictions, logprobs)
+        return Answers(predictions, *_best(scores))
 
     def forces_exactly(self, questions: Questions) -> bool:
         """Whether `ask_forced` may stand for `ask` on this model and these prompts.
 
         It must give the same predictions on eight of them, and no prompt may reach the end of a
-        sliding window: there the forced token takes up a place. No answer has two spaces before it.
+        sliding window: there the forced token takes up a place. No answer has two spaces before it,
+        or another one than that which is put in.
         """
-        if any(len(spaces) > 1 for spaces in questions.spaces):
-            return False
+        for row in range(len(questions.starts)):
+            spaces = {start[:-1] for start in questions.starts_of(row)} - {()}
+            if not spaces <= {(questions.put_in(row),)}:
+                return False
         order = sorted(range(len(questions.ids)), key=lambda row: len(questions.ids[row]))
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if window and len(questions.ids[order[-1]]) + N_ANSWER_TOKENS + 1 > window:
@@ -401,6 +463,16 @@ class Asker:
         wanted = torch.tensor(tokens, device=self.device)
         picked: list[float] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
         return picked
+
+    def _firsts(self, logits: Tensor, starts: Sequence[list[tuple[int, ...]]]) -> list[list[float]]:
+        """log p of the first token of every start of each row of logits (b, V)."""
+        most = max(map(len, starts))
+        # Rows with fewer starts repeat their first one.
+        repeated = [some + some[:1] * (most - len(some)) for some in starts]
+        firsts = [[start[0] for start in some] for some in repeated]
+        wanted = torch.tensor(firsts, device=self.device)
+        picked = logits.log_softmax(-1).gather(1, wanted).tolist()
+        return [line[: len(some)] for line, some in zip(picked, starts, strict=True)]
 
     def _first_tokens(self, made: list[int], n: int) -> list[int]:
         """The first `n` tokens, or as many as make a whole character."""

@@ -6,37 +6,87 @@ The sentences do not ask for a fact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from relneuron.artifact import Json, Prompt, atomic_write, prompts_bytes, refuse_overwrite, sha256
-from relneuron.facts import SUFFIX, Fact, Relation, read_relations, split_facts
+from relneuron.artifact import (
+    Json,
+    Prompt,
+    RelneuronError,
+    atomic_write,
+    composed,
+    distinct,
+    prompts_bytes,
+    refuse_overwrite,
+    sha256,
+)
+from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.manifest import Manifest
 from relneuron.sentences import GENERAL, NEUTRAL, Sentence, sentences_bytes
 
 SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
 
+Wrap = Callable[[str], str]
 
-def prompts_inputs(facts: Path, *, n_eva: int, seed: int, suffix: str) -> Json:
-    """What the stage depends on, for the manifest."""
+
+def prompts_inputs(
+    facts: Path, *, n_eva: int, seed: int, suffix: str | None, chat: Any = None
+) -> Json:
+    """What the stage depends on, for the manifest; `chat`: the tokenizer that wraps prompts."""
     paths = [facts] if facts.is_file() else sorted(facts.glob("*.json"))
     digests = {path.stem: sha256(path) for path in paths}
-    return {"facts": digests, "eva": n_eva, "seed": seed, "suffix": suffix}
+    inputs: Json = {"facts": digests, "eva": n_eva, "seed": seed, "suffix": suffix}
+    if chat is None:
+        return inputs
+    return inputs | {"chat_template": hashlib.sha256(chat_wrap(chat)("{}").encode()).hexdigest()}
 
 
-def make_prompts(relation: Relation, *, n_eva: int, seed: int) -> Iterator[Prompt]:
+def chat_wrap(tokenizer: Any) -> Wrap:
+    """Puts a text as the user's into a tokenizer's chat template, where the answer begins.
+
+    A template that writes BOS itself would get a second one from a tokenizer that adds BOS; such a
+    template's is left out.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RelneuronError(
+            "the tokenizer has no chat template", "leave out --chat-template, or use a chat model"
+        )
+
+    def wrap(text: str) -> str:
+        wrapped = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+        )
+        ids, bos = list(tokenizer(wrapped)["input_ids"][:2]), tokenizer.bos_token_id
+        if bos is not None and ids == [bos, bos]:
+            wrapped = wrapped.removeprefix(tokenizer.bos_token)
+        return wrapped
+
+    return wrap
+
+
+def make_prompts(
+    relation: Relation, *, n_eva: int, seed: int, wrap: Wrap = str
+) -> Iterator[Prompt]:
     """All prompts of a relation: det, eva, eva2 in the file's language, then other languages.
 
-    Only eva facts are asked in other languages: neurons are found in the file's own.
+    Only eva facts are asked in other languages: neurons are found in the file's own. `wrap` makes
+    what the model reads of the sentence that a template and a subject are.
     """
 
     def ask(
-        split: str, language: str, facts: list[Fact], templates: tuple[str, ...]
+        split: str, language: str, facts: Sequence[Fact], templates: tuple[str, ...]
     ) -> Iterator[Prompt]:
-        names = relation.languages[language].entities if language in relation.languages else {}
+        numbers: dict[str, int] = {}
         for number, fact in enumerate(facts):
-            subject = names.get(fact.subject, fact.subject)
-            answer = names.get(fact.object, fact.object)
+            numbers.setdefault(composed(fact.subject), number)
+        # In another language two subjects may have one name: that is asked once.
+        for fact in join_facts(facts):
+            number = numbers[composed(fact.subject)]
             for variant, template in enumerate(templates):
                 yield Prompt(
                     id=f"{relation.name}.{split}.{language}.{number:04d}.{variant}",
@@ -44,29 +94,42 @@ def make_prompts(relation: Relation, *, n_eva: int, seed: int) -> Iterator[Promp
                     split=split,
                     language=language,
                     template=template,
-                    subject=subject,
-                    object=answer,
-                    prompt=template.replace("{}", subject),
+                    subject=fact.subject,
+                    object=fact.object,
+                    prompt=wrap(template.replace("{}", fact.subject)),
+                    objects=fact.objects,
                 )
 
     det, eva = split_facts(relation, n_eva, seed)
-    yield from ask("det", "en", det, relation.templates.main)
-    yield from ask("eva", "en", eva, relation.templates.main)
-    yield from ask("eva2", "en", eva, relation.templates.alternative)
+    own = relation.language
+    yield from ask("det", own, det, relation.templates.main)
+    yield from ask("eva", own, eva, relation.templates.main)
+    yield from ask("eva2", own, eva, relation.templates.alternative)
     for code, language in relation.languages.items():
-        yield from ask("eva", code, eva, language.templates.main)
-        yield from ask("eva2", code, eva, language.templates.alternative)
+        there = language.translate(eva)
+        yield from ask("eva", code, there, language.templates.main)
+        yield from ask("eva2", code, there, language.templates.alternative)
+
+
+def neutral_template(relation: Relation) -> str | None:
+    """The first of the fact file's `neutral_templates`; in English, without them, a known one.
+
+    That is the one of the paper's relation of the same name, or `GENERAL`.
+    """
+    known = NEUTRAL.get(relation.name, GENERAL) if relation.language == ENGLISH else None
+    return next(iter(relation.neutral_templates), known)
 
 
 def make_sentences(relation: Relation, *, n_eva: int, seed: int) -> list[Sentence]:
     """One sentence for each of the first 50 distinct objects of the relation's det facts.
 
-    The template is the first of its fact file's `neutral_templates`; without them that of the
-    paper's relation of the same name, or `GENERAL`.
+    None without a `neutral_template`.
     """
+    template = neutral_template(relation)
+    if template is None:
+        return []
     det, _ = split_facts(relation, n_eva, seed)
-    template = next(iter(relation.neutral_templates), NEUTRAL.get(relation.name, GENERAL))
-    objects = list(dict.fromkeys(fact.object for fact in det))[:SENTENCES]
+    objects = distinct(name for fact in det for name in fact.objects)[:SENTENCES]
     return [
         Sentence(
             id=f"{relation.name}.neutral.{number:04d}",
@@ -85,22 +148,32 @@ def write_prompts(
     *,
     n_eva: int = 50,
     seed: int = 0,
-    suffix: str = SUFFIX,
+    suffix: str | None = None,
+    chat: Any = None,
     force: bool = False,
 ) -> list[Prompt]:
     """Read the fact files in `facts`, write prompts.jsonl to `output` and sentences.jsonl beside.
 
-    Returns the prompts.
+    `suffix`: see `facts.read_relation`. `chat`: a tokenizer whose chat template wraps every prompt,
+    the sentences are left as they are. Returns the prompts.
     """
     beside = output.with_name("sentences.jsonl")
     for path in (output, beside):
         refuse_overwrite(path, force)
     relations = read_relations(facts, suffix=suffix)
-    inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix)
-    prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed)]
+    inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix, chat=chat)
+    wrap = str if chat is None else chat_wrap(chat)
+    prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed, wrap=wrap)]
     sentences = [s for r in relations for s in make_sentences(r, n_eva=n_eva, seed=seed)]
-    atomic_write(output, prompts_bytes(prompts))
-    atomic_write(beside, sentences_bytes(sentences))
+    _say_left_out(relations)
+    written = {output: prompts_bytes(prompts)}
+    # Without a sentence there is no file: the next stage would take an empty one for damaged.
+    if sentences:
+        written[beside] = sentences_bytes(sentences)
+    for path, data in written.items():
+        atomic_write(path, data)
+    if not sentences:
+        beside.unlink(missing_ok=True)
     counts = {
         relation.name: {
             split: sum(p.relation == relation.name and p.split == split for p in prompts)
@@ -110,5 +183,15 @@ def write_prompts(
     }
     manifest = Manifest(output.parent)
     manifest.describe(seeds={"split": seed})
-    manifest.finish("prompts", inputs, [output, beside], n_prompts=counts)
+    manifest.finish("prompts", inputs, list(written), n_prompts=counts)
     return prompts
+
+
+def _say_left_out(relations: Iterable[Relation]) -> None:
+    names = [r.name for r in relations if neutral_template(r) is None]
+    if names:
+        warnings.warn(
+            f"neutral sentences left out of {', '.join(names)}: their fact files are not in "
+            "English and have no neutral_templates",
+            stacklevel=3,
+        )

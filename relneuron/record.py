@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +291,9 @@ def record(
             said = journal.done[str(number)]["predictions"]
             for row, prediction in zip(rows, said, strict=True):
                 predictions[row] = prediction
+        right = partial(is_correct, accept_object_prefix=accept_object_prefix)
         correct = [
-            not validate
-            or is_correct(prediction, prompt.object, accept_object_prefix=accept_object_prefix)
+            not validate or any(right(prediction, name) for name in prompt.objects)
             for prompt, prediction in zip(prompts, predictions, strict=True)
         ]
         table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)

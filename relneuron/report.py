@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
 from relneuron.installed import need
 from relneuron.report_attribution_study import (
@@ -131,18 +133,17 @@ def page(study: Study) -> Json:
     main = results[0]
     numbers = headline(main)
     sizes = sorted(len(chosen) for chosen in study.sets.values() if chosen)
-    before = zip(main.relations, main.before, strict=True)
     return {
         "model": study.neurons.model.get("id", "an unnamed model"),
         "method": METHODS.get(study.neurons.method, study.neurons.method),
         "main": main,
         "main_title": split_title(main.split),
         "sizes": _span(sizes),
-        "answer": answer(numbers, sizes, study.n_neurons),
+        "answer": unknown(main) or answer(numbers, sizes, study.n_neurons),
         "off": off(study.manifest),
         "headline": numbers,
         "n_seeds": main.random.shape[1],
-        "left_out": [label(name) for name, accuracy in before if accuracy == 0],
+        "left_out": [label(main.relations[r]) for r in np.flatnonzero(~main.known)],
         "sections": sections(study, results),
         "examples": list(examples(study, main).items()),
         "commands": commands(study.manifest),
@@ -160,6 +161,18 @@ def sections(study: Study, results: Sequence[Result]) -> list[Section]:
 
 
 # Text
+
+
+def unknown(result: Result) -> str:
+    """Why nothing can be answered where the model knows none of the relations; "" if it does."""
+    measured = result.before[np.isfinite(result.before)]
+    if not measured.size or result.known.any():
+        return ""
+    return (
+        f"Nothing can be said: the model as it is answers {percent(measured.mean())} of the "
+        f"prompts right, at most {percent(measured.max())} of a relation's, too few for a drop or "
+        "a rise to mean anything."
+    )
 
 
 def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:

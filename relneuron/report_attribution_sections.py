@@ -29,7 +29,7 @@ METHODS = {
     "coefficient_rank": "activation / rank",
 }
 ABOUT_DROPS = (
-    "Drop: (clean − off) / clean of the mean over sentences. Intervals: bootstrap over sentences, "
+    "Drop: (clean − off) / clean of the mean over sentences. Intervals: bootstrap over facts, "
     "paired with the clean model; of random neurons the range of the seeds."
 )
 

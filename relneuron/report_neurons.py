@@ -243,7 +243,7 @@ def significance_notes(study: Study) -> list[str]:
     if has_interval:
         notes.append(
             f"The 95{NBSP}% interval of a score is that of {count('bootstrap')}bootstrap resamples "
-            "of the relation's prompts, positives and negatives apart."
+            "of the relation's facts, with all prompts of a fact, positives and negatives apart."
         )
     if has_p:
         notes.append(

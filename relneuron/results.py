@@ -41,6 +41,17 @@ OPTIONAL = (
 )
 
 
+# A relation that the model hardly answers has no drop that means anything: up to this share, or
+# fewer facts than half of them and than six, of which losing all is no more than chance (five:
+# sign-flip p = 0.06).
+LOW, HALF, FEW = 0.1, 0.5, 6
+
+
+def is_known(share: float, n_facts: int) -> bool:
+    """Whether a relation is answered well enough: the share right, the facts with a right one."""
+    return share > LOW and (share >= HALF or n_facts >= FEW)
+
+
 def drop_matrix(before: Array, off: Array) -> Array:
     """(before - off) / before, (R,) and (R, C) -> (R, C); NaN where nothing was right before."""
     base = np.where(before > 0, before, np.nan)[:, None]
@@ -74,12 +85,20 @@ class Result:
     before: Array  # (R,)
     off: Array  # (R, C)
     random: Array  # (R, S)
+    n_right: NDArray[np.int64] | None = None  # (R,) facts with a right answer before
 
     @property
     def own(self) -> NDArray[np.bool_]:
         """(R, C): where the set is the relation's own."""
         pairs = [[name == relation for name in self.sets] for relation in self.relations]
         return np.array(pairs, dtype=np.bool_).reshape(self.off.shape)
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """(R,): whose drops mean something, as far as `n_right` is known."""
+        n_right = [FEW] * len(self.before) if self.n_right is None else self.n_right.tolist()
+        pairs = zip(self.before.tolist(), n_right, strict=True)
+        return np.array([is_known(*pair) for pair in pairs], np.bool_)
 
     @property
     def drop(self) -> Array:
@@ -112,7 +131,9 @@ def split_results(grids: Mapping[str, Grid]) -> list[Result]:
             for names in (["clean"], [c.name for c in sets], [c.name for c in random])
         )
         n_prompts = np.array([row.sum() for row in rows])
-        results.append(Result(split, relations, own, n_prompts, before[:, 0], off, drawn))
+        right = [np.unique(grid.facts[row & (grid.correct["clean"] == 1)]) for row in rows]
+        n_right = np.array([facts.size for facts in right])
+        results.append(Result(split, relations, own, n_prompts, before[:, 0], off, drawn, n_right))
     return results
 
 
@@ -133,8 +154,12 @@ class Headline(NamedTuple):
 
 
 def headline(result: Result) -> Headline:
-    """The three numbers that answer the question; the random range is over the seeds' means."""
-    drop, random = result.drop, drop_matrix(result.before, result.random)
+    """The three numbers that answer the question; the random range is over the seeds' means.
+
+    Of the relations that the model knows (`is_known`).
+    """
+    before = np.where(result.known, result.before, 0)
+    drop, random = (drop_matrix(before, after) for after in (result.off, result.random))
     seeds = np.array([spread(column).mean for column in random.T])
     return Headline(
         spread(drop[result.own]),

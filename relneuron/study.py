@@ -29,7 +29,7 @@ from relneuron.attribute_options import AttributeOptions
 from relneuron.clock import Clock
 from relneuron.concepts import concept_study, concept_subjects
 from relneuron.conditions import check_names
-from relneuron.facts import SUFFIX, Relation, read_relations, split_facts
+from relneuron.facts import Relation, read_relations, split_facts
 from relneuron.identify import (
     BOOTSTRAP,
     NOISE,
@@ -55,8 +55,9 @@ from relneuron.model import (
     load_tokenizer,
     model_shape,
 )
-from relneuron.predict import encode
-from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
+from relneuron.predict import Asker, encode
+from relneuron.preview import first_answers, warn_of_unknown
+from relneuron.prompts import chat_wrap, make_prompts, prompts_inputs, write_prompts
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
 from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
@@ -72,7 +73,8 @@ class Options:
 
     eva: int = 50
     seed: int = 0
-    suffix: str = SUFFIX
+    suffix: str | None = None
+    chat_template: bool = False
     method: str = "ap"
     top: int | None = None
     fdr: float | None = None
@@ -197,7 +199,9 @@ def run_study(
     model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
     mlps = find_gated_mlps(model)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
-    wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed)]
+    chat = tokenizer if o.chat_template else None
+    wrap = chat_wrap(chat) if chat else str
+    wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed, wrap=wrap)]
     questions = encode(tokenizer, model, wanted)
     if o.exclude_bos:
         check_bos(tokenizer, questions.ids)
@@ -209,9 +213,10 @@ def run_study(
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
-        inputs = prompts_inputs(facts, n_eva=o.eva, seed=o.seed, suffix=o.suffix)
-        if not manifest.is_done("prompts", inputs, force=force):
-            write_prompts(facts, prompts, n_eva=o.eva, seed=o.seed, suffix=o.suffix, force=True)
+        asked_with: dict[str, Any] = {"n_eva": o.eva, "seed": o.seed, "suffix": o.suffix}
+        asked_with["chat"] = chat
+        if not manifest.is_done("prompts", prompts_inputs(facts, **asked_with), force=force):
+            write_prompts(facts, prompts, **asked_with, force=True)
 
         pooled: dict[str, Any] = {
             "batch_tokens": o.batch_tokens,
@@ -238,6 +243,8 @@ def run_study(
         )
         responses = folder / "responses.safetensors"
         if not recorded or not (identified or responses.exists()):
+            for line in first_answers(Asker(model, tokenizer), questions, o.batch_tokens):
+                say(line)
             record(
                 name,
                 model,
@@ -250,6 +257,7 @@ def run_study(
                 quiet=quiet,
             )
             identified = False
+        warn_of_unknown(folder)
         if not identified:
             identify(folder, neurons, **chosen, force=True, quiet=quiet)
         if o.drop_responses:

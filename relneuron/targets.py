@@ -6,7 +6,7 @@ The `attribute` stage calls it with the sentences of `knowledge.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from relneuron.artifact import Prompt, RelneuronError
 from relneuron.knowledge import TargetPrompt
-from relneuron.predict import encode
+from relneuron.predict import Asker, Questions, encode, object_continuations
 from relneuron.tokens import (
     Continuation,
     blank_notice,
-    continuations,
     encode_texts,
     find_token,
     listed,
@@ -36,12 +35,17 @@ class Targets:
                      where the tokenizer makes a token of it alone
     n_answer_tokens  1 where the target is given
     notices          what a reader of the results must know of them
+    rights           first tokens of all right answers of each sentence, those that other lines give
+                     it among them
+    answers          the right answer that is asked for, the most probable one of several
     """
 
     ids: list[list[int]]
     targets: list[int]
     n_answer_tokens: list[int]
     notices: list[str]
+    rights: list[list[int]] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
     @property
     def n_several(self) -> int:
@@ -56,12 +60,14 @@ def encode_targets(
     *,
     strict: bool = False,
     answers: bool = True,
+    batch_tokens: int = 2048,
 ) -> Targets:
     """Tokenise sentences and their answers, or the targets that are given.
 
-    The target is the first token that carries bytes of the answer (`tokens.continuations`). An
-    answer of several tokens is stood for by its first one, or with `strict` refused. Without
-    `answers` every target is 0 until the model is asked.
+    The target is the first token that carries bytes of the answer (`tokens.continuations`); of
+    several right answers the model is asked which one it finds most probable. An answer of several
+    tokens is stood for by its first one, or with `strict` refused. Without `answers` every target
+    is 0 until the model is asked.
 
     Raises RelneuronError that names the prompt for a sentence without a token or longer than the
     context, an answer without a token, a target that is none, and a token that the model does not
@@ -76,14 +82,28 @@ def encode_targets(
     prompts = [replace(prompt, prompt=text) for prompt, text in zip(prompts, texts, strict=True)]
     heads = encode(tokenizer, model, prompts, answers=False, n_tokens=0).ids
     if not answers:
-        return Targets(heads, [0] * len(heads), [1] * len(heads), notices)
-    objects, languages = [p.object for p in prompts], [p.language for p in prompts]
-    found = continuations(tokenizer, texts, objects, languages)
+        n = len(heads)
+        return Targets(heads, [0] * n, [1] * n, notices, [[] for _ in heads], [""] * n)
+    every = object_continuations(tokenizer, prompts, texts)
     vocabulary, n_logits = model.get_input_embeddings().num_embeddings, _n_logits(model)
-    for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
+    for row, prompt in enumerate(prompts):
         if isinstance(prompt, TargetPrompt):
-            found[row] = answer = _find_target(tokenizer, prompt, answer)
-        _check_answer(prompt, answer, vocabulary, n_logits, strict)
+            every[row] = [_find_target(tokenizer, prompt, every[row][0])]
+        for name, answer in zip(prompt.objects, every[row], strict=False):
+            _check_answer(prompt, name, answer, vocabulary, n_logits)
+    starts = [[(*one.spaces, one.tokens[0]) for one in some] for some in every]
+    which = [0] * len(prompts)
+    if any(len({*some}) > 1 for some in starts):
+        questions = Questions(list(prompts), heads, [some[0][-1] for some in starts], starts)
+        which = Asker(model, tokenizer).most_probable(questions, batch_tokens)
+    found = [some[k] for some, k in zip(every, which, strict=True)]
+    names = [prompt.objects[k] for prompt, k in zip(prompts, which, strict=True)]
+    for prompt, name, answer in zip(prompts, names, found, strict=True):
+        if strict and len(answer.tokens) > 1:
+            raise RelneuronError(
+                f"prompt {prompt.id}: its answer {name!r} has {len(answer.tokens)} tokens",
+                "leave --strict out to ask for the first one, or remove the prompt",
+            )
     ids = [[*head, *answer.spaces] for head, answer in zip(heads, found, strict=True)]
     _check_lengths(model, prompts, ids)
     after_space = [p.id for p, answer in zip(prompts, found, strict=True) if answer.spaces]
@@ -93,7 +113,12 @@ def encode_targets(
             "the answer is asked for after it"
         )
     n_tokens = [len(answer.tokens) for answer in found]
-    return Targets(ids, [answer.tokens[0] for answer in found], n_tokens, notices)
+    together: dict[tuple[str, str], list[int]] = {}
+    for prompt, some in zip(prompts, starts, strict=True):
+        together.setdefault((prompt.relation, prompt.prompt), []).extend(s[-1] for s in some)
+    rights = [together[prompt.relation, prompt.prompt] for prompt in prompts]
+    targets = [answer.tokens[0] for answer in found]
+    return Targets(ids, targets, n_tokens, notices, rights, names)
 
 
 def _find_target(tokenizer: Any, prompt: TargetPrompt, answer: Continuation) -> Continuation:
@@ -113,11 +138,11 @@ def _find_target(tokenizer: Any, prompt: TargetPrompt, answer: Continuation) -> 
 
 
 def _check_answer(
-    prompt: Prompt, answer: Continuation, vocabulary: int, n_logits: int | None, strict: bool
+    prompt: Prompt, name: str, answer: Continuation, vocabulary: int, n_logits: int | None
 ) -> None:
     if not answer.tokens:
         raise RelneuronError(
-            f"prompt {prompt.id}: its object {prompt.object!r} makes no token",
+            f"prompt {prompt.id}: its object {name!r} makes no token",
             "give every fact an object, or remove the prompt",
         )
     first, largest = answer.tokens[0], max(answer.tokens)
@@ -134,14 +159,9 @@ def _check_answer(
         )
     if n_logits is not None and first >= n_logits:
         raise RelneuronError(
-            f"prompt {prompt.id}: its answer {prompt.object!r} begins with the token "
+            f"prompt {prompt.id}: its answer {name!r} begins with the token "
             f"{first}, the model predicts {n_logits} tokens",
             "give a model and a tokenizer that belong together",
-        )
-    if strict and len(answer.tokens) > 1:
-        raise RelneuronError(
-            f"prompt {prompt.id}: its answer {prompt.object!r} has {len(answer.tokens)} tokens",
-            "leave --strict out to ask for the first one, or remove the prompt",
         )
 
 
@@ -173,14 +193,19 @@ def type_tokens(targets: Sequence[int], types: Sequence[str]) -> dict[str, Tenso
 
 
 def keep(
-    logits: Tensor, targets: Tensor, types: Sequence[str], type_tokens: Mapping[str, Tensor]
+    logits: Tensor,
+    targets: Tensor,
+    types: Sequence[str],
+    type_tokens: Mapping[str, Tensor],
+    rights: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Which sentences the model knows (arXiv 2312.12141, section 4): (E,) bool.
 
     `logits` (E, V) at the last position, `targets` (E,) int64. A sentence is kept if at most nine
     tokens have a larger logit than its target, and its target a larger one than every other token
-    of `type_tokens[type]`. Where the type has no other token the first condition alone decides. A
-    target whose logit is not finite is not kept.
+    of `type_tokens[type]` but its `rights`, the first tokens of its other right answers. Where
+    the type has no other token the first condition alone decides. A target whose logit is not
+    finite is not kept.
     """
     own = logits.gather(1, targets[:, None])
     kept = ((logits > own).sum(1) < N_MOST_PROBABLE) & own[:, 0].isfinite()
@@ -188,6 +213,8 @@ def keep(
         rows = torch.tensor([i for i, name in enumerate(types) if name == kind])
         rows, tokens = rows.to(logits.device), type_tokens[kind].to(logits.device)
         is_own = tokens == targets[rows, None]
+        for i, row in enumerate(rows.tolist() if rights else ()):
+            is_own[i] |= torch.isin(tokens, tokens.new_tensor(rights[row]))
         above = (own[rows] > logits[rows[:, None], tokens]) | is_own
         kept[rows] &= above.all(1)
     return kept

@@ -34,6 +34,7 @@ ALLOWED = {
     "instrument": {"ops", "artifact", "model", "patch"},
     "tokens": {"artifact"},
     "predict": {"artifact", "tokens"},
+    "preview": {"artifact", "effects", "predict", "results"},
     "clock": set(),
     "sentences": {"artifact"},
     "effects": {"artifact", "installed"},
@@ -111,7 +112,8 @@ ALLOWED = {
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
-    | {"artifact", "identity", "manifest", "facts", "model", "predict", "results", "tokens"}
+    | {"artifact", "identity", "manifest", "facts", "model", "predict", "preview"}
+    | {"results", "tokens"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from conftest import SHARED
 
-from relneuron.artifact import RelneuronError, read_prompts
+from relneuron.artifact import RelneuronError, prompts_bytes, read_prompts
 from relneuron.facts import Fact, Relation, Templates, read_relation, read_relations, split_facts
-from relneuron.prompts import make_prompts, make_sentences, write_prompts
+from relneuron.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
 from relneuron.sentences import read_sentences
 
 LRE = SHARED / "lre"
@@ -90,6 +90,184 @@ def test_a_folder_without_fact_files_is_refused(tmp_path: Path) -> None:
         read_relations(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [{"subject": "Rose", "object": ["red", "white"]}],
+        [{"subject": "Rose", "objects": ["red", "white"]}],
+        [{"subject": "Rose", "object": "red", "objects": ["Red ", "white", "WHITE"]}],
+        [{"subject": "Rose", "object": "red"}, {"subject": "Rose ", "object": "white"}],
+        [{"subject": "Rose", "object": "red"}, {"subject": "Rose", "objects": ["RED", "white"]}],
+    ],
+)
+def test_a_fact_is_a_subject_with_all_of_its_objects(tmp_path: Path, samples: Any) -> None:
+    relation = read_relation(write(tmp_path, good(samples=[*samples, *good()["samples"]])))
+    assert relation.facts == (Fact("Rose", "red", ("white",)), Fact("Ruritania", "Strelsau"))
+    assert relation.facts[0].objects == ("red", "white")
+    # Asked once a template, in det or in eva; each object has its sentence.
+    prompts = list(make_prompts(relation, n_eva=1, seed=0))
+    asked = [p for p in prompts if p.subject == "Rose"]
+    assert len({p.prompt for p in asked}) == len(asked) > 0
+    assert {p.objects for p in asked} == {("red", "white")}
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(prompts_bytes(prompts))
+    assert read_prompts(path) == prompts
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"objects" in line for line in lines if line["subject"] != "Rose"} == {False}
+    for seed in range(9):
+        named = {s.object for s in make_sentences(relation, n_eva=1, seed=seed)}
+        assert named in ({"red", "white"}, {"Strelsau"})
+
+
+def test_names_are_compared_composed_objects_without_case(tmp_path: Path) -> None:
+    nfd, nfc = "Malmo\u0308", "Malm\u00f6"
+    samples = [
+        {"subject": nfd, "object": "Stra\u00dfe"},
+        {"subject": nfc, "object": ["STRASSE", nfd]},
+        {"subject": nfc.upper(), "object": nfc},
+    ]
+    relation = read_relation(write(tmp_path, good(samples=samples)))
+    # Case tells subjects apart: the model reads another prompt.
+    assert relation.facts == (Fact(nfd, "Stra\u00dfe", (nfd,)), Fact(nfc.upper(), nfc))
+    german = {"prompt_templates": ["{} ist"], "entities": {nfc: "Malmen", "strasse": "Weg"}}
+    relation = read_relation(write(tmp_path, good(samples=samples, languages={"de": german})))
+    assert relation.languages["de"].translate(relation.facts)[0] == Fact(
+        "Malmen", "Weg", ("Malmen",)
+    )
+
+
+def test_one_name_for_two_subjects_elsewhere_is_asked_once_there(tmp_path: Path) -> None:
+    samples = [{"subject": "Rome", "object": "a"}, {"subject": "Roma", "object": "b"}]
+    german = {
+        "prompt_templates": ["{} ist"],
+        "suffix": "? Antwort:",
+        "entities": {"Rome": "Rom", "Roma": "Rom"},
+    }
+    data = good(samples=[*samples, {"subject": "c", "object": "d"}], languages={"de": german})
+    prompts = []
+    for seed in range(9):
+        made = make_prompts(read_relation(write(tmp_path, data)), n_eva=2, seed=seed)
+        prompts.append([p for p in made if p.language == "de"])
+    (both,) = next(some for some in prompts if len(some) == 1)
+    assert (both.prompt, both.objects) == ("Rom ist? Antwort:", ("a", "b"))
+
+
+POLISH = {"language": "pl", "suffix": " Odpowied\u017a:"}
+
+
+def test_a_file_in_another_language_has_nothing_english(tmp_path: Path) -> None:
+    path = write(tmp_path, good(**POLISH))
+    relation = read_relation(path)
+    assert (relation.language, relation.suffix) == ("pl", POLISH["suffix"])
+    assert relation.templates.main == ("The capital of {} is" + POLISH["suffix"],)
+    assert read_relation(path, suffix="?").templates.main == ("The capital of {} is?",)
+    assert read_relation(write(tmp_path, good(language="pl"))).templates.main[0][-3:] == " is"
+    assert make_sentences(relation, n_eva=0, seed=0) == []
+    own = read_relation(write(tmp_path, good(**POLISH, neutral_templates=["Mapa {}."])))
+    assert [s.sentence for s in make_sentences(own, n_eva=0, seed=0)] == ["Mapa Strelsau."]
+    assert [p.id for p in make_prompts(relation, n_eva=0, seed=0)] == ["capital.det.pl.0000.0"]
+
+
+def test_sentences_left_out_are_said_and_leave_no_empty_file(tmp_path: Path) -> None:
+    samples = [{"subject": f"s{i}", "object": "o"} for i in range(4)]
+    write(tmp_path, good(**POLISH, samples=samples))
+    output = tmp_path / "out" / "prompts.jsonl"
+    with pytest.warns(UserWarning, match="neutral sentences left out of capital: .*not in English"):
+        write_prompts(tmp_path, output, n_eva=1)
+    assert not output.with_name("sentences.jsonl").exists()
+    stage = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]["prompts"]
+    assert stage["files"] == ["prompts.jsonl"]
+
+
+def test_unknown_keys_are_named_with_the_file(tmp_path: Path) -> None:
+    data = good(
+        name="n",
+        prompt_template=["{} x"],
+        properties={"relation_type": "factual", "domain": "city"},
+        samples=[{"subject": "a", "object": "b", "aliases": []}] * 2,
+        languages={"de": {"prompt_templates": ["{} ist"], "entitys": {}}},
+    )
+    with pytest.warns(UserWarning) as caught:
+        read_relation(write(tmp_path, data))
+    assert [str(w.message) for w in caught] == [
+        f"{tmp_path / 'capital.json'}: unknown, not read: prompt_template, properties.domain, "
+        "languages.de.entitys, samples.aliases"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            json.dumps(good(languages={"en": {"prompt_templates": ["{} is"]}})),
+            "languages.en is the",
+        ),
+        (
+            json.dumps(good(**POLISH, languages={"PL": {"prompt_templates": ["{}"]}})),
+            "languages.PL",
+        ),
+        (
+            json.dumps(
+                good(languages={c: {"prompt_templates": ["{}"]} for c in ("pt-BR", "pt_br")})
+            ),
+            "languages.pt_br is the pt-BR language",
+        ),
+        ('{"languages": {"de": {"a": 1}, "de": {}}}', "the key 'de' stands twice"),
+        ('{"samples": [], "samples": []}', "the key 'samples' stands twice"),
+        (json.dumps(good(language="polski jezyk")), "language: Value error, a language is a code"),
+        (json.dumps(good(samples=[{"subject": "x", "object": []}])), "samples.0.object"),
+        (json.dumps(good(samples=[{"subject": "x", "objects": ["a", " "]}])), "samples.0.object.1"),
+        (json.dumps(good(samples=[{"subject": "x", "object": 7}])), "samples.0.object.0"),
+        (json.dumps(good(suffix="\ud800")), "'utf-8' codec can't encode character"),
+        ("[" * 99_999, "recursion"),
+    ],
+)
+def test_languages_and_objects_that_cannot_be_meant(tmp_path: Path, text: str, cause: str) -> None:
+    with pytest.raises(RelneuronError) as caught:
+        read_relation(write(tmp_path, text))
+    assert cause in caught.value.cause and "capital.json" in caught.value.cause
+    assert "\n" not in caught.value.cause
+
+
+class Chat:
+    """A tokenizer of one token a letter that adds BOS, and whose template may write it, too."""
+
+    bos_token, bos_token_id = "^", 0
+
+    def __init__(self, template: str, adds: bool) -> None:
+        self.chat_template, self.adds = template, adds
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        ids = [0 if c == "^" else ord(c) for c in text]
+        return {"input_ids": [0] * self.adds + ids}
+
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **asked: bool) -> str:
+        assert asked == {"add_generation_prompt": True} and not tokenize
+        ((role, text),) = [(m["role"], m["content"]) for m in messages]
+        return self.chat_template.format(role=role, text=text)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("begin", ["^", ""])
+def test_a_chat_template_gives_no_second_bos(adds: bool, begin: str) -> None:
+    tokenizer = Chat(begin + "<{role}>{text}<bot>", adds)
+    wrapped = chat_wrap(tokenizer)("Why?")
+    assert wrapped.removeprefix("^") == "<user>Why?<bot>"
+    assert tokenizer(wrapped)["input_ids"].count(0) == (1 if adds or begin else 0)
+    with pytest.raises(RelneuronError, match="no chat template"):
+        chat_wrap(Chat("", adds))
+
+
+def test_prompts_in_a_chat_template(tmp_path: Path) -> None:
+    samples = [{"subject": f"s{i}", "object": "o"} for i in range(4)]
+    write(tmp_path, good(samples=samples))
+    output = tmp_path / "out" / "prompts.jsonl"
+    made = write_prompts(tmp_path, output, n_eva=1, chat=Chat("^<{role}>{text}<bot>", True))
+    assert all(p.prompt == f"<user>{p.template.replace('{}', p.subject)}<bot>" for p in made)
+    inputs = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]["prompts"]
+    assert len(inputs["inputs"]["chat_template"]) == 64
+
+
 def relation_of(pairs: list[tuple[str, str]], name: str = "r") -> Relation:
     facts = tuple(Fact(*pair) for pair in pairs)
     return Relation(name, Templates(("{}?",), ()), facts, {})
@@ -100,7 +278,7 @@ def test_split_shares_no_subject_and_is_exact() -> None:
     for seed in range(20):
         det, eva = split_facts(relation_of(pairs), 10, seed)
         assert len(eva) == 10
-        assert len(det) + len(eva) == len(pairs)
+        assert len(det) + len(eva) == 29  # a subject is a fact
         assert not {f.subject for f in det} & {f.subject for f in eva}
 
 
@@ -182,7 +360,10 @@ def test_the_papers_relations_have_its_templates_and_sizes() -> None:
     assert alternative["person_plays_pro_sport"] == ("What sport does {} play? They play? Answer:",)
     assert len(alternative["star_constellation"]) == 1
     assert alternative["person_occupation"] == ("{} works professionally as a? Answer:",)
-    assert len(relations["product_by_company"].facts) == 502
+    assert len(relations["product_by_company"].facts) == 494
+    several = [f for r in relations.values() for f in r.facts if len(f.objects) > 1]
+    assert len(several) == 16
+    assert Counter(len(fact.objects) for fact in several) == {2: 15, 4: 1}
     # 50 facts of each relation, twice where there are two templates (methods A3).
     prompts = [p for r in relations.values() for p in make_prompts(r, n_eva=50, seed=0)]
     assert sum(prompt.split == "eva" for prompt in prompts) == 850

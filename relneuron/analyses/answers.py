@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from relneuron.analyses.outcomes import Row, asked, own_sets, relations, sets_off
 from relneuron.analyses.uncertainty import NAN, Array, rank_sum_p, signed_rank
-from relneuron.artifact import Prompt
+from relneuron.artifact import Prompt, fold
 from relneuron.effects import Grid
 from relneuron.tables import Share, Table
 
@@ -41,7 +42,7 @@ def interference(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
             for i in np.flatnonzero(asked(grid, relation) & mended).tolist():
                 prompt = prompts[grid.ids[i]]
                 answers = grid.prediction["clean"][i], grid.prediction[name][i]
-                facts = prompt.id, prompt.subject, prompt.object
+                facts = prompt.id, prompt.subject, prompt.right
                 rows.append([relation, off, *facts, *answers])
     return Table("Answers that a set of another relation mends", INTERFERENCE, rows)
 
@@ -57,6 +58,16 @@ def _mean(values: Array) -> float:
     return float(values.mean()) if values.size else NAN
 
 
+def _by_fact(values: Array, facts: NDArray[np.int64]) -> Array:
+    """(F,): the mean of each fact's values, of those that are known; NaN if none is."""
+    known = np.isfinite(values)
+    numbers, place = np.unique(facts, return_inverse=True)
+    sums = np.bincount(place[known], values[known], len(numbers))
+    n = np.bincount(place[known], minlength=len(numbers))
+    result: Array = np.divide(sums, n, out=np.full(len(numbers), NAN), where=n > 0)
+    return result
+
+
 def relative_difference(resilient: float, sensitive: float) -> float:
     """(mean_b - mean_a) / mean_b, a resilient and b sensitive; NaN where mean_b is 0."""
     return (sensitive - resilient) / sensitive if sensitive else NAN
@@ -65,20 +76,28 @@ def relative_difference(resilient: float, sensitive: float) -> float:
 def resilience(grid: Grid, frequency: Mapping[str, float] | None = None) -> Table:
     """Facts that outlive their set and facts that do not (arXiv 2502.17355, appendix E).
 
-    Resilient: right before and after; sensitive: right before, wrong after. logprob: the mean clean
-    log-probability of the object's first token, in nats; p is Mann and Whitney's. `frequency`: the
-    number of documents that name a prompt's fact, by prompt id, of those where it is known.
+    Sensitive: a prompt of it is right before and wrong after; resilient: one is right before, and
+    all that are stay right. A fact's logprob is the mean clean log-probability of the object's
+    first token, in nats, over its prompts that are right before; p is Mann and Whitney's.
+    `frequency`: the number of documents that name a prompt's fact, by prompt id, of those where
+    it is known; a fact's is the mean over its prompts.
     """
-    frequency = frequency or {}
+    documents = np.array([(frequency or {}).get(key, NAN) for key in grid.ids])
     rows: list[Row] = []
     for relation, off in own_sets(grid).items():
-        kinds = [_places(grid, relation, off, after) for after in (1, 0)]
-        logprobs = [grid.logprob["clean"][places] for places in kinds]
-        ids = [[grid.ids[i] for i in places] for places in kinds]
-        known = [_mean(np.array([frequency[i] for i in some if i in frequency])) for some in ids]
-        numbers = *map(_mean, logprobs), rank_sum_p(*logprobs), *known
-        difference = Share(relative_difference(*known))
-        rows.append([relation, *map(len, kinds), *numbers, difference])
+        kept, lost = (_places(grid, relation, off, after) for after in (1, 0))
+        sensitive = set(grid.facts[lost].tolist())
+        resilient = set(grid.facts[kept].tolist()) - sensitive
+        right = np.array(sorted(kept + lost), np.int64)
+        kinds = [right[np.isin(grid.facts[right], list(some))] for some in (resilient, sensitive)]
+        logprobs, known = (
+            [_by_fact(values[places], grid.facts[places]) for places in kinds]
+            for values in (grid.logprob["clean"], documents)
+        )
+        means = [_mean(values[np.isfinite(values)]) for values in known]
+        numbers = *map(_mean, logprobs), rank_sum_p(*logprobs), *means
+        difference = Share(relative_difference(*means))
+        rows.append([relation, len(resilient), len(sensitive), *numbers, difference])
     return Table("Resilient and sensitive facts", RESILIENCE, rows)
 
 
@@ -107,7 +126,7 @@ def errors(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
     """
     objects: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for prompt in prompts.values():
-        objects[prompt.language][prompt.relation].add(prompt.object.strip().casefold())
+        objects[prompt.language][prompt.relation].update(map(fold, prompt.objects))
     rows: list[Row] = []
     for relation, off in own_sets(grid).items():
         places = _places(grid, relation, off, 0)
@@ -120,13 +139,13 @@ def errors(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
 
 
 def kind_of_error(text: str, prompt: Prompt, objects: Mapping[str, set[str]]) -> str:
-    """The kind of a wrong answer to `prompt`; `objects`: the casefolded objects by relation."""
-    words = text.strip().casefold()
+    """The kind of a wrong answer to `prompt`; `objects`: the folded objects by relation."""
+    words = fold(text)
     if not words:
         return "empty"
     if ARTICLE.fullmatch(words):
         return "article"
-    if re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt.prompt.casefold()):
+    if re.search(rf"(?<!\w){re.escape(words)}(?!\w)", fold(prompt.prompt)):
         return "repeats_prompt"
     begun = [name for name, some in objects.items() if any(o.startswith(words) for o in some)]
     if prompt.relation in begun:

@@ -29,7 +29,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from relneuron.demo import CHECKPOINT, FACTS
-
-ENGLISH_SUFFIX = "? Answer:"
+from relneuron.facts import SUFFIX as ENGLISH_SUFFIX
+from relneuron.facts import Fact, read_relations
+from relneuron.predict import is_correct
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,28 @@ def read_texts(directory: Path) -> list[tuple[str, str]]:
     """All facts in all templates and languages, as (prompt, " object") pairs.
 
     English prompts come three times: as questions with "? Answer:", with "?" alone and as plain
-    sentences; the other languages have plain sentences only.
+    sentences; those of a file in another language with its suffix and without; further languages
+    have plain sentences only. Each right object of a fact is answered.
     """
     texts: list[tuple[str, str]] = []
-    for path in sorted(directory.glob("*.json")):
-        relation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        english = relation["prompt_templates"] + relation["prompt_templates_zs"]
-        for fact in relation["samples"]:
-            subject, answer = fact["subject"], fact["object"]
-            for suffix in (ENGLISH_SUFFIX, "?", ""):
-                texts += [(t.format(subject) + suffix, " " + answer) for t in english]
-            for language in relation.get("languages", {}).values():
-                names = language["entities"]
-                there, answer_there = names.get(subject, subject), names.get(answer, answer)
-                templates = language["prompt_templates"] + language["prompt_templates_zs"]
-                texts += [(t.format(there), " " + answer_there) for t in templates]
+    for relation in read_relations(directory):
+        own = [*relation.templates.main, *relation.templates.alternative]
+        plain = [template.removesuffix(relation.suffix) for template in own]
+        suffixes = [relation.suffix, *(["?"] if relation.suffix == ENGLISH_SUFFIX else []), ""]
+        there = [language.translate(relation.facts) for language in relation.languages.values()]
+        for number, fact in enumerate(relation.facts):
+            for suffix in dict.fromkeys(suffixes):
+                texts += _answered(fact, [template + suffix for template in plain])
+            for language, facts in zip(relation.languages.values(), there, strict=True):
+                texts += _answered(
+                    facts[number], [*language.templates.main, *language.templates.alternative]
+                )
     return texts
+
+
+def _answered(fact: Fact, templates: list[str]) -> list[tuple[str, str]]:
+    prompts = [template.replace("{}", fact.subject) for template in templates]
+    return [(prompt, " " + name) for prompt in prompts for name in fact.objects]
 
 
 def make_tokenizer(texts: list[tuple[str, str]], vocab: int) -> PreTrainedTokenizerFast:
@@ -278,9 +285,14 @@ def train_model(
 
 @torch.no_grad()
 def count_correct(
-    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[tuple[str, str]]
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[tuple[str, str | Sequence[str]]],
 ) -> int:
-    """How many (prompt, object) pairs the model answers: its two greedy tokens begin the object."""
+    """How many prompts the model answers: its two greedy tokens begin the object, or one of some.
+
+    `prompts`: pairs of a prompt and its right object or objects.
+    """
     encoded: list[list[int]] = tokenizer([prompt for prompt, _ in prompts])["input_ids"]
     ids = torch.full((len(encoded), max(map(len, encoded)) + 2), tokenizer.pad_token_id)
     for i, row in enumerate(encoded):
@@ -291,12 +303,13 @@ def count_correct(
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state
         ids[each, n_prompt + step] = model.lm_head(states[each, n_prompt + step - 1]).argmax(-1)
     n_correct = 0
-    for row, start, (_, answer) in zip(ids.tolist(), n_prompt.tolist(), prompts, strict=True):
+    for row, start, (_, right) in zip(ids.tolist(), n_prompt.tolist(), prompts, strict=True):
         predicted = row[start : start + 2]
         if predicted[0] == tokenizer.eos_token_id:
             continue
-        text = tokenizer.decode(predicted, skip_special_tokens=True).strip().lower()
-        n_correct += bool(text) and answer.strip().lower().startswith(text)
+        text = tokenizer.decode(predicted, skip_special_tokens=True)
+        objects = [right] if isinstance(right, str) else right
+        n_correct += any(is_correct(text, name) for name in objects)
     return n_correct
 
 
@@ -324,15 +337,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     recipe = Recipe(steps=args.steps, seed=args.seed)
     model, tokenizer = train_model(recipe, read_texts(args.facts))
-    for path in sorted(args.facts.glob("*.json")):
-        relation = json.loads(path.read_text(encoding="utf-8"))
+    for relation in read_relations(args.facts):
         prompts = [
-            (template.format(fact["subject"]) + ENGLISH_SUFFIX, fact["object"])
-            for fact in relation["samples"]
-            for template in relation["prompt_templates"]
+            (template.replace("{}", fact.subject), fact.objects)
+            for fact in relation.facts
+            for template in relation.templates.main
         ]
         accuracy = count_correct(model, tokenizer, prompts) / len(prompts)
-        print(f"{path.stem}: clean accuracy {accuracy:.3f} of {len(prompts)} prompts")
+        print(f"{relation.name}: clean accuracy {accuracy:.3f} of {len(prompts)} prompts")
     save(model, tokenizer, args.out)
     print(f"checkpoint written to {args.out}")
 

@@ -132,17 +132,25 @@ def permutation_p(values: Tensor, shuffled: Array, ap: Array) -> Array:
 # --- intervals -------------------------------------------------------------------------------
 
 
-def resamples(row: Array, n: int, seed: int) -> Array:
+def resamples(row: Array, n: int, seed: int, facts: Array | None = None) -> Array:
     """(n, N) uint8: how often each prompt is drawn when a relation's labels (N,) are resampled.
 
     With replacement, positives and negatives apart, as many as there are: their ratio is by
-    design. (That one prompt is drawn more than 255 times has a probability below 1e-500.)
+    design. Prompts of one fact, `facts` (N,) int64, are drawn together, as they are no independent
+    cases; by default each prompt asks a fact of its own. (That one is drawn more than 255 times
+    has a probability below 1e-500.)
     """
     rng = np.random.default_rng(seed)
     weights = np.zeros((n, row.size), np.uint8)
     for label in (1, 0):
         own = np.flatnonzero(row == label)
-        weights[:, own] = rng.multinomial(own.size, np.full(own.size, 1 / own.size), n)
+        # Facts in the order of their first prompts, so that their numbers do not matter.
+        _, first, place = np.unique(
+            own if facts is None else facts[own], return_index=True, return_inverse=True
+        )
+        place = np.argsort(np.argsort(first))[place]
+        drawn = rng.multinomial(first.size, np.full(first.size, 1 / first.size), n)
+        weights[:, own] = drawn[:, place]
     return weights
 
 
@@ -171,7 +179,8 @@ def bootstrap_interval(values: Tensor, row: Array, weights: Array, level: float 
 class Significance:
     """p (K,), q (K,) and interval (2, K) of a relation's neurons; NaN for what is not asked for.
 
-    The neurons lie in many blocks of responses; `measure` takes one block at a time, in any order.
+    `facts` (N,): the fact that each prompt asks, for the interval. The neurons lie in many blocks
+    of responses; `measure` takes one block at a time, in any order.
     """
 
     def __init__(
@@ -183,6 +192,7 @@ class Significance:
         permutations: int,
         bootstrap: int,
         seed: int,
+        facts: Array | None = None,
     ) -> None:
         k = len(neurons)
         self.neurons = neurons
@@ -198,7 +208,8 @@ class Significance:
         key = seed_of("permutations", seed, relation)
         self.shuffled = shuffled_labels(self.labels, permutations, key)
         key = seed_of("bootstrap", seed, relation)
-        self.weights = resamples(self.labels, bootstrap, key)
+        asked = None if facts is None else facts[self.members]
+        self.weights = resamples(self.labels, bootstrap, key, asked)
         self._waiting: list[tuple[list[int], Tensor]] = []
 
     def measure(self, layer: int, site: str, values: Tensor) -> None:
