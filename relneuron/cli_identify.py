@@ -134,7 +134,8 @@ def import_files(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE.",
+            help="One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; "
+            "files called activation.GROUP.train.MODEL, or a folder of them, say it themselves.",
         ),
     ],
     model: Annotated[
@@ -146,23 +147,15 @@ def import_files(
     debug: take.Debug = False,
 ) -> None:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
-    from relneuron.lape_counts import import_counts
+    from relneuron.lape_counts import import_counts, name_counts
     from relneuron.lape_files import config_shape, read_neuron_pth
 
-    paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
-    if paths and len(paths) == len(files):
+    if paths := name_counts(files):
         take.check_folder(output)
-        if "" in paths:
-            raise RelneuronError("a file of counts has no group", "give GROUP=FILE", 2)
-        counts = import_counts(
-            {name: Path(path) for name, path in paths.items()},
-            config_shape(model),
-            output,
-            force=force,
-        )
+        counts = import_counts(paths, config_shape(model), output, force=force)
         for name, tokens in zip(counts.groups, counts.tokens.tolist(), strict=True):
             say(f"{name}: {tokens:,} tokens")
-    elif len(files) == 1 and not paths:
+    elif len(files) == 1:
         if not take.names(names):
             raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
         refuse_overwrite(output, force)
@@ -170,7 +163,7 @@ def import_files(
         chosen.write(output)
         print_groups(chosen)
     else:
-        fix = "give one .neuron.pth, or counts as GROUP=FILE (each group once)"
+        fix = "give one .neuron.pth, or counts as GROUP=FILE"
         raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
     say(f"-> {output}")
 
