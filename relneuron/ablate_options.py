@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import SITES, Json, Prompt, RelneuronError, require, sha256
+from relneuron.artifact import RECORDED, SITES, Json, Prompt, RelneuronError, require, sha256
 from relneuron.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.evaluate import MODES, OOM, POSITIONS, How
 from relneuron.model import same_model
@@ -111,8 +111,8 @@ def mean_responses(
     from safetensors import safe_open
 
     require(responses, "record MODEL prompts.jsonl -o DIR")
-    of = np.array([prompt.relation for prompt in prompts if prompt.split == "det"])
-    groups = {"": np.ones(len(of), bool)} | {name: of == name for name in dict.fromkeys(of)}
+    of = np.array([p.relation if p.split == "det" else "" for p in prompts if p.split in RECORDED])
+    groups = {"": of != ""} | {name: of == name for name in dict.fromkeys(of) if name}
     weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
     parts = []
     with safe_open(responses, "np") as file:

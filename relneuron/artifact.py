@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -140,30 +140,59 @@ def read_json(path: Path, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of prompts.jsonl: a question about a fact, and where it belongs."""
+    """One line of prompts.jsonl: a question about a fact, and where it belongs.
+
+    A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
+    about; what they rank it against. `group`: what kind of concept it is, as its file says.
+    """
 
     id: str
     relation: str
-    split: str  # det: neurons are found with it; eva, eva2: effects are measured with it
+    split: str  # det: neurons are found with it; neg: against it; eva, eva2: effects are measured
     language: str
     template: str
     subject: str
     object: str
     prompt: str
+    negative_of: tuple[str, ...] = ()
+    group: str = ""
+
+
+RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the order of the file
 
 
 def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
-    """prompts.jsonl: one JSON object a line."""
-    return "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts).encode()
+    """prompts.jsonl: one JSON object a line; what only concepts have stands there if it is said."""
+    lines = []
+    for prompt in prompts:
+        record = asdict(prompt)
+        for name in ("negative_of", "group"):
+            if not record[name]:
+                del record[name]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a prompts.jsonl, in the file's order."""
-    names = [field.name for field in fields(Prompt)]
+    names = [field.name for field in fields(Prompt) if field.default is MISSING]
     return [Prompt(**values) for values in read_records(path, names, "prompt")]
 
 
-def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, str]]:
+def _of_concepts(record: Json) -> Json:
+    """What a prompt says of concepts, where it says it."""
+    found: Json = {}
+    if record.get("group"):
+        found["group"] = record["group"]
+    if record.get("negative_of"):
+        found["negative_of"] = tuple(record["negative_of"])
+    texts = [found.get("group", ""), *found.get("negative_of", ())]
+    if isinstance(record.get("negative_of"), str) or not all(isinstance(t, str) for t in texts):
+        raise TypeError("negative_of is no list of strings, or group no string")
+    return found
+
+
+def read_records(path: Path, names: Sequence[str], what: str) -> list[Json]:
     """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids."""
     records = []
     with require(path, "prompts FACTS_DIR -o prompts.jsonl").open("rb") as file:
@@ -173,7 +202,7 @@ def read_records(path: Path, names: Sequence[str], what: str) -> list[dict[str, 
                 values = {name: record[name] for name in names}
                 if not all(isinstance(value, str) for value in values.values()):
                     raise TypeError("a field is not a string")
-                records.append(values)
+                records.append(values | _of_concepts(record) if what == "prompt" else values)
             except (ValueError, KeyError, TypeError) as error:
                 raise RelneuronError(
                     f"{path}, line {number}: not a {what} ({error})",

@@ -163,7 +163,14 @@ def run(
 
 @app.command()
 def prompts(
-    facts: Annotated[Path, typer.Argument(help="Folder of LRE-format fact files, or one file.")],
+    facts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FACTS",
+            help="Folder of LRE-format fact files, or one; or of selfcond's concept files, or a "
+            "list of concepts.",
+        ),
+    ],
     output: take.Output,
     eva: take.Eva = _DEFAULT.eva,
     seed: take.Seed = _DEFAULT.seed,
@@ -171,7 +178,7 @@ def prompts(
     force: take.Force = False,
     debug: take.Debug = False,
 ) -> None:
-    """LRE-format facts -> det, eva and eva2 prompts."""
+    """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
     from relneuron.prompts import write_prompts
 
     made = write_prompts(facts, output, n_eva=eva, seed=seed, suffix=suffix, force=force)
@@ -181,7 +188,12 @@ def prompts(
 @app.command()
 def record(
     model: take.Model,
-    prompts: take.Prompts,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PROMPTS", help="A prompts.jsonl; or concept files, as `prompts` takes them."
+        ),
+    ],
     output: take.Output,
     pooling: take.Pooling = _DEFAULT.pooling,
     exclude_bos: take.ExcludeBos = False,
@@ -197,8 +209,10 @@ def record(
 ) -> None:
     """One instrumented pass: validated.csv and responses.safetensors."""
     from relneuron.artifact import require
+    from relneuron.prompts import concepts_beside
     from relneuron.record import record as record_stage
 
+    prompts = concepts_beside(prompts, output, force=force)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     loaded, tokenizer = _load(model, dtype, device, revision)
     accuracy = record_stage(
@@ -215,7 +229,10 @@ def record(
         force=force,
         quiet=quiet,
     )
-    say(f"{accuracy:.1%} of the prompts answered correctly -> {output}")
+    said = "sentences read, nothing asked"
+    if accuracy is not None:
+        said = f"{accuracy:.1%} of the prompts answered correctly"
+    say(f"{said} -> {output}")
 
 
 @app.command()

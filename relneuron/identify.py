@@ -21,6 +21,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact import (
+    RECORDED,
     SITES,
     Json,
     NeuronFile,
@@ -162,8 +163,14 @@ def identify(
     options |= {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
     inputs = identify_inputs(folder, **options, seed=seed)
 
-    relation_of = [prompt.relation for prompt in prompts]
-    labels = sample_labels(relations, relation_of, valid, negatives=negatives, seed=seed)
+    labels = sample_labels(
+        relations,
+        [prompt.relation if prompt.split == "det" else "" for prompt in prompts],
+        valid,
+        negatives=negatives,
+        own_negatives=[prompt.negative_of for prompt in prompts],
+        seed=seed,
+    )
     reasons = {name: why_unranked(row) for name, row in zip(relations, labels, strict=True)}
     usable = [row for row, name in enumerate(relations) if reasons[name] is None]
     if not usable:
@@ -250,9 +257,9 @@ def identify(
 
 
 def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
-    """The relations, the det prompts, and whether the model answered each correctly."""
+    """The relations, the recorded prompts, and whether the model answered each correctly."""
     everything = read_prompts(folder / "prompts.jsonl")
-    prompts = [prompt for prompt in everything if prompt.split == "det"]
+    prompts = [prompt for prompt in everything if prompt.split in RECORDED]
     rows = read_csv(require(folder / "validated.csv", "record MODEL"), ("id", "correct"))
     correct = {row["id"]: row["correct"] == "1" for row in rows}
     unknown = [prompt.id for prompt in prompts if prompt.id not in correct]

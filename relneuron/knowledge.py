@@ -194,7 +194,7 @@ def _table_prompts(path: Path, records: Iterator[_Record]) -> list[Prompt]:
                 "give each line its own id",
             )
         lines[name] = line
-        about = {key: cells.get(key, "") for key in ("template", "subject")}
+        about: dict[str, Any] = {key: cells.get(key, "") for key in ("template", "subject")}
         language = cells.get("language") or "en"
         prompts.append(Prompt(name, kind, SPLIT, language, **about, object=answer, prompt=sentence))
     if not prompts:

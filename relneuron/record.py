@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact import (
+    RECORDED,
     SITES,
     Json,
     RelneuronError,
@@ -184,7 +185,7 @@ def record(
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
-) -> float:
+) -> float | None:
     """Ask every prompt and write validated.csv and responses.safetensors; returns clean accuracy.
 
     A det prompt's response of a neuron is the mean over its pooled tokens of the neuron's raw
@@ -193,18 +194,19 @@ def record(
     the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
     map, and a journal of finished batches lets a killed run go on with the same bits.
 
-    Without `validate` nothing is asked: one forward a prompt, no prediction, every prompt counts
-    as correct, and objects may be empty.
+    Without `validate`, or where no prompt has an object (sentences for concepts), nothing is asked:
+    one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
     """
     check_pooling(pooling)
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(prompts_path)
+    validate = validate and any(prompt.object for prompt in prompts)
     mlps = find_gated_mlps(model)
     shape = model_shape(mlps)
     questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, batch_tokens)
-    det = [row for row, prompt in enumerate(prompts) if prompt.split == "det"]
+    det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
     if not det:
         raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
@@ -284,4 +286,4 @@ def record(
         )
         manifest.finish("record", inputs, [output, path])
         journal.remove()
-    return sum(correct) / len(correct)
+    return sum(correct) / len(correct) if validate else None

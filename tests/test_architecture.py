@@ -26,6 +26,7 @@ ALLOWED = {
     "manifest": {"artifact"},
     "scores": {"scores", "artifact", "ops"},
     "facts": {"artifact"},
+    "concept_files": {"artifact"},
     "model": {"ops", "artifact"},
     "patch": {"ops", "artifact", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
@@ -140,7 +141,7 @@ ALLOWED = {
         | {"report_groups", "report_groups_study", "report_groups_tables"}
         | {"report_attribution", "report_attribution_study", "report_attribution_tables"}
         | {"attribute_options", "attribute_pass", "attributions", "comparison", "knowledge"}
-        | {"query_scores", "residual", "residual_layers"},
+        | {"concept_files", "query_scores", "residual", "residual_layers"},
     ),
 }
 
