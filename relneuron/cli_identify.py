@@ -170,20 +170,34 @@ def import_files(
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="NEURONS|DIR", help="A neurons.json, or a counted directory.")
+        Path,
+        typer.Argument(
+            metavar="NEURONS|DIR", help="A neurons.json, or a counted or identified directory."
+        ),
     ],
     output: take.Output,
     force: take.Force = False,
     debug: take.Debug = False,
 ) -> None:
-    """A .neuron.pth of a neurons.json, or files of counts, in the LAPE authors' format."""
+    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.
+
+    A neurons.json becomes a .neuron.pth, or expertise.csv where -o ends in .csv; a counted
+    directory files of counts; an identified one expertise.csv, or one a concept below a folder.
+    """
+    from relneuron.expertise import export_expertise
     from relneuron.lape_counts import export_counts
     from relneuron.lape_files import write_neuron_pth
 
-    if source.is_dir():
+    is_recorded = (source / "responses.safetensors").exists()
+    if is_recorded or (source.is_file() and output.suffix == ".csv"):
+        if output.suffix != ".csv":
+            take.check_folder(output)
+        written = export_expertise(source, output, force=force)
+    elif source.is_dir():
         take.check_folder(output)
-        for path in export_counts(source, output, force=force):
-            say(f"-> {path}")
+        written = export_counts(source, output, force=force)
     else:
         write_neuron_pth(NeuronFile.read(source), output, force=force)
-        say(f"-> {output}")
+        written = [output]
+    for path in written:
+        say(f"-> {path}")

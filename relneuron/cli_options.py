@@ -75,7 +75,13 @@ Analyses = Annotated[
 Sizes = Annotated[
     str, typer.Option(help="Set sizes of the analysis sizes; default: the paper's nine, scaled.")
 ]
-Mode = Annotated[str, typer.Option(help="What a neuron's output becomes: zero, mean, scale.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="What a neuron's output becomes: zero, mean, scale; or of its responses p50, p90 on "
+        "the relation's positives, off_mean on its negatives."
+    ),
+]
 Factor = Annotated[float | None, typer.Option(help="Of --mode scale.")]
 MeanOf = Annotated[
     str, typer.Option(help="Of --mode mean: over the det prompts of all, or of the set's relation.")

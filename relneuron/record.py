@@ -89,6 +89,17 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
     return chosen
 
 
+def _modules(mlp: GatedMLP) -> Json:
+    """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
+    path = mlp.path.replace(f".{mlp.layer}.", ".{}.", 1)
+    gate, up = ("gate_up_proj",) * 2 if mlp.packed else ("gate_proj", "up_proj")
+    return {
+        "gate": [f"{path}.{gate}", 0],
+        "up": [f"{path}.{up}", mlp.width if mlp.packed else 0],
+        "down": [f"{path}.down_proj", 0],
+    }
+
+
 class _Responses:
     """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
 
@@ -264,6 +275,7 @@ def record(
             model=described,
             dtype=described["dtype"],
             sites=list(SITES),
+            modules=_modules(mlps[0]),
             threshold=None,  # responses are means, nothing is counted
             tokens={
                 "pooling": pooling,

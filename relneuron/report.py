@@ -189,6 +189,9 @@ def off(manifest: Json) -> str:
     means = {
         "scale": f"outputs times {asked.get('factor')}",
         "mean": f"outputs at their mean over {of.get(asked.get('mean_of', ''), 'det prompts')}",
+        "p50": "outputs at their median over what the relation was found with",
+        "p90": "outputs at their 90th percentile over what the relation was found with",
+        "off_mean": "outputs at their mean over what the relation was compared with",
     }
     tokens = {
         "prompt": "at the tokens of the prompt only",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.ablate import ablate_prompts
-from relneuron.ablate_options import AblateOptions, ablate_inputs
+from relneuron.ablate_options import FROM_RESPONSES, AblateOptions, ablate_inputs
 from relneuron.artifact import (
     NeuronFile,
     Prompt,
@@ -108,9 +108,11 @@ class Options:
             noise=self.noise,
         )
         check_pooling(self.pooling)
-        if self.mode == "mean" and self.drop_responses:
+        if self.mode in FROM_RESPONSES and self.drop_responses:
             raise RelneuronError(
-                "means are taken from the responses", "leave out --drop-responses", 2
+                f"--mode {self.mode} takes its values from the responses",
+                "leave out --drop-responses",
+                2,
             )
         self.asked()
 

@@ -36,7 +36,8 @@ ALLOWED = {
     "effects": {"artifact"},
     "conditions": {"artifact", "effects", "scores"},
     "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
-    "ablate_options": {"artifact", "conditions", "evaluate", "model"},
+    "ablate_options": {"artifact", "conditions", "evaluate", "expertise", "model"},
+    "expertise": {"artifact", "conditions", "manifest"},
     "counts": {"artifact"},
     "corpus": {"artifact"},
     "corpus_read": {"artifact", "corpus"},
@@ -127,7 +128,7 @@ ALLOWED = {
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
-    | {"identify_gains", "lape_counts", "lape_files", "study"},
+    | {"expertise", "identify_gains", "lape_counts", "lape_files", "study"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
