@@ -33,6 +33,7 @@ def identify(
             "of counts --top-rate. lape: of all groups together."
         ),
     ] = None,
+    ends: take.Ends = _DEFAULT.ends,
     fdr: take.Fdr = None,
     negatives: take.Negatives = _DEFAULT.negatives,
     permutations: take.Permutations = _DEFAULT.permutations,
@@ -104,6 +105,7 @@ def identify(
         output,
         method=method,
         top=top,
+        ends=ends,
         fdr=fdr,
         negatives=negatives,
         permutations=permutations,

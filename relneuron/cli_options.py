@@ -50,6 +50,13 @@ Top = Annotated[
     int | None,
     typer.Option(help="Neurons per relation; default: 3000, at most a tenth of the model's."),
 ]
+Ends = Annotated[
+    str,
+    typer.Option(
+        help="Which end of the ranking by ap: top, bottom (the lowest scores), or both, half of "
+        "--top from each."
+    ),
+]
 Fdr = Annotated[
     float | None,
     typer.Option(

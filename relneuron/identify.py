@@ -39,7 +39,8 @@ from relneuron.artifact import (
 from relneuron.manifest import Manifest, json_digest, progress_bar
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
-from relneuron.scores.ranking import ScoredNeuron, all_scores, n_neurons, top_k
+from relneuron.scores.choice import ENDS, choose
+from relneuron.scores.ranking import n_neurons
 
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
@@ -64,10 +65,11 @@ def identify_inputs(
     bootstrap: int,
     noise: int,
     seed: int,
+    ends: str = "top",
 ) -> Json:
-    """What the stage depends on, for the manifest."""
+    """What the stage depends on, for the manifest; `ends` stands there where it is not top."""
     names = ("prompts.jsonl", "validated.csv")
-    return {
+    inputs: Json = {
         "digests": {name: sha256(require(folder / name, "record")) for name in names},
         "record": json_digest(Manifest(folder).data["stages"].get("record", {}).get("inputs")),
         "method": method,
@@ -79,6 +81,7 @@ def identify_inputs(
         "noise": noise,
         "seed": seed,
     }
+    return inputs if ends == "top" else inputs | {"ends": ends}
 
 
 def check_options(
@@ -89,8 +92,14 @@ def check_options(
     permutations: int,
     bootstrap: int,
     noise: int,
+    ends: str = "top",
 ) -> None:
     """Refuse what `identify` cannot do."""
+    if ends not in ENDS:
+        raise RelneuronError(f"unknown ends {ends!r}", f"use --ends {', '.join(ENDS)}", 2)
+    if ends != "top" and fdr is not None:
+        cause = f"--fdr chooses among the highest scores, --ends {ends} others"
+        raise RelneuronError(cause, "leave out one of them", 2)
     if method != "ap":
         raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
     if top is not None and top < 1:
@@ -135,6 +144,7 @@ def identify(
     bootstrap: int = BOOTSTRAP,
     noise: int = NOISE,
     seed: int = 0,
+    ends: str = "top",
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile:
@@ -142,7 +152,9 @@ def identify(
 
     A relation's positives are its validated det prompts, its negatives `negatives` times as many
     of the other relations' (labels.csv says which). Its neurons are the `top` with the highest
-    scores (default: `default_top`), or with `fdr` every one with q <= fdr. Beside neurons.json
+    scores (default: `default_top`), or with `fdr` every one with q <= fdr. `ends`: `bottom` takes
+    those with the lowest scores, the lowest first, `both` one half of each, the highest before the
+    lowest (for which p and q ask how often chance is as low). Beside neurons.json
     stand labels.csv, scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D)
     float32, and significance.csv: for each chosen neuron its p-value from `permutations` shuffled
     labels, its q-value from `noise` columns of noise and the 95 % interval of its score from
@@ -151,7 +163,9 @@ def identify(
     One layer and site is in memory at a time; the responses are read twice if there are
     permutations or resamples.
     """
-    check_options(method, top, fdr, permutations=permutations, bootstrap=bootstrap, noise=noise)
+    options: Json = {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
+    options["ends"] = ends
+    check_options(method, top, fdr, **options)
     check_installed(noise)
     refuse_overwrite(output, force)
     relations, prompts, valid = _read_answers(folder)
@@ -159,8 +173,7 @@ def identify(
     if model is None:
         raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
     shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
-    options: Json = {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
-    options |= {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
+    options |= {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
     inputs = identify_inputs(folder, **options, seed=seed)
 
     labels = sample_labels(
@@ -202,6 +215,8 @@ def identify(
         null = significance.noise_ap(labels[usable], noise, key, bar.update)
 
         k = top if top is not None else default_top(shape)
+        size = min(k, n_neurons(shape))
+        n_lowest = {"top": 0, "bottom": size, "both": size // 2}[ends]
         selection: dict[str, Json] = {name: {"reason": reasons[name]} for name in relations}
         chosen: dict[str, significance.Significance] = {}
         for row, own_null in zip(usable, null, strict=True):
@@ -211,10 +226,10 @@ def identify(
                 "positives": int((labels[row] == 1).sum()),
                 "negatives": int((labels[row] == 0).sum()),
             }
-            neurons, q, cut = _choose(own, own_null, k, fdr)
+            neurons, q, cut = choose(own, own_null, size, fdr, n_lowest)
             selection[name] = facts | cut
             chosen[name] = significance.Significance(
-                name, labels[row], neurons, q, permutations, bootstrap, seed
+                *(name, labels[row], neurons, q, permutations, bootstrap, seed, n_lowest)
             )
         if permutations or bootstrap:
             blocks = _read_blocks(path, shape["layers"], len(prompts), bar.update)
@@ -289,39 +304,6 @@ def _read_blocks(
             yield layer, site, values
             del values
             advance()
-
-
-# --- choosing, and how sure the choice is ----------------------------------------------------
-
-
-def _choose(
-    scores: Mapping[str, Array], null: Array, k: int, fdr: float | None
-) -> tuple[list[ScoredNeuron], Array | None, Json]:
-    """A relation's neurons, their q-values (K,), and what neurons.json says of the cut."""
-    facts: Json = {}
-    q = None
-    if null.size:
-        q = significance.q_values(significance.p_values(all_scores(scores), null))
-    if fdr is not None:
-        assert q is not None, "check_options refuses --fdr without noise"
-        facts["fdr"] = fdr
-        facts["fdr_resolution"] = significance.fdr_resolution(q.size, null.size, fdr)
-        # q never rises with the score: these are the k best, with all that are tied at the cut.
-        k = int((q <= fdr).sum())
-        if not k:
-            facts["reason"] = f"none has q <= {fdr}, the lowest is {q.min():.3g}"
-            return [], None, facts
-    best = top_k(scores, k)
-    facts |= {
-        "score_at_cut": best.score_at_cut,
-        "ties_at_cut": best.ties_at_cut,
-        "ties_chosen": best.ties_chosen,
-        "perfect": best.n_perfect,
-    }
-    if q is not None:
-        q = q[best.places]
-        facts["q_at_cut"] = float(q[-1])
-    return best.neurons, q, facts
 
 
 # --- writing ---------------------------------------------------------------------------------

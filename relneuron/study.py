@@ -73,6 +73,7 @@ class Options:
     suffix: str = SUFFIX
     method: str = "ap"
     top: int | None = None
+    ends: str = "top"
     fdr: float | None = None
     negatives: int = 4
     permutations: int = PERMUTATIONS
@@ -106,6 +107,7 @@ class Options:
             permutations=self.permutations,
             bootstrap=self.bootstrap,
             noise=self.noise,
+            ends=self.ends,
         )
         check_pooling(self.pooling)
         if self.mode in FROM_RESPONSES and self.drop_responses:
@@ -220,6 +222,7 @@ def run_study(
         chosen: dict[str, Any] = {
             "method": o.method,
             "top": o.top,
+            "ends": o.ends,
             "fdr": o.fdr,
             "negatives": o.negatives,
             "permutations": o.permutations,

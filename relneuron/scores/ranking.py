@@ -43,15 +43,21 @@ def all_scores(scores: Mapping[str, Array]) -> Array:
     return np.concatenate(blocks, axis=1).reshape(-1)
 
 
-def top_k(scores: Mapping[str, Array], k: int) -> Selection:
+def top_k(
+    scores: Mapping[str, Array], k: int, *, lowest: bool = False, without: Array | None = None
+) -> Selection:
     """The k neurons with the highest scores of `{gate: (L, F), up: (L, F), down: (L, D)}`.
 
     Scores are compared as float32; equal ones are ordered by layer, then gate < up < down, then
-    index (methods A8).
+    index (methods A8). With `lowest` those with the lowest scores, the lowest first; `without`
+    these places.
     """
     flat = all_scores(scores)
-    k = min(k, flat.size)
-    order = np.argsort(-flat, kind="stable")[:k]
+    keys = flat.copy() if lowest else -flat
+    if without is not None:
+        keys[without] = np.inf
+    k = min(k, flat.size - (0 if without is None else len(without)))
+    order = np.argsort(keys, kind="stable")[:k]
     names = site_of(order, scores["gate"].shape[1], scores["down"].shape[1])
     chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
     cut = float(flat[order[-1]]) if k else float("nan")
