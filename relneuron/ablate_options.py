@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import RECORDED, SITES, Json, Prompt, RelneuronError, require, sha256
+from relneuron.artifact import (
+    RECORDED,
+    Json,
+    Prompt,
+    RelneuronError,
+    require,
+    sha256,
+    site_widths,
+)
 from relneuron.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.evaluate import MODES as PLAIN
 from relneuron.evaluate import OOM, POSITIONS, How
@@ -125,7 +133,7 @@ def mean_responses(
     parts = []
     with safe_open(responses, "np") as file:
         for layer in range(shape["layers"]):
-            for site in SITES:
+            for site in site_widths(shape):
                 values = file.get_tensor(f"{site}.{layer}")
                 if len(values) != len(of):
                     raise RelneuronError(
@@ -148,7 +156,7 @@ def read_how(
         return How(options.mode, options.factor or 0.0)
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mode in FORCED:
-        found = forced_values(responses.parent, options.mode, shape["layers"])
+        found = forced_values(responses.parent, options.mode, shape)
         sets = [a.condition.relation for a in plan if a.condition.kind == "set" and a.places.size]
         if strangers := [name for name in sets if name not in found]:
             raise RelneuronError(

@@ -21,6 +21,7 @@ import numpy as np
 SCHEMA = "relneuron.study/1"
 NEURONS_FORMAT = "relneuron.neurons/1"
 SITES = ("gate", "up", "down")  # the order that breaks ties in a ranking
+ATTENTION = ("q", "k", "v", "o")  # after them, where they were recorded
 
 Json = dict[str, Any]
 
@@ -276,9 +277,19 @@ class NeuronFile:
             )
 
 
+def site_widths(shape: Mapping[str, Any]) -> dict[str, int]:
+    """How many neurons each site of a layer has, in the order that breaks ties.
+
+    gate, up and down, and those attention projections whose width `shape` says.
+    """
+    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    widths |= {site: shape[site] for site in ATTENTION if site in shape}
+    return {site: int(width) for site, width in widths.items()}
+
+
 def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
     """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
-    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    widths = site_widths(shape)
     result: dict[Neuron, None] = {}
     for neuron in neurons:
         layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])
@@ -286,7 +297,7 @@ def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) ->
             raise RelneuronError(
                 f"neuron (layer {layer}, site {site!r}, index {index}) is not in a model with "
                 f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}",
-                f"layers and indices count from zero; sites are {', '.join(SITES)}",
+                f"layers and indices count from zero; sites are {', '.join(widths)}",
             )
         result[layer, site, index] = None
     return list(result)

@@ -38,6 +38,12 @@ Pooling = Annotated[str, typer.Option(help="A prompt's response: mean over token
 ExcludeBos = Annotated[
     bool, typer.Option("--exclude-bos", help="Leave the first token out of the mean.")
 ]
+Attention = Annotated[
+    bool,
+    typer.Option(
+        "--attention", help="Also record the outputs of the attention's projections: q, k, v, o."
+    ),
+]
 AcceptPrefix = Annotated[
     bool,
     typer.Option(

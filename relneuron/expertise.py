@@ -15,9 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from relneuron.artifact import (
+    ATTENTION,
     RECORDED,
     SITES,
     Json,
+    NeuronFile,
     RelneuronError,
     atomic_write,
     csv_bytes,
@@ -26,6 +28,7 @@ from relneuron.artifact import (
     read_prompts,
     refuse_overwrite,
     require,
+    site_widths,
 )
 from relneuron.conditions import scores_beside
 from relneuron.manifest import Manifest
@@ -84,13 +87,13 @@ def statistic(values: Array, name: str) -> Array:
 
 
 def read_values(
-    folder: Path, rows: Mapping[str, Rows], names: Sequence[str], n_layers: int
+    folder: Path, rows: Mapping[str, Rows], names: Sequence[str], shape: Mapping[str, int]
 ) -> Iterator[tuple[int, str, dict[str, dict[str, Array]]]]:
     """(layer, site, {concept: {name: (K,) float32}}) of recorded responses, block by block."""
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR")
     last = max(int(part.max()) for own in rows.values() for part in own[:2])
-    for layer in range(n_layers):
-        for site in SITES:
+    for layer in range(shape["layers"]):
+        for site in site_widths(shape):
             with safe_open(path, "np") as file:
                 values = file.get_tensor(f"{site}.{layer}")
             if last >= len(values):
@@ -113,15 +116,15 @@ def read_values(
             )
 
 
-def forced_values(folder: Path, mode: str, n_layers: int) -> dict[str, Array]:
+def forced_values(folder: Path, mode: str, shape: Mapping[str, int]) -> dict[str, Array]:
     """The value (M,) that `ablate --mode p50|p90|off_mean` gives each neuron, by concept.
 
     Of the concept's positives (p50, p90) or negatives (off_mean); "" of all recorded prompts, for
-    what belongs to no concept. Neurons in the order (layer, gate < up < down, index).
+    what belongs to no concept. Neurons in the order (layer, site, index).
     """
     rows, name = read_rows(folder), FORCED[mode]
     parts: dict[str, list[Array]] = {concept: [] for concept in rows}
-    for _, _, found in read_values(folder, rows, (name,), n_layers):
+    for _, _, found in read_values(folder, rows, (name,), shape):
         for concept, values in found.items():
             parts[concept].append(values[name])
     return {concept: np.concatenate(values) for concept, values in parts.items()}
@@ -144,7 +147,7 @@ def export_expertise(source: Path, output: Path, *, force: bool = False) -> list
     if not rows:
         raise RelneuronError(f"{folder} has no ranked relation", "identify neurons there first")
     scores = _read_scores(scores_beside(neurons))
-    n_layers = next(iter(scores.values()))["gate"].shape[0]
+    shape = NeuronFile.read(neurons).model
     if output.suffix == ".csv":
         pairs = [(output, output.with_name(f"{output.stem}_info.json"))]
     else:
@@ -154,9 +157,9 @@ def export_expertise(source: Path, output: Path, *, force: bool = False) -> list
         pairs = [(place / "expertise.csv", place / "expertise_info.json") for place in places]
     for path in (path for pair in pairs for path in pair):
         refuse_overwrite(path, force)
-    units = _units(known.get("modules") or _MODULES, n_layers)
+    units = _units(known.get("modules") or _MODULES, shape)
     found: dict[str, dict[tuple[int, str], dict[str, Array]]] = {name: {} for name in rows}
-    for layer, site, values in read_values(folder, rows, VALUES, n_layers):
+    for layer, site, values in read_values(folder, rows, VALUES, shape):
         for name in rows:
             found[name][layer, site] = {"ap": scores[name][site][layer]} | values[name]
     tables, infos = [], []
@@ -187,8 +190,9 @@ def _read_scores(path: Path) -> dict[str, dict[str, Array]]:
     try:
         with safe_open(path, "np") as file:
             names = json.loads((file.metadata() or {})["relations"])
-            scores = {site: file.get_tensor(f"ap.{site}") for site in SITES}
-        return {name: {s: scores[s][row] for s in SITES} for row, name in enumerate(names)}
+            sites = [site for site in (*SITES, *ATTENTION) if f"ap.{site}" in file.keys()]  # noqa: SIM118
+            scores = {site: file.get_tensor(f"ap.{site}") for site in (sites or SITES)}
+        return {name: {s: scores[s][row] for s in sites} for row, name in enumerate(names)}
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise RelneuronError(
             f"{path} holds no average precision ({error})",
@@ -197,13 +201,13 @@ def _read_scores(path: Path) -> dict[str, dict[str, Array]]:
 
 
 def _units(
-    modules: Mapping[str, Sequence[Any]], n_layers: int
+    modules: Mapping[str, Sequence[Any]], shape: Mapping[str, Any]
 ) -> list[tuple[str, int, tuple[int, str]]]:
     """(response name, first unit, (layer, site)) of every block, in the authors' order."""
     units = [
         (f"{str(modules[site][0]).format(layer)}:0", int(modules[site][1]), (layer, site))
-        for layer in range(n_layers)
-        for site in SITES
+        for layer in range(shape["layers"])
+        for site in site_widths(shape)
     ]
     return sorted(units)
 

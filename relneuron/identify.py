@@ -21,8 +21,8 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact import (
+    ATTENTION,
     RECORDED,
-    SITES,
     Json,
     NeuronFile,
     Prompt,
@@ -35,6 +35,7 @@ from relneuron.artifact import (
     relation_names,
     require,
     sha256,
+    site_widths,
 )
 from relneuron.manifest import Manifest, json_digest, progress_bar
 from relneuron.scores import significance
@@ -172,7 +173,9 @@ def identify(
     model = Manifest(folder).data.get("model")
     if model is None:
         raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
-    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
+    keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
+    shape = {key: int(model[key]) for key in keys}
+    widths = site_widths(shape)
     options |= {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
     inputs = identify_inputs(folder, **options, seed=seed)
 
@@ -193,16 +196,16 @@ def identify(
             "give facts that the model knows, of at least two relations",
         )
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
-    n_blocks = shape["layers"] * len(SITES)
+    n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
     with progress_bar(total, "identify", "block", quiet) as bar:
         scores = {
-            site: np.full((len(relations), shape["layers"], shape[size]), np.nan, np.float32)
-            for site, size in zip(SITES, ("width", "width", "hidden"), strict=True)
+            site: np.full((len(relations), shape["layers"], width), np.nan, np.float32)
+            for site, width in widths.items()
         }
         picked = torch.from_numpy(labels[usable])
-        for layer, site, values in _read_blocks(path, shape["layers"], len(prompts), bar.update):
+        for layer, site, values in _read_blocks(path, shape, len(prompts), bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
                 raise RelneuronError(
@@ -221,7 +224,7 @@ def identify(
         chosen: dict[str, significance.Significance] = {}
         for row, own_null in zip(usable, null, strict=True):
             name = relations[row]
-            own = {site: scores[site][row] for site in SITES}
+            own = {site: scores[site][row] for site in widths}
             facts = {
                 "positives": int((labels[row] == 1).sum()),
                 "negatives": int((labels[row] == 0).sum()),
@@ -232,7 +235,7 @@ def identify(
                 *(name, labels[row], neurons, q, permutations, bootstrap, seed, n_lowest)
             )
         if permutations or bootstrap:
-            blocks = _read_blocks(path, shape["layers"], len(prompts), bar.update)
+            blocks = _read_blocks(path, shape, len(prompts), bar.update)
             for layer, site, values in blocks:
                 for relation in chosen.values():
                     relation.measure(layer, site, values)
@@ -244,7 +247,7 @@ def identify(
     result = NeuronFile(model, method, sets, selection)
     written = {
         "scores.safetensors": save(
-            {f"ap.{site}": scores[site] for site in SITES},
+            {f"ap.{site}": scores[site] for site in widths},
             # One key only: safetensors writes several in an order that changes from run to run.
             {"relations": json.dumps(relations)},
         ),
@@ -287,11 +290,11 @@ def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
 
 
 def _read_blocks(
-    path: Path, n_layers: int, n_prompts: int, advance: Callable[[], object]
+    path: Path, shape: Mapping[str, int], n_prompts: int, advance: Callable[[], object]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
-    for layer in range(n_layers):
-        for site in SITES:
+    for layer in range(shape["layers"]):
+        for site in site_widths(shape):
             # Opened anew for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
             with safe_open(path, "pt") as file:
@@ -333,7 +336,7 @@ def _memory(
 ) -> Json:
     """What the stage holds at a time, in bytes, for the manifest; the same on every machine."""
     n_relations, n_prompts = labels.shape
-    block = 4 * n_prompts * max(shape["width"], shape["hidden"])
+    block = 4 * n_prompts * max(site_widths(shape).values())
     # Scores and the noise's; a p, a q and what sorting them needs for one relation.
     held = 4 * n_relations * (n_neurons(shape) + noise) + 48 * n_neurons(shape)
     # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from relneuron.artifact import (
     RECORDED,
-    SITES,
     Json,
     RelneuronError,
     atomic_write,
@@ -23,6 +22,7 @@ from relneuron.artifact import (
     read_prompts,
     refuse_overwrite,
     sha256,
+    site_widths,
 )
 from relneuron.manifest import (
     Journal,
@@ -40,7 +40,7 @@ from relneuron.model import (
     model_shape,
     same_model,
 )
-from relneuron.patch import LayerState, Patch, Tokens
+from relneuron.patch import LayerState, Patch, Tokens, check_canary
 from relneuron.predict import Asker, Questions, Step, encode, is_correct, plan_batches
 
 POOLING = ("mean", "last")
@@ -55,8 +55,9 @@ def record_inputs(
     exclude_bos: bool,
     accept_object_prefix: bool,
     validate: bool = True,
+    attention: bool = False,
 ) -> Json:
-    """What the stage depends on, for the manifest; `validate` stands there only where it is off."""
+    """What the stage depends on, for the manifest; of the last two what is not the default."""
     inputs: Json = {
         "model": same_model(model),
         "prompts": sha256(prompts),
@@ -65,6 +66,7 @@ def record_inputs(
         "exclude_bos": exclude_bos,
         "accept_object_prefix": accept_object_prefix,
     }
+    inputs |= {"attention": True} if attention else {}
     return inputs if validate else inputs | {"validate": False}
 
 
@@ -97,6 +99,10 @@ def _modules(mlp: GatedMLP) -> Json:
         "gate": [f"{path}.{gate}", 0],
         "up": [f"{path}.{up}", mlp.width if mlp.packed else 0],
         "down": [f"{path}.down_proj", 0],
+        **{
+            part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
+            for part in mlp.projections
+        },
     }
 
 
@@ -104,7 +110,7 @@ class _Responses:
     """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
 
     def __init__(self, path: Path, shape: dict[str, int], rows: list[int], divisors: list[int]):
-        self.widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+        self.widths = site_widths(shape)
         self._row = {row: i for i, row in enumerate(rows)}
         self._divisor = dict(zip(rows, divisors, strict=True))
         self._maps = create_safetensors(
@@ -192,6 +198,7 @@ def record(
     pooling: str = "mean",
     exclude_bos: bool = False,
     accept_object_prefix: bool = False,
+    attention: bool = False,
     validate: bool = True,
     backend: str = "auto",
     force: bool = False,
@@ -203,7 +210,8 @@ def record(
     output: gate_proj's (before the activation), up_proj's, down_proj's; float32. The tensors
     `gate.<layer>`, `up.<layer>` (N, F) and `down.<layer>` (N, D) have one row per det prompt, in
     the order of prompts.jsonl. Memory holds one batch of responses at a time: rows go to a memory
-    map, and a journal of finished batches lets a killed run go on with the same bits.
+    map, and a journal of finished batches lets a killed run go on with the same bits. With
+    `attention` also the outputs of the attention's projections, as `q.<layer>` to `o.<layer>`.
 
     Without `validate`, or where no prompt has an object (sentences for concepts), nothing is asked:
     one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
@@ -213,7 +221,7 @@ def record(
     refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(prompts_path)
     validate = validate and any(prompt.object for prompt in prompts)
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=attention)
     shape = model_shape(mlps)
     questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, batch_tokens)
@@ -223,6 +231,8 @@ def record(
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
     if min(n_pooled) < 1:
         raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
+    if attention:
+        check_canary(model, mlps, Asker(model, tokenizer).pad(questions.ids[:1])[0], backend)
     described = describe_model(name, model, mlps, backend)
     inputs = record_inputs(
         described,
@@ -232,6 +242,7 @@ def record(
         exclude_bos=exclude_bos,
         accept_object_prefix=accept_object_prefix,
         validate=validate,
+        attention=attention,
     )
     with locked(folder):
         copy = folder / "prompts.jsonl"
@@ -274,7 +285,7 @@ def record(
             versions=versions(),
             model=described,
             dtype=described["dtype"],
-            sites=list(SITES),
+            sites=list(responses.widths),
             modules=_modules(mlps[0]),
             threshold=None,  # responses are means, nothing is counted
             tokens={

@@ -91,6 +91,7 @@ class Options:
     oom: str = "split"
     pooling: str = "mean"
     exclude_bos: bool = False
+    attention: bool = False
     accept_object_prefix: bool = False
     batch_tokens: int = 4096
     dtype: str | None = None
@@ -197,7 +198,7 @@ def run_study(
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
     model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=o.attention)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed)]
     encode(tokenizer, model, wanted)
@@ -232,7 +233,9 @@ def run_study(
         }
         manifest = Manifest(folder)
         recorded = manifest.is_done(
-            "record", record_inputs(described, prompts, **pooled), force=force
+            "record",
+            record_inputs(described, prompts, **pooled, attention=o.attention),
+            force=force,
         )
         identified = recorded and manifest.is_done(
             "identify", identify_inputs(folder, **chosen), force=force
@@ -246,6 +249,7 @@ def run_study(
                 prompts,
                 folder,
                 **pooled,
+                attention=o.attention,
                 backend=o.backend,
                 force=True,
                 quiet=quiet,

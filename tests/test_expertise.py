@@ -126,12 +126,12 @@ def test_a_folder_gets_the_authors_layout(relneuron: Any, study: Study, tmp_path
 
 
 def test_modules_are_in_the_order_of_their_names() -> None:
-    names = [name for name, *_ in _units(_MODULES, 12)]
+    names = [name for name, *_ in _units(_MODULES, SHAPE | {"layers": 12})]
     assert names == sorted(names) and names.index("model.layers.10.mlp.down_proj:0") < names.index(
         "model.layers.2.mlp.down_proj:0"
     )
     packed = {"gate": ["m.{}.gate_up_proj", 0], "up": ["m.{}.gate_up_proj", 9]}
-    units = _units(packed | {"down": ["m.{}.down_proj", 0]}, 1)
+    units = _units(packed | {"down": ["m.{}.down_proj", 0]}, SHAPE | {"layers": 1})
     assert units == [
         ("m.0.down_proj:0", 0, (0, "down")),
         ("m.0.gate_up_proj:0", 0, (0, "gate")),
