@@ -141,6 +141,16 @@ def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -
     return prompts
 
 
+def refuse_concepts(place: Path) -> None:
+    """Raise for sentences of concepts where facts are needed, of which answers can be asked."""
+    if find_concepts(place):
+        raise RelneuronError(
+            f"{place} holds sentences for concepts, which ask for no answer to measure",
+            "give facts; concepts take: relneuron record MODEL CONCEPTS -o DIR, and identify",
+            2,
+        )
+
+
 def concepts_beside(place: Path, folder: Path, *, force: bool = False) -> Path:
     """`place`, or where it is one of concepts, the prompts.jsonl in `folder` that is made of it."""
     if place.suffix == ".jsonl" or not place.exists():

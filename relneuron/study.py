@@ -55,7 +55,7 @@ from relneuron.model import (
     model_shape,
 )
 from relneuron.predict import encode
-from relneuron.prompts import make_prompts, prompts_inputs, write_prompts
+from relneuron.prompts import make_prompts, prompts_inputs, refuse_concepts, write_prompts
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
 from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
@@ -186,6 +186,7 @@ def run_study(
     o, name = options, name or model_path
     if not facts.exists():
         raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
+    refuse_concepts(facts)
     check_installed(o.noise)
     open_study(folder, force)
     relations = read_relations(facts, suffix=o.suffix)

@@ -148,6 +148,10 @@ def test_facts_are_no_concepts(
         find_concepts(concepts / "sense")
     code, _, err = relneuron("record", model_folder, fact_folder, "-o", tmp_path / "o")
     assert code == 2 and "is no prompts.jsonl" in err and not (tmp_path / "o").exists()
+    (concepts / "sense" / "fact.json").unlink()
+    words = ["run", model_folder, "--facts", concepts, "-o", tmp_path / "o"]
+    code, _, err = relneuron(*words)
+    assert code == 2 and "holds sentences for concepts" in err and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
