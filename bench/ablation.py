@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from bench.rows import add_rows
-from relneuron.artifact import Prompt
+from relneuron.artifact import Prompt, site_widths
 from relneuron.bench import where
 from relneuron.conditions import Ablation, places_of
 from relneuron.demo import CHECKPOINT, FACTS, TOP
@@ -80,7 +80,7 @@ def hooks(model: Any, ablation: Ablation) -> Iterator[None]:
     """Forward hooks that overwrite the outputs of the chosen neurons with zero."""
     mlps = find_gated_mlps(model)
     off: dict[Any, list[int]] = {}
-    for layer, site, index in site_of(ablation.places, mlps[0].width, mlps[0].hidden):
+    for layer, site, index in site_of(ablation.places, site_widths(model_shape(mlps))):
         off.setdefault(getattr(mlps[layer].module, f"{site}_proj"), []).append(index)
     handles = []
     for module, indices in off.items():

@@ -16,6 +16,7 @@ from typing import Any
 
 from relneuron.ablate_options import SETS_BESIDE, AblateOptions, ablate_inputs, read_how
 from relneuron.artifact import (
+    ATTENTION,
     NeuronFile,
     Prompt,
     RelneuronError,
@@ -123,7 +124,7 @@ def ablate_prompts(
             "name others with --splits",
             2,
         )
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     described = describe_model(name, model, mlps, backend)

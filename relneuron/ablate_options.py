@@ -14,21 +14,26 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact import (
+    RECORDED,
     RESPONSE_ROWS,
-    SITES,
     Json,
     Prompt,
     RelneuronError,
     check_rows,
     require,
     sha256,
+    site_widths,
 )
 from relneuron.conditions import ANALYSES, Ablation, scores_beside
-from relneuron.evaluate import MODES, OOM, POSITIONS, How
+from relneuron.evaluate import MODES as PLAIN
+from relneuron.evaluate import OOM, POSITIONS, How
+from relneuron.expertise import FORCED, forced_values
 from relneuron.identity import tokenizer_digest
 from relneuron.manifest import checked
 from relneuron.model import same_model
 
+MODES = (*PLAIN, *FORCED)
+FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
 # Sets found in another way, beside the neurons, and the analysis that compares them.
 SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
@@ -41,7 +46,9 @@ class AblateOptions:
     `analyses`: of conditions.ANALYSES, beside the sets and the random ones. `sizes`: of the sets
     of the analysis sizes; None: the paper's nine. `mode`: `zero`, `scale` (outputs times
     `factor`) or `mean` (outputs become their mean response over the det prompts: of all
-    relations, or with `mean_of` "relation" of the relation that the set belongs to).
+    relations, or with `mean_of` "relation" of the relation that the set belongs to), or `p50`,
+    `p90`, `off_mean`: the median or 90th percentile of their responses on what the set's relation
+    was found with, or the mean on what it was compared with (random sets: of all of these).
     `positions`: `all` tokens, those of the `prompt`, or the `last` of the prompt and all of the
     answer; the neutral sentences have all. `generate`: answers of so many greedy tokens, right if
     they begin with the object. `any_set`: also sets named after no relation. `oom`: out of memory
@@ -100,7 +107,9 @@ def ablate_inputs(
         scores_beside(neurons).name: (
             neurons.parent if {"sizes", "sites"} & {*options.analyses} else None
         ),
-        "responses.safetensors": neurons.parent if options.mode == "mean" else None,
+        "responses.safetensors": neurons.parent if options.mode in FROM_RESPONSES else None,
+        "labels.csv": neurons.parent if options.mode in FORCED else None,
+        "prompts.jsonl": neurons.parent if options.mode in FORCED else None,
         **{
             name: neurons.parent if analysis in options.analyses else None
             for analysis, name in SETS_BESIDE.items()
@@ -128,15 +137,14 @@ def mean_responses(
     from safetensors import safe_open
 
     require(checked(responses), "record MODEL prompts.jsonl -o DIR")
-    det = [prompt for prompt in prompts if prompt.split == "det"]
-    check_rows(responses, RESPONSE_ROWS, [prompt.id for prompt in det])
-    of = np.array([prompt.relation for prompt in det])
-    groups = {"": np.ones(len(of), bool)} | {name: of == name for name in dict.fromkeys(of)}
+    check_rows(responses, RESPONSE_ROWS, [p.id for p in prompts if p.split in RECORDED])
+    of = np.array([p.relation if p.split == "det" else "" for p in prompts if p.split in RECORDED])
+    groups = {"": of != ""} | {name: of == name for name in dict.fromkeys(of) if name}
     weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
     parts = []
     with safe_open(responses, "np") as file:
         for layer in range(shape["layers"]):
-            for site in SITES:
+            for site in site_widths(shape):
                 values = file.get_tensor(f"{site}.{layer}")
                 if len(values) != len(of):
                     raise RelneuronError(
@@ -154,12 +162,22 @@ def read_how(
     prompts: Sequence[Prompt],
     shape: Mapping[str, int],
 ) -> How:
-    """What happens to the neurons of each condition; means come from recorded responses."""
-    if options.mode != "mean":
+    """What happens to the neurons of each condition; values come from recorded responses."""
+    if options.mode not in FROM_RESPONSES:
         return How(options.mode, options.factor or 0.0)
-    found = mean_responses(responses, prompts, shape)
     of = {a.condition.name: a.condition.relation for a in plan}
-    if options.mean_of == "all":
+    if options.mode in FORCED:
+        found = forced_values(responses.parent, options.mode, shape)
+        sets = [a.condition.relation for a in plan if a.condition.kind == "set" and a.places.size]
+        if strangers := [name for name in sets if name not in found]:
+            raise RelneuronError(
+                f"{responses.parent / 'labels.csv'} has no positives and negatives of "
+                f"{strangers[0]}: --mode {options.mode} has no value for its neurons",
+                "identify its neurons with --method ap, or use another --mode",
+            )
+    else:
+        found = mean_responses(responses, prompts, shape)
+    if options.mode == "mean" and options.mean_of == "all":
         of = dict.fromkeys(of, "")
     means = {name: found.get(relation, found[""]) for name, relation in of.items()}
     return How("mean", 0.0, means)

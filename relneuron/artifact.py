@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ SCHEMA = "relneuron.study/1"
 NEURONS_FORMAT = "relneuron.neurons/1"
 SITES = ("gate", "up", "down")  # the order that breaks ties in a ranking
 RESPONSE_ROWS = "relneuron.responses"  # the key of what responses.safetensors says of its rows
+ATTENTION = ("q", "k", "v", "o")  # after them, where they were recorded
 
 Json = dict[str, Any]
 
@@ -227,17 +228,21 @@ class Prompt:
     """One line of prompts.jsonl: a question about a fact, and where it belongs.
 
     `objects` are all right answers, the first is `object`: those of another first one do not count.
+    A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
+    about; what they rank it against. `group`: what kind of concept it is, as its file says.
     """
 
     id: str
     relation: str
-    split: str  # det: neurons are found with it; eva, eva2: effects are measured with it
+    split: str  # det: neurons are found with it; neg: against it; eva, eva2: effects are measured
     language: str
     template: str
     subject: str
     object: str
     prompt: str
     objects: tuple[str, ...] = ()
+    negative_of: tuple[str, ...] = ()
+    group: str = ""
 
     def __post_init__(self) -> None:
         if self.objects[:1] != (self.object,):
@@ -249,13 +254,22 @@ class Prompt:
         return " / ".join(self.objects)
 
 
+RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the order of the file
+
+
 def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
-    """prompts.jsonl: one JSON object a line; `objects` stands there if there are several."""
+    """prompts.jsonl: one JSON object a line; `objects` stands there if there are several.
+
+    What only concepts have stands there if it is said.
+    """
     lines = []
     for prompt in prompts:
         record = asdict(prompt)
         if len(prompt.objects) == 1:
             del record["objects"]
+        for name in ("negative_of", "group"):
+            if not record[name]:
+                del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
@@ -266,7 +280,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     A line's right answers are those of `object` and `objects`, each a text or a list of them, and
     those of the lines that ask the same: one text in one relation.
     """
-    names = [field.name for field in fields(Prompt) if field.name not in ("object", "objects")]
+    plain = [field.name for field in fields(Prompt) if field.default is MISSING]
+    names = [name for name in plain if name != "object"]
     prompts = []
     for values in read_records(path, names, "prompt", objects=True):
         right = values.pop("objects")
@@ -298,12 +313,25 @@ def right_answers(record: Json) -> tuple[str, ...]:
     return distinct(names)
 
 
+def _of_concepts(record: Json) -> Json:
+    """What a prompt says of concepts, where it says it."""
+    found: Json = {}
+    if record.get("group"):
+        found["group"] = record["group"]
+    if record.get("negative_of"):
+        found["negative_of"] = tuple(record["negative_of"])
+    texts = [found.get("group", ""), *found.get("negative_of", ())]
+    if isinstance(record.get("negative_of"), str) or not all(isinstance(t, str) for t in texts):
+        raise TypeError("negative_of is no list of strings, or group no string")
+    return found
+
+
 def read_records(
     path: Path, names: Sequence[str], what: str, *, objects: bool = False
 ) -> list[Json]:
     """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids.
 
-    With `objects` also the right answers of a line, under that name.
+    With `objects` also the right answers of a line, under that name, and what it says of concepts.
     """
     records = []
     with require(path, "prompts FACTS_DIR -o prompts.jsonl").open("rb") as file:
@@ -315,7 +343,9 @@ def read_records(
                 values = {name: record[name] for name in names}
                 if not all(isinstance(value, str) for value in values.values()):
                     raise TypeError("a field is not a string")
-                records.append(values | ({"objects": right_answers(record)} if objects else {}))
+                if objects:
+                    values |= {"objects": right_answers(record)} | _of_concepts(record)
+                records.append(values)
             except (ValueError, KeyError, TypeError) as error:
                 also = ", object or objects" if objects else ""
                 raise RelneuronError(
@@ -390,9 +420,19 @@ class NeuronFile:
             )
 
 
+def site_widths(shape: Mapping[str, Any]) -> dict[str, int]:
+    """How many neurons each site of a layer has, in the order that breaks ties.
+
+    gate, up and down, and those attention projections whose width `shape` says.
+    """
+    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    widths |= {site: shape[site] for site in ATTENTION if site in shape}
+    return {site: int(width) for site, width in widths.items()}
+
+
 def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
     """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
-    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    widths = site_widths(shape)
     result: dict[Neuron, None] = {}
     for neuron in neurons:
         layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])
@@ -400,7 +440,7 @@ def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) ->
             raise RelneuronError(
                 f"neuron (layer {layer}, site {site!r}, index {index}) is not in a model with "
                 f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}",
-                f"layers and indices count from zero; sites are {', '.join(SITES)}",
+                f"layers and indices count from zero; sites are {', '.join(widths)}",
             )
         result[layer, site, index] = None
     return list(result)

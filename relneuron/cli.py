@@ -101,6 +101,7 @@ def run(
     chat_template: take.ChatTemplate = False,
     method: take.Method = _DEFAULT.method,
     top: take.Top = _DEFAULT.top,
+    ends: take.Ends = _DEFAULT.ends,
     fdr: take.Fdr = _DEFAULT.fdr,
     negatives: take.Negatives = _DEFAULT.negatives,
     permutations: take.Permutations = _DEFAULT.permutations,
@@ -118,6 +119,7 @@ def run(
     oom: take.Oom = _DEFAULT.oom,
     pooling: take.Pooling = _DEFAULT.pooling,
     exclude_bos: take.ExcludeBos = False,
+    attention: take.Attention = False,
     accept_object_prefix: take.AcceptPrefix = False,
     batch_tokens: take.BatchTokens = _DEFAULT.batch_tokens,
     dtype: take.Dtype = None,
@@ -143,6 +145,7 @@ def run(
         chat_template=chat_template,
         method=method,
         top=top,
+        ends=ends,
         fdr=fdr,
         negatives=negatives,
         permutations=permutations,
@@ -160,6 +163,7 @@ def run(
         oom=oom,
         pooling=pooling,
         exclude_bos=exclude_bos,
+        attention=attention,
         accept_object_prefix=accept_object_prefix,
         batch_tokens=batch_tokens,
         dtype=dtype,
@@ -173,7 +177,14 @@ def run(
 
 @app.command(cls=Command)
 def prompts(
-    facts: Annotated[Path, typer.Argument(help="Folder of LRE-format fact files, or one file.")],
+    facts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FACTS",
+            help="Folder of LRE-format fact files, or one; or of selfcond's concept files, or a "
+            "list of concepts.",
+        ),
+    ],
     output: take.Output,
     eva: take.Eva = _DEFAULT.eva,
     seed: take.Seed = _DEFAULT.seed,
@@ -182,7 +193,7 @@ def prompts(
     force: take.Force = False,
     debug: take.Debug = False,
 ) -> None:
-    """LRE-format facts -> det, eva and eva2 prompts."""
+    """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
     from relneuron.model import load_tokenizer
     from relneuron.prompts import write_prompts
 
@@ -194,10 +205,16 @@ def prompts(
 @app.command(cls=Command)
 def record(
     model: take.Model,
-    prompts: take.Prompts,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PROMPTS", help="A prompts.jsonl; or concept files, as `prompts` takes them."
+        ),
+    ],
     output: take.Output,
     pooling: take.Pooling = _DEFAULT.pooling,
     exclude_bos: take.ExcludeBos = False,
+    attention: take.Attention = False,
     accept_object_prefix: take.AcceptPrefix = False,
     batch_tokens: take.BatchTokens = _DEFAULT.batch_tokens,
     dtype: take.Dtype = None,
@@ -210,8 +227,10 @@ def record(
 ) -> None:
     """One instrumented pass: validated.csv and responses.safetensors."""
     from relneuron.artifact import require
+    from relneuron.prompts import concepts_beside
     from relneuron.record import record as record_stage
 
+    prompts = concepts_beside(prompts, output, force=force)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     loaded, tokenizer = _load(model, dtype, device, revision)
     accuracy = record_stage(
@@ -223,12 +242,16 @@ def record(
         batch_tokens=batch_tokens,
         pooling=pooling,
         exclude_bos=exclude_bos,
+        attention=attention,
         accept_object_prefix=accept_object_prefix,
         backend=backend,
         force=force,
         quiet=quiet,
     )
-    say(f"{accuracy:.1%} of the prompts answered correctly -> {output}")
+    said = "sentences read, nothing asked"
+    if accuracy is not None:
+        said = f"{accuracy:.1%} of the prompts answered correctly"
+    say(f"{said} -> {output}")
 
 
 @app.command(cls=Command)

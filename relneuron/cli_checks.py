@@ -40,7 +40,7 @@ NEEDS = {
 # What each `identify --method` takes, beside -o, --force, --quiet and --debug.
 _COUNTED = ("top", "top_rate", "site", "groups", "precision")
 METHODS = {
-    "ap": ("top", "fdr", "negatives", "permutations", "bootstrap", "noise", "seed"),
+    "ap": ("top", "ends", "fdr", "negatives", "permutations", "bootstrap", "noise", "seed"),
     "logprob_gain": ("top", "kept_only"),
     "lape": (*_COUNTED, "filter_rate", "bar_ratio"),
     "probability": _COUNTED,

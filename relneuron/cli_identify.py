@@ -33,6 +33,7 @@ def identify(
             "of counts --top-rate. lape: of all groups together."
         ),
     ] = None,
+    ends: take.Ends = _DEFAULT.ends,
     fdr: take.Fdr = None,
     negatives: take.Negatives = _DEFAULT.negatives,
     permutations: take.Permutations = _DEFAULT.permutations,
@@ -104,6 +105,7 @@ def identify(
         output,
         method=method,
         top=top,
+        ends=ends,
         fdr=fdr,
         negatives=negatives,
         permutations=permutations,
@@ -134,7 +136,8 @@ def import_files(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE.",
+            help="One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; "
+            "files called activation.GROUP.train.MODEL, or a folder of them, say it themselves.",
         ),
     ],
     model: Annotated[
@@ -146,23 +149,15 @@ def import_files(
     debug: take.Debug = False,
 ) -> None:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
-    from relneuron.lape_counts import import_counts
+    from relneuron.lape_counts import import_counts, name_counts
     from relneuron.lape_files import config_shape, read_neuron_pth
 
-    paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
-    if paths and len(paths) == len(files):
+    if paths := name_counts(files):
         take.check_folder(output)
-        if "" in paths:
-            raise RelneuronError("a file of counts has no group", "give GROUP=FILE", 2)
-        counts = import_counts(
-            {name: Path(path) for name, path in paths.items()},
-            config_shape(model),
-            output,
-            force=force,
-        )
+        counts = import_counts(paths, config_shape(model), output, force=force)
         for name, tokens in zip(counts.groups, counts.tokens.tolist(), strict=True):
             say(f"{name}: {tokens:,} tokens")
-    elif len(files) == 1 and not paths:
+    elif len(files) == 1:
         if not take.names(names):
             raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
         refuse_overwrite(output, force)
@@ -170,28 +165,42 @@ def import_files(
         chosen.write(output)
         print_groups(chosen)
     else:
-        fix = "give one .neuron.pth, or counts as GROUP=FILE (each group once)"
+        fix = "give one .neuron.pth, or counts as GROUP=FILE"
         raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
     say(f"-> {output}")
 
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="NEURONS|DIR", help="A neurons.json, or a counted directory.")
+        Path,
+        typer.Argument(
+            metavar="NEURONS|DIR", help="A neurons.json, or a counted or identified directory."
+        ),
     ],
     output: take.Output,
     force: take.Force = False,
     debug: take.Debug = False,
 ) -> None:
-    """A .neuron.pth of a neurons.json, or files of counts, in the LAPE authors' format."""
+    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.
+
+    A neurons.json becomes a .neuron.pth, or expertise.csv where -o ends in .csv; a counted
+    directory files of counts; an identified one expertise.csv, or one a concept below a folder.
+    """
+    from relneuron.expertise import export_expertise
     from relneuron.lape_counts import export_counts
     from relneuron.lape_files import write_neuron_pth
     from relneuron.manifest import checked
 
-    if source.is_dir():
+    is_recorded = (source / "responses.safetensors").exists()
+    if is_recorded or (source.is_file() and output.suffix == ".csv"):
+        if output.suffix != ".csv":
+            take.check_folder(output)
+        written = export_expertise(source, output, force=force)
+    elif source.is_dir():
         take.check_folder(output)
-        for path in export_counts(source, output, force=force):
-            say(f"-> {path}")
+        written = export_counts(source, output, force=force)
     else:
         write_neuron_pth(NeuronFile.read(checked(source)), output, force=force)
-        say(f"-> {output}")
+        written = [output]
+    for path in written:
+        say(f"-> {path}")

@@ -56,6 +56,12 @@ Pooling = Annotated[str, typer.Option(help="A prompt's response: mean over token
 ExcludeBos = Annotated[
     bool, typer.Option("--exclude-bos", help="Leave the first token out of the mean.")
 ]
+Attention = Annotated[
+    bool,
+    typer.Option(
+        "--attention", help="Also record the outputs of the attention's projections: q, k, v, o."
+    ),
+]
 AcceptPrefix = Annotated[
     bool,
     typer.Option(
@@ -67,6 +73,13 @@ Method = Annotated[str, typer.Option(help="How neurons are ranked: ap (average p
 Top = Annotated[
     int | None,
     typer.Option(help="Neurons per relation; default: 3000, at most a tenth of the model's."),
+]
+Ends = Annotated[
+    str,
+    typer.Option(
+        help="Which end of the ranking by ap: top, bottom (the lowest scores), or both, half of "
+        "--top from each."
+    ),
 ]
 Fdr = Annotated[
     float | None,
@@ -93,7 +106,13 @@ Analyses = Annotated[
 Sizes = Annotated[
     str, typer.Option(help="Set sizes of the analysis sizes; default: the paper's nine, scaled.")
 ]
-Mode = Annotated[str, typer.Option(help="What a neuron's output becomes: zero, mean, scale.")]
+Mode = Annotated[
+    str,
+    typer.Option(
+        help="What a neuron's output becomes: zero, mean, scale; or of its responses p50, p90 on "
+        "the relation's positives, off_mean on its negatives."
+    ),
+]
 Factor = Annotated[float | None, typer.Option(help="Of --mode scale.")]
 MeanOf = Annotated[
     str, typer.Option(help="Of --mode mean: over the det prompts of all, or of the set's relation.")

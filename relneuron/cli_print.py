@@ -54,12 +54,16 @@ def print_chosen(chosen: NeuronFile) -> None:
         if "reason" in found:
             say(f"{relation}: no neurons, {found['reason']}")
             continue
-        q = f", q <= {found['q_at_cut']:.2g}" if "q_at_cut" in found else ""
-        say(
-            f"{relation}: {len(chosen.sets[relation])} neurons, AP >= {found['score_at_cut']:.4f}"
-            f"{q}, {found['ties_chosen']} of {found['ties_at_cut']} tied at the cut chosen, "
-            f"{found['perfect']} with AP = 1"
-        )
+        parts = [(found, "<=" if found.get("ends") == "bottom" else ">=")]
+        parts += [(found["lowest"], "<=")] if "lowest" in found else []
+        n_rest = len(chosen.sets[relation]) - found.get("lowest", {}).get("neurons", 0)
+        for cut, sign in parts:
+            q = f", q <= {cut['q_at_cut']:.2g}" if "q_at_cut" in cut else ""
+            say(
+                f"{relation}: {cut.get('neurons', n_rest)} neurons, AP {sign} "
+                f"{cut['score_at_cut']:.4f}{q}, {cut['ties_chosen']} of {cut['ties_at_cut']} "
+                f"tied at the cut chosen, {cut['perfect']} with AP = 1"
+            )
     if resolution > 1:
         say(
             f"with so few columns of noise, --fdr finds {resolution} or more neurons of a "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import SITES, NeuronFile, Prompt, RelneuronError, check_neurons
+from relneuron.artifact import NeuronFile, Prompt, RelneuronError, check_neurons, site_widths
 from relneuron.effects import Condition, main_split, own_languages, split_name
 from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
 
@@ -27,7 +27,6 @@ Places = NDArray[np.int64]
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
 PAPER_TOP = 3000
-_AP = tuple(f"ap.{site}" for site in SITES)  # tensors of scores.safetensors, (R, L, K) each
 _GAIN = "logprob_gain.gate"
 
 
@@ -55,18 +54,23 @@ def parse_analyses(text: str) -> tuple[str, ...]:
 
 def places_of(neurons: Sequence[Sequence[Any]], shape: Mapping[str, int]) -> Places:
     """The places of (layer, site, index) triples, in their order."""
-    width, hidden = shape["width"], shape["hidden"]
-    offset = {"gate": 0, "up": width, "down": 2 * width}
-    found = [la * (2 * width + hidden) + offset[site] + i for la, site, i, *_ in neurons]
+    starts, per_layer = _starts(shape)
+    found = [la * per_layer + starts[site] + i for la, site, i, *_ in neurons]
     return np.array(found, np.int64)
+
+
+def _starts(shape: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """At which place of a layer each site begins, and how many places a layer has."""
+    widths = site_widths(shape)
+    ends = np.cumsum([*widths.values()]).tolist()
+    return dict(zip(widths, [0, *ends], strict=False)), ends[-1]
 
 
 def site_places(site: str, shape: Mapping[str, int]) -> Places:
     """The places of all neurons of a site, ascending."""
-    width, hidden = shape["width"], shape["hidden"]
-    start = SITES.index(site) * width
-    one = np.arange(start, start + (hidden if site == "down" else width))
-    layers = np.arange(shape["layers"]) * (2 * width + hidden)
+    starts, per_layer = _starts(shape)
+    one = np.arange(starts[site], starts[site] + site_widths(shape)[site])
+    layers = np.arange(shape["layers"]) * per_layer
     return (layers[:, None] + one).reshape(-1)
 
 
@@ -131,17 +135,18 @@ def _read_scores(
     try:
         with safe_open(path, "np") as file:
             order = json.loads((file.metadata() or {}).get("relations", "[]"))
-            there = [name for name in (*_AP, _GAIN) if name in file.keys()]  # noqa: SIM118
+            keys = {f"ap.{site}": site for site in site_widths(shape)}
+            there = [name for name in (*keys, _GAIN) if name in file.keys()]  # noqa: SIM118
             scores = {name: file.get_tensor(name) for name in there}
     except (SafetensorError, ValueError) as error:
         raise RelneuronError(
             f"{path} is damaged ({error})", "make it anew with: relneuron identify"
         ) from error
-    if scores.keys() >= {*_AP}:
+    if scores.keys() >= keys.keys():
         everything = np.arange(n_neurons(shape))
         return {
             name: (
-                all_scores({s: scores[key][row] for s, key in zip(SITES, _AP, strict=True)}),
+                all_scores({site: scores[key][row] for key, site in keys.items()}),
                 everything,
             )
             for row, name in enumerate(order)
@@ -162,16 +167,17 @@ def default_sizes(set_size: int, total: int) -> tuple[int, ...]:
 
 def matched_places(places: Places, shape: Mapping[str, int], seed: int, name: str) -> Places:
     """As many neurons of each layer and site as `places` has, drawn from all without doubles."""
-    per_layer = 2 * shape["width"] + shape["hidden"]
+    starts, per_layer = _starts(shape)
+    begins, widths = [*starts.values()], [*site_widths(shape).values()]
     layer, rest = np.divmod(places, per_layer)
-    site = np.minimum(rest // shape["width"], 2)
-    cells, counts = np.unique(layer * 3 + site, return_counts=True)
+    site = np.searchsorted(begins, rest, side="right") - 1
+    cells, counts = np.unique(layer * len(begins) + site, return_counts=True)
     rng = random.Random(f"relneuron.matched.{seed}.{name}")
     drawn: list[int] = []
     for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
-        start = cell // 3 * per_layer + cell % 3 * shape["width"]
-        width = shape["hidden"] if cell % 3 == 2 else shape["width"]
-        drawn += rng.sample(range(start, start + width), count)
+        one_layer, one_site = divmod(cell, len(begins))
+        start = one_layer * per_layer + begins[one_site]
+        drawn += rng.sample(range(start, start + widths[one_site]), count)
     return np.array(sorted(drawn), np.int64)
 
 
@@ -229,7 +235,7 @@ def plan_conditions(
                 if asked:
                     add(f"{name}@{a + 1}-{b}", between, asked, "range", relation=name, **about)
         if "sites" in analyses:
-            for site in SITES:
+            for site in site_widths(shape):
                 inside = site_places(site, shape)
                 best = rankings[name][np.isin(rankings[name], inside)][: len(places)]
                 # Of a ranking that is only known in part the best of a site are not known.

@@ -6,9 +6,12 @@ corpus_read reads them.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,15 @@ ID_DTYPES = ("uint16", "uint32", "int32", "int64")
 HF = "hf:"
 MIB = 1 << 20
 
+GZIP = b"\x1f\x8b"
+_HEADS = {b"\x93NUMPY": "npy", b"PAR1": "parquet"}
+# The pickled magic number of torch.save before it wrote zip files.
+_HEADS[b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."] = "pt"
+_HEAD_BYTES = 1 << 16
+_NO_TEXT = (".csv", ".tsv")  # tables whose lines are no documents
+
 _NAME = re.compile(r"[^\s/\\=:][^/\\=:\n]*")
+_IDS_NAME = re.compile(r"id\.([^.]+)\.[^.]+\..+")  # id.zh.train.llama, as the LAPE authors call it
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,9 @@ def parse_sources(
 
     With `group_column` the paths have no name, are one source, and every record names its group;
     `groups` keeps only these; `text_column` (default: text) needs files with fields, `ids_dtype` a
-    .bin file. A folder stands for its files of known suffixes, sorted by name. Nothing is read.
-    Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
+    .bin file. A folder stands for its files of known suffixes and those that are token ids or
+    tables by their content, sorted by name. Of a file without a known suffix only the begin is
+    read. Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
     """
     if not texts:
         raise RelneuronError("no corpus was given", "name it as GROUP=PATH", 2)
@@ -99,6 +111,9 @@ def parse_sources(
     found: dict[str | None, list[File]] = {}
     for text in texts:
         name, path = _split(text)
+        if name is None and group_column is None:
+            named = _IDS_NAME.fullmatch(Path(path).name)
+            name = named[1] if named else None
         if name is None and group_column is None:
             raise RelneuronError(
                 f"{text} has no group", "write GROUP=PATH, or name its field with --group-column", 2
@@ -162,21 +177,75 @@ def _files(path: str) -> list[File]:
     place = Path(path)
     if place.is_dir():
         inside = sorted(p for p in place.iterdir() if p.name[0] != "." and p.is_file())
-        files = [File(str(p), kind) for p in inside if (kind := _kind(p))]
+        # A README beside the data is no corpus: text needs its suffix here.
+        files = [
+            File(str(p), kind)
+            for p in inside
+            if (kind := _kind(p)) or (kind := content_kind(p)) in (*ID_KINDS, "parquet")
+        ]
         if not files:
             raise RelneuronError(f"{path} holds no file of a corpus", f"known are {_known()}", 2)
         return files
     if not place.exists():
         raise RelneuronError(f"{path} does not exist", "mend the path of the corpus", 2)
     kind = _kind(place)
+    if kind is None and place.suffix.lower() not in _NO_TEXT:
+        kind = content_kind(place)
     if kind is None:
-        raise RelneuronError(f"{path} has an unknown suffix", f"known are {_known()}", 2)
+        raise RelneuronError(
+            f"{path} has an unknown suffix, and by its content it is no text, table or token ids",
+            f"known are {_known()}",
+            2,
+        )
     return [File(path, kind)]
 
 
 def _kind(path: Path) -> str | None:
     name = path.name.lower()
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+
+
+def content_kind(path: Path) -> str | None:
+    """How a file is to be read by the bytes that it begins with; None: it is no corpus.
+
+    A torch, numpy or parquet file by its magic number; else UTF-8 text, or JSON with an object a
+    line, also compressed by gzip.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    for magic, kind in _HEADS.items():
+        if head.startswith(magic):
+            return kind
+    try:
+        if head.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(path) as archive:
+                return "pt" if any(n.endswith("/data.pkl") for n in archive.namelist()) else None
+        if head.startswith(GZIP):
+            with gzip.open(path) as unpacked:
+                head = unpacked.read(_HEAD_BYTES)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
+        return None
+    return _text_kind(head)
+
+
+def _text_kind(head: bytes) -> str | None:
+    """text or jsonl, by the first lines; None: neither."""
+    try:
+        # The last character may be cut.
+        text = head.decode("utf-8-sig", "strict" if len(head) < _HEAD_BYTES else "ignore")
+    except UnicodeDecodeError:
+        return None
+    if "\0" in text or (len(head) == _HEAD_BYTES and len(text.encode()) < _HEAD_BYTES - 8):
+        return None
+    line, newline, _ = text.lstrip().partition("\n")
+    if not line.startswith(("{", "[")):
+        return "text"
+    try:
+        return "jsonl" if isinstance(json.loads(line), dict) else None
+    except (ValueError, RecursionError):
+        if line.strip() in ("{", "["):
+            return None  # JSON over several lines
+        return "text" if newline or not line.startswith('{"') else "jsonl"
 
 
 def _known() -> str:

@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from relneuron.artifact import Json, RelneuronError
-from relneuron.corpus import ID_KINDS, MIB, File, Source, split_hf
+from relneuron.corpus import GZIP, ID_KINDS, MIB, File, Source, split_hf
 
 PIECE_BYTES = MIB  # of one line of text; memory stays bounded in a file that is one line
 PIECE_TOKENS = 1 << 18  # of one document of token ids
@@ -130,7 +130,7 @@ def _check_all(source: Source, vocabulary: int | None) -> None:
 def _open(path: str) -> tuple[IO[bytes], IO[bytes]]:
     """A file to read lines from, and the file on the disk below it."""
     raw = Path(path).open("rb")  # noqa: SIM115
-    if path.lower().endswith(".gz"):
+    if path.lower().endswith(".gz") or raw.peek(2)[:2] == GZIP:
         return gzip.GzipFile(fileobj=raw), raw  # type: ignore[return-value]
     return raw, raw
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import SITES, RelneuronError
+from relneuron.artifact import ATTENTION, RelneuronError, site_widths
 from relneuron.conditions import Ablation, site_places
 from relneuron.manifest import Journal
 from relneuron.model import GatedMLP, model_shape
 from relneuron.patch import LayerState, Patch, Replacement, Tokens, pack_keep
 from relneuron.predict import Asker, Step, is_out_of_memory
+from relneuron.scores.ranking import n_neurons
 
 MODES = ("zero", "mean", "scale")
 OOM = ("split", "error")
@@ -92,15 +93,14 @@ def wave_states(
     """Per layer, what switches off the neurons of the conditions of a wave; row 0 is clean."""
     shape = model_shape(mlps)
     members = [plan[i] for i in wave if i < len(plan)]
-    per_layer = 2 * shape["width"] + shape["hidden"]
-    off = np.zeros((len(members) + 1, shape["layers"] * per_layer), bool)
+    off = np.zeros((len(members) + 1, n_neurons(shape)), bool)
     for row, ablation in enumerate(members):
         off[row + 1, ablation.places] = True
     states = []
     for layer, mlp in enumerate(mlps):
         device = next(mlp.module.parameters()).device
         chosen = {}
-        for site in SITES:
+        for site in site_widths(shape):
             inside = site_places(site, shape).reshape(shape["layers"], -1)[layer]
             chosen[site] = off[:, inside[0] : inside[-1] + 1]
         state = LayerState()
@@ -111,16 +111,16 @@ def wave_states(
                 state.keep = pack_keep(~product).to(device)
             if chosen["down"].any():
                 state.keep_down = torch.from_numpy(~chosen["down"]).to(device)
-        else:
-            state.replace = {
-                site: Replacement(
-                    torch.from_numpy(rows).to(device),
-                    how.factor,
-                    _shift(how, members, layer, site, shape, device),
-                )
-                for site, rows in chosen.items()
-                if rows.any()
-            }
+            chosen = {site: rows for site, rows in chosen.items() if site in ATTENTION}
+        state.replace = {
+            site: Replacement(
+                torch.from_numpy(rows).to(device),
+                how.factor,
+                _shift(how, members, layer, site, shape, device),
+            )
+            for site, rows in chosen.items()
+            if rows.any()
+        }
         states.append(state)
     return states
 
@@ -156,9 +156,8 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         shape = model_shape(self.mlps)
-        total = shape["layers"] * (2 * shape["width"] + shape["hidden"])
         per_neuron = 1 if self.how.mode == "zero" else 5
-        self._wave_size = max(1, WAVE_BYTES // (per_neuron * total) - 1)
+        self._wave_size = max(1, WAVE_BYTES // (per_neuron * n_neurons(shape)) - 1)
         # Tokens of a batch that is known to fit; halved when memory runs out.
         self._budget = int(self.journal.done.get("budget", self.batch_tokens))
 

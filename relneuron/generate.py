@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact import (
+    ATTENTION,
     Json,
     NeuronFile,
     Prompt,
@@ -289,7 +290,7 @@ def generate(
     refuse_overwrite(output, force or journal_path.exists())
     neurons = NeuronFile.read(checked(neurons_path))
     prompts = read_questions(checked(prompts_path), template)
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     plan = plan_masks(neurons, off, shape, len(prompts))

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact import (
+    ATTENTION,
+    RECORDED,
     RESPONSE_ROWS,
-    SITES,
     Json,
     NeuronFile,
     Prompt,
@@ -35,13 +36,15 @@ from relneuron.artifact import (
     relation_names,
     require,
     sha256,
+    site_widths,
 )
 from relneuron.effects import fact_numbers
 from relneuron.installed import need
 from relneuron.manifest import Manifest, checked, json_digest, progress_bar
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
-from relneuron.scores.ranking import ScoredNeuron, all_scores, n_neurons, top_k
+from relneuron.scores.choice import ENDS, choose
+from relneuron.scores.ranking import n_neurons
 
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
@@ -66,10 +69,11 @@ def identify_inputs(
     bootstrap: int,
     noise: int,
     seed: int,
+    ends: str = "top",
 ) -> Json:
-    """What the stage depends on, for the manifest."""
+    """What the stage depends on, for the manifest; `ends` stands there where it is not top."""
     names = ("prompts.jsonl", "validated.csv")
-    return {
+    inputs: Json = {
         "digests": {name: sha256(require(folder / name, "record")) for name in names},
         "record": json_digest(Manifest(folder).data["stages"].get("record", {}).get("inputs")),
         "method": method,
@@ -81,6 +85,7 @@ def identify_inputs(
         "noise": noise,
         "seed": seed,
     }
+    return inputs if ends == "top" else inputs | {"ends": ends}
 
 
 def check_options(
@@ -91,8 +96,14 @@ def check_options(
     permutations: int,
     bootstrap: int,
     noise: int,
+    ends: str = "top",
 ) -> None:
     """Refuse what `identify` cannot do."""
+    if ends not in ENDS:
+        raise RelneuronError(f"unknown ends {ends!r}", f"use --ends {', '.join(ENDS)}", 2)
+    if ends != "top" and fdr is not None:
+        cause = f"--fdr chooses among the highest scores, --ends {ends} others"
+        raise RelneuronError(cause, "leave out one of them", 2)
     if method != "ap":
         raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
     if top is not None and top < 1:
@@ -136,6 +147,7 @@ def identify(
     bootstrap: int = BOOTSTRAP,
     noise: int = NOISE,
     seed: int = 0,
+    ends: str = "top",
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile:
@@ -143,7 +155,9 @@ def identify(
 
     A relation's positives are its validated det prompts, its negatives `negatives` times as many
     of the other relations' (labels.csv says which). Its neurons are the `top` with the highest
-    scores (default: `default_top`), or with `fdr` every one with q <= fdr. Beside neurons.json
+    scores (default: `default_top`), or with `fdr` every one with q <= fdr. `ends`: `bottom` takes
+    those with the lowest scores, the lowest first, `both` one half of each, the highest before the
+    lowest (for which p and q ask how often chance is as low). Beside neurons.json
     stand labels.csv, scores.safetensors with `ap.gate`, `ap.up` (R, L, F) and `ap.down` (R, L, D)
     float32, and significance.csv: for each chosen neuron its p-value from `permutations` shuffled
     labels, its q-value from `noise` columns of noise and the 95 % interval of its score from
@@ -152,21 +166,30 @@ def identify(
     One layer and site is in memory at a time; the responses are read twice if there are
     permutations or resamples.
     """
-    check_options(method, top, fdr, permutations=permutations, bootstrap=bootstrap, noise=noise)
+    options: Json = {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
+    options["ends"] = ends
+    check_options(method, top, fdr, **options)
     check_installed(noise)
     refuse_overwrite(output, force)
     relations, prompts, valid = _read_answers(folder)
     model = Manifest(folder).data.get("model")
     if model is None:
         raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
-    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
-    options: Json = {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
-    options |= {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
+    keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
+    shape = {key: int(model[key]) for key in keys}
+    widths = site_widths(shape)
+    options |= {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
     inputs = identify_inputs(folder, **options, seed=seed)
 
-    relation_of = [prompt.relation for prompt in prompts]
     asked = fact_numbers([prompt.id for prompt in prompts], {p.id: p for p in prompts})
-    labels = sample_labels(relations, relation_of, valid, negatives=negatives, seed=seed)
+    labels = sample_labels(
+        relations,
+        [prompt.relation if prompt.split == "det" else "" for prompt in prompts],
+        valid,
+        negatives=negatives,
+        own_negatives=[prompt.negative_of for prompt in prompts],
+        seed=seed,
+    )
     reasons = {name: why_unranked(row) for name, row in zip(relations, labels, strict=True)}
     usable = [row for row, name in enumerate(relations) if reasons[name] is None]
     if not usable:
@@ -177,16 +200,16 @@ def identify(
         )
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
     check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts])
-    n_blocks = shape["layers"] * len(SITES)
+    n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
     with progress_bar(total, "identify", "block", quiet) as bar:
         scores = {
-            site: np.full((len(relations), shape["layers"], shape[size]), np.nan, np.float32)
-            for site, size in zip(SITES, ("width", "width", "hidden"), strict=True)
+            site: np.full((len(relations), shape["layers"], width), np.nan, np.float32)
+            for site, width in widths.items()
         }
         picked = torch.from_numpy(labels[usable])
-        for layer, site, values in _read_blocks(path, shape["layers"], len(prompts), bar.update):
+        for layer, site, values in _read_blocks(path, shape, len(prompts), bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
                 raise RelneuronError(
@@ -199,22 +222,24 @@ def identify(
         null = significance.noise_ap(labels[usable], noise, key, bar.update)
 
         k = top if top is not None else default_top(shape)
+        size = min(k, n_neurons(shape))
+        n_lowest = {"top": 0, "bottom": size, "both": size // 2}[ends]
         selection: dict[str, Json] = {name: {"reason": reasons[name]} for name in relations}
         chosen: dict[str, significance.Significance] = {}
         for row, own_null in zip(usable, null, strict=True):
             name = relations[row]
-            own = {site: scores[site][row] for site in SITES}
+            own = {site: scores[site][row] for site in widths}
             facts = {
                 "positives": int((labels[row] == 1).sum()),
                 "negatives": int((labels[row] == 0).sum()),
             }
-            neurons, q, cut = _choose(own, own_null, k, fdr)
+            neurons, q, cut = choose(own, own_null, size, fdr, n_lowest)
             selection[name] = facts | cut
             chosen[name] = significance.Significance(
-                name, labels[row], neurons, q, permutations, bootstrap, seed, asked
+                *(name, labels[row], neurons, q, permutations, bootstrap, seed, asked, n_lowest)
             )
         if permutations or bootstrap:
-            blocks = _read_blocks(path, shape["layers"], len(prompts), bar.update)
+            blocks = _read_blocks(path, shape, len(prompts), bar.update)
             for layer, site, values in blocks:
                 for relation in chosen.values():
                     relation.measure(layer, site, values)
@@ -226,7 +251,7 @@ def identify(
     result = NeuronFile(model, method, sets, selection)
     written = {
         "scores.safetensors": save(
-            {f"ap.{site}": scores[site] for site in SITES},
+            {f"ap.{site}": scores[site] for site in widths},
             # One key only: safetensors writes several in an order that changes from run to run.
             {"relations": json.dumps(relations)},
         ),
@@ -254,9 +279,9 @@ def identify(
 
 
 def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
-    """The relations, the det prompts, and whether the model answered each correctly."""
+    """The relations, the recorded prompts, and whether the model answered each correctly."""
     everything = read_prompts(checked(folder / "prompts.jsonl"))
-    prompts = [prompt for prompt in everything if prompt.split == "det"]
+    prompts = [prompt for prompt in everything if prompt.split in RECORDED]
     path = require(checked(folder / "validated.csv"), "record MODEL")
     rows = read_csv(path, ("id", "correct"))
     correct = {row["id"]: row["correct"] == "1" for row in rows}
@@ -270,11 +295,11 @@ def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
 
 
 def _read_blocks(
-    path: Path, n_layers: int, n_prompts: int, advance: Callable[[], object]
+    path: Path, shape: Mapping[str, int], n_prompts: int, advance: Callable[[], object]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
-    for layer in range(n_layers):
-        for site in SITES:
+    for layer in range(shape["layers"]):
+        for site in site_widths(shape):
             # Opened anew for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
             with safe_open(path, "pt") as file:
@@ -287,39 +312,6 @@ def _read_blocks(
             yield layer, site, values
             del values
             advance()
-
-
-# --- choosing, and how sure the choice is ----------------------------------------------------
-
-
-def _choose(
-    scores: Mapping[str, Array], null: Array, k: int, fdr: float | None
-) -> tuple[list[ScoredNeuron], Array | None, Json]:
-    """A relation's neurons, their q-values (K,), and what neurons.json says of the cut."""
-    facts: Json = {}
-    q = None
-    if null.size:
-        q = significance.q_values(significance.p_values(all_scores(scores), null))
-    if fdr is not None:
-        assert q is not None, "check_options refuses --fdr without noise"
-        facts["fdr"] = fdr
-        facts["fdr_resolution"] = significance.fdr_resolution(q.size, null.size, fdr)
-        # q never rises with the score: these are the k best, with all that are tied at the cut.
-        k = int((q <= fdr).sum())
-        if not k:
-            facts["reason"] = f"none has q <= {fdr}, the lowest is {q.min():.3g}"
-            return [], None, facts
-    best = top_k(scores, k)
-    facts |= {
-        "score_at_cut": best.score_at_cut,
-        "ties_at_cut": best.ties_at_cut,
-        "ties_chosen": best.ties_chosen,
-        "perfect": best.n_perfect,
-    }
-    if q is not None:
-        q = q[best.places]
-        facts["q_at_cut"] = float(q[-1])
-    return best.neurons, q, facts
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -349,7 +341,7 @@ def _memory(
 ) -> Json:
     """What the stage holds at a time, in bytes, for the manifest; the same on every machine."""
     n_relations, n_prompts = labels.shape
-    block = 4 * n_prompts * max(shape["width"], shape["hidden"])
+    block = 4 * n_prompts * max(site_widths(shape).values())
     # Scores and the noise's; a p, a q and what sorting them needs for one relation.
     held = 4 * n_relations * (n_neurons(shape) + noise) + 48 * n_neurons(shape)
     # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.

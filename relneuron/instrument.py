@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import RelneuronError, check_neurons
+from relneuron.artifact import ATTENTION, RelneuronError, check_neurons, site_widths
 from relneuron.model import GatedMLP, find_gated_mlps, model_shape
 from relneuron.patch import LayerState, Patch, Replacement, Tokens, mask_states
 
@@ -102,13 +102,15 @@ def ablate(
     """Switch neurons off while the model runs, generation included, at every position.
 
     `neurons`: (layer, site, index) triples, or rows of neurons.json; sites are gate and up (the
-    outputs of gate_proj and up_proj) and down (the output of down_proj). `mode`: "zero", outputs
-    become 0 (arXiv 2502.17355, section 3.3); "scale", outputs times `value`; "mean", outputs
-    become `value`, a number for all or one per neuron: their mean responses, say.
+    outputs of gate_proj and up_proj), down (the output of down_proj), and q, k, v and o (those of
+    the attention's projections). `mode`: "zero", outputs become 0 (arXiv 2502.17355, section
+    3.3); "scale", outputs times `value`; "mean", outputs become `value`, a number for all or one
+    per neuron: their mean responses, say.
     """
-    mlps, chosen = find_gated_mlps(model), list(neurons)
+    chosen = list(neurons)
     if not chosen:
         warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
+    mlps = find_gated_mlps(model, attention=any(site in ATTENTION for _, site, *_ in chosen))
     if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
         raise RelneuronError(
             f"mode {mode!r} with the value {value}",
@@ -126,7 +128,8 @@ def ablate(
 def _replacing_states(
     neurons: Sequence[Sequence[Any]], mlps: Sequence[GatedMLP], mode: str, value: Any
 ) -> list[LayerState]:
-    check_neurons(neurons, model_shape(mlps))
+    shape = model_shape(mlps)
+    check_neurons(neurons, shape)
     values = [value] * len(neurons) if isinstance(value, int | float) else list(value)
     if mode == "scale" and len(set(values)) > 1:
         raise RelneuronError("scale takes one value for all neurons", "give a number", 2)
@@ -135,7 +138,7 @@ def _replacing_states(
         mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
         if site not in replace:
             device = next(mlp.module.parameters()).device
-            shift = torch.zeros(1, mlp.hidden if site == "down" else mlp.width, device=device)
+            shift = torch.zeros(1, site_widths(shape)[site], device=device)
             replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
         replace[site].chosen[0, index] = True
         if mode == "mean":

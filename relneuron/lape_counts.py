@@ -5,16 +5,49 @@ The commands `relneuron import` and `relneuron export` call it; lape_files.py re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from relneuron.artifact import Json, RelneuronError, refuse_overwrite, sha256
 from relneuron.counts import NAME, Counts
-from relneuron.lape_files import read_counts_pth, write_counts_pth
+from relneuron.lape_files import counts_group, read_counts_pth, write_counts_pth
 from relneuron.manifest import Manifest, checked, locked, versions
 
 # What the authors count: SiLU(gate) > 0.
 _EVENT: Json = {"sites": ["act"], "threshold": 0.0, "moments": False}
+
+
+def name_counts(files: Sequence[str]) -> dict[str, Path]:
+    """`{group: file}` of texts GROUP=FILE, files named as the authors do, and folders of such.
+
+    Empty if one of them is neither. Raises RelneuronError for a group that is there twice.
+    """
+    found: list[tuple[str, Path]] = []
+    for text in files:
+        path, (name, equals, rest) = Path(text), text.partition("=")
+        if path.is_dir():
+            inside = [p for p in sorted(path.iterdir()) if p.is_file()]
+            own = [(group, p) for p in inside if (group := counts_group(p)) is not None]
+            found += own
+            if not own:
+                raise RelneuronError(
+                    f"{text} holds no file activation.GROUP.train.MODEL", "give GROUP=FILE", 2
+                )
+        elif equals and not path.exists():
+            if not name:
+                raise RelneuronError("a file of counts has no group", "give GROUP=FILE", 2)
+            found.append((name, Path(rest)))
+        elif (group := counts_group(path)) is not None:
+            found.append((group, path))
+        else:
+            return {}
+    paths = dict(found)
+    twice = [name for name, path in found if paths[name] != path]
+    if twice:
+        raise RelneuronError(
+            f"the group {twice[0]} is there twice", "give each group once, as GROUP=FILE", 2
+        )
+    return paths
 
 
 def import_counts(
@@ -47,10 +80,12 @@ def import_counts(
 
 def export_counts(source: Path, folder: Path, *, force: bool = False) -> list[Path]:
     """Write the counts of a counted folder as files of the authors' format."""
-    threshold = Manifest(source).data.get("threshold")
+    known = Manifest(source).data
+    threshold = known.get("threshold")
     if threshold not in (0, None):
         raise RelneuronError(
             f"{source} counts activations above {threshold}, the authors' files those above 0",
             "count with --threshold 0",
         )
-    return write_counts_pth(Counts.read(checked(source / NAME)), folder, force=force)
+    model = str((known.get("model") or {}).get("id") or "model")
+    return write_counts_pth(Counts.read(checked(source / NAME)), folder, model, force=force)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
@@ -24,16 +26,15 @@ from relneuron.artifact import (
     RelneuronError,
     atomic_write,
     check_model_folder,
-    json_bytes,
     refuse_overwrite,
     sha256,
 )
 from relneuron.counts import Counts
 
 MAX_BYTES = 1 << 30  # of a file, and of what a zip file holds
-INDEX = "activation.json"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _GATE_SITES = ("gate", "act", "up", "product")  # zeroing any of them is the same ablation
+_COUNT_NAME = re.compile(r"activation\.([^.]+)\.train\..+")
 _NEURON_FIX = "give a .neuron.pth: a list of groups, each a list of layers of index tensors"
 _COUNT_FIX = "give a torch file of {'n': tokens, 'over_zero': integers of layers x width}"
 
@@ -171,12 +172,29 @@ def read_counts_pth(paths: Mapping[str, Path], shape: Json | None = None) -> Cou
     return Counts(list(paths), np.array(tokens, np.int64), {"count.act": np.stack(rows)})
 
 
-def write_counts_pth(counts: Counts, folder: Path, *, force: bool = False) -> list[Path]:
+def counts_path(folder: Path, group: str, model: str) -> Path:
+    """`activation.{group}.train.{model}`, as the authors name it.
+
+    What could end a part of the name, or leave the folder, stands there as %2F and the like.
+    """
+    own = quote(group, safe="").replace(".", "%2E")
+    return folder / f"activation.{own}.train.{quote(model.rstrip('/').split('/')[-1], safe='')}"
+
+
+def counts_group(path: Path) -> str | None:
+    """The group that the name of a file of counts says; None for another name."""
+    found = _COUNT_NAME.fullmatch(path.name)
+    return unquote(found[1]) if found else None
+
+
+def write_counts_pth(
+    counts: Counts, folder: Path, model: str, *, force: bool = False
+) -> list[Path]:
     """Write each group's counts at site act to a file of its own; return the files' paths.
 
-    `activation.group_0000.pth` holds `{"n": int, "over_zero": (L, F)}`, int32 as the authors have
-    it; int64, with a warning, if a count does not fit. A group's name is never a part of a path:
-    activation.json says which file is whose.
+    `activation.{group}.train.{model}` holds `{"n": int, "over_zero": (L, F)}`, int32 as the
+    authors have it; int64, with a warning, if a count does not fit. `model` is a name or a path,
+    of which the last part counts.
     """
     if "count.act" not in counts.arrays:
         raise RelneuronError(
@@ -184,21 +202,22 @@ def write_counts_pth(counts: Counts, folder: Path, *, force: bool = False) -> li
             "count with --sites act",
         )
     count = counts.arrays["count.act"]
-    paths = [folder / f"activation.group_{g:04d}.pth" for g in range(len(counts.groups))]
-    for path in (*paths, folder / INDEX):
+    paths = [counts_path(folder, group, model) for group in counts.groups]
+    # Some file systems do not tell EN from en.
+    if len({path.name.casefold() for path in paths}) < len(paths):
+        raise RelneuronError(
+            f"of the groups {', '.join(counts.groups)} some differ in their case only",
+            "count under other names: their files could be one",
+        )
+    for path in paths:
         refuse_overwrite(path, force)
     fits = not count.size or int(count.max()) <= np.iinfo(np.int32).max
     if not fits:
         warnings.warn("a count is above 2^31 - 1: the files hold int64", stacklevel=2)
     kept = np.int32 if fits else np.int64
-    index = []
-    for name, path, n, rows in zip(
-        counts.groups, paths, counts.tokens.tolist(), count, strict=True
-    ):
+    for path, n, rows in zip(paths, counts.tokens.tolist(), count, strict=True):
         atomic_write(path, _saved({"n": n, "over_zero": torch.from_numpy(rows.astype(kept))}))
-        index.append({"group": name, "file": path.name, "n": n})
-    atomic_write(folder / INDEX, json_bytes({"groups": index}))
-    return [*paths, folder / INDEX]
+    return paths
 
 
 def _read_count(path: Path) -> tuple[int, np.ndarray[Any, Any]]:
@@ -243,21 +262,38 @@ def config_shape(name_or_path: str) -> Json:
         raise RelneuronError(
             f"{name_or_path} has no configuration: {_one_line(error)}", fix
         ) from error
-    fields = {
-        "layers": "num_hidden_layers",
-        "width": "intermediate_size",
-        "hidden": "hidden_size",
+    sizes = {
+        "layers": getattr(config, "num_hidden_layers", None),
+        "width": _width(config),
+        "hidden": getattr(config, "hidden_size", None),
     }
-    shape: Json = {"id": name_or_path}
-    for key, field in fields.items():
-        value = getattr(config, field, None)
+    for key, value in sizes.items():
         if type(value) is not int or value < 1:
             raise RelneuronError(
-                f"the configuration of {name_or_path} has no one {field}",
-                "give a model whose layers have gated MLPs of one width",
+                f"the configuration of {name_or_path} does not say {_SAID[key]}",
+                "give a decoder-only model whose layers have MLPs of one width",
             )
-        shape[key] = value
-    return shape
+    return {"id": name_or_path, **sizes}
+
+
+_SAID = {"layers": "how many layers it has", "hidden": "its hidden size"}
+_SAID["width"] = "the one width of its MLPs"
+# What configurations call the width of an MLP, and models that do not say it where it is 4 D.
+_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
+_FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
+
+
+def _width(config: Any) -> Any:
+    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
+    found = (getattr(config, name, None) for name in _WIDTHS)
+    width = next((value for value in found if value is not None), None)
+    hidden = getattr(config, "hidden_size", None)
+    if width is None and type(hidden) is int:
+        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
+            return ratio * hidden
+        if config.model_type in _FOUR_TIMES:
+            return 4 * hidden
+    return width
 
 
 # --- torch files -----------------------------------------------------------------------------

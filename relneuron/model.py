@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from relneuron import ops
 from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
+from relneuron.attention import Projection, find_projections
 from relneuron.hooks import without_hooks
 from relneuron.identity import model_digest
 
@@ -150,6 +151,7 @@ class GatedMLP:
     width: int  # F
     hidden: int  # D
     packed: bool  # gate_up_proj gives gate and up side by side
+    projections: tuple[Projection, ...] = ()  # of the layer's attention, where they were asked for
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """gate and up (T, F) of x (..., D); halves of one tensor where the weights are packed."""
@@ -207,6 +209,11 @@ def inspect_layers(model: Any) -> list[Verdict]:
     `down_proj`, and an activation; on one random row it must give what the formula gives.
     """
     check_unwrapped(model)
+    path, layers = _decoder_layers(model)
+    return [_inspect_layer(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
+
+
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     config = model.config.get_text_config() if hasattr(model, "config") else None
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = [
@@ -219,8 +226,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
             f"{type(model).__name__} has no list of {n_layers} decoder layers",
             "relneuron needs a decoder-only model with config.num_hidden_layers layers",
         )
-    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return [_inspect_layer(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def check_unwrapped(model: Any) -> None:
@@ -323,8 +329,11 @@ def _activation(module: nn.Module, like: Tensor) -> str | None:
     return None
 
 
-def find_gated_mlps(model: Any) -> list[GatedMLP]:
-    """The gated MLP of every layer, or an error with the reasons of the layers without one."""
+def find_gated_mlps(model: Any, *, attention: bool = False) -> list[GatedMLP]:
+    """The gated MLP of every layer, or an error with the reasons of the layers without one.
+
+    With `attention` each comes with the projections of its layer's attention.
+    """
     verdicts = inspect_layers(model)
     reasons: dict[str, list[int]] = {}
     for verdict in verdicts:
@@ -338,10 +347,19 @@ def find_gated_mlps(model: Any) -> list[GatedMLP]:
             "give a dense model with gated MLPs; `relneuron doctor MODEL` lists every layer",
         )
     mlps = [verdict.mlp for verdict in verdicts if verdict.mlp is not None]
-    shapes = {(mlp.width, mlp.hidden, mlp.activation) for mlp in mlps}
+    if attention:
+        path, layers = _decoder_layers(model)
+        mlps = [
+            replace(mlp, projections=find_projections(f"{path}.{mlp.layer}", layers[mlp.layer]))
+            for mlp in mlps
+        ]
+    shapes = {
+        (mlp.width, mlp.hidden, mlp.activation, *(part.width for part in mlp.projections))
+        for mlp in mlps
+    }
     if len(shapes) > 1:
         raise RelneuronError(
-            f"the layers differ in width, hidden size or activation: {sorted(shapes)}",
+            f"the layers differ in width, hidden size, activation or attention: {sorted(shapes)}",
             "relneuron needs the same shape in every layer",
         )
     return mlps
@@ -359,8 +377,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def model_shape(mlps: Sequence[GatedMLP]) -> dict[str, int]:
-    """layers, width (F) and hidden (D)."""
-    return {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
+    """layers, width (F) and hidden (D); q, k, v and o where they were asked for."""
+    shape = {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
+    return shape | {part.site: part.width for part in mlps[0].projections}
 
 
 def describe_model(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relneuron.artifact import (
-    SITES,
+    ATTENTION,
     Json,
     NeuronFile,
     RelneuronError,
@@ -28,6 +28,7 @@ from relneuron.artifact import (
     csv_bytes,
     refuse_overwrite,
     sha256,
+    site_widths,
 )
 from relneuron.conditions import Ablation, Places, empty_sets, read_sets, site_places
 from relneuron.corpus import Source, describe_sources
@@ -213,7 +214,7 @@ def plan_masks(
     """
     none = np.empty(0, np.int64)
     chosen = np.concatenate([none, *sets.values()])
-    sites = [site_places(site, shape) for site in SITES]
+    sites = [site_places(site, shape) for site in site_widths(shape)]
     known = np.sort(np.concatenate([none, *(s for s in sites if np.isin(chosen, s).any())]))
     size = max(map(len, sets.values()), default=0)
     plan = [(CLEAN, CLEAN, none), *(("set", name, places) for name, places in sets.items())]
@@ -295,7 +296,7 @@ def nll(
     output = folder / "nll.csv"
     refuse_overwrite(output, force or is_unfinished(output, "nll"))
     neurons = NeuronFile.read(checked(neurons_path))
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     sets, doubles = read_sets(neurons, shape)

@@ -6,8 +6,9 @@ The stages and the two context managers of the package (instrument.py) are made 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from relneuron import ops
-from relneuron.artifact import RelneuronError, check_neurons
+from relneuron.artifact import ATTENTION, RelneuronError, check_neurons, site_widths
+from relneuron.attention import Projection
 from relneuron.hooks import has_hooks
 from relneuron.model import GatedMLP, model_shape
 from relneuron.ops.tensors import is_plain
@@ -31,10 +33,11 @@ class LayerState:
 
     stats: ops.GroupStats | None = None
     stats_down: ops.GroupStats | None = None  # of width D, sites=("down",)
-    responses: dict[str, Tensor] | None = None  # gate, up (N, F) and down (N, D): sums over tokens
+    # gate, up (N, F), down (N, D), q, k, v, o (N, their widths): sums over tokens.
+    responses: dict[str, Tensor] | None = None
     keep: Tensor | None = None  # (C, ceil(F/32)) int32: products that stay
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
-    # By site (gate, up, act, down): outputs that become another value.
+    # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
 
 
@@ -49,7 +52,9 @@ class Replacement:
     def apply(self, x: Tensor, conditions: Tensor | None) -> Tensor:
         """x (..., F or D) with the chosen outputs replaced; conditions (...) or none for row 0."""
         rows = x.new_zeros((), dtype=torch.long) if conditions is None else conditions.long()
-        new = x * self.factor if self.shift is None else self.shift[rows].to(x.dtype)
+        new = x * self.factor if self.factor else x.new_zeros(())
+        if self.shift is not None:
+            new = self.shift[rows].to(x.dtype)
         return torch.where(self.chosen[rows], new, x)
 
 
@@ -75,6 +80,8 @@ class Tokens:
 
 class Patch:
     """Replaces every gated MLP's `forward` on the instance, and puts back what was there.
+
+    Likewise those of its layer's attention projections, where the MLP has them.
 
     A context manager. Class-level overrides and hooks are ignored by a model that was compiled
     before; an instance's own `forward` is not. Inside another patch both act: statistics of
@@ -120,7 +127,18 @@ class Patch:
                 forward = _Forward(self, mlp, layer, outer)
                 self._saved.append((mlp.module, before, forward))
                 mlp.module.__dict__["forward"] = forward
+                self._patch_projections(mlp, layer)
         return self
+
+    def _patch_projections(self, mlp: GatedMLP, layer: int) -> None:
+        parts: dict[nn.Module, list[Projection]] = {}
+        for part in mlp.projections:
+            parts.setdefault(part.module, []).append(part)
+        for module, own in parts.items():
+            before = module.__dict__.get("forward", _ABSENT)
+            linear = _Linear(self, own, layer, before)
+            self._saved.append((module, before, linear))
+            module.__dict__["forward"] = linear
 
     def __exit__(
         self,
@@ -134,7 +152,7 @@ class Patch:
             in_order &= current is ours
             # Not ours and not on top of ours: an outer patch has taken this one off already, and
             # to put back what stood before it would bring a dead patch to life.
-            if not (isinstance(current, _Forward) and self in current.patches):
+            if not (isinstance(current, _Patched) and self in current.patches):
                 continue
             if before is _ABSENT:
                 module.__dict__.pop("forward")
@@ -167,13 +185,12 @@ class Patch:
         return replace.apply(x.reshape(*shape[:-1], -1), rows).reshape(x.shape)
 
 
-class _Forward:
-    """The patched forward of one MLP. A plain callable, so nothing of it is copied or saved."""
+class _Patched:
+    """A patched forward. A plain callable, so nothing of it is copied or saved."""
 
-    def __init__(self, patch: Patch, mlp: GatedMLP, layer: int, outer: _Forward | None) -> None:
-        self.mlp, self.layer = mlp, layer
+    def __init__(self, patch: Patch, layer: int, outer: _Patched | None) -> None:
+        self.layer = layer
         self.patches: list[Patch] = [patch, *(outer.patches if outer else [])]
-        self._uncalled = mlp.uncalled()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RelneuronError("a patched model cannot be copied", "copy it outside the context")
@@ -182,15 +199,52 @@ class _Forward:
         raise RelneuronError("a patched model cannot be pickled", "save it outside the context")
 
     def check_thread(self) -> None:
+        if torch.compiler.is_compiling():
+            return
         if threading.get_ident() != self.patches[0].thread and not _is_recomputing():
             raise RelneuronError(
                 "the model is inside instrument() or ablate() of another thread",
                 "enter in the thread that runs the model, or give each thread a model of its own",
             )
 
+
+class _Linear(_Patched):
+    """The patched forward of an attention's linear map: its own, then what the patches do."""
+
+    def __init__(
+        self, patch: Patch, parts: Sequence[Projection], layer: int, before: object
+    ) -> None:
+        outer = before if isinstance(before, _Linear) else None
+        super().__init__(patch, layer, outer)
+        self.parts = parts
+        module = parts[0].module
+        own = before if callable(before) else partial(type(module).forward, module)
+        self.plain: Callable[[Tensor], Tensor] = outer.plain if outer else own
+
     def __call__(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.check_thread()
+        self.check_thread()
+        y = self.plain(x)
+        for part in self.parts:
+            inside = slice(part.start, part.start + part.width)
+            for patch in self.patches:
+                _record_outputs(y[..., inside], part.site, patch.states[self.layer], patch)
+            for patch in self.patches:
+                if part.site in (patch.states[self.layer].replace or {}):
+                    new = patch.replaced(self.layer, part.site, y[..., inside], y.shape)
+                    y = torch.cat([y[..., : part.start], new, y[..., inside.stop :]], dim=-1)
+        return y
+
+
+class _Forward(_Patched):
+    """The patched forward of one MLP."""
+
+    def __init__(self, patch: Patch, mlp: GatedMLP, layer: int, outer: _Forward | None) -> None:
+        super().__init__(patch, layer, outer)
+        self.mlp = mlp
+        self._uncalled = mlp.uncalled()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.check_thread()
         for name, module in self._uncalled:
             if has_hooks(module):
                 raise RelneuronError(
@@ -285,7 +339,8 @@ def _recording(
     prompt_ids = _flat(patch.tokens.prompt_ids, shape, "prompt_ids")
     sums = None
     if state.responses is not None and prompt_ids is not None:
-        sums = {site: values for site, values in state.responses.items() if site != "down"}
+        others = ("down", *ATTENTION)
+        sums = {site: values for site, values in state.responses.items() if site not in others}
     has_stats = state.stats is not None
     if not (has_stats or sums):
         return None
@@ -402,13 +457,18 @@ def _record_down(y: Tensor, state: LayerState, patch: Patch) -> None:
             ids_checked=True,
             backend=patch.backend,
         )
+    _record_outputs(y, "down", state, patch)
+
+
+def _record_outputs(y: Tensor, site: str, state: LayerState, patch: Patch) -> None:
+    """Add the outputs of a linear map to the responses of their prompts."""
     ids = patch.tokens.prompt_ids
-    if state.responses is None or "down" not in state.responses or ids is None:
+    if _is_recomputing() or state.responses is None or site not in state.responses or ids is None:
         return
     flat = cast(Tensor, _flat(ids, y.shape, "prompt_ids"))
     rows = (flat >= 0).nonzero().squeeze(1)
     values = y.detach().reshape(-1, y.shape[-1])[rows].float()
-    state.responses["down"].index_add_(0, flat[rows].long(), values)
+    state.responses[site].index_add_(0, flat[rows].long(), values)
 
 
 # --- masks -----------------------------------------------------------------------------------
@@ -432,13 +492,19 @@ def mask_states(
     """Per layer, the masks that switch off the neurons of each condition.
 
     Zeroing the output k of gate_proj or of up_proj both make product k zero, so a condition is
-    two masks a layer: over the F products and over the D outputs of down_proj.
+    two masks a layer: over the F products and over the D outputs of down_proj. Outputs of the
+    attention's projections become zero one by one.
     """
     shape = model_shape(mlps)
+    attention: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
     products = np.ones((shape["layers"], len(conditions), shape["width"]), bool)
     downs = np.ones((shape["layers"], len(conditions), shape["hidden"]), bool)
     for number, neurons in enumerate(conditions):
         for layer, site, index in check_neurons(neurons, shape):
+            if site in ATTENTION:
+                empty = np.zeros((len(conditions), shape[site]), bool)
+                attention.setdefault((layer, site), empty)[number, index] = True
+                continue
             (downs if site == "down" else products)[layer, number, index] = False
     states = []
     for layer, mlp in enumerate(mlps):
@@ -448,19 +514,33 @@ def mask_states(
             state.keep = pack_keep(products[layer]).to(device)
         if not downs[layer].all():
             state.keep_down = torch.from_numpy(downs[layer]).to(device)
+        off = {site: rows for (where, site), rows in attention.items() if where == layer}
+        if off:
+            state.replace = {
+                site: Replacement(torch.from_numpy(rows).to(device)) for site, rows in off.items()
+            }
         states.append(state)
     return states
 
 
 def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backend: str) -> None:
-    """Raise unless switching off all MLPs changes the logits: guards against a dead patch."""
-    everything = [(mlp.layer, "gate", index) for mlp in mlps for index in range(mlp.width)]
+    """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
+
+    Likewise all attentions, where their projections are patched.
+    """
+    shape, parts = model_shape(mlps), {"gate": "MLP"}
+    if mlps[0].projections:
+        parts |= {"o": "attention"}
     with torch.no_grad():
         clean = model(input_ids).logits
-        with Patch(mlps, mask_states([everything], mlps), backend=backend):
-            dark = model(input_ids).logits
-    if torch.equal(clean, dark):
-        raise RelneuronError(
-            "switching off every MLP did not change the logits: the patch is not effective",
-            "give the model uncompiled, with its own forward methods",
-        )
+        for site, what in parts.items():
+            width = site_widths(shape)[site]
+            everything = [(mlp.layer, site, index) for mlp in mlps for index in range(width)]
+            with Patch(mlps, mask_states([everything], mlps), backend=backend):
+                dark = model(input_ids).logits
+            if torch.equal(clean, dark):
+                raise RelneuronError(
+                    f"switching off every {what} did not change the logits: the patch is not "
+                    "effective",
+                    "give the model uncompiled, with its own forward methods",
+                )

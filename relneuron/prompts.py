@@ -1,7 +1,7 @@
 """The `prompts` stage: fact files in, prompts.jsonl and sentences.jsonl out.
 
 One prompt per fact and template: det (to find neurons), eva (to measure), eva2 (other wordings).
-The sentences do not ask for a fact.
+The sentences do not ask for a fact. Of concept files: one prompt a sentence, which asks nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
+from relneuron.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.manifest import Manifest
 from relneuron.sentences import GENERAL, NEUTRAL, Sentence, sentences_bytes
@@ -35,7 +36,12 @@ Wrap = Callable[[str], str]
 def prompts_inputs(
     facts: Path, *, n_eva: int, seed: int, suffix: str | None, chat: Any = None
 ) -> Json:
-    """What the stage depends on, for the manifest; `chat`: the tokenizer that wraps prompts."""
+    """What the stage depends on, for the manifest; of concepts only their files.
+
+    `chat`: the tokenizer that wraps prompts.
+    """
+    if concepts := find_concepts(facts):
+        return {"concepts": [f"{path.stem}: {sha256(path)}" for path in concepts]}
     paths = [facts] if facts.is_file() else sorted(facts.glob("*.json"))
     digests = {path.stem: sha256(path) for path in paths}
     inputs: Json = {"facts": digests, "eva": n_eva, "seed": seed, "suffix": suffix}
@@ -155,8 +161,11 @@ def write_prompts(
     """Read the fact files in `facts`, write prompts.jsonl to `output` and sentences.jsonl beside.
 
     `suffix`: see `facts.read_relation`. `chat`: a tokenizer whose chat template wraps every prompt,
-    the sentences are left as they are. Returns the prompts.
+    the sentences are left as they are. Of concept files (concept_files.py) there is one prompt a
+    sentence, and nothing beside. Returns the prompts.
     """
+    if concepts := find_concepts(facts):
+        return _write_concepts(facts, concepts, output, force)
     beside = output.with_name("sentences.jsonl")
     for path in (output, beside):
         refuse_overwrite(path, force)
@@ -195,3 +204,43 @@ def _say_left_out(relations: Iterable[Relation]) -> None:
             "English and have no neutral_templates",
             stacklevel=3,
         )
+
+
+def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -> list[Prompt]:
+    concepts = [read_concept(path) for path in files]
+    prompts = concept_prompts(concepts)
+    data = prompts_bytes(prompts)
+    # What a killed run left has these bytes.
+    refuse_overwrite(output, force or (output.is_file() and output.read_bytes() == data))
+    inputs = prompts_inputs(facts, n_eva=0, seed=0, suffix=None)
+    atomic_write(output, data)
+    counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
+    Manifest(output.parent).finish("prompts", inputs, [output], n_prompts=counts)
+    return prompts
+
+
+def refuse_concepts(place: Path) -> None:
+    """Raise for sentences of concepts where facts are needed, of which answers can be asked."""
+    if find_concepts(place):
+        raise RelneuronError(
+            f"{place} holds sentences for concepts, which ask for no answer to measure",
+            "give facts; concepts take: relneuron record MODEL CONCEPTS -o DIR, and identify",
+            2,
+        )
+
+
+def concepts_beside(place: Path, folder: Path, *, force: bool = False) -> Path:
+    """`place`, or where it is one of concepts, the prompts.jsonl in `folder` that is made of it."""
+    if place.suffix == ".jsonl" or not place.exists():
+        return place
+    if not find_concepts(place):
+        raise RelneuronError(
+            f"{place} is no prompts.jsonl, and holds no concept's sentences",
+            "make prompts of facts with: relneuron prompts FACTS -o prompts.jsonl",
+            2,
+        )
+    output = folder / "prompts.jsonl"
+    inputs = prompts_inputs(place, n_eva=0, seed=0, suffix=None)
+    if not Manifest(folder).is_done("prompts", inputs, force=force):
+        write_prompts(place, output, force=force)
+    return output

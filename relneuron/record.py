@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact import (
+    RECORDED,
     RESPONSE_ROWS,
-    SITES,
     Json,
     RelneuronError,
     atomic_write,
@@ -27,6 +27,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     rows_digest,
     sha256,
+    site_widths,
 )
 from relneuron.identity import tokenizer_digest
 from relneuron.manifest import (
@@ -46,7 +47,7 @@ from relneuron.model import (
     model_shape,
     same_model,
 )
-from relneuron.patch import LayerState, Patch, Tokens
+from relneuron.patch import LayerState, Patch, Tokens, check_canary
 from relneuron.predict import Asker, Questions, Step, encode, is_correct, plan_batches
 from relneuron.tokens import check_bos, policy_text
 
@@ -63,8 +64,9 @@ def record_inputs(
     exclude_bos: bool,
     accept_object_prefix: bool,
     validate: bool = True,
+    attention: bool = False,
 ) -> Json:
-    """What the stage depends on, for the manifest; `validate` stands there only where it is off."""
+    """What the stage depends on, for the manifest; of the last two what is not the default."""
     inputs: Json = {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
@@ -74,6 +76,7 @@ def record_inputs(
         "exclude_bos": exclude_bos,
         "accept_object_prefix": accept_object_prefix,
     }
+    inputs |= {"attention": True} if attention else {}
     return inputs if validate else inputs | {"validate": False}
 
 
@@ -98,13 +101,28 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
     return chosen
 
 
+def _modules(mlp: GatedMLP) -> Json:
+    """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
+    path = mlp.path.replace(f".{mlp.layer}.", ".{}.", 1)
+    gate, up = ("gate_up_proj",) * 2 if mlp.packed else ("gate_proj", "up_proj")
+    return {
+        "gate": [f"{path}.{gate}", 0],
+        "up": [f"{path}.{up}", mlp.width if mlp.packed else 0],
+        "down": [f"{path}.down_proj", 0],
+        **{
+            part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
+            for part in mlp.projections
+        },
+    }
+
+
 class _Responses:
     """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
 
     def __init__(
         self, path: Path, shape: Json, rows: list[int], divisors: list[int], about: Json
     ) -> None:
-        self.widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+        self.widths = site_widths(shape)
         self._row = {row: i for i, row in enumerate(rows)}
         self._divisor = dict(zip(rows, divisors, strict=True))
         self._maps = create_safetensors(
@@ -201,11 +219,12 @@ def record(
     pooling: str = "mean",
     exclude_bos: bool = False,
     accept_object_prefix: bool = False,
+    attention: bool = False,
     validate: bool = True,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
-) -> float:
+) -> float | None:
     """Ask every prompt and write validated.csv and responses.safetensors; returns clean accuracy.
 
     A det prompt's response of a neuron is the mean over its pooled tokens of the neuron's raw
@@ -214,20 +233,22 @@ def record(
     the order of prompts.jsonl; the file's metadata names them, their file's digest, the pooling and
     the model's digest. Memory holds one batch of responses at a time: rows go to a memory map, and
     a journal of finished batches, with the digests of their rows, lets a killed run go on with the
-    same bits; rows that are not as they were noted are asked for again.
+    same bits; rows that are not as they were noted are asked for again. With `attention` also the
+    outputs of the attention's projections, as `q.<layer>` to `o.<layer>`.
 
-    Without `validate` nothing is asked: one forward a prompt, no prediction, every prompt counts
-    as correct, and objects may be empty.
+    Without `validate`, or where no prompt has an object (sentences for concepts), nothing is asked:
+    one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
     """
     check_pooling(pooling)
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(checked(prompts_path))
-    mlps = find_gated_mlps(model)
+    validate = validate and any(prompt.object for prompt in prompts)
+    mlps = find_gated_mlps(model, attention=attention)
     shape = model_shape(mlps)
     questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, batch_tokens)
-    det = [row for row, prompt in enumerate(prompts) if prompt.split == "det"]
+    det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
     if not det:
         raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
     if exclude_bos:
@@ -235,6 +256,8 @@ def record(
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
     if min(n_pooled) < 1:
         raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
+    if attention:
+        check_canary(model, mlps, Asker(model, tokenizer).pad(questions.ids[:1])[0], backend)
     described = describe_model(name, model, mlps, backend)
     inputs = record_inputs(
         described,
@@ -245,6 +268,7 @@ def record(
         exclude_bos=exclude_bos,
         accept_object_prefix=accept_object_prefix,
         validate=validate,
+        attention=attention,
     )
     for notice in questions.notices:
         warnings.warn(notice, stacklevel=2)
@@ -303,7 +327,8 @@ def record(
             versions=versions(),
             model=described,
             dtype=described["dtype"],
-            sites=list(SITES),
+            sites=list(responses.widths),
+            modules=_modules(mlps[0]),
             threshold=None,  # responses are means, nothing is counted
             tokens={
                 "pooling": pooling,
@@ -327,4 +352,4 @@ def record(
         )
         manifest.finish("record", inputs, [output, path, copy])
         journal.remove()
-    return sum(correct) / len(correct)
+    return sum(correct) / len(correct) if validate else None

@@ -195,23 +195,31 @@ def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:
 
 
 def off(manifest: Json) -> str:
-    """What "off" means where it is not what the paper does: zero at every position."""
+    """What sets and "off" are where not as in the paper: the best, at zero at every position."""
     asked = manifest.get("stages", {}).get("ablate", {}).get("inputs", {})
     of = {"all": "all det prompts", "relation": "the relation's det prompts"}
     means = {
         "scale": f"outputs times {asked.get('factor')}",
         "mean": f"outputs at their mean over {of.get(asked.get('mean_of', ''), 'det prompts')}",
+        "p50": "outputs at their median over what the relation was found with",
+        "p90": "outputs at their 90th percentile over what the relation was found with",
+        "off_mean": "outputs at their mean over what the relation was compared with",
     }
     tokens = {
         "prompt": "at the tokens of the prompt only",
         "last": "at the last token of the prompt and those of the answer only",
     }
     known = [means.get(asked.get("mode", "")), tokens.get(asked.get("positions", ""))]
-    if not any(known):
-        return ""
-    return (
-        f"“Off” means here: {known[0] or 'outputs at zero'}{f', {known[1]}' if known[1] else ''}."
-    )
+    found = manifest.get("stages", {}).get("identify", {}).get("inputs", {})
+    ends = {
+        "bottom": "A set holds the neurons with the lowest scores.",
+        "both": "A set holds the neurons with the highest scores and as many with the lowest.",
+    }
+    sentences = [ends.get(found.get("ends", ""), "")]
+    if any(known):
+        where = f", {known[1]}" if known[1] else ""
+        sentences.append(f"“Off” means here: {known[0] or 'outputs at zero'}{where}.")
+    return " ".join(filter(None, sentences))
 
 
 def _span(sizes: Sequence[int]) -> str:

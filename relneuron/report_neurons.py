@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relneuron import figures
 from relneuron import figures_analyses as draw
 from relneuron.analyses import overlap_effect
-from relneuron.artifact import SITES
+from relneuron.artifact import SITES, site_widths
 from relneuron.figures import SURE, floats
 from relneuron.report_parts import Results, Section, n_of
 from relneuron.report_study import Study
@@ -31,10 +31,11 @@ def neuron_sections(study: Study, results: Results) -> list[Section]:
 
 
 def chosen(study: Study) -> list[Section]:
-    count = site_counts(study.sets.values(), study.neurons.model["layers"])
+    sites = tuple(site_widths(study.neurons.model))
+    count = site_counts(study.sets.values(), study.neurons.model["layers"], sites)
     tables = [
         ("selection", selection_table(study, count)),
-        ("layers", layer_table(list(study.sets), count)),
+        ("layers", layer_table(list(study.sets), count, sites)),
     ]
     found = [
         Section(
@@ -43,8 +44,9 @@ def chosen(study: Study) -> list[Section]:
             "In which layers and projections are the neurons of a relation?",
             [_layer_note(study, count), *_selection_notes(study)],
             "Bars: sum over the relations. Squares: one relation. gate and up are the outputs of "
-            "gate_proj and up_proj, down the output of down_proj.",
-            [figures.layers_plot(count, list(study.sets), SITES)] if count.any() else [],
+            "gate_proj and up_proj, down the output of down_proj, q, k, v and o those of the "
+            "attention's projections, where they were recorded.",
+            [figures.layers_plot(count, list(study.sets), sites)] if count.any() else [],
             tables,
         )
     ]
@@ -153,12 +155,14 @@ def concepts(study: Study, _: Results) -> Section:
 # Tables
 
 
-def layer_table(names: Sequence[str], count: NDArray[np.int64]) -> Table:
+def layer_table(
+    names: Sequence[str], count: NDArray[np.int64], sites: Sequence[str] = SITES
+) -> Table:
     columns = ["relation", "site", "all layers", *(f"layer {i}" for i in range(count.shape[2]))]
     rows = [
         [name, site, sum(row), *row]
         for name, by_site in zip(names, count.tolist(), strict=True)
-        for site, row in zip(SITES, by_site, strict=True)
+        for site, row in zip(sites, by_site, strict=True)
     ]
     return Table("Chosen neurons by site and layer", columns, rows)
 
@@ -166,7 +170,7 @@ def layer_table(names: Sequence[str], count: NDArray[np.int64]) -> Table:
 def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
     """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
     columns = [
-        *("relation", "prompts", "answered right", "neurons", *SITES),
+        *("relation", "prompts", "answered right", "neurons", *site_widths(study.neurons.model)),
         *("best score", "score at cut", "ties at cut", "perfect"),
     ]
     rows: list[list[Cell]] = []
@@ -201,11 +205,10 @@ def neuron_table(study: Study) -> Table:
 def _layer_note(study: Study, count: NDArray[np.int64]) -> str:
     if not count.any():
         return "No neuron was chosen."
-    shape = study.neurons.model
-    widths = np.array([shape["width"], shape["width"], shape["hidden"]])
+    widths = site_widths(study.neurons.model)
     chosen, all_neurons = (
-        ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(SITES, ns, strict=True))
-        for ns in (count.sum(axis=(0, 2)), widths)
+        ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(widths, ns, strict=True))
+        for ns in (count.sum(axis=(0, 2)), np.array([*widths.values()]))
     )
     return f"Of the chosen neurons: {chosen}; of all neurons: {all_neurons}."
 

@@ -168,10 +168,12 @@ def headline(result: Result) -> Headline:
     )
 
 
-def site_counts(sets: Collection[Sequence[Neuron]], n_layers: int) -> NDArray[np.int64]:
-    """Chosen neurons per set, site (gate, up, down) and layer: (R, 3, L)."""
-    count = np.zeros((len(sets), len(SITES), n_layers), dtype=np.int64)
+def site_counts(
+    sets: Collection[Sequence[Neuron]], n_layers: int, sites: Sequence[str] = SITES
+) -> NDArray[np.int64]:
+    """Chosen neurons per set, site and layer: (R, S, L)."""
+    count = np.zeros((len(sets), len(sites), n_layers), dtype=np.int64)
     for r, neurons in enumerate(sets):
         for layer, site, _ in neurons:
-            count[r, SITES.index(site), layer] += 1
+            count[r, sites.index(site), layer] += 1
     return count

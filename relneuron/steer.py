@@ -89,5 +89,6 @@ def steering_states(
         device = next(mlp.module.parameters()).device
         rows = torch.from_numpy(np.tile(chosen[layer], (len(off), 1)))
         values = torch.from_numpy(np.tile(means[layer].astype(np.float32), (len(off), 1)))
-        state.replace = {"act": Replacement(rows.to(device), shift=values.to(device))}
+        new = Replacement(rows.to(device), shift=values.to(device))
+        state.replace = (state.replace or {}) | {"act": new}
     return states

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.ablate import ablate_prompts
-from relneuron.ablate_options import AblateOptions, ablate_inputs
+from relneuron.ablate_options import FROM_RESPONSES, AblateOptions, ablate_inputs
 from relneuron.artifact import (
     NeuronFile,
     Prompt,
@@ -57,7 +57,13 @@ from relneuron.model import (
 )
 from relneuron.predict import Asker, encode
 from relneuron.preview import first_answers, warn_of_unknown
-from relneuron.prompts import chat_wrap, make_prompts, prompts_inputs, write_prompts
+from relneuron.prompts import (
+    chat_wrap,
+    make_prompts,
+    prompts_inputs,
+    refuse_concepts,
+    write_prompts,
+)
 from relneuron.record import check_pooling, record, record_inputs
 from relneuron.report import write_report
 from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
@@ -77,6 +83,7 @@ class Options:
     chat_template: bool = False
     method: str = "ap"
     top: int | None = None
+    ends: str = "top"
     fdr: float | None = None
     negatives: int = 4
     permutations: int = PERMUTATIONS
@@ -94,6 +101,7 @@ class Options:
     oom: str = "split"
     pooling: str = "mean"
     exclude_bos: bool = False
+    attention: bool = False
     accept_object_prefix: bool = False
     batch_tokens: int = 4096
     dtype: str | None = None
@@ -110,11 +118,14 @@ class Options:
             permutations=self.permutations,
             bootstrap=self.bootstrap,
             noise=self.noise,
+            ends=self.ends,
         )
         check_pooling(self.pooling)
-        if self.mode == "mean" and self.drop_responses:
+        if self.mode in FROM_RESPONSES and self.drop_responses:
             raise RelneuronError(
-                "means are taken from the responses", "leave out --drop-responses", 2
+                f"--mode {self.mode} takes its values from the responses",
+                "leave out --drop-responses",
+                2,
             )
         self.asked()
 
@@ -185,6 +196,7 @@ def run_study(
     o, name = options, name or model_path
     if not facts.exists():
         raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
+    refuse_concepts(facts)
     check_installed(o.noise)
     open_study(folder, force)
     relations = read_relations(facts, suffix=o.suffix)
@@ -197,7 +209,7 @@ def run_study(
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
     model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
-    mlps = find_gated_mlps(model)
+    mlps = find_gated_mlps(model, attention=o.attention)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     chat = tokenizer if o.chat_template else None
     wrap = chat_wrap(chat) if chat else str
@@ -227,6 +239,7 @@ def run_study(
         chosen: dict[str, Any] = {
             "method": o.method,
             "top": o.top,
+            "ends": o.ends,
             "fdr": o.fdr,
             "negatives": o.negatives,
             "permutations": o.permutations,
@@ -236,7 +249,9 @@ def run_study(
         }
         manifest = Manifest(folder)
         recorded = manifest.is_done(
-            "record", record_inputs(described, tokenizer, prompts, **pooled), force=force
+            "record",
+            record_inputs(described, tokenizer, prompts, **pooled, attention=o.attention),
+            force=force,
         )
         identified = recorded and manifest.is_done(
             "identify", identify_inputs(folder, **chosen), force=force
@@ -252,6 +267,7 @@ def run_study(
                 prompts,
                 folder,
                 **pooled,
+                attention=o.attention,
                 backend=o.backend,
                 force=True,
                 quiet=quiet,

@@ -51,13 +51,15 @@ def one_thread() -> Iterator[None]:
 class Study:
     """prompts.jsonl to neurons.json in `folder`, and the model that they belong to."""
 
-    def __init__(self, model_folder: Path, facts: Path, folder: Path) -> None:
+    def __init__(
+        self, model_folder: Path, facts: Path, folder: Path, *, attention: bool = False
+    ) -> None:
         self.folder = folder
         self.model = load_model(str(model_folder))
         self.tokenizer = load_tokenizer(str(model_folder))
         write_prompts(facts, folder / "prompts.jsonl", n_eva=4)
         prompts = folder / "prompts.jsonl"
-        record("m", self.model, self.tokenizer, prompts, folder, quiet=True)
+        record("m", self.model, self.tokenizer, prompts, folder, attention=attention, quiet=True)
         identify(
             folder,
             folder / "neurons.json",
@@ -144,6 +146,11 @@ class Hooked:
             (layer, site): getattr(block.mlp, f"{site}_proj")
             for layer, block in enumerate(self.model.model.layers)
             for site in ("gate", "up", "down")
+        }
+        self.modules |= {
+            (layer, site): getattr(block.self_attn, f"{site}_proj")
+            for layer, block in enumerate(self.model.model.layers)
+            for site in ("q", "k", "v", "o")
         }
         self._columns = range(0)
         self._n_prompt = 0

@@ -29,8 +29,11 @@ ALLOWED = {
     "facts": {"artifact"},
     "hooks": set(),
     "identity": {"artifact"},
-    "model": {"ops", "artifact", "hooks", "identity"},
-    "patch": {"ops", "artifact", "hooks", "model"},
+    "attention": {"artifact"},
+    "concept_files": {"artifact"},
+    "expertise": {"artifact", "conditions", "manifest"},
+    "model": {"ops", "artifact", "attention", "hooks", "identity"},
+    "patch": {"ops", "artifact", "attention", "hooks", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
     "tokens": {"artifact"},
     "predict": {"artifact", "tokens"},
@@ -39,8 +42,9 @@ ALLOWED = {
     "sentences": {"artifact"},
     "effects": {"artifact", "installed"},
     "conditions": {"artifact", "effects", "scores"},
-    "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict"},
-    "ablate_options": {"artifact", "conditions", "evaluate", "identity", "manifest", "model"},
+    "evaluate": {"artifact", "conditions", "manifest", "model", "patch", "predict", "scores"},
+    "ablate_options": {"artifact", "conditions", "evaluate", "expertise", "identity", "manifest"}
+    | {"model"},
     "counts": {"artifact"},
     "corpus": {"artifact", "installed"},
     "corpus_read": {"artifact", "corpus"},
@@ -138,7 +142,7 @@ ALLOWED = {
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
-    | {"identify_gains", "lape_counts", "lape_files", "manifest", "study"},
+    | {"expertise", "identify_gains", "lape_counts", "lape_files", "manifest", "study"},
     "cli_options": {"artifact"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
@@ -152,7 +156,15 @@ ALLOWED = {
         | {"report_groups", "report_groups_study", "report_groups_tables"}
         | {"report_attribution", "report_attribution_study", "report_attribution_tables"}
         | {"attribute_options", "attribute_pass", "attributions", "comparison", "knowledge"}
-        | {"query_scores", "residual", "residual_layers", "targets", "tokens", "trace"},
+        | {
+            "concept_files",
+            "query_scores",
+            "residual",
+            "residual_layers",
+            "targets",
+            "tokens",
+            "trace",
+        },
     ),
 }
 

@@ -178,6 +178,29 @@ def test_text_is_generated_with_sets_off_and_set(
     ]
 
 
+def test_token_ids_under_the_authors_names_are_counted(
+    relneuron: Any, model_folder: Path, corpus: Path, study: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(model_folder))
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in GROUPS:
+        ids = tokenizer("\n".join(TEXTS[name]), add_special_tokens=False)["input_ids"]
+        torch.save(torch.tensor(ids), data / f"id.{name}.train.llama")
+        np.save(tmp_path / f"{name}.npy", np.array(ids))
+    options = ["--window", 24, "--quiet"]
+    files = [data / f"id.{name}.train.llama" for name in GROUPS]
+    assert relneuron("count", model_folder, *files, "-o", tmp_path / "own", *options)[0] == 0
+    parts = [f"{name}={file}" for name, file in zip(GROUPS, files, strict=True)]
+    assert relneuron("count", model_folder, *parts, "-o", tmp_path / "named", *options)[0] == 0
+    arrays = [f"{name}={tmp_path / name}.npy" for name in GROUPS]
+    assert relneuron("count", model_folder, *arrays, "-o", tmp_path / "npy", *options)[0] == 0
+    counts = [(tmp_path / d / "counts.safetensors").read_bytes() for d in ("own", "named", "npy")]
+    assert counts[0] == counts[1] == counts[2]
+    words = [model_folder, study / "neurons.json", *files, "-o", tmp_path / "n", "--window", 24]
+    assert relneuron("nll", *words, "--quiet")[0] == 0
+
+
 def test_files_of_the_authors_and_back(
     relneuron: Any, model_folder: Path, corpus: Path, study: Path, tmp_path: Path
 ) -> None:
@@ -192,10 +215,22 @@ def test_files_of_the_authors_and_back(
     code, out, _ = relneuron("export", study, "-o", tmp_path / "counts")
     files = [line.removeprefix("-> ") for line in out.splitlines()]
     assert code == 0 and {Path(file) for file in files} == {*(tmp_path / "counts").iterdir()}
-    files = [file for file in files if file.endswith(".pth")]
-    parts = [f"{name}={path}" for name, path in zip(GROUPS, files, strict=True)]
-    words = ["import", *parts, "--model", model_folder, "-o", tmp_path / "imported"]
+    assert {Path(file).name for file in files} == {
+        f"activation.{name}.train.{model_folder.name}" for name in GROUPS
+    }
+    words = ["import", *files, "--model", model_folder, "-o", tmp_path / "imported"]
     assert relneuron(*words)[0] == 0
+    parts = [f"{name}={path}" for name, path in zip(GROUPS, files, strict=True)]
+    for given in (parts, [tmp_path / "counts"]):
+        same = ["import", *given, "--model", model_folder, "-o", tmp_path / "same"]
+        assert relneuron(*same, "--force")[0] == 0
+        assert {
+            name: Counts.read(tmp_path / "same" / "counts.safetensors").take([name]).to_bytes()
+            for name in GROUPS
+        } == {
+            name: Counts.read(tmp_path / "imported" / "counts.safetensors").take([name]).to_bytes()
+            for name in GROUPS
+        }
     found = Counts.read(tmp_path / "imported" / "counts.safetensors")
     whole = Counts.read(study / "counts.safetensors")
     assert found.groups == whole.groups and found.tokens.tolist() == whole.tokens.tolist()

@@ -55,7 +55,7 @@ def bad(tmp_path: Path) -> Path:
         "blank.txt": b"\n\n\n",
         "short.txt": b"Rome\n",
         "latin.txt": "Zürich\n".encode("latin-1"),
-        "text.doc": b"Rome",
+        "text.doc": b"\xd0\xcf\x11\xe0",
         "broken.jsonl": b'{"text": "Rome"}\n{"text": \n',
         "other.jsonl": b'{"body": "Rome"}\n',
         "number.jsonl": b'{"text": 3}\n',
@@ -291,7 +291,7 @@ def test_files_that_cannot_be_imported_or_exported(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "counts.safetensors").write_text("mine")
     assert relneuron("export", study, "-o", tmp_path / "counts")[0] == 0
-    files = sorted((tmp_path / "counts").glob("*.pth"))
+    files = sorted((tmp_path / "counts").iterdir())
     counts = [f"{g}={p}" for g, p in zip("ab", files[:2], strict=True)]
     model, names = ["--model", model_folder], ["--names", "en,zh"]
     for words, cause in (
@@ -301,6 +301,8 @@ def test_files_that_cannot_be_imported_or_exported(
         (["en=none.pth", *model], "none.pth does not exist"),
         (["=none.pth", *model], "has no group"),
         (["a.pth", "en=a.pth", *model], "unknown files"),
+        ([*counts[:1], f"a={files[1]}", *model], "the group a is there twice"),
+        ([tmp_path / "mine", *model], "holds no file activation.GROUP.train.MODEL"),
         (["a.pth", "--model", tmp_path, *names], "is no model folder"),
         ([*counts, *model], "counts.safetensors exists"),
     ):

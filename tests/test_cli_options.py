@@ -18,6 +18,7 @@ from relneuron.cli_checks import METHODS, RULES, Command
 
 GIVEN = {
     "top": 5,
+    "ends": "both",
     "fdr": 0.01,
     "negatives": 4,
     "permutations": 3,

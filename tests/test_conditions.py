@@ -19,7 +19,7 @@ from hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_row
 from relneuron import cli
 from relneuron.ablate_options import AblateOptions
 from relneuron.analyses import run_all
-from relneuron.artifact import RelneuronError
+from relneuron.artifact import RelneuronError, site_widths
 from relneuron.conditions import (
     ANALYSES,
     PAPER_SIZES,
@@ -110,7 +110,8 @@ def test_a_site_set_is_the_best_of_its_site(study: Study) -> None:
     for relation in RELATIONS:
         ranking = best(study, relation, N_NEURONS)
         for site in ("gate", "up", "down"):
-            inside = [p for p in ranking if site_of(np.array([p]), 48, 32)[0][1] == site]
+            names = site_of(np.array(ranking), site_widths(SHAPE))
+            inside = [p for p, name in zip(ranking, names, strict=True) if name[1] == site]
             ablation = planned[f"{relation}@{site}"]
             assert ablation.places.tolist() == sorted(inside[:TOP])
             assert ablation.condition.site == site
@@ -121,13 +122,13 @@ def test_site_places_are_the_sites() -> None:
     places = {site: set(site_places(site, SHAPE).tolist()) for site in ("gate", "up", "down")}
     assert [len(found) for found in places.values()] == [96, 96, 64]
     assert set.union(*places.values()) == set(range(N_NEURONS))
-    names = site_of(np.arange(N_NEURONS), 48, 32)
+    names = site_of(np.arange(N_NEURONS), site_widths(SHAPE))
     assert all(p in places[site] for p, (_, site, _) in enumerate(names))
     assert places_of(names, SHAPE).tolist() == list(range(N_NEURONS))
 
 
 def cells(places: Any) -> Counter[tuple[int, str]]:
-    return Counter(name[:2] for name in site_of(np.asarray(places), 48, 32))
+    return Counter(name[:2] for name in site_of(np.asarray(places), site_widths(SHAPE)))
 
 
 def test_matched_sets_have_the_counts_of_their_set(study: Study) -> None:

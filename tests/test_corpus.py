@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from relneuron.artifact import RelneuronError
 from relneuron.corpus import MIB, Source, describe_source, parse_sources
@@ -55,7 +59,7 @@ def test_paths_without_a_name_are_one_source_with_a_group_column(tmp_path: Path)
         ([], {}, "no corpus"),
         (["en={}/none.txt"], {}, "none.txt does not exist"),
         (["en={}/empty"], {}, "empty holds no file of a corpus"),
-        (["en={}/a.md"], {}, "a.md has an unknown suffix"),
+        (["en={}/a.csv"], {}, "a.csv has an unknown suffix"),
         (["en="], {}, "names no path"),
         (["{}/a.txt"], {}, "has no group"),
         (["/x=/y"], {}, "is no name of a group"),
@@ -72,11 +76,86 @@ def test_bad_sources_are_refused(
     tmp_path: Path, texts: list[str], options: dict[str, Any], match: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("a.txt", "a.md", "a.jsonl"):
+    for name in ("a.txt", "a.csv", "a.jsonl"):
         (tmp_path / name).write_text("x")
     with pytest.raises(RelneuronError, match=match) as caught:
         parse_sources([text.replace("{}", str(tmp_path)) for text in texts], **options)
     assert caught.value.exit_code == 2 and "\n" not in caught.value.cause
+
+
+def as_bytes(save: Any, *options: Any, **named: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(*options, buffer, **named)
+    return buffer.getvalue()
+
+
+LINES = ("\n".join(TEXTS) + "\n").encode()
+RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+IDS = torch.tensor([5, 6, 7])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (as_bytes(torch.save, IDS), "pt"),
+        (as_bytes(torch.save, IDS, _use_new_zipfile_serialization=False), "pt"),
+        (as_bytes(lambda ids, file: np.save(file, ids), IDS.numpy()), "npy"),
+        (b"PAR1...", "parquet"),
+        (LINES, "text"),
+        (gzip.compress(LINES), "text"),
+        (LINES * 9999, "text"),
+        (gzip.compress(LINES * 9999), "text"),
+        (b"\xef\xbb\xbf" + LINES, "text"),
+        (b"{{Infobox}}\n", "text"),
+        (b"[1] a footnote\n", "text"),
+        (b"", "text"),
+        (RECORDS, "jsonl"),
+        (b"\n" + RECORDS, "jsonl"),
+        (gzip.compress(RECORDS), "jsonl"),
+        (RECORDS[:-1], "jsonl"),
+        (b'{"text": "' + b"x" * 100_000 + b'"}\n', "jsonl"),
+        (json.dumps({"text": TEXTS}, indent=1).encode(), None),
+        (json.dumps(TEXTS).encode(), None),
+        (b"\0\1\2", None),
+        ("ä".encode("latin-1"), None),
+        ("abc".encode("utf-16"), None),
+        (pickle.dumps([1, 2]), None),
+        (gzip.compress(b"\0\1\2"), None),
+        (gzip.compress(LINES)[:30], None),
+        (as_bytes(lambda file: np.savez(file, ids=IDS.numpy())), None),
+    ],
+)
+def test_what_a_file_holds_shows_in_its_first_bytes(
+    tmp_path: Path, data: bytes, kind: str | None
+) -> None:
+    path = tmp_path / "id.en.train.llama-7b"
+    path.write_bytes(data)
+    if kind is None:
+        with pytest.raises(RelneuronError, match="by its content it is no text") as caught:
+            source(path)
+        assert path.name in caught.value.cause and ".jsonl" in caught.value.fix
+        return
+    (file,) = source(path).files
+    assert file.kind == kind
+    if kind == "parquet":
+        return
+    pieces = [piece for chunk in read_chunks(source(path), None, 100) for piece in chunk.pieces]
+    if kind in ("pt", "npy"):
+        assert [p.content.tolist() for p in pieces] == [[5, 6, 7]]
+    elif TEXTS[0] in data.decode(errors="ignore") or data[:2] == b"\x1f\x8b":
+        assert [p.content for p in pieces][:5] == TEXTS
+
+
+def test_token_ids_of_the_authors_name_their_group(tmp_path: Path) -> None:
+    for name in ("id.en.train.llama", "id.zh.valid.qwen-2.5", "README", "notes.md"):
+        torch.save(IDS, tmp_path / name) if name[:3] == "id." else (tmp_path / name).write_text("x")
+    found = parse_sources([str(tmp_path / "id.en.train.llama")])
+    assert [s.group for s in found] == ["en"] and found[0].is_ids
+    # In a folder, token ids need no suffix, but text does.
+    files = source(tmp_path).files
+    assert [Path(f.path).name for f in files] == ["id.en.train.llama", "id.zh.valid.qwen-2.5"]
+    with pytest.raises(RelneuronError, match="README has no group"):
+        parse_sources([str(tmp_path / "README")])
 
 
 def ids_of(path: Path, vocabulary: int, **options: Any) -> list[int]:

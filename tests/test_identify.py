@@ -202,6 +202,8 @@ def test_responses_that_are_not_finite_are_named(tmp_path: Path, value: float) -
         ({"permutations": -1}, "--permutations"),
         ({"bootstrap": -1}, "--bootstrap"),
         ({"noise": -1}, "--noise"),
+        ({"ends": "middle"}, "unknown ends 'middle'"),
+        ({"ends": "both", "fdr": 0.05}, "--fdr chooses among the highest scores"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], cause: str) -> None:
@@ -211,3 +213,50 @@ def test_options_that_cannot_be(options: dict[str, Any], cause: str) -> None:
         check_options("ap", **(defaults | options))
     assert error.value.exit_code == 2
     check_options("ap", **(defaults | {"fdr": 0.05, "noise": 19}))
+
+
+def test_both_ends_of_the_ranking(tmp_path: Path) -> None:
+    top, _ = run(write_record(tmp_path), top=200)
+    order = top.sets["a"]  # all 200 neurons, the best first
+    flat = {tuple(n[:3]): n[3] for n in order}
+    site = {"gate": 0, "up": 1, "down": 2}
+    ascending = sorted(flat, key=lambda n: (flat[n], n[0], site[n[1]], n[2]))
+    bottom, rows = run(tmp_path, top=30, ends="bottom")
+    assert [n[:3] for n in bottom.sets["a"]] == ascending[:30]
+    about = bottom.selection["a"]
+    assert about["ends"] == "bottom" and about["score_at_cut"] == bottom.sets["a"][-1][3]
+    both, both_rows = run(tmp_path, top=41, ends="both")
+    assert both.sets["a"] == order[:21] + bottom.sets["a"][:20]
+    about = both.selection["a"]
+    assert (about["score_at_cut"], about["lowest"]["score_at_cut"]) == (
+        order[20][3],
+        both.sets["a"][-1][3],
+    )
+    assert about["lowest"]["neurons"] == 20
+    inputs = json.loads((tmp_path / "manifest.json").read_text())["stages"]["identify"]["inputs"]
+    assert inputs["ends"] == "both"
+    # p of a neuron that is low: how often shuffled labels are as low.
+    values = load_file(tmp_path / "responses.safetensors")
+    relation_of = [name for name in ("a", "b", "noise", "unknown") for _ in range(25)]
+    valid = [name != "unknown" for name in relation_of]
+    own = sample_labels(("a", "b", "noise", "unknown"), relation_of, valid)[0]
+    kept, own = own >= 0, own[own >= 0]
+    shuffled = shuffled_labels(own, 200, seed_of("permutations", 0, "a"))
+    for row in (rows[0], rows[29], both_rows[21], both_rows[40], both_rows[20]):
+        assert row["relation"] == "a"
+        column = values[f"{row['site']}.{row['layer']}"][kept, int(row["index"])]
+        null = np.array([average_precision_score(s, column) for s in shuffled], np.float32)
+        score = np.float32(row["score"])
+        n = (null >= score).sum() if row is both_rows[20] else (null <= score).sum()
+        assert float(row["p_permutation"]) == pytest.approx((1 + n) / 201, rel=1e-5)
+    assert both_rows[21]["q_value"] == rows[0]["q_value"]
+    # More than there are: each neuron once.
+    everything, _ = run(tmp_path, top=999, ends="both")
+    assert len({n[:3] for n in everything.sets["a"]}) == len(everything.sets["a"]) == 200
+
+
+def test_neurons_that_all_tie_are_chosen_once(tmp_path: Path) -> None:
+    path = write_record(tmp_path) / "responses.safetensors"
+    save_file({key: np.zeros_like(v) for key, v in load_file(path).items()}, path)
+    result, _ = run(tmp_path, top=10, ends="both")
+    assert [n[:3] for n in result.sets["a"]] == [(0, "gate", i) for i in range(10)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import zipfile
@@ -19,7 +18,7 @@ from conftest import SHARED
 from relneuron import lape_files
 from relneuron.artifact import NeuronFile, RelneuronError
 from relneuron.counts import Counts
-from relneuron.lape_counts import import_counts
+from relneuron.lape_counts import import_counts, name_counts
 from relneuron.lape_files import (
     config_shape,
     read_counts_pth,
@@ -234,34 +233,43 @@ def test_counts_come_back(tmp_path: Path) -> None:
     groups = ["en", "../../zh", "a\nb", "CON"]
     tokens = np.array([100, 200, 300, 400])
     count = rng.integers(0, 100, (4, 3, 5))
-    written = write_counts_pth(Counts(groups, tokens, {"count.act": count}), tmp_path / "out")
-    assert sorted(path.name for path in written) == [
-        "activation.group_0000.pth",
-        "activation.group_0001.pth",
-        "activation.group_0002.pth",
-        "activation.group_0003.pth",
-        "activation.json",
+    counts, model = Counts(groups, tokens, {"count.act": count}), "meta-llama/Llama-2-7b"
+    written = write_counts_pth(counts, tmp_path / "out", model)
+    assert [path.name for path in written] == [
+        "activation.en.train.Llama-2-7b",
+        "activation.%2E%2E%2F%2E%2E%2Fzh.train.Llama-2-7b",
+        "activation.a%0Ab.train.Llama-2-7b",
+        "activation.CON.train.Llama-2-7b",
     ]
     assert sorted(tmp_path.rglob("*")) == sorted([tmp_path / "out", *written])
-    index = json.loads((tmp_path / "out" / "activation.json").read_text())["groups"]
-    paths = {entry["group"]: tmp_path / "out" / entry["file"] for entry in index}
+    paths = name_counts([str(path) for path in written])
+    assert paths == dict(zip(groups, written, strict=True))
+    assert name_counts([str(tmp_path / "out")]) == paths
     found = read_counts_pth(paths, {"layers": 3, "width": 5})
     assert found.groups == groups and found.tokens.tolist() == tokens.tolist()
     assert found.arrays["count.act"].dtype == np.int64
     np.testing.assert_array_equal(found.arrays["count.act"], count)
-    assert torch.load(written[0], weights_only=True)["over_zero"].dtype == torch.int32
+    data = torch.load(written[0], weights_only=True)
+    assert {*data} == {"n", "over_zero"} and type(data["n"]) is int
+    assert data["over_zero"].dtype == torch.int32 and data["over_zero"].shape == (3, 5)
     with pytest.raises(RelneuronError, match="exists"):
-        write_counts_pth(found, tmp_path / "out")
+        write_counts_pth(found, tmp_path / "out", model)
+    twins = Counts(["EN", "en"], tokens[:2], {"count.act": count[:2]})
+    with pytest.raises(RelneuronError, match="EN, en some differ in their case only"):
+        write_counts_pth(twins, tmp_path / "twins", model)
+    assert not (tmp_path / "twins").exists()
 
 
 def test_counts_beyond_32_bits(tmp_path: Path) -> None:
     count = np.array([[[1 << 31, 5]]])
     counts = Counts(["a"], np.array([1 << 33]), {"count.act": count})
     with pytest.warns(UserWarning, match="hold int64"):
-        path, _ = write_counts_pth(counts, tmp_path)
+        (path,) = write_counts_pth(counts, tmp_path, "m")
     np.testing.assert_array_equal(read_counts_pth({"a": path}).arrays["count.act"], count)
     with pytest.raises(RelneuronError, match="of gate, not of act"):
-        write_counts_pth(Counts(["a"], np.array([9]), {"count.gate": count}), tmp_path, force=True)
+        write_counts_pth(
+            Counts(["a"], np.array([9]), {"count.gate": count}), tmp_path, "m", force=True
+        )
 
 
 def test_imported_counts_are_a_finished_count(
@@ -330,7 +338,7 @@ def test_what_is_no_file_of_counts(tmp_path: Path, value: object, words: str) ->
 
 
 def test_the_shape_of_a_model_without_its_weights(tmp_path: Path) -> None:
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import Gemma3nTextConfig, LlamaConfig
 
     folder = tmp_path / "llama"
     LlamaConfig(num_hidden_layers=3, intermediate_size=48, hidden_size=32).save_pretrained(folder)
@@ -340,11 +348,61 @@ def test_the_shape_of_a_model_without_its_weights(tmp_path: Path) -> None:
         "width": 48,
         "hidden": 32,
     }
-    GPT2Config(n_layer=2, n_embd=8, n_head=2).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(RelneuronError, match="no one intermediate_size"):
-        config_shape(str(tmp_path / "gpt2"))
+    Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[8, 9]).save_pretrained(
+        tmp_path / "two"
+    )
+    with pytest.raises(RelneuronError, match="does not say the one width of its MLPs"):
+        config_shape(str(tmp_path / "two"))
     with pytest.raises(RelneuronError, match=r"it has no config\.json"):
         config_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no such"}')
     with pytest.raises(RelneuronError, match="has no configuration"):
         config_shape(str(tmp_path))
+
+
+# Family, what its configuration is given, and the layers, width and hidden size of the model.
+SHAPES: list[tuple[str, dict[str, Any], tuple[int, int, int]]] = [
+    ("Bloom", {"n_layer": 30, "hidden_size": 4096, "n_head": 32}, (30, 16384, 4096)),
+    ("OPT", {"num_hidden_layers": 32, "hidden_size": 4096, "ffn_dim": 16384}, (32, 16384, 4096)),
+    ("GPT2", {"n_layer": 2, "n_embd": 8, "n_head": 2}, (2, 32, 8)),
+    ("GPT2", {"n_layer": 2, "n_embd": 8, "n_head": 2, "n_inner": 24}, (2, 24, 8)),
+    ("GPTNeoX", {"num_hidden_layers": 3, "hidden_size": 64}, (3, 24576, 64)),
+    ("GPTJ", {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 4}, (2, 256, 64)),
+    ("Falcon", {"num_hidden_layers": 2, "hidden_size": 64}, (2, 256, 64)),
+    ("Mpt", {"n_layers": 2, "d_model": 64, "n_heads": 4, "expansion_ratio": 3}, (2, 192, 64)),
+    (
+        "Phi",
+        {"num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 10240},
+        (32, 10240, 2560),
+    ),
+    ("Mistral", {}, (32, 14336, 4096)),
+    ("Llama", {}, (32, 11008, 4096)),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "sizes"), SHAPES, ids=[s[0] for s in SHAPES])
+def test_a_mask_of_any_family_is_read(
+    tmp_path: Path, family: str, given: dict[str, Any], sizes: tuple[int, int, int]
+) -> None:
+    import transformers
+
+    getattr(transformers, f"{family}Config")(**given).save_pretrained(tmp_path / "model")
+    shape = config_shape(str(tmp_path / "model"))
+    layers, width, hidden = sizes
+    assert shape == {"id": str(tmp_path / "model")} | {
+        "layers": layers,
+        "width": width,
+        "hidden": hidden,
+    }
+    last = [[layer() for _ in range(layers - 1)] + [layer(0, width - 1)] for _ in range(2)]
+    path = save(tmp_path / "x.neuron.pth", last)
+    found = read_neuron_pth(path, ["en", "zh"], shape)
+    assert where(found, "zh", layers - 1) == [0, width - 1]
+    write_neuron_pth(found, tmp_path / "back.neuron.pth")
+    back = torch.load(tmp_path / "back.neuron.pth", weights_only=True)
+    assert [[t.tolist() for t in group] for group in back] == [
+        [t.tolist() for t in group] for group in last
+    ]
+    path = save(tmp_path / "wide.neuron.pth", [[layer(width)] * layers])
+    with pytest.raises(RelneuronError, match=f"index {width}, the model's width is {width}"):
+        read_neuron_pth(path, ["en"], shape)

@@ -18,7 +18,7 @@ from relneuron.analyses.outcomes import (
     with_q,
 )
 from relneuron.analyses.uncertainty import NAN
-from relneuron.artifact import SITES
+from relneuron.artifact import ATTENTION, SITES
 from relneuron.effects import Grid
 from relneuron.tables import Table
 
@@ -109,7 +109,7 @@ def sites(grid: Grid) -> Table:
             continue
         if relation in off:
             found["all"] = grid.conditions[off[relation]]
-        for site in [site for site in (*SITES, "all") if site in found]:
+        for site in [site for site in (*SITES, *ATTENTION, "all") if site in found]:
             own = outcomes(grid, relation, found[site].name)
             others = others_under(grid, relation, found[site].name)
             measured = shares(own.after, *own.intervals().after, own.drop, others.drop.mean)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relneuron.artifact import SITES, Neuron
+from relneuron.artifact import ATTENTION, SITES, Neuron, site_widths
 
 Array = np.ndarray[Any, Any]
 ScoredNeuron = tuple[int, str, int, float]  # (layer, site, index, score)
@@ -28,31 +28,41 @@ class Selection(NamedTuple):
     n_perfect: int  # neurons with the score 1
 
 
-def site_of(position: Array, width: int, hidden: int) -> list[Neuron]:
-    """Neurons by their place in the order (layer, gate < up < down, index)."""
-    per_layer = 2 * width + hidden
-    layer, rest = np.divmod(position, per_layer)
-    site = np.minimum(rest // width, 2)
-    index = rest - site * width
-    return [(int(la), SITES[int(s)], int(i)) for la, s, i in zip(layer, site, index, strict=True)]
+def site_of(position: Array, widths: Mapping[str, int]) -> list[Neuron]:
+    """Neurons by their place in the order (layer, site as in `widths`, index)."""
+    names, ends = list(widths), np.cumsum([*widths.values()])
+    layer, rest = np.divmod(position, ends[-1])
+    site = np.searchsorted(ends, rest, side="right")
+    index = rest - (ends - [*widths.values()])[site]
+    return [(int(la), names[int(s)], int(i)) for la, s, i in zip(layer, site, index, strict=True)]
 
 
 def all_scores(scores: Mapping[str, Array]) -> Array:
-    """The scores of all neurons (M,) float32, in the order (layer, gate < up < down, index)."""
-    blocks = [np.asarray(scores[site], np.float32) for site in SITES]
+    """The scores of all neurons (M,) float32, in the order (layer, site, index).
+
+    The sites are gate < up < down < q < k < v < o, those that `scores` has.
+    """
+    blocks = [np.asarray(scores[s], np.float32) for s in (*SITES, *ATTENTION) if s in scores]
     return np.concatenate(blocks, axis=1).reshape(-1)
 
 
-def top_k(scores: Mapping[str, Array], k: int) -> Selection:
+def top_k(
+    scores: Mapping[str, Array], k: int, *, lowest: bool = False, without: Array | None = None
+) -> Selection:
     """The k neurons with the highest scores of `{gate: (L, F), up: (L, F), down: (L, D)}`.
 
     Scores are compared as float32; equal ones are ordered by layer, then gate < up < down, then
-    index (methods A8).
+    index (methods A8). With `lowest` those with the lowest scores, the lowest first; `without`
+    these places.
     """
     flat = all_scores(scores)
-    k = min(k, flat.size)
-    order = np.argsort(-flat, kind="stable")[:k]
-    names = site_of(order, scores["gate"].shape[1], scores["down"].shape[1])
+    keys = flat.copy() if lowest else -flat
+    if without is not None:
+        keys[without] = np.inf
+    k = min(k, flat.size - (0 if without is None else len(without)))
+    order = np.argsort(keys, kind="stable")[:k]
+    widths = {s: scores[s].shape[1] for s in (*SITES, *ATTENTION) if s in scores}
+    names = site_of(order, widths)
     chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
     cut = float(flat[order[-1]]) if k else float("nan")
     return Selection(
@@ -66,12 +76,12 @@ def top_k(scores: Mapping[str, Array], k: int) -> Selection:
 
 
 def random_neurons(shape: Mapping[str, int], k: int, seed: int) -> list[Neuron]:
-    """k neurons drawn without replacement from all outputs of gate, up and down projections."""
+    """k neurons drawn without replacement from all outputs of the sites that `shape` has."""
     total = n_neurons(shape)
     drawn = random.Random(f"relneuron.random.{seed}").sample(range(total), min(k, total))
-    return site_of(np.array(sorted(drawn), np.int64), shape["width"], shape["hidden"])
+    return site_of(np.array(sorted(drawn), np.int64), site_widths(shape))
 
 
 def n_neurons(shape: Mapping[str, int]) -> int:
-    """L * (2F + D): the outputs of gate_proj, up_proj and down_proj of all layers."""
-    return shape["layers"] * (2 * shape["width"] + shape["hidden"])
+    """L * (2F + D), or more with attention: the outputs of all projections of all layers."""
+    return shape["layers"] * sum(site_widths(shape).values())

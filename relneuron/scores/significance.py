@@ -70,12 +70,16 @@ def noise_ap(
     return null
 
 
-def p_values(ap: Array, null: Array) -> Array:
+def p_values(ap: Array, null: Array, *, lowest: bool = False) -> Array:
     """(1 + #{null >= AP}) / (1 + n) for `ap` of any shape and a sorted null (n,), float64.
 
     The AP itself is counted as one of the null's, so no p is 0 and P(p <= a) <= a under the null.
+    With `lowest` it is the null's APs <= AP that count.
     """
-    n_reached = null.size - np.searchsorted(null, np.asarray(ap, np.float32), side="left")
+    wanted = np.asarray(ap, np.float32)
+    n_reached = np.searchsorted(null, wanted, side="right")
+    if not lowest:
+        n_reached = null.size - np.searchsorted(null, wanted, side="left")
     result: Array = (1 + n_reached) / (1 + null.size)
     return result
 
@@ -109,7 +113,7 @@ def shuffled_labels(row: Array, n: int, seed: int) -> Array:
     return shuffled
 
 
-def permutation_p(values: Tensor, shuffled: Array, ap: Array) -> Array:
+def permutation_p(values: Tensor, shuffled: Array, ap: Array, lowest: Array | None = None) -> Array:
     """(1 + #{AP with shuffled labels >= AP}) / (1 + n) of each neuron: (K,) float64.
 
     Exact for any values, ties included, if the prompts are exchangeable under the null.
@@ -117,7 +121,8 @@ def permutation_p(values: Tensor, shuffled: Array, ap: Array) -> Array:
     `values` (N, K) responses of neurons, `shuffled` (n, N) int8 from `shuffled_labels` (with all
     arrangements in place of random ones, #/n is the p-value of the exact test), `ap` (K,) float32
     the neurons' scores. All neurons see the same shuffles. It is a p-value of a neuron that was
-    fixed beforehand; that it was chosen among many is what q is for.
+    fixed beforehand; that it was chosen among many is what q is for. `lowest` (K,) bool: for these
+    the shuffles' APs <= AP count.
     """
     labels = torch.from_numpy(shuffled)
     n, k = len(shuffled), values.shape[1]
@@ -125,6 +130,9 @@ def permutation_p(values: Tensor, shuffled: Array, ap: Array) -> Array:
     for columns in blocks(k, 4 * n):
         null = ops.average_precision(values[:, columns], labels).numpy()
         n_reached[columns] = (null >= ap[columns]).sum(0)
+        if lowest is not None:
+            low = lowest[columns]
+            n_reached[columns][low] = (null[:, low] <= ap[columns][low]).sum(0)
     result: Array = (1 + n_reached) / (1 + n)
     return result
 
@@ -193,8 +201,11 @@ class Significance:
         bootstrap: int,
         seed: int,
         facts: Array | None = None,
+        n_lowest: int = 0,
     ) -> None:
+        """The last `n_lowest` neurons were chosen for their low scores."""
         k = len(neurons)
+        self.lowest = np.arange(k) >= k - n_lowest
         self.neurons = neurons
         self.ap = np.array([score for *_, score in neurons], np.float32)
         self.p, self.interval = np.full(k, np.nan), np.full((2, k), np.nan)
@@ -234,6 +245,7 @@ class Significance:
         values = torch.cat([values for _, values in self._waiting], dim=1)
         self._waiting.clear()
         if len(self.shuffled):
-            self.p[places] = permutation_p(values, self.shuffled, self.ap[places])
+            own = self.ap[places], self.lowest[places]
+            self.p[places] = permutation_p(values, self.shuffled, *own)
         if len(self.weights):
             self.interval[:, places] = bootstrap_interval(values, self.labels, self.weights)
