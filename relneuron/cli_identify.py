@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import NeuronFile, RelneuronError, refuse_overwrite
+from relneuron.artifact import NeuronFile, RelneuronError
 from relneuron.cli_print import print_chosen, print_groups, say
 from relneuron.study import Options
 
@@ -146,8 +146,8 @@ def import_files(
     debug: take.Debug = False,
 ) -> None:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
-    from relneuron.lape_counts import import_counts
-    from relneuron.lape_files import config_shape, read_neuron_pth
+    from relneuron.lape_counts import import_counts, import_neurons
+    from relneuron.lape_files import config_shape
 
     paths = dict(part.split("=", 1) for part in files if "=" in part and not Path(part).exists())
     if paths and len(paths) == len(files):
@@ -158,6 +158,7 @@ def import_files(
             {name: Path(path) for name, path in paths.items()},
             config_shape(model),
             output,
+            model=model,
             force=force,
         )
         for name, tokens in zip(counts.groups, counts.tokens.tolist(), strict=True):
@@ -165,9 +166,7 @@ def import_files(
     elif len(files) == 1 and not paths:
         if not take.names(names):
             raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
-        refuse_overwrite(output, force)
-        chosen = read_neuron_pth(Path(files[0]), take.names(names), config_shape(model))
-        chosen.write(output)
+        chosen = import_neurons(Path(files[0]), take.names(names), model, output, force=force)
         print_groups(chosen)
     else:
         fix = "give one .neuron.pth, or counts as GROUP=FILE (each group once)"

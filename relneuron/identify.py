@@ -36,6 +36,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
+from relneuron.command import command, placed
 from relneuron.effects import fact_numbers
 from relneuron.installed import need
 from relneuron.manifest import Manifest, checked, json_digest, progress_bar
@@ -246,7 +247,13 @@ def identify(
         memory=recorded.get("memory", {}) | _memory(labels, shape, permutations, bootstrap, noise),
     )
     details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
-    manifest.finish("identify", inputs, [*files, output], **details)
+    made_by = command(
+        "identify",
+        *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+        **options,
+        seed=seed,
+    )
+    manifest.finish("identify", inputs, [*files, output], commands=made_by, **details)
     return result
 
 

@@ -23,6 +23,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
+from relneuron.command import command, placed
 from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.manifest import Manifest
 from relneuron.sentences import GENERAL, NEUTRAL, Sentence, sentences_bytes
@@ -183,7 +184,16 @@ def write_prompts(
     }
     manifest = Manifest(output.parent)
     manifest.describe(seeds={"split": seed})
-    manifest.finish("prompts", inputs, list(written), n_prompts=counts)
+    made_by = command(
+        "prompts",
+        placed(facts, output.parent),
+        *("-o", placed(output, output.parent)),
+        eva=n_eva,
+        seed=seed,
+        suffix=suffix,
+        chat_template=None if chat is None else chat.name_or_path,
+    )
+    manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
     return prompts
 
 

@@ -28,6 +28,7 @@ from relneuron.artifact import (
     rows_digest,
     sha256,
 )
+from relneuron.command import STUDY, command, loading, placed
 from relneuron.identity import tokenizer_digest
 from relneuron.manifest import (
     Journal,
@@ -325,6 +326,18 @@ def record(
             },
             fallbacks=fallbacks(described) + questions.notices,
         )
-        manifest.finish("record", inputs, [output, path, copy])
+        made_by = command(
+            "record",
+            *(name, placed(prompts_path, folder), "-o", STUDY),
+            pooling=pooling,
+            exclude_bos=exclude_bos,
+            accept_object_prefix=accept_object_prefix,
+            batch_tokens=batch_tokens,
+            **loading(described),
+        )
+        # No command leaves out the validation.
+        manifest.finish(
+            "record", inputs, [output, path, copy], commands=made_by if validate else []
+        )
         journal.remove()
     return sum(correct) / len(correct)

@@ -30,7 +30,7 @@ from studies import PAYLOADS, Page
 
 from relneuron.artifact import RelneuronError
 from relneuron.attributions import table_bytes
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_attribution_study import is_attribution, read_attribution_study
 from relneuron.report_attribution_tables import attribution_tables
 from relneuron.tables import visible
@@ -309,18 +309,6 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     # With its neurons switched off it is a study of relations.
     (folder / "effects.csv").write_text("")
     assert not is_attribution(folder)
-
-
-def test_commands_repeat_the_recorded_options() -> None:
-    asked = {"kinds": ["head", "ffn_layer"], "top": 300, "compare": False, "own_norm": True}
-    asked |= {"prompts": "a" * 64, "tokens": "b" * 64, "splits": [], "model": {"layers": 4}}
-    model = {"id": "a/model", "dtype": "float32"}
-    lines = commands({"model": model, "stages": {"attribute": {"inputs": asked}}})
-    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
-        "relneuron attribute a/model PROMPTS -o STUDY --no-compare --kinds head,ffn_layer "
-        "--top 300 --own-norm --dtype float32",
-        "relneuron report STUDY -o report.html",
-    ]
 
 
 # Refusals

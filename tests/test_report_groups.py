@@ -30,7 +30,7 @@ from relneuron.artifact import sha256
 from relneuron.counts import Counts
 from relneuron.identify_counts import identify_counts
 from relneuron.manifest import Manifest
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_groups import amount
 from relneuron.report_groups_study import read_group_study
 
@@ -325,23 +325,3 @@ def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
     text = (study / "neurons.json").read_text(encoding="utf-8")
     (study / "neurons.json").write_text(text.replace("a/model", "b/model"), encoding="utf-8")
     check_parts(study, neurons=True, scores=False, nll=False)
-
-
-def test_commands_repeat_the_recorded_options() -> None:
-    sources = {"0": {"group": "en", "files": [{"name": "a b.txt"}, {"name": "c.gz"}]}}
-    sources["1"] = {"group": "zh", "files": [{"name": "zh.jsonl"}]}
-    packing = {"window": 4096, "mode": "packed", "bos": "none", "bos_id": None, "max_tokens": None}
-    count = {"tokenizer": "a" * 64, "sources": sources, "packing": packing, "moments": True}
-    stages = {
-        "count": {"inputs": count | {"sites": ["act", "up"], "threshold": 0.0}},
-        "identify": {"inputs": {"counts": "b" * 64, "method": "lape", "groups": None}},
-        "nll": {"inputs": {"neurons": "c" * 64, "sources": {}, "windows": 256}},
-    }
-    lines = commands({"model": {"id": "m", "dtype": "bfloat16"}, "stages": stages})
-    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
-        "relneuron count m 'en=a b.txt' en=c.gz zh=zh.jsonl -o STUDY --packing packed --moments "
-        "--sites act,up --threshold 0.0 --window 4096 --bos none --dtype bfloat16",
-        "relneuron identify STUDY -o STUDY/neurons.json --method lape",
-        "relneuron nll m STUDY/neurons.json GROUP=TEXT... -o STUDY --windows 256 --dtype bfloat16",
-        "relneuron report STUDY -o report.html",
-    ]

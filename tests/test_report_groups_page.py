@@ -28,6 +28,7 @@ from corpus_studies import (
 from studies import PAYLOADS, Page
 
 from relneuron.artifact import RelneuronError
+from relneuron.command import STUDY, command
 from relneuron.counts import Counts
 from relneuron.report import render, write_report
 from relneuron.report_groups_study import is_group_study, read_group_study
@@ -83,7 +84,8 @@ def test_the_same_study_gives_the_same_bytes(study: Path, html: str, tmp_path: P
 
 def hostile_page(folder: Path, text: str) -> Page:
     """The page of a study that holds `text` wherever one can hold text."""
-    noted = {"inputs": {text: text, "sources": {"0": {"group": text, "files": [{"name": text}]}}}}
+    words = command("count", text, f"{text}={text}", "-o", STUDY, text_column=text)
+    noted = {"inputs": {text: text}, "commands": words}
     described = {text: {text: [text]}, "fallbacks": [text], "stages": {"count": noted}}
     groups = (text, f"a {text}", "b")
     write_corpus_study(folder, groups, model=text, manifest=described, method=text)
