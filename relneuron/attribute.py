@@ -273,7 +273,7 @@ def _command(
     name: str, prompts: Path, folder: Path, options: AttributeOptions, described: Json
 ) -> list[list[str]]:
     asked = asdict(options)
-    switches = {f"no_{key}": not asked.pop(key) for key in ("compare",)}
+    switches = {f"no_{key}": not asked.pop(key) for key in ("compare", "center_keys")}
     given = (name, placed(prompts, folder), "-o", STUDY)
     return command("attribute", *given, **asked, **switches, **loading(described))
 
@@ -389,6 +389,8 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
     query: Json = {"of": options.query_of, "units": options.query_units}
     if options.query_of == "ffn":
         query["key"] = options.key
+    if residual.centred:
+        query["keys"] = "centred" if options.center_keys else "not centred"
     return {
         "ffn_gains": gains,
         "final_norm": {

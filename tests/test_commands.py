@@ -77,7 +77,7 @@ STUDIES: dict[str, list[str]] = {
     ],
     "attribution": [
         f"{ATTRIBUTE} --splits det,eva --top 20 --mode exact --own-norm --key up --query-of ffn"
-        f" --query-units 5 --keep known --intervene 3 --random-seeds 1 {LOAD}",
+        f" --no-center-keys --query-units 5 --keep known --intervene 3 --random-seeds 1 {LOAD}",
         "identify {d} -o {d}/neurons.json --method logprob_gain --kept-only --quiet",
     ],
     "attribution without comparison": [

@@ -6,6 +6,7 @@ The folder is that of attribution_studies.py; no model is needed.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -98,7 +99,7 @@ def test_neurons_are_those_of_most_sentences(study: Path, kind: str) -> None:
         own = table.where("relation", relation)
         times = sorted((len(scores) for scores in found.values()), reverse=True)[:5]
         assert own.column("sentences") == times
-        for _, _, name, n, share, score, tokens in own.rows:
+        for _, _, name, n, share, score, coefficient, raises, lowers in own.rows:
             assert n == len(found[str(name)]) and share == float(n) / 6
             assert score == pytest.approx(np.mean(found[str(name)]))
             # Of these the fixture has promoted tokens.
@@ -106,8 +107,11 @@ def test_neurons_are_those_of_most_sentences(study: Path, kind: str) -> None:
             has_tokens = (
                 kind == "ffn_neuron" and layer == "3" and index in ("0", "1", "2", "10", "11", "12")
             )
-            assert bool(tokens) == has_tokens
-            assert not tokens or str(tokens).startswith("“Rome1” “Rome2”")
+            assert bool(raises) == bool(lowers) == math.isfinite(float(coefficient)) == has_tokens
+            if has_tokens:
+                assert str(raises).startswith("“Rome1” “Rome2”")
+                assert str(lowers).startswith("“not1” “not2”")
+                assert coefficient == (2.5 if int(index) < 10 else -27)
         if kind == "ffn_neuron":
             r = RELATIONS.index(relation)
             assert set(own.column("neuron")[:2]) == {f"L3.{r}", f"L3.{10 + r}"}
@@ -189,7 +193,7 @@ def test_sentences_name_the_largest(study: Path, html: str) -> None:
         assert said in text_of(html, "layers")
         assert f"all of them together by {sum(sums) / 18:.3g}" in text_of(html, "layers")
     assert "among the best 10 of 100.0 % of those of “" in text_of(html, "neurons")
-    assert "It promotes “Rome1” “Rome2”" in text_of(html, "neurons")
+    assert "It raises “Rome1” “Rome2”" in text_of(html, "neurons")
 
 
 # What the page may never do
