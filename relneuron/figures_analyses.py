@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from relneuron.figures import (
     BEFORE,
+    BROAD,
     LINE,
     MUTED,
     OFF,
@@ -41,6 +42,7 @@ from relneuron.figures import (
 from relneuron.results import Array
 from relneuron.tables import Table, percent, split_title, visible
 
+MOST_BARS = 16  # with a number each
 OTHERS: dict[str, Any] = {
     "ls": "none",
     "marker": "D",
@@ -94,12 +96,15 @@ def versatility_plot(table: Table) -> str:
     """How many neurons are in just 1, 2, ... sets."""
     n_relations, n_neurons = floats(table, "n_relations"), floats(table, "n_neurons")
     with figure() as fig:
-        ax = fig.add_axes((0, 0, max(2, 0.45 * len(n_relations)), 1.7))
+        few, most = len(n_relations) <= MOST_BARS, max(n_neurons)
+        ax = fig.add_axes((0, 0, float(np.clip(0.45 * len(n_relations), 2, BROAD)), 1.7))
         ax.bar(n_relations, n_neurons, width=0.8, color=MUTED)
         for x, n in zip(n_relations, n_neurons, strict=True):
-            ax.text(x, n, whole(n), ha="center", va="bottom", fontsize=8)
+            if few or n == most:
+                ax.text(x, n, whole(n), ha="center", va="bottom", fontsize=8)
         ax.set(xticks=n_relations, yticks=[], xlabel="number of sets that a neuron is in")
-        ax.set_xticks(n_relations, [whole(x) for x in n_relations])
+        step = -(-len(n_relations) // MOST_BARS)
+        ax.set_xticks(n_relations[::step], [whole(x) for x in n_relations[::step]])
         ax.set_title("neurons", loc="left", fontsize=8.5, color=MUTED, pad=14)
         return inline(fig, "versatility", "Neurons by the number of sets they are in")
 
