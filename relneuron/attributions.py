@@ -44,8 +44,10 @@ ATTRIBUTIONS = ("id", "kind", "layer", "head", "index", "position", "score", "ra
 # that the neuron is among the best of, `negative` the share of them where it is below 0. `acts` is
 # 1 at the end that the neuron raises: the suppressed one if the coefficient is negative.
 ENDS = {"promoted": 1, "suppressed": -1}
-PROMOTED_COLUMNS = ("kind", "layer", "head", "index", "coefficient", "negative", "end", "acts")
-PROMOTED_COLUMNS += ("place", "token", "token_id", "logit")
+PROMOTED_COLUMNS = (
+    *("kind", "layer", "head", "index", "coefficient", "negative"),
+    *("end", "acts", "place", "token", "token_id", "logit"),
+)
 INTERVENTIONS_COLUMNS = ("condition", "id", "relation", "rank", "prob", "logprob")
 _DROPS = ("mrr_drop", "prob_drop", "logprob_drop")
 COMPARISON_COLUMNS = (

@@ -137,7 +137,8 @@ def parse_sources(
 def source_words(sources: Sequence[Source], folder: Path) -> tuple[list[str], Json] | None:
     """The arguments and options that name these sources in a command whose study is in `folder`.
 
-    None if none does: a Python dataset, or sources that are not read alike.
+    None if none does: a Python dataset, or sources that are not read alike. Files that were given
+    in Python go by their names, without their folders.
     """
     read_by = ("text_column", "group_column", "groups", "ids_dtype")
     options = [{name: getattr(source, name) for name in read_by} for source in sources]
@@ -145,7 +146,7 @@ def source_words(sources: Sequence[Source], folder: Path) -> tuple[list[str], Js
         return None
     words = []
     for source in sources:
-        for path in source.given or [file.path for file in source.files]:
+        for path in source.given or [Path(file.path).name for file in source.files]:
             where = path if path.startswith(HF) else placed(path, folder)
             words.append(where if source.group is None else f"{source.group}={where}")
     return words, options[0]

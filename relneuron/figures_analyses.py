@@ -72,8 +72,9 @@ def splits_plot(table: Table) -> str:
     names = [split_title(split) for split in texts(table, "split")]
     with figure() as fig:
         ax = rows_axes(fig, names)
-        _drops(ax, floats(table, "own_drop"), floats(table, "others_drop"))
-        random = 100 * floats(table, "random_drop")
+        drawn = floats(table, "random_drop")
+        _drops(ax, floats(table, "own_drop"), floats(table, "others_drop"), drawn)
+        random = 100 * drawn
         ax.plot(random, range(len(names)), "s", color=RANDOM, ms=5.5, clip_on=False)
         marks = [mark("own neurons off", c=OFF), mark("other sets off", **OTHERS)]
         marks.append(mark("random neurons off", marker="s", ms=5.5, c=RANDOM))
@@ -81,10 +82,13 @@ def splits_plot(table: Table) -> str:
         return inline(fig, "splits", "Mean accuracy drop by kind of prompt")
 
 
-def _drops(ax: Axes, own: Array, others: Array) -> None:
-    """Relative drops in %: of the own relation and of the others, one row each."""
+def _drops(ax: Axes, own: Array, others: Array, *drawn: Array) -> None:
+    """Relative drops in %: of the own relation and of the others, one row each.
+
+    What is `drawn` into it besides has room, too.
+    """
     y = range(len(own))
-    least = 100 * ends(own, others, 0)[0]
+    least = 100 * ends(own, others, *drawn, 0)[0]
     ax.hlines(y, least, 100, color=LINE, lw=0.6)
     ax.axvline(0, color=MUTED, lw=0.8)
     ax.plot(100 * others, y, **OTHERS, clip_on=False)

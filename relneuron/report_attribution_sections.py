@@ -354,7 +354,7 @@ def sides(study: AttributionStudy, tables: Tables) -> list[Section]:
 
 def answers(study: AttributionStudy, tables: Tables) -> list[Section]:
     table = tables["answers"]
-    several = int(floats(table, "answers of several tokens").sum())
+    several = int(floats(table, "answers_of_several_tokens").sum())
     kept = sum(target.kept for target in study.targets)
     seen = [
         f"{n_of(len(study.targets), 'sentence')}, {kept:,} of them known: the answer is among the "

@@ -54,7 +54,7 @@ def answers_table(study: AttributionStudy) -> Table:
         prob, logprob = (float(np.mean([getattr(t, n) for t in own])) for n in ("prob", "logprob"))
         kept = sum(target.kept for target in own)
         rows.append([relation, len(own), kept, several, mrr, Share(prob), logprob])
-    columns = ["relation", "sentences", "known", "answers of several tokens"]
+    columns = ["relation", "sentences", "known", "answers_of_several_tokens"]
     return Table("Sentences and answers", [*columns, "mrr", "prob", "logprob"], rows)
 
 
@@ -128,7 +128,7 @@ def neuron_table(study: AttributionStudy, kind: str) -> Table:
             share = Share(times / study.n_sentences[r])
             about = study.promoted.get(unit, UNKNOWN)
             rows.append([relation, rank, unit_name(unit), times, share, score, about.coefficient])
-            rows[-1] += [quoted(about.raised), quoted(about.lowered)]  # type: ignore[operator]
+            rows[-1] += [quoted(about.raised), quoted(about.lowered)]
     columns = ["relation", "rank", "neuron", "sentences", "share", "score", "coefficient"]
     columns += ["raises", "lowers"]
     return Table(f"{TITLES[kind]} that are among the best of most sentences", columns, rows)

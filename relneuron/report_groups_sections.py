@@ -234,10 +234,9 @@ def nll(study: GroupStudy, tables: Tables) -> list[Section]:
 
 def _risen(text: str, cells: Sequence[NllCell]) -> str:
     found = rise(cells)
-    said = (
-        f"The NLL of the text of {text} {changed(found.mean)} on average, from {nats(found.low)} "
-        f"to {nats(found.high)}"
-    )
+    said = f"The NLL of the text of {text} {changed(found.mean)}"
+    if nats(found.low) != nats(found.high):
+        said += f" on average, from {nats(found.low)} to {nats(found.high)}"
     if not any(np.isfinite(cell.p_value) for cell in cells):
         return f"{said}."
     sure = [cell.rise for cell in cells if cell.q_value <= SURE]

@@ -81,7 +81,7 @@ def histogram(title: str, parts: dict[str, Array], low: float, high: float) -> T
 
 def layer_table(study: GroupStudy) -> Table:
     count, _ = layer_counts(study)
-    columns = ["group", "all layers", *(f"layer {i}" for i in range(study.n_layers))]
+    columns = ["group", "all_layers", *(f"layer_{i}" for i in range(study.n_layers))]
     rows: list[list[Cell]] = [
         [name, sum(row), *row] for name, row in zip(study.sets, count.tolist(), strict=True)
     ]
@@ -175,7 +175,9 @@ def _own_and_other(found: Sequence[float], groups: Sequence[str], own: str) -> l
     """A neuron's probability in its own group, and the other group with the highest one."""
     by_group = dict(zip(groups, found, strict=True))
     mine = by_group.pop(own, np.nan)
-    other = max(by_group, key=lambda name: np.nan_to_num(by_group[name], nan=-1))
+    other = max(
+        by_group, key=lambda name: -1.0 if by_group[name] != by_group[name] else by_group[name]
+    )
     return [Share(mine), other, Share(by_group[other])]
 
 
@@ -194,5 +196,5 @@ def groups_table(study: GroupStudy) -> Table:
         rows.append(
             [name, tokens.get(name, np.nan), study.dropped.get(name, np.nan), *sizes, *ends]
         )
-    columns = ["group", "tokens", "dropped tokens", "neurons", "in no other set"]
-    return Table("Groups", [*columns, "best score", "last score"], rows)
+    columns = ["group", "tokens", "dropped_tokens", "neurons", "in_no_other_set"]
+    return Table("Groups", [*columns, "best_score", "last_score"], rows)

@@ -33,6 +33,7 @@ from relneuron.manifest import Manifest
 from relneuron.report import render, write_report
 from relneuron.report_groups import amount
 from relneuron.report_groups_study import read_group_study
+from relneuron.report_groups_tables import group_tables
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ def test_layers_and_overlaps_are_those_of_the_sets(study: Path, html: str) -> No
     sets, tables = sets_of(study), tables_of(html)
     for row in tables["layers.csv"]:
         layers = [layer for layer, _, _ in sets[row["group"]]]
-        assert [int(row[f"layer {i}"]) for i in range(4)] == [layers.count(i) for i in range(4)]
-        assert int(row["all layers"]) == len(layers)
+        assert [int(row[f"layer_{i}"]) for i in range(4)] == [layers.count(i) for i in range(4)]
+        assert int(row["all_layers"]) == len(layers)
     assert len(tables["overlap.csv"]) == 9
     for row in tables["overlap.csv"]:
         a, b = set(sets[row["group"]]), set(sets[row["other"]])
@@ -204,7 +205,7 @@ def test_the_groups_with_their_tokens(study: Path, html: str) -> None:
     rows = tables_of(html)["groups.csv"]
     assert [row["group"] for row in rows] == list(GROUPS)
     assert [int(row["tokens"]) for row in rows] == counts.tokens.tolist()
-    assert [row["dropped tokens"] for row in rows] == ["1200", "34", ""]
+    assert [row["dropped_tokens"] for row in rows] == ["1200", "34", ""]
     assert [int(row["neurons"]) for row in rows] == [len(sets[name]) for name in GROUPS]
     text = text_of(html, "counted")
     assert "Site act, active above 0." in text and "1,234 tokens of windows" in text
@@ -325,3 +326,9 @@ def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
     text = (study / "neurons.json").read_text(encoding="utf-8")
     (study / "neurons.json").write_text(text.replace("a/model", "b/model"), encoding="utf-8")
     check_parts(study, neurons=True, scores=False, nll=False)
+
+
+def test_the_columns_of_every_table_are_tidy(tmp_path: Path) -> None:
+    tables = group_tables(read_group_study(write_corpus_study(tmp_path)))
+    columns = {column for table in tables.values() for column in table.columns}
+    assert columns and not [column for column in columns if " " in column]
