@@ -149,7 +149,9 @@ def source_words(sources: Sequence[Source], folder: Path) -> tuple[list[str], Js
         for path in source.given or [Path(file.path).name for file in source.files]:
             where = path if path.startswith(HF) else placed(path, folder)
             words.append(where if source.group is None else f"{source.group}={where}")
-    return words, options[0]
+    kinds = {file.kind for source in sources for file in source.files}
+    read = options[0] | ({"text_column": None} if kinds <= NO_FIELDS else {})
+    return words, read
 
 
 def _check_options(

@@ -172,7 +172,7 @@ def test_query_scores_are_those_of_the_formulas(
             torch.tensor([[int(u["layer"]) for u in units]]),
             torch.tensor([index]),
         )
-        layers, neurons = naive_query_scores(
+        layers, neurons, _ = naive_query_scores(
             run.model, found, top, kind=query_of, n_units=OPTIONS.query_units, key="up"
         )
         check_rows(rows[name, "query_layer"], layers[0].numpy(), 2 * N_LAYERS + 1)

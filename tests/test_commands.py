@@ -56,7 +56,7 @@ STUDIES: dict[str, list[str]] = {
         f"{IDENTIFY} --fdr 0.3 --negatives 3 --seed 2 --method ap",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --splits eva,eva2,det"
         " --random-seeds 1 --analyses matched,sizes,sites,perplexity --sizes 5,10 --mode mean"
-        " --mean-of relation --positions last --generate 2 --accept-object-prefix --any-set"
+        " --mean-of relation --positions last --generate 2 --any-set"
         f" --batch-tokens 400 --quiet {EXACT}",
     ],
     "stages, other options": [
@@ -64,7 +64,7 @@ STUDIES: dict[str, list[str]] = {
         "record {model} {d}/prompts.jsonl -o {d} --pooling last --quiet",
         f"{IDENTIFY} --top 30",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
-        " --factor -0.5 --random-seeds 0 --quiet",
+        " --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet",
     ],
     "prompts of elsewhere, gains beside": [
         "record {model} {prompts} -o {d} --quiet",
