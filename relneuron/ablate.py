@@ -25,6 +25,7 @@ from relneuron.artifact import (
     read_prompts,
     refuse_overwrite,
 )
+from relneuron.command import command, loading, placed
 from relneuron.conditions import (
     Ablation,
     Places,
@@ -255,6 +256,13 @@ def ablate_prompts(
             answers=len(effects),
             answering=f"{n_tokens} greedy tokens" + (", teacher-forced" if forced else ""),
             random_set_size=set_size,
+            commands=command(
+                "ablate",
+                *(name, *(placed(p, output.parent) for p in (neurons_path, prompts_path))),
+                *("-o", placed(output, output.parent)),
+                **{**vars(options), "oom": None},  # changes no answer
+                **loading(described),
+            ),
         )
         journal.remove()
     return accuracy

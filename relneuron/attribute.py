@@ -45,6 +45,7 @@ from relneuron.attributions import (
     table_bytes,
     targets_bytes,
 )
+from relneuron.command import STUDY, command, loading, placed
 from relneuron.comparison import Sizes, plan, run, summary
 from relneuron.effects import fact_numbers
 from relneuron.knowledge import TargetPrompt, read_knowledge
@@ -244,6 +245,7 @@ def attribute(
             memory={"scores": "of one batch of sentences; the rows of all as text"},
             **run_on,
             best=best,
+            commands=_command(name, prompts_path, folder, options, described),
         )
         journal.remove()
 
@@ -265,6 +267,15 @@ def _predictions(
         for row, token in zip(rows, best, strict=True):
             found[row] = token
     return found
+
+
+def _command(
+    name: str, prompts: Path, folder: Path, options: AttributeOptions, described: Json
+) -> list[list[str]]:
+    asked = asdict(options)
+    switches = {f"no_{key}": not asked.pop(key) for key in ("compare", "center_keys")}
+    given = (name, placed(prompts, folder), "-o", STUDY)
+    return command("attribute", *given, **asked, **switches, **loading(described))
 
 
 # --- the prompts beside the scores -----------------------------------------------------------
@@ -378,6 +389,8 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
     query: Json = {"of": options.query_of, "units": options.query_units}
     if options.query_of == "ffn":
         query["key"] = options.key
+    if residual.centred:
+        query["keys"] = "centred" if options.center_keys else "not centred"
     return {
         "ffn_gains": gains,
         "final_norm": {

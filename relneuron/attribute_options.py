@@ -45,10 +45,11 @@ class AttributeOptions:
     the final norm's scale is taken anew for each vector, not frozen. `norm_bias`: the final norm's
     bias and the lm_head's are in the logits. `query_units`: the value neurons whose activation the
     query scores explain, of the attention or, with `query_of` "ffn", of the FFN, whose key is then
-    the row of its gate or up projection or its value vector ("down"). `strict` refuses answers of
-    several tokens. `keep` "known" scores only sentences whose answer the model knows (methods B7).
-    `compare` zeroes the best `intervene` neurons of each method in the known sentences, and random
-    ones.
+    the row of its gate or up projection or its value vector ("down"); where the norm is a
+    LayerNorm, `center_keys` centres them, which the published GPT-2 notebook does not. `strict`
+    refuses answers of several tokens. `keep` "known" scores only sentences whose answer the model
+    knows (methods B7). `compare` zeroes the best `intervene` neurons of each method in the known
+    sentences, and random ones.
     """
 
     splits: Sequence[str] = ()
@@ -60,6 +61,7 @@ class AttributeOptions:
     own_norm: bool = False
     norm_bias: bool = False
     key: str = "gate"
+    center_keys: bool = True
     query_of: str = "attention"
     query_units: int = 30
     strict: bool = False

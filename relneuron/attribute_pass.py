@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relneuron.artifact import Json, Prompt, RelneuronError, relation_names
 from relneuron.attribute_options import QUERY_KINDS, AttributeOptions
-from relneuron.attributions import Row, best_first, number, rows_text
+from relneuron.attributions import ENDS, Row, best_first, number, rows_text
 from relneuron.comparison import Sizes, TargetRanks, choose
 from relneuron.ops.logprob_gain import TopGains
 from relneuron.query_scores import QueryScores, promoted_tokens, query_scores
@@ -32,7 +32,7 @@ N_BEST = 10  # a neuron counts as one of a sentence's best up to this rank
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
 WRITES = ("ffn_layer", "attention_layer", "head", "position")
 UNITS = 10  # of each relation and kind, whose promoted tokens are written
-TOKENS = 10  # promoted tokens of a neuron
+TOKENS = 10  # at each end of a neuron's value vector
 
 Array = np.ndarray[Any, Any]
 
@@ -169,6 +169,7 @@ class Scorer:
                 kind=options.query_of,
                 n_units=options.query_units,
                 key=options.key,
+                center_keys=options.center_keys,
             )
         return _Scored(rows, traced, wanted, values, query)
 
@@ -181,7 +182,7 @@ class Scorer:
         table = _Table(scored, self.residual)
         for e, row in enumerate(scored.rows):
             rows = table.rows(e, self.sentences.prompts[row].id, self.options)
-            part: Json = {"text": rows_text(rows), "best": _best(rows)}
+            part: Json = {"text": rows_text(rows), "best": table.best(e, rows)}
             if e in chosen:
                 heads = table.arrays["head"][e]
                 off = {name: pack(np.array(places, "<i4")) for name, places in chosen[e].items()}
@@ -238,6 +239,7 @@ class _Table:
         values, query = scored.values, scored.query
         self.n_pad: list[int] = scored.traced.n_pad.tolist()
         self.head_dim, self.heads_width = residual.head_dim, residual.n_heads * residual.head_dim
+        self.traced, self.query = scored.traced, query
         found = {
             "ffn_layer": values.ffn_layer,
             "attention_layer": values.attention_layer,
@@ -302,14 +304,29 @@ class _Table:
         columns = [part.tolist() for part in (layer, head, index, position)]
         return zip(zip(*columns, strict=True), gain.tolist(), strict=True)
 
+    def best(self, e: int, rows: Sequence[Row]) -> list[list[Any]]:
+        """[kind, layer, head (-1: none), index, score, coefficient] of the neurons up to N_BEST."""
+        return [
+            [
+                *(kind, layer, -1 if head == "" else head, index, score),
+                self._coefficient(e, str(kind), (layer, head, index, position)),
+            ]
+            for _, kind, layer, head, index, position, score, rank in rows
+            if kind in NEURONS and rank <= N_BEST  # type: ignore[operator]
+        ]
 
-def _best(rows: Sequence[Row]) -> list[list[Any]]:
-    """[kind, layer, head (-1: none), index, score] of the neurons up to rank N_BEST."""
-    return [
-        [kind, layer, -1 if head == "" else head, index, score]
-        for _, kind, layer, head, index, _, score, rank in rows
-        if kind in NEURONS and rank <= N_BEST  # type: ignore[operator]
-    ]
+    def _coefficient(self, e: int, kind: str, place: tuple[Any, ...]) -> float:
+        """What the value vector of a neuron is multiplied with in sentence `e`."""
+        layer, head, index, position = place
+        traced = self.traced
+        if kind == "attention_neuron":
+            column = position + self.n_pad[e]
+            weight = traced.weights[layer][e, head, column].float()
+            return float(weight * traced.values[layer][e, column, head, index])
+        if kind == "query_ffn_neuron":
+            assert self.query is not None
+            return float(self.query.coefficient[e, layer, index])
+        return float(traced.neurons[layer][e, -1, index])
 
 
 # --- promoted tokens -------------------------------------------------------------------------
@@ -318,37 +335,48 @@ def _best(rows: Sequence[Row]) -> list[list[Any]]:
 def promoted_rows(
     residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
 ) -> list[Row]:
-    """What the neurons promote that are among the best of most sentences, by relation and of all.
+    """Tokens at both ends of the neurons that are among the best of most sentences.
 
-    UNITS of each kind and relation; of those that are in as many sentences the ones with the
-    higher sum of scores there.
+    UNITS of each kind and relation, and of all; of those that are in as many sentences the ones
+    with the higher sum of scores there. The columns: `attributions.PROMOTED_COLUMNS`.
     """
     times: dict[tuple[str, str], dict[tuple[int, int, int], list[float]]] = {}
     for prompt, one in zip(prompts, found, strict=True):
-        for kind, layer, head, index, score in one.get("best", ()):
+        for kind, layer, head, index, score, coefficient in one.get("best", ()):
             for relation in ("", prompt.relation):
                 units = times.setdefault((kind, relation), {})
-                sums = units.setdefault((layer, head, index), [0, 0.0])
-                sums[0] += 1
-                sums[1] += float(score)
+                sums = units.setdefault((layer, head, index), [0, 0.0, 0.0, 0])
+                for place, value in enumerate((1, float(score), coefficient, coefficient < 0)):
+                    sums[place] += value
     rows: list[Row] = []
     for kind in NEURONS:
         taken = set()
         for relation in ("", *relation_names(prompts)):
             units = times.get((kind, relation), {})
-            order = sorted(units, key=lambda unit: (*(-n for n in units[unit]), unit))
+            order = sorted(units, key=lambda unit: (*(-n for n in units[unit][:2]), unit))
             taken |= {*order[:UNITS]}
         for layer, head, index in sorted(taken):
             place = index if head < 0 else head * residual.head_dim + index
             of = "attention_neuron" if kind == "attention_neuron" else "ffn_neuron"
-            tokens = promoted_tokens(residual, of, layer, place, TOKENS)
-            rows += [
-                (
-                    *(kind, layer, "" if head < 0 else head, index),
-                    *(rank, token_text(tokenizer, token), token, number(logit)),
-                )
-                for rank, (token, logit) in enumerate(tokens, 1)
-            ]
+            n, _, total, negative = times[kind, ""][layer, head, index]
+            unit = (kind, layer, "" if head < 0 else head, index)
+            known = (number(total / n), number(negative / n))
+            for end, sign in ENDS.items():
+                acts = int((total < 0) == (sign < 0))
+                tokens = promoted_tokens(residual, of, layer, place, TOKENS, sign=sign)
+                rows += [
+                    (
+                        *unit,
+                        *known,
+                        end,
+                        acts,
+                        rank,
+                        token_text(tokenizer, token),
+                        token,
+                        number(logit),
+                    )
+                    for rank, (token, logit) in enumerate(tokens, 1)
+                ]
     return rows
 
 

@@ -39,7 +39,15 @@ GAIN_ROWS = "relneuron.gains"  # the key of what gains.safetensors says of its r
 # h^0, A^0, F^0, A^1, ... and `layer` is empty for h^0. `index` is the neuron, or of an attention
 # neuron the coordinate within its `head`; `position` is a token of the sentence, from zero.
 ATTRIBUTIONS = ("id", "kind", "layer", "head", "index", "position", "score", "rank")
-PROMOTED_COLUMNS = ("kind", "layer", "head", "index", "place", "token", "token_id", "logit")
+# The tokens at both ends of a neuron's value vector, which its coefficient is multiplied with:
+# `promoted` have its largest logits, `suppressed` its least. `coefficient`: mean over the sentences
+# that the neuron is among the best of, `negative` the share of them where it is below 0. `acts` is
+# 1 at the end that the neuron raises: the suppressed one if the coefficient is negative.
+ENDS = {"promoted": 1, "suppressed": -1}
+PROMOTED_COLUMNS = (
+    *("kind", "layer", "head", "index", "coefficient", "negative"),
+    *("end", "acts", "place", "token", "token_id", "logit"),
+)
 INTERVENTIONS_COLUMNS = ("condition", "id", "relation", "rank", "prob", "logprob")
 _DROPS = ("mrr_drop", "prob_drop", "logprob_drop")
 COMPARISON_COLUMNS = (

@@ -32,7 +32,7 @@ from relneuron.cli_print import (
 from relneuron.clock import Clock
 from relneuron.conditions import parse_analyses
 from relneuron.installed import install_command, need
-from relneuron.study import Options, report_stage, run_study
+from relneuron.study import DEMO, Options, report_stage, run_study
 from relneuron.tokens import policy_text
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def demo(
         FACTS,
         output,
         options,
-        name="relneuron demo",
+        name=DEMO,
         force=force,
         quiet=quiet,
         say=say,

@@ -65,6 +65,13 @@ def attribute(
     key: Annotated[
         str, typer.Option(help="Key of a neuron with --query-of ffn: gate, up, down.")
     ] = _DEFAULT.key,
+    center_keys: Annotated[
+        bool,
+        typer.Option(
+            help="Of models with LayerNorm (GPT-2): centre the keys of query scores, as the norm "
+            "centres what they read; the published notebook does not."
+        ),
+    ] = _DEFAULT.center_keys,
     query_of: Annotated[
         str, typer.Option(help="Value neurons that query neurons activate: attention, ffn.")
     ] = _DEFAULT.query_of,
@@ -111,6 +118,7 @@ def attribute(
         own_norm=own_norm,
         norm_bias=norm_bias,
         key=key,
+        center_keys=center_keys,
         query_of=query_of,
         query_units=query_units,
         strict=strict,

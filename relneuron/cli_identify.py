@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import NeuronFile, RelneuronError, refuse_overwrite
+from relneuron.artifact import NeuronFile, RelneuronError
 from relneuron.cli_print import print_chosen, print_groups, say
 from relneuron.study import Options
 
@@ -149,20 +149,18 @@ def import_files(
     debug: take.Debug = False,
 ) -> None:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
-    from relneuron.lape_counts import import_counts, name_counts
-    from relneuron.lape_files import config_shape, read_neuron_pth
+    from relneuron.lape_counts import import_counts, import_neurons, name_counts
+    from relneuron.lape_files import config_shape
 
     if paths := name_counts(files):
         take.check_folder(output)
-        counts = import_counts(paths, config_shape(model), output, force=force)
+        counts = import_counts(paths, config_shape(model), output, model=model, force=force)
         for name, tokens in zip(counts.groups, counts.tokens.tolist(), strict=True):
             say(f"{name}: {tokens:,} tokens")
     elif len(files) == 1:
         if not take.names(names):
             raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
-        refuse_overwrite(output, force)
-        chosen = read_neuron_pth(Path(files[0]), take.names(names), config_shape(model))
-        chosen.write(output)
+        chosen = import_neurons(Path(files[0]), take.names(names), model, output, force=force)
         print_groups(chosen)
     else:
         fix = "give one .neuron.pth, or counts as GROUP=FILE"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError, hashing_threads, sha256
+from relneuron.command import placed
 from relneuron.installed import need
 
 KINDS = {
@@ -66,6 +67,7 @@ class Source:
     ids_dtype      of .bin files; default: uint16 if the vocabulary has at most 65,536 tokens,
                    else uint32
     dataset        in place of files: a Python iterable of records, as a Hugging Face dataset
+    given          the paths that the files were found at, as they were given
     """
 
     group: str | None = None
@@ -75,6 +77,7 @@ class Source:
     groups: tuple[str, ...] | None = None
     ids_dtype: str | None = None
     dataset: Any = None
+    given: tuple[str, ...] = ()
 
     @property
     def is_ids(self) -> bool:
@@ -109,6 +112,7 @@ def parse_sources(
         raise RelneuronError("no corpus was given", "name it as GROUP=PATH", 2)
     _check_options(group_column, groups, ids_dtype)
     found: dict[str | None, list[File]] = {}
+    given: dict[str | None, list[str]] = {}
     for text in texts:
         name, path = _split(text)
         if name is None and group_column is None:
@@ -123,6 +127,7 @@ def parse_sources(
                 f"{text} names a group, and so does --group-column", "leave out one of them", 2
             )
         found.setdefault(name, []).extend(_files(path))
+        given.setdefault(name, []).append(path)
     everything = [file for files in found.values() for file in files]
     _check_files(everything, group_column)
     kinds = {file.kind for file in everything}
@@ -138,9 +143,30 @@ def parse_sources(
             group_column,
             None if groups is None else tuple(groups),
             ids_dtype,
+            given=tuple(given[name]),
         )
         for name, files in found.items()
     ]
+
+
+def source_words(sources: Sequence[Source], folder: Path) -> tuple[list[str], Json] | None:
+    """The arguments and options that name these sources in a command whose study is in `folder`.
+
+    None if none does: a Python dataset, or sources that are not read alike. Files that were given
+    in Python go by their names, without their folders.
+    """
+    read_by = ("text_column", "group_column", "groups", "ids_dtype")
+    options = [{name: getattr(source, name) for name in read_by} for source in sources]
+    if any(source.dataset is not None for source in sources) or options[1:] != options[:-1]:
+        return None
+    words = []
+    for source in sources:
+        for path in source.given or [Path(file.path).name for file in source.files]:
+            where = path if path.startswith(HF) else placed(path, folder)
+            words.append(where if source.group is None else f"{source.group}={where}")
+    kinds = {file.kind for source in sources for file in source.files}
+    read = options[0] | ({"text_column": None} if kinds <= NO_FIELDS else {})
+    return words, read
 
 
 def _check_options(

@@ -27,6 +27,7 @@ from relneuron.count_options import (
     CountOptions,
     check_unchanged,
     choose_packing,
+    count_command,
     count_inputs,
 )
 from relneuron.count_pass import Counter, Speed, check_boundaries
@@ -262,7 +263,8 @@ def count(
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
             check_unchanged(sources, inputs)
-            _finish(folder, inputs, described, options, packing, feed, counts, budget)
+            made_by = count_command(name, sources, folder, packing, described, options)
+            _finish(folder, inputs, described, options, packing, feed, counts, budget, made_by)
     return Counted(
         counts=counts,
         tokens=tokens,
@@ -324,6 +326,7 @@ def _finish(
     feed: Feed,
     counts: Counts,
     budget: int,
+    made_by: list[list[str]],
 ) -> None:
     """Write the counters and the manifest; the checkpoint goes last."""
     is_whole = options.shard[1] == 1
@@ -375,7 +378,7 @@ def _finish(
         },
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path])
+    manifest.finish("count", inputs, [path], commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -9,10 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError
-from relneuron.corpus import Source, describe_sources
+from relneuron.command import STUDY, command, loading
+from relneuron.corpus import Source, describe_sources, source_words
 from relneuron.corpus_windows import Packing, default_bos
 from relneuron.counts import SITES
 from relneuron.identity import tokenizer_digest
@@ -145,3 +147,57 @@ def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
             f"a text changed while it was read: {'; '.join(changed)}",
             "leave the texts as they are meanwhile, and read them anew with --force",
         )
+
+
+def count_command(
+    name: str,
+    sources: Sequence[Source],
+    folder: Path,
+    packing: Packing,
+    described: Json,
+    options: CountOptions,
+) -> list[list[str]]:
+    """The command that makes a count again."""
+    return corpus_command(
+        "count",
+        [name],
+        sources,
+        folder,
+        packing,
+        described,
+        sites=options.sites,
+        threshold=options.threshold,
+        moments=options.moments,
+        exclude_bos=options.exclude_bos,
+        boundaries=options.boundaries,
+        max_tokens=options.max_tokens,
+        batch_tokens=options.batch_tokens,
+        shard=None if options.shard == (1, 1) else "{}/{}".format(*options.shard),
+    )
+
+
+def corpus_command(
+    stage: str,
+    given: Sequence[str],
+    sources: Sequence[Source],
+    folder: Path,
+    packing: Packing,
+    described: Json,
+    **options: object,
+) -> list[list[str]]:
+    """The command of a stage that reads a corpus; none where the sources are known to Python only.
+
+    `given` are the arguments before the sources.
+    """
+    named = source_words(sources, folder)
+    if named is None:
+        return []
+    words, read_by = named
+    return command(
+        stage,
+        *(*given, *words, "-o", STUDY),
+        **{"packing": packing.mode, "window": packing.window, "bos": packing.bos},
+        **read_by,
+        **options,
+        **loading(described),
+    )

@@ -53,6 +53,8 @@ RC: dict[Any, Any] = {
     "axes.facecolor": "none",
 }
 ROW = 0.3  # inches
+MOST = 40  # rows or columns of a picture with a number, or a name, for each
+BROAD = 8.0  # inches of a matrix of more
 # Panels side by side: three fit the width of a printed page.
 PANELS_PER_FIGURE = 3
 SURE = 0.05  # the largest q that is written bold
@@ -172,10 +174,10 @@ def pivot(table: Table, row: str, column: str, *names: str) -> Pivot:
     where = [[str(cell) for cell in table.column(name)] for name in (row, column)]
     rows, columns = (list(dict.fromkeys(cells)) for cells in where)
     values = {name: np.full((len(rows), len(columns)), np.nan) for name in names}
-    places = [(rows.index(r), columns.index(c)) for r, c in zip(*where, strict=True)]
+    known = [{name: i for i, name in enumerate(names)} for names in (rows, columns)]
+    places = tuple([of[n] for n in found] for of, found in zip(known, where, strict=True))
     for name, found in values.items():
-        for place, value in zip(places, floats(table, name), strict=True):
-            found[place] = value
+        found[places] = floats(table, name)
     return Pivot(rows, columns, values)
 
 
@@ -190,25 +192,42 @@ def matrix(
     framed: NDArray[np.bool_] | None = None,
     sure: NDArray[np.bool_] | None = None,
 ) -> Axes:
-    """A coloured cell for each of `values` (R, C), in bold where `sure` and small elsewhere."""
-    cell, size = (0.46, 8.5) if max(values.shape) <= 20 else (0.34, 6.5)
+    """A coloured cell for each of `values` (R, C), in bold where `sure` and small elsewhere.
+
+    With more than MOST rows or columns there is room for the colours only, and for some names.
+    """
+    n = max(values.shape)
+    cell, size = (0.46, 8.5) if n <= 20 else (0.34, 6.5)
+    if is_large := n > MOST:
+        cell = max(BROAD / n, 0.02)
     ax = fig.add_axes((0, 0, cell * len(columns), cell * len(rows)))
-    cells(ax, values, colours, values if numbers is None else numbers, size, sure)
-    for i, j in np.argwhere(np.zeros(values.shape) if framed is None else framed):
+    shown = values if numbers is None else numbers
+    cells(ax, values, colours, None if is_large else shown, size, sure)
+    for i, j in np.argwhere(np.zeros(values.shape) if framed is None or is_large else framed):
         ink = INK if np.isnan(values[i, j]) else DARK
         ax.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, ec=ink, lw=1.3))
+    name_axes(ax, rows, columns, every(n))
+    return ax
+
+
+def every(n: int) -> int:
+    """Of n rows or columns the names of every such one are shown."""
+    return -(-n // MOST)
+
+
+def name_axes(ax: Axes, rows: Sequence[str], columns: Sequence[str], step: int = 1) -> None:
+    """Names of the rows and, on top, of the columns of a matrix: of every `step`-th."""
     ax.xaxis.tick_top()
     ax.xaxis.set_label_position("top")
     ax.set_xticks(
-        np.arange(len(columns)) + 0.5,
-        [short(column) for column in columns],
+        np.arange(0, len(columns), step) + 0.5,
+        [short(column) for column in columns[::step]],
         rotation=45,
         ha="left",
         rotation_mode="anchor",
         color=INK,
     )
-    ax.set_yticks(np.arange(len(rows)) + 0.5, [short(row) for row in rows])
-    return ax
+    ax.set_yticks(np.arange(0, len(rows), step) + 0.5, [short(row) for row in rows[::step]])
 
 
 def cells(
@@ -224,8 +243,9 @@ def cells(
     rgba = colours.to_rgba(values)
     ax.set_facecolor(SOFT)
     ax.imshow(rgba, interpolation="none", aspect="auto", extent=(0, n_columns, n_rows, 0))
-    ax.hlines(range(n_rows + 1), 0, n_columns, color=PAPER, lw=0.8)
-    ax.vlines(range(n_columns + 1), 0, n_rows, color=PAPER, lw=0.8)
+    if max(values.shape) <= MOST:
+        ax.hlines(range(n_rows + 1), 0, n_columns, color=PAPER, lw=0.8)
+        ax.vlines(range(n_columns + 1), 0, n_rows, color=PAPER, lw=0.8)
     ax.spines[:].set_visible(False)
     for (i, j), number in np.ndenumerate(np.empty((0, 0)) if numbers is None else numbers):
         light = rgba[i, j] @ (0.299, 0.587, 0.114, 0)

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from relneuron.figures import (
     BEFORE,
+    BROAD,
     LINE,
     MUTED,
     OFF,
@@ -41,6 +42,7 @@ from relneuron.figures import (
 from relneuron.results import Array
 from relneuron.tables import Table, percent, split_title, visible
 
+MOST_BARS = 16  # with a number each
 OTHERS: dict[str, Any] = {
     "ls": "none",
     "marker": "D",
@@ -70,8 +72,9 @@ def splits_plot(table: Table) -> str:
     names = [split_title(split) for split in texts(table, "split")]
     with figure() as fig:
         ax = rows_axes(fig, names)
-        _drops(ax, floats(table, "own_drop"), floats(table, "others_drop"))
-        random = 100 * floats(table, "random_drop")
+        drawn = floats(table, "random_drop")
+        _drops(ax, floats(table, "own_drop"), floats(table, "others_drop"), drawn)
+        random = 100 * drawn
         ax.plot(random, range(len(names)), "s", color=RANDOM, ms=5.5, clip_on=False)
         marks = [mark("own neurons off", c=OFF), mark("other sets off", **OTHERS)]
         marks.append(mark("random neurons off", marker="s", ms=5.5, c=RANDOM))
@@ -79,10 +82,13 @@ def splits_plot(table: Table) -> str:
         return inline(fig, "splits", "Mean accuracy drop by kind of prompt")
 
 
-def _drops(ax: Axes, own: Array, others: Array) -> None:
-    """Relative drops in %: of the own relation and of the others, one row each."""
+def _drops(ax: Axes, own: Array, others: Array, *drawn: Array) -> None:
+    """Relative drops in %: of the own relation and of the others, one row each.
+
+    What is `drawn` into it besides has room, too.
+    """
     y = range(len(own))
-    least = 100 * ends(own, others, 0)[0]
+    least = 100 * ends(own, others, *drawn, 0)[0]
     ax.hlines(y, least, 100, color=LINE, lw=0.6)
     ax.axvline(0, color=MUTED, lw=0.8)
     ax.plot(100 * others, y, **OTHERS, clip_on=False)
@@ -94,12 +100,15 @@ def versatility_plot(table: Table) -> str:
     """How many neurons are in just 1, 2, ... sets."""
     n_relations, n_neurons = floats(table, "n_relations"), floats(table, "n_neurons")
     with figure() as fig:
-        ax = fig.add_axes((0, 0, max(2, 0.45 * len(n_relations)), 1.7))
+        few, most = len(n_relations) <= MOST_BARS, max(n_neurons)
+        ax = fig.add_axes((0, 0, float(np.clip(0.45 * len(n_relations), 2, BROAD)), 1.7))
         ax.bar(n_relations, n_neurons, width=0.8, color=MUTED)
         for x, n in zip(n_relations, n_neurons, strict=True):
-            ax.text(x, n, whole(n), ha="center", va="bottom", fontsize=8)
+            if few or n == most:
+                ax.text(x, n, whole(n), ha="center", va="bottom", fontsize=8)
         ax.set(xticks=n_relations, yticks=[], xlabel="number of sets that a neuron is in")
-        ax.set_xticks(n_relations, [whole(x) for x in n_relations])
+        step = -(-len(n_relations) // MOST_BARS)
+        ax.set_xticks(n_relations[::step], [whole(x) for x in n_relations[::step]])
         ax.set_title("neurons", loc="left", fontsize=8.5, color=MUTED, pad=14)
         return inline(fig, "versatility", "Neurons by the number of sets they are in")
 

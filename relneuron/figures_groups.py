@@ -18,10 +18,12 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from relneuron.figures import (
+    BROAD,
     DARK,
     FAINT,
     INK,
     LINE,
+    MOST,
     MUTED,
     OFF,
     RANDOM,
@@ -29,12 +31,14 @@ from relneuron.figures import (
     beside,
     cells,
     ends,
+    every,
     figure,
     floats,
     inline,
     legend,
     mark,
     matrix,
+    name_axes,
     pivot,
     rows_axes,
     scale,
@@ -100,7 +104,8 @@ def group_layers_plot(
     """Chosen neurons (G, L) by group and layer, above them each neuron once, (L,)."""
     n_rows, n_layers = count.shape
     wide = float(np.clip(WIDE / n_layers, 0.09, 0.4))
-    width, high = wide * n_layers, 0.24 * n_rows
+    width, high = wide * n_layers, min(0.24 * n_rows, BROAD)
+    step, is_large = every(n_rows), n_rows > MOST
     top, tallest = max(1, int(count.max())), max(1, int(distinct.max()))
     # Layers differ by a factor of a hundred; the root keeps small numbers apart.
     colours = ScalarMappable(PowerNorm(0.5, 0, top), mpl.colormaps["Blues"])
@@ -112,11 +117,12 @@ def group_layers_plot(
         bars.tick_params(axis="y", labelsize=8, labelcolor=MUTED)
         grid = fig.add_axes((0, 0, width, high))
         values = count.astype(np.float64)
-        cells(grid, values, colours, values if wide >= 0.3 and top < 10_000 else None, 7)
+        has_room = wide >= 0.3 and top < 10_000 and not is_large
+        cells(grid, values, colours, values if has_room else None, 7)
         layers = range(0, n_layers, -(-n_layers // 16))
         grid.set_xticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
         grid.set_xlabel("layer")
-        grid.set_yticks(np.arange(n_rows) + 0.5, map(short, names))
+        grid.set_yticks(np.arange(0, n_rows, step) + 0.5, [short(n) for n in names[::step]])
         scale(fig, colours, [0, top], ["0", f"{top:,} chosen neurons"], below=0.75)
         return inline(fig, "layers", "Chosen neurons by group and layer")
 
@@ -173,11 +179,13 @@ def rise_heatmap(table: Table, sure: float) -> str:
     wide, high, size, digits = (
         (0.72, 0.46, 8.5, 3) if n <= 12 else (0.5, 0.32, 7, 2) if n <= 20 else (0.42, 0.3, 6, 2)
     )
+    if is_large := n > MOST:
+        wide = high = max(BROAD / n, 0.02)
     with figure() as fig:
         ax = fig.add_axes((0, 0, wide * len(columns), high * len(rows)))
         cells(ax, values, colours, None, size)
         rgba = colours.to_rgba(values)
-        for (i, j), value in np.ndenumerate(values):
+        for (i, j), value in np.ndenumerate(np.empty((0, 0)) if is_large else values):
             texts = [nats(value, digits)]
             if n <= 12 and np.isfinite(found["rise_se"][i, j]):
                 texts.append(f"±{found['rise_se'][i, j]:.{digits}f}")
@@ -186,7 +194,7 @@ def rise_heatmap(table: Table, sure: float) -> str:
             if rows[i] == columns[j]:
                 box = Rectangle((j + 0.03, i + 0.04), 0.94, 0.92, fill=False, ec=DARK, lw=1.3)
                 ax.add_patch(box)
-        _name_axes(ax, rows, columns)
+        name_axes(ax, rows, columns, every(n))
         ax.set_xlabel("text", loc="left", labelpad=8)
         ax.set_ylabel("neurons switched off", loc="top", labelpad=8)
         even = ScalarMappable(Normalize(-1, 1), colours.cmap)
@@ -212,17 +220,3 @@ def _write(
     ax.text(x, y, texts[0], **style | {"color": ink} | rise)
     for text in texts[1:]:
         ax.text(x, y + 0.4, text, **style | error)
-
-
-def _name_axes(ax: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    ax.xaxis.tick_top()
-    ax.xaxis.set_label_position("top")
-    ax.set_xticks(
-        np.arange(len(columns)) + 0.5,
-        [short(column) for column in columns],
-        rotation=45,
-        ha="left",
-        rotation_mode="anchor",
-        color=INK,
-    )
-    ax.set_yticks(np.arange(len(rows)) + 0.5, [short(row) for row in rows])

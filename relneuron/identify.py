@@ -38,6 +38,7 @@ from relneuron.artifact import (
     sha256,
     site_widths,
 )
+from relneuron.command import command, placed
 from relneuron.effects import fact_numbers
 from relneuron.installed import need
 from relneuron.manifest import Manifest, checked, json_digest, progress_bar
@@ -271,7 +272,13 @@ def identify(
         memory=recorded.get("memory", {}) | _memory(labels, shape, permutations, bootstrap, noise),
     )
     details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
-    manifest.finish("identify", inputs, [*files, output], **details)
+    made_by = command(
+        "identify",
+        *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+        **options,
+        seed=seed,
+    )
+    manifest.finish("identify", inputs, [*files, output], commands=made_by, **details)
     return result
 
 

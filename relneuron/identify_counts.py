@@ -27,6 +27,7 @@ from relneuron.artifact import (
     require,
     sha256,
 )
+from relneuron.command import command, placed
 from relneuron.counts import NAME, SITES, Counts
 from relneuron.manifest import Manifest, checked, json_digest
 from relneuron.scores import lape as scores
@@ -193,7 +194,19 @@ def identify_counts(
         kept = ("versions", "model", "dtype", "threshold", "fallbacks")
         manifest.describe(**{key: described[key] for key in kept if key in described})
     manifest.describe(seeds=manifest.data.get("seeds", {}) | {"identify": seed})
-    manifest.finish("identify", inputs, [path, output], top=k, share_of_neurons=k / n_neurons)
+    made_by = command(
+        "identify",
+        *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+        **{name: value for name, value in inputs.items() if name not in ("digests", "count")},
+    )
+    manifest.finish(
+        "identify",
+        inputs,
+        [path, output],
+        top=k,
+        share_of_neurons=k / n_neurons,
+        commands=made_by,
+    )
     return result
 
 

@@ -33,6 +33,7 @@ from relneuron.attributions import (
     read_gains,
     read_targets,
 )
+from relneuron.command import command, placed
 from relneuron.identify import default_top
 from relneuron.manifest import GAIN_METHOD as METHOD
 from relneuron.manifest import MODEL_KEYS, Manifest, checked, json_digest, progress_bar
@@ -143,6 +144,15 @@ def identify_gains(
         inputs,
         [path, output],
         top=dict(k) if isinstance(k, Mapping) else k,
+        commands=[]  # no command gives each relation its own number
+        if isinstance(top, Mapping)
+        else command(
+            "identify",
+            *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+            method=METHOD,
+            top=top,
+            kept_only=kept_only,
+        ),
     )
     return result
 

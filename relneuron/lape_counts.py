@@ -1,4 +1,4 @@
-"""Counts in the LAPE authors' files, as a counted folder and back.
+"""The LAPE authors' files as artifacts of ours: counts, as a counted folder and back; neurons.
 
 The commands `relneuron import` and `relneuron export` call it; lape_files.py reads and writes.
 """
@@ -8,9 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relneuron.artifact import Json, RelneuronError, refuse_overwrite, sha256
+from relneuron.artifact import Json, NeuronFile, RelneuronError, refuse_overwrite, sha256
+from relneuron.command import STUDY, command, placed
 from relneuron.counts import NAME, Counts
-from relneuron.lape_files import counts_group, read_counts_pth, write_counts_pth
+from relneuron.lape_files import (
+    config_shape,
+    counts_group,
+    read_counts_pth,
+    read_neuron_pth,
+    write_counts_pth,
+)
 from relneuron.manifest import Manifest, checked, locked, versions
 
 # What the authors count: SiLU(gate) > 0.
@@ -51,9 +58,12 @@ def name_counts(files: Sequence[str]) -> dict[str, Path]:
 
 
 def import_counts(
-    paths: Mapping[str, Path], shape: Json, folder: Path, *, force: bool = False
+    paths: Mapping[str, Path], shape: Json, folder: Path, *, model: str = "", force: bool = False
 ) -> Counts:
-    """Make `folder` a finished count of `{group: file}`; `shape` is the model's (config_shape)."""
+    """Make `folder` a finished count of `{group: file}`; `shape` is the model's (config_shape).
+
+    `model` is where that shape was read.
+    """
     counts = read_counts_pth(paths, shape)
     digests = {name: sha256(path) for name, path in paths.items()}
     inputs: Json = {"model": shape, "imported": digests, **_EVENT}
@@ -74,8 +84,33 @@ def import_counts(
             groups=counts.groups,
             tokens={"counted": dict(zip(counts.groups, counts.tokens.tolist(), strict=True))},
         )
-        manifest.finish("count", inputs, [folder / NAME])
+        files = [f"{name}={placed(path, folder)}" for name, path in paths.items()]
+        made_by = command("import", *files, "-o", STUDY, model=model) if model else []
+        manifest.finish("count", inputs, [folder / NAME], commands=made_by)
     return counts
+
+
+def import_neurons(
+    path: Path, names: Sequence[str], model: str, output: Path, *, force: bool = False
+) -> NeuronFile:
+    """Make `output` a neurons.json of a .neuron.pth; `model` is where the shape is read."""
+    refuse_overwrite(output, force)
+    chosen = read_neuron_pth(path, names, config_shape(model))
+    folder = output.parent
+    with locked(folder):
+        chosen.write(output)
+        manifest = Manifest(folder)
+        for stage, entry in list(manifest.data["stages"].items()):
+            if output.name in entry["files"] and stage != "import":
+                manifest.forget(stage)  # its neurons are no longer there
+        words = (placed(path, folder), "-o", placed(output, folder))
+        manifest.finish(
+            "import",
+            {"file": sha256(path), "names": list(names)},
+            [output],
+            commands=command("import", *words, model=model, names=list(names)),
+        )
+    return chosen
 
 
 def export_counts(source: Path, folder: Path, *, force: bool = False) -> list[Path]:

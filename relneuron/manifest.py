@@ -66,6 +66,7 @@ _LATER = {
     "attribute": ("identify", "identify_gains", "ablate", "report"),
     "identify": ("ablate", "nll", "report"),
     "identify_gains": (),  # neurons of an attribution beside those of another identify
+    "import": ("report",),  # neurons of others
     "ablate": ("report",),
     "nll": ("report",),
     "report": (),

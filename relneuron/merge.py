@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact import Json, RelneuronError, refuse_overwrite
+from relneuron.command import STUDY, command, moved, placed
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import Manifest, checked, differences, json_digest, locked
 
@@ -64,7 +65,19 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
                 "parts": [Manifest(folder).data.get("tokens") for folder in folders],
             },
         )
-        manifest.finish("count", inputs, [output / NAME])
+        # A part is made beside the whole, STUDY.1, STUDY.2, ..., if a command makes it.
+        parts = [Manifest(folder).data["stages"]["count"].get("commands") for folder in folders]
+        places = [
+            f"{STUDY}.{i}" if made else placed(folder, output)
+            for i, (folder, made) in enumerate(zip(folders, parts, strict=True), 1)
+        ]
+        made_by = [
+            words
+            for made, place in zip(parts, places, strict=True)
+            for words in moved(made or [], place)
+        ]
+        made_by += command("merge", *places, "-o", STUDY)
+        manifest.finish("count", inputs, [output / NAME], commands=made_by)
     return total
 
 

@@ -30,11 +30,17 @@ from relneuron.artifact import (
     sha256,
     site_widths,
 )
+from relneuron.command import placed
 from relneuron.conditions import Ablation, Places, empty_sets, read_sets, site_places
 from relneuron.corpus import Source, describe_sources
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing
-from relneuron.count_options import CountOptions, check_unchanged, choose_packing
+from relneuron.count_options import (
+    CountOptions,
+    check_unchanged,
+    choose_packing,
+    corpus_command,
+)
 from relneuron.effects import Condition
 from relneuron.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.identity import other_weights, tokenizer_digest
@@ -369,6 +375,17 @@ def nll(
             scored_tokens=sum(lengths),
             random_set_size=max(map(len, sets.values()), default=0) if random_sets else None,
             texts=notes,
+            commands=corpus_command(
+                "nll",
+                [name, placed(neurons_path, folder)],
+                sources,
+                folder,
+                cut,
+                described,
+                windows=windows,
+                random_sets=random_sets,
+                batch_tokens=batch_tokens,
+            ),
         )
         journal.remove()
     return cells

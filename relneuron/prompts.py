@@ -23,6 +23,7 @@ from relneuron.artifact import (
     refuse_overwrite,
     sha256,
 )
+from relneuron.command import command, placed
 from relneuron.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.manifest import Manifest
@@ -192,7 +193,16 @@ def write_prompts(
     }
     manifest = Manifest(output.parent)
     manifest.describe(seeds={"split": seed})
-    manifest.finish("prompts", inputs, list(written), n_prompts=counts)
+    made_by = command(
+        "prompts",
+        placed(facts, output.parent),
+        *("-o", placed(output, output.parent)),
+        eva=n_eva,
+        seed=seed,
+        suffix=suffix,
+        chat_template=None if chat is None else chat.name_or_path,
+    )
+    manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
     return prompts
 
 
@@ -215,7 +225,9 @@ def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -
     inputs = prompts_inputs(facts, n_eva=0, seed=0, suffix=None)
     atomic_write(output, data)
     counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
-    Manifest(output.parent).finish("prompts", inputs, [output], n_prompts=counts)
+    folder = output.parent
+    made_by = command("prompts", placed(facts, folder), "-o", placed(output, folder))
+    Manifest(folder).finish("prompts", inputs, [output], n_prompts=counts, commands=made_by)
     return prompts
 
 

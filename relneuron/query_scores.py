@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ops.logprob_gain import TopGains
-from relneuron.residual_layers import QUERY_KEYS, ResidualLayer, ResidualModel
+from relneuron.residual_layers import QUERY_KEYS, ResidualModel
 from relneuron.trace import Trace
 
 UNIT_KINDS = ("attention", "ffn")
@@ -28,6 +28,7 @@ class QueryScores:
 
     layer: Tensor  # (E, 2 L + 1)
     ffn_neuron: Tensor  # (E, L, F)
+    coefficient: Tensor  # (E, L, F): m^l_n where the units read it, mean over them; 0 without one
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def query_scores(
     kind: str = "attention",
     n_units: int = 30,
     key: str = "gate",
+    center_keys: bool = True,
 ) -> QueryScores:
     """Q[c] = sum over value units of Imp(unit) * <c, q (.) g> / <h, q (.) g>, no absolute values.
 
@@ -70,8 +72,13 @@ def query_scores(
       the authors' Llama notebook has it), h = r^l at the last position; A^l is a component, too.
 
     FFN neuron n of layer l' < l is the component m^l'_n W_down^l'[:, n], its coefficient taken at
-    the unit's position. Under a LayerNorm components are centred, as the norm does. `units` are
-    `ValueScores.attention_top` or `ffn_top`, of which the first `n_units` of a sentence count.
+    the unit's position. `units` are `ValueScores.attention_top` or `ffn_top`, of which the first
+    `n_units` of a sentence count.
+
+    Under a LayerNorm what a unit reads is <h - mean(h), q (.) g>, so keys are centred: the shares
+    of what it really reads. The published GPT-2 notebook does not (methods B4 has no centring, and
+    its golden numbers come from that formula); `center_keys` False does as it does. Under an
+    RMSNorm both are the same.
 
     Returns float32 (float64 for a float64 model); the sums are float64. A unit that reads exactly
     nothing, <h, q (.) g> = 0, has no shares and counts as 0. Raises ValueError for another kind.
@@ -80,10 +87,11 @@ def query_scores(
         raise ValueError(
             f"query_scores: kind {kind!r} of {UNIT_KINDS}, key {key!r} of {QUERY_KEYS}"
         )
-    chosen = _read_units(residual, trace, units, kind, n_units, key)
+    chosen = _read_units(residual, trace, units, kind, n_units, key, center_keys)
     n_sentences, n_layers = len(trace.mask), len(residual.layers)
     layers = chosen.keys.new_zeros(n_sentences, 2 * n_layers + 1)
     neurons = chosen.keys.new_zeros(n_sentences, n_layers, residual.width)
+    coefficients = torch.zeros_like(neurons)
 
     def add(place: int, component: Tensor, readers: _Units) -> None:
         shares = (readers.read(component) * readers.keys).sum(1)
@@ -96,18 +104,29 @@ def query_scores(
         reads_attention = chosen.above(i - 1) if kind == "ffn" else above
         add(2 * i + 1, trace.attention[i], reads_attention)
         add(2 * i + 2, trace.ffn[i], above)
+        n_readers = above.sentence.bincount(minlength=n_sentences).clamp(min=1)[:, None]
         values, step = layer.ffn_values(), max(1, _SCRATCH // max(len(above.keys), residual.hidden))
         for start in range(0, residual.width if len(above.keys) else 0, step):
             some = slice(start, start + step)
             products = above.keys @ values[some].double().T
-            products *= above.read(trace.neurons[i][..., some])
+            written = above.read(trace.neurons[i][..., some])
+            coefficients[:, i, some].index_add_(
+                0, above.sentence, written / n_readers[above.sentence]
+            )
+            products *= written
             neurons[:, i, some].index_add_(0, above.sentence, products)
     dtype = residual.unembed.dtype
-    return QueryScores(layers.to(dtype), neurons.to(dtype))
+    return QueryScores(layers.to(dtype), neurons.to(dtype), coefficients.to(dtype))
 
 
 def _read_units(
-    residual: ResidualModel, trace: Trace, units: TopGains, kind: str, n_units: int, key: str
+    residual: ResidualModel,
+    trace: Trace,
+    units: TopGains,
+    kind: str,
+    n_units: int,
+    key: str,
+    center: bool,
 ) -> _Units:
     """The first `n_units` of each sentence with their keys, weighted by Imp / <h, key>."""
     gain, layer, index = (part[:, :n_units] for part in units)
@@ -123,21 +142,24 @@ def _read_units(
     chosen = _Units(sentence, layer, column, gain.new_zeros(len(gain), residual.hidden))
     for number in sorted(set(layer.tolist())):
         rows = (layer == number).nonzero()[:, 0]
-        keys = _keys(residual.layers[number], kind, unit[rows], key)
+        of, read = residual.layers[number], unit[rows]
+        keys = (
+            of.attention_keys(read, center=center)
+            if kind == "attention"
+            else of.ffn_keys(key, read, center=center)
+        )
         total = (chosen.at(rows).read(residuals[number]) * keys).sum(1)
         weight = torch.where(total == 0, 0.0, gain[rows] / total)
         chosen.keys[rows] = keys * weight[:, None]
     return chosen
 
 
-def _keys(layer: ResidualLayer, kind: str, unit: Tensor, key: str) -> Tensor:
-    return layer.attention_keys(unit) if kind == "attention" else layer.ffn_keys(key, unit)
-
-
 def promoted_tokens(
-    residual: ResidualModel, kind: str, layer: int, index: int, n: int = 10
+    residual: ResidualModel, kind: str, layer: int, index: int, n: int = 10, *, sign: int = 1
 ) -> list[tuple[int, float]]:
     """The `n` largest of unembed @ v for a neuron's value vector v, as (token id, logit).
+
+    With `sign` -1 the `n` least, which the neuron raises where its coefficient is negative.
 
     `kind` is `ffn_neuron` or `attention_neuron`; `index` of an attention neuron is the coordinate
     j d_h + k, or its flat index, position * H * d_h + coordinate. Of equal logits the lower token
@@ -149,5 +171,5 @@ def promoted_tokens(
     values = part.ffn_values() if kind == "ffn_neuron" else part.attention_values()
     place = index if kind == "ffn_neuron" else index % len(values)
     logits = residual.unembed @ values[place].to(residual.unembed.dtype)
-    order = logits.argsort(descending=True, stable=True)[:n]
+    order = (sign * logits).argsort(descending=True, stable=True)[:n]
     return list(zip(order.tolist(), logits[order].tolist(), strict=True))

@@ -29,6 +29,7 @@ from relneuron.artifact import (
     sha256,
     site_widths,
 )
+from relneuron.command import STUDY, command, loading, placed
 from relneuron.identity import tokenizer_digest
 from relneuron.manifest import (
     Journal,
@@ -350,6 +351,20 @@ def record(
             },
             fallbacks=fallbacks(described) + questions.notices,
         )
-        manifest.finish("record", inputs, [output, path, copy])
+        made_by = command(
+            "record",
+            *(name, placed(prompts_path, folder), "-o", STUDY),
+            pooling=pooling,
+            exclude_bos=exclude_bos,
+            accept_object_prefix=accept_object_prefix,
+            attention=attention,
+            batch_tokens=batch_tokens,
+            **loading(described),
+        )
+        # No command leaves out the validation of prompts that have objects.
+        is_asked = validate or not any(prompt.object for prompt in prompts)
+        manifest.finish(
+            "record", inputs, [output, path, copy], commands=made_by if is_asked else []
+        )
         journal.remove()
     return sum(correct) / len(correct) if validate else None

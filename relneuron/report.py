@@ -9,8 +9,6 @@ the same bytes.
 from __future__ import annotations
 
 import math
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.command import commands
 from relneuron.installed import need
 from relneuron.report_attribution_study import (
     ATTRIBUTION_INPUTS,
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 AnyStudy = Study | GroupStudy | AttributionStudy
 
 METHODS = {"ap": "average precision", "logprob_gain": "log-probability gain"}
-RUN = ("prompts", "record", "identify", "ablate")  # the stages whose options `run` takes
-DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise")  # of identify
 ORDER = (
     *("accuracy", "prompts", "drop", "interference", "perplexity"),
     *("sizes", "cumulativity", "sites", "layers", "scores", "overlap", "versatility", "concepts"),
@@ -233,102 +230,3 @@ def _change(drop: Spread) -> str:
     if text == percent(0):
         return "stays the same"
     return f"{'falls' if drop.mean > 0 else 'rises'} by {text}"
-
-
-def commands(manifest: Json) -> list[str]:
-    """The lines of a script that repeats the study, from the inputs each stage recorded."""
-    model, stages = manifest.get("model") or {}, manifest.get("stages", {})
-    name = str(model.get("id", "MODEL"))
-    options = {stage: entry.get("inputs", {}) for stage, entry in stages.items()}
-    if name == "relneuron demo":
-        # The demo model has no name that the other commands take.
-        taken = {key: options.get("identify", {}).get(key) for key in DEMO_OPTIONS}
-        asked = options.get("ablate", {})
-        taken |= {key: asked.get(key) for key in ("random_seeds", "analyses", "sizes")}
-        if taken["analyses"] == []:
-            taken["analyses"] = "main"  # without the option it makes more
-        lines = [_command(["demo", "-o", "STUDY"], taken)]
-    else:
-        loading = {key: model.get(key) for key in ("dtype", "revision")}
-        prompts, neurons = "STUDY/prompts.jsonl", "STUDY/neurons.json"
-        attributed = prompts if "record" in options else "PROMPTS"
-        beside = stages.get("identify_gains", {}).get("files", ["gain.json"])[-1]
-        fixed: dict[str, tuple[list[str], Json]] = {
-            "prompts": (["prompts", "FACTS_DIR", "-o", prompts], {}),
-            "count": (["count", name, *_texts(options.get("count", {})), "-o", "STUDY"], loading),
-            "record": (["record", name, prompts, "-o", "STUDY"], loading),
-            "attribute": (
-                ["attribute", name, attributed, "-o", "STUDY", *_comparing(options)],
-                loading,
-            ),
-            "identify": (["identify", "STUDY", "-o", neurons], {}),
-            "identify_gains": (["identify", "STUDY", "-o", f"STUDY/{beside}"], {}),
-            "ablate": (["ablate", name, neurons, prompts, "-o", "STUDY/effects.csv"], loading),
-            "nll": (
-                ["nll", name, neurons, *_texts(options.get("nll", {})), "-o", "STUDY"],
-                loading,
-            ),
-        }
-        lines = []
-        if _is_run(options):
-            taken = {key: value for stage in RUN for key, value in options.get(stage, {}).items()}
-            dropped = manifest.get("files", {}).get("responses.safetensors", {}).get("dropped")
-            taken |= {"drop_responses": bool(dropped), "prompts": None, "neurons": None}
-            lines = [
-                _command(["run", name, "--facts", "FACTS_DIR", "-o", "STUDY"], taken | loading)
-            ]
-            fixed = {stage: fixed[stage] for stage in ("attribute", "identify_gains")}
-        lines += [
-            _command(words, {**_packed(options[stage]), **more})
-            for stage, (words, more) in fixed.items()
-            # Prompts of no facts were made within another study.
-            if stage in options and (stage != "prompts" or "facts" in options[stage])
-        ]
-    return "\n".join([*lines, "relneuron report STUDY -o report.html"]).split("\n")
-
-
-def _is_run(options: Json) -> bool:
-    """Whether sets were switched off that only `run` makes: of concepts, or by gain as many."""
-    beside = options.get("ablate", {}).get("beside", {})
-    made = {name for name in beside if name.endswith("/neurons.json")}
-    return bool(made) and "facts" in options.get("prompts", {})
-
-
-def _comparing(options: Json) -> list[str]:
-    return ["--no-compare"] if options.get("attribute", {}).get("compare") is False else []
-
-
-def _texts(inputs: Json) -> list[str]:
-    """The corpus of a stage as its arguments: names of groups and files, without folders."""
-    sources = inputs.get("sources", {})
-    found = []
-    for source in sources.values() if isinstance(sources, dict) else sources:
-        group = source.get("group")
-        for file in source.get("files", ()):
-            name = str(file.get("name")) if isinstance(file, dict) else str(file)
-            found.append(f"{group}={name}" if group else name)
-    return found or ["GROUP=TEXT..."]
-
-
-def _packed(inputs: Json) -> Json:
-    """The options of a stage, with those of its windows among them."""
-    packing = inputs.get("packing")
-    if not isinstance(packing, dict):
-        return inputs
-    kept = {key: packing.get(key) for key in ("window", "bos", "max_tokens")}
-    # The sources stand among the words of the command.
-    return {**inputs, "packing": packing.get("mode"), **kept, "sources": None}
-
-
-def _command(words: list[str], options: Json) -> str:
-    line = shlex.join(["relneuron", *words])
-    for key, value in options.items():
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        # What a stage was made from stands there too, by its digest: that is no option.
-        is_digest = isinstance(value, dict) or re.fullmatch("[0-9a-f]{64}", text)
-        if value is None or value is False or value == [] or is_digest:
-            continue
-        line += " \\\n    " + shlex.join(
-            ["--" + key.replace("_", "-"), text][: 1 if value is True else 2]
-        )
-    return line

@@ -87,10 +87,14 @@ def prompts(study: Study, results: Results) -> Section:
     seen = [f"Mean drop on {names[0]}: {percent(drops[0])}."]
     if np.isfinite(drops[1:]).any():
         least, most = 1 + np.nanargmin(drops[1:]), 1 + np.nanargmax(drops[1:])
-        seen.append(
-            f"Asked otherwise, from {percent(drops[least])} ({names[least]}) to "
-            f"{percent(drops[most])} ({names[most]})."
-        )
+        if percent(drops[least]) == percent(drops[most]):
+            which = f" ({names[least]})" if len(names) == 2 else ""
+            seen.append(f"Asked otherwise: {percent(drops[least])}{which}.")
+        else:
+            seen.append(
+                f"Asked otherwise, from {percent(drops[least])} ({names[least]}) to "
+                f"{percent(drops[most])} ({names[most]})."
+            )
     everything = study.tables["accuracy"]
     others = [result.split for result in results[1:]]
     return Section(

@@ -44,7 +44,8 @@ def facts(study: AttributionStudy) -> str:
     if study.sums.query_layers or "query_ffn_neuron" in study.sums.by_layer:
         is_ffn = study.asked.get("query_of") == "ffn"
         key = f" by their {study.asked.get('key')} key" if is_ffn else ""
-        found.append(f"query of {'FFN' if is_ffn else 'attention'} neurons{key}")
+        raw = ", keys not centred" if study.asked.get("center_keys") is False else ""
+        found.append(f"query of {'FFN' if is_ffn else 'attention'} neurons{key}{raw}")
     return " · ".join(found)
 
 

@@ -281,8 +281,8 @@ def neurons(study: AttributionStudy, tables: Tables) -> list[Section]:
             f"The FFN neuron that most sentences of a relation share is {row[2]}, among the best "
             f"{BEST} of {percent(float(row[4]))} of those of “{short(str(row[0]))}”."
         )
-        if row[6]:
-            seen.append(f"It promotes {row[6]}.")
+        if row[7]:
+            seen.append(f"It raises {row[7]}.")
     return [
         Section(
             "neurons",
@@ -291,9 +291,12 @@ def neurons(study: AttributionStudy, tables: Tables) -> list[Section]:
             seen,
             f"The {SHOWN} neurons of each relation that are among the best {BEST} of most of its "
             "sentences; score: mean over these sentences (value neurons: nats). An attention "
-            "neuron is a coordinate of a head, at any position. promotes: the tokens with the "
-            "largest logits of the neuron's value vector, the largest first; a neuron with a "
-            "negative activation suppresses them.",
+            "neuron is a coordinate of a head, at any position. coefficient: what its value "
+            "vector is multiplied with, mean over such sentences of all relations; raises, lowers: "
+            "the "
+            "tokens whose logits that raises and lowers most, the first one most. With a negative "
+            "coefficient it raises what its value vector suppresses. Of a query neuron: where the "
+            "value neurons read it.",
             tables=shown,
             most=SHOWN * max(2, len(study.relations)),
             open=1,
@@ -351,7 +354,7 @@ def sides(study: AttributionStudy, tables: Tables) -> list[Section]:
 
 def answers(study: AttributionStudy, tables: Tables) -> list[Section]:
     table = tables["answers"]
-    several = int(floats(table, "answers of several tokens").sum())
+    several = int(floats(table, "answers_of_several_tokens").sum())
     kept = sum(target.kept for target in study.targets)
     seen = [
         f"{n_of(len(study.targets), 'sentence')}, {kept:,} of them known: the answer is among the "

@@ -44,11 +44,16 @@ MOST_HEADS = 1 << 16  # no layer has so many heads, nor a head so many coordinat
 Unit = tuple[str, int, int, int]  # kind, layer, head (-1: none), index
 
 
-class Token(NamedTuple):
-    """A token that a neuron's value vector promotes, and the logit it adds per unit of it."""
+class Promoted(NamedTuple):
+    """What a neuron does to tokens: those that it raises and lowers most, the first one most.
 
-    text: str
-    logit: float
+    Its mean coefficient, and the share of sentences where that is negative.
+    """
+
+    coefficient: float
+    negative: float
+    raised: list[str]
+    lowered: list[str]
 
 
 class Condition(NamedTuple):
@@ -94,7 +99,7 @@ class AttributionStudy:
     model: Json  # layers and width at least
     targets: list[Target]
     sums: Sums
-    promoted: dict[Unit, list[Token]]
+    promoted: dict[Unit, Promoted]
     conditions: list[Condition]
 
     @cached_property
@@ -250,14 +255,16 @@ def _place(row: Mapping[str, str], name: str, end: int) -> int:
     return place
 
 
-def read_promoted(path: Path) -> dict[Unit, list[Token]]:
-    """The tokens that units promote, the most promoted first."""
-    found: dict[Unit, list[tuple[int, Token]]] = {}
-    for row in read_csv(path, PROMOTED_COLUMNS) if path.exists() else ():
+def read_promoted(path: Path) -> dict[Unit, Promoted]:
+    """What each unit of promoted.csv raises and lowers."""
+    rows = list(read_csv(path, PROMOTED_COLUMNS)) if path.exists() else []
+    found: dict[Unit, Promoted] = {}
+    for row in sorted(rows, key=lambda row: int(row["place"])):
         unit = (row["kind"], int(row["layer"]), int(row["head"] or -1), int(row["index"]))
-        token = Token(row["token"], float(row["logit"]))
-        found.setdefault(unit, []).append((int(row["place"]), token))
-    return {unit: [token for _, token in sorted(rows)] for unit, rows in found.items()}
+        numbers = float(row["coefficient"]), float(row["negative"])
+        one = found.setdefault(unit, Promoted(*numbers, [], []))
+        (one.raised if row["acts"] == "1" else one.lowered).append(row["token"])
+    return found
 
 
 def read_conditions(path: Path) -> list[Condition]:

@@ -8,7 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.report_attribution_study import LAYERS, NEURONS, AttributionStudy, Unit
+from relneuron.report_attribution_study import (
+    LAYERS,
+    NEURONS,
+    AttributionStudy,
+    Promoted,
+    Unit,
+)
 from relneuron.results import Array
 from relneuron.tables import Cell, Share, Table
 
@@ -19,6 +25,7 @@ TITLES = {
     "attention_neuron": "Attention value neurons",
     "query_ffn_neuron": "FFN query neurons",
 }
+UNKNOWN = Promoted(float("nan"), float("nan"), [], [])
 DROPS = ("mrr_drop", "prob_drop", "logprob_drop")
 
 
@@ -47,7 +54,7 @@ def answers_table(study: AttributionStudy) -> Table:
         prob, logprob = (float(np.mean([getattr(t, n) for t in own])) for n in ("prob", "logprob"))
         kept = sum(target.kept for target in own)
         rows.append([relation, len(own), kept, several, mrr, Share(prob), logprob])
-    columns = ["relation", "sentences", "known", "answers of several tokens"]
+    columns = ["relation", "sentences", "known", "answers_of_several_tokens"]
     return Table("Sentences and answers", [*columns, "mrr", "prob", "logprob"], rows)
 
 
@@ -119,12 +126,16 @@ def neuron_table(study: AttributionStudy, kind: str) -> Table:
         best = sorted(found, key=lambda one: (-one[0], -one[1], one[2]))[:SHOWN]
         for rank, (times, score, unit) in enumerate(best, 1):
             share = Share(times / study.n_sentences[r])
-            tokens = " ".join(
-                f"“{token.text.strip() or token.text}”" for token in study.promoted.get(unit, ())
-            )
-            rows.append([relation, rank, unit_name(unit), times, share, score, tokens])
-    columns = ["relation", "rank", "neuron", "sentences", "share", "score", "promotes"]
+            about = study.promoted.get(unit, UNKNOWN)
+            rows.append([relation, rank, unit_name(unit), times, share, score, about.coefficient])
+            rows[-1] += [quoted(about.raised), quoted(about.lowered)]
+    columns = ["relation", "rank", "neuron", "sentences", "share", "score", "coefficient"]
+    columns += ["raises", "lowers"]
     return Table(f"{TITLES[kind]} that are among the best of most sentences", columns, rows)
+
+
+def quoted(tokens: list[str]) -> str:
+    return " ".join(f"“{token.strip() or token}”" for token in tokens)
 
 
 def top_layers_table(study: AttributionStudy) -> Table:

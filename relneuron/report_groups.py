@@ -115,7 +115,8 @@ def tiles(study: GroupStudy) -> list[tuple[str, str, str]]:
     )
     for title, cells in kinds:
         if np.isfinite((over := rise(cells)).mean):
-            span = f"{nats(over.low)} to {nats(over.high)} over {n_of(len(cells), 'cell')}"
+            span = " to ".join(dict.fromkeys(map(nats, (over.low, over.high))))
+            span += f" over {n_of(len(cells), 'cell')}"
             found.append((f"{title}, nats", nats(over.mean), span))
     return found
 

@@ -14,7 +14,7 @@ from relneuron import figures
 from relneuron import figures_analyses as draw
 from relneuron import figures_groups as draw_groups
 from relneuron.analyses.neurons import VERSATILITY
-from relneuron.figures import SURE, ends, floats, short
+from relneuron.figures import MOST, SURE, ends, every, floats, short
 from relneuron.report_groups_study import GroupStudy, NllCell, rise
 from relneuron.report_groups_tables import layer_counts, neuron_table
 from relneuron.report_parts import Section, n_of
@@ -49,6 +49,24 @@ def threshold(study: GroupStudy) -> str:
     asked = study.manifest["stages"].get("count", {}).get("inputs", {})
     value = asked.get("threshold", study.manifest.get("threshold"))
     return f", active above {value:g}" if isinstance(value, int | float) else ""
+
+
+def thinned(n: int) -> str:
+    """What a picture of n rows leaves out, for the words below it; nothing where it has room."""
+    if n <= MOST:
+        return ""
+    return (
+        f" Of {n:,} rows there is room for the colours, and for the name of every "
+        f"{every(n)}{'nd' if every(n) == 2 else 'rd' if every(n) == 3 else 'th'}; the table has "
+        "every number."
+    )
+
+
+def greatest(table: Table, name: str, n: int) -> Table:
+    """The n rows with the greatest numbers in a column, in the table's order."""
+    values = floats(table, name)
+    order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+    return table._replace(rows=[table.rows[i] for i in sorted(order[:n].tolist())])
 
 
 # Sections
@@ -127,7 +145,7 @@ def layers(study: GroupStudy, tables: Tables) -> list[Section]:
             "In which layers are the neurons of a group?",
             seen,
             "Bars: neurons of any group, each once. Squares: one group; the colour goes with the "
-            "square root of the number.",
+            f"square root of the number.{thinned(len(study.sets))}",
             [draw_groups.group_layers_plot(count, distinct, list(study.sets))],
             [("layers", tables["layers"])],
         )
@@ -165,7 +183,7 @@ def shared(study: GroupStudy, tables: Tables) -> list[Section]:
             "First: neurons that two groups have in common; the frames hold the sizes of the sets; "
             "bold: more than two random sets would share (hypergeometric test, q ≤ "
             f"{SURE}). Second: the same in % of the neurons in either (Jaccard index). Last: "
-            "chosen neurons by the number of groups they are in.",
+            f"chosen neurons by the number of groups they are in.{thinned(len(study.sets))}",
             plots,
             [("overlap", pairs), ("multiplicity", times)],
         )
@@ -188,7 +206,12 @@ def nll(study: GroupStudy, tables: Tables) -> list[Section]:
         seen.append(f"{n_of(broken, 'cell')} without a finite NLL: left out of the means.")
     if not any(np.isfinite(cell.p_value) for cell in study.cells):
         seen.append("No windows belong to these numbers, so nothing says how sure they are.")
-    drawings = [draw_groups.rises_plot(rises)] if rises.rows else []
+    drawn = greatest(rises, "own", MOST)
+    if len(drawn.rows) < len(rises.rows):
+        seen.append(
+            f"Drawn one by one: the {MOST} of {len(rises.rows):,} sets whose own text rises most."
+        )
+    drawings = [draw_groups.rises_plot(drawn)] if drawn.rows else []
     if any(np.isfinite(cell.rise) for cell in study.cells):
         drawings.append(draw_groups.rise_heatmap(table.where("is_clean", 0), SURE))
     return [
@@ -201,7 +224,7 @@ def nll(study: GroupStudy, tables: Tables) -> list[Section]:
             "with the model as it is, in nats per token; ± its standard error. Matrix: a row is "
             "the set that was off, a column the text; frames: a group's own text. Bold: beyond "
             "chance (Wilcoxon's signed-rank test over windows, which count as independent; "
-            f"Benjamini–Hochberg over the matrix, q ≤ {SURE}).",
+            f"Benjamini–Hochberg over the matrix, q ≤ {SURE}).{thinned(len(study.groups))}",
             drawings,
             [(name, tables[name]) for name in ("clean", "rises", "nll")],
             open=1,
@@ -211,10 +234,9 @@ def nll(study: GroupStudy, tables: Tables) -> list[Section]:
 
 def _risen(text: str, cells: Sequence[NllCell]) -> str:
     found = rise(cells)
-    said = (
-        f"The NLL of the text of {text} {changed(found.mean)} on average, from {nats(found.low)} "
-        f"to {nats(found.high)}"
-    )
+    said = f"The NLL of the text of {text} {changed(found.mean)}"
+    if nats(found.low) != nats(found.high):
+        said += f" on average, from {nats(found.low)} to {nats(found.high)}"
     if not any(np.isfinite(cell.p_value) for cell in cells):
         return f"{said}."
     sure = [cell.rise for cell in cells if cell.q_value <= SURE]
@@ -228,7 +250,11 @@ def neurons(study: GroupStudy, _: Tables) -> list[Section]:
     filled = [name for name, chosen in study.sets.items() if chosen]
     if not filled:
         return []
-    n_columns = len(neuron_table(study, [], "").columns)
+    n_filled = len(filled)
+    if n_filled > MOST:
+        largest = sorted(filled, key=lambda name: -len(study.sets[name]))[:MOST]
+        filled = [name for name in filled if name in largest]
+    n_columns = len(neuron_table(study, [], "", SHOWN).columns)
     most = max(SHOWN, MOST_CELLS // (n_columns * len(filled)))
     seen = [f"The first {SHOWN} of each group; the file beside them has more."]
     if (longest := max(map(len, study.sets.values()))) > most:
@@ -236,6 +262,8 @@ def neurons(study: GroupStudy, _: Tables) -> list[Section]:
             f"The first {SHOWN} of each group; the file beside them has the best {most:,} (the "
             f"longest set has {longest:,}), analyses/neurons.csv all."
         ]
+    if n_filled > MOST:
+        seen.append(f"Shown: the {MOST} largest of {n_filled:,} sets; all in analyses/neurons.csv.")
     best = [
         (f"neurons.{place:02d}", neuron_table(study, [name], f"best of “{short(name)}”", most))
         for place, name in enumerate(filled, 1)
@@ -248,7 +276,8 @@ def neurons(study: GroupStudy, _: Tables) -> list[Section]:
             "How often are they active in each group?",
             seen,
             f"score: {score}; groups: in how many sets it is; p(group): the share of the group's "
-            "tokens that it is active at.",
+            "tokens that it is active at; of many groups its own, and the other one with the "
+            "highest share.",
             tables=best,
             most=SHOWN,
             open=1,

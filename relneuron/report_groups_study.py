@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from relneuron.analyses.uncertainty import NAN, q_values, signed_rank
+from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
 from relneuron.artifact import (
     Json,
     Neuron,
@@ -37,6 +37,7 @@ GROUP_INPUTS = (
     *("manifest.json", NAME, "neurons.json", "scores.safetensors", "nll.csv", "nll_windows.csv"),
 )
 CLEAN = "clean"
+UNTESTED: Array = np.empty(0)
 NLL = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
 WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
 
@@ -147,6 +148,15 @@ class GroupStudy:
 
     # Rises: a set without neurons changes nothing and is left out of every mean.
 
+    @cached_property
+    def off_by_mask(self) -> dict[str, list[NllCell]]:
+        """The cells of every mask that is a set with neurons."""
+        found: dict[str, list[NllCell]] = {}
+        for cell in self.cells:
+            if self.is_set(cell):
+                found.setdefault(cell.mask, []).append(cell)
+        return found
+
     def is_random(self, cell: NllCell) -> bool:
         return cell.mask.startswith("random.") and cell.mask not in self.sets
 
@@ -155,15 +165,15 @@ class GroupStudy:
             return False
         return self.neurons is None or bool(self.sets.get(cell.mask))
 
-    @property
+    @cached_property
     def own(self) -> list[NllCell]:
-        return [cell for cell in self.cells if self.is_set(cell) and cell.mask == cell.group]
+        return [c for cells in self.off_by_mask.values() for c in cells if c.mask == c.group]
 
-    @property
+    @cached_property
     def others(self) -> list[NllCell]:
-        return [cell for cell in self.cells if self.is_set(cell) and cell.mask != cell.group]
+        return [c for cells in self.off_by_mask.values() for c in cells if c.mask != c.group]
 
-    @property
+    @cached_property
     def random(self) -> list[NllCell]:
         return [cell for cell in self.cells if self.is_random(cell)]
 
@@ -328,9 +338,15 @@ def read_nll(path: Path, windows: Path | None) -> list[NllCell]:
         raise ValueError(f"{path.name} holds a mask and a group twice")
     clean = {cell.group: cell for cell in cells if cell.mask == CLEAN}
     pairs = read_windows(windows) if windows else {}
-    found = [cell if cell.mask == CLEAN else _risen(cell, clean, pairs) for cell in cells]
+    found, samples = [], []
+    for cell in cells:
+        risen, differences = (cell, UNTESTED) if cell.mask == CLEAN else _risen(cell, clean, pairs)
+        found.append(risen)
+        samples.append(differences)
     if pairs:
         _check_means(cells, pairs)
+    p = signed_rank_ps(samples)
+    found = [cell._replace(p_value=value) for cell, value in zip(found, p, strict=True)]
     q = q_values([cell.p_value for cell in found]).tolist()
     return [cell._replace(q_value=value) for cell, value in zip(found, q, strict=True)]
 
@@ -354,17 +370,17 @@ def _check_means(cells: Sequence[NllCell], pairs: Windows) -> None:
             raise ValueError(f"nll_windows.csv has another mean for {cell.mask}, {cell.group}")
 
 
-def _risen(cell: NllCell, clean: Mapping[str, NllCell], pairs: Windows) -> NllCell:
+def _risen(cell: NllCell, clean: Mapping[str, NllCell], pairs: Windows) -> tuple[NllCell, Array]:
+    """The cell with its rise, and the differences of its windows that are to be tested."""
     if not pairs:
         before = clean[cell.group].nll if cell.group in clean else NAN
-        return cell._replace(rise=cell.nll - before)
+        return cell._replace(rise=cell.nll - before), UNTESTED
     off, before_of = pairs.get(cell[:2], {}), pairs.get((CLEAN, cell.group), {})
     if off.keys() != before_of.keys():
         raise ValueError(f"{cell.mask}, {cell.group}: other windows than clean has")
     difference = np.array([off[window] - before_of[window] for window in before_of])
     n = difference.size
     if not n or not np.isfinite(difference).all():
-        return cell
+        return cell, UNTESTED
     error = float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else NAN
-    p = signed_rank(difference)[1]
-    return cell._replace(rise=float(difference.mean()), rise_se=error, p_value=p)
+    return cell._replace(rise=float(difference.mean()), rise_se=error), difference

@@ -19,6 +19,7 @@ from relneuron.tables import Cell, Share, Table
 
 BINS = 60
 DIGITS = 6  # of a probability in a table of the page
+MANY = 40  # groups with a column each in it
 
 
 def group_tables(study: GroupStudy) -> dict[str, Table]:
@@ -80,7 +81,7 @@ def histogram(title: str, parts: dict[str, Array], low: float, high: float) -> T
 
 def layer_table(study: GroupStudy) -> Table:
     count, _ = layer_counts(study)
-    columns = ["group", "all layers", *(f"layer {i}" for i in range(study.n_layers))]
+    columns = ["group", "all_layers", *(f"layer_{i}" for i in range(study.n_layers))]
     rows: list[list[Cell]] = [
         [name, sum(row), *row] for name, row in zip(study.sets, count.tolist(), strict=True)
     ]
@@ -119,10 +120,9 @@ def clean_table(study: GroupStudy) -> Table:
 def rises_table(study: GroupStudy) -> Table:
     """For each set that has neurons: the rise of its own text, and of the others'."""
     own = {cell.mask: cell for cell in study.own}
-    masks = dict.fromkeys(cell.mask for cell in study.cells if study.is_set(cell))
     rows: list[list[Cell]] = []
-    for mask in masks:
-        others = rise([cell for cell in study.others if cell.mask == mask])
+    for mask, cells in study.off_by_mask.items():
+        others = rise([cell for cell in cells if cell.group != mask])
         mine = [own[mask].rise, own[mask].rise_se] if mask in own else [np.nan, np.nan]
         rows.append([mask, *mine, *others])
     columns = ["set", "own", "own_se", "others", "others_low", "others_high"]
@@ -141,11 +141,16 @@ def neuron_table(
 ) -> Table:
     """The neurons of some sets, best first, with their probability in each group that is known.
 
-    Up to `most` of each, then with probabilities to 6 significant digits.
+    Up to `most` of each, then with probabilities to 6 significant digits, and of more than
+    MANY groups only the own one's and the highest of the others.
     """
     activity = study.activity
     columns = ["group", "rank", "neuron", "score", "n_groups"]
-    columns += [f"p({name})" for name in activity.groups] if activity else []
+    is_short = most is not None and activity is not None and len(activity.groups) > MANY
+    if is_short:
+        columns += ["p(own)", "other", "p(other)"]
+    elif activity:
+        columns += [f"p({name})" for name in activity.groups]
     rows: list[list[Cell]] = []
     for name in names:
         score = {tuple(row[:3]): row[3] for row in reversed(study.neurons.sets[name])}  # type: ignore[union-attr]
@@ -153,12 +158,27 @@ def neuron_table(
             layer, site, index = neuron
             row: list[Any] = [name, rank, f"L{layer}.{site}.{index}", score[neuron]]
             row.append(study.times[neuron])
-            for p in activity.probability[:, layer, index].tolist() if activity else []:
-                row.append(Share(p if most is None else f"{p:.{DIGITS}g}"))
+            found = activity.probability[:, layer, index].tolist() if activity else []
+            if most is not None:
+                found = [float(f"{p:.{DIGITS}g}") for p in found]
+            if is_short and activity:
+                row += _own_and_other(found, activity.groups, name)
+            else:
+                row += map(Share, found)
             rows.append(row)
     # A table of one group need not name it.
     start = 0 if most is None else 1
     return Table(f"Neurons, {title}", columns[start:], [row[start:] for row in rows])
+
+
+def _own_and_other(found: Sequence[float], groups: Sequence[str], own: str) -> list[Cell]:
+    """A neuron's probability in its own group, and the other group with the highest one."""
+    by_group = dict(zip(groups, found, strict=True))
+    mine = by_group.pop(own, np.nan)
+    other = max(
+        by_group, key=lambda name: -1.0 if by_group[name] != by_group[name] else by_group[name]
+    )
+    return [Share(mine), other, Share(by_group[other])]
 
 
 def groups_table(study: GroupStudy) -> Table:
@@ -176,5 +196,5 @@ def groups_table(study: GroupStudy) -> Table:
         rows.append(
             [name, tokens.get(name, np.nan), study.dropped.get(name, np.nan), *sizes, *ends]
         )
-    columns = ["group", "tokens", "dropped tokens", "neurons", "in no other set"]
-    return Table("Groups", [*columns, "best score", "last score"], rows)
+    columns = ["group", "tokens", "dropped_tokens", "neurons", "in_no_other_set"]
+    return Table("Groups", [*columns, "best_score", "last_score"], rows)

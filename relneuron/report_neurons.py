@@ -158,7 +158,7 @@ def concepts(study: Study, _: Results) -> Section:
 def layer_table(
     names: Sequence[str], count: NDArray[np.int64], sites: Sequence[str] = SITES
 ) -> Table:
-    columns = ["relation", "site", "all layers", *(f"layer {i}" for i in range(count.shape[2]))]
+    columns = ["relation", "site", "all_layers", *(f"layer_{i}" for i in range(count.shape[2]))]
     rows = [
         [name, site, sum(row), *row]
         for name, by_site in zip(names, count.tolist(), strict=True)
@@ -170,8 +170,8 @@ def layer_table(
 def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
     """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
     columns = [
-        *("relation", "prompts", "answered right", "neurons", *site_widths(study.neurons.model)),
-        *("best score", "score at cut", "ties at cut", "perfect"),
+        *("relation", "prompts", "answered_right", "neurons", *site_widths(study.neurons.model)),
+        *("best_score", "score_at_cut", "ties_at_cut", "perfect"),
     ]
     rows: list[list[Cell]] = []
     sets = study.neurons.sets.items()

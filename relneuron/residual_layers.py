@@ -102,24 +102,24 @@ class ResidualLayer:
         """(H * d_h, D): the value vector of each head's coordinates, a view of the weight."""
         return matrix(self.out).T
 
-    def ffn_keys(self, key: str, index: Tensor) -> Tensor:
+    def ffn_keys(self, key: str, index: Tensor, *, center: bool = True) -> Tensor:
         """(n, D) float64: the key q (.) gain of FFN neurons `index` (n,) int64, in methods B4.
 
         `key` is `gate`, `up` or `down` (the notebook's: the value vector). Of an MLP without a
-        gate both `gate` and `up` are the rows of its first map.
+        gate both `gate` and `up` are the rows of its first map. `center`: as the norm does.
         """
         if key not in QUERY_KEYS:
             raise RelneuronError(f"unknown key {key!r}", f"use {', '.join(QUERY_KEYS)}", 2)
         rows = {"gate": self.gate.matrix, "up": self.up.matrix, "down": self.ffn_values}[key]()
-        return _fold(rows[index], self.ffn_norm)
+        return _fold(rows[index], self.ffn_norm, center)
 
-    def attention_keys(self, index: Tensor) -> Tensor:
+    def attention_keys(self, index: Tensor, *, center: bool = True) -> Tensor:
         """(n, D) float64: the key q (.) gain of head coordinates `index` (n,) int64 in H * d_h."""
         rows = self.value.matrix()
         head_dim = matrix(self.out).shape[1] // self.n_heads
         group = self.n_heads * head_dim // len(rows)  # query heads that share one value head
         shared = index // (group * head_dim) * head_dim + index % head_dim
-        return _fold(rows[shared], self.attention_norm)
+        return _fold(rows[shared], self.attention_norm, center)
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,13 @@ class ResidualModel:
         return {"layers": len(self.layers), "width": self.width, "hidden": self.hidden}
 
 
-def _fold(rows: Tensor, norm: Norm) -> Tensor:
-    """Rows (n, D) times the norm's gain, centred where the norm centres, float64.
+def _fold(rows: Tensor, norm: Norm, center: bool = True) -> Tensor:
+    """Rows (n, D) times the norm's gain, centred where the norm centres (and `center`), float64.
 
     < x - mean(x), k > = < x, k - mean(k) >, so with a centred key no component needs centring.
     """
     keys = rows.double() * norm.gain.double()
-    return keys - keys.mean(-1, keepdim=True) if norm.centred else keys
+    return keys - keys.mean(-1, keepdim=True) if norm.centred and center else keys
 
 
 # --- finding them ----------------------------------------------------------------------------

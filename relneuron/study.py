@@ -27,6 +27,7 @@ from relneuron.artifact import (
 from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.clock import Clock
+from relneuron.command import IN_WHOLE, STUDY, command, placed
 from relneuron.concepts import concept_study, concept_subjects
 from relneuron.conditions import check_names
 from relneuron.facts import Relation, read_relations, split_facts
@@ -71,6 +72,9 @@ from relneuron.report_groups_study import GROUP_INPUTS
 from relneuron.residual import read_residual_model
 from relneuron.results import INPUTS
 from relneuron.tokens import check_bos
+
+DEMO = "relneuron demo"  # what the bundled model is called
+DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise", "random_seeds", "sizes")
 
 
 @dataclass(frozen=True)
@@ -331,11 +335,41 @@ def run_study(
                 force=True,
                 quiet=quiet,
             )
+        _record_whole(folder, _whole(name, model_path, facts, folder, o))
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / "report.html", force=force, resume=True)
     say(f"study: {clock}")
     return report
+
+
+def _whole(
+    name: str, model_path: str, facts: Path, folder: Path, options: Options
+) -> list[list[str]]:
+    """The command of a study that its stages' own commands do not make; [] if they do.
+
+    The demo's model has no name that they take, and only `run` makes sets beside, or drops.
+    """
+    asked = asdict(options) | {"oom": None}  # changes no answer
+    if name == DEMO:
+        taken = {key: asked[key] for key in DEMO_OPTIONS} | {"analyses": options.analyses or "main"}
+        return command("demo", "-o", STUDY, **taken)
+    beside = Manifest(folder).data["stages"]["ablate"]["inputs"]["beside"]
+    if options.drop_responses or any(path.endswith("/neurons.json") for path in beside):
+        where = {"facts": placed(facts, folder)}
+        return command("run", model_path, "-o", STUDY, **where, **asked)
+    return []
+
+
+def _record_whole(folder: Path, whole: list[list[str]]) -> None:
+    """Have the stages of a whole study name the one command that makes them."""
+    manifest = Manifest(folder)
+    entries = [manifest.data["stages"][stage] for stage in IN_WHOLE]
+    if whole and any(entry.get("commands") != whole for entry in entries):
+        for entry in entries:
+            entry["commands"] = whole
+        manifest.data["stages"].pop("report", None)  # which printed others
+        manifest.save()
 
 
 def gain_study(

@@ -23,6 +23,7 @@ NBSP = "\N{NO-BREAK SPACE}"
 HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after": "right after"}
 NAMES = ("relation", "off", "other", "concept", "group", "mask", "set")  # of sets and texts
 TESTS = ("p_value", "q_value")
+MOST_HELD = 60_000  # cells of a table whose file is within the page: about 1 MB
 RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 
 
@@ -103,6 +104,11 @@ class Table(NamedTuple):
         """The table as a csv file in full precision; no cell of text can act as a formula."""
         rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
         return csv_bytes(rows[0], rows[1:])
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a page may hold the csv file."""
+        return len(self.rows) * len(self.columns) <= MOST_HELD
 
     def uri(self) -> str:
         """The csv file as a link."""

@@ -218,15 +218,26 @@ def published_top(scores: Tensor, n_pad: Tensor, top: int) -> list[list[tuple[in
 
 
 def naive_query_scores(
-    model: Any, found: Trace, units: Any, *, kind: str, n_units: int, key: str
-) -> tuple[Tensor, Tensor]:
-    """Q of the components (E, 2 L + 1) and of the FFN neurons (E, L, F), float64, unit by unit."""
+    model: Any,
+    found: Trace,
+    units: Any,
+    *,
+    kind: str,
+    n_units: int,
+    key: str,
+    center: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q of the components (E, 2 L + 1) and of the FFN neurons (E, L, F), float64, unit by unit.
+
+    The last are the neurons' activations, mean over the units that read them.
+    """
     everything = weights_of(model)
     n_sentences = len(found.mask)
     layers = torch.zeros(n_sentences, 2 * N_LAYERS + 1, dtype=torch.float64)
     neurons = torch.zeros(n_sentences, N_LAYERS, WIDTH, dtype=torch.float64)
     centre: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    if hasattr(model, "transformer"):
+    read: dict[tuple[int, int, int], list[float]] = {}
+    if hasattr(model, "transformer") and center:
         centre = lambda x: x - x.mean(-1, keepdim=True)  # noqa: E731
     for e in range(n_sentences):
         for u in range(n_units):
@@ -253,7 +264,11 @@ def naive_query_scores(
                 for n in range(WIDTH):
                     v = found.neurons[i][e, p, n].double() * everything[i].w_down[n]
                     neurons[e, i, n] += imp * float(centre(v) @ q) / total
-    return layers, neurons
+                    read.setdefault((e, i, n), []).append(float(found.neurons[i][e, p, n]))
+    coefficients = torch.zeros_like(neurons)
+    for place, values in read.items():
+        coefficients[place] = sum(values) / len(values)
+    return layers, neurons, coefficients
 
 
 # --- a residual stream without a model -------------------------------------------------------

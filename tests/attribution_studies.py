@@ -136,10 +136,16 @@ def write_attribution(
             rows += score_rows(rng, name, r, set(kinds), top)
     (folder / "targets.csv").write_bytes(targets_bytes(targets))
     write_csv(folder / "attributions.csv", ATTRIBUTIONS, rows)
+    # What they raise is at the end that goes with the coefficient's sign.
     promoted = [
-        ["ffn_neuron", 3, "", index, place, f"{token}{place}", place, 5.0 - place]
-        for index in (*range(len(relations)), *range(10, 10 + len(relations)))
-        for place in range(1, 11)
+        *(
+            ["ffn_neuron", 3, "", index, c, share, end, int(acts)]
+            + [place, f"{token if acts else 'not'}{place}", place, sign * (5.0 - place)]
+            for index in (*range(len(relations)), *range(10, 10 + len(relations)))
+            for c, share in [(2.5, 0.0) if index < 10 else (-27.0, 0.75)]
+            for end, sign, acts in (("promoted", 1, c > 0), ("suppressed", -1, c < 0))
+            for place in range(1, 11)
+        )
     ]
     write_csv(folder / "promoted.csv", PROMOTED_COLUMNS, promoted)
     if compare:

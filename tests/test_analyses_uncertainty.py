@@ -18,6 +18,7 @@ from relneuron.analyses.outcomes import Outcomes
 from relneuron.analyses.uncertainty import (
     N_RESAMPLES,
     overlap_p,
+    overlap_ps,
     paired_bootstrap,
     percentile_interval,
     q_values,
@@ -25,6 +26,7 @@ from relneuron.analyses.uncertainty import (
     ratio_bootstrap,
     sign_flip_p,
     signed_rank,
+    signed_rank_ps,
     spearman,
     wilson_interval,
 )
@@ -213,3 +215,21 @@ def test_frequency_difference_of_the_method_s_vector() -> None:
     vector = vectors("relative_frequency_difference")
     groups = vector["group_a_resilient"], vector["group_b_sensitive"]
     assert relative_difference(*groups) == vector["diff"]
+
+
+def test_many_pairs_and_samples_at_once_are_as_one_by_one() -> None:
+    rng = np.random.default_rng(3)
+    pairs = rng.integers(0, 30, (200, 3))
+    pairs[:, 0] = np.minimum(pairs[:, 0], pairs[:, 1:].min(axis=1))
+    found = overlap_ps(pairs, 60)
+    expected = [
+        sum(math.comb(a, k) * math.comb(60 - a, b - k) for k in range(shared, min(a, b) + 1))
+        / math.comb(60, b)
+        for shared, a, b in pairs.tolist()
+    ]
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    samples = [rng.normal(0.2, 1, n) for n in (1, 2, 5, 12, 12, 13, 50, 50, 51, 80)]
+    samples += [np.round(sample) for sample in samples]  # ties and zeros
+    samples += [np.empty(0), np.zeros(4), np.array([1.0, np.nan])]
+    one_by_one = [signed_rank(sample)[1] for sample in samples]
+    assert signed_rank_ps(samples) == pytest.approx(one_by_one, rel=1e-12, nan_ok=True)

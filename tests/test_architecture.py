@@ -24,6 +24,7 @@ ALLOWED = {
     "testing": {"testing", "ops"},
     "artifact": set(),
     "installed": {"artifact"},
+    "command": {"artifact"},
     "manifest": {"artifact"},
     "scores": {"scores", "artifact", "ops"},
     "facts": {"artifact"},
@@ -46,20 +47,28 @@ ALLOWED = {
     "ablate_options": {"artifact", "conditions", "evaluate", "expertise", "identity", "manifest"}
     | {"model"},
     "counts": {"artifact"},
-    "corpus": {"artifact", "installed"},
+    "corpus": {"artifact", "command", "installed"},
     "corpus_read": {"artifact", "corpus"},
     "corpus_windows": {"artifact", "corpus", "corpus_read", "tokens"},
     "corpus_worker": {"artifact", "corpus", "corpus_windows"},
     "corpus_feed": {"artifact", "corpus", "corpus_windows", "corpus_worker"},
     "count_batches": {"artifact", "corpus_windows"},
     "count_checkpoint": {"artifact", "counts", "manifest"},
-    "count_options": {"artifact", "corpus", "corpus_windows", "counts", "identity", "manifest"}
+    "count_options": {
+        "artifact",
+        "command",
+        "corpus",
+        "corpus_windows",
+        "counts",
+        "identity",
+        "manifest",
+    }
     | {"model"},
     "count_pass": {"artifact", "count_batches", "counts", "model", "ops", "patch"},
     "count_ranks": {"counts"},
-    "merge": {"artifact", "counts", "manifest"},
+    "merge": {"artifact", "command", "counts", "manifest"},
     "lape_files": {"artifact", "counts"},
-    "lape_counts": {"artifact", "counts", "lape_files", "manifest"},
+    "lape_counts": {"artifact", "command", "counts", "lape_files", "manifest"},
     "steer": {"artifact", "counts", "manifest", "model", "patch"},
     "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "identity", "manifest"}
     | {"model", "patch", "predict", "steer", "tokens"},
@@ -78,7 +87,7 @@ ALLOWED = {
     "attribute_options": {"artifact", "identity", "installed", "model"},
     "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "targets"}
     | {"ops", "query_scores", "residual_layers", "tokens", "trace", "value_scores"},
-    "identify_gains": {"artifact", "attributions", "identify", "manifest", "scores"},
+    "identify_gains": {"artifact", "command", "attributions", "identify", "manifest", "scores"},
     "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
     "tables": {"artifact"},
     "results": {"artifact", "effects"},
@@ -116,7 +125,7 @@ ALLOWED = {
     "bench_plot": {"bench", "artifact"},
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
-    | {"artifact", "identity", "manifest", "facts", "model", "predict", "preview"}
+    | {"artifact", "command", "identity", "manifest", "facts", "model", "predict", "preview"}
     | {"results", "tokens"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
@@ -147,7 +156,18 @@ ALLOWED = {
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
-        {"ops", "artifact", "installed", "manifest", "facts", "model", "patch", "predict", "scores"}
+        {
+            "ops",
+            "artifact",
+            "command",
+            "installed",
+            "manifest",
+            "facts",
+            "model",
+            "patch",
+            "predict",
+            "scores",
+        }
         | {"identity", "results", "tables", "sentences"}
         | {"report_analyses", "report_neurons", "report_parts", "report_study"}
         | {"effects", "conditions", "evaluate", "ablate_options"}

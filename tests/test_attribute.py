@@ -172,7 +172,7 @@ def test_query_scores_are_those_of_the_formulas(
             torch.tensor([[int(u["layer"]) for u in units]]),
             torch.tensor([index]),
         )
-        layers, neurons = naive_query_scores(
+        layers, neurons, _ = naive_query_scores(
             run.model, found, top, kind=query_of, n_units=OPTIONS.query_units, key="up"
         )
         check_rows(rows[name, "query_layer"], layers[0].numpy(), 2 * N_LAYERS + 1)
@@ -204,12 +204,28 @@ def test_other_norms(run: Attributed, tmp_path: Path, how: dict[str, bool]) -> N
         check_rows(heads, expected["head"], N_LAYERS * N_HEADS)
 
 
-def test_promoted_tokens_are_those_of_the_value_vectors(run: Attributed) -> None:
+def coefficient_of(traced: Any, kind: str, e: int, row: dict[str, str]) -> float:
+    """What a value neuron's vector is multiplied with in a sentence."""
+    layer, index = int(row["layer"]), int(row["index"])
+    if kind == "ffn_neuron":
+        return float(traced.neurons[layer][e, -1, index])
+    column = int(row["position"]) + int(traced.n_pad[e])
+    place = int(row["head"]) * HEAD_DIM + index
+    return float(traced.coefficients(layer)[e, column, place])
+
+
+def test_promoted_tokens_are_at_both_ends_of_the_value_vectors(run: Attributed) -> None:
+    traced = trace(read_residual_model(run.model), run.ids)
     rows = rows_by(run.folder / "out" / "promoted.csv", "kind", "layer", "head", "index")
     best: dict[tuple[str, str, str], dict[tuple[str, ...], list[float]]] = {}
+    coefficients: dict[tuple[str, ...], list[float]] = {}
     for row in read_attributions(run.folder / "out"):
         if row["kind"].endswith("neuron") and int(row["rank"]) <= 10:
             unit = tuple(row[name] for name in ("kind", "layer", "head", "index"))
+            if row["kind"] != "query_ffn_neuron":
+                e = run.names.index(row["id"])
+                found = coefficient_of(traced, row["kind"], e, row)
+                coefficients.setdefault(unit, []).append(found)
             relation = run.types[run.names.index(row["id"])]
             for kind in ("", relation):
                 sums = best.setdefault((row["kind"], kind, ""), {}).setdefault(unit, [0, 0.0])
@@ -223,17 +239,30 @@ def test_promoted_tokens_are_those_of_the_value_vectors(run: Attributed) -> None
     norm = run.model.transformer.ln_f if is_gpt2 else run.model.model.norm
     head = run.model.lm_head.weight.detach().double() * norm.weight.detach().double()
     weights = weights_of(run.model)
+    negative = 0
     for (kind, layer, j, index), tokens in rows.items():
         own = weights[int(layer)]
         place = int(index) + (int(j) * HEAD_DIM if j else 0)
         vector = (own.w_out if kind == "attention_neuron" else own.w_down)[place]
         logits = head @ (vector - vector.mean() if is_gpt2 else vector)
-        order = logits.argsort(descending=True)[:10].tolist()
+        order = logits.argsort(descending=True).tolist()
+        order = order[:10] + order[::-1][:10]
         assert [int(t["token_id"]) for t in tokens] == order
         assert [t["token"] for t in tokens] == [f"w{t}" for t in order]
-        assert [int(t["place"]) for t in tokens] == list(range(1, 11))
+        assert [int(t["place"]) for t in tokens] == 2 * list(range(1, 11))
+        assert [t["end"] for t in tokens] == ["promoted"] * 10 + ["suppressed"] * 10
+        mean = float(tokens[0]["coefficient"])
+        if kind != "query_ffn_neuron":
+            own_mean = np.array(coefficients[kind, layer, j, index])
+            assert mean == pytest.approx(own_mean.mean(), rel=1e-4, abs=1e-6)
+            assert float(tokens[0]["negative"]) == pytest.approx((own_mean < 0).mean())
+        negative += mean < 0
+        # What the neuron writes raises these most.
+        raised = (mean * logits).argsort(descending=True)[:10].tolist()
+        assert [int(t["token_id"]) for t in tokens if t["acts"] == "1"] == raised
         for token in tokens:
             assert abs(float(token["logit"]) - float(logits[int(token["token_id"])])) < 1e-4
+    assert 0 < negative < len(rows)
 
 
 # --- the comparison --------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_every_layer_is_found_by_structure(family_model: Any) -> None:
     assert [(mlp.layer, mlp.width, mlp.hidden) for mlp in mlps] == [(i, 48, 32) for i in range(3)]
 
 
+@pytest.mark.filterwarnings("ignore:ablate. no neuron")
 def test_nothing_off_is_bit_equal_in_the_reference_backend(family_model: Any) -> None:
     clean = logits(family_model)
     with relneuron.ablate(family_model, [], backend="reference"):
@@ -94,6 +95,7 @@ def test_masks_equal_edited_weights(family_model: Any, backend: str) -> None:
     assert torch.allclose(ours, logits(edited), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:ablate. no neuron")
 def test_a_condition_per_row_equals_one_condition_at_a_time(llama: Any) -> None:
     mlps = find_gated_mlps(llama)
     conditions: list[list[Any]] = [[], NEURONS, [(1, "down", 0), (0, "up", 1)], [(2, "gate", 7)]]

@@ -59,9 +59,9 @@ def test_scores_equal_a_loop_over_units_and_neurons(family: str, kind: str, key:
     top = values.attention_top if kind == "attention" else values.ffn_top
     for units in (top, later_units(found, kind)):
         ours = query_scores(residual, found, units, kind=kind, n_units=12, key=key)
-        layers, neurons = naive_query_scores(model, found, units, kind=kind, n_units=12, key=key)
+        naive = naive_query_scores(model, found, units, kind=kind, n_units=12, key=key)
         assert ours.layer.dtype == ours.ffn_neuron.dtype == torch.float32
-        for score, want in ((ours.layer, layers), (ours.ffn_neuron, neurons)):
+        for score, want in zip((ours.layer, ours.ffn_neuron, ours.coefficient), naive, strict=True):
             error = (score.double() - want).abs() / want.abs().clamp(min=1)
             assert float(error.max()) < 1e-5
             assert float(want.abs().max()) > 0.01
@@ -134,6 +134,23 @@ def test_other_kinds_and_keys_are_refused() -> None:
         residual.layers[0].ffn_keys("q", torch.tensor([0]))
 
 
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_are_centred_where_the_norm_is_unless_asked_not_to(family: str, kind: str) -> None:
+    """Not centred: <c, q (.) g> / <h, q (.) g> as methods B4 has it, of GPT-2's notebook."""
+    model, residual, found, _ = scored(family)
+    units = later_units(found, kind)
+    ours = query_scores(residual, found, units, kind=kind, n_units=12, center_keys=False)
+    layers, neurons, _ = naive_query_scores(
+        model, found, units, kind=kind, n_units=12, key="gate", center=False
+    )
+    for score, want in ((ours.layer, layers), (ours.ffn_neuron, neurons)):
+        error = (score.double() - want).abs() / want.abs().clamp(min=1)
+        assert float(error.max()) < 1e-5
+    centred = query_scores(residual, found, units, kind=kind, n_units=12)
+    assert torch.equal(centred.ffn_neuron, ours.ffn_neuron) == (family == "llama")
+
+
 # --- the published vector --------------------------------------------------------------------
 
 
@@ -179,9 +196,10 @@ def published_stream(kind: str) -> tuple[Any, Trace, TopGains]:
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-def test_published_vector(kind: str) -> None:
+@pytest.mark.parametrize("center_keys", [True, False])
+def test_published_vector(kind: str, center_keys: bool) -> None:
     residual, found, units = published_stream(kind)
-    ours = query_scores(residual, found, units, kind=kind)
+    ours = query_scores(residual, found, units, kind=kind, center_keys=center_keys)
     wanted = [-0.0008163265, 0.0163265306, 0.0326530612, -0.0081632653]
     wanted = torch.tensor(wanted, dtype=torch.float64)
     assert torch.allclose(ours.layer[0, :4], wanted, rtol=0, atol=1e-10)
@@ -214,6 +232,9 @@ def test_promoted_tokens_are_the_largest_logits_of_the_value_vector(family: str)
         found = promoted_tokens(residual, kind, 1, index)
         assert [token for token, _ in found] == want
         assert all(abs(logit - float(logits[token])) < 1e-5 for token, logit in found)
+        least = promoted_tokens(residual, kind, 1, index, sign=-1)
+        want = sorted(range(len(logits)), key=lambda token: float(logits[token]))[:10]
+        assert [token for token, _ in least] == want and least[0][1] < 0 < found[0][1]
     assert len(promoted_tokens(residual, "ffn_neuron", 0, 0, n=3)) == 3
     with pytest.raises(ValueError, match="no kind of neuron"):
         promoted_tokens(residual, "head", 0, 0)

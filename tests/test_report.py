@@ -22,7 +22,7 @@ import pytest
 from studies import PAYLOADS, RELATIONS, RIGHT, SETS, Page, write_study
 
 from relneuron.artifact import RelneuronError
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_neurons import neuron_table
 from relneuron.report_study import read_study
 from relneuron.tables import Table, visible
@@ -65,31 +65,6 @@ def test_downloads_hold_no_formula() -> None:
     assert cells == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "\\t=1", "' =1", "fine", 'quo"te,comma']
     # A negative number stays a number.
     assert rows[1][1:] == ["-12.5", "43500000000"]
-
-
-def test_commands_repeat_the_recorded_options() -> None:
-    stages = {
-        "prompts": {"inputs": {"facts": {"x": "0" * 64}, "seed": 0, "suffix": "? Answer:"}},
-        "record": {"inputs": {"prompts": "a" * 64, "exclude_bos": False, "pooling": "mean"}},
-        "identify": {"inputs": {"top": None, "negatives": 4}},
-        "ablate": {"inputs": {"splits": ["eva", "eva2"], "accept_object_prefix": True}},
-    }
-    lines = commands({"model": {"id": "a b; rm", "dtype": "float32"}, "stages": stages})
-    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
-        "relneuron prompts FACTS_DIR -o STUDY/prompts.jsonl --seed 0 --suffix '? Answer:'",
-        "relneuron record 'a b; rm' STUDY/prompts.jsonl -o STUDY --pooling mean --dtype float32",
-        "relneuron identify STUDY -o STUDY/neurons.json --negatives 4",
-        "relneuron ablate 'a b; rm' STUDY/neurons.json STUDY/prompts.jsonl -o STUDY/effects.csv "
-        "--splits eva,eva2 --accept-object-prefix --dtype float32",
-        "relneuron report STUDY -o report.html",
-    ]
-    demo = commands({"model": {"id": "relneuron demo"}, "stages": stages})
-    assert demo == ["relneuron demo -o STUDY", "relneuron report STUDY -o report.html"]
-    stages["identify"] = {"inputs": {"top": None, "fdr": 0.05, "noise": 900, "seed": 3}}
-    demo = commands({"model": {"id": "relneuron demo"}, "stages": stages})
-    assert re.sub(r" \\\n +", " ", "\n".join(demo)).startswith(
-        "relneuron demo -o STUDY --fdr 0.05 --noise 900\n"
-    )
 
 
 # Significance

@@ -12,6 +12,7 @@ import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from studies import (
     write_whole_study,
 )
 
+from relneuron import figures_analyses as draw
+from relneuron import report_analyses
 from relneuron.artifact import RelneuronError
 from relneuron.effects import conditions_bytes
 from relneuron.figures import drop_heatmap
@@ -331,3 +334,42 @@ def test_two_hundred_thousand_answers_make_a_small_page_soon(tmp_path: Path) -> 
     html = render(read_study(study))
     assert time.process_time() - begun < 8
     assert len(html.encode()) < 2_000_000
+
+
+def test_random_sets_that_help_have_room_in_the_picture() -> None:
+    rows = [["eva", 0.4, -0.1, -0.6], ["eva2", 0.3, 0.0, -0.2]]
+    table = Table("", ["split", "own_drop", "others_drop", "random_drop"], rows)
+    limits = []
+
+    def inline(fig: Any, *_: str) -> str:
+        limits.append(fig.axes[0].get_xlim())
+        return ""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "inline", inline)
+        draw.splits_plot(table)
+    assert limits == [(-60, 100)]
+
+
+@pytest.mark.parametrize(
+    ("drops", "said"),
+    [
+        ([0.5, 0.327], "Asked otherwise: 32.7 % (alternative templates)."),
+        ([0.5, 0.327, 0.1], "Asked otherwise, from 10.0 % (evaluation prompts, de) to 32.7 %"),
+        ([0.5, 0.2, 0.2], "Asked otherwise: 20.0 %."),
+    ],
+)
+def test_one_number_is_no_range(
+    drops: list[float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = ["eva", "eva2", "eva.de"][: len(drops)]
+    shares = zip(splits, map(Share, drops), strict=True)
+    rows = [[split, share, Share(0.0), Share(0.0)] for split, share in shares]
+    table = Table("", ["split", "own_drop", "others_drop", "random_drop"], rows)
+    monkeypatch.setattr(report_analyses, "splits_table", lambda results: table)
+    monkeypatch.setattr(report_analyses.figures, "accuracy_plots", lambda *_: [])
+    everything = Table("", ["split"], [])
+    study: Any = SimpleNamespace(tables={"accuracy": everything})
+    results: Any = [SimpleNamespace(split=split) for split in splits]
+    seen = report_analyses.prompts(study, results).seen
+    assert said in seen[1].replace("\N{NO-BREAK SPACE}", " ")

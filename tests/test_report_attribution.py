@@ -6,6 +6,7 @@ The folder is that of attribution_studies.py; no model is needed.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ from studies import PAYLOADS, Page
 
 from relneuron.artifact import RelneuronError
 from relneuron.attributions import table_bytes
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_attribution_study import is_attribution, read_attribution_study
 from relneuron.report_attribution_tables import attribution_tables
 from relneuron.tables import visible
@@ -98,7 +99,7 @@ def test_neurons_are_those_of_most_sentences(study: Path, kind: str) -> None:
         own = table.where("relation", relation)
         times = sorted((len(scores) for scores in found.values()), reverse=True)[:5]
         assert own.column("sentences") == times
-        for _, _, name, n, share, score, tokens in own.rows:
+        for _, _, name, n, share, score, coefficient, raises, lowers in own.rows:
             assert n == len(found[str(name)]) and share == float(n) / 6
             assert score == pytest.approx(np.mean(found[str(name)]))
             # Of these the fixture has promoted tokens.
@@ -106,8 +107,11 @@ def test_neurons_are_those_of_most_sentences(study: Path, kind: str) -> None:
             has_tokens = (
                 kind == "ffn_neuron" and layer == "3" and index in ("0", "1", "2", "10", "11", "12")
             )
-            assert bool(tokens) == has_tokens
-            assert not tokens or str(tokens).startswith("“Rome1” “Rome2”")
+            assert bool(raises) == bool(lowers) == math.isfinite(float(coefficient)) == has_tokens
+            if has_tokens:
+                assert str(raises).startswith("“Rome1” “Rome2”")
+                assert str(lowers).startswith("“not1” “not2”")
+                assert coefficient == (2.5 if int(index) < 10 else -27)
         if kind == "ffn_neuron":
             r = RELATIONS.index(relation)
             assert set(own.column("neuron")[:2]) == {f"L3.{r}", f"L3.{10 + r}"}
@@ -189,7 +193,7 @@ def test_sentences_name_the_largest(study: Path, html: str) -> None:
         assert said in text_of(html, "layers")
         assert f"all of them together by {sum(sums) / 18:.3g}" in text_of(html, "layers")
     assert "among the best 10 of 100.0 % of those of “" in text_of(html, "neurons")
-    assert "It promotes “Rome1” “Rome2”" in text_of(html, "neurons")
+    assert "It raises “Rome1” “Rome2”" in text_of(html, "neurons")
 
 
 # What the page may never do
@@ -309,18 +313,6 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     # With its neurons switched off it is a study of relations.
     (folder / "effects.csv").write_text("")
     assert not is_attribution(folder)
-
-
-def test_commands_repeat_the_recorded_options() -> None:
-    asked = {"kinds": ["head", "ffn_layer"], "top": 300, "compare": False, "own_norm": True}
-    asked |= {"prompts": "a" * 64, "tokens": "b" * 64, "splits": [], "model": {"layers": 4}}
-    model = {"id": "a/model", "dtype": "float32"}
-    lines = commands({"model": model, "stages": {"attribute": {"inputs": asked}}})
-    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
-        "relneuron attribute a/model PROMPTS -o STUDY --no-compare --kinds head,ffn_layer "
-        "--top 300 --own-norm --dtype float32",
-        "relneuron report STUDY -o report.html",
-    ]
 
 
 # Refusals

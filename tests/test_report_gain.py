@@ -27,7 +27,7 @@ from relneuron.analyses.gain import Gains, gain, gain_overlap, products
 from relneuron.artifact import Neuron, RelneuronError, read_prompts, sha256
 from relneuron.effects import Condition
 from relneuron.model import load_model, load_tokenizer
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_study import read_scores, read_study
 from relneuron.study import Options, run_study
 from relneuron.tables import label
@@ -231,16 +231,6 @@ def test_gains_of_another_study_are_not_compared(tmp_path: Path) -> None:
         read_study(study)
     neurons.unlink()
     assert "gain" not in read_study(study).tables
-
-
-def test_the_demos_command_names_main_only_if_it_was_asked_for() -> None:
-    def line(analyses: list[str]) -> str:
-        stages = {"ablate": {"inputs": {"analyses": analyses}}}
-        found = commands({"model": {"id": "relneuron demo"}, "stages": stages})
-        return " ".join(" ".join(found).replace("\\", "").split())
-
-    assert line([]).startswith("relneuron demo -o STUDY --analyses main ")
-    assert line(["gain"]).startswith("relneuron demo -o STUDY --analyses gain ")
 
 
 # The study of the gains on a tiny model

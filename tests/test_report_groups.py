@@ -30,9 +30,10 @@ from relneuron.artifact import sha256
 from relneuron.counts import Counts
 from relneuron.identify_counts import identify_counts
 from relneuron.manifest import Manifest
-from relneuron.report import commands, render, write_report
+from relneuron.report import render, write_report
 from relneuron.report_groups import amount
 from relneuron.report_groups_study import read_group_study
+from relneuron.report_groups_tables import group_tables
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ def test_layers_and_overlaps_are_those_of_the_sets(study: Path, html: str) -> No
     sets, tables = sets_of(study), tables_of(html)
     for row in tables["layers.csv"]:
         layers = [layer for layer, _, _ in sets[row["group"]]]
-        assert [int(row[f"layer {i}"]) for i in range(4)] == [layers.count(i) for i in range(4)]
-        assert int(row["all layers"]) == len(layers)
+        assert [int(row[f"layer_{i}"]) for i in range(4)] == [layers.count(i) for i in range(4)]
+        assert int(row["all_layers"]) == len(layers)
     assert len(tables["overlap.csv"]) == 9
     for row in tables["overlap.csv"]:
         a, b = set(sets[row["group"]]), set(sets[row["other"]])
@@ -204,7 +205,7 @@ def test_the_groups_with_their_tokens(study: Path, html: str) -> None:
     rows = tables_of(html)["groups.csv"]
     assert [row["group"] for row in rows] == list(GROUPS)
     assert [int(row["tokens"]) for row in rows] == counts.tokens.tolist()
-    assert [row["dropped tokens"] for row in rows] == ["1200", "34", ""]
+    assert [row["dropped_tokens"] for row in rows] == ["1200", "34", ""]
     assert [int(row["neurons"]) for row in rows] == [len(sets[name]) for name in GROUPS]
     text = text_of(html, "counted")
     assert "Site act, active above 0." in text and "1,234 tokens of windows" in text
@@ -327,21 +328,7 @@ def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
     check_parts(study, neurons=True, scores=False, nll=False)
 
 
-def test_commands_repeat_the_recorded_options() -> None:
-    sources = {"0": {"group": "en", "files": [{"name": "a b.txt"}, {"name": "c.gz"}]}}
-    sources["1"] = {"group": "zh", "files": [{"name": "zh.jsonl"}]}
-    packing = {"window": 4096, "mode": "packed", "bos": "none", "bos_id": None, "max_tokens": None}
-    count = {"tokenizer": "a" * 64, "sources": sources, "packing": packing, "moments": True}
-    stages = {
-        "count": {"inputs": count | {"sites": ["act", "up"], "threshold": 0.0}},
-        "identify": {"inputs": {"counts": "b" * 64, "method": "lape", "groups": None}},
-        "nll": {"inputs": {"neurons": "c" * 64, "sources": {}, "windows": 256}},
-    }
-    lines = commands({"model": {"id": "m", "dtype": "bfloat16"}, "stages": stages})
-    assert re.sub(r" \\\n +", " ", "\n".join(lines)).split("\n") == [
-        "relneuron count m 'en=a b.txt' en=c.gz zh=zh.jsonl -o STUDY --packing packed --moments "
-        "--sites act,up --threshold 0.0 --window 4096 --bos none --dtype bfloat16",
-        "relneuron identify STUDY -o STUDY/neurons.json --method lape",
-        "relneuron nll m STUDY/neurons.json GROUP=TEXT... -o STUDY --windows 256 --dtype bfloat16",
-        "relneuron report STUDY -o report.html",
-    ]
+def test_the_columns_of_every_table_are_tidy(tmp_path: Path) -> None:
+    tables = group_tables(read_group_study(write_corpus_study(tmp_path)))
+    columns = {column for table in tables.values() for column in table.columns}
+    assert columns and not [column for column in columns if " " in column]

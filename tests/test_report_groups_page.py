@@ -28,6 +28,7 @@ from corpus_studies import (
 from studies import PAYLOADS, Page
 
 from relneuron.artifact import RelneuronError
+from relneuron.command import STUDY, command
 from relneuron.counts import Counts
 from relneuron.report import render, write_report
 from relneuron.report_groups_study import is_group_study, read_group_study
@@ -83,7 +84,8 @@ def test_the_same_study_gives_the_same_bytes(study: Path, html: str, tmp_path: P
 
 def hostile_page(folder: Path, text: str) -> Page:
     """The page of a study that holds `text` wherever one can hold text."""
-    noted = {"inputs": {text: text, "sources": {"0": {"group": text, "files": [{"name": text}]}}}}
+    words = command("count", text, f"{text}={text}", "-o", STUDY, text_column=text)
+    noted = {"inputs": {text: text}, "commands": words}
     described = {text: {text: [text]}, "fallbacks": [text], "stages": {"count": noted}}
     groups = (text, f"a {text}", "b")
     write_corpus_study(folder, groups, model=text, manifest=described, method=text)
@@ -267,3 +269,21 @@ def test_a_group_without_tokens_and_a_window_without_a_number_are_said(tmp_path:
     assert [row["tokens"] for row in tables_of(html)["groups.csv"]][1] == "0"
     assert {row["p(zh)"] for row in tables_of(html)["neurons.01.csv"]} == {""}
     assert not re.search(r"\b(nan|inf)\b", text_of(html))
+
+
+def test_very_many_groups_make_a_small_page_soon(tmp_path: Path) -> None:
+    names = [f"language {i}" for i in range(150)]
+    study = write_corpus_study(
+        tmp_path, names, layers=8, width=100, top=400, n_windows=3, slow_entropy=False
+    )
+    begun = time.process_time()
+    output = write_report(study, study / "report.html")
+    assert time.process_time() - begun < 60
+    page = output.read_text(encoding="utf-8")
+    assert len(page) < 2_000_000
+    assert "the name of every 4th" in page and "the 40 of 150 sets" in page
+    # What the page leaves out is in the files beside it.
+    assert (
+        "analyses/overlap.csv" in page and len(rows_of(study / "analyses/overlap.csv")) == 150 * 150
+    )
+    assert len(rows_of(study / "analyses/nll.csv")) == 151 * 150

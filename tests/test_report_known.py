@@ -8,54 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from attribution_studies import RELATIONS, ids, rows_of, text_of, write_attribution, write_csv
 
 from relneuron.artifact import RelneuronError
 from relneuron.attributions import ATTRIBUTIONS
-from relneuron.report import commands, render
+from relneuron.report import render
 from relneuron.report_attribution_sections import heads_off
 from relneuron.report_attribution_study import read_attribution_study
 from relneuron.report_attribution_tables import attribution_tables
-
-
-def test_commands_of_a_study_with_sets_that_only_run_makes() -> None:
-    stages: dict[str, Any] = {
-        "prompts": {"inputs": {"facts": {"a": "0" * 64}, "eva": 8, "seed": 1, "suffix": "?"}},
-        "record": {"inputs": {"model": {}, "prompts": "1" * 64, "batch_tokens": 256}},
-        "identify": {"inputs": {"method": "ap", "top": None, "seed": 1, "digests": {}}},
-        "ablate": {
-            "inputs": {"neurons": "2" * 64, "analyses": ["gain"], "beside": {}, "splits": ["eva"]}
-        },
-    }
-    manifest: dict[str, Any] = {"model": {"id": "m", "dtype": "float32"}, "stages": stages}
-
-    def lines() -> list[str]:
-        return re.sub(r" \\\n +", " ", "\n".join(commands(manifest))).split("\n")
-
-    assert [line.split()[1] for line in lines()] == [
-        *("prompts", "record", "identify", "ablate", "report")
-    ]
-    stages["ablate"]["inputs"]["beside"] = {"attribution/neurons.json": "3" * 64}
-    made = (
-        "relneuron run m --facts FACTS_DIR -o STUDY --eva 8 --seed 1 --suffix '?' "
-        "--batch-tokens 256 --method ap --analyses gain --splits eva"
-    )
-    assert lines() == [f"{made} --dtype float32", "relneuron report STUDY -o report.html"]
-    # What was attributed in the study's folder, and the neurons by gain beside its own.
-    stages["attribute"] = {"inputs": {"top": 300, "compare": True}}
-    files = ["best.scores.safetensors", "best.json"]
-    stages["identify_gains"] = {"inputs": {"method": "logprob_gain"}, "files": files}
-    manifest["files"] = {"responses.safetensors": {"dropped": True}}
-    assert lines() == [
-        f"{made} --drop-responses --dtype float32",
-        "relneuron attribute m STUDY/prompts.jsonl -o STUDY --top 300 --compare --dtype float32",
-        "relneuron identify STUDY -o STUDY/best.json --method logprob_gain",
-        "relneuron report STUDY -o report.html",
-    ]
-
 
 # Only known sentences scored
 

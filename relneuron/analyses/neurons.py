@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import combinations, permutations, product
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from relneuron.analyses.outcomes import Row, outcomes, sets_off, with_q
-from relneuron.analyses.uncertainty import NAN, overlap_p, q_values, spearman
+from relneuron.analyses.uncertainty import NAN, overlap_p, overlap_ps, q_values, spearman
 from relneuron.artifact import Neuron
 from relneuron.effects import Grid
 from relneuron.tables import Share, Table
@@ -36,15 +37,37 @@ def overlap(sets: Sets, n_neurons: int) -> Table:
 
     `n_neurons` the model has. p is hypergeometric, q over the pairs; NaN for a set with itself.
     """
-    pairs = list(combinations(sets, 2))
-    sizes = [(len(set(sets[a]) & set(sets[b])), len(sets[a]), len(sets[b])) for a, b in pairs]
-    p = [overlap_p(*size, n_neurons) for size in sizes]
-    tests = dict(zip(pairs, zip(p, q_values(p).tolist(), strict=True), strict=True))
+    names, shared = list(sets), shared_counts(sets)
+    size = np.array([len(sets[name]) for name in names], np.int64)
+    first, second = np.triu_indices(len(names), 1)
+    p = np.full(shared.shape, NAN)
+    p[first, second] = overlap_ps(
+        np.stack([shared[first, second], size[first], size[second]], axis=1), n_neurons
+    )
+    q = np.full(shared.shape, NAN)
+    q[first, second] = q_values(p[first, second])
+    for tests in (p, q):
+        tests[second, first] = tests[first, second]
     rows: list[Row] = []
-    for a, b in product(sets, repeat=2):
-        test = tests.get((a, b)) or tests.get((b, a)) or (NAN, NAN)
-        rows.append([a, b, *_shared(sets[a], sets[b], n_neurons), *test])
+    for i, j in product(range(len(names)), repeat=2):
+        n, share = int(shared[i, j]), Share(shared[i, j] / size[i] if size[i] else NAN)
+        expected = int(size[i]) * int(size[j]) / n_neurons
+        rows.append([names[i], names[j], n, share, expected, float(p[i, j]), float(q[i, j])])
     return Table("Neurons that two sets share", OVERLAP, rows)
+
+
+def shared_counts(sets: Sets) -> NDArray[np.int64]:
+    """How many neurons every two sets have in common, (S, S)."""
+    owners: dict[Neuron, list[int]] = {}
+    for place, chosen in enumerate(sets.values()):
+        for neuron in set(chosen):
+            owners.setdefault(neuron, []).append(place)
+    # Neurons of the same sets are counted at once.
+    times = Counter(map(tuple, owners.values()))
+    shared = np.zeros((len(sets), len(sets)), np.int64)
+    for places, n in times.items():
+        shared[np.ix_(places, places)] += n
+    return shared
 
 
 def versatility(sets: Sets) -> Table:
@@ -70,11 +93,12 @@ def overlap_effect(sets: Sets, grid: Grid) -> OverlapEffect:
     Over pairs of different relations that both have neurons and whose drop is defined.
     """
     off = sets_off(grid)
+    common, place = shared_counts(sets), {name: i for i, name in enumerate(sets)}
     pairs = []
     for a, b in permutations([name for name, chosen in sets.items() if chosen], 2):
         drop = outcomes(grid, a, off.get(b)).drop
         if np.isfinite(drop):
-            pairs.append((len(set(sets[a]) & set(sets[b])), drop))
+            pairs.append((int(common[place[a], place[b]]), drop))
     shared, drops = np.array(pairs, np.float64).reshape(-1, 2).T
     return OverlapEffect(*spearman(shared, drops), len(pairs))
 

@@ -135,9 +135,16 @@ def q_values(p: Sequence[float] | Array) -> Array:
 
 def overlap_p(shared: int, n_first: int, n_second: int, n_all: int) -> float:
     """P(two random sets of these sizes out of `n_all` share at least `shared`), hypergeometric."""
+    return float(overlap_ps(np.array([[shared, n_first, n_second]]), n_all)[0])
+
+
+def overlap_ps(pairs: Counts, n_all: int) -> Array:
+    """`overlap_p` of many pairs (P, 3) of shared, n_first and n_second, in one call."""
     from scipy.stats import hypergeom
 
-    return float(hypergeom.sf(shared - 1, n_all, n_first, n_second))
+    shared, n_first, n_second = pairs.reshape(-1, 3).T
+    found: Array = hypergeom.sf(shared - 1, n_all, n_first, n_second)
+    return found
 
 
 def signed_rank(differences: Array) -> tuple[float, float]:
@@ -155,6 +162,29 @@ def signed_rank(differences: Array) -> tuple[float, float]:
         return 0.0, 1.0
     found = wilcoxon(changed)
     return float(found.statistic), float(found.pvalue)
+
+
+def signed_rank_ps(samples: Sequence[Array]) -> list[float]:
+    """The p of `signed_rank` of each sample; samples of one kind are tested in one call."""
+    from scipy.stats import wilcoxon
+
+    p = [NAN] * len(samples)
+    # scipy chooses one way to compute p for a call: by the number of differences and by ties.
+    alike: dict[tuple[int, bool], list[int]] = {}
+    changed = [sample[sample != 0] for sample in samples]
+    for place, (sample, some) in enumerate(zip(samples, changed, strict=True)):
+        if not sample.size or np.isnan(sample).any():
+            continue
+        if some.size:
+            has_ties = np.unique(np.abs(some)).size < some.size
+            alike.setdefault((some.size, has_ties), []).append(place)
+        else:
+            p[place] = 1.0
+    for places in alike.values():
+        found = wilcoxon(np.stack([changed[place] for place in places]), axis=1).pvalue
+        for place, value in zip(places, np.atleast_1d(found).tolist(), strict=True):
+            p[place] = value
+    return p
 
 
 def rank_sum_p(first: Array, second: Array) -> float:
