@@ -240,13 +240,14 @@ class Feed:
 
         dropped_tokens            of each group, in its last incomplete window
         empty_documents           without a token
+        records_without_text      null, no string, or without the field: skipped
         records_of_other_groups   than those asked for
         """
         ended = [lane.notes for lane in self._lanes if lane.notes is not None]
         dropped: Json = {}
         for notes in ended:
             dropped |= notes["dropped_tokens"]
-        sums = ("empty_documents", "records_of_other_groups")
+        sums = ("empty_documents", "records_without_text", "records_of_other_groups")
         return {
             "dropped_tokens": dropped,
             **{name: sum(notes[name] for notes in ended) for name in sums},

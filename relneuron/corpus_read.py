@@ -37,7 +37,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Piece(NamedTuple):
-    """A document or a part of one: text, or (n,) int32 token ids."""
+    """A document or a part of one: text, or (n,) int32 token ids; None: a record has no text."""
 
     group: str
     content: Any
@@ -80,7 +80,7 @@ def read_chunks(
         with closing(steps):
             for piece, after, share in steps:
                 pieces.append(piece)
-                n_characters += len(piece.content)
+                n_characters += 0 if piece.content is None else len(piece.content)
                 if n_characters >= CHUNK_CHARACTERS or len(pieces) >= CHUNK_PIECES:
                     fraction = _fraction(sizes, place, share)
                     yield Chunk(pieces, {"file": place, "at": after}, fraction)
@@ -192,6 +192,7 @@ def _read_text(source: Source, file: File, at: Any) -> Iterator[Step]:
 
 
 def _read_jsonl(source: Source, file: File, at: Any) -> Iterator[Step]:
+    check = _TextCheck(at is None)
     for data, _, number, after, share in _lines(file, at, -1):
         line = _decode(data, file, number)
         if not line or line.isspace():
@@ -203,9 +204,9 @@ def _read_jsonl(source: Source, file: File, at: Any) -> Iterator[Step]:
             raise RelneuronError(
                 f"{where}: not JSON ({error})", "give one JSON object a line"
             ) from error
-        piece = _piece(source, record, where)
-        if piece is not None:
-            yield piece, after, share
+        piece = _piece(source, record, where, check)
+        yield piece, after, share
+    check.end()
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Json:
@@ -215,15 +216,50 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Json:
     return result
 
 
-def _piece(source: Source, record: Any, where: str) -> Piece | None:
-    """The document of a record; None if its text is empty."""
+class _TextCheck:
+    """Refuses a file whose first `SAMPLE` records, or all, lack the field with the text.
+
+    Then the field has another name. A record among others that have none, or null, is skipped.
+    """
+
+    SAMPLE = 1000
+
+    def __init__(self, is_begin: bool) -> None:
+        self.first: RelneuronError | None = None
+        self.n_wrong, self.is_settled = 0, not is_begin
+
+    def note(self, wrong: RelneuronError | None) -> None:
+        """A record has a text or null, or is `wrong`."""
+        if self.is_settled:
+            return
+        self.is_settled = wrong is None
+        self.first = self.first or wrong
+        self.n_wrong += 1
+        if self.n_wrong >= self.SAMPLE:
+            self.end()
+
+    def end(self) -> None:
+        """No record follows, or enough were seen."""
+        if self.first is not None and not self.is_settled:
+            raise self.first
+
+
+def _piece(source: Source, record: Any, where: str, check: _TextCheck) -> Piece:
+    """The document of a record; its content is None if the record has no text."""
     if not isinstance(record, dict):
         raise RelneuronError(f"{where}: no object", "give one object with named fields a record")
-    text = _field(record, source.text_column, where, "--text-column")
-    if not isinstance(text, str):
-        raise RelneuronError(
-            f"{where}: the field {source.text_column!r} is no string", "give the text as a string"
-        )
+    text = record.get(source.text_column)
+    wrong = None
+    if source.text_column not in record:
+        wrong = _no_field(record, source.text_column, where, "--text-column")
+    elif not isinstance(text, str | None):
+        cause = f"{where}: the field {source.text_column!r} is no string"
+        wrong = RelneuronError(cause, "give the text as a string")
+    check.note(wrong)
+    if wrong is not None or not text:
+        # It is skipped, of whatever group it is.
+        group = record.get(source.group_column) if source.group is None else source.group
+        return Piece(str(group), text if wrong is None else None, True)
     if not text.isascii():
         try:
             text.encode()
@@ -231,24 +267,24 @@ def _piece(source: Source, record: Any, where: str) -> Piece | None:
             raise RelneuronError(
                 f"{where}: the text holds half a surrogate pair", "mend the text"
             ) from error
-    group: Any = source.group
+    group = source.group
     if source.group_column is not None:
-        group = _field(record, source.group_column, where, "--group-column")
+        if source.group_column not in record:
+            raise _no_field(record, source.group_column, where, "--group-column")
+        group = record[source.group_column]
         if isinstance(group, bool) or not isinstance(group, str | int):
             raise RelneuronError(
                 f"{where}: the group {group!r} is neither a string nor an integer",
                 "give every record the name of its group",
             )
-    return Piece(str(group), text, True) if text else None
+    return Piece(str(group), text, True)
 
 
-def _field(record: Json, name: str, where: str, option: str) -> Any:
-    if name not in record:
-        raise RelneuronError(
-            f"{where}: no field {name!r}, only {', '.join(map(str, record)) or 'none'}",
-            f"name another with {option}",
-        )
-    return record[name]
+def _no_field(record: Json, name: str, where: str, option: str) -> RelneuronError:
+    return RelneuronError(
+        f"{where}: no field {name!r}, only {', '.join(map(str, record)) or 'none'}",
+        f"name another with {option}",
+    )
 
 
 # --- parquet and datasets --------------------------------------------------------------------
@@ -262,14 +298,20 @@ def _open_parquet(source: Source, file: File) -> Any:
         raise RelneuronError(f"{file.path} is no parquet file ({error})", "mend it") from error
     options = {"--text-column": source.text_column, "--group-column": source.group_column}
     for option, name in options.items():
-        if name is not None:
-            _field(dict.fromkeys(opened.schema_arrow.names), name, file.path, option)
+        if name is not None and name not in opened.schema_arrow.names:
+            raise _no_field(dict.fromkeys(opened.schema_arrow.names), name, file.path, option)
+    kind = opened.schema_arrow.field(source.text_column).type
+    kind = kind.value_type if str(kind).startswith("dictionary") else kind
+    if str(kind) not in ("string", "large_string", "string_view", "null"):
+        cause = f"{file.path}: the field {source.text_column!r} is no string, but {kind}"
+        raise RelneuronError(" ".join(cause.split())[:300], "give the text as a string")
     return opened
 
 
 def _read_parquet(source: Source, file: File, at: Any) -> Iterator[Step]:
     """Positions are (row group, row in it)."""
     columns = [source.text_column, *([source.group_column] if source.group_column else [])]
+    check = _TextCheck(at is None)
     with closing(_open_parquet(source, file)) as opened:
         first, skip = at or (0, 0)
         n_rows = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
@@ -279,12 +321,13 @@ def _read_parquet(source: Source, file: File, at: Any) -> Iterator[Step]:
             for batch in opened.iter_batches(ROWS, row_groups=[number], columns=columns):
                 if row + batch.num_rows > skip:
                     for place, record in enumerate(batch.to_pylist(), row):
-                        where = f"{file.path}, row {before + place}"
-                        piece = _piece(source, record, where) if place >= skip else None
-                        if piece is not None:
+                        if place >= skip:
+                            where = f"{file.path}, row {before + place}"
+                            piece = _piece(source, record, where, check)
                             yield piece, [number, place + 1], (before + place + 1) / total
                 row += batch.num_rows
             before, skip = before + n_rows[number], 0
+    check.end()
 
 
 def _load_dataset(file: File) -> Any:
@@ -311,13 +354,14 @@ def _read_dataset(source: Source, file: File, at: Any) -> Iterator[Step]:
         dataset = copy(dataset)  # the caller's object is left where it stands
         if state is not None:
             dataset.load_state_dict(json.loads(json.dumps(state)))
+    check = _TextCheck(number == 0)
     for record in islice(iter(dataset), at["skip"], None):
-        piece = _piece(source, record, f"{name}, record {number}")
+        piece = _piece(source, record, f"{name}, record {number}", check)
         number += 1
         if has_state and number % STATE_EVERY == 0:
             state, base = json.loads(json.dumps(dataset.state_dict())), number
-        if piece is not None:
-            yield piece, {"state": state, "skip": number - base, "records": number}, None
+        yield piece, {"state": state, "skip": number - base, "records": number}, None
+    check.end()
 
 
 # --- token ids -------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ class _Windows:
         self.is_bare: bool = state["is_bare"] if state else False
         self.n_empty: int = state["n_empty"] if state else 0
         self.n_skipped: int = state["n_skipped"] if state else 0
+        self.n_textless: int = (state or {}).get("n_textless", 0)
         self.window_bos = packing.bos_id if packing.bos == "window" else None
         self.made: list[tuple[str, Array, Array]] = []
 
@@ -225,6 +226,7 @@ class _Windows:
             "is_bare": self.is_bare,
             "n_empty": self.n_empty,
             "n_skipped": self.n_skipped,
+            "n_textless": self.n_textless,
         }
 
     def packer(self, group: str) -> _Packer:
@@ -249,6 +251,10 @@ class _Windows:
     def _is_wanted(self, piece: Piece) -> bool:
         if self.source.groups is not None and piece.group not in self.source.groups:
             self.n_skipped += 1
+            return False
+        if not isinstance(piece.content, np.ndarray) and not piece.content:
+            self.n_textless += piece.content is None
+            self.n_empty += piece.content is not None
             return False
         return not self.packer(piece.group).is_full
 
@@ -303,6 +309,7 @@ class _Windows:
         return {
             "dropped_tokens": dropped,
             "empty_documents": self.n_empty,
+            "records_without_text": self.n_textless,
             "records_of_other_groups": self.n_skipped,
         }
 

@@ -222,13 +222,13 @@ def test_what_cannot_be_read_together_is_refused(tmp_path: Path, tokenizer: Any)
 
 def test_an_error_of_a_worker_arrives_with_its_cause(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "' + "abcd" * 300 + '"}\n' + '{"no": 1}')
+    path.write_text('{"text": "' + "abcd" * 300 + '"}\n' + '{"text": "\\ud800"}')
     for given_ in (tokenizer, Slow()):
         with Feed(parse_sources([f"en={path}"]), given_, Packing(4)) as feed:
             for _ in range(2):
-                with pytest.raises(RelneuronError, match="a.jsonl, line 2: no field 'text'") as got:
+                with pytest.raises(RelneuronError, match="a.jsonl, line 2: the text holds") as got:
                     feed.take(1000)
-                assert "--text-column" in got.value.fix
+                assert got.value.fix == "mend the text"
     np.save(tmp_path / "a.npy", np.array([1, 2, 300]))
     with (
         Feed(parse_sources([f"en={tmp_path / 'a.npy'}"]), tokenizer, Packing(1)) as feed,

@@ -30,7 +30,7 @@ def pieces_of(source: Source, vocabulary: int | None = None) -> list[Piece]:
 def plain(pieces: list[Piece]) -> list[Any]:
     """Pieces that can be compared."""
     return [
-        (p.group, p.content if isinstance(p.content, str) else p.content.tolist(), p.begins)
+        (p.group, p.content.tolist() if isinstance(p.content, np.ndarray) else p.content, p.begins)
         for p in pieces
     ]
 
@@ -65,7 +65,7 @@ def write_jsonl(folder: Path) -> tuple[Path, list[Any]]:
     path = folder / "a.ndjson"
     lines = [json.dumps({"text": text, "n": i}) for i, text in enumerate([*TEXTS, ""])]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n \n")
-    return path, [("en", text, True) for text in TEXTS]
+    return path, [("en", text, True) for text in [*TEXTS, ""]]
 
 
 def write_jsonl_gz(folder: Path) -> tuple[Path, list[Any]]:
@@ -79,10 +79,10 @@ def write_parquet(folder: Path) -> tuple[Path, list[Any]]:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = folder / "a.parquet"
-    texts = [*TEXTS, "", *(f"document {i}" for i in range(20))]
+    texts = [*TEXTS, "", None, *(f"document {i}" for i in range(20))]
     table = pyarrow.table({"n": range(len(texts)), "text": texts})
     parquet.write_table(table, path, row_group_size=7)
-    return path, [("en", text, True) for text in texts if text]
+    return path, [("en", text, True) for text in texts]
 
 
 IDS = np.arange(24).reshape(4, 6) * 3
@@ -191,20 +191,45 @@ def test_long_rows_of_ids_come_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (b"not json", "line 2: not JSON"),
         (b'"text"', "line 2: no object"),
-        (b"{}", "line 2: no field 'text'"),
-        (b'{"other": "x"}', "line 2: no field 'text', only other"),
-        (b'{"text": 3}', "line 2: the field 'text' is no string"),
-        (b'{"text": null}', "line 2: the field 'text' is no string"),
         (b'{"text": "a", "text": "b"}', "line 2: not JSON .a key stands there twice"),
         (b'{"text": "\xff"}', "line 2: not UTF-8"),
         (b'{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
         (b"[" * 200_000, "line 2: not JSON"),
     ],
-    ids=range(10),
+    ids=range(6),
 )
 def test_bad_records_name_file_and_line(tmp_path: Path, line: bytes, match: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    fails(path, match)
+
+
+def test_a_record_without_text_is_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    records: list[Any] = [{"text": None}, {"other": 1}, {"text": 3}, {"text": ["x"]}, {"text": ""}]
+    lines = [json.dumps(record) for record in records]
+    for place in range(len(lines) + 1):
+        path.write_text("\n".join([*lines[:place], '{"text": "good"}', *lines[place:]]))
+        assert [p.content for p in pieces_of(source(path)) if p.content] == ["good"]
+        contents = [p.content for p in pieces_of(source(path)) if p.content != "good"]
+        assert contents == [None] * 4 + [""]
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        ({}, "line 1: no field 'text'"),
+        ({"other": "x"}, "line 1: no field 'text', only other"),
+        ({"text": 3}, "line 1: the field 'text' is no string"),
+        ({"text": [None]}, "line 1: the field 'text' is no string"),
+    ],
+)
+def test_a_file_without_any_text_is_refused(tmp_path: Path, record: Any, match: str) -> None:
+    path, line = tmp_path / "a.jsonl", json.dumps(record) + "\n"
+    path.write_text(line * 3)
+    fails(path, match)
+    # The name of the field is wrong; nobody wants to wait for the end of the file.
+    path.write_text(line * 1000 + "never read")
     fails(path, match)
 
 
@@ -234,8 +259,8 @@ def test_bad_parquet_files_are_refused_before_the_first_file_is_read(tmp_path: P
         next(read_chunks(both, None))
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    fails(tmp_path / "null.parquet", "row 1: the field 'text' is no string")
+    parquet.write_table(pyarrow.table({"text": [["a"], None]}), tmp_path / "lists.parquet")
+    fails(tmp_path / "lists.parquet", "the field 'text' is no string")
 
 
 def test_records_name_their_group(tmp_path: Path) -> None:

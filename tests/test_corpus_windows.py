@@ -168,10 +168,32 @@ def test_notes_say_what_no_window_shows() -> None:
     assert notes == {
         "dropped_tokens": {"zh": 3, "en": 1},
         "empty_documents": 1,
+        "records_without_text": 0,
         "records_of_other_groups": 2,
     }
     _, notes = blocks_of(column(documents, ("zh", "en")), Packing(4, "documents"))
     assert notes["dropped_tokens"] == {} and notes["empty_documents"] == 1
+
+
+@pytest.mark.parametrize("mode", ["packed", "documents"])
+def test_records_without_text_change_no_window_and_are_counted_also_by_a_resumed_run(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{letter * 5}" for letter in "abcdef"]
+    good = [{"text": text} for text in texts]
+    holes: list[Any] = [{"text": None}, {"no": "x"}, {"text": 3}, {"text": ""}]
+    records = [record for pair in zip(good, holes * 2, strict=False) for record in pair]
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
+    monkeypatch.setattr(corpus_windows, "BLOCK_WINDOWS", 1)
+    packing = Packing(4, mode, "document", BOS)
+    expected, _ = blocks_of(Source("en", dataset=good), packing)
+    blocks, notes = blocks_of(Source("en", dataset=records), packing)
+    assert plain(blocks) == plain(expected)
+    assert notes["records_without_text"] == 5 and notes["empty_documents"] == 1
+    for number, block in enumerate(blocks):
+        start = json.loads(json.dumps(block.start))
+        again, same = blocks_of(Source("en", dataset=records), packing, start)
+        assert plain(again) == plain(blocks[number:]) and same == notes
 
 
 class Endless:
