@@ -151,7 +151,8 @@ def attribute(
     sizes = Sizes.of(residual, options.intervene)
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
     if is_predicted:
-        targets = replace(targets, targets=_predictions(residual, targets.ids, batches))
+        chosen = _predictions(residual, targets.ids, batches)
+        targets = replace(targets, targets=chosen, rights=[[token] for token in chosen])
     sentences = Sentences(prompts, targets)
     notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
     with locked(folder):

@@ -12,7 +12,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 from relneuron.artifact import Json, Prompt, RelneuronError, distinct, read_prompts
@@ -121,7 +121,7 @@ def _is_prompts(text: str) -> bool:
         return False
     if not isinstance(first, dict):
         return False
-    names = {field.name for field in fields(Prompt)} - {"object", "objects"}
+    names = {field.name for field in fields(Prompt) if field.default is MISSING} - {"object"}
     return names <= first.keys() and bool({"object", "objects"} & first.keys())
 
 
