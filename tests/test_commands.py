@@ -34,13 +34,16 @@ EXACT = LOAD.replace("bfloat16", "float32")
 RELATIONS = [
     "prompts {suffixed} -o {d}/prompts.jsonl --eva 8 --seed 3 --suffix ''",
     "record {model} {d}/prompts.jsonl -o {d} --exclude-bos --batch-tokens 300 --quiet"
-    f" --accept-object-prefix {EXACT}",
+    f" --accept-object-prefix --attention {EXACT}",
 ]
 IDENTIFY = "identify {d} -o {d}/neurons.json --permutations 20 --bootstrap 20 --noise 1000 --quiet"
 ATTRIBUTE = "attribute {model} {facts} -o {d} --batch-tokens 300 --quiet"
 
 STUDIES: dict[str, list[str]] = {
-    "run": ["run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet"],
+    "run": [
+        "run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --attention"
+        " --ends bottom"
+    ],
     "run with sets beside": [
         "run {model} --facts {suffixed} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --seed 2"
         " --suffix '' --method ap --negatives 3 --permutations 20 --bootstrap 20 --noise 900"
@@ -63,7 +66,7 @@ STUDIES: dict[str, list[str]] = {
     "stages, other options": [
         "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
         "record {model} {d}/prompts.jsonl -o {d} --pooling last --quiet",
-        f"{IDENTIFY} --top 30",
+        f"{IDENTIFY} --top 30 --ends both",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         " --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet",
     ],
