@@ -10,6 +10,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ EXACT = LOAD.replace("bfloat16", "float32")
 RELATIONS = [
     "prompts {suffixed} -o {d}/prompts.jsonl --eva 8 --seed 3 --suffix ''",
     "record {model} {d}/prompts.jsonl -o {d} --exclude-bos --batch-tokens 300 --quiet"
-    f" --accept-object-prefix {EXACT}",
+    f" --accept-object-prefix --attention {EXACT}",
 ]
 IDENTIFY = "identify {d} -o {d}/neurons.json --permutations 20 --bootstrap 20 --noise 1000 --quiet"
 ATTRIBUTE = "attribute {model} {facts} -o {d} --batch-tokens 300 --quiet"
 
 STUDIES: dict[str, list[str]] = {
-    "run": ["run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet"],
+    "run": [
+        "run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --attention"
+        " --ends bottom"
+    ],
     "run with sets beside": [
         "run {model} --facts {suffixed} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --seed 2"
         " --suffix '' --method ap --negatives 3 --permutations 20 --bootstrap 20 --noise 900"
@@ -48,8 +52,8 @@ STUDIES: dict[str, list[str]] = {
         f" --batch-tokens 300 {EXACT}",
     ],
     "run with a rate": [
-        "run {model} --facts {facts} -o {d} --eva 8 --fdr 0.3 --random-seeds 1 --quiet"
-        " --noise 900 --exclude-bos --mode mean --mean-of relation",
+        "run {chat} --facts {facts} -o {d} --eva 8 --fdr 0.3 --random-seeds 1 --quiet"
+        " --chat-template --noise 900 --exclude-bos --mode mean --mean-of relation",
     ],
     "stages": [
         *RELATIONS,
@@ -60,9 +64,9 @@ STUDIES: dict[str, list[str]] = {
         f" --batch-tokens 400 --quiet {EXACT}",
     ],
     "stages, other options": [
-        "prompts {facts} -o {d}/prompts.jsonl --eva 8",
+        "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
         "record {model} {d}/prompts.jsonl -o {d} --pooling last --quiet",
-        f"{IDENTIFY} --top 30",
+        f"{IDENTIFY} --top 30 --ends both",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         " --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet",
     ],
@@ -82,7 +86,7 @@ STUDIES: dict[str, list[str]] = {
     ],
     "attribution without comparison": [
         f"{ATTRIBUTE} --kinds ffn_neuron,head,query_layer --tolerance 1e-3 --norm-bias"
-        " --no-compare --format parquet",
+        " --no-compare --format parquet --target prediction",
     ],
     "attribution of a table": ["attribute {model} {table} -o {d} --strict --quiet"],
     "corpus": [
@@ -168,8 +172,11 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     for name in ("en", "zh"):
         counts = {"n": 1000, "over_zero": torch.randint(0, 1000, (2, 48))}
         torch.save(counts, lapes / name)
+    shutil.copytree(model_folder, folder / "chat")
+    (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     return {
         "model": str(model_folder),
+        "chat": str(folder / "chat"),
         "facts": str(fact_folder),
         "suffixed": str(suffixed),
         "texts": str(folder),
