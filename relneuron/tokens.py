@@ -18,7 +18,7 @@ CUT = "\ufffd"  # what decoders write for bytes that are no whole character
 CHARACTER_BYTES = 4  # of UTF-8 at most, and as many tokens of bytes
 # Put in front of a text that the prompt before it would change: their tokens are taken off again.
 _ANCHORS = ("\n", "a", ".")
-_PROBES = ("a", "1", ".", "\u4e00")
+_PROBES = ("a", "1", "7", ".", "\u4e00")
 _BLANKS = " \t\u00a0\u3000"  # what a hand-made prompt may end in; a new line is meant
 
 # Writing systems without a space between words, by code point, with the punctuation of Chinese and
@@ -78,9 +78,10 @@ def read_policy(tokenizer: Any) -> Policy:
     for text in _PROBES:
         bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
         full = list(tokenizer([text])["input_ids"][0])
-        for place in range(len(full) - len(bare) + 1) if bare else ():
-            if full[place : place + len(bare)] == bare:
-                return Policy(tuple(full[:place]), tuple(full[place + len(bare) :]))
+        n = len(bare)
+        places = [i for i in range(len(full) - n + 1) if n and full[i : i + n] == bare]
+        if len(places) == 1:  # a text that is itself such a token may stand at several
+            return Policy(tuple(full[: places[0]]), tuple(full[places[0] + n :]))
     raise RelneuronError(
         "the tokenizer makes other tokens of a text when it adds its special tokens",
         "give a tokenizer that puts them before or after a text",

@@ -211,7 +211,9 @@ class Hooked:
             else:
                 logits, _ = self._logits(torch.tensor([ids + made]), 0, use_cache=False)
             made.append(int(logits[-1].argmax()))
-        return self.tokenizer.decode(made, skip_special_tokens=True).strip(), logprob
+        # The last token may end inside a character.
+        text = self.tokenizer.decode(made, skip_special_tokens=True).rstrip("\ufffd")
+        return text.strip(), logprob
 
     @torch.no_grad()
     def nll(self, text: str) -> tuple[int, float]:

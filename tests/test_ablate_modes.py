@@ -276,9 +276,11 @@ def generated(study: Study, prompt: str, n: int) -> str:
     tokens = study.tokenizer(prompt, return_tensors="pt")
     made = study.model.generate(**tokens, max_new_tokens=n, do_sample=False, pad_token_id=1)[0]
     new = made[tokens["input_ids"].shape[1] :]
-    return study.tokenizer.decode(new, skip_special_tokens=True).strip()
+    # The last token may end inside a character.
+    return study.tokenizer.decode(new, skip_special_tokens=True).rstrip("\ufffd").strip()
 
 
+@pytest.mark.filterwarnings("ignore:ablate. no neuron")
 def test_longer_answers_are_those_of_generate(study: Study, tmp_path: Path) -> None:
     rows = study.ablate(tmp_path, generate=6)
     n_correct = 0

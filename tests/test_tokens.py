@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from counted import Numbers
 from speakers import byte_level, characters, sentence_piece, words
 
 from relneuron.artifact import Prompt, RelneuronError
@@ -70,6 +71,11 @@ def test_bos_stands_there_once_and_eos_never(
             (found,) = encode_texts(tokenizer, ["<s>a is"])
             assert found.count(1) == 1 and found[0] == 1 and len(found) > 1
     assert encode_texts(byte_level(), []) == []
+
+
+def test_a_text_that_is_the_bos_itself_does_not_hide_it() -> None:
+    """A tokenizer of numbers, whose BOS is 1: of "1 1" none is known to be the one that is put."""
+    assert read_policy(Numbers()) == Policy((1,), ())
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused() -> None:
