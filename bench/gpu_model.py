@@ -57,14 +57,21 @@ def time_model(run: Run) -> None:
         chosen = torch.randint(0, shape["intermediate_size"], (3000,)).tolist()
     neurons = [(i % shape["num_hidden_layers"], "gate", f) for i, f in enumerate(chosen)]
 
+    probes: list[Any] = []  # a batch counts once, so each forward gets its own
+
     def forward(_: int) -> Tensor:
+        for probe in probes:
+            probe.batch(mask, groups)
         return model(tokens, use_cache=False).logits
 
     @contextmanager
     def counting() -> Iterator[Any]:
         with relneuron.instrument(model, groups=GROUPS) as probe:
-            probe.batch(mask, groups)
-            yield probe
+            probes.append(probe)
+            try:
+                yield probe
+            finally:
+                probes.clear()
 
     check_model(run, model, forward, counting, groups)
     contexts: dict[str, Any] = {

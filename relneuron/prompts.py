@@ -200,7 +200,7 @@ def write_prompts(
         eva=n_eva,
         seed=seed,
         suffix=suffix,
-        chat_template=None if chat is None else chat.name_or_path,
+        chat_template=getattr(chat, "name_or_path", None),
     )
     manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
     return prompts

@@ -153,7 +153,10 @@ def test_ablate_says_that_a_set_is_empty(
     check_refused(relneuron, tmp_path, cause, *words)
     found = NeuronFile.read(neurons)
     one = found.sets | {"lives_in": [(0, "gate", i, 1.0) for i in range(9)]}
-    NeuronFile(found.model, found.method, one, {}).write(neurons)
+    # A file that is changed on purpose gets another name.
+    edited = tmp_path / "edited.json"
+    NeuronFile(found.model, found.method, one, {}).write(edited)
+    words[2] = edited
     with pytest.warns(UserWarning) as said:
         code, out, _ = relneuron(*words)
     assert code == 0
@@ -339,8 +342,9 @@ def test_float64_is_refused_where_the_model_is_read(
 def test_generating_inside_of_instrument_says_what_to_do(llama: Any) -> None:
     with package.instrument(llama, 1) as probe:
         probe.batch(torch.ones_like(IDS))
-        with pytest.raises(ValueError, match="generate outside of instrument and count the text"):
+        with pytest.raises(RelneuronError, match="were counted already") as refused:
             llama.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3)
+    assert "count its text by one forward" in refused.value.fix
 
 
 # --- prompts and tables ----------------------------------------------------------------------

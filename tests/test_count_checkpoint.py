@@ -246,7 +246,7 @@ def test_killed_between_the_counters_and_the_manifest(
 ) -> None:
     """Also a count that was too short for a checkpoint needs no --force then."""
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     run(model, documents, tmp_path / "whole", **ASKED)

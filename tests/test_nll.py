@@ -21,7 +21,7 @@ from hooked import one_thread, read_rows
 
 import relneuron.nll
 from relneuron.artifact import NeuronFile, RelneuronError
-from relneuron.corpus import parse_sources
+from relneuron.corpus import Source, parse_sources
 from relneuron.manifest import Journal, Manifest
 from relneuron.model import load_model, load_tokenizer
 from relneuron.nll import Scorer, nll, plan_masks, read_texts
@@ -136,7 +136,7 @@ def run(
 ) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relneuron.nll, "Feed", lambda *_, **__: Windows(groups, texts))
-        sources: Any = [SimpleNamespace(group=name, is_ids=False) for name in groups]
+        sources: Any = [Source(group=name) for name in groups]
         path = folder / "neurons.json"
         asked = {"quiet": True, "window": 32, **asked}
         return nll("m", model, tokenizer, path, sources, folder / output, **asked)

@@ -243,6 +243,6 @@ def test_promoted_tokens_are_the_largest_logits_of_the_value_vector(family: str)
 def test_of_equal_logits_the_lower_token_comes_first() -> None:
     model = attributed_model("llama")
     with torch.no_grad():
-        model.lm_head.weight[:] = model.lm_head.weight[:1]
+        model.lm_head.weight[:] = 0  # a product with equal rows may round their ends otherwise
     found = promoted_tokens(read_residual_model(model), "ffn_neuron", 0, 0)
     assert [token for token, _ in found] == list(range(10))
