@@ -55,11 +55,13 @@ def test_all_conditions_at_once_are_one_condition_at_a_time(
 ) -> None:
     alone: Rows = {}
     for name, chosen in neurons.items():
-        folder = tmp_path / name
-        path = study.write_sets(folder / "neurons.json", {"only": chosen})
+        folder, only = tmp_path / name, "only" if chosen else "clean"
+        # A file of empty sets alone is refused; the clean model is asked beside any set.
+        sets = {"only": chosen or [(0, "gate", 0)]}
+        path = study.write_sets(folder / "neurons.json", sets)
         asked = {"splits": ("eva", "eva2"), "random_seeds": 0, "any_set": True}
         for (condition, key), row in study.ablate(folder, neurons=path, **asked).items():
-            if condition == "only":
+            if condition == only:
                 alone[name, key] = row
     same_rows(together, alone)
     by_condition = {
