@@ -71,9 +71,8 @@ def commands(manifest: Json) -> list[str]:
     """The lines of a script that makes a study again, from what each of its stages recorded."""
     stages: Json = manifest.get("stages", {})
     recorded = {s: entry.get("commands") for s, entry in stages.items() if s != "report"}
-    whole = [words for found in recorded.values() if found for words in found if words[0] in WHOLE][
-        -1:
-    ]
+    every = [words for found in recorded.values() for words in found or ()]
+    whole = [words for words in every if words[0] in WHOLE][-1:]
     lines = [_line(words) for words in whole]
     for stage, found in recorded.items():
         if not found:

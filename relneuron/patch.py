@@ -445,9 +445,7 @@ def _replace_act(
 
 
 def _record_down(y: Tensor, state: LayerState, patch: Patch) -> None:
-    if _is_recomputing():
-        return
-    if state.stats_down is not None:
+    if state.stats_down is not None and not _is_recomputing():
         flat_y = y.detach().reshape(-1, y.shape[-1])
         ops.residual_stats(
             flat_y,

@@ -180,6 +180,8 @@ def _ask_all(
 ) -> None:
     """Ask (or only read) every batch that the journal lacks; det batches leave responses, too."""
     total = len(questions.prompts)
+    # Only what is said is kept: no log-probability of what follows a space is asked for.
+    asked = Questions(questions.prompts, questions.ids, questions.answers)
     bar = progress_bar(total, "record", "prompt", quiet)
     with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
 
@@ -196,7 +198,7 @@ def _ask_all(
                     state.responses = responses.new_sums(len(rows), asker.device)
                 predictions = [""] * len(rows)
                 if validate:
-                    predictions = asker.ask(questions, rows, pool_the_prompt).predictions
+                    predictions = asker.ask(asked, rows, pool_the_prompt).predictions
                 else:
                     asker.read(questions, rows, pool_the_prompt)
                 for layer, state in enumerate(patch.states):

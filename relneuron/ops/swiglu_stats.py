@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
-    if backend in ("auto", "cpu") and type(gate) is Tensor and _is_eager():
+    if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and _is_eager():
         given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
         h = out
         if h is None and not only_stats and gate.layout is torch.strided:
@@ -263,6 +264,10 @@ def _codes(names: Names, sites: tuple[str, ...]) -> tuple[int, ...] | None:
     return tuple(numbers[s] for s in sites) if set(sites) <= set(numbers) else None
 
 
+# groups, width, threshold_bits, count, tokens, sum, sum_sq, max and n_nonfinite of no statistics.
+_NO_COUNTERS: tuple[Any, ...] = (0, 0, 0, None, None, None, None, None, None)
+
+
 def _ran_quickly(
     names: Names,
     activation: str,
@@ -280,9 +285,14 @@ def _ran_quickly(
     """Run the call on the CPU kernel if it is plainly right; False if it is left to the checks."""
     try:
         quick = cpu_module().swiglu_stats_quick
+        sites, counters = _codes(names, ()), _NO_COUNTERS
         if stats is not None:
             stats.check_fields(names.op)
-        sites = _codes(names, stats.sites) if stats is not None else ()
+            sites = _codes(names, stats.sites)
+            counters = (
+                *(stats.groups, stats.width, stats._threshold_bits, stats._count, stats.tokens),
+                *(stats._sum, stats._sum_sq, stats._max, stats._n_nonfinite),
+            )
         response_sites = _codes(names, tuple(responses)) if responses else ()
     except (ImportError, AttributeError, TypeError):  # no extension; no GroupStats, or no names
         return False
@@ -296,15 +306,7 @@ def _ran_quickly(
                 h,
                 CODES.index(activation),
                 sites,
-                stats.groups if stats is not None else 0,
-                stats.width if stats is not None else 0,
-                stats._threshold_bits if stats is not None else 0,
-                stats._count if stats is not None else None,
-                stats.tokens if stats is not None else None,
-                stats._sum if stats is not None else None,
-                stats._sum_sq if stats is not None else None,
-                stats._max if stats is not None else None,
-                stats._n_nonfinite if stats is not None else None,
+                *counters,
                 group_ids,
                 response_sites,
                 tuple(responses.values()) if responses else (),
