@@ -5,6 +5,11 @@ DEMO ?= relneuron-demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# The oldest transformers that pyproject.toml allows, with what that needs in other versions, and the
+# tests of all that calls it. The whole suite runs with the newest one.
+OLDEST := transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 \
+          httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
+OF_TRANSFORMERS := $(addprefix tests/test_,predict.py generate.py model.py patch_act.py tokens.py)
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: demo test clean
@@ -12,10 +17,11 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(BIN)/relneuron demo -o $(DEMO)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest --quiet $(OF_TRANSFORMERS)
 	$(BIN)/pytest
 
 $(VENV)/.torch: constraints.txt
@@ -30,6 +36,11 @@ $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
 $(VENV)/.test: $(VENV)/.torch $(INPUTS)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.demo
+
+# Not installed beside the newest one: PYTHONPATH puts this folder before it.
+$(VENV)/.oldest: $(VENV)/.test Makefile
+	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist relneuron/_cpu*.so
