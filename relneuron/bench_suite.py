@@ -36,7 +36,12 @@ SUITES = {
         *bench_gain.QUICK,
     ],
     "usual": [
-        *(Case(dtype=dtype, T=T) for dtype in ("float32", "bfloat16") for T in (2048, 8192)),
+        # Decoding has a row or a few a call: there the inputs are in the caches.
+        *(
+            Case(dtype=dtype, T=T)
+            for dtype in ("float32", "bfloat16")
+            for T in (1, 8, 64, 2048, 8192)
+        ),
         *bench_ranking.USUAL,
         *bench_gain.USUAL,
     ],

@@ -285,7 +285,8 @@ def _ran_quickly(
     """Run the call on the CPU kernel if it is plainly right; False if it is left to the checks."""
     try:
         quick = cpu_module().swiglu_stats_quick
-        sites, counters = _codes(names, ()), _NO_COUNTERS
+        sites: tuple[int, ...] | None = ()
+        counters = _NO_COUNTERS
         if stats is not None:
             stats.check_fields(names.op)
             sites = _codes(names, stats.sites)
