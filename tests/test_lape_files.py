@@ -168,6 +168,8 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, is_zip: bool) -> None:
     assert mark.exists()
 
 
+# torch does not always save the same bytes: damage may make one index another, which is said.
+@pytest.mark.filterwarnings("ignore:.* neurons twice. each counts once")
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_damaged_files_raise_the_one_error(tmp_path: Path, is_zip: bool) -> None:
     path = save(tmp_path / "n.pth", small_lists(), _use_new_zipfile_serialization=is_zip)
