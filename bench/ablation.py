@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from bench.rows import add_rows
-from relneuron.artifact import Prompt, site_widths
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.prompts import Prompt
 from relneuron.bench import where
 from relneuron.conditions import Ablation, places_of
 from relneuron.demo import CHECKPOINT, FACTS, TOP

@@ -11,7 +11,7 @@ import torch
 from bench.ablation import ask_apart, ask_together, make_plan
 from bench.gpu_model import LLAMA_2_7B, TINY
 from bench.gpu_run import Run, check
-from relneuron.artifact import Prompt
+from relneuron.artifact.prompts import Prompt
 from relneuron.conditions import Ablation
 from relneuron.model import find_gated_mlps, model_shape
 from relneuron.predict import Asker, Questions

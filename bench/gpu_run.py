@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import atomic_write, csv_bytes, json_bytes
+from relneuron.artifact.files import atomic_write, csv_bytes, json_bytes
 from relneuron.bench import COLUMNS, Row, cells, where
 
 GROUPS = 12

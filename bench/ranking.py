@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import atomic_write, csv_bytes, read_csv
+from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.artifact.reading import read_csv
 from relneuron.bench import where
 from relneuron.bench_ranking import draw_labels
 

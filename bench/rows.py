@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relneuron.artifact import atomic_write, csv_bytes, read_csv
+from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.artifact.reading import read_csv
 
 
 def add_rows(path: Path | None, rows: Sequence[Mapping[str, object]]) -> None:

@@ -38,7 +38,8 @@ from bench.planted import (
     planted_units,
     write_facts,
 )
-from relneuron.artifact import atomic_write, csv_bytes, read_csv, read_prompts
+from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.artifact.prompts import read_prompts
 from relneuron.identify import identify
 from relneuron.prompts import write_prompts
 from relneuron.record import record
@@ -124,12 +125,10 @@ def respond(
     model: Any, tokenizer: Any, prompts: Path, folder: Path, pooling: str
 ) -> tuple[Array, Array]:
     """Scores of average precision (R, M) and responses (N, M) of all gates, by the two stages."""
-    record("planted", model, tokenizer, prompts, folder, **POOLINGS[pooling], quiet=True)
     # A weakly planted model does not know the answers. Every prompt counts as answered, so that
     # all strengths are ranked with the same ones.
-    answers = folder / "validated.csv"
-    rows = [(row["id"], row["prediction"], 1) for row in read_csv(answers, ("id", "prediction"))]
-    atomic_write(answers, csv_bytes(("id", "prediction", "correct"), rows))
+    how = POOLINGS[pooling] | {"validate": False, "quiet": True}
+    record("planted", model, tokenizer, prompts, folder, **how)
     identify(
         folder,
         folder / "neurons.json",

@@ -16,7 +16,8 @@ from relneuron import ops
 
 if TYPE_CHECKING:
     from relneuron.ablate import ablate_prompts
-    from relneuron.artifact import NeuronFile, RelneuronError
+    from relneuron.artifact.files import RelneuronError
+    from relneuron.artifact.neurons import NeuronFile
     from relneuron.instrument import ablate, instrument
     from relneuron.model import find_gated_mlps
 

@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.ablate_options import SETS_BESIDE, AblateOptions, ablate_inputs, read_how
-from relneuron.artifact import (
-    ATTENTION,
-    NeuronFile,
-    Prompt,
-    RelneuronError,
-    atomic_write,
-    csv_bytes,
-    read_prompts,
-    refuse_overwrite,
-)
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
+from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.command import command, loading, placed
 from relneuron.conditions import (
     Ablation,

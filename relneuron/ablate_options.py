@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import (
-    RECORDED,
-    RESPONSE_ROWS,
-    Json,
-    Prompt,
-    RelneuronError,
-    check_rows,
-    require,
-    sha256,
-    site_widths,
-)
+from relneuron.artifact.files import Json, RelneuronError, sha256
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.prompts import RECORDED, Prompt
+from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
 from relneuron.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.evaluate import MODES as PLAIN
 from relneuron.evaluate import OOM, POSITIONS, How
@@ -134,23 +127,18 @@ def mean_responses(
     responses: Path, prompts: Sequence[Prompt], shape: Mapping[str, int]
 ) -> dict[str, np.ndarray[Any, Any]]:
     """(M,) float32 mean response of every neuron over the det prompts: of all (""), by relation."""
-    from safetensors import safe_open
-
-    require(checked(responses), "record MODEL prompts.jsonl -o DIR")
-    check_rows(responses, RESPONSE_ROWS, [p.id for p in prompts if p.split in RECORDED])
+    made_by = "record MODEL prompts.jsonl -o DIR"
+    check_rows(
+        checked(responses), RESPONSE_ROWS, [p.id for p in prompts if p.split in RECORDED], made_by
+    )
     of = np.array([p.relation if p.split == "det" else "" for p in prompts if p.split in RECORDED])
     groups = {"": of != ""} | {name: of == name for name in dict.fromkeys(of) if name}
     weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
     parts = []
-    with safe_open(responses, "np") as file:
+    with open_tensors(responses, made_by) as file:
         for layer in range(shape["layers"]):
-            for site in site_widths(shape):
-                values = file.get_tensor(f"{site}.{layer}")
-                if len(values) != len(of):
-                    raise RelneuronError(
-                        f"{responses} has {len(values)} prompts, prompts.jsonl {len(of)} det ones",
-                        "record the prompts anew",
-                    )
+            for site, width in site_widths(shape).items():
+                values = file.get(f"{site}.{layer}", (len(of), width))
                 parts.append(weights @ values)
     return dict(zip(groups, np.concatenate(parts, axis=1), strict=True))
 

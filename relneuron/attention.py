@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from relneuron.artifact import ATTENTION, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import ATTENTION
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import (
+from relneuron.artifact.files import (
     Json,
-    Prompt,
     RelneuronError,
     atomic_write,
     csv_bytes,
-    prompts_bytes,
     refuse_overwrite,
     sha256,
 )
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.attribute_options import AttributeOptions, attribute_inputs
 from relneuron.attribute_pass import Scorer, Sentences, promoted_rows, unpack
 from relneuron.attributions import (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.identity import tokenizer_digest
 from relneuron.installed import need
 from relneuron.model import same_model

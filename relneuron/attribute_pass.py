@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Json, Prompt, RelneuronError, relation_names
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.prompts import Prompt, relation_names
 from relneuron.attribute_options import QUERY_KINDS, AttributeOptions
 from relneuron.attributions import ENDS, Row, best_first, number, rows_text
 from relneuron.comparison import Sizes, TargetRanks, choose

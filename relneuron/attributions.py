@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import (
+from relneuron.artifact.files import (
     Json,
     RelneuronError,
     create_safetensors,
     csv_bytes,
-    read_csv,
     require,
     rows_digest,
 )
+from relneuron.artifact.parquet import read_table
+from relneuron.artifact.reading import Cells, open_tensors, read_csv
 from relneuron.installed import need
 
 TARGETS = "targets.csv"
@@ -108,28 +109,12 @@ def targets_bytes(targets: Iterable[Target]) -> bytes:
 def read_targets(path: Path) -> list[Target]:
     """The rows of a targets.csv, in the file's order."""
     found = []
-    for line, row in enumerate(read_csv(require(path, MADE_BY), _TARGETS[:-1]), 2):
-        try:
-            whole = {n: int(row[n]) for n in ("target_id", "n_answer_tokens", "n_tokens", "rank")}
-            if row["kept"] not in ("0", "1"):
-                raise ValueError(f"kept is {row['kept']!r}")
-            found.append(
-                Target(
-                    row["id"],
-                    row["relation"],
-                    row["target"],
-                    **whole,
-                    prob=float(row["prob"]),
-                    logprob=float(row["logprob"]),
-                    kept=row["kept"] == "1",
-                    answer=row.get("answer") or "",
-                )
-            )
-        except (TypeError, ValueError) as error:
-            raise RelneuronError(
-                f"{path}, line {line}: not a row of targets ({error})",
-                f"make it with: relneuron {MADE_BY}",
-            ) from error
+    for row in read_csv(require(path, MADE_BY), _TARGETS[:-1]):
+        whole = {n: row.whole(n) for n in ("target_id", "n_answer_tokens", "n_tokens", "rank")}
+        real = {name: row.finite(name) for name in ("prob", "logprob")}
+        text = {name: row[name] for name in ("id", "relation", "target")}
+        answer = row.get("answer") or ""
+        found.append(Target(**text, **whole, **real, kept=row.flag("kept"), answer=answer))  # type: ignore[arg-type]
     if not found:
         raise RelneuronError(f"{path} has no row", f"make it with: relneuron {MADE_BY}")
     return found
@@ -200,31 +185,15 @@ def _value(name: str, cell: str) -> object:
     return float(cell) if name == "score" else int(cell)
 
 
-def read_attributions(folder: Path) -> Iterator[dict[str, str]]:
+def read_attributions(folder: Path) -> Iterator[Cells]:
     """The rows of a folder's attributions.csv or .parquet, each cell as text."""
     path = next((folder / name for name in TABLES if (folder / name).exists()), folder / TABLES[0])
-    if path.suffix == ".csv":
-        yield from read_csv(require(path, MADE_BY), ATTRIBUTIONS)
-        return
-    need(f"reading {path}", "pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=list(ATTRIBUTIONS)):
-                for row in batch.to_pylist():
-                    yield {name: _text(row[name]) for name in ATTRIBUTIONS}
-    except (pyarrow.ArrowException, KeyError) as error:
-        cause = str(error).partition("\n")[0]
-        raise RelneuronError(
-            f"{path} is damaged ({cause})", f"make it with: relneuron {MADE_BY}"
-        ) from error
+    if path.suffix == ".parquet":
+        need(f"reading {path}", "pyarrow")
+    yield from read_table(require(path, MADE_BY), ATTRIBUTIONS, _text)
 
 
 def _text(cell: object) -> str:
-    if cell is None:
-        return ""
     return number(cell) if isinstance(cell, float) else str(cell)
 
 
@@ -262,22 +231,8 @@ def read_gains(
     path: Path, shape: Mapping[str, int], n_sentences: int
 ) -> Iterator[tuple[int, Array]]:
     """(layer, gains (N, F) float32) of gains.safetensors, one layer at a time."""
-    from safetensors import SafetensorError, safe_open
-
-    made_by = f"make it with: relneuron {MADE_BY}"
     for layer in range(shape["layers"]):
-        try:
-            # Opened anew for each layer: what was read of an open file stays in memory.
-            with safe_open(require(path, MADE_BY), "np") as file:
-                gains = file.get_tensor(f"ffn.{layer}")
-        except SafetensorError as error:
-            raise RelneuronError(
-                f"{path} holds no gains of layer {layer} ({error})", made_by
-            ) from error
-        if gains.shape != (n_sentences, shape["width"]):
-            raise RelneuronError(
-                f"{path} has gains of the shape {gains.shape} in layer {layer}, not "
-                f"{(n_sentences, shape['width'])} as {TARGETS} and the model",
-                made_by,
-            )
+        # Opened anew for each layer: what was read of an open file stays in memory.
+        with open_tensors(path, MADE_BY) as file:
+            gains = file.get(f"ffn.{layer}", (n_sentences, shape["width"]))
         yield layer, gains

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from relneuron.artifact import RelneuronError, atomic_write, csv_bytes, read_csv
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
+from relneuron.artifact.reading import read_csv
 from relneuron.bench_case import Case, Contestant
 from relneuron.bench_suite import CONTESTANTS, SUITES
 from relneuron.manifest import versions

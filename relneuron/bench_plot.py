@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from relneuron.artifact import atomic_write
+from relneuron.artifact.files import atomic_write
 from relneuron.bench import Row
 
 INK, MUTED, LINE, OFF = "#15181c", "#5b6470", "#d5dae0", "#c2410c"

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.reading import MAX_RECORD_MIB
 from relneuron.cli_attribute import attribute
 from relneuron.cli_bench import bench
 from relneuron.cli_checks import METHODS, Command
@@ -129,6 +130,7 @@ def run(
     drop_responses: take.DropResponses = False,
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """The whole study on your model; goes on where it stopped."""
@@ -191,6 +193,7 @@ def prompts(
     suffix: take.Suffix = None,
     chat_template: take.ChatTemplateOf = None,
     force: take.Force = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
@@ -223,10 +226,11 @@ def record(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """One instrumented pass: validated.csv and responses.safetensors."""
-    from relneuron.artifact import require
+    from relneuron.artifact.files import require
     from relneuron.prompts import concepts_beside
     from relneuron.record import record as record_stage
 
@@ -279,11 +283,13 @@ def ablate(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablate import ablate_prompts, check_format, refuse_outputs
-    from relneuron.artifact import NeuronFile, require
+    from relneuron.artifact.files import require
+    from relneuron.artifact.neurons import NeuronFile
 
     refuse_outputs(output, force)
     check_format(output)

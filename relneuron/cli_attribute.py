@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from relneuron import cli_options as take
-from relneuron.artifact import read_csv
+from relneuron.artifact.reading import MAX_RECORD_MIB, Cells, read_csv
 from relneuron.attribute_options import KINDS, AttributeOptions
 from relneuron.attributions import (
     COMPARISON,
@@ -98,6 +98,7 @@ def attribute(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """How much each neuron, head and layer raises the log-probability of the answers.
@@ -186,7 +187,7 @@ def print_comparison(path: Path) -> None:
     Over all sentences; of conditions that differ in their seed or type, the mean. The heads of a
     type are asked apart: of its own sentences, and of the other types'.
     """
-    groups: dict[str, list[dict[str, str]]] = {}
+    groups: dict[str, list[Cells]] = {}
     n_sentences = ""
     for row in read_csv(path, COMPARISON_COLUMNS):
         condition, relation = row["condition"], row["relation"]
@@ -205,7 +206,7 @@ def print_comparison(path: Path) -> None:
     names = ("mrr", "prob", "logprob", "mrr_drop", "prob_drop", "logprob_drop")
     formats = ("{:.3f}", "{:.1%}", "{:.2f}", "{:.1%}", "{:.1%}", "{:.2f}")
     for name, rows in groups.items():
-        means = [sum(float(row[key] or "nan") for row in rows) / len(rows) for key in names]
+        means = [sum(row.real(key) for row in rows) / len(rows) for key in names]
         table.add_row(name, *(_cell(f, mean) for f, mean in zip(formats, means, strict=True)))
     Console(highlight=False).print(table)
 

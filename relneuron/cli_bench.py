@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from relneuron import cli_options as take
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.cli_print import print_bench, say
 from relneuron.installed import need
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from relneuron.artifact import RelneuronError, check_place
+from relneuron.artifact.files import RelneuronError, check_place
 from relneuron.cli_options import names
 from relneuron.installed import need
 

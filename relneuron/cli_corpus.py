@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.reading import MAX_RECORD_MIB
 from relneuron.cli_print import print_counted, print_nll, say
 
 Sources = Annotated[
@@ -89,6 +90,7 @@ def count(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """How often every neuron is active in each group of a corpus: counts.safetensors.
@@ -140,6 +142,7 @@ def merge(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Finished counts.")],
     output: take.Output,
     force: take.Force = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Add finished counts of one model: counts.safetensors."""
@@ -177,10 +180,11 @@ def nll(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """How well the model reads each group's text without each set of neurons: nll.csv."""
-    from relneuron.artifact import NeuronFile
+    from relneuron.artifact.neurons import NeuronFile
     from relneuron.nll import nll as nll_stage
 
     take.check_folder(output)
@@ -247,6 +251,7 @@ def generate(
     backend: take.Backend = "auto",
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Greedy continuations of prompts with sets of neurons off, or set to another group's mean."""

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from relneuron import cli_options as take
-from relneuron.artifact import NeuronFile, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.reading import MAX_RECORD_MIB
 from relneuron.cli_print import print_chosen, print_groups, say
 from relneuron.study import Options
 
@@ -61,6 +63,7 @@ def identify(
     seed: take.Seed = _DEFAULT.seed,
     force: take.Force = False,
     quiet: take.Quiet = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Rank the neurons of a recorded, attributed or counted directory; needs no model."""
@@ -146,6 +149,7 @@ def import_files(
     output: take.Output,
     names: Annotated[str, typer.Option(help="Groups of a .neuron.pth in order: en,zh,...")] = "",
     force: take.Force = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
@@ -177,6 +181,7 @@ def export(
     ],
     output: take.Output,
     force: take.Force = False,
+    max_record_mib: take.MaxRecord = MAX_RECORD_MIB,
     debug: take.Debug = False,
 ) -> None:
     """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.

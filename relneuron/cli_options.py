@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.reading import allow_record_mib
 
 state = {"debug": False}
 
@@ -23,6 +24,14 @@ Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_debug, help="Traceback on errors.")]
+MaxRecord = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        callback=allow_record_mib,
+        help="Largest line, record or cell that is read, in MiB; a JSON file may have four.",
+    ),
+]
 Eva = Annotated[int, typer.Option(min=1, help="Facts per relation kept for evaluation.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split, the negatives and all that is drawn.")]
 Suffix = Annotated[

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from relneuron.artifact import NeuronFile, read_csv
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.reading import read_csv
 from relneuron.cli_options import state
 from relneuron.counts import NAME as COUNTS
 
@@ -147,7 +148,7 @@ def print_accuracy(folder: Path) -> None:
     splits = [row["split"] for row in rows]
     main = "eva" if "eva" in splits else splits[0]
     found = {
-        (row["condition"], row["relation"]): float(row["accuracy"])
+        (row["condition"], row["relation"]): row.real("accuracy")
         for row in rows
         if row["split"] == main
     }

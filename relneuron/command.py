@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from relneuron.artifact import Json
+from relneuron.artifact.files import Json
+from relneuron.artifact.reading import MAX_RECORD_MIB, max_record_mib
 
 STUDY = "STUDY"  # stands for the folder of the manifest, so that it holds no path of an output
 WHOLE = ("run", "demo")  # commands that make all of `IN_WHOLE`
@@ -25,6 +26,8 @@ def command(name: str, *arguments: object, **options: object) -> list[Words]:
     by commas. The key is `commands`: a stage of several commands has more than one.
     """
     words = [name, *map(str, arguments)]
+    allowed = max_record_mib()
+    options |= {"max_record_mib": None if allowed == MAX_RECORD_MIB else allowed}
     for option, value in options.items():
         if value is None or value is False or value == [] or value == ():
             continue

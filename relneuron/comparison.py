@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.interventions import Off, head_places, intervene, off
 from relneuron.manifest import Journal
 from relneuron.method_scores import METHODS, TargetRanks, method_scores, traced_scores

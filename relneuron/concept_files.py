@@ -6,14 +6,15 @@ The `prompts` stage calls it. A file is `{"concept", "group", "sentences": {"pos
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, Prompt, RelneuronError, read_csv, read_json
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.reading import read_csv, read_json
 
 LISTS = ("concept_list.csv", "concept_list.json")
 _FIX = 'a concept file is {"concept": NAME, "sentences": {"positive": [...], "negative": [...]}}'
@@ -67,7 +68,10 @@ def read_concept(path: Path) -> Concept:
         raise RelneuronError(f"{path}: sentences are {unknown[0]!r}, what is that?", _FIX)
     found = {}
     for label in ("positive", "negative"):
-        found[label] = tuple(sentences.get(label) or ())
+        texts = sentences.get(label) or []
+        if not isinstance(texts, list):
+            raise RelneuronError(f"{path}: {label} is no list of sentences", _FIX)
+        found[label] = tuple(texts)
         for number, text in enumerate(found[label], 1):
             if not isinstance(text, str) or not text:
                 raise RelneuronError(f"{path}: {label} sentence {number} is no text", _FIX)
@@ -121,15 +125,13 @@ def concept_prompts(concepts: Sequence[Concept]) -> list[Prompt]:
 def _json(path: Path) -> Any:
     """The value of a JSON file; None for what is none, whose fault the reader of facts says."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        return read_json(path, "concept file")
+    except RelneuronError:
         return None
 
 
 def _is_concept(path: Path) -> bool:
     """Whether a JSON file holds sentences."""
-    if b'"sentences"' not in path.read_bytes():
-        return False
     data = _json(path)
     return isinstance(data, dict) and "sentences" in data
 
@@ -168,7 +170,8 @@ def _entries(path: Path) -> Iterator[tuple[str, str]]:
     data = read_json(path, "concept list")
     entries: list[Any] = data if isinstance(data, list) else []
     if isinstance(data, dict):
-        entries = [{"group": g, "concept": c} for g, names in data.items() for c in names]
+        lists = {g: names for g, names in data.items() if isinstance(names, list)}
+        entries = [{"group": g, "concept": c} for g, names in lists.items() for c in names]
     for entry in entries:
         if isinstance(entry, str):
             parts = entry.rpartition("/")

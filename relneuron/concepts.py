@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import NeuronFile, Prompt, atomic_write, prompts_bytes
+from relneuron.artifact.files import atomic_write
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.facts import ENGLISH, Relation, split_facts
 from relneuron.identify import identify, identify_inputs
 from relneuron.manifest import Manifest, locked

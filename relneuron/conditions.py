@@ -6,7 +6,6 @@ gate < up < down, index), as everywhere in a ranking.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
@@ -17,7 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import NeuronFile, Prompt, RelneuronError, check_neurons, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile, check_neurons, site_widths
+from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.reading import open_tensors
 from relneuron.effects import Condition, main_split, own_languages, split_name
 from relneuron.scores.ranking import all_scores, n_neurons, random_neurons
 
@@ -130,18 +132,16 @@ def _read_scores(
     """Each relation's scores (K,) and the places (K,) of the neurons that have them."""
     if not path.exists():
         return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            order = json.loads((file.metadata() or {}).get("relations", "[]"))
-            keys = {f"ap.{site}": site for site in site_widths(shape)}
-            there = [name for name in (*keys, _GAIN) if name in file.keys()]  # noqa: SIM118
-            scores = {name: file.get_tensor(name) for name in there}
-    except (SafetensorError, ValueError) as error:
-        raise RelneuronError(
-            f"{path} is damaged ({error})", "make it anew with: relneuron identify"
-        ) from error
+    keys = {f"ap.{site}": site for site in site_widths(shape)}
+    with open_tensors(path, "identify DIR -o DIR/neurons.json") as file:
+        order = file.names_of("relations")
+        widths = {key: site_widths(shape)[site] for key, site in keys.items()}
+        widths |= {_GAIN: shape["width"]}
+        scores = {
+            name: file.get(name, (len(order), shape["layers"], width))
+            for name, width in widths.items()
+            if name in file.names
+        }
     if scores.keys() >= keys.keys():
         everything = np.arange(n_neurons(shape))
         return {

@@ -13,11 +13,12 @@ import re
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError, hashing_threads, sha256
+from relneuron.artifact.files import Json, RelneuronError, hashing_threads, sha256
+from relneuron.artifact.reading import max_record_mib
 from relneuron.command import placed
 from relneuron.installed import need
 
@@ -68,6 +69,7 @@ class Source:
                    else uint32
     dataset        in place of files: a Python iterable of records, as a Hugging Face dataset
     given          the paths that the files were found at, as they were given
+    max_record_mib the largest record that is read, in MiB: more is an error
     """
 
     group: str | None = None
@@ -78,6 +80,7 @@ class Source:
     ids_dtype: str | None = None
     dataset: Any = None
     given: tuple[str, ...] = ()
+    max_record_mib: int = field(default_factory=max_record_mib)
 
     @property
     def is_ids(self) -> bool:

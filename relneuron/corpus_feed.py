@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.corpus import ID_KINDS, Source
 from relneuron.corpus_windows import Block, Encode, Packing, Window
 from relneuron.corpus_worker import (

@@ -21,15 +21,17 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from relneuron.artifact import Json, RelneuronError
-from relneuron.corpus import GZIP, ID_KINDS, MIB, File, Source, split_hf
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.parquet import group_rows, open_parquet
+from relneuron.artifact.reading import MIB, check_zip, decoded, parse_json, too_large
+from relneuron.corpus import GZIP, ID_KINDS, File, Source, split_hf
 
 PIECE_BYTES = MIB  # of one line of text; memory stays bounded in a file that is one line
 PIECE_TOKENS = 1 << 18  # of one document of token ids
 CHUNK_CHARACTERS = 1 << 18  # of documents that are tokenised together
 CHUNK_PIECES = 1 << 12
+CHARACTER_BYTES = 4  # of UTF-8 at most: a line is cut before a character
 STATE_EVERY = 1000  # records of a dataset between two states: taking one is slow
-ROWS = 256  # of a parquet file, decoded together
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -148,7 +150,7 @@ def _lines(file: File, at: Any, limit: int) -> Iterator[tuple[bytes, bool, int, 
     with raw, lines:
         try:
             lines.seek(offset)
-            while data := carried + lines.readline(limit - len(carried) if limit > 0 else -1):
+            while data := carried + lines.readline(limit - len(carried)):
                 is_cut = len(data) == limit and not data.endswith(b"\n")
                 end = _whole_characters(data) if is_cut else len(data)
                 data, carried = data[:end], data[end:]
@@ -175,45 +177,28 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
-def _decode(data: bytes, file: File, number: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RelneuronError(
-            f"{file.path}, line {number}: not UTF-8 ({error.reason}, byte {error.start})",
-            "convert the file to UTF-8",
-        ) from error
-
-
 def _read_text(source: Source, file: File, at: Any) -> Iterator[Step]:
     for data, begins, number, after, share in _lines(file, at, PIECE_BYTES):
         if data:
-            yield Piece(source.group or "", _decode(data, file, number), begins), after, share
+            text = decoded(data, f"{file.path}, line {number}")
+            yield Piece(source.group or "", text, begins), after, share
 
 
 def _read_jsonl(source: Source, file: File, at: Any) -> Iterator[Step]:
     check = _TextCheck(at is None)
-    for data, _, number, after, share in _lines(file, at, -1):
-        line = _decode(data, file, number)
+    limit = source.max_record_mib
+    for data, begins, number, after, share in _lines(file, at, limit * MIB):
+        where = f"{file.path}, line {number}"
+        is_whole = after[-1] or len(data) < limit * MIB - CHARACTER_BYTES
+        if not begins or not is_whole:
+            raise too_large(where, "a record", limit)
+        line = decoded(data, where)
         if not line or line.isspace():
             continue
-        where = f"{file.path}, line {number}"
-        try:
-            record = json.loads(line, object_pairs_hook=_distinct)
-        except (ValueError, RecursionError) as error:
-            raise RelneuronError(
-                f"{where}: not JSON ({error})", "give one JSON object a line"
-            ) from error
+        record = parse_json(line, where, "give one JSON object a line")
         piece = _piece(source, record, where, check)
         yield piece, after, share
     check.end()
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> Json:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return result
 
 
 class _TextCheck:
@@ -291,11 +276,7 @@ def _no_field(record: Json, name: str, where: str, option: str) -> RelneuronErro
 
 
 def _open_parquet(source: Source, file: File) -> Any:
-    parquet = import_module("pyarrow.parquet")
-    try:
-        opened = parquet.ParquetFile(file.path)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise RelneuronError(f"{file.path} is no parquet file ({error})", "mend it") from error
+    opened = open_parquet(file.path, [source.text_column])
     options = {"--text-column": source.text_column, "--group-column": source.group_column}
     for option, name in options.items():
         if name is not None and name not in opened.schema_arrow.names:
@@ -317,15 +298,11 @@ def _read_parquet(source: Source, file: File, at: Any) -> Iterator[Step]:
         n_rows = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         total, before = max(1, sum(n_rows)), sum(n_rows[:first])
         for number in range(first, len(n_rows)):
-            row = 0
-            for batch in opened.iter_batches(ROWS, row_groups=[number], columns=columns):
-                if row + batch.num_rows > skip:
-                    for place, record in enumerate(batch.to_pylist(), row):
-                        if place >= skip:
-                            where = f"{file.path}, row {before + place}"
-                            piece = _piece(source, record, where, check)
-                            yield piece, [number, place + 1], (before + place + 1) / total
-                row += batch.num_rows
+            for place, record in enumerate(group_rows(opened, file.path, columns, number)):
+                if place >= skip:
+                    where = f"{file.path}, row {before + place}"
+                    piece = _piece(source, record, where, check)
+                    yield piece, [number, place + 1], (before + place + 1) / total
             before, skip = before + n_rows[number], 0
     check.end()
 
@@ -411,6 +388,7 @@ def _open_bin(source: Source, file: File, vocabulary: int | None) -> Array:
 
 def _open_pt(path: str) -> Array:
     torch = import_module("torch")
+    check_zip(Path(path))
     with warnings.catch_warnings(action="ignore"):  # of the way that a pickle was written
         try:
             ids = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.corpus import ID_KINDS, Source
 from relneuron.corpus_read import Piece, read_chunks
 from relneuron.tokens import read_policy

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.corpus import File, Source
 from relneuron.corpus_windows import Block, Encode, Packing, Window, make_blocks
 

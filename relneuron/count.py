@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError, refuse_overwrite
+from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.corpus import Source
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing, Window

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus_windows import Window
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.numpy import load
 
-from relneuron.artifact import Json, RelneuronError, atomic_write
+from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.counts import Counts
 from relneuron.manifest import differences
 

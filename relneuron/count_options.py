@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.command import STUDY, command, loading
 from relneuron.corpus import Source, describe_sources, source_words
 from relneuron.corpus_windows import Packing, default_bos

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.count_batches import Batch
 from relneuron.counts import Counts
 from relneuron.model import GatedMLP

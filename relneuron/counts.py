@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from relneuron.artifact import RelneuronError, atomic_write, require
+from relneuron.artifact.files import RelneuronError, atomic_write
+from relneuron.artifact.reading import open_tensors
 
 NAME = "counts.safetensors"
 SITES = ("gate", "up", "act", "product", "down")
 # What each statistic is made of, and with which value a group that was never seen begins.
 DTYPES = {"count": np.int64, "sum": np.float64, "sum_sq": np.float64, "max": np.float32}
 DTYPES |= {"n_nonfinite": np.int64}
+_TYPES = {np.int64: "I64", np.float64: "F64", np.float32: "F32"}  # as safetensors calls them
 
 Array = np.ndarray[Any, Any]
 
@@ -96,34 +97,47 @@ class Counts:
     @classmethod
     def read(cls, path: Path, made_by: str = "count MODEL GROUP=TEXT... -o DIR") -> Counts:
         """The counts of a file, or an error that says what is wrong with it."""
-        try:
-            with safe_open(require(path, made_by), "numpy") as file:
-                described = json.loads((file.metadata() or {})["relneuron.counts"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            counts = cls(list(described["groups"]), arrays.pop("tokens"), arrays)
-            counts._check()
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise RelneuronError(
-                f"{path} is no file of counts ({error!r})", f"make it with: relneuron {made_by}"
-            ) from error
+        with open_tensors(path, made_by) as file:
+            about = file.about("relneuron.counts")
+            if not isinstance(about, dict) or "groups" not in about or "tokens" not in file.names:
+                raise file.wrong("it is no file of counts")
+            groups = about["groups"]
+            if not _are_names(groups):
+                raise file.wrong(f"the groups are {groups}")
+            arrays = {}
+            for name in file.names:
+                kind = DTYPES.get(name.partition(".")[0], np.int64)
+                shape = (len(groups),) if name == "tokens" else (len(groups), None, None)
+                arrays[name] = file.get(name, shape, _TYPES[kind])
+            counts = cls(groups, arrays.pop("tokens"), arrays)
+            try:
+                counts._check()
+            except ValueError as error:
+                raise file.wrong(str(error)) from error
         return counts
 
     def _check(self) -> None:
-        names = self.groups
-        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"the groups are {names}")
-        if self.tokens.shape != (len(names),) or self.tokens.dtype != np.int64:
-            raise ValueError(f"tokens are {self.tokens.dtype}{self.tokens.shape}")
         shapes: dict[bool, tuple[int, ...]] = {}
         for name, array in self.arrays.items():
             statistic, _, site = name.partition(".")
-            if site not in self.sites or array.dtype != DTYPES[statistic]:
-                raise ValueError(f"{name} is {array.dtype}, the sites are {self.sites}")
+            if site not in self.sites or statistic not in DTYPES:
+                raise ValueError(f"{name} is no statistic of the sites {self.sites}")
             # One width at the inner sites, another one at down, the same layers at all.
             shape = shapes.setdefault(site == "down", array.shape)
             layers = next(iter(shapes.values()))[:2]
-            is_whole = array.ndim == 3 and len(array) == len(names)
-            if not is_whole or array.shape != shape or shape[:2] != layers:
+            if array.shape != shape or shape[:2] != layers:
                 raise ValueError(f"{name} has the shape {array.shape}")
+            within = self.tokens[:, None, None]
+            is_count = statistic in ("count", "n_nonfinite")
+            if is_count and ((array < 0).any() or (array > within).any()):
+                raise ValueError(f"{name} is not between 0 and the number of tokens")
         if not self.sites:
             raise ValueError("there is no count")
+
+
+def _are_names(groups: object) -> bool:
+    return (
+        isinstance(groups, list)
+        and all(isinstance(name, str) for name in groups)
+        and len(set(groups)) == len(groups)
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from relneuron import ops
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.installed import EXTRAS, install_command, missing
 from relneuron.manifest import versions
 from relneuron.model import inspect_layers

@@ -5,7 +5,7 @@ The analyses and the report read it; nothing here needs a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import Prompt, RelneuronError, composed, csv_bytes, read_csv
+from relneuron.artifact.files import RelneuronError, composed, csv_bytes
+from relneuron.artifact.parquet import read_table
+from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.reading import read_csv
 from relneuron.installed import need
 
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
@@ -61,9 +64,9 @@ def read_conditions(path: Path) -> dict[str, Condition]:
     """conditions.csv by name, in the file's order."""
     found = {}
     for row in read_csv(path, ("condition", *[f.name for f in fields(Condition)][1:])):
-        seed, first, last = (int(row[n]) if row[n] else None for n in ("seed", "first", "last"))
+        seed, first, last = (row.whole(n) if row[n] else None for n in ("seed", "first", "last"))
         site, kind, relation = row["site"], row["kind"], row["relation"]
-        n_neurons = int(row["n_neurons"])
+        n_neurons = row.whole("n_neurons")
         name = row["condition"]
         if name in found:
             raise RelneuronError(f"{path} holds {name} twice", "run ablate anew")
@@ -162,7 +165,12 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
     places: dict[str, dict[str, int]] = {}
     relations: dict[str, list[str]] = {}
     grids: dict[str, Grid] = {}
-    rows = list(_effects_rows(path))
+    if path.suffix == ".parquet":
+        need(f"reading {path}", "pyarrow")
+    rows: list[tuple[Any, ...]] = [
+        (*(row[name] for name in EFFECTS[:5]), row.flag("correct"), row.real("logprob"))
+        for row in read_table(path, EFFECTS, _text)
+    ]
     for condition, relation, split, prompt, *_ in rows:
         if condition == "clean":
             place = places.setdefault(split, {})
@@ -188,23 +196,11 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
         i = places[split][prompt]
         if grid.correct[condition][i] != NOT_ASKED:
             raise RelneuronError(f"{path} holds {prompt} twice", "run ablate anew")
-        grid.correct[condition][i] = int(correct)
-        grid.logprob[condition][i] = float(logprob)
+        grid.correct[condition][i] = correct
+        grid.logprob[condition][i] = logprob
         grid.prediction[condition][i] = prediction
     return grids
 
 
-def _effects_rows(path: Path) -> Iterator[tuple[str, ...]]:
-    if path.suffix != ".parquet":
-        yield from (tuple(row[name] for name in EFFECTS) for row in read_csv(path, EFFECTS))
-        return
-    need(f"reading {path}", "pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns = pyarrow.parquet.read_table(path, columns=list(EFFECTS)).to_pydict()
-    except pyarrow.ArrowException as error:
-        cause = str(error).partition("\n")[0]
-        raise RelneuronError(f"{path} is damaged ({cause})", "run ablate anew") from error
-    yield from zip(*(columns[name] for name in EFFECTS), strict=True)
+def _text(cell: object) -> str:
+    return str(int(cell)) if isinstance(cell, bool) else str(cell)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import ATTENTION, RelneuronError, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import ATTENTION, site_widths
 from relneuron.conditions import Ablation, site_places
 from relneuron.manifest import Journal
 from relneuron.model import GatedMLP, model_shape

@@ -5,31 +5,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from relneuron.artifact import (
-    ATTENTION,
-    RECORDED,
-    SITES,
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
     RelneuronError,
     atomic_write,
     csv_bytes,
     json_bytes,
-    read_csv,
-    read_prompts,
     refuse_overwrite,
     require,
-    site_widths,
 )
+from relneuron.artifact.neurons import ATTENTION, SITES, NeuronFile, site_widths
+from relneuron.artifact.prompts import RECORDED, read_prompts
+from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.conditions import scores_beside
 from relneuron.manifest import Manifest, checked
 
@@ -93,9 +87,9 @@ def read_values(
     path = require(checked(folder / "responses.safetensors"), "record MODEL prompts.jsonl -o DIR")
     last = max(int(part.max()) for own in rows.values() for part in own[:2])
     for layer in range(shape["layers"]):
-        for site in site_widths(shape):
-            with safe_open(path, "np") as file:
-                values = file.get_tensor(f"{site}.{layer}")
+        for site, width in site_widths(shape).items():
+            with open_tensors(path, "record MODEL prompts.jsonl -o DIR") as file:
+                values = file.get(f"{site}.{layer}", (None, width))
             if last >= len(values):
                 raise RelneuronError(
                     f"{path} has {len(values)} rows, prompts.jsonl more recorded prompts",
@@ -186,18 +180,11 @@ def _part(name: str) -> str:
 
 def _read_scores(path: Path) -> dict[str, dict[str, Array]]:
     """AP by relation and site, (L, K) each."""
-    require(checked(path), "identify DIR -o DIR/neurons.json --method ap")
-    try:
-        with safe_open(path, "np") as file:
-            names = json.loads((file.metadata() or {})["relations"])
-            sites = [site for site in (*SITES, *ATTENTION) if f"ap.{site}" in file.keys()]  # noqa: SIM118
-            scores = {site: file.get_tensor(f"ap.{site}") for site in (sites or SITES)}
-        return {name: {s: scores[s][row] for s in sites} for row, name in enumerate(names)}
-    except (SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise RelneuronError(
-            f"{path} holds no average precision ({error})",
-            "make it with: relneuron identify DIR -o DIR/neurons.json --method ap",
-        ) from error
+    with open_tensors(checked(path), "identify DIR -o DIR/neurons.json --method ap") as file:
+        names = file.names_of("relations")
+        sites = [site for site in (*SITES, *ATTENTION) if f"ap.{site}" in file.names] or SITES
+        scores = {site: file.get(f"ap.{site}", (len(names), None, None)) for site in sites}
+    return {name: {s: scores[s][row] for s in sites} for row, name in enumerate(names)}
 
 
 def _units(

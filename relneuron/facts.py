@@ -6,7 +6,6 @@ one subject with all of its right objects.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import warnings
@@ -24,7 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from relneuron.artifact import RelneuronError, composed, distinct, fold
+from relneuron.artifact.files import RelneuronError, composed, fold
+from relneuron.artifact.prompts import distinct
+from relneuron.artifact.reading import one_line, read_json
 
 ENGLISH = "en"  # the language of a file that does not say its own
 SUFFIX = "? Answer:"  # follows every English template (arXiv 2502.17355, table 5)
@@ -240,16 +241,6 @@ def _unknown_keys(data: _FactFile) -> list[str]:
     return [name if name.isprintable() else repr(name) for name in unknown]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; one that has a key twice would lose what stands there first."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {double!r} stands twice in one object")
-    return found
-
-
 def _templates(main: list[str], zero_shot: list[str], suffix: str) -> Templates:
     """Main templates, and the zero-shot ones that are not main ones; each once, with suffix."""
 
@@ -322,28 +313,27 @@ def read_relation(path: Path, *, suffix: str | None = None) -> Relation:
     )
 
 
+# What `read_json` asks for.
+_FACT_FILE = (
+    "fact file: a JSON object with prompt_templates (each with one {}) and samples "
+    "[{subject, object}]; each key and each language stands there once"
+)
+
+
 def _read(path: Path) -> _FactFile:
+    data = read_json(path, _FACT_FILE)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        data = json.loads(text, object_pairs_hook=_once)
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
-        json.dumps(data, ensure_ascii=False).encode()  # JSON may hold half a character
         return _FactFile.model_validate(data)
-    except (ValueError, RecursionError) as error:
-        cause = " ".join(str(error).split())
-        if isinstance(error, json.JSONDecodeError):
-            cause = f"not JSON: {cause}"
+    except ValueError as error:
+        cause = one_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             said = re.sub(" or instance of .*", "", first["msg"])
             cause = f"{where}: {said}" if where else said
-        raise RelneuronError(
-            f"{path}: {cause}",
-            "a fact file is a JSON object with prompt_templates (each with one {}) and samples "
-            "[{subject, object}]; each key and each language stands there once",
-        ) from error
+        raise RelneuronError(f"{path}: {cause}", f"give a valid {_FACT_FILE}") from error
 
 
 def read_relations(folder: Path, *, suffix: str | None = None) -> list[Relation]:

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import (
-    ATTENTION,
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
-    Prompt,
     RelneuronError,
     atomic_write,
     refuse_overwrite,
     require,
     sha256,
 )
+from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.conditions import Ablation, empty_sets, read_sets
 from relneuron.counts import NAME
 from relneuron.effects import Condition
@@ -105,24 +105,17 @@ def read_questions(path: Path, template: str | None = None) -> list[Prompt]:
     if not path.is_file():
         raise RelneuronError(f"{path} does not exist", "give a file of prompts", 2)
     found: dict[str, Prompt] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-            if not text.strip():
-                continue
-            name = str(number)
-            if path.suffix == ".jsonl":
-                record = json.loads(text)
-                given, text = record.get("id"), record["prompt"]
-                name = str(number if given is None else given)
-                if not isinstance(text, str):
-                    raise TypeError("prompt is not a string")
-                f"{name}{text}".encode()  # JSON may hold half a character
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RelneuronError(
-                f"{path}, line {number}: not a prompt ({error})",
-                "give UTF-8 text; in .jsonl one JSON object a line with the field prompt",
-            ) from error
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        text, name, where = line, str(number), f"{path}, line {number}"
+        if path.suffix == ".jsonl":
+            fix = "give one JSON object a line with the field prompt"
+            record = parse_json(line, where, fix)
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise RelneuronError(f"{where}: not a prompt (it has no text called prompt)", fix)
+            text, given = record["prompt"], record.get("id")
+            name = str(number if given is None else given)
         if name in found:
             raise RelneuronError(
                 f"{path}, line {number}: a second prompt with the id {name}", "give each its own"

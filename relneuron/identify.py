@@ -14,30 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import (
-    ATTENTION,
-    RECORDED,
-    RESPONSE_ROWS,
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
-    Prompt,
     RelneuronError,
     atomic_write,
-    check_rows,
     csv_bytes,
-    read_csv,
-    read_prompts,
     refuse_overwrite,
-    relation_names,
     require,
     sha256,
-    site_widths,
 )
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
+from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
+from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
 from relneuron.command import command, placed
 from relneuron.effects import fact_numbers
 from relneuron.installed import need
@@ -200,7 +192,7 @@ def identify(
             "give facts that the model knows, of at least two relations",
         )
     path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
-    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts])
+    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts], "record MODEL")
     n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -291,7 +283,7 @@ def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
     prompts = [prompt for prompt in everything if prompt.split in RECORDED]
     path = require(checked(folder / "validated.csv"), "record MODEL")
     rows = read_csv(path, ("id", "correct"))
-    correct = {row["id"]: row["correct"] == "1" for row in rows}
+    correct = {row["id"]: row.flag("correct") for row in rows}
     unknown = [prompt.id for prompt in prompts if prompt.id not in correct]
     if unknown:
         raise RelneuronError(
@@ -306,16 +298,11 @@ def _read_blocks(
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
     for layer in range(shape["layers"]):
-        for site in site_widths(shape):
+        for site, width in site_widths(shape).items():
             # Opened anew for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
-            with safe_open(path, "pt") as file:
-                values = file.get_tensor(f"{site}.{layer}")
-            if values.shape[0] != n_prompts:
-                raise RelneuronError(
-                    f"{path} has {values.shape[0]} rows for {n_prompts} det prompts",
-                    "record these prompts again",
-                )
+            with open_tensors(path, "record MODEL", "pt") as file:
+                values = file.get(f"{site}.{layer}", (n_prompts, width))
             yield layer, site, values
             del values
             advance()

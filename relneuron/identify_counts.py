@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from relneuron.artifact import (
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
     RelneuronError,
     atomic_write,
     refuse_overwrite,
     require,
     sha256,
 )
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.command import command, placed
 from relneuron.counts import NAME, SITES, Counts
 from relneuron.manifest import Manifest, checked, json_digest

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from relneuron.artifact import (
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
     RelneuronError,
     atomic_write,
-    check_rows,
     refuse_overwrite,
     require,
     sha256,
 )
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.reading import check_rows
 from relneuron.attributions import (
     GAIN_ROWS,
     GAINS,
@@ -198,7 +198,7 @@ def _read(folder: Path) -> tuple[Json, list[Target]]:
     for name in (TARGETS, GAINS):
         require(checked(folder / name), MADE_BY)
     targets = read_targets(folder / TARGETS)
-    check_rows(folder / GAINS, GAIN_ROWS, [target.id for target in targets])
+    check_rows(folder / GAINS, GAIN_ROWS, [target.id for target in targets], MADE_BY)
     return model, targets
 
 

@@ -12,13 +12,15 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Json, RelneuronError, hashing_threads
+from relneuron.artifact.files import Json, RelneuronError, hashing_threads
+from relneuron.artifact.reading import read_json
 
 CHUNK_BYTES = 1 << 26  # of a tensor, on the host at a time for each thread
 
@@ -32,6 +34,30 @@ _OF_THE_TOKENIZER = (
 
 
 # --- models ----------------------------------------------------------------------------------
+
+ADAPTER = "adapter_config.json"  # of a folder that peft writes
+
+
+def check_model_folder(name: str) -> bool:
+    """Whether `name` is a folder, not a name of the hub; one that holds no model raises."""
+    folder = Path(name)
+    if not (name.startswith((".", "/", "~")) or folder.exists()):
+        return False
+    if (folder / "config.json").is_file():
+        return True
+    if (folder / ADAPTER).is_file():
+        about = read_json(folder / ADAPTER, ADAPTER)
+        base = about.get("base_model_name_or_path") if isinstance(about, dict) else None
+        raise RelneuronError(
+            f"{name} is an adapter ({ADAPTER}) of {base or 'another model'}, no model by itself",
+            "merge it into that model (peft: model.merge_and_unload().save_pretrained(FOLDER)), "
+            "save the tokenizer there and give FOLDER",
+        )
+    raise RelneuronError(
+        f"{name} is no model folder: it has no config.json",
+        "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
+    )
+
 
 _HELD: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 

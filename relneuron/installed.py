@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from relneuron.artifact import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 
 # Each package, by the name it is imported by, and the extra of pyproject.toml that brings it.
 EXTRAS = {

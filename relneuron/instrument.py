@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact import ATTENTION, RelneuronError, check_neurons, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
 from relneuron.model import GatedMLP, find_gated_mlps, model_shape
 from relneuron.patch import LayerState, Patch, Replacement, Tokens, mask_states
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.manifest import Journal
 from relneuron.predict import is_out_of_memory
 from relneuron.residual_layers import ResidualModel

@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from relneuron.artifact import Json, Prompt, RelneuronError, distinct, read_prompts
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.prompts import Prompt, distinct, read_prompts
+from relneuron.artifact.reading import one_line, parse_json, read_lines
 from relneuron.facts import ENGLISH, read_relations
 
 SPLIT = "eva"  # of sentences whose file knows no splits
@@ -71,7 +73,7 @@ def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
             f"give a file that ends in {', '.join(_FORMATS)} or .json, or a folder of fact files",
             2,
         )
-    text = _read_text(path)
+    text = "".join(f"{line}\n" for _, line in read_lines(path))
     if suffix == ".jsonl":
         if _is_prompts(text):
             prompts = _with_targets(read_prompts(path), text)
@@ -81,17 +83,6 @@ def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
     else:
         records = _csv_records(path, text, "\t" if suffix == ".tsv" else ",")
     return _table_prompts(path, records, answers)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RelneuronError(
-            f"{path}, line {line}: not UTF-8 ({error.reason})", "save the file as UTF-8"
-        ) from error
 
 
 def _fact_prompts(path: Path) -> list[Prompt]:
@@ -117,7 +108,7 @@ def _is_prompts(text: str) -> bool:
     """Whether the first line, blank ones left out, is one of a prompts.jsonl."""
     try:
         first = json.loads(text.lstrip().partition("\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(first, dict):
         return False
@@ -196,8 +187,9 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        where, fix = f"{path}, line {number}", f"give one JSON object a line with {_COLUMNS}"
         try:
-            record = json.loads(line)
+            record = parse_json(line, where, fix)
             if not isinstance(record, dict):
                 raise TypeError("no object")
             named = {name.strip().lower(): value for name, value in record.items()}
@@ -210,10 +202,8 @@ def _jsonl_records(path: Path, text: str) -> Iterator[_Record]:
                 cells[_TARGET] = target
             elif _TARGET in cells:
                 cells.setdefault(_TARGET_ID, cells.pop(_TARGET))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise RelneuronError(
-                f"{path}, line {number}: {error}", f"give one JSON object a line with {_COLUMNS}"
-            ) from error
+        except (ValueError, TypeError) as error:
+            raise RelneuronError(f"{where}: {one_line(error)}", fix) from error
         yield number, cells, right
 
 

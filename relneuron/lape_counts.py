@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relneuron.artifact import Json, NeuronFile, RelneuronError, refuse_overwrite, sha256
+from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite, sha256
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.command import STUDY, command, placed
 from relneuron.counts import NAME, Counts
 from relneuron.lape_files import (

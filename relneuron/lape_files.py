@@ -7,10 +7,8 @@ they are read with `weights_only`, so nothing in them is ever run.
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import (
-    Json,
-    NeuronFile,
-    RelneuronError,
-    atomic_write,
-    check_model_folder,
-    refuse_overwrite,
-    sha256,
-)
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite, sha256
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.reading import check_zip, one_line, reading
 from relneuron.counts import Counts
+from relneuron.identity import check_model_folder
 
-MAX_BYTES = 1 << 30  # of a file, and of what a zip file holds
+MAX_BYTES = 1 << 30  # of a file
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _GATE_SITES = ("gate", "act", "up", "product")  # zeroing any of them is the same ablation
 _COUNT_NAME = re.compile(r"activation\.([^.]+)\.train\..+")
@@ -260,7 +253,7 @@ def config_shape(name_or_path: str) -> Json:
         config = AutoConfig.from_pretrained(name_or_path).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RelneuronError(
-            f"{name_or_path} has no configuration: {_one_line(error)}", fix
+            f"{name_or_path} has no configuration: {one_line(error)}", fix
         ) from error
     sizes = {
         "layers": getattr(config, "num_hidden_layers", None),
@@ -303,34 +296,12 @@ def _load(path: Path, fix: str) -> Any:
     """What a torch file holds: tensors and plain containers, on the CPU; anything else raises."""
     if not path.is_file():
         raise RelneuronError(f"{path} does not exist", fix, 2)
-    try:
-        size = _unpacked_bytes(path)
-        if size > MAX_BYTES:
-            raise RelneuronError(f"{path} holds {size:,} bytes, above {MAX_BYTES:,}", fix)
-        # What torch thinks of the file's make is no concern of the user.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except RelneuronError:
-        raise
-    except pickle.UnpicklingError as error:
-        cause = f"{path} is no torch file of tensors: it holds more, which was not run"
-        raise RelneuronError(cause, fix) from error
-    # A damaged pickle can raise whatever it names.
-    except Exception as error:
-        cause = f"{path} is no torch file of tensors: {_one_line(error)}"
-        raise RelneuronError(cause, fix) from error
-
-
-def _unpacked_bytes(path: Path) -> int:
-    """The bytes of a file, or of all that a zip file holds if that is more."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip or zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return max(size, sum(entry.file_size for entry in archive.infolist()))
-    return size
+    if path.stat().st_size > MAX_BYTES:
+        raise RelneuronError(f"{path} has more than {MAX_BYTES:,} bytes", fix)
+    # What torch thinks of the file's make is no concern of the user.
+    with warnings.catch_warnings(action="ignore"), reading(path, "torch file of tensors", fix):
+        check_zip(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _dense(where: str, found: object, n_dims: int, fix: str) -> Tensor:
@@ -351,13 +322,6 @@ def _dense(where: str, found: object, n_dims: int, fix: str) -> Tensor:
     if not found.is_contiguous():
         raise RelneuronError(f"{where} is a strided view of other data", fix)
     return found
-
-
-def _one_line(error: Exception) -> str:
-    """The kind of an error and the first line that it says, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
 
 
 def _saved(value: object) -> bytes:

@@ -17,15 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import (
-    SCHEMA,
-    Json,
-    RelneuronError,
-    atomic_write,
-    json_bytes,
-    read_json,
-    sha256,
-)
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, json_bytes, sha256
+from relneuron.artifact.reading import parse_json, read_json
+
+SCHEMA = "relneuron.study/1"
 
 
 def versions() -> Json:
@@ -128,6 +123,7 @@ class Manifest:
                     f"{self.path} is not as it was written (its digest differs)",
                     "restore it, or delete it and make the study anew with --force",
                 )
+            _check_manifest(self.path, data)
             self._earlier = data.pop("earlier", {})
             self.data |= data
 
@@ -250,6 +246,47 @@ class Manifest:
         atomic_write(self.path, json_bytes({key: data[key] for key in keys}))
 
 
+def _check_manifest(path: Path, data: Json) -> None:
+    """Raise unless each part of a manifest is what it has to be, and names files of its folder."""
+
+    def check(holds: bool, where: str, expected: str) -> None:
+        if not holds:
+            raise RelneuronError(
+                f"{path}: {where} is not {expected}",
+                "restore it, or delete it and make the study anew with --force",
+            )
+
+    parts = {key: data.get(key) or {} for key in ("stages", "files", "earlier", "model")}
+    for key, part in parts.items():
+        check(isinstance(part, dict), key, "an object")
+    for key in MODEL_KEYS[:3]:
+        size = parts["model"].get(key, 0)
+        check(type(size) is int and 0 <= size < 1 << 31, f"model.{key}", "a size")
+    known: Json = {}
+    for key in ("earlier", "files"):
+        for name, noted in parts[key].items():
+            where = f"{key}.{name}"
+            check(isinstance(noted, dict), where, "an object")
+            sizes = noted.get("bytes"), noted.get("sha256")
+            check(type(sizes[0]) is int and isinstance(sizes[1], str), where, "bytes and sha256")
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            check(inside, where, "a file of this folder")
+        known |= parts[key]
+    for stage, entry in parts["stages"].items():
+        where = f"stages.{stage}"
+        check(stage in _LATER and isinstance(entry, dict), where, "a stage")
+        check(isinstance(entry.get("inputs"), dict), f"{where}.inputs", "an object")
+        files = entry.get("files")
+        named = isinstance(files, list) and all(isinstance(name, str) for name in files)
+        check(named and all(name in known for name in files), f"{where}.files", "of `files`")
+        commands = entry.get("commands", [])
+        said = isinstance(commands, list) and all(
+            isinstance(words, list) and words and all(isinstance(word, str) for word in words)
+            for words in commands
+        )
+        check(said, f"{where}.commands", "a list of commands")
+
+
 def _is_as_noted(path: Path, known: Json) -> bool:
     return bool(path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"])
 
@@ -319,13 +356,18 @@ class Journal:
                 n_bad = len(lines) - number
                 self._warn(f"{n_bad} of {len(lines)} lines are not as they were written")
                 break
-            last, value = digest.decode(), json.loads(text)
+            last = digest.decode()
+            value = parse_json(text.decode(), f"{self.path}, line {number + 1}", "delete it")
             if number == 0 and value != self._head:
-                changed = "; ".join(differences(value, self._head))
+                known = value if isinstance(value, dict) else {}
+                changed = "; ".join(differences(known, self._head))
                 self._warn(f"it is of other inputs ({changed})")
                 break
+            if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
+                self._warn("a line is no block")
+                break
             if number:
-                done[value["key"]] = value["value"]
+                done[str(value["key"])] = value["value"]
             end, self._last = end + len(line) + 1, last
         if data and not lines:
             self._warn("it is cut short")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import Json, RelneuronError, refuse_overwrite
+from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.command import STUDY, command, moved, placed
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import Manifest, checked, differences, json_digest, locked

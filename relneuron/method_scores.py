@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.ops.logprob_gain import logprob_gain
 from relneuron.residual_layers import ResidualModel
 from relneuron.trace import Trace

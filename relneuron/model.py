@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from relneuron import ops
-from relneuron.artifact import ADAPTER, Json, RelneuronError, check_model_folder
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.attention import Projection, find_projections
 from relneuron.hooks import without_hooks
-from relneuron.identity import model_digest
+from relneuron.identity import ADAPTER, check_model_folder, model_digest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relneuron.artifact import (
-    ATTENTION,
+from relneuron.artifact.files import (
     Json,
-    NeuronFile,
     RelneuronError,
     atomic_write,
     csv_bytes,
     refuse_overwrite,
     sha256,
-    site_widths,
 )
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
 from relneuron.command import placed
 from relneuron.conditions import Ablation, Places, empty_sets, read_sets, site_places
 from relneuron.corpus import Source, describe_sources

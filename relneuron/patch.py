@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from relneuron import ops
-from relneuron.artifact import ATTENTION, RelneuronError, check_neurons, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
 from relneuron.attention import Projection
 from relneuron.hooks import has_hooks
 from relneuron.model import GatedMLP, model_shape

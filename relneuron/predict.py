@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Prompt, RelneuronError, fold
+from relneuron.artifact.files import RelneuronError, fold
+from relneuron.artifact.prompts import Prompt
 from relneuron.tokens import (
     CHARACTER_BYTES,
     CUT,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from relneuron.artifact import read_csv, read_prompts
+from relneuron.artifact.prompts import read_prompts
+from relneuron.artifact.reading import read_csv
 from relneuron.effects import fact_numbers, own_languages
 from relneuron.predict import Asker, Questions, plan_batches
 from relneuron.results import is_known
@@ -32,7 +33,7 @@ def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list
 def warn_of_unknown(folder: Path) -> None:
     """Warn of the relations that the model as it is hardly knows, before anything is off."""
     rows = read_csv(folder / "validated.csv", ("id", "correct"))
-    right = {row["id"]: row["correct"] == "1" for row in rows}
+    right = {row["id"]: row.flag("correct") for row in rows}
     everything = read_prompts(folder / "prompts.jsonl")
     own = own_languages(everything)
     asked = [p for p in everything if p.split != "det" and p.language == own[p.relation]]

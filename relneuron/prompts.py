@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import (
+from relneuron.artifact.files import (
     Json,
-    Prompt,
     RelneuronError,
     atomic_write,
     composed,
-    distinct,
-    prompts_bytes,
     refuse_overwrite,
     sha256,
 )
+from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes
 from relneuron.command import command, placed
 from relneuron.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts

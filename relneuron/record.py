@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relneuron.artifact import (
-    RECORDED,
-    RESPONSE_ROWS,
+from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
     create_safetensors,
     csv_bytes,
-    read_prompts,
     refuse_overwrite,
     rows_digest,
     sha256,
-    site_widths,
 )
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.prompts import RECORDED, read_prompts
+from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.command import STUDY, command, loading, placed
 from relneuron.identity import tokenizer_digest
 from relneuron.manifest import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relneuron.artifact import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite
 from relneuron.command import commands
 from relneuron.installed import need
 from relneuron.report_attribution_study import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from relneuron.artifact import Json
+from relneuron.artifact.files import Json
 from relneuron.report_attribution_sections import (
     METHODS,
     change,

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import Json, RelneuronError, read_csv
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.reading import Cells, read_csv
 from relneuron.attributions import (
     COMPARISON,
     COMPARISON_COLUMNS,
@@ -209,7 +210,7 @@ def _check(study: AttributionStudy) -> None:
 
 
 def read_sums(
-    rows: Iterator[dict[str, str]], targets: list[Target], shape: Mapping[str, int], most: int
+    rows: Iterator[Cells], targets: list[Target], shape: Mapping[str, int], most: int
 ) -> Sums:
     """What the page needs of the table of scores, in one pass; `most`: neurons of `by_layer`."""
     relations = list(dict.fromkeys(target.relation for target in targets))
@@ -222,7 +223,7 @@ def read_sums(
         if kind == "position":
             continue
         number = sentence[row["id"]]
-        r, score = relation[number], float(row["score"])
+        r, score = relation[number], row.finite("score")
         if kind == "query_layer":
             component = r, _place(row, "index", 2 * n_layers + 1)
             sums.query_layers[component] = sums.query_layers.get(component, 0.0) + score
@@ -233,7 +234,7 @@ def read_sums(
         elif kind == "head":
             at = r, layer, _place(row, "head", MOST_HEADS)
             sums.heads[at] = sums.heads.get(at, 0.0) + score
-        elif score and (rank := int(row["rank"])) <= max(BEST, most):
+        elif score and (rank := row.whole("rank")) <= max(BEST, most):
             head = _place(row, "head", MOST_HEADS) if row["head"] else -1
             index = _place(row, "index", width if head < 0 else MOST_HEADS)
             if rank <= BEST:
@@ -247,11 +248,11 @@ def read_sums(
     return sums
 
 
-def _place(row: Mapping[str, str], name: str, end: int) -> int:
+def _place(row: Cells, name: str, end: int) -> int:
     """A place from 0 to below `end`."""
-    place = int(row[name])
-    if not 0 <= place < end:
-        raise ValueError(f"{row['kind']} of {row['id']} has the {name} {place}")
+    place = row.whole(name)
+    if place >= end:
+        raise row.wrong(name, f"below {end}")
     return place
 
 
@@ -259,11 +260,12 @@ def read_promoted(path: Path) -> dict[Unit, Promoted]:
     """What each unit of promoted.csv raises and lowers."""
     rows = list(read_csv(path, PROMOTED_COLUMNS)) if path.exists() else []
     found: dict[Unit, Promoted] = {}
-    for row in sorted(rows, key=lambda row: int(row["place"])):
-        unit = (row["kind"], int(row["layer"]), int(row["head"] or -1), int(row["index"]))
-        numbers = float(row["coefficient"]), float(row["negative"])
+    for row in sorted(rows, key=lambda row: row.whole("place")):
+        head = row.whole("head") if row["head"] else -1
+        unit = (row["kind"], row.whole("layer"), head, row.whole("index"))
+        numbers = row.real("coefficient"), row.real("negative")
         one = found.setdefault(unit, Promoted(*numbers, [], []))
-        (one.raised if row["acts"] == "1" else one.lowered).append(row["token"])
+        (one.raised if row.flag("acts") else one.lowered).append(row["token"])
     return found
 
 
@@ -271,11 +273,11 @@ def read_conditions(path: Path) -> list[Condition]:
     """comparison.csv; an empty cell is NaN."""
     found = []
     for row in read_csv(path, COMPARISON_COLUMNS) if path.exists() else ():
-        value = {name: float(row[name] or "nan") for name in COMPARISON_COLUMNS[3:]}
+        value = {name: row.real(name) for name in COMPARISON_COLUMNS[3:]}
         means = [value[name] for name in ("mrr", "prob", "logprob")]
         drops = [
             tuple(value[f"{name}_drop{end}"] for end in ("", "_low", "_high"))
             for name in ("mrr", "prob", "logprob")
         ]
-        found.append(Condition(row["condition"], row["relation"], int(row["n"]), *means, *drops))  # type: ignore[arg-type]
+        found.append(Condition(row["condition"], row["relation"], row.whole("n"), *means, *drops))  # type: ignore[arg-type]
     return found

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from relneuron.artifact import Json
+from relneuron.artifact.files import Json
 from relneuron.report_groups_sections import (
     METHODS,
     changed,

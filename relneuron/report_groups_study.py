@@ -7,7 +7,6 @@ makes the page. No model is needed.
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
-from relneuron.artifact import (
-    Json,
-    Neuron,
-    NeuronFile,
-    RelneuronError,
-    check_neurons,
-    read_csv,
-    sha256,
-)
+from relneuron.artifact.files import Json, RelneuronError, sha256
+from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
+from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import Manifest, checked
 from relneuron.results import Array, Spread, spread
@@ -260,15 +253,15 @@ def read_scores(
     """Entropies (L, F), the number of groups they are over, and probabilities if they are there."""
     if neurons is None or not path.exists():
         return None, 0, None
-    with safe_open(path, "numpy") as file:
-        keys = list(file.keys())
-        groups = json.loads((file.metadata() or {}).get("groups", "null")) or list(neurons.sets)
-        entropy = [key for key in keys if key.startswith("lape.")]
-        active = [key for key in keys if key.startswith("probability.")]
-        found = file.get_tensor(entropy[0]).astype(np.float64) if entropy else None
+    with open_tensors(path, "identify DIR -o DIR/neurons.json --method lape") as file:
+        groups = file.names_of("groups") or list(neurons.sets)
+        entropy = [key for key in file.names if key.startswith("lape.")]
+        active = [key for key in file.names if key.startswith("probability.")]
+        found = file.get(entropy[0], (None, None)).astype(np.float64) if entropy else None
         activity = None
         if active:
-            probability = file.get_tensor(active[0]).astype(np.float64)
+            shape = (len(groups), None, None)
+            probability = file.get(active[0], shape).astype(np.float64)
             activity = Activity(active[0].partition(".")[2], groups, probability)
     return found, len(groups), activity
 
@@ -331,8 +324,8 @@ def read_nll(path: Path, windows: Path | None) -> list[NllCell]:
     """nll.csv with the rises against clean: paired by window if there is a file of windows."""
     cells = []
     for row in read_csv(path, NLL):
-        n = [int(row[name]) for name in ("n_windows", "n_tokens")]
-        values = [float(row[name] or "nan") for name in ("nll", "nll_se", "perplexity")]
+        n = [row.whole(name) for name in ("n_windows", "n_tokens")]
+        values = [row.real(name) for name in ("nll", "nll_se", "perplexity")]
         cells.append(NllCell(row["mask"], row["group"], *n, *values))
     if len({cell[:2] for cell in cells}) < len(cells):
         raise ValueError(f"{path.name} holds a mask and a group twice")
@@ -358,7 +351,7 @@ def read_windows(path: Path) -> Windows:
     """NLL of each window by mask and group."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in read_csv(path, WINDOWS):
-        found.setdefault((row["mask"], row["group"]), {})[row["window"]] = float(row["nll"])
+        found.setdefault((row["mask"], row["group"]), {})[row["window"]] = row.real("nll")
     return found
 
 

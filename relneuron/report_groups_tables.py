@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.analyses.neurons import overlap, versatility
-from relneuron.artifact import Json
+from relneuron.artifact.files import Json
 from relneuron.report_groups_study import CLEAN, GroupStudy, rise
 from relneuron.results import Array
 from relneuron.tables import Cell, Share, Table

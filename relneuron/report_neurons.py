@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relneuron import figures
 from relneuron import figures_analyses as draw
 from relneuron.analyses import overlap_effect
-from relneuron.artifact import SITES, site_widths
+from relneuron.artifact.neurons import SITES, site_widths
 from relneuron.figures import SURE, floats
 from relneuron.report_parts import Results, Section, n_of
 from relneuron.report_study import Study

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,22 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
 from relneuron.analyses.uncertainty import spearman
-from relneuron.artifact import (
-    Json,
-    Neuron,
-    NeuronFile,
-    Prompt,
-    RelneuronError,
-    check_neurons,
-    read_csv,
-    read_prompts,
-    require,
-    sha256,
-)
+from relneuron.artifact.files import Json, RelneuronError, require, sha256
+from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
+from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.effects import (
     NOT_ASKED,
     Condition,
@@ -119,7 +108,7 @@ def read_study(folder: Path) -> Study:
             read_perplexity(sentences) if sentences.exists() else [],
             _frequency(folder / "frequency.csv"),
         )
-    except (KeyError, TypeError, ValueError, csv.Error, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RelneuronError(
             f"{folder}: a table is damaged or of another study ({error!r})",
             "run the stages from identify on anew",
@@ -200,11 +189,12 @@ def read_scores(path: Path, names: Sequence[str]) -> dict[str, Array]:
     """
     if not path.exists():
         return {}
-    with safe_open(path, "np") as file:
-        if not set(names) <= set(file.keys()):
+    with open_tensors(path, "identify DIR -o DIR/neurons.json") as file:
+        if not set(names) <= set(file.names):
             return {}
-        relations = json.loads((file.metadata() or {}).get("relations", "[]"))
-        found = np.maximum.reduce([file.get_tensor(name) for name in names])
+        relations = file.names_of("relations")
+        shape = (len(relations), None, None)
+        found = np.maximum.reduce([file.get(name, shape) for name in names])
     flat = found.reshape(len(found), -1).astype(np.float64)
     pairs = zip(relations, flat, strict=True)
     return {name: scores for name, scores in pairs if np.isfinite(scores).all()}
@@ -213,7 +203,7 @@ def read_scores(path: Path, names: Sequence[str]) -> dict[str, Array]:
 def _frequency(path: Path) -> dict[str, float]:
     if not path.exists():
         return {}
-    return {row["id"]: float(row["documents"]) for row in read_csv(path, ("id", "documents"))}
+    return {row["id"]: row.finite("documents") for row in read_csv(path, ("id", "documents"))}
 
 
 def _conditions(folder: Path, sets: dict[str, list[Neuron]]) -> dict[str, Condition]:
@@ -244,10 +234,10 @@ def check_effects(accuracy: Path, grids: dict[str, Grid], prompts: dict[str, Pro
             raise ValueError(f"prompts.jsonl has no {min(unknown)}")
         relations |= {(grid.split, name): grid.relation == name for name in grid.relations}
     for row in read_csv(accuracy, ACCURACY):
-        condition, relation, split, n_prompts, n_correct = (row[name] for name in ACCURACY)
+        condition, relation, split = (row[name] for name in ACCURACY[:3])
         correct = grids[split].correct[condition][relations[split, relation]]
         counted = (correct != NOT_ASKED).sum(), (correct == 1).sum()
-        if counted != (int(n_prompts), int(n_correct)):
+        if counted != (row.whole("n_prompts"), row.whole("n_correct")):
             raise ValueError(f"accuracy.csv counts {condition}, {relation}, {split} otherwise")
 
 
@@ -265,7 +255,7 @@ def read_significance(path: Path, neurons: NeuronFile) -> dict[str, Array]:
             neuron = [name, str(layer), site, str(index)]
             if row is None or [row[c] for c in ("relation", "layer", "site", "index")] != neuron:
                 raise ValueError(f"{path.name} does not hold the rows of neurons.json")
-            found[name][place] = [float(row[column] or "nan") for column in SIGNIFICANCE]
+            found[name][place] = [row.real(column) for column in SIGNIFICANCE]
     if next(rows, None) is not None:
         raise ValueError(f"{path.name} holds more rows than neurons.json")
     return found

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 
 QUERY_KEYS = ("gate", "up", "down")
 

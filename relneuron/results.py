@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact import SITES, Neuron
+from relneuron.artifact.neurons import SITES, Neuron
 from relneuron.effects import NOT_ASKED, Grid, split_order
 
 Array = NDArray[np.float64]

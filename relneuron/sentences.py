@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from relneuron.artifact import read_records
+from relneuron.artifact.prompts import read_records
 
 GENERAL = "The crossword puzzle wanted the word {}."
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from relneuron.artifact import RelneuronError, check_neurons
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import check_neurons
 from relneuron.counts import NAME, Counts
 from relneuron.manifest import checked
 from relneuron.model import GatedMLP, model_shape

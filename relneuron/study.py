@@ -14,16 +14,10 @@ from typing import Any
 
 from relneuron.ablate import ablate_prompts
 from relneuron.ablate_options import FROM_RESPONSES, AblateOptions, ablate_inputs
-from relneuron.artifact import (
-    NeuronFile,
-    Prompt,
-    RelneuronError,
-    atomic_write,
-    prompts_bytes,
-    read_csv,
-    read_prompts,
-    sha256,
-)
+from relneuron.artifact.files import RelneuronError, atomic_write, sha256
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
+from relneuron.artifact.reading import read_csv
 from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.clock import Clock
@@ -396,7 +390,7 @@ def gain_study(
         warnings.warn(f"gain left out: {error.cause}", stacklevel=2)
         return None
     validated = read_csv(checked(study / "validated.csv"), ("id", "correct"))
-    right = {row["id"] for row in validated if row["correct"] == "1"}
+    right = {row["id"] for row in validated if row.flag("correct")}
     everything = read_prompts(checked(study / "prompts.jsonl"))
     data = prompts_bytes([p for p in everything if p.split == "det" and p.id in right])
     sets = NeuronFile.read(checked(study / "neurons.json")).sets

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from relneuron.artifact import csv_bytes
+from relneuron.artifact.files import csv_bytes
 
 SPLITS = {
     "eva": "evaluation prompts",

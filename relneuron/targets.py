@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import Prompt
 from relneuron.knowledge import TargetPrompt
 from relneuron.predict import Asker, Questions, encode, object_continuations
 from relneuron.tokens import (

@@ -7,18 +7,20 @@ prompts, and `doctor` to say what a tokenizer does.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import Prompt
 
 CUT = "\ufffd"  # what decoders write for bytes that are no whole character
 CHARACTER_BYTES = 4  # of UTF-8 at most, and as many tokens of bytes
 # Put in front of a text that the prompt before it would change: their tokens are taken off again.
 _ANCHORS = ("\n", "a", ".")
 _PROBES = ("a", "1", "7", ".", "\u4e00")
+_OWN_PROBES = 16
 _BLANKS = " \t\u00a0\u3000"  # what a hand-made prompt may end in; a new line is meant
 
 # Writing systems without a space between words, by code point, with the punctuation of Chinese and
@@ -74,8 +76,12 @@ class Policy:
 
 
 def read_policy(tokenizer: Any) -> Policy:
-    """What a tokenizer does by itself, found by asking it for a text with and without."""
-    for text in _PROBES:
+    """What a tokenizer does by itself, found by asking it for a text with and without.
+
+    Where it knows none of `_PROBES`, and gives them the token that it puts before a text, it is
+    asked for words of its own.
+    """
+    for text in chain(_PROBES, _own_words(tokenizer)):
         bare = list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
         full = list(tokenizer([text])["input_ids"][0])
         n = len(bare)
@@ -86,6 +92,12 @@ def read_policy(tokenizer: Any) -> Policy:
         "the tokenizer makes other tokens of a text when it adds its special tokens",
         "give a tokenizer that puts them before or after a text",
     )
+
+
+def _own_words(tokenizer: Any) -> Iterator[str]:
+    """The first words of a tokenizer's vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    yield from sorted(vocabulary, key=vocabulary.__getitem__)[:_OWN_PROBES]
 
 
 def policy_text(tokenizer: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.residual_layers import ResidualLayer, ResidualModel
 
 _PARTS = ("h", "r", "attention", "ffn", "neurons", "weights", "values")

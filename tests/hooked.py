@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ablate import ablate_prompts
-from relneuron.artifact import Prompt, read_prompts
+from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.identify import identify
 from relneuron.model import load_model, load_tokenizer
 from relneuron.predict import cache_of

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact import sha256
+from relneuron.artifact.files import sha256
 from relneuron.effects import Condition, conditions_bytes
 
 NAN = float("nan")

@@ -20,7 +20,8 @@ from hooked import RELATIONS, Study, one_thread, read_rows, same_rows
 
 from relneuron.ablate import ablate_prompts
 from relneuron.ablate_options import AblateOptions, ablate_inputs
-from relneuron.artifact import Prompt, RelneuronError, atomic_write, csv_bytes
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
+from relneuron.artifact.prompts import Prompt
 from relneuron.clock import Clock
 from relneuron.effects import (
     EFFECTS,

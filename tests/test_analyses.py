@@ -14,7 +14,8 @@ from relneuron import analyses
 from relneuron.analyses.answers import kind_of_error
 from relneuron.analyses.outcomes import outcomes
 from relneuron.analyses.uncertainty import paired_bootstrap, q_values, sign_flip_p
-from relneuron.artifact import Neuron, Prompt
+from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import Prompt
 from relneuron.effects import Condition, Grid
 from relneuron.tables import Share, Table
 

@@ -12,7 +12,9 @@ import pytest
 from scipy.stats import wilcoxon
 
 from relneuron.analyses import Gains, SentenceRow, perplexity, read_perplexity, run_all
-from relneuron.artifact import Neuron, Prompt, RelneuronError, csv_bytes
+from relneuron.artifact.files import RelneuronError, csv_bytes
+from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import Prompt
 from relneuron.effects import (
     EFFECTS,
     Condition,

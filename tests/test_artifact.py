@@ -20,16 +20,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import relneuron.manifest
-from relneuron.artifact import (
-    NeuronFile,
-    Prompt,
-    RelneuronError,
-    atomic_write,
-    check_neurons,
-    create_safetensors,
-    read_csv,
-    read_prompts,
-)
+from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors
+from relneuron.artifact.neurons import NeuronFile, check_neurons
+from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.artifact.reading import read_csv
 from relneuron.manifest import Journal, Manifest, locked
 
 

@@ -20,7 +20,8 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 import relneuron
-from relneuron.artifact import NeuronFile, RelneuronError, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile, site_widths
 from relneuron.attention import find_projections
 from relneuron.conditions import matched_places, places_of, site_places
 from relneuron.expertise import export_expertise

@@ -30,7 +30,7 @@ from attribution_runs import OPTIONS, Attributed, files_of, rows_by
 from hooked import one_thread, read_rows
 from safetensors.numpy import load_file
 
-from relneuron.artifact import read_prompts
+from relneuron.artifact.prompts import read_prompts
 from relneuron.attribute_options import KINDS
 from relneuron.attributions import read_attributions
 from relneuron.comparison import METHODS, Sizes

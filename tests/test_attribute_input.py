@@ -19,7 +19,8 @@ from hooked import one_thread, read_rows
 
 import relneuron.attribute
 import relneuron.attribute_pass
-from relneuron.artifact import RelneuronError, prompts_bytes
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import prompts_bytes
 from relneuron.attribute import JOURNAL, attribute
 from relneuron.attribute_options import KINDS, VALUE_KINDS, AttributeOptions, attribute_inputs
 from relneuron.knowledge import read_knowledge

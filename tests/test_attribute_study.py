@@ -16,7 +16,9 @@ from hooked import one_thread, read_rows
 from safetensors.numpy import load_file, save_file
 
 from relneuron.ablate import ablate_prompts
-from relneuron.artifact import NeuronFile, RelneuronError, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import read_prompts
 from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.conditions import n_neurons, places_of, read_rankings

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import relneuron.attributions
-from relneuron.artifact import RelneuronError, atomic_write
+from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.attributions import (
     ATTRIBUTIONS,
     GAINS,

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from relneuron import bench, cli
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.bench_case import Case, Contestant
 from relneuron.bench_suite import CONTESTANTS
 

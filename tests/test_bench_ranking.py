@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relneuron import bench, bench_ranking, ops
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.bench_case import Case, Contestant
 from relneuron.bench_ranking import ONE_THREAD, draw_labels, draw_values
 

@@ -19,7 +19,7 @@ from attribution_runs import files_of
 from corpus_commands import Result, call, caller
 from hooked import one_thread, read_rows
 
-from relneuron.artifact import NeuronFile
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.attribute import JOURNAL
 from relneuron.cli_attribute import _cell
 from relneuron.manifest import Manifest

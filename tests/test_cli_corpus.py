@@ -29,7 +29,7 @@ from corpus_commands import (
 from counted import plain_counts
 from hooked import one_thread
 
-from relneuron.artifact import NeuronFile
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.counts import Counts
 from relneuron.model import load_model, load_tokenizer
 

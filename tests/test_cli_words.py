@@ -31,7 +31,10 @@ from corpus_commands import (
 from hooked import one_thread, read_rows
 
 import relneuron as package
-from relneuron.artifact import NeuronFile, RelneuronError, read_csv, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import read_prompts
+from relneuron.artifact.reading import read_csv
 from relneuron.doctor import model_report
 from relneuron.model import choose_device, find_gated_mlps, inspect_layers
 from relneuron.residual import read_residual_model

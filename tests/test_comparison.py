@@ -22,7 +22,7 @@ from attributed import (
     targets_of,
 )
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.comparison import (
     METHODS,
     Row,

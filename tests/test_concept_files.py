@@ -19,7 +19,8 @@ from hooked import one_thread
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score
 
-from relneuron.artifact import RelneuronError, prompts_bytes, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.concept_files import Concept, concept_prompts, find_concepts, read_concept
 from relneuron.model import load_model, load_tokenizer
 from relneuron.scores.ap import sample_labels

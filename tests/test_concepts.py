@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from relneuron.artifact import NeuronFile, RelneuronError, prompts_bytes, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.concepts import concept_study, make_concept_prompts
 from relneuron.demo import FACTS
 from relneuron.facts import Fact, Relation, Templates, read_relations, split_facts

@@ -19,7 +19,8 @@ from hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_row
 from relneuron import cli
 from relneuron.ablate_options import AblateOptions
 from relneuron.analyses import run_all
-from relneuron.artifact import RelneuronError, site_widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import site_widths
 from relneuron.conditions import (
     ANALYSES,
     PAPER_SIZES,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import MIB, Source, describe_source, parse_sources
 from relneuron.corpus_read import read_chunks
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relneuron import corpus_read, corpus_windows
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import Source, parse_sources
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from relneuron import corpus_read
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import MIB, File, Source, describe_source, parse_sources
 from relneuron.corpus_read import Piece, read_chunks
 

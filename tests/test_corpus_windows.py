@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relneuron import corpus_read, corpus_windows
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import Source, parse_sources
 from relneuron.corpus_windows import Block, Packing, default_bos, make_blocks
 

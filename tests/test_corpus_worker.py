@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import parse_sources
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing

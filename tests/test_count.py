@@ -28,7 +28,7 @@ from counted import (
 )
 from hooked import one_thread
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus_windows import Window
 from relneuron.count_batches import make_batch
 from relneuron.count_pass import Counter, Speed

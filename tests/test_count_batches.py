@@ -29,7 +29,7 @@ from hooked import one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import File, Source
 from relneuron.corpus_windows import Window
 from relneuron.count import count

@@ -17,7 +17,7 @@ from count_crash import GROUPS, files_of
 from counted import Numbers, draw, note_batches, run, stopping, write_corpus
 from hooked import one_thread
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.count import count
 from relneuron.count_checkpoint import NAME as CHECKPOINT
 from relneuron.count_options import CountOptions

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.counts import DTYPES, SITES, Counts
 
 NAMES = ("en", "zh", "日本語", 'a "b"', "c,d")

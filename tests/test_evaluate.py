@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import relneuron.evaluate
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.evaluate import Row, cut, plan_rows
 from relneuron.predict import Asker, encode
 from relneuron.scores.ranking import random_neurons

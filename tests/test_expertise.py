@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score
 
 from relneuron.ablate_options import AblateOptions
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.expertise import _MODULES, _units, export_expertise, statistic
 from relneuron.report import off
 from relneuron.scores.ranking import random_neurons

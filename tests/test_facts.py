@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from conftest import SHARED
 
-from relneuron.artifact import RelneuronError, prompts_bytes, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.facts import Fact, Relation, Templates, read_relation, read_relations, split_facts
 from relneuron.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
 from relneuron.sentences import read_sentences

@@ -19,7 +19,8 @@ from hooked import one_thread
 from torch import Tensor
 
 import relneuron.generate
-from relneuron.artifact import NeuronFile, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.counts import NAME, Counts
 from relneuron.generate import Continuer, Generated, generate, read_questions
 from relneuron.manifest import Journal

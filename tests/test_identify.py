@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sklearn.metrics import average_precision_score
 
-from relneuron.artifact import Prompt, RelneuronError, csv_bytes, prompts_bytes
+from relneuron.artifact.files import RelneuronError, csv_bytes
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.identify import check_options, identify
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from relneuron.artifact import NeuronFile, RelneuronError, sha256
+from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.counts import NAME, Counts
 from relneuron.identify_counts import identify_counts, identify_counts_inputs
 from relneuron.manifest import Manifest

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from relneuron.artifact import NeuronFile, RelneuronError, atomic_write, sha256
+from relneuron.artifact.files import RelneuronError, atomic_write, sha256
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.attributions import GAINS, TARGETS, GainFile, Target, targets_bytes
 from relneuron.identify import default_top
 from relneuron.identify_gains import identify_gains, identify_gains_inputs

@@ -14,7 +14,7 @@ from conftest import tiny_model
 from torch import nn
 
 import relneuron.identity
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.identity import held, model_digest, other_weights, tokenizer_digest
 
 

@@ -21,7 +21,10 @@ from safetensors import safe_open
 
 import relneuron.predict
 from relneuron.ablate import ablate_prompts
-from relneuron.artifact import NeuronFile, RelneuronError, read_csv, read_prompts, sha256
+from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import read_prompts
+from relneuron.artifact.reading import read_csv
 from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.conditions import ANALYSES

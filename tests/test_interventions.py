@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.interventions import Off, batch_masks, head_places, intervene, masked, off
 from relneuron.manifest import Journal
 from relneuron.residual import ResidualModel, read_residual_model

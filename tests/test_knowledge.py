@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from relneuron.artifact import Prompt, RelneuronError, prompts_bytes
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.facts import read_relations
 from relneuron.knowledge import read_knowledge
 from relneuron.targets import encode_targets, keep, type_tokens

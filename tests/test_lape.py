@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.scores.lape import (
     activation_probability,
     entropies,

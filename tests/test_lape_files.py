@@ -16,7 +16,8 @@ import torch
 from conftest import SHARED
 
 from relneuron import lape_files
-from relneuron.artifact import NeuronFile, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.counts import Counts
 from relneuron.lape_counts import import_counts, name_counts
 from relneuron.lape_files import (

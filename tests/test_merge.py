@@ -13,7 +13,7 @@ from count_crash import LEFT, files_of
 from counted import Numbers, assert_equal, draw, run
 from hooked import one_thread
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.counts import Counts
 from relneuron.manifest import Manifest
 from relneuron.merge import merge

@@ -21,7 +21,7 @@ from attributed import (
 )
 
 from relneuron import method_scores as scores_module
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.comparison import (
     METHODS,
     TargetRanks,

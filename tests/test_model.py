@@ -16,7 +16,7 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 import relneuron
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.model import GatedMLP, describe_model, find_gated_mlps, inspect_layers
 from relneuron.patch import LayerState, Patch, check_canary, mask_states, pack_keep, unpack_keep
 

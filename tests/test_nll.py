@@ -20,7 +20,8 @@ from conftest import FAMILIES, tiny_model
 from hooked import one_thread, read_rows
 
 import relneuron.nll
-from relneuron.artifact import NeuronFile, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.corpus import Source, parse_sources
 from relneuron.manifest import Journal, Manifest
 from relneuron.model import load_model, load_tokenizer

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from relneuron.analyses.answers import interference, resilience
-from relneuron.artifact import Prompt, RelneuronError, fold, prompts_bytes, read_prompts
+from relneuron.artifact.files import RelneuronError, fold
+from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.attributions import Target, targets_bytes
 from relneuron.comparison import Row, summary
 from relneuron.effects import Condition, Grid, fact_numbers, own_languages, split_name

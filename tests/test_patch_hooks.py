@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 import relneuron
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.model import find_gated_mlps, inspect_layers
 from relneuron.patch import LayerState, Patch, StatisticsDone, Tokens
 

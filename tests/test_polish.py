@@ -17,7 +17,7 @@ import torch
 from polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from studies import write_study
 
-from relneuron.artifact import read_prompts
+from relneuron.artifact.prompts import read_prompts
 from relneuron.model import load_model, load_tokenizer
 from relneuron.preview import warn_of_unknown
 from relneuron.report import page

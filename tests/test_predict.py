@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import SHARED, tiny_model
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import Prompt
 from relneuron.model import find_gated_mlps, load_model
 from relneuron.patch import LayerState, Patch, Tokens, mask_states
 from relneuron.predict import Answers, Asker, Questions, Step, encode, is_correct, plan_batches

@@ -20,7 +20,7 @@ from attributed import (
 )
 from torch import Tensor
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.ops.logprob_gain import TopGains
 from relneuron.query_scores import promoted_tokens, query_scores
 from relneuron.residual import read_residual_model

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from studies import PAYLOADS, RELATIONS, RIGHT, SETS, Page, write_study
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.report import render, write_report
 from relneuron.report_neurons import neuron_table
 from relneuron.report_study import read_study

@@ -29,7 +29,7 @@ from studies import (
 
 from relneuron import figures_analyses as draw
 from relneuron import report_analyses
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.effects import conditions_bytes
 from relneuron.figures import drop_heatmap
 from relneuron.figures_analyses import perplexity_plot, resilience_plot

@@ -29,7 +29,7 @@ from attribution_studies import (
 )
 from studies import PAYLOADS, Page
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.attributions import table_bytes
 from relneuron.report import render, write_report
 from relneuron.report_attribution_study import is_attribution, read_attribution_study

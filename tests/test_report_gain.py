@@ -24,7 +24,9 @@ from studies import PAYLOADS, RELATIONS, SETS, Page, write_study
 import relneuron.attribute_pass
 import relneuron.study
 from relneuron.analyses.gain import Gains, gain, gain_overlap, products
-from relneuron.artifact import Neuron, RelneuronError, read_prompts, sha256
+from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import read_prompts
 from relneuron.effects import Condition
 from relneuron.model import load_model, load_tokenizer
 from relneuron.report import render, write_report

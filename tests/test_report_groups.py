@@ -26,7 +26,7 @@ from corpus_studies import (
 from scipy.stats import false_discovery_control, wilcoxon
 from studies import Page
 
-from relneuron.artifact import sha256
+from relneuron.artifact.files import sha256
 from relneuron.counts import Counts
 from relneuron.identify_counts import identify_counts
 from relneuron.manifest import Manifest

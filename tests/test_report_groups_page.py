@@ -27,7 +27,7 @@ from corpus_studies import (
 )
 from studies import PAYLOADS, Page
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.command import STUDY, command
 from relneuron.counts import Counts
 from relneuron.report import render, write_report

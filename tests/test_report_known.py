@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from attribution_studies import RELATIONS, ids, rows_of, text_of, write_attribution, write_csv
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.attributions import ATTRIBUTIONS
 from relneuron.report import render
 from relneuron.report_attribution_sections import heads_off

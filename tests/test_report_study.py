@@ -15,7 +15,8 @@ import pytest
 from corpus_studies import write_corpus_study
 from studies import RIGHT, SETS, write_study, write_whole_study
 
-from relneuron.artifact import RelneuronError, read_csv, sha256
+from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.reading import read_csv
 from relneuron.effects import EFFECTS
 from relneuron.manifest import Manifest
 from relneuron.report import page, render

@@ -19,7 +19,7 @@ from attributed import (
 from conftest import tiny_model
 from torch import Tensor, nn
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.residual import read_residual_model
 from relneuron.trace import trace
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.demo import FACTS
 from relneuron.facts import Fact, Relation, Templates, read_relations, split_facts
 from relneuron.prompts import make_sentences

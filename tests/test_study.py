@@ -20,7 +20,8 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from relneuron.artifact import RelneuronError, read_prompts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import read_prompts
 from relneuron.conditions import ANALYSES
 from relneuron.effects import KINDS
 from relneuron.model import load_model, load_tokenizer

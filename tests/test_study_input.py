@@ -14,7 +14,7 @@ import pytest
 from hooked import one_thread
 
 import relneuron.study
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.conditions import ANALYSES
 from relneuron.study import Options, run_study
 

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from counted import Numbers
 from speakers import byte_level, characters, sentence_piece, words
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
-from relneuron.artifact import Prompt, RelneuronError
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.prompts import Prompt
 from relneuron.tokens import (
     Policy,
     check_bos,
@@ -79,11 +82,20 @@ def test_a_text_that_is_the_bos_itself_does_not_hide_it() -> None:
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused() -> None:
-    def changed(texts: list[str], add_special_tokens: bool = True) -> dict[str, Any]:
-        return {"input_ids": [[3, 4] if add_special_tokens else [5] for _ in texts]}
+    class Changed(Numbers):
+        def __call__(self, texts: list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+            return {"input_ids": [[3, 4] if add_special_tokens else [5] for _ in texts]}
 
     with pytest.raises(RelneuronError, match="other tokens of a text"):
-        read_policy(changed)
+        read_policy(Changed())
+
+
+def test_a_tokenizer_that_knows_no_common_word_is_asked_for_its_own() -> None:
+    """Of an unknown word, whose token is that of BOS, none is known to be the one that is put."""
+    raw = Tokenizer(models.WordLevel({"<s>": 0, "alpha": 1}, unk_token="<s>"))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+    assert read_policy(tokenizer) == Policy((0,), ())
 
 
 def test_bos_can_only_be_left_out_where_it_is() -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from speakers import byte_level, characters, save, sentence_piece, taught, tiny_llama
 
 from relneuron.ablate import ablate_prompts
-from relneuron.artifact import NeuronFile, Prompt, RelneuronError, prompts_bytes
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.generate import generate

@@ -10,7 +10,7 @@ from attributed import FAMILIES, HEAD_DIM, N_HEADS, attributed_model, scale_of, 
 from conftest import tiny_model
 from torch import Tensor, nn
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.residual import read_residual_model
 from relneuron.trace import Trace, eager_attention, trace
 

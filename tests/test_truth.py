@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from relneuron.artifact import NeuronFile, read_csv
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.reading import read_csv
 from relneuron.study import Options, run_study
 
 ROOT = Path(__file__).resolve().parents[1]

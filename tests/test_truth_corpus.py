@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from relneuron.artifact import read_csv
+from relneuron.artifact.reading import read_csv
 from relneuron.corpus import parse_sources
 from relneuron.count import count
 from relneuron.count_options import CountOptions
@@ -59,7 +59,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
     study = tmp_path / "study"
 
     texts = parse_sources([f"{name}={tmp_path / name}.talk.txt" for name in RELATIONS])
-    options = CountOptions(mode="documents", exclude_bos=True)
+    options = CountOptions(mode="documents", bos="none")  # as it is planted
     count("planted", model, tokenizer, texts, study, options, quiet=True)
     planted = {
         name: {(LAYER, "gate", unit) for unit in planted_units(number)}
@@ -73,7 +73,16 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
     assert found == planted
 
     held = parse_sources([f"{name}={tmp_path / name}.asked.txt" for name in RELATIONS])
-    nll("planted", model, tokenizer, study / "neurons.json", held, study, packing="documents")
+    nll(
+        "planted",
+        model,
+        tokenizer,
+        study / "neurons.json",
+        held,
+        study,
+        packing="documents",
+        bos="none",
+    )
     table = {
         (row["mask"], row["group"]): float(row["nll"])
         for row in read_csv(study / "nll.csv", ("mask", "group", "nll"))

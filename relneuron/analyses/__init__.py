@@ -46,7 +46,8 @@ from relneuron.analyses.neurons import (
 )
 from relneuron.analyses.sentences import SentenceRow, perplexity, read_perplexity
 from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_micro, sizes
-from relneuron.artifact import Neuron, Prompt
+from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import Prompt
 from relneuron.effects import Grid, main_split
 from relneuron.tables import Table
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from relneuron.analyses.outcomes import Row, asked, own_sets, relations, sets_off
 from relneuron.analyses.uncertainty import NAN, Array, rank_sum_p, signed_rank
-from relneuron.artifact import Prompt, fold
+from relneuron.artifact.files import fold
+from relneuron.artifact.prompts import Prompt
 from relneuron.effects import Grid
 from relneuron.tables import Share, Table
 

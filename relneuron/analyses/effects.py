@@ -18,7 +18,7 @@ from relneuron.analyses.outcomes import (
     with_q,
 )
 from relneuron.analyses.uncertainty import NAN
-from relneuron.artifact import ATTENTION, SITES
+from relneuron.artifact.neurons import ATTENTION, SITES
 from relneuron.effects import Grid
 from relneuron.tables import Table
 

@@ -20,7 +20,7 @@ from relneuron.analyses.outcomes import (
     with_q,
 )
 from relneuron.analyses.uncertainty import NAN, overlap_p
-from relneuron.artifact import Neuron
+from relneuron.artifact.neurons import Neuron
 from relneuron.effects import Grid
 from relneuron.tables import Share, Table
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from relneuron.analyses.outcomes import Row, outcomes, sets_off, with_q
 from relneuron.analyses.uncertainty import NAN, overlap_p, overlap_ps, q_values, spearman
-from relneuron.artifact import Neuron
+from relneuron.artifact.neurons import Neuron
 from relneuron.effects import Grid
 from relneuron.tables import Share, Table
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,8 @@ import numpy as np
 
 from relneuron.analyses.outcomes import Row, with_q
 from relneuron.analyses.uncertainty import NAN, Array, ratio_bootstrap, signed_rank
-from relneuron.artifact import RelneuronError, read_csv
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.reading import read_csv
 from relneuron.results import spread
 from relneuron.tables import Share, Table
 
@@ -38,13 +38,8 @@ def read_perplexity(path: Path) -> list[SentenceRow]:
     """The rows of a perplexity.csv, in the file's order."""
     rows = []
     for row in read_csv(path, SentenceRow._fields):
-        try:
-            condition, relation, sentence, n_tokens, nll = (row[n] for n in SentenceRow._fields)
-            rows.append(SentenceRow(condition, relation, sentence, int(n_tokens), float(nll)))
-            if rows[-1].n_tokens < 1 or not math.isfinite(rows[-1].nll):
-                raise ValueError("a sentence without tokens or without a probability")
-        except (TypeError, ValueError) as error:
-            raise RelneuronError(f"{path} is damaged ({error})", "run ablate anew") from error
+        name = row["condition"], row["relation"], row["id"]
+        rows.append(SentenceRow(*name, row.whole("n_tokens", least=1), row.finite("nll")))
     clean = {(row.relation, row.id) for row in rows if row.condition == "clean"}
     if any((row.relation, row.id) not in clean for row in rows):
         raise RelneuronError(f"{path} has a sentence that clean lacks", "run ablate anew")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact import RelneuronError
+from relneuron.artifact.files import RelneuronError
 
 Array = np.ndarray[Any, Any]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relneuron.artifact import ATTENTION, SITES, Neuron, site_widths
+from relneuron.artifact.neurons import ATTENTION, SITES, Neuron, site_widths
 
 Array = np.ndarray[Any, Any]
 ScoredNeuron = tuple[int, str, int, float]  # (layer, site, index, score)

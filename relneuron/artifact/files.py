@@ -1,0 +1,225 @@
+"""How a file of a study is written: whole or not at all, with a digest, as csv, JSON or tensors.
+
+Every stage calls this module to write; `reading` is the other half.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Json = dict[str, Any]
+
+
+class RelneuronError(Exception):
+    """An error a user can mend: one line of cause, one line of fix, and the exit code."""
+
+    def __init__(self, cause: str, fix: str, exit_code: int = 1) -> None:
+        super().__init__(cause)
+        self.cause, self.fix, self.exit_code = cause, fix, exit_code
+
+
+# --- bytes -----------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder; on any error the
+    temporary file is removed and the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Digests of files that were read to their end: by what the file system says of them.
+_HASHED: dict[tuple[int, ...], str] = {}
+# A file that was written so lately may be written again with the same time; no clock is coarser.
+_SETTLED_NS = 2_000_000_000
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes (about 1 GB a second).
+
+    A process reads a file once, as long as its inode, size and times stay as they are.
+    """
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        times = about.st_mtime_ns, about.st_ctime_ns
+        key = (about.st_dev, about.st_ino, about.st_size, *times)
+        if key in _HASHED:
+            return _HASHED[key]
+        is_settled = max(times) < time.time_ns() - _SETTLED_NS
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if is_settled:
+        _HASHED[key] = digest
+    return digest
+
+
+def hashing_threads() -> ThreadPoolExecutor:
+    """Threads that hash side by side: hashlib lets others run meanwhile."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+def check_place(path: Path) -> None:
+    """Raise if nothing can be written at `path`: what should be its folder is a file, or closed."""
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise RelneuronError(
+            f"{folder} is a file, {path} cannot be written in it", "choose another output", 2
+        )
+    if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise RelneuronError(
+            f"{folder} cannot be written to", "choose a folder you have the right to write to", 2
+        )
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise if `path` is a folder or under a file, or exists and `--force` was not given."""
+    check_place(path)
+    if path.is_dir():
+        raise RelneuronError(f"{path} is a folder", "name a file in it", 2)
+    if path.exists() and not force:
+        raise RelneuronError(f"{path} exists", "choose another output or add --force", 2)
+
+
+def require(path: Path, made_by: str) -> Path:
+    """Return `path`, or say which command makes it."""
+    if path.is_dir():
+        raise RelneuronError(f"{path} is a folder, not a file", "move it, or name a file", 2)
+    if not path.is_file():
+        raise RelneuronError(f"{path} does not exist", f"make it with: relneuron {made_by}", 2)
+    return path
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as indented UTF-8 JSON with a closing newline, keys in the order given."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """A header and `rows` as UTF-8 csv with Unix line ends."""
+    lines = _UnixLines()
+    writer = csv.writer(lines, lineterminator="\r\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return "".join(lines).encode()
+
+
+class _UnixLines(list[str]):
+    """Takes a csv writer's lines, and their carriage returns off.
+
+    The writer only quotes a carriage return inside of a cell if it also ends the lines with one.
+    """
+
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
+
+
+def fold(text: str) -> str:
+    """`text` as names are compared: outer space off, case folded, composed (NFC).
+
+    So "Łódź" is "łódź" however its marks are encoded, and "Straße" is "STRASSE" (Unicode's
+    canonical caseless matching).
+    """
+    return composed(unicodedata.normalize("NFD", text.strip()).casefold())
+
+
+def composed(text: str) -> str:
+    """`text` in NFC: each letter one with its marks, as far as there is such a letter."""
+    return unicodedata.normalize("NFC", text)
+
+
+# --- neuron sets -----------------------------------------------------------------------------
+
+
+# --- dense arrays ----------------------------------------------------------------------------
+
+
+def create_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Make a float32 safetensors file of zeros and return its tensors as writable memory maps.
+
+    The space is reserved at once, so that a full disk is an error here and not a crash later.
+    An existing file with the same header is opened as it is; what it lacks at its end is zeros.
+    """
+    header: Json = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    head = len(text).to_bytes(8, "little") + text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existing = b""
+    if path.exists():
+        with path.open("rb") as file:
+            existing = file.read(len(head))
+    if existing != head or path.stat().st_size != len(head) + offset:
+        with path.open("r+b" if existing == head else "wb") as file:
+            try:
+                file.truncate(len(head) + offset)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, len(head) + offset)
+                file.write(head)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    result = {}
+    for name, shape in shapes.items():
+        start = len(head) + header[name]["data_offsets"][0]
+        result[name] = np.memmap(path, np.float32, "r+", start, shape)
+    return result
+
+
+def rows_digest(arrays: Sequence[np.ndarray[Any, Any]], rows: Sequence[int]) -> str:
+    """The SHA-256 of some rows of all arrays, which are hashed side by side."""
+    places = list(rows)
+    with hashing_threads() as pool:
+        parts = pool.map(lambda array: hashlib.sha256(array[places]).digest(), arrays)
+        return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -1,0 +1,129 @@
+"""neurons.json: named sets of neurons, and where a neuron stands in a model.
+
+`identify` and `import` write it, `ablate`, `nll`, `generate` and the reports read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, require
+from relneuron.artifact.reading import read_json
+
+NEURONS_FORMAT = "relneuron.neurons/1"
+
+
+SITES = ("gate", "up", "down")  # the order that breaks ties in a ranking
+
+
+ATTENTION = ("q", "k", "v", "o")  # after them, where they were recorded
+
+
+Neuron = tuple[int, str, int]  # (layer, site, index), layer and index from zero
+
+
+@dataclass(frozen=True)
+class NeuronFile:
+    """neurons.json: named sets of neurons, best first, and the model they belong to."""
+
+    model: Json
+    method: str
+    sets: dict[str, list[tuple[int, str, int, float]]]
+    selection: Json
+
+    def write(self, path: str | Path) -> None:
+        rows = {name: [list(neuron) for neuron in chosen] for name, chosen in self.sets.items()}
+        head = {"format": NEURONS_FORMAT, "model": self.model, "method": self.method}
+        text = json.dumps(head | {"selection": self.selection, "sets": {}}, indent=1)
+        lines = [
+            f"  {json.dumps(name)}: [\n   "
+            + ",\n   ".join(json.dumps(row) for row in chosen)
+            + "\n  ]"
+            for name, chosen in rows.items()
+        ]
+        body = '"sets": {\n' + ",\n".join(lines) + "\n }"
+        atomic_write(Path(path), (text.replace('"sets": {}', body) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: str | Path) -> NeuronFile:
+        """The neurons of a file, or an error that says where in it what is wrong."""
+        path, made_by = Path(path), "identify DIR -o neurons.json"
+        data = read_json(require(path, made_by), "neurons.json")
+
+        def wrong(where: str, expected: str) -> RelneuronError:
+            return RelneuronError(
+                f"{path} is no neuron file of format {NEURONS_FORMAT}: {where} is not {expected}",
+                f"make it with: relneuron {made_by}",
+            )
+
+        if not isinstance(data, dict) or data.get("format") != NEURONS_FORMAT:
+            raise wrong("format", repr(NEURONS_FORMAT))
+        kinds: Json = {"model": dict, "method": str, "selection": dict, "sets": dict}
+        for key, kind in kinds.items():
+            if not isinstance(data.get(key, {} if key == "selection" else None), kind):
+                raise wrong(key, "a text" if kind is str else "an object")
+        for key in ("layers", "width", "hidden", *(a for a in ATTENTION if a in data["model"])):
+            if not _is_index(data["model"].get(key)):
+                raise wrong(f"model.{key}", "a number of neurons or layers")
+        sets = {}
+        for name, rows in data["sets"].items():
+            if not isinstance(rows, list):
+                raise wrong(f"sets.{name}", "a list")
+            for number, row in enumerate(rows, 1):
+                if not _is_neuron(row):
+                    raise wrong(f"neuron {number} of {name!r}", "[layer, site, index, score]")
+            sets[name] = [(layer, site, index, float(score)) for layer, site, index, score in rows]
+        return cls(data["model"], data["method"], sets, data.get("selection", {}))
+
+    def check_model(self, shape: Mapping[str, object]) -> None:
+        """Refuse neurons of another model: layers, width and hidden must be the same."""
+        ours = {key: self.model.get(key) for key in ("layers", "width", "hidden")}
+        theirs = {key: shape.get(key) for key in ours}
+        if ours != theirs:
+            raise RelneuronError(
+                f"the neurons are of a model of shape {ours}, this model has {theirs}",
+                "identify the neurons on this model, or give the model they come from",
+            )
+
+
+def _is_index(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_neuron(row: object) -> bool:
+    """Whether a row is [layer, site, index, score]."""
+    if not isinstance(row, list) or len(row) != 4:
+        return False
+    layer, site, index, score = row
+    is_number = type(score) is float or (type(score) is int and abs(score) < 1 << 63)
+    return _is_index(layer) and isinstance(site, str) and _is_index(index) and is_number
+
+
+def site_widths(shape: Mapping[str, Any]) -> dict[str, int]:
+    """How many neurons each site of a layer has, in the order that breaks ties.
+
+    gate, up and down, and those attention projections whose width `shape` says.
+    """
+    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
+    widths |= {site: shape[site] for site in ATTENTION if site in shape}
+    return {site: int(width) for site, width in widths.items()}
+
+
+def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
+    """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
+    widths = site_widths(shape)
+    result: dict[Neuron, None] = {}
+    for neuron in neurons:
+        layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])
+        if site not in widths or not 0 <= layer < shape["layers"] or not 0 <= index < widths[site]:
+            raise RelneuronError(
+                f"neuron (layer {layer}, site {site!r}, index {index}) is not in a model with "
+                f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}",
+                f"layers and indices count from zero; sites are {', '.join(widths)}",
+            )
+        result[layer, site, index] = None
+    return list(result)

@@ -1,0 +1,159 @@
+"""prompts.jsonl: the questions that stages put to a model, and the facts that they ask.
+
+`prompts` writes it, every stage with a model reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from sys import intern
+
+from relneuron.artifact.files import Json, RelneuronError, fold, require
+from relneuron.artifact.reading import one_line, parse_json, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of prompts.jsonl: a question about a fact, and where it belongs.
+
+    `objects` are all right answers, the first is `object`: those of another first one do not count.
+    A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
+    about; what they rank it against. `group`: what kind of concept it is, as its file says.
+    """
+
+    id: str
+    relation: str
+    split: str  # det: neurons are found with it; neg: against it; eva, eva2: effects are measured
+    language: str
+    template: str
+    subject: str
+    object: str
+    prompt: str
+    objects: tuple[str, ...] = ()
+    negative_of: tuple[str, ...] = ()
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.objects[:1] != (self.object,):
+            object.__setattr__(self, "objects", (self.object,))
+
+    @property
+    def right(self) -> str:
+        """The right answers as people read them."""
+        return " / ".join(self.objects)
+
+
+RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the order of the file
+
+
+def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
+    """prompts.jsonl: one JSON object a line; `objects` stands there if there are several.
+
+    What only concepts have stands there if it is said.
+    """
+    lines = []
+    for prompt in prompts:
+        record = asdict(prompt)
+        if len(prompt.objects) == 1:
+            del record["objects"]
+        for name in ("negative_of", "group"):
+            if not record[name]:
+                del record[name]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a prompts.jsonl, in the file's order.
+
+    A line's right answers are those of `object` and `objects`, each a text or a list of them, and
+    those of the lines that ask the same: one text in one relation.
+    """
+    plain = [field.name for field in fields(Prompt) if field.default is MISSING]
+    names = [name for name in plain if name != "object"]
+    prompts = []
+    asked: dict[tuple[str, str], list[str]] = {}
+    for record in read_records(path, names, "prompt", _right):
+        right = record.pop("objects")
+        prompts.append(Prompt(**record, object=right[0], objects=right))
+        asked.setdefault((prompts[-1].relation, prompts[-1].prompt), []).extend(right)
+    for place, p in enumerate(prompts):
+        others = asked[p.relation, p.prompt]
+        if len(others) > len(p.objects):
+            prompts[place] = replace(p, objects=distinct((*p.objects, *others)))
+    return prompts
+
+
+def distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that differ by `fold`, each as it is written first."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(fold(name), name)
+    return tuple(found.values())
+
+
+def right_answers(record: Json) -> tuple[str, ...]:
+    """The texts of `object` and `objects` in a JSON object, each a text or a list of them."""
+    given = [record[key] for key in ("object", "objects") if key in record]
+    names = [name for some in given for name in (some if isinstance(some, list) else [some])]
+    if not names:
+        raise KeyError("object")
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("an object is not a string")
+    return distinct(names) if names[1:] else (names[0],)
+
+
+def _right(record: Json) -> Json:
+    """The right answers of a prompt, and what it says of concepts, where it says it."""
+    found: Json = {"objects": right_answers(record)}
+    if record.get("group"):
+        found["group"] = record["group"]
+    if record.get("negative_of"):
+        found["negative_of"] = tuple(record["negative_of"])
+    texts = [found.get("group", ""), *found.get("negative_of", ())]
+    if isinstance(record.get("negative_of"), str) or not all(isinstance(t, str) for t in texts):
+        raise TypeError("negative_of is no list of strings, or group no string")
+    return found
+
+
+def read_records(
+    path: Path, names: Sequence[str], what: str, more: Callable[[Json], Json] = lambda _: {}
+) -> Iterator[Json]:
+    """The `names` of every line of a JSONL file that `relneuron prompts` writes: texts, own ids.
+
+    `more` adds to them what it takes from the line's object.
+    """
+    seen = set()
+    for number, line in read_lines(require(path, "prompts FACTS_DIR -o prompts.jsonl")):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        also = ", object or objects" if more is _right else ""
+        fix = f"give one JSON object a line with the fields {', '.join(names)}{also}"
+        try:
+            record = parse_json(line, where, fix)
+            if not isinstance(record, dict):
+                raise TypeError("no object")
+            values = {name: record[name] for name in names}
+            if not all(isinstance(value, str) for value in values.values()):
+                raise TypeError("a field is not a string")
+            # Most texts stand in many lines: each is kept once.
+            values = {name: intern(value) for name, value in values.items()} | more(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RelneuronError(f"{where}: not a {what} ({one_line(error)})", fix) from error
+        if values["id"] in seen:
+            raise RelneuronError(
+                f"{where}: a second {what} with the id {values['id']!r}", "give each its own id"
+            )
+        seen.add(values["id"])
+        yield values
+    if not seen:
+        raise RelneuronError(f"{path} holds no {what}", "make it with: relneuron prompts")
+
+
+def relation_names(prompts: Iterable[Prompt]) -> list[str]:
+    """The relations of some prompts, in order of their names."""
+    return sorted({prompt.relation for prompt in prompts})
