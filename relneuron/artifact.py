@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 import unicodedata
@@ -165,12 +166,39 @@ def json_bytes(value: object) -> bytes:
 
 
 def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A header and `rows` as UTF-8 csv with Unix line ends."""
+    """A header and `rows` as UTF-8 csv with Unix line ends; no cell of text acts as a formula.
+
+    A spreadsheet runs text that begins like a formula. An apostrophe before it, as OWASP advises
+    (CSV injection), makes it text; `read_csv` takes it off. Numbers are as they are.
+    """
     lines = _UnixLines()
     writer = csv.writer(lines, lineterminator="\r\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerows([_as_cell(value) for value in row] for row in (columns, *rows))
     return "".join(lines).encode()
+
+
+# With any apostrophes before it, so that a text that has its own comes back whole.
+_FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r])")
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet runs `text` once its apostrophes are off: it begins so, no number."""
+    if not _FORMULA.match(text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return text[0] not in "+-"
+
+
+def _as_cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
+
+
+def cell_text(cell: str) -> str:
+    """The text that `csv_bytes` wrote as `cell`."""
+    return cell[1:] if cell[:1] == "'" and _is_formula(cell[1:]) else cell
 
 
 class _UnixLines(list[str]):
@@ -198,7 +226,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
                 if is_other
                 else "make the file anew with the stage that writes it",
             )
-        yield from reader
+        for row in reader:
+            yield {k: cell_text(v) if isinstance(v, str) else v for k, v in row.items()}
 
 
 def read_json(path: Path, what: str) -> Any:

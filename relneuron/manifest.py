@@ -26,6 +26,7 @@ from relneuron.artifact import (
     read_json,
     sha256,
 )
+from relneuron.writing import refuse_unfinished, unfinished
 
 
 def versions() -> Json:
@@ -162,7 +163,7 @@ class Manifest:
         path, known = self.path.parent / name, self.data["files"][name]
         if known.get("dropped"):
             return True
-        if not path.exists():
+        if not path.exists() or name in unfinished(self.path.parent):
             return False
         if _is_as_noted(path, known):
             return True
@@ -259,6 +260,7 @@ def checked(path: Path) -> Path:
 
     A file that no manifest knows is the user's own. One that is not there is left to its reader.
     """
+    refuse_unfinished(path)
     if _is_manifest(path.parent / "manifest.json"):
         Manifest(path.parent).check(path.name)
     return path
@@ -406,8 +408,11 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second process is refused at once. May be nested."""
+def locked(folder: Path, *beneath: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second process is refused at once. May be nested.
+
+    What a killed writer left behind is removed there, and in the folders `beneath`.
+    """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -419,10 +424,10 @@ def locked(folder: Path) -> Iterator[None]:
             f"another process is writing to {folder}", "wait for it, or use another output"
         ) from error
     try:
-        # What a killed writer left behind.
-        for stale in folder.glob(".*.tmp"):
-            if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
-                stale.unlink()
+        for place in (folder, *beneath):
+            for stale in place.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                    stale.unlink()
         yield
     finally:
         lock.release()  # the file stays: to delete it would let two writers in
