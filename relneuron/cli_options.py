@@ -9,7 +9,7 @@ import typer
 
 from relneuron.artifact import RelneuronError
 
-state = {"debug": False}
+state = {"debug": False, "interrupted": False}
 
 
 def _debug(value: bool) -> None:

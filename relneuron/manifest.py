@@ -274,12 +274,20 @@ def _is_manifest(path: Path) -> bool:
 def is_unfinished(output: Path, stage: str) -> bool:
     """Whether an output was left by a run of `stage` that was killed before it was done.
 
-    Its journal is still there, and no manifest knows the file as it is.
+    Its journal is still there, and no manifest knows the file as it is. The journal of a run that
+    was killed behind its manifest is removed.
     """
-    if not (output.parent / f"{stage}.journal").exists() or not output.exists():
+    journal = output.parent / f"{stage}.journal"
+    if not journal.exists() or not output.exists():
         return False
-    known = Manifest(output.parent).data["files"].get(output.name, {})
-    return bool(known.get("sha256") != sha256(output))
+    known = Manifest(output.parent).data
+    if known["files"].get(output.name, {}).get("sha256") != sha256(output):
+        return True
+    with suppress(ValueError, KeyError):
+        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        if head["inputs"] == known["stages"][stage]["inputs"]:
+            journal.unlink()
+    return False
 
 
 class Journal:

@@ -138,6 +138,7 @@ ALLOWED = {
         "cli_bench",
         "cli_checks",
         "cli_corpus",
+        "cli_errors",
         "cli_identify",
         "cli_options",
         "cli_print",
@@ -155,6 +156,7 @@ ALLOWED = {
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
     | {"expertise", "identify_gains", "lape_counts", "lape_files", "manifest", "study"},
     "cli_options": {"artifact"},
+    "cli_errors": {"artifact", "cli_options", "installed"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
