@@ -2,7 +2,7 @@
 
 `instrument` and `ablate` act on a running model; `ops` are the kernels; `testing` holds another
 backend to their contract; `cli` is the command line. Names are imported when they are first used,
-so that `relneuron.ops` needs torch and nothing else.
+so that `relneuron.ops` needs torch and nothing else, and Ctrl-C is heard before it is imported.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from relneuron import ops
-
 if TYPE_CHECKING:
+    from relneuron import ops
     from relneuron.ablate import ablate_prompts
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
@@ -45,6 +44,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("relneuron.ops")  # Python sets it here
     if name not in _HOMES:
         raise AttributeError(f"module 'relneuron' has no attribute {name!r}")
     value = getattr(import_module(f"relneuron.{_HOMES[name]}"), name)

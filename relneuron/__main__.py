@@ -1,10 +1,15 @@
-"""`relneuron` and `python -m relneuron`: the command line, if what it is made of is installed."""
+"""`relneuron` and `python -m relneuron`: the command line, if what it is made of is installed.
+
+Ctrl-C ends it in two lines at any time: what is imported here is imported behind `_leave`.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
-
-from relneuron.installed import install_command, missing
+from typing import NoReturn
 
 # What relneuron.cli imports; the commands themselves check what they need.
 PACKAGES = ("typer", "rich", "pydantic")
@@ -12,6 +17,12 @@ PACKAGES = ("typer", "rich", "pydantic")
 
 def main() -> None:
     """Run the command line, or say in two lines that relneuron was installed without it."""
+    # A shell may have had it ignored, for a command in the background.
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
+        signal.signal(signal.SIGINT, _leave)
+    from relneuron.installed import install_command, missing
+
     absent = missing(*PACKAGES)
     if absent:
         sys.stderr.write(
@@ -20,8 +31,24 @@ def main() -> None:
         )
         sys.exit(1)
     from relneuron.cli import main as run
+    from relneuron.cli_errors import interrupt, unraised
 
-    run()
+    sys.unraisablehook = unraised
+    try:
+        if heard:
+            signal.signal(signal.SIGINT, interrupt)
+        run()
+    except KeyboardInterrupt:  # once more, while the first was being said
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End at once: nothing is begun, and imports would make other errors of an exception."""
+    again = shlex.join(sys.argv[1:])
+    os.write(2, f"error: interrupted\nfix:   go on with: relneuron {again}\n".encode())
+    os._exit(130)
 
 
 if __name__ == "__main__":

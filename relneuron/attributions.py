@@ -18,6 +18,7 @@ import numpy as np
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
+    cell_text,
     create_safetensors,
     csv_bytes,
     require,
@@ -179,7 +180,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[str]:
 
 def _value(name: str, cell: str) -> object:
     if name in ("id", "kind"):
-        return cell
+        return cell_text(cell)
     if not cell:
         return None
     return float(cell) if name == "score" else int(cell)

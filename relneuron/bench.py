@@ -25,7 +25,7 @@ from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
 from relneuron.artifact.reading import read_csv
 from relneuron.bench_case import Case, Contestant
 from relneuron.bench_suite import CONTESTANTS, SUITES
-from relneuron.manifest import versions
+from relneuron.manifest import locked, versions
 
 # (run, n_calls) -> milliseconds of each call. `run` takes the number of the call.
 Timer = Callable[[Callable[[int], object], int], list[float]]
@@ -385,9 +385,10 @@ def append_rows(folder: Path, rows: Sequence[Row]) -> Path:
     """Add `rows` to <folder>/<machine>.csv; older rows stay, so that the file is a history."""
     path = folder / f"{rows[0].machine}.csv"
     old: list[Sequence[object]] = []
-    if path.exists():
-        old = [[row[name] for name in COLUMNS] for row in read_csv(path, COLUMNS)]
-    atomic_write(path, csv_bytes(COLUMNS, [*old, *map(cells, rows)]))
+    with locked(folder):
+        if path.exists():
+            old = [[row[name] for name in COLUMNS] for row in read_csv(path, COLUMNS)]
+        atomic_write(path, csv_bytes(COLUMNS, [*old, *map(cells, rows)]))
     return path
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -21,10 +20,9 @@ from relneuron.cli_attribute import attribute
 from relneuron.cli_bench import bench
 from relneuron.cli_checks import METHODS, Command
 from relneuron.cli_corpus import count, generate, merge, nll
+from relneuron.cli_errors import end
 from relneuron.cli_identify import export, identify, import_files
 from relneuron.cli_print import (
-    DISK_FIXES,
-    fail,
     print_accuracy,
     print_rows,
     print_study,
@@ -32,7 +30,7 @@ from relneuron.cli_print import (
 )
 from relneuron.clock import Clock
 from relneuron.conditions import parse_analyses
-from relneuron.installed import install_command, need
+from relneuron.installed import need
 from relneuron.study import DEMO, Options, report_stage, run_study
 from relneuron.tokens import policy_text
 
@@ -385,19 +383,6 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt
-    except RelneuronError as error:
-        fail(error.cause, error.fix, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted", f"go on with: relneuron {shlex.join(sys.argv[1:])}", 130)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        fix = DISK_FIXES.get(error.errno or 0, "run again with --debug to see where")
-        fail(f"{error.strerror or error}{where}", f"{fix}; then run the same command again", 1)
-    except ImportError as error:
-        fail(str(error), install_command("all"), 1)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
-            error.show()
-            sys.exit(error.exit_code)
-        fail(f"{type(error).__name__}: {error}", "run again with --debug to see where", 1)
+    except (Exception, KeyboardInterrupt) as error:
+        end(error)
     sys.exit(code)

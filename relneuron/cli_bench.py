@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from relneuron import cli_options as take
 from relneuron.artifact.files import RelneuronError
 from relneuron.cli_print import print_bench, say
@@ -24,6 +26,7 @@ def bench(
     import torch
 
     from relneuron.bench import EFFORTS, Row, append_rows, choose_cases, run_case, summary
+    from relneuron.manifest import locked
     from relneuron.model import choose_device
 
     suite = "quick" if quick else "full" if full else "usual"
@@ -38,21 +41,22 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     if output is not None:
-        need("relneuron bench -o", "matplotlib", otherwise=", or leave out -o")
+        need("relneuron bench -o", "matplotlib", "filelock", otherwise=", or leave out -o")
         from relneuron.bench_plot import roofline
 
         take.check_folder(output)
     rows: list[Row] = []
-    for case in cases:
-        found = run_case(case, device=device, compiled=not no_compile, effort=EFFORTS[suite])
-        print_bench(str(case), found)
-        for what, who, value in summary(found):
-            say(f"  {what}: {value:.2f} x our time ({who})")
-        rows += found
-        if output is not None:
-            path = append_rows(output, found)
-    if output is None:
-        say("to keep the rows: add -o DIR")
-        return
-    drawn = roofline(rows, path.with_suffix(".png"))
+    with locked(output) if output is not None else nullcontext():
+        for case in cases:
+            found = run_case(case, device=device, compiled=not no_compile, effort=EFFORTS[suite])
+            print_bench(str(case), found)
+            for what, who, value in summary(found):
+                say(f"  {what}: {value:.2f} x our time ({who})")
+            rows += found
+            if output is not None:
+                path = append_rows(output, found)
+        if output is None:
+            say("to keep the rows: add -o DIR")
+            return
+        drawn = roofline(rows, path.with_suffix(".png"))
     say(f"-> {path}{', the roofline ' + path.with_suffix('.png').name if drawn else ''}")

@@ -31,10 +31,12 @@ NEEDS = {
     "count": _ASKS,
     "nll": _ASKS,
     "generate": _ASKS,
-    "identify": ("tqdm",),
+    "identify": _WORKS,
+    "prompts": ("filelock",),
     "merge": ("filelock",),
+    "export": ("filelock",),
     "import": ("transformers", "filelock"),
-    "report": _DRAWS,
+    "report": (*_DRAWS, "filelock"),
 }
 
 # What each `identify --method` takes, beside -o, --force, --quiet and --debug.

@@ -10,7 +10,7 @@ import typer
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.reading import allow_record_mib
 
-state = {"debug": False}
+state = {"debug": False, "interrupted": False}
 
 
 def _debug(value: bool) -> None:

@@ -1,13 +1,11 @@
-"""What the command line prints: plain lines, tables and errors; cli.py's commands call it."""
+"""What the command line prints: plain lines and tables; cli.py's commands call it."""
 
 from __future__ import annotations
 
-import errno
 import sys
-import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,21 +13,11 @@ from rich.text import Text
 
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
-from relneuron.cli_options import state
 from relneuron.counts import NAME as COUNTS
 
 if TYPE_CHECKING:
     from relneuron.count import Counted
     from relneuron.nll import Cell
-
-# What to do about an error of the system, by its number.
-DISK_FIXES = {
-    errno.ENOSPC: "free space on the disk, or write elsewhere",
-    errno.EDQUOT: "free space in your quota, or write elsewhere",
-    errno.EFBIG: "raise the file size limit (ulimit -f), or write elsewhere",
-    errno.EROFS: "write to a folder that is not read-only",
-    errno.EACCES: "write to a folder you have the right to write to",
-}
 
 
 def say(text: str) -> None:
@@ -188,13 +176,3 @@ def print_bench(title: str, rows: Sequence[Any]) -> None:
 def print_study(report: Path) -> None:
     print_accuracy(report.parent)
     say(f"report: {report}")
-
-
-def fail(cause: str, fix: str, code: int) -> NoReturn:
-    """Say what went wrong and what mends it, on standard error, and end the process."""
-    if state["debug"]:
-        traceback.print_exc()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"error: {' '.join(cause.split())}", markup=False)
-    console.print(f"fix:   {' '.join(fix.split())}", markup=False)
-    sys.exit(code)

@@ -23,6 +23,7 @@ from relneuron.identify import identify, identify_inputs
 from relneuron.manifest import Manifest, locked
 from relneuron.model import describe_model, find_gated_mlps
 from relneuron.record import record, record_inputs
+from relneuron.writing import writing
 
 TEMPLATES = ("{} can", "{} has a")  # in English (arXiv 2502.17355, section 5.4)
 PER_CONCEPT = 100
@@ -145,9 +146,10 @@ def concept_study(
         data = prompts_bytes(prompts)
         inputs = {"concepts": hashlib.sha256(data).hexdigest(), "eva": n_eva, "seed": seed}
         if not manifest.is_done("prompts", inputs, force=force):
-            atomic_write(path, data)
-            manifest.describe(seeds={"split": seed})
-            manifest.finish("prompts", inputs, [path])
+            with writing("prompts", folder, [path]):
+                atomic_write(path, data)
+                manifest.describe(seeds={"split": seed})
+                manifest.finish("prompts", inputs, [path])
         inputs = record_inputs(described, tokenizer, path, **pooled)
         recorded = manifest.is_done("record", inputs, force=force)
         identified = recorded and manifest.is_done(

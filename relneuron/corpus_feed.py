@@ -35,7 +35,7 @@ from relneuron.corpus_worker import (
 # BLOCK_TOKENS and a chunk of tokens each (50 MB a source).
 AHEAD = 3
 
-# The worker gets a bare package in place of relneuron/__init__.py: that one imports torch, which
+# The worker gets a bare package in place of relneuron/__init__.py: it must not import torch, which
 # takes a second and 200 MB for nothing.
 _START = """
 import json, sys, types

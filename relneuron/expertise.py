@@ -18,14 +18,14 @@ from relneuron.artifact.files import (
     atomic_write,
     csv_bytes,
     json_bytes,
-    refuse_overwrite,
     require,
 )
 from relneuron.artifact.neurons import ATTENTION, SITES, NeuronFile, site_widths
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.conditions import scores_beside
-from relneuron.manifest import Manifest, checked
+from relneuron.manifest import Manifest, checked, locked
+from relneuron.writing import refuse_output, writing
 
 # Of the mode of `ablate`, the column of expertise.csv that holds its value.
 FORCED = {"p50": "on_p50", "p90": "on_p90", "off_mean": "off_mean"}
@@ -149,27 +149,31 @@ def export_expertise(source: Path, output: Path, *, force: bool = False) -> list
             output / _part(own.group) / _part(name) / "expertise" for name, own in rows.items()
         ]
         pairs = [(place / "expertise.csv", place / "expertise_info.json") for place in places]
-    for path in (path for pair in pairs for path in pair):
-        refuse_overwrite(path, force)
+    files = [path for pair in pairs for path in pair]
+    place = output.parent if output.suffix == ".csv" else output
+    for path in files:
+        refuse_output(path, "export", force, place)
     units = _units(known.get("modules") or _MODULES, shape)
     found: dict[str, dict[tuple[int, str], dict[str, Array]]] = {name: {} for name in rows}
-    for layer, site, values in read_values(folder, rows, VALUES, shape):
-        for name in rows:
-            found[name][layer, site] = {"ap": scores[name][site][layer]} | values[name]
-    tables, infos = [], []
-    for name, own in rows.items():
-        table, info = _expertise(name, own.group, found.pop(name), units)
-        tables.append(table)
-        infos.append(info)
-    if output.suffix == ".csv":
-        rest = (row for table in tables for row in table)
-        atomic_write(output, csv_bytes(COLUMNS, rest))
-        atomic_write(pairs[0][1], json_bytes(infos[0] if len(infos) == 1 else infos))
-    else:
-        for (table_path, info_path), table, info in zip(pairs, tables, infos, strict=True):
-            atomic_write(table_path, csv_bytes(COLUMNS, table))
-            atomic_write(info_path, json_bytes(info))
-    return [path for pair in pairs for path in pair]
+    with locked(place, *(path.parent for path in files)):
+        for layer, site, values in read_values(folder, rows, VALUES, shape):
+            for name in rows:
+                found[name][layer, site] = {"ap": scores[name][site][layer]} | values[name]
+        tables, infos = [], []
+        for name, own in rows.items():
+            table, info = _expertise(name, own.group, found.pop(name), units)
+            tables.append(table)
+            infos.append(info)
+        if output.suffix == ".csv":
+            rest = (row for table in tables for row in table)
+            data = [csv_bytes(COLUMNS, rest), json_bytes(infos[0] if len(infos) == 1 else infos)]
+        else:
+            made = zip(tables, infos, strict=True)
+            data = [part for t, i in made for part in (csv_bytes(COLUMNS, t), json_bytes(i))]
+        with writing("export", place, files):
+            for path, part in zip(files, data, strict=True):
+                atomic_write(path, part)
+    return files
 
 
 def _part(name: str) -> str:

@@ -23,7 +23,6 @@ from relneuron.artifact.files import (
     RelneuronError,
     atomic_write,
     csv_bytes,
-    refuse_overwrite,
     require,
     sha256,
 )
@@ -33,11 +32,12 @@ from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, 
 from relneuron.command import command, placed
 from relneuron.effects import fact_numbers
 from relneuron.installed import need
-from relneuron.manifest import Manifest, checked, json_digest, progress_bar
+from relneuron.manifest import Manifest, checked, json_digest, locked, progress_bar
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
 from relneuron.scores.choice import ENDS, choose
 from relneuron.scores.ranking import n_neurons
+from relneuron.writing import refuse_output, writing
 
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
@@ -163,7 +163,7 @@ def identify(
     options["ends"] = ends
     check_options(method, top, fdr, **options)
     check_installed(noise)
-    refuse_overwrite(output, force)
+    refuse_output(output, "identify", force)
     relations, prompts, valid = _read_answers(folder)
     model = Manifest(folder).data.get("model")
     if model is None:
@@ -196,7 +196,7 @@ def identify(
     n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
-    with progress_bar(total, "identify", "block", quiet) as bar:
+    with locked(output.parent), progress_bar(total, "identify", "block", quiet) as bar:
         scores = {
             site: np.full((len(relations), shape["layers"], width), np.nan, np.float32)
             for site, width in widths.items()
@@ -240,37 +240,40 @@ def identify(
             for relation in chosen.values():
                 relation.finish()
 
-    sets = {name: list(chosen[name].neurons) if name in chosen else [] for name in relations}
-    result = NeuronFile(model, method, sets, selection)
-    written = {
-        "scores.safetensors": save(
-            {f"ap.{site}": scores[site] for site in widths},
-            # One key only: safetensors writes several in an order that changes from run to run.
-            {"relations": json.dumps(relations)},
-        ),
-        "labels.csv": csv_bytes(
-            ("relation", "id", "label"), _label_rows(relations, prompts, labels)
-        ),
-        "significance.csv": csv_bytes(COLUMNS, _significance_rows(chosen)),
-    }
-    files = [output.parent / name for name in written]
-    for file, data in zip(files, written.values(), strict=True):
-        atomic_write(file, data)
-    result.write(output)
-    manifest, recorded = Manifest(output.parent), Manifest(folder).data
-    manifest.describe(
-        model=model,
-        seeds=manifest.data.get("seeds", {}) | {"negatives": seed, "significance": seed},
-        memory=recorded.get("memory", {}) | _memory(labels, shape, permutations, bootstrap, noise),
-    )
-    details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
-    made_by = command(
-        "identify",
-        *(placed(folder, output.parent), "-o", placed(output, output.parent)),
-        **options,
-        seed=seed,
-    )
-    manifest.finish("identify", inputs, [*files, output], commands=made_by, **details)
+        sets = {name: list(chosen[name].neurons) if name in chosen else [] for name in relations}
+        result = NeuronFile(model, method, sets, selection)
+        written = {
+            "scores.safetensors": save(
+                {f"ap.{site}": scores[site] for site in widths},
+                # One key only: safetensors writes several in an order that changes from run to run.
+                {"relations": json.dumps(relations)},
+            ),
+            "labels.csv": csv_bytes(
+                ("relation", "id", "label"), _label_rows(relations, prompts, labels)
+            ),
+            "significance.csv": csv_bytes(COLUMNS, _significance_rows(chosen)),
+        }
+        files = [output.parent / name for name in written]
+        manifest, recorded = Manifest(output.parent), Manifest(folder).data
+        manifest.describe(
+            model=model,
+            seeds=manifest.data.get("seeds", {}) | {"negatives": seed, "significance": seed},
+            memory=recorded.get("memory", {})
+            | _memory(labels, shape, permutations, bootstrap, noise),
+        )
+        details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
+        made_by = command(
+            "identify",
+            *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+            **options,
+            seed=seed,
+        )
+        files.append(output)
+        with writing("identify", output.parent, files):
+            for file, data in zip(files, written.values(), strict=False):
+                atomic_write(file, data)
+            result.write(output)
+            manifest.finish("identify", inputs, files, commands=made_by, **details)
     return result
 
 

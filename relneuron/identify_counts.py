@@ -22,15 +22,15 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
-    refuse_overwrite,
     require,
     sha256,
 )
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.command import command, placed
 from relneuron.counts import NAME, SITES, Counts
-from relneuron.manifest import Manifest, checked, json_digest
+from relneuron.manifest import Manifest, checked, json_digest, locked
 from relneuron.scores import lape as scores
+from relneuron.writing import refuse_output, writing
 
 METHODS = {
     "lape": "entropy of the activation probability over the groups, in nats: low is specific",
@@ -128,7 +128,7 @@ def identify_counts(
     (G, L, F) float32; its metadata name the groups. F is D at site down.
     """
     check_options(method, site, top, top_rate, filter_rate, bar_ratio, precision)
-    refuse_overwrite(output, force)
+    refuse_output(output, "identify", force)
     described, manifest = Manifest(folder).data, Manifest(output.parent)
     counts, model = _read(folder, described, site, method)
     counts, left_out = _take(counts, groups, folder, site)
@@ -159,54 +159,56 @@ def identify_counts(
             "choose a higher --top-rate, or give their number with --top",
             2,
         )
-    probability = scores.activation_probability(count, counts.tokens, precision=precision)
-    selection: Json = {"site": site, "activation_threshold": described.get("threshold")}
-    selection |= {"score": METHODS[method], "top": k, "left_out": left_out}
-    if method == "lape":
-        found = scores.lape(probability, filter_rate=filter_rate, bar_ratio=bar_ratio, top=k)
-        entropy = found.entropy
-        ranked = _ranked_members(found)
-        selection |= _cut(found, filter_rate, bar_ratio, precision)
-    else:
-        entropy = scores.entropies(probability)
-        ranked = _baseline(counts, probability, method, site, k, seed)
-    width = count.shape[2]
-    sets = {
-        name: _neurons(flat, score, width, site)
-        for name, (flat, score) in zip(counts.groups, ranked, strict=True)
-    }
-    selection |= _sizes(sets)
-    result = NeuronFile(model, method, sets, selection)
-    # A second choice in a folder leaves the scores of the first one as they are.
-    stem = "" if output.name == "neurons.json" else f"{output.stem}."
-    path = output.parent / f"{stem}scores.safetensors"
-    data = save(
-        {
-            f"lape.{site}": entropy,
-            f"probability.{site}": probability.astype(np.float32),
-        },
-        # One key only: safetensors writes several in an order that changes from run to run.
-        {"groups": json.dumps(counts.groups, ensure_ascii=False)},
-    )
-    atomic_write(path, data)
-    result.write(output)
-    if output.parent.resolve() != folder.resolve():
-        kept = ("versions", "model", "dtype", "threshold", "fallbacks")
-        manifest.describe(**{key: described[key] for key in kept if key in described})
-    manifest.describe(seeds=manifest.data.get("seeds", {}) | {"identify": seed})
-    made_by = command(
-        "identify",
-        *(placed(folder, output.parent), "-o", placed(output, output.parent)),
-        **{name: value for name, value in inputs.items() if name not in ("digests", "count")},
-    )
-    manifest.finish(
-        "identify",
-        inputs,
-        [path, output],
-        top=k,
-        share_of_neurons=k / n_neurons,
-        commands=made_by,
-    )
+    with locked(output.parent):
+        probability = scores.activation_probability(count, counts.tokens, precision=precision)
+        selection: Json = {"site": site, "activation_threshold": described.get("threshold")}
+        selection |= {"score": METHODS[method], "top": k, "left_out": left_out}
+        if method == "lape":
+            found = scores.lape(probability, filter_rate=filter_rate, bar_ratio=bar_ratio, top=k)
+            entropy = found.entropy
+            ranked = _ranked_members(found)
+            selection |= _cut(found, filter_rate, bar_ratio, precision)
+        else:
+            entropy = scores.entropies(probability)
+            ranked = _baseline(counts, probability, method, site, k, seed)
+        width = count.shape[2]
+        sets = {
+            name: _neurons(flat, score, width, site)
+            for name, (flat, score) in zip(counts.groups, ranked, strict=True)
+        }
+        selection |= _sizes(sets)
+        result = NeuronFile(model, method, sets, selection)
+        # A second choice in a folder leaves the scores of the first one as they are.
+        stem = "" if output.name == "neurons.json" else f"{output.stem}."
+        path = output.parent / f"{stem}scores.safetensors"
+        data = save(
+            {
+                f"lape.{site}": entropy,
+                f"probability.{site}": probability.astype(np.float32),
+            },
+            # One key only: safetensors writes several in an order that changes from run to run.
+            {"groups": json.dumps(counts.groups, ensure_ascii=False)},
+        )
+        if output.parent.resolve() != folder.resolve():
+            kept = ("versions", "model", "dtype", "threshold", "fallbacks")
+            manifest.describe(**{key: described[key] for key in kept if key in described})
+        manifest.describe(seeds=manifest.data.get("seeds", {}) | {"identify": seed})
+        made_by = command(
+            "identify",
+            *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+            **{name: value for name, value in inputs.items() if name not in ("digests", "count")},
+        )
+        with writing("identify", output.parent, [path, output]):
+            atomic_write(path, data)
+            result.write(output)
+            manifest.finish(
+                "identify",
+                inputs,
+                [path, output],
+                top=k,
+                share_of_neurons=k / n_neurons,
+                commands=made_by,
+            )
     return result
 
 

@@ -18,7 +18,6 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
-    refuse_overwrite,
     require,
     sha256,
 )
@@ -36,8 +35,9 @@ from relneuron.attributions import (
 from relneuron.command import command, placed
 from relneuron.identify import default_top
 from relneuron.manifest import GAIN_METHOD as METHOD
-from relneuron.manifest import MODEL_KEYS, Manifest, checked, json_digest, progress_bar
+from relneuron.manifest import MODEL_KEYS, Manifest, checked, json_digest, locked, progress_bar
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
+from relneuron.writing import refuse_output, writing
 
 Array = np.ndarray[Any, Any]
 
@@ -103,7 +103,7 @@ def identify_gains(
     in memory at a time.
     """
     check_top(top)
-    refuse_overwrite(output, force)
+    refuse_output(output, "identify", force)
     model, targets = _read(folder)
     shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
     inputs = identify_gains_inputs(folder, top=top, kept_only=kept_only)
@@ -111,49 +111,51 @@ def identify_gains(
     group = _groups(folder, targets, relations, kept_only)
     k = default_top(shape) if top is None else top
     scores = np.empty((len(relations), shape["layers"], shape["width"]), np.float32)
-    with progress_bar(shape["layers"], "identify", "layer", quiet) as bar:
+    bar = progress_bar(shape["layers"], "identify", "layer", quiet)
+    with locked(output.parent), bar:
         for layer, gains in read_gains(folder / GAINS, shape, len(targets)):
             _check_finite(folder, layer, gains[group >= 0])
             scores[:, layer] = mean_gains(gains, group, len(relations))
             bar.update()
-    sets, selection = {}, {}
-    for row, name in enumerate(relations):
-        n = int((group == row).sum())
-        own = k.get(name, 0) if isinstance(k, Mapping) else k
-        sets[name] = best_neurons(scores[row], own) if n else []
-        selection[name] = _cut(scores[row], [score for *_, score in sets[name]], n)
-    result = NeuronFile(model, METHOD, sets, selection)
-    # A second choice in a folder leaves the scores of the first one as they are.
-    stem = "" if output.name == "neurons.json" else f"{output.stem}."
-    path = output.parent / f"{stem}scores.safetensors"
-    # One key only: safetensors writes several in an order that changes from run to run.
-    data = save({f"{METHOD}.gate": scores}, {"relations": json.dumps(relations)})
-    atomic_write(path, data)
-    result.write(output)
-    manifest = Manifest(output.parent)
-    is_elsewhere = output.parent.resolve() != folder.resolve()
-    if is_elsewhere and "record" not in manifest.data["stages"]:
-        described = Manifest(folder).data
-        kept = ("versions", "model", "dtype", "fallbacks")
-        manifest.describe(**{key: described[key] for key in kept if key in described})
-    stage = _stage(manifest, output)
-    if stage == "identify":
-        _remove_replaced(manifest, {path.name, output.name})
-    manifest.finish(
-        stage,
-        inputs,
-        [path, output],
-        top=dict(k) if isinstance(k, Mapping) else k,
-        commands=[]  # no command gives each relation its own number
-        if isinstance(top, Mapping)
-        else command(
-            "identify",
-            *(placed(folder, output.parent), "-o", placed(output, output.parent)),
-            method=METHOD,
-            top=top,
-            kept_only=kept_only,
-        ),
-    )
+        sets, selection = {}, {}
+        for row, name in enumerate(relations):
+            n = int((group == row).sum())
+            own = k.get(name, 0) if isinstance(k, Mapping) else k
+            sets[name] = best_neurons(scores[row], own) if n else []
+            selection[name] = _cut(scores[row], [score for *_, score in sets[name]], n)
+        result = NeuronFile(model, METHOD, sets, selection)
+        # A second choice in a folder leaves the scores of the first one as they are.
+        stem = "" if output.name == "neurons.json" else f"{output.stem}."
+        path = output.parent / f"{stem}scores.safetensors"
+        # One key only: safetensors writes several in an order that changes from run to run.
+        data = save({f"{METHOD}.gate": scores}, {"relations": json.dumps(relations)})
+        manifest = Manifest(output.parent)
+        is_elsewhere = output.parent.resolve() != folder.resolve()
+        if is_elsewhere and "record" not in manifest.data["stages"]:
+            described = Manifest(folder).data
+            kept = ("versions", "model", "dtype", "fallbacks")
+            manifest.describe(**{key: described[key] for key in kept if key in described})
+        stage = _stage(manifest, output)
+        with writing("identify", output.parent, [path, output]):
+            atomic_write(path, data)
+            result.write(output)
+            if stage == "identify":
+                _remove_replaced(manifest, {path.name, output.name})
+            manifest.finish(
+                stage,
+                inputs,
+                [path, output],
+                top=dict(k) if isinstance(k, Mapping) else k,
+                commands=[]  # no command gives each relation its own number
+                if isinstance(top, Mapping)
+                else command(
+                    "identify",
+                    *(placed(folder, output.parent), "-o", placed(output, output.parent)),
+                    method=METHOD,
+                    top=top,
+                    kept_only=kept_only,
+                ),
+            )
     return result
 
 

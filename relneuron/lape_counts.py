@@ -20,6 +20,7 @@ from relneuron.lape_files import (
     write_counts_pth,
 )
 from relneuron.manifest import Manifest, checked, locked, versions
+from relneuron.writing import refuse_output, writing
 
 # What the authors count: SiLU(gate) > 0.
 _EVENT: Json = {"sites": ["act"], "threshold": 0.0, "moments": False}
@@ -95,10 +96,10 @@ def import_neurons(
     path: Path, names: Sequence[str], model: str, output: Path, *, force: bool = False
 ) -> NeuronFile:
     """Make `output` a neurons.json of a .neuron.pth; `model` is where the shape is read."""
-    refuse_overwrite(output, force)
+    refuse_output(output, "import", force)
     chosen = read_neuron_pth(path, names, config_shape(model))
     folder = output.parent
-    with locked(folder):
+    with locked(folder), writing("import", folder, [output]):
         chosen.write(output)
         manifest = Manifest(folder)
         for stage, entry in list(manifest.data["stages"].items()):

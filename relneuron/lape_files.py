@@ -23,6 +23,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import check_zip, one_line, reading
 from relneuron.counts import Counts
 from relneuron.identity import check_model_folder
+from relneuron.manifest import locked
+from relneuron.writing import refuse_output, writing
 
 MAX_BYTES = 1 << 30  # of a file
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -121,7 +123,8 @@ def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) ->
                 )
             layers[layer].add(index)
         lists.append([torch.tensor(sorted(indices), dtype=torch.int64) for indices in layers])
-    atomic_write(path, _saved(lists))
+    with locked(path.parent):
+        atomic_write(path, _saved(lists))
 
 
 def _indices(where: str, found: object, width: int) -> Tensor:
@@ -203,13 +206,14 @@ def write_counts_pth(
             "count under other names: their files could be one",
         )
     for path in paths:
-        refuse_overwrite(path, force)
+        refuse_output(path, "export", force)
     fits = not count.size or int(count.max()) <= np.iinfo(np.int32).max
     if not fits:
         warnings.warn("a count is above 2^31 - 1: the files hold int64", stacklevel=2)
     kept = np.int32 if fits else np.int64
-    for path, n, rows in zip(paths, counts.tokens.tolist(), count, strict=True):
-        atomic_write(path, _saved({"n": n, "over_zero": torch.from_numpy(rows.astype(kept))}))
+    with locked(folder), writing("export", folder, paths):
+        for path, n, rows in zip(paths, counts.tokens.tolist(), count, strict=True):
+            atomic_write(path, _saved({"n": n, "over_zero": torch.from_numpy(rows.astype(kept))}))
     return paths
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, json_bytes, sha256
 from relneuron.artifact.reading import parse_json, read_json
+from relneuron.writing import refuse_unfinished, unfinished
 
 SCHEMA = "relneuron.study/1"
 
@@ -158,7 +159,7 @@ class Manifest:
         path, known = self.path.parent / name, self.data["files"][name]
         if known.get("dropped"):
             return True
-        if not path.exists():
+        if not path.exists() or name in unfinished(self.path.parent):
             return False
         if _is_as_noted(path, known):
             return True
@@ -296,6 +297,7 @@ def checked(path: Path) -> Path:
 
     A file that no manifest knows is the user's own. One that is not there is left to its reader.
     """
+    refuse_unfinished(path)
     if _is_manifest(path.parent / "manifest.json"):
         Manifest(path.parent).check(path.name)
     return path
@@ -309,12 +311,20 @@ def _is_manifest(path: Path) -> bool:
 def is_unfinished(output: Path, stage: str) -> bool:
     """Whether an output was left by a run of `stage` that was killed before it was done.
 
-    Its journal is still there, and no manifest knows the file as it is.
+    Its journal is still there, and no manifest knows the file as it is. The journal of a run that
+    was killed behind its manifest is removed.
     """
-    if not (output.parent / f"{stage}.journal").exists() or not output.exists():
+    journal = output.parent / f"{stage}.journal"
+    if not journal.exists() or not output.exists():
         return False
-    known = Manifest(output.parent).data["files"].get(output.name, {})
-    return bool(known.get("sha256") != sha256(output))
+    known = Manifest(output.parent).data
+    if known["files"].get(output.name, {}).get("sha256") != sha256(output):
+        return True
+    with suppress(ValueError, KeyError):
+        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        if head["inputs"] == known["stages"][stage]["inputs"]:
+            journal.unlink()
+    return False
 
 
 class Journal:
@@ -448,8 +458,11 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second process is refused at once. May be nested."""
+def locked(folder: Path, *beneath: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second process is refused at once. May be nested.
+
+    What a killed writer left behind is removed there, and in the folders `beneath`.
+    """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -461,10 +474,10 @@ def locked(folder: Path) -> Iterator[None]:
             f"another process is writing to {folder}", "wait for it, or use another output"
         ) from error
     try:
-        # What a killed writer left behind.
-        for stale in folder.glob(".*.tmp"):
-            if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
-                stale.unlink()
+        for place in (folder, *beneath):
+            for stale in place.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                    stale.unlink()
         yield
     finally:
         lock.release()  # the file stays: to delete it would let two writers in

@@ -17,15 +17,15 @@ from relneuron.artifact.files import (
     RelneuronError,
     atomic_write,
     composed,
-    refuse_overwrite,
     sha256,
 )
 from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes
 from relneuron.command import command, placed
 from relneuron.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
-from relneuron.manifest import Manifest
+from relneuron.manifest import Manifest, locked
 from relneuron.sentences import GENERAL, NEUTRAL, Sentence, sentences_bytes
+from relneuron.writing import refuse_output, writing
 
 SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
 
@@ -167,7 +167,7 @@ def write_prompts(
         return _write_concepts(facts, concepts, output, force)
     beside = output.with_name("sentences.jsonl")
     for path in (output, beside):
-        refuse_overwrite(path, force)
+        refuse_output(path, "prompts", force)
     relations = read_relations(facts, suffix=suffix)
     inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix, chat=chat)
     wrap = str if chat is None else chat_wrap(chat)
@@ -178,10 +178,6 @@ def write_prompts(
     # Without a sentence there is no file: the next stage would take an empty one for damaged.
     if sentences:
         written[beside] = sentences_bytes(sentences)
-    for path, data in written.items():
-        atomic_write(path, data)
-    if not sentences:
-        beside.unlink(missing_ok=True)
     counts = {
         relation.name: {
             split: sum(p.relation == relation.name and p.split == split for p in prompts)
@@ -189,8 +185,6 @@ def write_prompts(
         }
         for relation in relations
     }
-    manifest = Manifest(output.parent)
-    manifest.describe(seeds={"split": seed})
     made_by = command(
         "prompts",
         placed(facts, output.parent),
@@ -200,7 +194,15 @@ def write_prompts(
         suffix=suffix,
         chat_template=getattr(chat, "name_or_path", None),
     )
-    manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
+    folder = output.parent
+    manifest = Manifest(folder)
+    manifest.describe(seeds={"split": seed})
+    with locked(folder), writing("prompts", folder, [output, beside]):
+        for path, data in written.items():
+            atomic_write(path, data)
+        if not sentences:
+            beside.unlink(missing_ok=True)
+        manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
     return prompts
 
 
@@ -218,14 +220,15 @@ def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -
     concepts = [read_concept(path) for path in files]
     prompts = concept_prompts(concepts)
     data = prompts_bytes(prompts)
-    # What a killed run left has these bytes.
-    refuse_overwrite(output, force or (output.is_file() and output.read_bytes() == data))
+    refuse_output(output, "prompts", force)
     inputs = prompts_inputs(facts, n_eva=0, seed=0, suffix=None)
-    atomic_write(output, data)
     counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
     folder = output.parent
     made_by = command("prompts", placed(facts, folder), "-o", placed(output, folder))
-    Manifest(folder).finish("prompts", inputs, [output], n_prompts=counts, commands=made_by)
+    manifest = Manifest(folder)
+    with locked(folder), writing("prompts", folder, [output]):
+        atomic_write(output, data)
+        manifest.finish("prompts", inputs, [output], n_prompts=counts, commands=made_by)
     return prompts
 
 

@@ -9,15 +9,16 @@ the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite
+from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.command import commands
 from relneuron.installed import need
+from relneuron.manifest import locked
 from relneuron.report_attribution_study import (
     ATTRIBUTION_INPUTS,
     AttributionStudy,
@@ -33,6 +34,7 @@ from relneuron.report_groups_study import (
 from relneuron.report_study import Study, examples, read_study
 from relneuron.results import INPUTS, Headline, Result, Spread, headline, split_results
 from relneuron.tables import NBSP, Number, Table, label, percent, show, split_title, visible
+from relneuron.writing import refuse_output, writing
 
 if TYPE_CHECKING:
     from relneuron.report_parts import Section
@@ -47,20 +49,33 @@ ORDER = (
 )
 
 
-def write_report(study: Path, output: Path, *, force: bool = False) -> Path:
+def write_report(
+    study: Path,
+    output: Path,
+    *,
+    force: bool = False,
+    finish: Callable[[list[Path]], object] = lambda tables: None,
+) -> Path:
     """Write the report on the study directory `study` to `output`, one self-contained HTML file.
 
-    Inside the study directory the tables of its analyses are written too.
+    Inside the study directory the tables of its analyses are written too. `finish` is called with
+    their paths once all is written; without it the files count as unfinished.
     """
-    refuse_overwrite(output, force)
+    refuse_output(output, "report", force)
     inputs = (*INPUTS, *GROUP_INPUTS, *ATTRIBUTION_INPUTS)
     if output.resolve() in [(study / name).resolve() for name in inputs]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
-    found = read_any(study)
-    html = render(found)
-    if output.resolve().parent == study.resolve():
-        write_tables(study, tables(found))
-    atomic_write(output, html.encode())
+    folder, found = output.parent, read_any(study)
+    is_inside = folder.resolve() == study.resolve()
+    with locked(folder, *([folder / "analyses"] if is_inside else [])):
+        html = render(found)
+        made = tables(found) if is_inside else {}
+        paths = [folder / "analyses" / f"{key}.csv" for key in made]
+        with writing("report", folder, [output, *paths]):
+            if is_inside:
+                write_tables(folder, made)
+            atomic_write(output, html.encode())
+            finish(paths)
     return output
 
 

@@ -66,6 +66,7 @@ from relneuron.report_groups_study import GROUP_INPUTS
 from relneuron.residual import read_residual_model
 from relneuron.results import INPUTS
 from relneuron.tokens import check_bos
+from relneuron.writing import writing
 
 DEMO = "relneuron demo"  # what the bundled model is called
 DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise", "random_seeds", "sizes")
@@ -404,8 +405,9 @@ def gain_study(
     with locked(folder):
         inputs = {"right": hashlib.sha256(data).hexdigest()}
         if not Manifest(folder).is_done("prompts", inputs, force=force):
-            atomic_write(prompts, data)
-            Manifest(folder).finish("prompts", inputs, [prompts])
+            with writing("prompts", folder, [prompts]):
+                atomic_write(prompts, data)
+                Manifest(folder).finish("prompts", inputs, [prompts])
         if are_dropped(folder):
             inputs = identify_gains_inputs(folder, **chosen)
             if not Manifest(folder).is_done("identify", inputs, force=force):
@@ -439,8 +441,9 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
     inputs = {name: sha256(folder / name) for name in names}
     if resume and manifest.is_done("report", inputs, force=force):
         return output
-    write_report(folder, output, force=force or resume)
-    if output.parent == folder:
-        tables = sorted((folder / "analyses").glob("*.csv"))
-        manifest.finish("report", inputs, [output, *tables])
-    return output
+
+    def finish(tables: list[Path]) -> None:
+        if output.parent == folder:
+            Manifest(folder).finish("report", inputs, [output, *sorted(tables)])
+
+    return write_report(folder, output, force=force or resume, finish=finish)

@@ -101,7 +101,7 @@ class Table(NamedTuple):
         return self._replace(rows=[row for row in self.rows if row[place] == value])
 
     def csv(self) -> bytes:
-        """The table as a csv file in full precision; no cell of text can act as a formula."""
+        """The table as a csv file in full precision (artifact.csv_bytes)."""
         rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
         return csv_bytes(rows[0], rows[1:])
 
@@ -171,9 +171,7 @@ def _is_nan(value: Cell) -> bool:
 
 def _plain(value: Cell) -> str:
     if isinstance(value, str):
-        # Spreadsheets run a cell that begins like a formula; an apostrophe makes it text.
-        text = visible(value)
-        return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) else text
+        return visible(value)
     if isinstance(value, float):
         return repr(float(value)) if math.isfinite(value) else ""
     return str(value)

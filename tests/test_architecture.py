@@ -25,14 +25,15 @@ ALLOWED = {
     "artifact": set(),
     "installed": {"artifact"},
     "command": {"artifact"},
-    "manifest": {"artifact"},
+    "writing": {"artifact"},
+    "manifest": {"artifact", "writing"},
     "scores": {"scores", "artifact", "ops"},
     "facts": {"artifact"},
     "hooks": set(),
     "identity": {"artifact"},
     "attention": {"artifact"},
     "concept_files": {"artifact"},
-    "expertise": {"artifact", "conditions", "manifest"},
+    "expertise": {"artifact", "conditions", "manifest", "writing"},
     "model": {"ops", "artifact", "attention", "hooks", "identity"},
     "patch": {"ops", "artifact", "attention", "hooks", "model"},
     "instrument": {"ops", "artifact", "model", "patch"},
@@ -67,8 +68,8 @@ ALLOWED = {
     "count_pass": {"artifact", "count_batches", "counts", "model", "ops", "patch"},
     "count_ranks": {"counts"},
     "merge": {"artifact", "command", "counts", "manifest"},
-    "lape_files": {"artifact", "counts"},
-    "lape_counts": {"artifact", "command", "counts", "lape_files", "manifest"},
+    "lape_files": {"artifact", "counts", "manifest", "writing"},
+    "lape_counts": {"artifact", "command", "counts", "lape_files", "manifest", "writing"},
     "steer": {"artifact", "counts", "manifest", "model", "patch"},
     "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "identity", "manifest"}
     | {"model", "patch", "predict", "steer", "tokens"},
@@ -87,8 +88,9 @@ ALLOWED = {
     "attribute_options": {"artifact", "identity", "installed", "model"},
     "attribute_pass": {"artifact", "attribute_options", "attributions", "comparison", "targets"}
     | {"ops", "query_scores", "residual_layers", "tokens", "trace", "value_scores"},
-    "identify_gains": {"artifact", "command", "attributions", "identify", "manifest", "scores"},
-    "concepts": {"artifact", "facts", "manifest", "model", "record", "identify"},
+    "identify_gains": {"artifact", "command", "attributions", "identify", "manifest", "scores"}
+    | {"writing"},
+    "concepts": {"artifact", "facts", "manifest", "model", "record", "identify", "writing"},
     "tables": {"artifact"},
     "results": {"artifact", "effects"},
     "figures": {"results", "tables"},
@@ -126,7 +128,7 @@ ALLOWED = {
     "demo": {"demo", "artifact", "facts", "predict"},
     "study": STAGES
     | {"artifact", "command", "identity", "manifest", "facts", "model", "predict", "preview"}
-    | {"results", "tokens"}
+    | {"results", "tokens", "writing"}
     | {"ablate_options", "clock", "concepts", "conditions", "report_groups_study"}
     | {"attribute_options", "identify_gains", "report_attribution_study", "residual"},
     "cli": STAGES
@@ -136,6 +138,7 @@ ALLOWED = {
         "cli_bench",
         "cli_checks",
         "cli_corpus",
+        "cli_errors",
         "cli_identify",
         "cli_options",
         "cli_print",
@@ -146,13 +149,14 @@ ALLOWED = {
     "cli_attribute": {"artifact", "attribute", "attribute_options", "attributions", "cli_options"}
     | {"cli_print", "knowledge", "manifest", "model"},
     "cli_bench": {"artifact", "bench", "bench_plot", "cli_options", "cli_print", "installed"}
-    | {"model"},
+    | {"manifest", "model"},
     "cli_checks": {"artifact", "cli_options", "installed"},
     "cli_corpus": {"artifact", "cli_options", "cli_print", "corpus", "count", "count_options"}
     | {"count_ranks", "generate", "merge", "model", "nll"},
     "cli_identify": {"artifact", "cli_options", "cli_print", "identify", "identify_counts"}
     | {"expertise", "identify_gains", "lape_counts", "lape_files", "manifest", "study"},
     "cli_options": {"artifact"},
+    "cli_errors": {"artifact", "cli_options", "installed"},
     "cli_print": {"artifact", "cli_options", "count", "counts", "nll"},
     **dict.fromkeys(
         STAGES,
@@ -168,7 +172,7 @@ ALLOWED = {
             "predict",
             "scores",
         }
-        | {"identity", "results", "tables", "sentences"}
+        | {"identity", "results", "tables", "sentences", "writing"}
         | {"report_analyses", "report_neurons", "report_parts", "report_study"}
         | {"effects", "conditions", "evaluate", "ablate_options"}
         | {"corpus", "corpus_feed", "corpus_windows", "counts", "count_batches"}

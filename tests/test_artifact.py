@@ -5,6 +5,7 @@ Every system call of a write is made to fail once; the old file must stay and no
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import relneuron.manifest
-from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors
+from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
 from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import read_csv
@@ -217,6 +218,32 @@ def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
     assert list(read_csv(tmp_path / "t.csv", ("a",))) == [{"a": "1", "b": "2"}]
     with pytest.raises(RelneuronError, match="column c"):
         list(read_csv(tmp_path / "t.csv", ("a", "c")))
+
+
+TEXTS = [
+    "=cmd|'/c calc'!A1",
+    "+1+1",
+    "-a",
+    "@SUM(A1)",
+    "\t1",
+    "\r1",
+    " =1",
+    "＝1",
+    "'=1",
+    "''=1",
+    "'",
+]
+
+
+def test_no_cell_acts_as_a_formula_and_all_come_back(tmp_path: Path) -> None:
+    plain = ["'tis", "a=b", "", "-1.5", "+2", "-inf", "1e-05", "-5 "]
+    path = tmp_path / "t.csv"
+    path.write_bytes(csv_bytes(("n", "text"), [(-1.5, text) for text in TEXTS + plain]))
+    with path.open(newline="") as file:
+        cells = [row[1] for row in csv.reader(file)][1:]
+    assert cells == [f"'{text}" if text != "'" else text for text in TEXTS] + plain
+    assert [row["text"] for row in read_csv(path, ("n", "text"))] == TEXTS + plain
+    assert {row["n"] for row in read_csv(path, ("n", "text"))} == {"-1.5"}
 
 
 def test_prompts_with_a_byte_order_mark_are_read_and_other_encodings_named(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.attributions import (
     ATTRIBUTIONS,
     GAINS,
+    TABLES,
     GainFile,
     Target,
     best_first,
@@ -138,6 +139,14 @@ def test_a_csv_table_is_plain_text() -> None:
     text = table_bytes("attributions.csv", [rows_text(rows_of("a", 1))]).decode()
     rows = list(csv.reader(io.StringIO(text)))
     assert tuple(rows[0]) == ATTRIBUTIONS and len(rows) == 3 and rows[2][1] == "query_layer"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_an_id_like_a_formula_comes_back(tmp_path: Path, name: str) -> None:
+    data = table_bytes(name, [rows_text(rows_of("=1+1", 1)), rows_text(rows_of("'=1", 1))])
+    (tmp_path / name).write_bytes(data)
+    assert {row["id"] for row in read_attributions(tmp_path)} == {"=1+1", "'=1"}
+    assert (b"'=1+1," in data) == name.endswith(".csv")
 
 
 def test_no_table_and_a_damaged_one(tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def test_counts_come_back(tmp_path: Path) -> None:
         "activation.a%0Ab.train.Llama-2-7b",
         "activation.CON.train.Llama-2-7b",
     ]
-    assert sorted(tmp_path.rglob("*")) == sorted([tmp_path / "out", *written])
+    there = [path for path in tmp_path.rglob("*") if path.name != ".lock"]
+    assert sorted(there) == sorted([tmp_path / "out", *written])
     paths = name_counts([str(path) for path in written])
     assert paths == dict(zip(groups, written, strict=True))
     assert name_counts([str(tmp_path / "out")]) == paths

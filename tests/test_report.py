@@ -62,8 +62,8 @@ def test_downloads_hold_no_formula() -> None:
     rows = list(csv.reader(io.StringIO(base64.b64decode(data).decode())))
     assert rows[0] == ["'=head", "x", "n"]
     cells = [row[0] for row in rows[1:]]
-    assert cells == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "\\t=1", "' =1", "fine", 'quo"te,comma']
-    # A negative number stays a number.
+    assert cells == ["'=1+1", "+1", "-1", "'@SUM(A1)", "\\t=1", "' =1", "fine", 'quo"te,comma']
+    # A number stays a number.
     assert rows[1][1:] == ["-12.5", "43500000000"]
 
 

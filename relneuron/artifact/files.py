@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 import unicodedata
@@ -119,11 +120,15 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 
 def require(path: Path, made_by: str) -> Path:
-    """Return `path`, or say which command makes it."""
+    """Return `path`, or say which command makes it: anew, where a study is that has lost it."""
     if path.is_dir():
         raise RelneuronError(f"{path} is a folder, not a file", "move it, or name a file", 2)
     if not path.is_file():
-        raise RelneuronError(f"{path} does not exist", f"make it with: relneuron {made_by}", 2)
+        is_lost = (path.parent / "manifest.json").is_file() and made_by.partition(" ")[0] != "run"
+        again = " --force" if is_lost and "--force" not in made_by else ""
+        raise RelneuronError(
+            f"{path} does not exist", f"make it with: relneuron {made_by}{again}", 2
+        )
     return path
 
 
@@ -136,12 +141,39 @@ def json_bytes(value: object) -> bytes:
 
 
 def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A header and `rows` as UTF-8 csv with Unix line ends."""
+    """A header and `rows` as UTF-8 csv with Unix line ends; no cell of text acts as a formula.
+
+    A spreadsheet runs text that begins like a formula. An apostrophe before it, as OWASP advises
+    (CSV injection), makes it text; `read_csv` takes it off. Numbers are as they are.
+    """
     lines = _UnixLines()
     writer = csv.writer(lines, lineterminator="\r\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerows([_as_cell(value) for value in row] for row in (columns, *rows))
     return "".join(lines).encode()
+
+
+# With any apostrophes before it, so that a text that has its own comes back whole.
+_FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r])")
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet runs `text` once its apostrophes are off: it begins so, no number."""
+    if not _FORMULA.match(text):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return text[0] not in "+-"
+
+
+def _as_cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and _is_formula(value) else value
+
+
+def cell_text(cell: str) -> str:
+    """The text that `csv_bytes` wrote as `cell`."""
+    return cell[1:] if cell[:1] == "'" and _is_formula(cell[1:]) else cell
 
 
 class _UnixLines(list[str]):

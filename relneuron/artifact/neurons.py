@@ -57,7 +57,7 @@ class NeuronFile:
         def wrong(where: str, expected: str) -> RelneuronError:
             return RelneuronError(
                 f"{path} is no neuron file of format {NEURONS_FORMAT}: {where} is not {expected}",
-                f"make it with: relneuron {made_by}",
+                f"make it anew with: relneuron {made_by} --force",
             )
 
         if not isinstance(data, dict) or data.get("format") != NEURONS_FORMAT:

@@ -151,7 +151,8 @@ def read_records(
         seen.add(values["id"])
         yield values
     if not seen:
-        raise RelneuronError(f"{path} holds no {what}", "make it with: relneuron prompts")
+        fix = f"make it anew with: relneuron prompts FACTS_DIR -o {path} --force"
+        raise RelneuronError(f"{path} holds no {what}", fix)
 
 
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from relneuron.artifact.files import Json, RelneuronError, require
+from relneuron.artifact.files import Json, RelneuronError, cell_text, require
 
 MIB = 1 << 20
 MAX_RECORD_MIB = 16
@@ -219,7 +219,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Cells]:
                         f"{path}, line {line}: {len(cells)} cells for {len(header)} columns", _AGAIN
                     )
                 if cells:
-                    yield Cells(zip(header, cells, strict=True), path, line)
+                    yield Cells(zip(header, map(cell_text, cells), strict=True), path, line)
                 line = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
             raise RelneuronError(
