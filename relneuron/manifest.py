@@ -156,7 +156,9 @@ class Manifest:
 
     def is_intact(self, name: str, *, force: bool = False) -> bool:
         """Whether a file is there as it was written; a changed one raises, unless `force`."""
-        path, known = self.path.parent / name, self.data["files"][name]
+        path, known = self.path.parent / name, self.data["files"].get(name)
+        if known is None:
+            return False
         if known.get("dropped"):
             return True
         if not path.exists() or name in unfinished(self.path.parent):
@@ -208,7 +210,7 @@ class Manifest:
         stages, known = self.data["stages"], self._earlier | self.data["files"]
         self.data["stages"] = {name: stages[name] for name in _LATER if name in stages}
         kept = {name for entry in self.data["stages"].values() for name in entry["files"]}
-        self.data["files"] = {name: known[name] for name in sorted(kept)}
+        self.data["files"] = {name: known[name] for name in sorted(kept & known.keys())}
         left = [name for name in sorted(known.keys() - kept) if (folder / name).is_file()]
         self._earlier = {name: known[name] for name in left if not known[name].get("dropped")}
         self.save()
@@ -263,7 +265,6 @@ def _check_manifest(path: Path, data: Json) -> None:
     for key in MODEL_KEYS[:3]:
         size = parts["model"].get(key, 0)
         check(type(size) is int and 0 <= size < 1 << 31, f"model.{key}", "a size")
-    known: Json = {}
     for key in ("earlier", "files"):
         for name, noted in parts[key].items():
             where = f"{key}.{name}"
@@ -272,14 +273,13 @@ def _check_manifest(path: Path, data: Json) -> None:
             check(type(sizes[0]) is int and isinstance(sizes[1], str), where, "bytes and sha256")
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             check(inside, where, "a file of this folder")
-        known |= parts[key]
     for stage, entry in parts["stages"].items():
         where = f"stages.{stage}"
         check(stage in _LATER and isinstance(entry, dict), where, "a stage")
         check(isinstance(entry.get("inputs"), dict), f"{where}.inputs", "an object")
         files = entry.get("files")
         named = isinstance(files, list) and all(isinstance(name, str) for name in files)
-        check(named and all(name in known for name in files), f"{where}.files", "of `files`")
+        check(named, f"{where}.files", "a list of names")
         commands = entry.get("commands", [])
         said = isinstance(commands, list) and all(
             isinstance(words, list) and words and all(isinstance(word, str) for word in words)

@@ -52,9 +52,9 @@ def test_targets_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "cause"),
     [
-        (",7,", ",x,", "line 2: not a row of targets"),
+        (",7,", ",x,", "line 2: target_id is 'x', not an integer"),
         (",1\n", ",yes\n", "kept is 'yes'"),
-        (",1\n", "\n", "kept is None"),
+        (",1\n", "\n", "line 2: 9 cells for 10 columns"),
         ("relation,", "relations,", "lacks the column relation"),
     ],
 )
@@ -153,7 +153,7 @@ def test_no_table_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(RelneuronError, match="attributions.csv does not exist"):
         list(read_attributions(tmp_path))
     (tmp_path / "attributions.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(RelneuronError, match="is damaged"):
+    with pytest.raises(RelneuronError, match="is no parquet file"):
         list(read_attributions(tmp_path))
 
 
@@ -179,12 +179,12 @@ def test_gains_of_another_attribution(tmp_path: Path) -> None:
         list(read_gains(path, SHAPE, 2))
     GainFile(path, SHAPE, {"ids": [*"ab"]}).flush()
     for shape, n, cause in (
-        (SHAPE, 3, r"shape \(2, 5\) in layer 0, not \(3, 5\)"),
-        (SHAPE | {"width": 6}, 2, r"not \(2, 6\)"),
-        (SHAPE | {"layers": 4}, 2, "no gains of layer 3"),
+        (SHAPE, 3, r"ffn.0 is F32\[2, 5\], not F32\[3, 5\]"),
+        (SHAPE | {"width": 6}, 2, r"not F32\[2, 6\]"),
+        (SHAPE | {"layers": 4}, 2, "it has no ffn.3"),
     ):
         with pytest.raises(RelneuronError, match=cause):
             list(read_gains(path, shape, n))
     path.write_bytes(b"nothing")
-    with pytest.raises(RelneuronError, match="no gains of layer 0"):
+    with pytest.raises(RelneuronError, match="gains.safetensors is damaged"):
         list(read_gains(path, SHAPE, 2))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from relneuron import corpus_read
+from relneuron.artifact import parquet
 from relneuron.artifact.files import RelneuronError
 from relneuron.corpus import MIB, File, Source, describe_source, parse_sources
 from relneuron.corpus_read import Piece, read_chunks
@@ -121,7 +122,7 @@ def test_every_kind_is_read_and_goes_on_from_every_position(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, expected = write(tmp_path)
-    monkeypatch.setattr(corpus_read, "ROWS", 3)
+    monkeypatch.setattr(parquet, "ROWS", 3)
     assert plain(pieces_of(source(path), 100)) == expected
     monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 1)
     chunks = list(read_chunks(source(path), None, 100))
@@ -191,9 +192,9 @@ def test_long_rows_of_ids_come_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (b"not json", "line 2: not JSON"),
         (b'"text"', "line 2: no object"),
-        (b'{"text": "a", "text": "b"}', "line 2: not JSON .a key stands there twice"),
+        (b'{"text": "a", "text": "b"}', "line 2: not JSON .the key 'text' stands twice"),
         (b'{"text": "\xff"}', "line 2: not UTF-8"),
-        (b'{"text": "\\ud800"}', "line 2: the text holds half a surrogate pair"),
+        (b'{"text": "\\ud800"}', "line 2: it holds half a surrogate pair"),
         (b"[" * 200_000, "line 2: not JSON"),
     ],
     ids=range(6),

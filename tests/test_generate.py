@@ -412,16 +412,16 @@ def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("p.txt", b"fine\n\xff\xfe\n", "line 2: not a prompt"),
+        ("p.txt", b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
         ("p.txt", b"\n \n", "holds no prompt"),
         ("p.csv", b"a", "neither .txt nor .jsonl"),
-        ("p.jsonl", b"{", "line 1: not a prompt"),
+        ("p.jsonl", b"{", "line 1: not JSON"),
         ("p.jsonl", b'{"prompt": "a"}\n["b"]', "line 2: not a prompt"),
-        ("p.jsonl", b'{"text": "a"}', "line 1: not a prompt .*'prompt'"),
-        ("p.jsonl", b'{"prompt": 3}', "not a string"),
-        ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: not a prompt"),
+        ("p.jsonl", b'{"text": "a"}', "line 1: not a prompt .it has no text called prompt"),
+        ("p.jsonl", b'{"prompt": 3}', "line 1: not a prompt .it has no text"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: it holds half a surrogate pair"),
         ("p.jsonl", b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": 1}', "second prompt"),
-        ("p.jsonl", b"[" * 100_000, "line 1: not a prompt"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_bad_prompt_files_are_refused(

@@ -140,11 +140,11 @@ LINE = sentences_bytes([GOOD]).decode()
     ("text", "cause"),
     [
         ("", "holds no sentence"),
-        (LINE + "{no json\n", "line 2: not a sentence"),
-        (LINE.replace('"object"', '"objekt"'), "line 1: not a sentence ('object')"),
+        (LINE + "{no json\n", "line 2: not JSON"),
+        (LINE.replace('"object"', '"objekt"'), "line 1: not a sentence ('object' is not in it)"),
         (LINE.replace('"x"', "7"), "line 1: not a sentence (a field is not a string)"),
         ("[]\n", "line 1: not a sentence"),
-        (LINE + LINE, "two sentences with the same id"),
+        (LINE + LINE, "line 2: a second sentence with the id"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str, cause: str) -> None:

@@ -24,7 +24,14 @@ def open_parquet(path: Path | str, texts: Sequence[str] = ()) -> Any:
     """A ParquetFile; equal values of the columns `texts` are kept once, as the file packs them."""
     parquet = import_module("pyarrow.parquet")
     with reading(path, "parquet file", FIX):
-        return parquet.ParquetFile(path, read_dictionary=list(texts))
+        opened = parquet.ParquetFile(path)
+        schema = opened.schema_arrow
+        known = [name for name in texts if name in schema.names]
+        known = [name for name in known if "string" in str(schema.field(name).type).split("<")[0]]
+        if not known:
+            return opened
+        opened.close()
+        return parquet.ParquetFile(path, read_dictionary=known)
 
 
 def group_rows(opened: Any, path: Path | str, columns: Sequence[str], group: int) -> Iterator[Json]:

@@ -15,7 +15,7 @@ from relneuron.artifact.files import Json, RelneuronError, fold, require
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """One line of prompts.jsonl: a question about a fact, and where it belongs.
 

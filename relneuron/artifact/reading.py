@@ -65,7 +65,7 @@ def reading(path: Path | str, expected: str, fix: str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 200 printable characters."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors, which was not run"
+        return "it holds more, which was not run"
     if isinstance(error, KeyError):
         return f"{error} is not in it"
     text = " ".join(str(error).split()) or type(error).__name__
@@ -247,14 +247,15 @@ def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
 class Tensors:
     """The tensors of an open safetensors file, by name, each checked before it is loaded."""
 
-    def __init__(self, file: Any, path: Path, fix: str) -> None:
+    def __init__(self, file: Any, path: Path, what: str | None, fix: str) -> None:
         self._file, self._path, self._fix = file, path, fix
+        self._is = f"{path} is no {what}" if what else f"{path} is damaged"
         self.names: tuple[str, ...] = tuple(file.keys())
 
     def about(self, key: str) -> Any:
         """The JSON value that the file's metadata have under `key`; None if there is none."""
         text = (self._file.metadata() or {}).get(key)
-        return None if text is None else parse_json(text, f"{self._path}, {key}", self._fix)
+        return None if text is None else parse_json(text, f"{self._is}: {key}", self._fix)
 
     def names_of(self, key: str) -> list[str]:
         """The list of distinct names that the metadata have under `key`; [] if there is none."""
@@ -265,28 +266,31 @@ class Tensors:
             raise self.wrong(f"{key} are no names, each of its own")
         return list(found)
 
-    def get(self, name: str, shape: Sequence[int | None] | None = None, dtype: str = "F32") -> Any:
-        """A tensor of this dtype and shape (None: any length; without: any shape)."""
+    def get(self, name: str, shape: Sequence[int | None], *dtypes: str) -> Any:
+        """A tensor of this shape (None: any length) and one of the `dtypes` (default: F32)."""
         if name not in self.names:
             raise self.wrong(f"it has no {name}")
         about = self._file.get_slice(name)
         found, kind = tuple(about.get_shape()), about.get_dtype()
-        fits = shape is None or (
-            len(found) == len(shape)
-            and all(size in (None, n) for size, n in zip(shape, found, strict=True))
+        fits = len(found) == len(shape) and all(
+            size in (None, n) for size, n in zip(shape, found, strict=True)
         )
-        if kind != dtype or not fits:
-            wanted = "" if shape is None else str([("any" if n is None else n) for n in shape])
-            raise self.wrong(f"{name} is {kind}{list(found)}, not {dtype}{wanted}")
+        if kind not in (dtypes or ("F32",)) or not fits:
+            wanted = [("any" if n is None else n) for n in shape]
+            raise self.wrong(
+                f"{name} is {kind}{list(found)}, not {' or '.join(dtypes or ('F32',))}{wanted}"
+            )
         return self._file.get_tensor(name)
 
     def wrong(self, why: str) -> RelneuronError:
         """The error of a file that is not as expected."""
-        return RelneuronError(f"{self._path} is damaged: {why}", self._fix)
+        return RelneuronError(f"{self._is}: {why}", self._fix)
 
 
 @contextmanager
-def open_tensors(path: Path, made_by: str, framework: str = "numpy") -> Iterator[Tensors]:
+def open_tensors(
+    path: Path, made_by: str, framework: str = "numpy", what: str | None = None
+) -> Iterator[Tensors]:
     """The tensors of a safetensors file that `relneuron MADE_BY` writes.
 
     What was read of a file stays in this process's memory as long as the file is open: open it
@@ -298,9 +302,10 @@ def open_tensors(path: Path, made_by: str, framework: str = "numpy") -> Iterator
     try:
         file = safe_open(require(path, made_by), framework)
     except (SafetensorError, ValueError) as error:
-        raise RelneuronError(f"{path} is no safetensors file ({one_line(error)})", fix) from error
+        wrong = f"is no {what}" if what else "is damaged"
+        raise RelneuronError(f"{path} {wrong}: {one_line(error)}", fix) from error
     with file as opened:
-        yield Tensors(opened, path, fix)
+        yield Tensors(opened, path, what, fix)
 
 
 RESPONSE_ROWS = "relneuron.responses"  # the key of what responses.safetensors says of its rows
