@@ -127,9 +127,13 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 
 def require(path: Path, made_by: str) -> Path:
-    """Return `path`, or say which command makes it."""
+    """Return `path`, or say which command makes it: anew, where a study is that has lost it."""
     if not path.is_file():
-        raise RelneuronError(f"{path} does not exist", f"make it with: relneuron {made_by}", 2)
+        is_lost = (path.parent / "manifest.json").is_file() and made_by.partition(" ")[0] != "run"
+        again = " --force" if is_lost and "--force" not in made_by else ""
+        raise RelneuronError(
+            f"{path} does not exist", f"make it with: relneuron {made_by}{again}", 2
+        )
     return path
 
 
@@ -382,7 +386,8 @@ def read_records(
                     f"give one JSON object a line with the fields {', '.join(names)}{also}",
                 ) from error
     if not records:
-        raise RelneuronError(f"{path} holds no {what}", "make it with: relneuron prompts")
+        fix = f"make it anew with: relneuron prompts FACTS_DIR -o {path} --force"
+        raise RelneuronError(f"{path} holds no {what}", fix)
     if len({values["id"] for values in records}) < len(records):
         raise RelneuronError(f"{path} has two {what}s with the same id", "give each its own id")
     return records
@@ -435,7 +440,7 @@ class NeuronFile:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RelneuronError(
                 f"{path} is no neuron file of format {NEURONS_FORMAT} ({error!r})",
-                "make it with: relneuron identify DIR -o neurons.json",
+                "make it anew with: relneuron identify DIR -o neurons.json --force",
             ) from error
 
     def check_model(self, shape: Mapping[str, object]) -> None:

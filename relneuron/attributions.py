@@ -129,10 +129,12 @@ def read_targets(path: Path) -> list[Target]:
         except (TypeError, ValueError) as error:
             raise RelneuronError(
                 f"{path}, line {line}: not a row of targets ({error})",
-                f"make it with: relneuron {MADE_BY}",
+                f"make it anew with: relneuron {MADE_BY} --force",
             ) from error
     if not found:
-        raise RelneuronError(f"{path} has no row", f"make it with: relneuron {MADE_BY}")
+        raise RelneuronError(
+            f"{path} has no row", f"make it anew with: relneuron {MADE_BY} --force"
+        )
     return found
 
 
@@ -219,7 +221,7 @@ def read_attributions(folder: Path) -> Iterator[dict[str, str]]:
     except (pyarrow.ArrowException, KeyError) as error:
         cause = str(error).partition("\n")[0]
         raise RelneuronError(
-            f"{path} is damaged ({cause})", f"make it with: relneuron {MADE_BY}"
+            f"{path} is damaged ({cause})", f"make it anew with: relneuron {MADE_BY} --force"
         ) from error
 
 
@@ -265,7 +267,7 @@ def read_gains(
     """(layer, gains (N, F) float32) of gains.safetensors, one layer at a time."""
     from safetensors import SafetensorError, safe_open
 
-    made_by = f"make it with: relneuron {MADE_BY}"
+    made_by = f"make it anew with: relneuron {MADE_BY} --force"
     for layer in range(shape["layers"]):
         try:
             # Opened anew for each layer: what was read of an open file stays in memory.

@@ -140,7 +140,8 @@ def _read_scores(
             scores = {name: file.get_tensor(name) for name in there}
     except (SafetensorError, ValueError) as error:
         raise RelneuronError(
-            f"{path} is damaged ({error})", "make it anew with: relneuron identify"
+            f"{path} is damaged ({error})",
+            "make it anew with: relneuron identify DIR -o DIR/neurons.json --force",
         ) from error
     if scores.keys() >= keys.keys():
         everything = np.arange(n_neurons(shape))

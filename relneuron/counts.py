@@ -104,7 +104,8 @@ class Counts:
             counts._check()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise RelneuronError(
-                f"{path} is no file of counts ({error!r})", f"make it with: relneuron {made_by}"
+                f"{path} is no file of counts ({error!r})",
+                f"make it anew with: relneuron {made_by} --force",
             ) from error
         return counts
 

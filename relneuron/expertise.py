@@ -200,7 +200,7 @@ def _read_scores(path: Path) -> dict[str, dict[str, Array]]:
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise RelneuronError(
             f"{path} holds no average precision ({error})",
-            "make it with: relneuron identify DIR -o DIR/neurons.json --method ap",
+            "make it anew with: relneuron identify DIR -o DIR/neurons.json --method ap --force",
         ) from error
 
 
