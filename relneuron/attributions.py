@@ -117,7 +117,9 @@ def read_targets(path: Path) -> list[Target]:
         answer = row.get("answer") or ""
         found.append(Target(**text, **whole, **real, kept=row.flag("kept"), answer=answer))  # type: ignore[arg-type]
     if not found:
-        raise RelneuronError(f"{path} has no row", f"make it with: relneuron {MADE_BY}")
+        raise RelneuronError(
+            f"{path} has no row", f"make it anew with: relneuron {MADE_BY} --force"
+        )
     return found
 
 

@@ -315,7 +315,7 @@ def summary(
         if answers.keys() != asked.keys():
             raise RelneuronError(
                 f"{name} was not asked the sentences that clean was asked",
-                "run relneuron attribute anew with --force",
+                "make it anew with: relneuron attribute MODEL PROMPTS -o DIR --force",
             )
     values = np.array(
         [

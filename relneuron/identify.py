@@ -43,6 +43,7 @@ PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
 PERMUTATIONS = BOOTSTRAP = 1000
 NOISE = 100_000
+RECORD = "record MODEL prompts.jsonl -o DIR"
 COLUMNS = (
     *("relation", "layer", "site", "index", "score"),
     *("p_permutation", "q_value", "ap_low", "ap_high"),
@@ -67,7 +68,7 @@ def identify_inputs(
     """What the stage depends on, for the manifest; `ends` stands there where it is not top."""
     names = ("prompts.jsonl", "validated.csv")
     inputs: Json = {
-        "digests": {name: sha256(require(folder / name, "record")) for name in names},
+        "digests": {name: sha256(require(folder / name, RECORD)) for name in names},
         "record": json_digest(Manifest(folder).data["stages"].get("record", {}).get("inputs")),
         "method": method,
         "top": top,
@@ -167,7 +168,9 @@ def identify(
     relations, prompts, valid = _read_answers(folder)
     model = Manifest(folder).data.get("model")
     if model is None:
-        raise RelneuronError(f"{folder} has no record in its manifest", "run relneuron record")
+        raise RelneuronError(
+            f"{folder} has no record in its manifest", f"record it with: relneuron {RECORD} --force"
+        )
     keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
     shape = {key: int(model[key]) for key in keys}
     widths = site_widths(shape)
@@ -191,8 +194,8 @@ def identify(
             f"no relation has both a correct det prompt and others to compare with ({found})",
             "give facts that the model knows, of at least two relations",
         )
-    path = require(folder / "responses.safetensors", "record MODEL prompts.jsonl -o DIR --force")
-    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts], "record MODEL")
+    path = require(folder / "responses.safetensors", f"{RECORD} --force")
+    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts], RECORD)
     n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -284,14 +287,14 @@ def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
     """The relations, the recorded prompts, and whether the model answered each correctly."""
     everything = read_prompts(checked(folder / "prompts.jsonl"))
     prompts = [prompt for prompt in everything if prompt.split in RECORDED]
-    path = require(checked(folder / "validated.csv"), "record MODEL")
+    path = require(checked(folder / "validated.csv"), RECORD)
     rows = read_csv(path, ("id", "correct"))
     correct = {row["id"]: row.flag("correct") for row in rows}
     unknown = [prompt.id for prompt in prompts if prompt.id not in correct]
     if unknown:
         raise RelneuronError(
             f"{folder / 'validated.csv'} lacks the prompt {unknown[0]} of prompts.jsonl",
-            "record these prompts again: relneuron record MODEL prompts.jsonl -o DIR --force",
+            f"record these prompts again: relneuron {RECORD} --force",
         )
     return relation_names(everything), prompts, [correct[prompt.id] for prompt in prompts]
 
@@ -304,7 +307,7 @@ def _read_blocks(
         for site, width in site_widths(shape).items():
             # Opened anew for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
-            with open_tensors(path, "record MODEL", "pt") as file:
+            with open_tensors(path, RECORD, "pt") as file:
                 values = file.get(f"{site}.{layer}", (n_prompts, width))
             yield layer, site, values
             del values

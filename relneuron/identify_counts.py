@@ -220,7 +220,9 @@ def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts
     path = require(checked(folder / NAME), MADE_BY)
     model = described.get("model")
     if model is None:
-        raise RelneuronError(f"{folder} has no count in its manifest", "run relneuron count")
+        raise RelneuronError(
+            f"{folder} has no count in its manifest", f"count it with: relneuron {MADE_BY} --force"
+        )
     counts = Counts.read(path)
     if f"count.{site}" not in counts.arrays:
         raise RelneuronError(

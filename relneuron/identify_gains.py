@@ -195,7 +195,7 @@ def _read(folder: Path) -> tuple[Json, list[Target]]:
     if GAINS not in entry["files"]:
         raise RelneuronError(
             f"{folder} has no {GAINS}: the FFN neurons were not scored",
-            f"attribute with --kinds ffn_neuron: relneuron {MADE_BY}",
+            f"score them with: relneuron {MADE_BY} --kinds ffn_neuron --force",
         )
     for name in (TARGETS, GAINS):
         require(checked(folder / name), MADE_BY)

@@ -257,13 +257,12 @@ def read_scores(
         groups = file.names_of("groups") or list(neurons.sets)
         entropy = [key for key in file.names if key.startswith("lape.")]
         active = [key for key in file.names if key.startswith("probability.")]
-        found = (
-            file.get(entropy[0], (None, None), "F64", "F32").astype(np.float64) if entropy else None
-        )
-        activity = None
+        found = activity = None
+        if entropy:
+            found = file.get(entropy[0], (None, None), "F64", "F32").astype(np.float64)
         if active:
             shape = (len(groups), None, None)
-            probability = file.get(active[0], shape, *kinds).astype(np.float64)
+            probability = file.get(active[0], shape, "F64", "F32").astype(np.float64)
             activity = Activity(active[0].partition(".")[2], groups, probability)
     return found, len(groups), activity
 

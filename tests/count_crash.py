@@ -210,7 +210,7 @@ def every_step(study: Study, *, kills: bool) -> int:
         else:
             lines = study.said().splitlines()
             assert code == 1 and len(lines) == 2, lines
-            assert lines[0].startswith(f"error: No space left on device ({output}/"), lines
+            assert lines[0].startswith(f"error: No space left on device ({output}"), lines
             assert lines[1].startswith("fix:   free space on the disk")
             assert not list(output.glob(".*.tmp"))
         check_goes_on(study, output, whole, n_batches)

@@ -6,6 +6,7 @@ As count_crash.py, whose faults these are: one process imports torch, every run 
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -93,6 +94,21 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def check_refused(study: Study, stage: str, base: Path) -> None:
+    """While another process writes to its folder, a stage is refused in two lines."""
+    place = study.folder / "held"
+    shutil.copytree(base, place)
+    held = place / "export" if stage == "export" else place
+    held.mkdir(exist_ok=True)
+    with (held / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert study.run(study.words(stage, place)) == 1, (stage, study.said())
+    cause, _ = study.said().splitlines()[-2:]
+    assert cause == f"error: another process is writing to {held}", (stage, study.said())
+    assert files_of(place) == files_of(base), stage
+    shutil.rmtree(place)
+
+
 def killed(study: Study, stage: str, base: Path, stride: int) -> tuple[int, Path]:
     """Kill the stage at every `stride`-th step; how often, and the folder of an undisturbed run.
 
@@ -141,6 +157,7 @@ def main() -> None:
     base.mkdir()
     found: dict[str, int] = {}
     for stage, stride in STAGES.items():
+        check_refused(study, stage, base)
         found[stage], base = killed(study, stage, base, stride)
     print(json.dumps(found))
 

@@ -22,7 +22,7 @@ STAGES |= {"nll", "report"}
 ALLOWED = {
     "ops": {"ops", "_cpu"},
     "testing": {"testing", "ops"},
-    "artifact": set(),
+    "artifact": {"artifact"},
     "installed": {"artifact"},
     "command": {"artifact"},
     "writing": {"artifact"},
@@ -68,7 +68,7 @@ ALLOWED = {
     "count_pass": {"artifact", "count_batches", "counts", "model", "ops", "patch"},
     "count_ranks": {"counts"},
     "merge": {"artifact", "command", "counts", "manifest"},
-    "lape_files": {"artifact", "counts", "manifest", "writing"},
+    "lape_files": {"artifact", "counts", "identity", "manifest", "writing"},
     "lape_counts": {"artifact", "command", "counts", "lape_files", "manifest", "writing"},
     "steer": {"artifact", "counts", "manifest", "model", "patch"},
     "generate": {"artifact", "conditions", "counts", "effects", "evaluate", "identity", "manifest"}

@@ -160,7 +160,9 @@ def test_another_file_of_arrays_is_no_counts(tmp_path: Path, change: Any) -> Non
     write_raw(path, {k: v for k, v in (good() | change).items() if v is not None})
     with pytest.raises(RelneuronError, match="is no file of counts") as error:
         Counts.read(path)
-    assert str(path) in error.value.cause and error.value.fix.startswith("make it with: relneuron")
+    assert str(path) in error.value.cause and error.value.fix.startswith(
+        "make it anew with: relneuron"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"groups": 3}', '{"groups": "e"}', "null"])

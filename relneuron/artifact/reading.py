@@ -298,7 +298,8 @@ def open_tensors(
     """
     from safetensors import SafetensorError, safe_open
 
-    fix = f"make it with: relneuron {made_by}"
+    again = "" if "--force" in made_by else " --force"
+    fix = f"make it anew with: relneuron {made_by}{again}"
     try:
         file = safe_open(require(path, made_by), framework)
     except (SafetensorError, ValueError) as error:
