@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "NeuronFile": "artifact",
-    "RelneuronError": "artifact",
+    "NeuronFile": "artifact.neurons",
+    "RelneuronError": "artifact.files",
     "ablate": "instrument",
     "ablate_prompts": "ablate",
     "find_gated_mlps": "model",

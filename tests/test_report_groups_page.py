@@ -85,7 +85,7 @@ def test_the_same_study_gives_the_same_bytes(study: Path, html: str, tmp_path: P
 def hostile_page(folder: Path, text: str) -> Page:
     """The page of a study that holds `text` wherever one can hold text."""
     words = command("count", text, f"{text}={text}", "-o", STUDY, text_column=text)
-    noted = {"inputs": {text: text}, "commands": words}
+    noted = {"inputs": {text: text}, "files": [], "commands": words}
     described = {text: {text: [text]}, "fallbacks": [text], "stages": {"count": noted}}
     groups = (text, f"a {text}", "b")
     write_corpus_study(folder, groups, model=text, manifest=described, method=text)
@@ -249,7 +249,7 @@ def test_nothing_of_the_study_is_overwritten(tmp_path: Path) -> None:
         write_report(study, study / "report.html")
     # A report that the manifest knows does not change the next.
     noted = {"stages": {"report": {"inputs": {}, "files": ["report.html"]}}}
-    write_corpus_study(study, manifest=noted | {"files": {"report.html": {"sha256": ""}}})
+    write_corpus_study(study, manifest=noted | {"files": {"report.html": {"sha256": "", "bytes": 0}}})
     assert write_report(study, study / "report.html", force=True).read_bytes() == first
 
 

@@ -104,7 +104,7 @@ def test_effects_may_be_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_study(study).tables.keys() == expected.keys()
     data = (study / "effects.parquet").read_bytes()
     (study / "effects.parquet").write_bytes(data[: len(data) // 2])
-    with pytest.raises(RelneuronError, match=r"effects\.parquet is damaged"):
+    with pytest.raises(RelneuronError, match=r"effects\.parquet is no parquet file"):
         read_study(study)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RelneuronError, match="needs pyarrow") as caught:
