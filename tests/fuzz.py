@@ -28,15 +28,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread may be there before a fork
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from fuzz_child import Ended, import_all, run_forked
+from fuzz_child import Ended, import_all, run_forked, warm_up
 from fuzz_cli import CLI, Line, draw_line
 from fuzz_mutations import Mutated, mutate
-from fuzz_world import CASES, make_world
+from fuzz_world import CASES, SLOW, make_world
 
 ROOM_BYTES = 64 << 20  # of memory, beside what the whole file needs and twice the mutated one
 CLI_SHARE = 0.2  # of runs that are command lines
@@ -99,8 +100,11 @@ class Run:
 class Fuzzer:
     """Runs by number in one folder of its own; artifacts are those of `world`."""
 
-    def __init__(self, world: Path, folder: Path, seed: int, only: str = "") -> None:
+    def __init__(
+        self, world: Path, folder: Path, seed: int, only: str = "", bombs: bool = True
+    ) -> None:
         self.world, self.root, self.seed = world, folder / "runs" / "run", seed
+        self.bombs = bombs
         self.names = [name for name in CASES if only in name]
         self.files = sorted({Path(f).name for name in self.names for f in _files(name)})
         self.share = CLI_SHARE if not only else float(only == CLI)
@@ -119,13 +123,15 @@ class Fuzzer:
         kind = rng.choice(self.files)
         readers = [(n, f) for n in self.names or CASES for f in _files(n) if Path(f).name == kind]
         case, path = rng.choice(readers)
+        if case in SLOW and rng.random() < 0.6:
+            case, path = rng.choice(readers)
         return self._run_file(rng, number, case, path)
 
     def _run_file(self, rng: Random, number: int, name: str, path: str) -> Run:
         case, words = CASES[name], tuple(shlex.split(CASES[name].words))
         whole, room = self.whole(name)
         self._prepare(words, path)
-        mutated = mutate(rng, self.root, path, guarded=path in case.guarded)
+        mutated = mutate(rng, self.root, path, guarded=path in case.guarded, bombs=self.bombs)
         ended, changed = self._call(words)
         same = {k: v for k, v in changed.items() if k != path} == {
             k: v for k, v in whole.items() if k != path
@@ -280,6 +286,7 @@ def prepared(world: Path | None = None) -> Iterator[tuple[Path, Path]]:
                 return run_forked(words, world, before).code  # type: ignore[arg-type]
 
             _forked(lambda: make_world(world, call))
+        warm_up(world / "model")
         yield world, folder
 
 
@@ -292,24 +299,31 @@ def _forked(work: object) -> None:
 
 
 def fuzz(
-    world: Path, folder: Path, numbers: Sequence[int], seed: int, *, only: str = "", jobs: int = 1
+    world: Path,
+    folder: Path,
+    numbers: Sequence[int],
+    seed: int,
+    *,
+    only: str = "",
+    bombs: bool = True,
+    jobs: int = 1,
 ) -> Iterator[Run]:
     """The runs of some numbers, in their order."""
     if jobs == 1:
-        fuzzer = Fuzzer(world, folder, seed, only)
+        fuzzer = Fuzzer(world, folder, seed, only, bombs)
         yield from map(fuzzer.run, numbers)
         return
     with multiprocessing.get_context("fork").Pool(
-        jobs, _begin, (world, folder, seed, only)
+        jobs, _begin, (world, folder, seed, only, bombs)
     ) as pool:
         yield from pool.imap(_one, numbers)
 
 
-def _begin(world: Path, folder: Path, seed: int, only: str) -> None:
+def _begin(world: Path, folder: Path, *asked: Any) -> None:
     global _fuzzer
     own = folder / str(os.getpid())
     own.mkdir()
-    _fuzzer = Fuzzer(world, own, seed, only)
+    _fuzzer = Fuzzer(world, own, *asked)
 
 
 def _one(number: int) -> Run:
@@ -354,6 +368,7 @@ def main() -> None:
     parser.add_argument("--begin", type=int, default=0, help="number of the first run")
     parser.add_argument("--run", type=int, help="only the run of this number, with all it says")
     parser.add_argument("--only", default="", help=f"a file's name, part of a case's, or {CLI}")
+    parser.add_argument("--no-bombs", action="store_true", help="nothing that unpacks to much")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--world", type=Path, help="folder that keeps the artifacts")
     parser.add_argument("--found", type=Path, help="write the distinct faults here")
@@ -362,7 +377,8 @@ def main() -> None:
     numbers = range(asked.begin, last) if asked.run is None else [asked.run]
     runs: list[Run] = []
     with prepared(asked.world) as (world, folder):
-        for run in fuzz(world, folder, numbers, asked.seed, only=asked.only, jobs=asked.jobs):
+        how: dict[str, Any] = {"only": asked.only, "bombs": not asked.no_bombs, "jobs": asked.jobs}
+        for run in fuzz(world, folder, numbers, asked.seed, **how):
             runs.append(run)
             if asked.run is not None:
                 print(run.text(whole=True))

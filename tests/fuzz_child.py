@@ -5,18 +5,26 @@ fuzz.py calls it. No parallel work is done before a fork: threads do not survive
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pkgutil
 import resource
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import typer.main
+
 import relneuron
+from relneuron import cli
+from relneuron.model import load_model, load_tokenizer
 
 LIMIT_S = 60
 ROOM_BYTES = 6 << 30  # of addresses beside what the parent has: a bomb ends in a MemoryError
@@ -47,6 +55,20 @@ def import_all() -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
+def warm_up(model: Path) -> None:
+    """Have done what every command does anew: the commands' own tables, transformers' patterns.
+
+    The threads that load a model end with it.
+    """
+    typer.main.get_command = cache(typer.main.get_command)
+    typer.main.get_command(cli.app)
+    load_model(str(model))
+    load_tokenizer(str(model))
+    gc.collect()
+    gc.freeze()  # pages that no fork writes to
+    assert threading.active_count() == 1
+
+
 def run_forked(
     words: Sequence[str], folder: Path, before: Callable[[], None] = lambda: None
 ) -> Ended:
@@ -57,6 +79,8 @@ def run_forked(
     if not pid:
         _be_command(words, folder, paths, before)
     _, status, usage = os.wait4(pid, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # a worker that does not end with it
     out, err = (path.read_bytes().decode(errors="replace") for path in paths)
     peak = max(0, 1024 * usage.ru_maxrss - inherited)
     return Ended(os.waitstatus_to_exitcode(status), out, err, peak, usage.ru_utime + usage.ru_stime)
@@ -74,6 +98,7 @@ def _be_command(
     """Become the command; never returns."""
     code = 70  # what is not caught ends in a traceback and this
     try:
+        os.setpgid(0, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LIMIT_S)
         _limit_memory()
@@ -96,8 +121,6 @@ def _be_command(
 
 
 def _call(words: Sequence[str]) -> int:
-    from relneuron import cli
-
     sys.argv = ["relneuron", *words]
     try:
         cli.main()

@@ -18,6 +18,7 @@ from fuzz_text import Mutation
 from relneuron.artifact import sha256
 from relneuron.manifest import json_digest
 
+BOMBS = ("zip_bomb", "gzip_bomb", "parquet_bomb")
 # What stands at the file's place instead of it.
 PLACES = ("a folder", "a dangling link", "a link to itself", "nothing")
 # What guards a file: as it was; made anew over the mutated file; gone.
@@ -59,8 +60,11 @@ class Mutated:
         return self.mutation in PLACES
 
 
-def mutate(rng: Random, root: Path, name: str, *, guarded: bool) -> Mutated:
-    """Mutate the file `name` of `root`; a user's own is guarded by nothing."""
+def mutate(rng: Random, root: Path, name: str, *, guarded: bool, bombs: bool = True) -> Mutated:
+    """Mutate the file `name` of `root`; a user's own is guarded by nothing.
+
+    Without `bombs` nothing small is made that is much more when it is unpacked.
+    """
     path = root / name
     mode = rng.choice(MODES) if guarded else "none"
     if rng.random() < 0.04:
@@ -70,6 +74,8 @@ def mutate(rng: Random, root: Path, name: str, *, guarded: bool) -> Mutated:
     else:
         data = path.read_bytes()
         kind, found = _mutated(rng, path, data, mode)
+        while not bombs and kind in BOMBS:
+            kind, found = _mutated(rng, path, data, mode)
         path.write_bytes(found)
         size = len(found)
     if path.name != "manifest.json":

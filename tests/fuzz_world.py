@@ -80,7 +80,10 @@ def _of(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}" for name in names)
 
 
-IDS = "count model en={0} -o out " + COUNT
+# Cases of seconds, each drawn more rarely.
+SLOW = ("run", "report", "report of an attribution", "report of columns", "report of counts")
+SLOW += ("count pt", "nll")
+IDS = "count model en={0} -o out --max-tokens 200 " + COUNT
 CASES = {
     "run": Case(
         RUN,
