@@ -18,7 +18,8 @@ from fuzz_text import Mutation
 from relneuron.artifact import sha256
 from relneuron.manifest import json_digest
 
-BOMBS = ("zip_bomb", "gzip_bomb", "parquet_bomb")
+# Of seconds and more: what is small and unpacks to much, texts of 10 MB.
+HEAVY = (binary.zip_bomb, binary.gzip_bomb, binary.parquet_bomb, text.long_line)
 # What stands at the file's place instead of it.
 PLACES = ("a folder", "a dangling link", "a link to itself", "nothing")
 # What guards a file: as it was; made anew over the mutated file; gone.
@@ -60,10 +61,10 @@ class Mutated:
         return self.mutation in PLACES
 
 
-def mutate(rng: Random, root: Path, name: str, *, guarded: bool, bombs: bool = True) -> Mutated:
+def mutate(rng: Random, root: Path, name: str, *, guarded: bool, quick: bool = False) -> Mutated:
     """Mutate the file `name` of `root`; a user's own is guarded by nothing.
 
-    Without `bombs` nothing small is made that is much more when it is unpacked.
+    With `quick` no heavy mutation is drawn.
     """
     path = root / name
     mode = rng.choice(MODES) if guarded else "none"
@@ -73,9 +74,7 @@ def mutate(rng: Random, root: Path, name: str, *, guarded: bool, bombs: bool = T
         size = 0
     else:
         data = path.read_bytes()
-        kind, found = _mutated(rng, path, data, mode)
-        while not bombs and kind in BOMBS:
-            kind, found = _mutated(rng, path, data, mode)
+        kind, found = _mutated(rng, path, data, mode, quick)
         path.write_bytes(found)
         size = len(found)
     if path.name != "manifest.json":
@@ -93,7 +92,7 @@ def _put(path: Path, kind: str) -> None:
         path.symlink_to(path.name)
 
 
-def _mutated(rng: Random, path: Path, data: bytes, mode: str) -> tuple[str, bytes]:
+def _mutated(rng: Random, path: Path, data: bytes, mode: str, quick: bool) -> tuple[str, bytes]:
     """The mutation's name and what it makes; of files with a digest of their own, see `mode`."""
     if path.suffix == ".journal" and mode == "refreshed":
         return _journal(rng, data)
@@ -101,7 +100,7 @@ def _mutated(rng: Random, path: Path, data: bytes, mode: str) -> tuple[str, byte
         function = rng.choice(binary.SAFETENSORS)
         body = function(rng, data.partition(b"\n")[2])
         return function.__name__, hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-    function = rng.choice(BY_SUFFIX[path.suffix])
+    function = rng.choice([f for f in BY_SUFFIX[path.suffix] if not quick or f not in HEAVY])
     found = function(rng, data)
     if path.name == "manifest.json" and mode != "left":
         found = _signed(found, keep=mode == "refreshed")
