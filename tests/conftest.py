@@ -73,8 +73,11 @@ def llama() -> Any:
 
 @pytest.fixture(scope="session")
 def fact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_facts(tmp_path_factory.mktemp("facts"))
+
+
+def write_facts(folder: Path) -> Path:
     """Three small relations over the same subjects, one with a second language."""
-    folder = tmp_path_factory.mktemp("facts")
     subjects = [f"Person{i}" for i in range(24)]
     for number, (stem, verb, answers) in enumerate(
         [
@@ -102,16 +105,19 @@ def fact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, fact_folder: Path) -> Path:
+    return train_model(tmp_path_factory.mktemp("model"), fact_folder)
+
+
+def train_model(folder: Path, facts: Path) -> Path:
     """A tiny Llama with its own byte-level BPE tokenizer, trained for seconds on the facts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from relneuron.facts import read_relations
 
-    folder = tmp_path_factory.mktemp("model")
     texts = [
         f"{template.replace('{}', fact.subject)} {fact.object}"
-        for relation in read_relations(fact_folder)
+        for relation in read_relations(facts)
         for template in (*relation.templates.main, *relation.templates.alternative)
         for fact in relation.facts
     ]
