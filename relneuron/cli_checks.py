@@ -39,6 +39,8 @@ NEEDS = {
     "report": (*_DRAWS, "filelock"),
 }
 
+_LARGEST = 2**53  # of a number on the command line
+
 # What each `identify --method` takes, beside -o, --force, --quiet and --debug.
 _COUNTED = ("top", "top_rate", "site", "groups", "precision")
 METHODS = {
@@ -132,6 +134,11 @@ class Command(TyperCommand):
             for option in ctx.params
             if getattr(ctx.get_parameter_source(option), "name", "") == "COMMANDLINE"
         ]
+        for option, value in ctx.params.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int) and abs(number) > _LARGEST:
+                    cause = f"{flags.get(option, option)} {str(number)[:20]}... is too large"
+                    raise RelneuronError(cause, "give a smaller number", 2)
         if name == "identify":
             check_method(ctx.params["method"], {key: flags[key] for key in given})
         defaults = {p.name: p.default for p in self.params}

@@ -120,11 +120,16 @@ def _paths(here: dict[str, Any]) -> list[Path]:
     return [place for place in known if isinstance(place, Path)]
 
 
+_LONGEST = 2000  # characters of a line; a name that is longer says no more
+
+
 def fail(cause: str, fix: str, code: int) -> NoReturn:
     """Say what went wrong and what mends it, on standard error, and end the process."""
     if state["debug"]:
         traceback.print_exc()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"error: {' '.join(cause.split())}", markup=False)
-    console.print(f"fix:   {' '.join(fix.split())}", markup=False)
+    for word, text in (("error:", cause), ("fix:  ", fix)):
+        line = " ".join(text.split())
+        line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+        console.print(f"{word} {line}", markup=False)
     sys.exit(code)

@@ -17,6 +17,7 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import read_csv, read_json
 
 LISTS = ("concept_list.csv", "concept_list.json")
+_NAME_BYTES = 240  # of a file's name, at most
 _FIX = 'a concept file is {"concept": NAME, "sentences": {"positive": [...], "negative": [...]}}'
 
 
@@ -147,6 +148,12 @@ def _listed(path: Path) -> list[Path]:
     """The files of a list: GROUP/CONCEPT.json beside it, or CONCEPT.json."""
     files = []
     for group, concept in _entries(path):
+        if max(len(group.encode()), len(concept.encode())) > _NAME_BYTES:
+            raise RelneuronError(
+                f"{path} names the concept {concept[:40]!r}...: no file has so long a name",
+                "give the names of files",
+                2,
+            )
         tried = [path.parent / group / f"{concept}.json", path.parent / f"{concept}.json"]
         there = next((file for file in tried if file.is_file()), None)
         if there is None:

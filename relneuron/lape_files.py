@@ -255,7 +255,7 @@ def config_shape(name_or_path: str) -> Json:
     check_model_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged one raises whatever its values lead to
         raise RelneuronError(
             f"{name_or_path} has no configuration: {one_line(error)}", fix
         ) from error

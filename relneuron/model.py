@@ -83,7 +83,6 @@ def load_model(
     `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
     checkpoint's own on a GPU. The model comes in eval mode.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     device = choose_device(device)
@@ -103,7 +102,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged config or weight raises whatever it leads to
         raise RelneuronError(
             f"{name} could not be loaded as a causal language model: {_first_line(error)}",
             "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",

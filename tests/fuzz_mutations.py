@@ -15,7 +15,7 @@ import fuzz_binary as binary
 import fuzz_text as text
 from fuzz_text import Mutation
 
-from relneuron.artifact import sha256
+from relneuron.artifact.files import sha256
 from relneuron.manifest import json_digest
 
 # Of seconds and more: what is small and unpacks to much, texts of 10 MB.
@@ -94,8 +94,6 @@ def _put(path: Path, kind: str) -> None:
 
 def _mutated(rng: Random, path: Path, data: bytes, mode: str, quick: bool) -> tuple[str, bytes]:
     """The mutation's name and what it makes; of files with a digest of their own, see `mode`."""
-    if path.suffix == ".journal" and mode == "refreshed":
-        return _journal(rng, data)
     if path.suffix == ".checkpoint" and mode == "refreshed":
         function = rng.choice(binary.SAFETENSORS)
         body = function(rng, data.partition(b"\n")[2])
@@ -105,18 +103,6 @@ def _mutated(rng: Random, path: Path, data: bytes, mode: str, quick: bool) -> tu
     if path.name == "manifest.json" and mode != "left":
         found = _signed(found, keep=mode == "refreshed")
     return function.__name__, found
-
-
-def _journal(rng: Random, data: bytes) -> tuple[str, bytes]:
-    """One line's JSON mutated, and all lines' digests right."""
-    lines = [line.partition(b" ")[2] for line in data.splitlines()]
-    place = rng.randrange(len(lines))
-    lines[place] = text.json_tree(rng, lines[place])
-    last, found = b"", b""
-    for line in lines:
-        last = hashlib.sha256(last + line).hexdigest().encode()
-        found += last + b" " + line + b"\n"
-    return f"json_tree of line {min(place, 1)}", found
 
 
 def _signed(data: bytes, *, keep: bool) -> bytes:

@@ -105,7 +105,8 @@ def write_study(
     stages = dict((manifest or {}).get("stages", {}))
     if "identify" in stages:
         # `ablate` came after it, and had these neurons.
-        stages.setdefault("ablate", {"inputs": {"neurons": sha256(folder / "neurons.json")}})
+        asked = {"neurons": sha256(folder / "neurons.json")}
+        stages.setdefault("ablate", {"inputs": asked, "files": []})
         manifest = {**(manifest or {}), "stages": stages}
     head = {"schema": "relneuron.study/1", "relneuron": "0.1.0", "model": {"id": model, **shape}}
     (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")

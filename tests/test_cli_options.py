@@ -50,6 +50,7 @@ def test_every_option_of_identify_is_of_some_method() -> None:
     """An option that is added to `identify` must say which methods take it."""
     [identify] = [c for c in app.registered_commands if c.callback.__name__ == "identify"]
     general = {"folder", "output", "method", "force", "quiet", "debug", "return"}
+    general |= {"max_record_mib"}
     options = {*identify.callback.__annotations__} - general
     assert options == {name for taken in METHODS.values() for name in taken} == {*GIVEN}
 

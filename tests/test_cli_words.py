@@ -364,7 +364,7 @@ def test_blank_lines_between_prompts_do_no_harm(
     spaced.write_text("\n\n" + lines[0] + "\n{\n\n")
     out = tmp_path / "p"
     words = ["record", model_folder, spaced, "-o", out]
-    check_refused(relneuron, tmp_path, f"{spaced}, line 4: not a prompt", *words)
+    check_refused(relneuron, tmp_path, f"{spaced}, line 4: not JSON", *words)
     empty = json.dumps(json.loads(lines[1]) | {"object": " "})
     spaced.write_text("\n" + lines[0] + "\n\n" + empty + "\n\n")
     words = ["attribute", model_folder, spaced, "-o", out]

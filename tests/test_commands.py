@@ -27,6 +27,7 @@ from relneuron.study import DEMO, DEMO_OPTIONS, Options, _whole
 
 # Options that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
+RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"

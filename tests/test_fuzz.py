@@ -18,7 +18,7 @@ import pytest
 from fuzz import Ended, Mutated, crash, judge, judge_line, listing
 from fuzz_mutations import mutate
 
-from relneuron.artifact import RelneuronError, sha256
+from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.manifest import Manifest, checked
 
 ROOT = Path(__file__).resolve().parents[1]

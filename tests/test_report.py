@@ -80,7 +80,8 @@ def write_significance(folder: Path, cells: str = "0.001,0.02,0.8,0.99") -> Path
 
 
 def test_the_table_of_neurons_says_how_sure_each_score_is(tmp_path: Path) -> None:
-    noted = {"inputs": {"bootstrap": 1000, "permutations": 200, "noise": 100_000}}
+    asked = {"bootstrap": 1000, "permutations": 200, "noise": 100_000}
+    noted = {"inputs": asked, "files": []}
     write_significance(write_study(tmp_path, manifest={"stages": {"identify": noted}}))
     study = read_study(tmp_path)
     assert neuron_table(study).rows[2] == [
@@ -197,8 +198,12 @@ def hostile_page(folder: Path, text: str) -> Page:
         text=f"{text} {{}}",
         prediction=text,
         model=text,
-        manifest={text: {text: [text]}, "fallbacks": [text], "files": {text: {"sha256": text}}}
-        | {"stages": {"record": {"inputs": {text: text}}}},
+        manifest={
+            text: {text: [text]},
+            "fallbacks": [text],
+            "files": {text: {"sha256": text, "bytes": 0}},
+        }
+        | {"stages": {"record": {"inputs": {text: text}, "files": [text]}}},
     )
     return Page(render(read_study(folder)))
 

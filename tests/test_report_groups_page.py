@@ -249,7 +249,9 @@ def test_nothing_of_the_study_is_overwritten(tmp_path: Path) -> None:
         write_report(study, study / "report.html")
     # A report that the manifest knows does not change the next.
     noted = {"stages": {"report": {"inputs": {}, "files": ["report.html"]}}}
-    write_corpus_study(study, manifest=noted | {"files": {"report.html": {"sha256": "", "bytes": 0}}})
+    write_corpus_study(
+        study, manifest=noted | {"files": {"report.html": {"sha256": "", "bytes": 0}}}
+    )
     assert write_report(study, study / "report.html", force=True).read_bytes() == first
 
 

@@ -115,6 +115,8 @@ def refuse_overwrite(path: Path, force: bool) -> None:
     check_place(path)
     if path.is_dir():
         raise RelneuronError(f"{path} is a folder", "name a file in it", 2)
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise RelneuronError(f"{path} is no file", "choose another output", 2)
     if path.exists() and not force:
         raise RelneuronError(f"{path} exists", "choose another output or add --force", 2)
 
