@@ -221,7 +221,11 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Cells]:
                 if cells:
                     yield Cells(zip(header, map(cell_text, cells), strict=True), path, line)
                 line = reader.line_num + 1
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            for _ in read_lines(path):  # which says in which line
+                pass
+            raise
+        except csv.Error as error:
             raise RelneuronError(
                 f"{path}, line {reader.line_num + 1}: {one_line(error)}", _AGAIN
             ) from error
