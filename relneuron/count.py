@@ -12,12 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
-from relneuron.corpus import Source
+from relneuron.corpus import Source, describe_sources
 from relneuron.corpus_feed import Feed
 from relneuron.corpus_windows import Packing, Window
 from relneuron.count_batches import check_vocabulary, make_batch, plan_pool, pool_windows
@@ -28,13 +28,13 @@ from relneuron.count_options import (
     check_unchanged,
     choose_packing,
     count_command,
-    count_inputs,
 )
 from relneuron.count_pass import Counter, Speed, check_boundaries
 from relneuron.count_ranks import Ranks, joined
 from relneuron.counts import NAME, Counts
+from relneuron.identity import tokenizer_digest
 from relneuron.manifest import Manifest, locked, progress_bar, versions
-from relneuron.model import describe_model, fallbacks, find_gated_mlps
+from relneuron.model import describe_model, fallbacks, find_gated_mlps, same_model
 from relneuron.predict import is_out_of_memory
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2
@@ -192,6 +192,24 @@ class _Job:
         if self.speed.share is not None:
             bar.set_postfix_str(f"{self.speed.share:.2f} of the bare forward", refresh=False)
         bar.update(n_tokens - bar.n)
+
+
+def count_inputs(
+    model: Json, tokenizer: Any, sources: Sequence[Source], packing: Packing, options: CountOptions
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    o = asdict(options)
+    for name in ("window", "mode", "bos", "max_tokens", "oom"):
+        del o[name]
+    o["shard"] = f"{options.shard[0]}/{options.shard[1]}"
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "sources": describe_sources(sources),
+        "packing": asdict(packing),
+        **o,
+        "sites": list(options.sites),
+    }
 
 
 def count(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ from relneuron.command import STUDY, command, loading
 from relneuron.corpus import Source, describe_sources, source_words
 from relneuron.corpus_windows import Packing, default_bos
 from relneuron.counts import SITES
-from relneuron.identity import tokenizer_digest
 from relneuron.manifest import differences
-from relneuron.model import same_model
 
 MODES = ("packed", "documents")
 BOS = ("document", "window", "none")
@@ -119,24 +117,6 @@ def choose_packing(
             fix = "use --bos none"
             raise RelneuronError(f"--bos {bos}: the tokenizer has no BOS token", fix, 2)
     return Packing(window, options.mode, bos, bos_id, options.max_tokens)
-
-
-def count_inputs(
-    model: Json, tokenizer: Any, sources: Sequence[Source], packing: Packing, options: CountOptions
-) -> Json:
-    """What the stage depends on, for the manifest."""
-    o = asdict(options)
-    for name in ("window", "mode", "bos", "max_tokens", "oom"):
-        del o[name]
-    o["shard"] = f"{options.shard[0]}/{options.shard[1]}"
-    return {
-        "model": same_model(model),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "sources": describe_sources(sources),
-        "packing": asdict(packing),
-        **o,
-        "sites": list(options.sites),
-    }
 
 
 def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:

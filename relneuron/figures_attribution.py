@@ -38,37 +38,8 @@ from relneuron.figures import (
     short,
     whole,
 )
-from relneuron.figures_analyses import OTHERS
 from relneuron.results import Array
 from relneuron.tables import Table, percent
-
-METHOD_TITLES = {"ap": "found by average precision", "gain": "found by gain"}
-
-
-def gain_plot(table: Table) -> str:
-    """Drops of each relation and of the others, with the AP set off and with the gain set off."""
-    relations = list(dict.fromkeys(str(name) for name in table.column("relation")))
-    names = ("drop", "drop_low", "drop_high", "others_drop")
-    least = ends(*(100 * floats(table, name) for name in names), 0.0)[0]
-    with figure() as fig:
-        for place, (method, title) in enumerate(METHOD_TITLES.items()):
-            part = table.where("method", method)
-            y = [relations.index(str(name)) for name in part.column("relation")]
-            own, low, high, others = (100 * floats(part, name) for name in names)
-            ax = rows_axes(fig, relations, left=place * 2.6, width=2.3, named=place == 0)
-            ax.hlines(range(len(relations)), least, 100, color=LINE, lw=0.6)
-            ax.axvline(0, color=MUTED, lw=0.8)
-            ax.hlines(y, low, high, color=OFF, lw=6, alpha=0.35)
-            ax.plot(others, y, **OTHERS, clip_on=False)
-            ax.plot(own, y, "o", color=OFF, ms=6, clip_on=False)
-            ax.set(xlim=(least, 100), xticks=(0, 50, 100), xlabel="accuracy lost, %")
-            ax.set_title(title, loc="left", fontsize=9, fontweight="bold")
-        marks = [mark("the relation itself", c=OFF)]
-        if np.isfinite(floats(table, "drop_low")).any():
-            marks.append(mark("its 95 % interval", c=OFF, alpha=0.35, lw=6, ls="-", marker=""))
-        legend(fig, [*marks, mark("mean of the others", **OTHERS)], ROW * len(relations) + 0.45)
-        return inline(fig, "gain", "Accuracy drop under sets by average precision and by gain")
-
 
 WIDE = 6.2  # inches: fits the page
 

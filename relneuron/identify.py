@@ -36,11 +36,9 @@ from relneuron.manifest import Manifest, checked, json_digest, locked, progress_
 from relneuron.scores import significance
 from relneuron.scores.ap import sample_labels, why_unranked
 from relneuron.scores.choice import ENDS, choose
-from relneuron.scores.ranking import n_neurons
+from relneuron.scores.ranking import default_top, n_neurons
 from relneuron.writing import refuse_output, writing
 
-PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
-DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
 PERMUTATIONS = BOOTSTRAP = 1000
 NOISE = 100_000
 RECORD = "record MODEL prompts.jsonl -o DIR"
@@ -122,11 +120,6 @@ def check_installed(noise: int) -> None:
     """Refuse q-values without the library that makes them, before any work."""
     if noise:
         need("a q-value", "scipy", otherwise=", or --noise 0 for none")
-
-
-def default_top(shape: Mapping[str, int]) -> int:
-    """3,000 neurons as in the paper, but at most a tenth of a small model's."""
-    return min(PAPER_TOP, int(DEFAULT_SHARE * n_neurons(shape)))
 
 
 def identify(

@@ -33,10 +33,10 @@ from relneuron.attributions import (
     read_targets,
 )
 from relneuron.command import command, placed
-from relneuron.identify import default_top
 from relneuron.manifest import GAIN_METHOD as METHOD
 from relneuron.manifest import MODEL_KEYS, Manifest, checked, json_digest, locked, progress_bar
 from relneuron.scores.logprob_gain import best_neurons, mean_gains
+from relneuron.scores.ranking import default_top
 from relneuron.writing import refuse_output, writing
 
 Array = np.ndarray[Any, Any]

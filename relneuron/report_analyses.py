@@ -13,7 +13,6 @@ import numpy as np
 
 from relneuron import figures
 from relneuron import figures_analyses as draw
-from relneuron import figures_attribution as draw_attribution
 from relneuron.analyses import resilience_test
 from relneuron.figures import SURE, floats
 from relneuron.report_parts import Results, Section, mean, n_of
@@ -360,7 +359,7 @@ def gain(study: Study, _: Results) -> Section:
         "relation's det prompts that are answered right. A set by gain holds products of the "
         "MLPs, as many as the relation's own set has neurons: a zeroed gate or up output zeroes "
         "one product too, a zeroed down output none.",
-        [draw_attribution.gain_plot(table)],
+        [draw.gain_plot(table)],
         [("gain", table), ("gain_overlap", shared)],
     )
 

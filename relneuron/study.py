@@ -22,7 +22,8 @@ from relneuron.attribute import attribute
 from relneuron.attribute_options import AttributeOptions
 from relneuron.clock import Clock
 from relneuron.command import IN_WHOLE, STUDY, command, placed
-from relneuron.concepts import concept_study, concept_subjects
+from relneuron.concept_study import concept_study
+from relneuron.concepts import concept_subjects
 from relneuron.conditions import check_names
 from relneuron.facts import Relation, read_relations, split_facts
 from relneuron.identify import (
@@ -31,7 +32,6 @@ from relneuron.identify import (
     PERMUTATIONS,
     check_installed,
     check_options,
-    default_top,
     identify,
     identify_inputs,
 )
@@ -65,6 +65,7 @@ from relneuron.report_attribution_study import ATTRIBUTION_INPUTS, BEST
 from relneuron.report_groups_study import GROUP_INPUTS
 from relneuron.residual import read_residual_model
 from relneuron.results import INPUTS
+from relneuron.scores.ranking import default_top
 from relneuron.tokens import check_bos
 from relneuron.writing import writing
 

@@ -85,3 +85,12 @@ def random_neurons(shape: Mapping[str, int], k: int, seed: int) -> list[Neuron]:
 def n_neurons(shape: Mapping[str, int]) -> int:
     """L * (2F + D), or more with attention: the outputs of all projections of all layers."""
     return shape["layers"] * sum(site_widths(shape).values())
+
+
+PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
+DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
+
+
+def default_top(shape: Mapping[str, int]) -> int:
+    """3,000 neurons as in the paper, but at most a tenth of a small model's."""
+    return min(PAPER_TOP, int(DEFAULT_SHARE * n_neurons(shape)))
