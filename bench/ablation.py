@@ -30,19 +30,19 @@ from typing import Any
 import torch
 
 from bench.rows import add_rows
+from relneuron.ablation.conditions import Ablation, places_of
+from relneuron.ablation.evaluate import Evaluator, How, Row
+from relneuron.artifact.effects import Condition
+from relneuron.artifact.manifest import Journal
 from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import Prompt
-from relneuron.bench import where
-from relneuron.conditions import Ablation, places_of
+from relneuron.artifact.ranking import random_neurons, site_of
+from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
-from relneuron.effects import Condition
-from relneuron.evaluate import Evaluator, How, Row
-from relneuron.facts import read_relations
-from relneuron.manifest import Journal
-from relneuron.model import find_gated_mlps, load_model, load_tokenizer, model_shape
-from relneuron.predict import N_ANSWER_TOKENS, Asker, Questions, encode
-from relneuron.prompts import make_prompts
-from relneuron.scores.ranking import random_neurons, site_of
+from relneuron.model.ask import N_ANSWER_TOKENS, Asker, Questions, encode
+from relneuron.model.gated import find_gated_mlps, load_model, load_tokenizer, model_shape
+from relneuron.texts.facts import read_relations
+from relneuron.texts.prompts import make_prompts
 
 Predictions = list[list[str]]  # by condition, by prompt
 

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from bench.rows import add_rows
 from relneuron import ops
-from relneuron.bench import where
-from relneuron.bench_gain import PEERS
-from relneuron.interventions import intervene, off
-from relneuron.residual import read_residual_model
-from relneuron.trace import trace
+from relneuron.ablation.rows import intervene, off
+from relneuron.bench.gain import PEERS
+from relneuron.bench.timing import where
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import trace
 
 
 def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relneuron.bench import EFFORTS, Row, append_rows, run_case
-from relneuron.bench_suite import CONTESTANTS, SUITES, Case
+from relneuron.bench.suite import CONTESTANTS, SUITES, Case
+from relneuron.bench.timing import EFFORTS, Row, append_rows, run_case
 
 _rows: list[Row] = []  # of this session, in the order measured
 

@@ -33,16 +33,16 @@ import torch
 from torch.nn import functional as F
 
 from bench.rows import add_rows
-from relneuron.bench import where
-from relneuron.corpus import parse_sources
-from relneuron.corpus_windows import Window
-from relneuron.count import count
-from relneuron.count_batches import Batch, make_batch, plan_pool
-from relneuron.count_checkpoint import Checkpoint, Position, write_checkpoint
-from relneuron.count_options import CountOptions
-from relneuron.count_pass import Counter
+from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT
-from relneuron.model import find_gated_mlps, load_tokenizer, model_shape
+from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
+from relneuron.methods.counts.checkpoint import Checkpoint, Position, write_checkpoint
+from relneuron.methods.counts.count import count
+from relneuron.methods.counts.counter import Counter
+from relneuron.model.gated import find_gated_mlps, load_tokenizer, model_shape
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import parse_sources
+from relneuron.texts.windows import Window
 
 GROUPS = ("en", "zh", "fr", "es", "vi")
 EVERY_S = 30.0  # between two checkpoints of `relneuron count`

@@ -27,9 +27,9 @@ from bench.gpu_model import time_model
 from bench.gpu_ranking import rank_model
 from bench.gpu_run import GROUPS, Run, check, new_stats, reference_stats
 from relneuron import ops
-from relneuron.bench import Effort, Row, graph_timer, run_case
-from relneuron.bench_case import Case
-from relneuron.bench_suite import CONTESTANTS
+from relneuron.bench.case import Case
+from relneuron.bench.suite import CONTESTANTS
+from relneuron.bench.timing import Effort, Row, graph_timer, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(

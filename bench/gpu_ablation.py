@@ -11,10 +11,10 @@ import torch
 from bench.ablation import ask_apart, ask_together, make_plan
 from bench.gpu_model import LLAMA_2_7B, TINY
 from bench.gpu_run import Run, check
+from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.prompts import Prompt
-from relneuron.conditions import Ablation
-from relneuron.model import find_gated_mlps, model_shape
-from relneuron.predict import Asker, Questions
+from relneuron.model.ask import Asker, Questions
+from relneuron.model.gated import find_gated_mlps, model_shape
 
 LENGTH = 20  # tokens of a prompt, as those of the method's relations
 BATCH_TOKENS = 16384

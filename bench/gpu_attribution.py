@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.gpu_run import Run, check
 from relneuron.ops.backends import triton_module
-from relneuron.ops.logprob_gain import GainLayer, TopGains, logprob_gain, logprob_gain_top
+from relneuron.ops.logprob_gain.op import GainLayer, TopGains, logprob_gain, logprob_gain_top
 
 N_LAYERS = 32
 LARGEST_MOVE = 0.026  # the median over neurons of the largest change of a logit

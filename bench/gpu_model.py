@@ -16,12 +16,12 @@ import relneuron
 from bench.counting import GROUPS as LANGUAGES
 from bench.counting import hooks
 from bench.gpu_run import GROUPS, Run, check, reference_stats
-from relneuron.bench import Effort, event_timer, measure, ratio, wall_timer
-from relneuron.bench_case import Contestant
-from relneuron.corpus_windows import Window
-from relneuron.count_batches import make_batch
-from relneuron.count_pass import Counter
-from relneuron.model import find_gated_mlps
+from relneuron.bench.case import Contestant
+from relneuron.bench.timing import Effort, event_timer, measure, ratio, wall_timer
+from relneuron.methods.counts.batches import make_batch
+from relneuron.methods.counts.counter import Counter
+from relneuron.model.gated import find_gated_mlps
+from relneuron.texts.windows import Window
 
 LLAMA_2_7B = {
     "vocab_size": 32000,

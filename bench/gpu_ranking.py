@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from bench.gpu_run import Run
-from relneuron.bench import Effort, Row, run_case
-from relneuron.bench_case import Case
-from relneuron.bench_ranking import average_precision_contestants
+from relneuron.bench.case import Case
+from relneuron.bench.ranking import average_precision_contestants
+from relneuron.bench.timing import Effort, Row, run_case
 
 N_NEURONS = 835_584  # gate, up and down of a Llama-2-7B
 # Columns that the loops do: about a second of each.

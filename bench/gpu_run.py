@@ -14,7 +14,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact.files import atomic_write, csv_bytes, json_bytes
-from relneuron.bench import COLUMNS, Row, cells, where
+from relneuron.bench.timing import COLUMNS, Row, cells, where
 
 GROUPS = 12
 

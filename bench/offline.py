@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from bench.offline_cases import TARGETS, cases, compile_launch, launches
-from relneuron.ops.swiglu_stats_triton import Launch
+from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 BUDGETS = Path(__file__).with_name("offline_budgets.csv")
 TOLERANCE = 1.10

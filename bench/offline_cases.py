@@ -15,11 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from relneuron.ops import SITES, GroupStats
-from relneuron.ops import average_precision_triton as ranking
-from relneuron.ops import logprob_gain_triton as gains
-from relneuron.ops import swiglu_stats_triton as launcher
-from relneuron.ops.swiglu_stats_reference import Call
-from relneuron.ops.swiglu_stats_triton import Launch
+from relneuron.ops.average_precision import triton_launch as ranking
+from relneuron.ops.logprob_gain import triton_launch as gains
+from relneuron.ops.swiglu_stats import triton_launch as launcher
+from relneuron.ops.swiglu_stats.reference import Call
+from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

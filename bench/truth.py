@@ -40,9 +40,9 @@ from bench.planted import (
 )
 from relneuron.artifact.files import atomic_write, csv_bytes
 from relneuron.artifact.prompts import read_prompts
-from relneuron.identify import identify
-from relneuron.prompts import write_prompts
-from relneuron.record import record
+from relneuron.methods.responses.rank import identify
+from relneuron.methods.responses.record import record
+from relneuron.texts.prompts import write_prompts
 
 Array = NDArray[Any]
 

@@ -7,18 +7,16 @@ so that `relneuron.ops` needs torch and nothing else, and Ctrl-C is heard before
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relneuron import ops
-    from relneuron.ablate import ablate_prompts
+    from relneuron.ablation.ablate import ablate_prompts
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
-    from relneuron.instrument import ablate, instrument
-    from relneuron.model import find_gated_mlps
+    from relneuron.model.gated import find_gated_mlps
+    from relneuron.model.instrument import ablate, instrument
 
 __version__ = "0.1.0"
 
@@ -36,10 +34,10 @@ __all__ = [
 _HOMES = {
     "NeuronFile": "artifact.neurons",
     "RelneuronError": "artifact.files",
-    "ablate": "instrument",
-    "ablate_prompts": "ablate",
-    "find_gated_mlps": "model",
-    "instrument": "instrument",
+    "ablate": "model.instrument",
+    "ablate_prompts": "ablation.ablate",
+    "find_gated_mlps": "model.gated",
+    "instrument": "model.instrument",
 }
 
 
@@ -55,15 +53,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Python stores each imported submodule as an attribute of its package, so the stage
-    `relneuron.ablate` would take the place of the context manager of that name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -21,7 +21,7 @@ def main() -> None:
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:
         signal.signal(signal.SIGINT, _leave)
-    from relneuron.installed import install_command, missing
+    from relneuron.artifact.installed import install_command, missing
 
     absent = missing(*PACKAGES)
     if absent:
@@ -30,8 +30,8 @@ def main() -> None:
             f"fix:   {install_command('all')}\n"
         )
         sys.exit(1)
-    from relneuron.cli import main as run
-    from relneuron.cli_errors import interrupt, unraised
+    from relneuron.cli.errors import interrupt, unraised
+    from relneuron.cli.main import main as run
 
     sys.unraisablehook = unraised
     try:

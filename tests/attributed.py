@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relneuron.residual import Norm, ResidualLayer, ResidualModel
-from relneuron.residual_layers import Rows
-from relneuron.trace import Trace
+from relneuron.model.stream import Norm, ResidualLayer, ResidualModel
+from relneuron.model.stream_layers import Rows
+from relneuron.model.trace import Trace
 
 FAMILIES = ("llama", "gpt2")
 N_LAYERS, WIDTH, HIDDEN, N_HEADS, N_KV_HEADS, HEAD_DIM, VOCABULARY = 3, 128, 32, 4, 2, 8, 90

@@ -15,8 +15,8 @@ import torch
 from attributed import VOCABULARY, attributed_model
 from hooked import read_rows
 
-from relneuron.attribute import attribute
-from relneuron.attribute_options import AttributeOptions
+from relneuron.methods.gains.attribute import attribute
+from relneuron.methods.gains.options import AttributeOptions
 
 TYPES = ("capital", "color", "number")
 # The answer is the model's choice of this rank; those of the last are not known to it.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from studies import Page
 
-from relneuron.attributions import (
+from relneuron.artifact.gains import (
     ATTRIBUTIONS,
     COMPARISON_COLUMNS,
     PROMOTED_COLUMNS,

@@ -113,7 +113,7 @@ def train_model(folder: Path, facts: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from relneuron.facts import read_relations
+    from relneuron.texts.facts import read_relations
 
     texts = [
         f"{template.replace('{}', fact.subject)} {fact.object}"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hooked import one_thread
 
-from relneuron import cli
+from relneuron.cli import main as cli
 
 GROUPS = ("en", "zh", "code")
 WINDOW = 24

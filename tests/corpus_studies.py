@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from studies import Page
 
-from relneuron.counts import Counts
+from relneuron.artifact.counts import Counts
 
 GROUPS = ("en", "zh", "fr")
 

@@ -32,10 +32,11 @@ import typer
 from conftest import tiny_model
 from counted import Numbers, draw, write_corpus
 
-import relneuron.count  # noqa: F401  (before the forks, which need it)
-from relneuron import cli, cli_corpus
-from relneuron.count_pass import Counter
-from relneuron.counts import Counts
+import relneuron.methods.counts.count  # noqa: F401  (before the forks, which need it)
+from relneuron.artifact.counts import Counts
+from relneuron.cli import corpus as cli_corpus
+from relneuron.cli import main as cli
+from relneuron.methods.counts.counter import Counter
 
 KILLED = 137
 LEFT = {".lock", "counts.safetensors", "manifest.json"}

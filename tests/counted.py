@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-import relneuron.count
-from relneuron.corpus import File, Source
-from relneuron.count import Counted, count
-from relneuron.count_options import CountOptions
-from relneuron.count_pass import Counter
-from relneuron.counts import Counts
+import relneuron.methods.counts.count
+from relneuron.artifact.counts import Counts
+from relneuron.methods.counts.count import Counted, count
+from relneuron.methods.counts.counter import Counter
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import File, Source
 
 BOS, VOCABULARY = 1, 96
 Documents = Mapping[str, Sequence[Sequence[int]]]

@@ -23,8 +23,8 @@ from pathlib import Path
 import typer.main
 
 import relneuron
-from relneuron import cli
-from relneuron.model import load_model, load_tokenizer
+from relneuron.cli import main as cli
+from relneuron.model.gated import load_model, load_tokenizer
 
 LIMIT_S = 60
 ROOM_BYTES = 6 << 30  # of addresses beside what the parent has: a bomb ends in a MemoryError

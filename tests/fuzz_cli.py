@@ -11,7 +11,7 @@ from typing import Any
 
 import typer.main
 
-from relneuron import cli
+from relneuron.cli import main as cli
 
 CLI = "command line"
 # No path in them is absolute: with --force a command may replace what it is given to write.

@@ -16,7 +16,7 @@ import fuzz_text as text
 from fuzz_text import Mutation
 
 from relneuron.artifact.files import sha256
-from relneuron.manifest import json_digest
+from relneuron.artifact.manifest import json_digest
 
 # Of seconds and more: what is small and unpacks to much, texts of 10 MB.
 HEAVY = (binary.zip_bomb, binary.gzip_bomb, binary.parquet_bomb, text.long_line)

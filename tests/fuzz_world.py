@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from conftest import train_model, write_facts
 
-from relneuron.count_checkpoint import write_checkpoint
-from relneuron.manifest import Journal
+from relneuron.artifact.manifest import Journal
+from relneuron.methods.counts.checkpoint import write_checkpoint
 
 GROUPS = ("en", "zh")
 COUNT = "--window 16 --batch-tokens 256 --workers 1 --quiet"
@@ -364,7 +364,7 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
 
 def _die(n_blocks: int = 2) -> None:
     """Have this process end, as if it was killed, once a stage has noted some blocks."""
-    from relneuron import count
+    from relneuron.methods.counts import count
 
     noted = 0
 

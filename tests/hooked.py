@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.ablate import ablate_prompts
+from relneuron.ablation.ablate import ablate_prompts
 from relneuron.artifact.prompts import Prompt, read_prompts
-from relneuron.identify import identify
-from relneuron.model import load_model, load_tokenizer
-from relneuron.predict import cache_of
-from relneuron.prompts import write_prompts
-from relneuron.record import record
+from relneuron.methods.responses.rank import identify
+from relneuron.methods.responses.record import record
+from relneuron.model.ask import cache_of
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.prompts import write_prompts
 
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}
 N_NEURONS = 256

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ops import GroupStats
-from relneuron.ops.swiglu_stats_reference import ieee_arithmetic, site_values
+from relneuron.ops.swiglu_stats.reference import ieee_arithmetic, site_values
 
 # fault -> the check of relneuron.testing that finds it
 FAULTS = {

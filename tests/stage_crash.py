@@ -21,12 +21,12 @@ import torch
 import typer
 from count_crash import KILLED, Faults, code_of
 
-import relneuron.attribute  # before the forks, which need them
-import relneuron.expertise
-import relneuron.identify_gains
-import relneuron.model
-import relneuron.report
-from relneuron import cli
+import relneuron.ablation.expertise
+import relneuron.cli.pages
+import relneuron.methods.gains.attribute  # before the forks, which need them
+import relneuron.methods.gains.rank
+import relneuron.model.gated
+from relneuron.cli import main as cli
 
 QUICK = ("--noise", 0, "--permutations", 0, "--bootstrap", 0, "--quiet")
 ASKED = ("--random-seeds", 1, "--quiet")

@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from relneuron.artifact.effects import Condition, conditions_bytes
 from relneuron.artifact.files import sha256
-from relneuron.effects import Condition, conditions_bytes
 
 NAN = float("nan")
 RELATIONS = ("company_ceo", "company_hq", "star_constellation")

@@ -18,12 +18,9 @@ import torch
 from conftest import tiny_model
 from hooked import RELATIONS, Study, one_thread, read_rows, same_rows
 
-from relneuron.ablate import ablate_prompts
-from relneuron.ablate_options import AblateOptions, ablate_inputs
-from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
-from relneuron.artifact.prompts import Prompt
-from relneuron.clock import Clock
-from relneuron.effects import (
+from relneuron.ablation.ablate import ablate_prompts
+from relneuron.ablation.options import AblateOptions, ablate_inputs
+from relneuron.artifact.effects import (
     EFFECTS,
     KINDS,
     NOT_ASKED,
@@ -32,7 +29,10 @@ from relneuron.effects import (
     read_conditions,
     read_effects,
 )
-from relneuron.manifest import Manifest
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
+from relneuron.artifact.manifest import Manifest
+from relneuron.artifact.prompts import Prompt
+from relneuron.model.clock import Clock
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +323,7 @@ def test_a_run_killed_between_its_files_goes_on(
             atomic_write(path, data)
 
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(sys.modules["relneuron.ablate"], "atomic_write", stopping)
+            patch.setattr(sys.modules["relneuron.ablation.ablate"], "atomic_write", stopping)
             patch.setattr(Manifest, "finish", _killed)
             study.ablate(tmp_path / "s", force=not analyses, **asked)
         study.ablate(tmp_path / "s", **asked)

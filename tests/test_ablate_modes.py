@@ -28,14 +28,14 @@ from hooked import (
 from torch import Tensor
 
 import relneuron
-from relneuron.ablate_options import mean_responses
-from relneuron.conditions import Ablation, places_of
-from relneuron.effects import Condition
-from relneuron.evaluate import How, wave_states
-from relneuron.model import find_gated_mlps
-from relneuron.patch import LayerState, Patch, Tokens, mask_states
-from relneuron.scores.ranking import random_neurons
-from relneuron.sentences import Sentence, read_sentences, sentences_bytes
+from relneuron.ablation.conditions import Ablation, places_of
+from relneuron.ablation.evaluate import How, wave_states
+from relneuron.ablation.options import mean_responses
+from relneuron.artifact.effects import Condition
+from relneuron.artifact.ranking import random_neurons
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
+from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from relneuron import analyses
 from relneuron.analyses.answers import kind_of_error
 from relneuron.analyses.outcomes import outcomes
 from relneuron.analyses.uncertainty import paired_bootstrap, q_values, sign_flip_p
+from relneuron.artifact.effects import Condition, Grid
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import Prompt
-from relneuron.effects import Condition, Grid
-from relneuron.tables import Share, Table
+from relneuron.report.tables import Share, Table
 
 NAN = float("nan")
 

@@ -12,10 +12,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from relneuron.analyses import Gains, SentenceRow, perplexity, read_perplexity, run_all
-from relneuron.artifact.files import RelneuronError, csv_bytes
-from relneuron.artifact.neurons import Neuron
-from relneuron.artifact.prompts import Prompt
-from relneuron.effects import (
+from relneuron.artifact.effects import (
     EFFECTS,
     Condition,
     Grid,
@@ -23,7 +20,10 @@ from relneuron.effects import (
     read_conditions,
     read_effects,
 )
-from relneuron.tables import Table
+from relneuron.artifact.files import RelneuronError, csv_bytes
+from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import Prompt
+from relneuron.report.tables import Table
 
 RELATIONS = ("ceo", "hq", "father", "star", "sport")
 SIZES = (1, 3, 5, 8)

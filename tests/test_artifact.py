@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import relneuron.manifest
+import relneuron.artifact.manifest
 from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
+from relneuron.artifact.manifest import Journal, Manifest, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.manifest import Journal, Manifest, locked
 
 
 @pytest.mark.parametrize("call", ["fsync", "fdopen", "chmod", "replace"])

@@ -20,14 +20,14 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 import relneuron
+from relneuron.ablation.conditions import matched_places, places_of, site_places
+from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile, site_widths
-from relneuron.attention import find_projections
-from relneuron.conditions import matched_places, places_of, site_places
-from relneuron.expertise import export_expertise
-from relneuron.model import find_gated_mlps, model_shape
-from relneuron.patch import mask_states
-from relneuron.scores.ranking import n_neurons, random_neurons, site_of
+from relneuron.artifact.ranking import n_neurons, random_neurons, site_of
+from relneuron.model.attention import find_projections
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.patch import mask_states
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")
 WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}

@@ -30,14 +30,14 @@ from attribution_runs import OPTIONS, Attributed, files_of, rows_by
 from hooked import one_thread, read_rows
 from safetensors.numpy import load_file
 
+from relneuron.artifact.gains import read_attributions
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import read_prompts
-from relneuron.attribute_options import KINDS
-from relneuron.attributions import read_attributions
-from relneuron.comparison import METHODS, Sizes
-from relneuron.manifest import Manifest
-from relneuron.ops.logprob_gain import TopGains
-from relneuron.residual import read_residual_model
-from relneuron.trace import trace
+from relneuron.methods.gains.comparison import METHODS, Sizes
+from relneuron.methods.gains.options import KINDS
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import trace
+from relneuron.ops.logprob_gain.op import TopGains
 
 FILES = {
     "manifest.json",

@@ -17,15 +17,15 @@ from attribution_runs import OPTIONS, Attributed, files_of, word_tokenizer
 from conftest import tiny_model
 from hooked import one_thread, read_rows
 
-import relneuron.attribute
-import relneuron.attribute_pass
+import relneuron.methods.gains.attribute
+import relneuron.methods.gains.scorer
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.prompts import prompts_bytes
-from relneuron.attribute import JOURNAL, attribute
-from relneuron.attribute_options import KINDS, VALUE_KINDS, AttributeOptions, attribute_inputs
-from relneuron.knowledge import read_knowledge
-from relneuron.manifest import Manifest, locked
-from relneuron.value_scores import KINDS as SCORED
+from relneuron.methods.gains.attribute import JOURNAL, attribute
+from relneuron.methods.gains.options import KINDS, VALUE_KINDS, AttributeOptions, attribute_inputs
+from relneuron.methods.gains.values import KINDS as SCORED
+from relneuron.texts.knowledge import read_knowledge
 
 QUICK = replace(OPTIONS, kinds=("head",), compare=False)
 

@@ -17,10 +17,10 @@ import pytest
 from attribution_runs import OPTIONS, Attributed, files_of
 from hooked import one_thread
 
-import relneuron.attribute
-import relneuron.manifest
-from relneuron.attribute import JOURNAL
-from relneuron.manifest import Journal, Manifest
+import relneuron.artifact.manifest
+import relneuron.methods.gains.attribute
+from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.methods.gains.attribute import JOURNAL
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,19 +15,19 @@ import torch
 from hooked import one_thread, read_rows
 from safetensors.numpy import load_file, save_file
 
-from relneuron.ablate import ablate_prompts
+from relneuron.ablation.ablate import ablate_prompts
+from relneuron.ablation.conditions import n_neurons, places_of, read_rankings
+from relneuron.analyses.study import Study
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
-from relneuron.attribute import attribute
-from relneuron.attribute_options import AttributeOptions
-from relneuron.conditions import n_neurons, places_of, read_rankings
-from relneuron.identify_gains import identify_gains
-from relneuron.manifest import Manifest
-from relneuron.model import load_model, load_tokenizer
-from relneuron.report import commands, read_any, render
-from relneuron.report_study import Study
-from relneuron.study import Options, run_study
+from relneuron.cli.pages import commands, read_any, render
+from relneuron.cli.run import Options, run_study
+from relneuron.methods.gains.attribute import attribute
+from relneuron.methods.gains.options import AttributeOptions
+from relneuron.methods.gains.rank import identify_gains
+from relneuron.model.gated import load_model, load_tokenizer
 
 OPTIONS = Options(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)

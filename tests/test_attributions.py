@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import relneuron.attributions
+import relneuron.artifact.gains
 from relneuron.artifact.files import RelneuronError, atomic_write
-from relneuron.attributions import (
+from relneuron.artifact.gains import (
     ATTRIBUTIONS,
     GAINS,
     TABLES,

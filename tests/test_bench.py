@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from relneuron import bench, cli
 from relneuron.artifact.files import RelneuronError
-from relneuron.bench_case import Case, Contestant
-from relneuron.bench_suite import CONTESTANTS
+from relneuron.bench import timing as bench
+from relneuron.bench.case import Case, Contestant
+from relneuron.bench.suite import CONTESTANTS
+from relneuron.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Case(dtype="bfloat16", T=48, F=65)
@@ -113,7 +114,7 @@ def test_everybody_has_a_turn_in_every_round() -> None:
 
 def spoiled(name: str, spoil: Callable[[torch.Tensor, torch.Tensor], None]) -> bench.Row:
     """The row of a contestant whose result `spoil` changes behind its back."""
-    from relneuron import bench_suite
+    from relneuron.bench import suite as bench_suite
 
     made = bench_suite._Bench(TINY, "cpu", 1)
     made.add_ours("count", masks=False, moments=False, responses=False)

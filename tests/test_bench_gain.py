@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from relneuron import bench_gain, ops
-from relneuron.bench_case import Case
+from relneuron import ops
+from relneuron.bench import gain as bench_gain
+from relneuron.bench.case import Case
 
 gained = partial(Case, "logprob_gain", layout="D=24")
 

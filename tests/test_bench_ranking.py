@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron import bench, bench_ranking, ops
+from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.bench_case import Case, Contestant
-from relneuron.bench_ranking import ONE_THREAD, draw_labels, draw_values
+from relneuron.bench import ranking as bench_ranking
+from relneuron.bench import timing as bench
+from relneuron.bench.case import Case, Contestant
+from relneuron.bench.ranking import ONE_THREAD, draw_labels, draw_values
 
 ROOT = Path(__file__).resolve().parents[1]
 ranked = partial(Case, "average_precision")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from relneuron import cli
+from relneuron.cli import main as cli
 
 RUN = ["--eva", "8", "--top", "40", "--random-seeds", "2", "--quiet"]
 

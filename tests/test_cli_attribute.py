@@ -19,10 +19,10 @@ from attribution_runs import files_of
 from corpus_commands import Result, call, caller
 from hooked import one_thread, read_rows
 
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.attribute import JOURNAL
-from relneuron.cli_attribute import _cell
-from relneuron.manifest import Manifest
+from relneuron.cli.attribute import _cell
+from relneuron.methods.gains.attribute import JOURNAL
 
 QUICK = ["--query-units", 4, "--top", 20, "--random-seeds", 1, "--batch-tokens", 200, "--quiet"]
 RELATIONS = ("likes_fruit", "lives_in", "works_as")

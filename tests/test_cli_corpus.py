@@ -29,9 +29,9 @@ from corpus_commands import (
 from counted import plain_counts
 from hooked import one_thread
 
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.counts import Counts
-from relneuron.model import load_model, load_tokenizer
+from relneuron.model.gated import load_model, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from corpus_commands import Result, caller, check_refused
 
-from relneuron.cli import app
-from relneuron.cli_checks import METHODS, RULES, Command
+from relneuron.cli.checks import METHODS, RULES, Command
+from relneuron.cli.main import app
 
 GIVEN = {
     "top": 5,

@@ -35,9 +35,9 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.doctor import model_report
-from relneuron.model import choose_device, find_gated_mlps, inspect_layers
-from relneuron.residual import read_residual_model
+from relneuron.cli.doctor import model_report
+from relneuron.model.gated import choose_device, find_gated_mlps, inspect_layers
+from relneuron.model.stream import read_residual_model
 
 IDS = torch.arange(5, 11)[None]
 
@@ -223,7 +223,7 @@ def test_an_output_under_a_file(relneuron: Any, commands: Any, tmp_path: Path) -
 
 
 def test_every_command_that_writes_is_tried(commands: Any) -> None:
-    from relneuron.cli import app
+    from relneuron.cli.main import app
 
     names = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert {*commands} == names - {"doctor"}
@@ -295,7 +295,7 @@ def test_a_model_that_also_holds_an_adapter(
     peft = type(sys)("peft")
     peft.__spec__ = ModuleSpec("peft", None)
     monkeypatch.setitem(sys.modules, "peft", peft)
-    from relneuron.model import load_model
+    from relneuron.model.gated import load_model
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: 1 / 0)
     with (

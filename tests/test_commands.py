@@ -20,10 +20,10 @@ import typer.main
 from corpus_commands import TEXTS, call, sources, write_texts, written
 from hooked import one_thread
 
-from relneuron import cli
-from relneuron.command import command, commands, moved, placed
-from relneuron.manifest import Manifest
-from relneuron.study import DEMO, DEMO_OPTIONS, Options, _whole
+from relneuron.artifact.command import command, commands, moved, placed
+from relneuron.artifact.manifest import Manifest
+from relneuron.cli import main as cli
+from relneuron.cli.run import DEMO, DEMO_OPTIONS, Options, _whole
 
 # Options that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}

@@ -22,8 +22,9 @@ from attributed import (
     targets_of,
 )
 
+from relneuron.ablation.rows import intervene
 from relneuron.artifact.files import RelneuronError
-from relneuron.comparison import (
+from relneuron.methods.gains.comparison import (
     METHODS,
     Row,
     Sizes,
@@ -36,12 +37,11 @@ from relneuron.comparison import (
     summary,
     top_heads,
 )
-from relneuron.interventions import intervene
-from relneuron.ops.logprob_gain import TopGains
-from relneuron.query_scores import query_scores
-from relneuron.residual import ResidualModel, read_residual_model
-from relneuron.trace import Trace, trace
-from relneuron.value_scores import ValueScores, value_scores
+from relneuron.methods.gains.queries import query_scores
+from relneuron.methods.gains.values import ValueScores, value_scores
+from relneuron.model.stream import ResidualModel, read_residual_model
+from relneuron.model.trace import Trace, trace
+from relneuron.ops.logprob_gain.op import TopGains
 
 HEADS_WIDTH = N_HEADS * HEAD_DIM
 Traced = tuple[ResidualModel, Trace, torch.Tensor]

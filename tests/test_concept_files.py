@@ -21,9 +21,9 @@ from sklearn.metrics import average_precision_score
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
-from relneuron.concept_files import Concept, concept_prompts, find_concepts, read_concept
-from relneuron.model import load_model, load_tokenizer
-from relneuron.scores.ap import sample_labels
+from relneuron.methods.responses.labels import sample_labels
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.concept_files import Concept, concept_prompts, find_concepts, read_concept
 
 FEW = ["--top", 20, "--permutations", 0, "--bootstrap", 0, "--noise", 0, "--quiet"]
 # As in lang_neuron, what is positive of one concept is negative of the others; some stand twice.

@@ -19,13 +19,13 @@ from safetensors.numpy import load_file
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
-from relneuron.concepts import concept_study, make_concept_prompts
 from relneuron.demo import FACTS
-from relneuron.facts import Fact, Relation, Templates, read_relations, split_facts
-from relneuron.model import load_model, load_tokenizer
-from relneuron.predict import Asker
-from relneuron.prompts import write_prompts
-from relneuron.record import record
+from relneuron.methods.responses.record import record
+from relneuron.model.ask import Asker
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.concepts import concept_study, make_concept_prompts
+from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
+from relneuron.texts.prompts import write_prompts
 
 
 def relation_of(name: str, domain: str, subjects: list[str]) -> Relation:
@@ -289,12 +289,12 @@ def test_again_is_the_same_and_does_nothing(
     def unexpected(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    monkeypatch.setattr("relneuron.concepts.record", unexpected)
+    monkeypatch.setattr("relneuron.texts.concepts.record", unexpected)
     # Without the scores' file only the ranking is made anew, from the responses.
     (tmp_path / "two" / "scores.safetensors").unlink()
     study(loaded, concepts, tmp_path / "two")
     assert contents(tmp_path / "two") == before
-    monkeypatch.setattr("relneuron.concepts.identify", unexpected)
+    monkeypatch.setattr("relneuron.texts.concepts.identify", unexpected)
     assert study(loaded, concepts, tmp_path / "one") == found
     assert contents(tmp_path / "one") == before
 
@@ -322,7 +322,7 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import relneuron.predict
+    import relneuron.model.ask
 
     study(loaded, concepts, tmp_path / "whole")
     read, calls = relneuron.predict.Asker.read, []

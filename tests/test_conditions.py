@@ -16,12 +16,7 @@ import numpy as np
 import pytest
 from hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_rows
 
-from relneuron import cli
-from relneuron.ablate_options import AblateOptions
-from relneuron.analyses import run_all
-from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import site_widths
-from relneuron.conditions import (
+from relneuron.ablation.conditions import (
     ANALYSES,
     PAPER_SIZES,
     default_sizes,
@@ -32,9 +27,14 @@ from relneuron.conditions import (
     read_rankings,
     site_places,
 )
-from relneuron.effects import KINDS, read_conditions, read_effects
-from relneuron.predict import Asker
-from relneuron.scores.ranking import site_of, top_k
+from relneuron.ablation.options import AblateOptions
+from relneuron.analyses import run_all
+from relneuron.artifact.effects import KINDS, read_conditions, read_effects
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.ranking import site_of, top_k
+from relneuron.cli import main as cli
+from relneuron.model.ask import Asker
 
 SIZES = (1, 5, 40, 100, 256)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import MIB, Source, describe_source, parse_sources
-from relneuron.corpus_read import read_chunks
+from relneuron.texts.read import read_chunks
+from relneuron.texts.sources import MIB, Source, describe_source, parse_sources
 
 TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]
 
@@ -195,7 +195,7 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.setattr("relneuron.installed.find_spec", lambda name: None)
+    monkeypatch.setattr("relneuron.artifact.installed.find_spec", lambda name: None)
     path = "hf:x" if suffix == "hf" else tmp_path / "a.parquet"
     with pytest.raises(RelneuronError, match=f"needs {package}") as caught:
         parse_sources([f"en={path}"])

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relneuron import corpus_read, corpus_windows
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import Source, parse_sources
-from relneuron.corpus_feed import Feed
-from relneuron.corpus_windows import Packing
+from relneuron.texts import read as corpus_read
+from relneuron.texts import windows as corpus_windows
+from relneuron.texts.feed import Feed
+from relneuron.texts.sources import Source, parse_sources
+from relneuron.texts.windows import Packing
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 Plain = tuple[str, list[int], list[bool]]

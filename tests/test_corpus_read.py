@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from relneuron import corpus_read
 from relneuron.artifact import parquet
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import MIB, File, Source, describe_source, parse_sources
-from relneuron.corpus_read import Piece, read_chunks
+from relneuron.texts import read as corpus_read
+from relneuron.texts.read import Piece, read_chunks
+from relneuron.texts.sources import MIB, File, Source, describe_source, parse_sources
 
 TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]
 

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relneuron import corpus_read, corpus_windows
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import Source, parse_sources
-from relneuron.corpus_windows import Block, Packing, default_bos, make_blocks
+from relneuron.texts import read as corpus_read
+from relneuron.texts import windows as corpus_windows
+from relneuron.texts.sources import Source, parse_sources
+from relneuron.texts.windows import Block, Packing, default_bos, make_blocks
 
 BOS = 99
 Plain = tuple[str, list[int], list[bool]]

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import parse_sources
-from relneuron.corpus_feed import Feed
-from relneuron.corpus_windows import Packing
-from relneuron.corpus_worker import fast_encoder
+from relneuron.texts.feed import Feed
+from relneuron.texts.sources import parse_sources
+from relneuron.texts.windows import Packing
+from relneuron.texts.worker import fast_encoder
 
 
 def word_tokenizer() -> Any:

@@ -28,12 +28,12 @@ from counted import (
 )
 from hooked import one_thread
 
+from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus_windows import Window
-from relneuron.count_batches import make_batch
-from relneuron.count_pass import Counter, Speed
-from relneuron.counts import SITES
-from relneuron.model import find_gated_mlps
+from relneuron.methods.counts.batches import make_batch
+from relneuron.methods.counts.counter import Counter, Speed
+from relneuron.model.gated import find_gated_mlps
+from relneuron.texts.windows import Window
 
 FIVE = ("en", "zh", "fr", "es", "vi")
 

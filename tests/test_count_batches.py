@@ -30,13 +30,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.corpus import File, Source
-from relneuron.corpus_windows import Window
-from relneuron.count import count
-from relneuron.count_batches import make_batch, plan_pool, pool_windows
-from relneuron.count_options import CountOptions, choose_packing
-from relneuron.count_pass import Counter
-from relneuron.model import find_gated_mlps
+from relneuron.methods.counts.batches import make_batch, plan_pool, pool_windows
+from relneuron.methods.counts.count import count
+from relneuron.methods.counts.counter import Counter
+from relneuron.model.gated import find_gated_mlps
+from relneuron.texts.options import CountOptions, choose_packing
+from relneuron.texts.sources import File, Source
+from relneuron.texts.windows import Window
 
 FIVE = ("en", "zh", "fr", "es", "vi")
 

@@ -18,11 +18,11 @@ from counted import Numbers, draw, note_batches, run, stopping, write_corpus
 from hooked import one_thread
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.count import count
-from relneuron.count_checkpoint import NAME as CHECKPOINT
-from relneuron.count_options import CountOptions
-from relneuron.count_pass import Counter
-from relneuron.manifest import Manifest
+from relneuron.artifact.manifest import Manifest
+from relneuron.methods.counts.checkpoint import NAME as CHECKPOINT
+from relneuron.methods.counts.count import count
+from relneuron.methods.counts.counter import Counter
+from relneuron.texts.options import CountOptions
 
 
 @pytest.fixture(autouse=True)

@@ -21,10 +21,10 @@ from count_crash import GROUPS, LEFT, check_checkpoint, files_of
 from counted import draw, note_batches, run, stopping, write_corpus
 from hooked import one_thread
 
-from relneuron import cli
-from relneuron.count_checkpoint import NAME as CHECKPOINT
-from relneuron.count_pass import Counter
-from relneuron.manifest import Manifest
+from relneuron.artifact.manifest import Manifest
+from relneuron.cli import main as cli
+from relneuron.methods.counts.checkpoint import NAME as CHECKPOINT
+from relneuron.methods.counts.counter import Counter
 
 SCRIPT = Path(__file__).with_name("count_crash.py")
 

@@ -18,9 +18,9 @@ from count_crash import GROUPS, LEFT, files_of
 from counted import draw
 from hooked import one_thread
 
-from relneuron import cli
-from relneuron.count_ranks import Ranks, joined, local_device
-from relneuron.counts import Counts
+from relneuron.artifact.counts import Counts
+from relneuron.cli import main as cli
+from relneuron.methods.counts.ranks import Ranks, joined, local_device
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

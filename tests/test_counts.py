@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from relneuron.artifact.counts import DTYPES, SITES, Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.counts import DTYPES, SITES, Counts
 
 NAMES = ("en", "zh", "日本語", 'a "b"', "c,d")
 LAYERS, WIDTH, HIDDEN = 2, 3, 5

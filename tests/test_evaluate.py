@@ -17,11 +17,11 @@ from hooked import N_NEURONS, SHAPE, Hooked, Study, one_thread, read_rows, same_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import relneuron.evaluate
+import relneuron.ablation.evaluate
+from relneuron.ablation.evaluate import Row, cut, plan_rows
 from relneuron.artifact.files import RelneuronError
-from relneuron.evaluate import Row, cut, plan_rows
-from relneuron.predict import Asker, encode
-from relneuron.scores.ranking import random_neurons
+from relneuron.artifact.ranking import random_neurons
+from relneuron.model.ask import Asker, encode
 
 SEEDS = 9
 

@@ -20,12 +20,12 @@ from hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score
 
-from relneuron.ablate_options import AblateOptions
+from relneuron.ablation.expertise import _MODULES, _units, export_expertise, statistic
+from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.expertise import _MODULES, _units, export_expertise, statistic
-from relneuron.report import off
-from relneuron.scores.ranking import random_neurons
-from relneuron.study import Options
+from relneuron.artifact.ranking import random_neurons
+from relneuron.cli.pages import off
+from relneuron.cli.run import Options
 
 SITES = ("gate", "up", "down")
 AUTHORS = ["ap", "off_mean", "off_p50", "on_p50", "on_p90", "layer", "unit", "uuid"]

@@ -15,9 +15,16 @@ from conftest import SHARED
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
-from relneuron.facts import Fact, Relation, Templates, read_relation, read_relations, split_facts
-from relneuron.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
-from relneuron.sentences import read_sentences
+from relneuron.texts.facts import (
+    Fact,
+    Relation,
+    Templates,
+    read_relation,
+    read_relations,
+    split_facts,
+)
+from relneuron.texts.neutral import read_sentences
+from relneuron.texts.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
 
 LRE = SHARED / "lre"
 needs_lre = pytest.mark.skipif(not LRE.is_dir(), reason="the LRE facts are not beside the project")

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import relneuron
-from relneuron import cli
+from relneuron.cli import main as cli
 
 PACKAGE = Path(relneuron.__file__).parent
 QUICK = ["--noise", "0", "--permutations", "0", "--bootstrap", "0", "--top", "20", "--quiet"]

@@ -19,7 +19,7 @@ from fuzz import Ended, Mutated, crash, judge, judge_line, listing
 from fuzz_mutations import mutate
 
 from relneuron.artifact.files import RelneuronError, sha256
-from relneuron.manifest import Manifest, checked
+from relneuron.artifact.manifest import Manifest, checked
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = "a warning\nerror: a/b.csv is no table\nfix:   make it anew\n"

@@ -18,16 +18,16 @@ from conftest import tiny_model
 from hooked import one_thread
 from torch import Tensor
 
-import relneuron.generate
+import relneuron.ablation.generate
+from relneuron.ablation.generate import Continuer, Generated, generate, read_questions
+from relneuron.ablation.steer import mean_activations, steering_states
+from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.counts import NAME, Counts
-from relneuron.generate import Continuer, Generated, generate, read_questions
-from relneuron.manifest import Journal
-from relneuron.model import find_gated_mlps, load_model, load_tokenizer
-from relneuron.patch import Patch
-from relneuron.predict import is_out_of_memory
-from relneuron.steer import mean_activations, steering_states
+from relneuron.model.ask import is_out_of_memory
+from relneuron.model.gated import find_gated_mlps, load_model, load_tokenizer
+from relneuron.model.patch import Patch
 
 LAYERS, WIDTH, HIDDEN = 2, 48, 32
 SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}

@@ -18,10 +18,10 @@ from sklearn.metrics import average_precision_score
 
 from relneuron.artifact.files import RelneuronError, csv_bytes
 from relneuron.artifact.prompts import Prompt, prompts_bytes
-from relneuron.identify import check_options, identify
-from relneuron.scores import significance
-from relneuron.scores.ap import sample_labels, why_unranked
-from relneuron.scores.significance import resamples, seed_of, shuffled_labels
+from relneuron.methods.responses import significance
+from relneuron.methods.responses.labels import sample_labels, why_unranked
+from relneuron.methods.responses.rank import check_options, identify
+from relneuron.methods.responses.significance import resamples, seed_of, shuffled_labels
 
 SHAPE = {"layers": 2, "width": 40, "hidden": 20}
 PLANTED = [(0, "gate", 3), (1, "up", 39), (1, "down", 0)]

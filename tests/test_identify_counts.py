@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.counts import NAME, Counts
-from relneuron.identify_counts import identify_counts, identify_counts_inputs
-from relneuron.manifest import Manifest
-from relneuron.scores.lape import activation_probability, lape
+from relneuron.methods.counts.lape import activation_probability, lape
+from relneuron.methods.counts.rank import identify_counts, identify_counts_inputs
 
 MODEL = {"id": "tiny", "layers": 3, "width": 40, "hidden": 16}
 GROUPS = ["en", "zh", "a, b"]

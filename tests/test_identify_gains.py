@@ -11,12 +11,12 @@ import pytest
 from safetensors import safe_open
 
 from relneuron.artifact.files import RelneuronError, atomic_write, sha256
+from relneuron.artifact.gains import GAINS, TARGETS, GainFile, Target, targets_bytes
+from relneuron.artifact.manifest import Manifest, json_digest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.attributions import GAINS, TARGETS, GainFile, Target, targets_bytes
-from relneuron.identify_gains import identify_gains, identify_gains_inputs
-from relneuron.manifest import Manifest, json_digest
-from relneuron.scores.logprob_gain import best_neurons, mean_gains
-from relneuron.scores.ranking import default_top
+from relneuron.artifact.ranking import default_top
+from relneuron.methods.gains.rank import identify_gains, identify_gains_inputs
+from relneuron.methods.gains.score import best_neurons, mean_gains
 
 MODEL = {"id": "tiny", "layers": 3, "width": 40, "hidden": 16}
 RELATIONS = ["b", "a", "c"]

@@ -13,9 +13,9 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-import relneuron.identity
+import relneuron.model.identity
 from relneuron.artifact.files import RelneuronError
-from relneuron.identity import held, model_digest, other_weights, tokenizer_digest
+from relneuron.model.identity import held, model_digest, other_weights, tokenizer_digest
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -156,7 +156,7 @@ def tokenizer_changes() -> dict[str, Callable[[Any], object]]:
 
 @pytest.mark.parametrize("change", tokenizer_changes())
 def test_every_rule_of_a_tokenizer_counts(model_folder: Path, change: str) -> None:
-    from relneuron.model import load_tokenizer
+    from relneuron.model.gated import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_folder))
     before = tokenizer_digest(tokenizer)
@@ -165,7 +165,7 @@ def test_every_rule_of_a_tokenizer_counts(model_folder: Path, change: str) -> No
 
 
 def test_how_a_tokenizer_was_used_last_does_not_count(model_folder: Path) -> None:
-    from relneuron.model import load_tokenizer
+    from relneuron.model.gated import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_folder))
     before = tokenizer_digest(tokenizer)

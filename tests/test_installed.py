@@ -20,10 +20,10 @@ import pytest
 from corpus_commands import COUNT, Result, caller, check_refused, make_study, sources, write_texts
 from hooked import one_thread
 
-from relneuron import installed
-from relneuron.cli import app
-from relneuron.cli_checks import NEEDS
-from relneuron.installed import EXTRAS, install_command, missing
+from relneuron.artifact import installed
+from relneuron.artifact.installed import EXTRAS, install_command, missing
+from relneuron.cli.checks import NEEDS
+from relneuron.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

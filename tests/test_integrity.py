@@ -19,30 +19,30 @@ import torch
 from hooked import one_thread
 from safetensors import safe_open
 
-import relneuron.predict
-from relneuron.ablate import ablate_prompts
+import relneuron.model.ask
+from relneuron.ablation.ablate import ablate_prompts
+from relneuron.ablation.conditions import ANALYSES
+from relneuron.ablation.generate import generate
+from relneuron.ablation.nll import nll
 from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.manifest import Journal, Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.attribute import attribute
-from relneuron.attribute_options import AttributeOptions
-from relneuron.conditions import ANALYSES
-from relneuron.corpus import parse_sources
-from relneuron.count import count
-from relneuron.count_options import CountOptions
-from relneuron.generate import generate
-from relneuron.identify import identify
-from relneuron.identify_counts import identify_counts
-from relneuron.identify_gains import identify_gains
-from relneuron.lape_counts import export_counts
-from relneuron.manifest import Journal, Manifest, checked
-from relneuron.merge import merge
-from relneuron.model import load_model, load_tokenizer
-from relneuron.nll import nll
-from relneuron.record import record
-from relneuron.report import write_report
-from relneuron.study import Options, run_study
+from relneuron.cli.pages import write_report
+from relneuron.cli.run import Options, run_study
+from relneuron.methods.counts.authors_counts import export_counts
+from relneuron.methods.counts.count import count
+from relneuron.methods.counts.merge import merge
+from relneuron.methods.counts.rank import identify_counts
+from relneuron.methods.gains.attribute import attribute
+from relneuron.methods.gains.options import AttributeOptions
+from relneuron.methods.gains.rank import identify_gains
+from relneuron.methods.responses.rank import identify
+from relneuron.methods.responses.record import record
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import parse_sources
 
 OPTIONS = Options(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
@@ -420,7 +420,7 @@ def test_the_middle_of_a_text_counts(loaded: tuple[Any, Any], tmp_path: Path) ->
 def test_a_text_that_changes_while_it_is_counted_is_refused(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relneuron.count_pass import Speed
+    from relneuron.methods.counts.counter import Speed
 
     text, true = tmp_path / "a.txt", Speed.count
     text.write_text("Person1 eats plum\n" * 50)
@@ -522,7 +522,7 @@ def test_record_does_damaged_rows_again(
 def test_attribute_does_damaged_gains_again(
     made: Path, loaded: tuple[Any, Any], tmp_path: Path, damage: str
 ) -> None:
-    from relneuron.attribute_pass import Scorer
+    from relneuron.methods.gains.scorer import Scorer
 
     run = partial(attributed, loaded, made / "study" / "prompts.jsonl")
     crashed(partial(run, tmp_path / "out"), Scorer, "score", 4)
@@ -580,7 +580,7 @@ def test_a_flipped_bit_of_a_journal_changes_no_result(
 def test_a_flipped_checkpoint_is_refused(
     loaded: tuple[Any, Any], corpus: list[str], tmp_path: Path
 ) -> None:
-    from relneuron.count_pass import Speed
+    from relneuron.methods.counts.counter import Speed
 
     true, calls = Speed.count, []
 

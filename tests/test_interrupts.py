@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from relneuron import cli, cli_errors
 from relneuron.artifact.files import atomic_write, create_safetensors
-from relneuron.manifest import Journal
+from relneuron.artifact.manifest import Journal
+from relneuron.cli import errors as cli_errors
+from relneuron.cli import main as cli
 
 # Ctrl-C comes when a module is looked for, and the import makes another error of it.
 SCRIPT = """

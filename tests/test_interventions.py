@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from relneuron.ablation.rows import Off, batch_masks, head_places, intervene, masked, off
 from relneuron.artifact.files import RelneuronError
-from relneuron.interventions import Off, batch_masks, head_places, intervene, masked, off
-from relneuron.manifest import Journal
-from relneuron.residual import ResidualModel, read_residual_model
+from relneuron.artifact.manifest import Journal
+from relneuron.model.stream import ResidualModel, read_residual_model
 
 VOCABULARY, WIDTH, HEADS_WIDTH, N_LAYERS = 96, 48, 32, 3
 

@@ -15,9 +15,9 @@ from conftest import tiny_model
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt, prompts_bytes
-from relneuron.facts import read_relations
-from relneuron.knowledge import read_knowledge
-from relneuron.targets import encode_targets, keep, type_tokens
+from relneuron.methods.gains.targets import encode_targets, keep, type_tokens
+from relneuron.texts.facts import read_relations
+from relneuron.texts.knowledge import read_knowledge
 
 TYPES = ("language", "capital", "country", "color", "number", "month")
 CSV = "prompt,answer,type\n"
@@ -164,7 +164,7 @@ class Words:
 
 
 def test_targets_are_first_answer_tokens(model_folder: Path) -> None:
-    from relneuron.model import load_model, load_tokenizer
+    from relneuron.model.gated import load_model, load_tokenizer
 
     model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
     prompts = [prompt("a", "Person1 lives in", "Rome"), prompt("b", "Person2 eats", "plum jam")]

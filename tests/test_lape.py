@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.scores.lape import (
+from relneuron.methods.counts.lape import (
     activation_probability,
     entropies,
     highest_mean,

@@ -15,19 +15,19 @@ import pytest
 import torch
 from conftest import SHARED
 
-from relneuron import lape_files
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.counts import Counts
-from relneuron.lape_counts import import_counts, name_counts
-from relneuron.lape_files import (
+from relneuron.methods.counts import authors_files as lape_files
+from relneuron.methods.counts.authors_counts import import_counts, name_counts
+from relneuron.methods.counts.authors_files import (
     config_shape,
     read_counts_pth,
     read_neuron_pth,
     write_counts_pth,
     write_neuron_pth,
 )
-from relneuron.manifest import Manifest
 
 PUBLISHED = SHARED / "lape" / "LLaMA-2-7B.neuron.pth"
 LLAMA2 = {"id": "llama-2-7b", "layers": 32, "width": 11008, "hidden": 4096}

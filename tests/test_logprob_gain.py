@@ -22,12 +22,12 @@ from relneuron.ops import (
     TopGains,
     available_backends,
     backends,
-    logprob_gain,
     logprob_gain_top,
     logprob_gain_vectors,
 )
-from relneuron.ops import logprob_gain_engine as engine
-from relneuron.ops.logprob_gain_base import Base, make_head
+from relneuron.ops.logprob_gain import engine
+from relneuron.ops.logprob_gain import op as logprob_gain
+from relneuron.ops.logprob_gain.base import Base, make_head
 
 VECTORS = SHARED / "methods" / "vectors.json"
 ISAS = backends.cpu_module().isa_levels() if available_backends()["cpu"].works else []

@@ -13,10 +13,10 @@ from count_crash import LEFT, files_of
 from counted import Numbers, assert_equal, draw, run
 from hooked import one_thread
 
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.counts import Counts
-from relneuron.manifest import Manifest
-from relneuron.merge import merge
+from relneuron.artifact.manifest import Manifest
+from relneuron.methods.counts.merge import merge
 
 ASKED: dict[str, Any] = {"window": 16, "batch_tokens": 48}
 

@@ -20,16 +20,12 @@ from attributed import (
     weights_of,
 )
 
-from relneuron import method_scores as scores_module
 from relneuron.artifact.files import RelneuronError
-from relneuron.comparison import (
-    METHODS,
-    TargetRanks,
-    method_scores,
-)
-from relneuron.method_scores import layer_scores, target_ranks
-from relneuron.residual import ResidualModel, read_residual_model
-from relneuron.trace import Trace, trace
+from relneuron.methods.gains import eight_scores as scores_module
+from relneuron.methods.gains.comparison import METHODS, TargetRanks, method_scores
+from relneuron.methods.gains.eight_scores import layer_scores, target_ranks
+from relneuron.model.stream import ResidualModel, read_residual_model
+from relneuron.model.trace import Trace, trace
 
 Traced = tuple[ResidualModel, Trace, torch.Tensor]
 

@@ -19,13 +19,13 @@ import torch
 from conftest import FAMILIES, tiny_model
 from hooked import one_thread, read_rows
 
-import relneuron.nll
+import relneuron.ablation.nll
+from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal, Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.corpus import Source, parse_sources
-from relneuron.manifest import Journal, Manifest
-from relneuron.model import load_model, load_tokenizer
-from relneuron.nll import Scorer, nll, plan_masks, read_texts
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.sources import Source, parse_sources
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 48, 32, 96
 SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}
@@ -100,8 +100,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("relneuron.corpus.describe_source", lambda source: {"group": source.group})
-    monkeypatch.setattr("relneuron.count_options.default_bos", lambda tokenizer: ("none", None))
+    monkeypatch.setattr(
+        "relneuron.texts.sources.describe_source", lambda source: {"group": source.group}
+    )
+    monkeypatch.setattr("relneuron.texts.options.default_bos", lambda tokenizer: ("none", None))
     NeuronFile({"id": "m", **SHAPE}, "lape", SETS, {}).write(tmp_path / "neurons.json")
     return tmp_path
 

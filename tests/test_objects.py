@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from relneuron.analyses.answers import interference, resilience
+from relneuron.artifact.effects import Condition, Grid, fact_numbers, own_languages, split_name
 from relneuron.artifact.files import RelneuronError, fold
+from relneuron.artifact.gains import Target, targets_bytes
 from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
-from relneuron.attributions import Target, targets_bytes
-from relneuron.comparison import Row, summary
-from relneuron.effects import Condition, Grid, fact_numbers, own_languages, split_name
-from relneuron.knowledge import read_knowledge
-from relneuron.predict import Asker, begins_with, encode, given_object, is_correct
-from relneuron.scores.significance import resamples
-from relneuron.targets import encode_targets, keep
+from relneuron.methods.gains.comparison import Row, summary
+from relneuron.methods.gains.targets import encode_targets, keep
+from relneuron.methods.responses.significance import resamples
+from relneuron.model.ask import Asker, begins_with, encode, given_object, is_correct
+from relneuron.texts.knowledge import read_knowledge
 
 
 def prompt(name: str, *objects: str, text: str = "abc", subject: str = "s", **more: Any) -> Prompt:

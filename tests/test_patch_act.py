@@ -16,9 +16,9 @@ from conftest import tiny_model
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.model import find_gated_mlps
-from relneuron.patch import LayerState, Patch, Replacement, StatisticsDone, Tokens, pack_keep
-from relneuron.predict import cache_of
+from relneuron.model.ask import cache_of
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.patch import LayerState, Patch, Replacement, StatisticsDone, Tokens, pack_keep
 
 LAYERS, WIDTH, HIDDEN = 3, 48, 32
 B, T, C = 4, 7, 3

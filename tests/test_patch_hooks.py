@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model import find_gated_mlps, inspect_layers
-from relneuron.patch import LayerState, Patch, StatisticsDone, Tokens
+from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
 
 B, T, WIDTH, LAYERS = 2, 7, 48, 3
 NEURONS = [(0, "gate", 3), (1, "up", 40), (1, "gate", 40), (2, "down", 31)]

@@ -17,12 +17,12 @@ import torch
 from polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from studies import write_study
 
+from relneuron.analyses.study import read_study
 from relneuron.artifact.prompts import read_prompts
-from relneuron.model import load_model, load_tokenizer
-from relneuron.preview import warn_of_unknown
-from relneuron.report import page
-from relneuron.report_study import read_study
-from relneuron.study import Options, run_study
+from relneuron.cli.pages import page
+from relneuron.cli.run import Options, run_study
+from relneuron.methods.responses.preview import warn_of_unknown
+from relneuron.model.gated import load_model, load_tokenizer
 
 OPTIONS = Options(eva=12, top=60, random_seeds=2, permutations=0, bootstrap=20, noise=200)
 

@@ -16,12 +16,12 @@ from conftest import SHARED, tiny_model
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt
-from relneuron.model import find_gated_mlps, load_model
-from relneuron.patch import LayerState, Patch, Tokens, mask_states
-from relneuron.predict import Answers, Asker, Questions, Step, encode, is_correct, plan_batches
-from relneuron.record import pooled_tokens
-from relneuron.scores.ap import sample_labels
-from relneuron.scores.ranking import n_neurons, random_neurons, top_k
+from relneuron.artifact.ranking import n_neurons, random_neurons, top_k
+from relneuron.methods.responses.labels import sample_labels
+from relneuron.methods.responses.record import pooled_tokens
+from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_correct, plan_batches
+from relneuron.model.gated import find_gated_mlps, load_model
+from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ from attributed import (
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.ops.logprob_gain import TopGains
-from relneuron.query_scores import promoted_tokens, query_scores
-from relneuron.residual import read_residual_model
-from relneuron.trace import Trace, trace
-from relneuron.value_scores import value_scores
+from relneuron.methods.gains.queries import promoted_tokens, query_scores
+from relneuron.methods.gains.values import value_scores
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import Trace, trace
+from relneuron.ops.logprob_gain.op import TopGains
 
 
 def scored(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Trace, Any]:
@@ -73,7 +73,9 @@ def test_scores_equal_a_loop_over_units_and_neurons(family: str, kind: str, key:
 def test_neurons_in_parts_have_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     _, residual, found, values = scored("llama")
     whole = query_scores(residual, found, values.attention_top)
-    monkeypatch.setattr("relneuron.query_scores._SCRATCH", 7 * max(HIDDEN, 30 * len(found.mask)))
+    monkeypatch.setattr(
+        "relneuron.methods.gains.queries._SCRATCH", 7 * max(HIDDEN, 30 * len(found.mask))
+    )
     parts = query_scores(residual, found, values.attention_top)
     torch.testing.assert_close(parts.ffn_neuron, whole.ffn_neuron, rtol=1e-6, atol=1e-9)
     assert bool(whole.ffn_neuron.any())

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from relneuron.artifact import reading
 from relneuron.artifact.files import RelneuronError, csv_bytes
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.parquet import read_table
 from relneuron.artifact.prompts import read_prompts
@@ -31,9 +32,8 @@ from relneuron.artifact.reading import (
     read_json,
     read_lines,
 )
-from relneuron.corpus import parse_sources
-from relneuron.corpus_read import read_chunks
-from relneuron.manifest import Manifest
+from relneuron.texts.read import read_chunks
+from relneuron.texts.sources import parse_sources
 
 PROMPT = {"id": "a", "relation": "r", "split": "eva", "language": "en", "template": "{}"}
 PROMPT |= {"subject": "s", "object": "o", "prompt": "p"}

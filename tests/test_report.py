@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from studies import PAYLOADS, RELATIONS, RIGHT, SETS, Page, write_study
 
+from relneuron.analyses.chosen import neuron_table
+from relneuron.analyses.study import read_study
 from relneuron.artifact.files import RelneuronError
-from relneuron.report import render, write_report
-from relneuron.report_neurons import neuron_table
-from relneuron.report_study import read_study
-from relneuron.tables import Table, visible
+from relneuron.cli.pages import render, write_report
+from relneuron.report.tables import Table, visible
 
 # Text
 

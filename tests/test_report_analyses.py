@@ -27,15 +27,15 @@ from studies import (
     write_whole_study,
 )
 
-from relneuron import figures_analyses as draw
-from relneuron import report_analyses
+from relneuron.analyses import figures as draw
+from relneuron.analyses import page as report_analyses
+from relneuron.analyses.figures import perplexity_plot, resilience_plot
+from relneuron.analyses.study import read_study
+from relneuron.artifact.effects import conditions_bytes
 from relneuron.artifact.files import RelneuronError
-from relneuron.effects import conditions_bytes
-from relneuron.figures import drop_heatmap
-from relneuron.figures_analyses import perplexity_plot, resilience_plot
-from relneuron.report import render, write_report
-from relneuron.report_study import read_study
-from relneuron.tables import Share, Table, show, visible
+from relneuron.cli.pages import render, write_report
+from relneuron.report.kit import drop_heatmap
+from relneuron.report.tables import Share, Table, show, visible
 
 MAIN = ["accuracy", "drop", "interference", "layers", "scores", "overlap", "versatility"]
 MAIN += ["resilience", "errors"]

@@ -30,11 +30,11 @@ from attribution_studies import (
 from studies import PAYLOADS, Page
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.attributions import table_bytes
-from relneuron.report import render, write_report
-from relneuron.report_attribution_study import is_attribution, read_attribution_study
-from relneuron.report_attribution_tables import attribution_tables
-from relneuron.tables import visible
+from relneuron.artifact.gains import table_bytes
+from relneuron.cli.pages import render, write_report
+from relneuron.methods.gains.study import is_attribution, read_attribution_study
+from relneuron.methods.gains.tables import attribution_tables
+from relneuron.report.tables import visible
 
 
 @pytest.fixture(scope="module")

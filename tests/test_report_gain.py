@@ -21,18 +21,18 @@ from pytest import MonkeyPatch
 from safetensors.numpy import load_file, save_file
 from studies import PAYLOADS, RELATIONS, SETS, Page, write_study
 
-import relneuron.attribute_pass
-import relneuron.study
-from relneuron.analyses.gain import Gains, gain, gain_overlap, products
+import relneuron.cli.run
+import relneuron.methods.gains.scorer
+from relneuron.analyses.beside import Gains, gain, gain_overlap, products
+from relneuron.analyses.study import read_scores, read_study
+from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
-from relneuron.effects import Condition
-from relneuron.model import load_model, load_tokenizer
-from relneuron.report import render, write_report
-from relneuron.report_study import read_scores, read_study
-from relneuron.study import Options, run_study
-from relneuron.tables import label
+from relneuron.cli.pages import render, write_report
+from relneuron.cli.run import Options, run_study
+from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.report.tables import label
 
 GAIN_SETS: dict[str, list[list[Any]]] = {
     "company_ceo": [[0, "gate", 1, 0.5], [1, "gate", 2, 0.4], [1, "gate", 7, 0.3]],
@@ -313,7 +313,7 @@ def test_the_gains_survive_crashes_and_are_made_once(
     study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """It breaks between any two files of the gains, and in the middle of the scores."""
-    from relneuron import manifest
+    from relneuron.artifact import manifest
 
     copy = tmp_path / "s"
     calls: list[int] = []

@@ -26,14 +26,14 @@ from corpus_studies import (
 from scipy.stats import false_discovery_control, wilcoxon
 from studies import Page
 
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import sha256
-from relneuron.counts import Counts
-from relneuron.identify_counts import identify_counts
-from relneuron.manifest import Manifest
-from relneuron.report import render, write_report
-from relneuron.report_groups import amount
-from relneuron.report_groups_study import read_group_study
-from relneuron.report_groups_tables import group_tables
+from relneuron.artifact.manifest import Manifest
+from relneuron.cli.pages import render, write_report
+from relneuron.methods.counts.rank import identify_counts
+from relneuron.methods.counts.report import amount
+from relneuron.methods.counts.study import read_group_study
+from relneuron.methods.counts.tables import group_tables
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_the_groups_with_their_tokens(study: Path, html: str) -> None:
 def test_long_sets_show_their_best_and_the_page_holds_a_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relneuron.report_groups_sections.MOST_CELLS", 0)
+    monkeypatch.setattr("relneuron.methods.counts.page.MOST_CELLS", 0)
     write_corpus_study(tmp_path, top=80)
     page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     sizes = {name: len(chosen) for name, chosen in sets_of(tmp_path).items()}

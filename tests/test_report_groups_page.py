@@ -27,12 +27,12 @@ from corpus_studies import (
 )
 from studies import PAYLOADS, Page
 
+from relneuron.artifact.command import STUDY, command
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.command import STUDY, command
-from relneuron.counts import Counts
-from relneuron.report import render, write_report
-from relneuron.report_groups_study import is_group_study, read_group_study
-from relneuron.tables import visible
+from relneuron.cli.pages import render, write_report
+from relneuron.methods.counts.study import is_group_study, read_group_study
+from relneuron.report.tables import visible
 
 
 @pytest.fixture(scope="module")

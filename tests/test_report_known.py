@@ -13,11 +13,11 @@ import pytest
 from attribution_studies import RELATIONS, ids, rows_of, text_of, write_attribution, write_csv
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.attributions import ATTRIBUTIONS
-from relneuron.report import render
-from relneuron.report_attribution_sections import heads_off
-from relneuron.report_attribution_study import read_attribution_study
-from relneuron.report_attribution_tables import attribution_tables
+from relneuron.artifact.gains import ATTRIBUTIONS
+from relneuron.cli.pages import render
+from relneuron.methods.gains.page import heads_off
+from relneuron.methods.gains.study import read_attribution_study
+from relneuron.methods.gains.tables import attribution_tables
 
 # Only known sentences scored
 

@@ -15,14 +15,14 @@ import pytest
 from corpus_studies import write_corpus_study
 from studies import RIGHT, SETS, write_study, write_whole_study
 
+from relneuron.analyses.study import read_study
+from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.files import RelneuronError, sha256
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import read_csv
-from relneuron.effects import EFFECTS
-from relneuron.manifest import Manifest
-from relneuron.report import page, render
-from relneuron.report_study import read_study
-from relneuron.results import split_results
-from relneuron.study import report_stage
+from relneuron.cli.pages import page, render
+from relneuron.cli.run import report_stage
+from relneuron.report.results import split_results
 
 
 def describe(folder: Path, stages: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.residual import read_residual_model
-from relneuron.trace import trace
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import trace
 
 _SMALL = {
     "vocab_size": 90,

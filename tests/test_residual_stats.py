@@ -10,9 +10,10 @@ import torch
 from accuracy import assert_same_bits
 from torch import Tensor
 
-from relneuron.ops import GroupStats, available_backends, backends, residual_stats
+from relneuron.ops import GroupStats, available_backends, backends
+from relneuron.ops.swiglu_stats import residual as residual_stats
 
-op = sys.modules["relneuron.ops.swiglu_stats"]
+op = sys.modules["relneuron.ops.swiglu_stats.op"]
 STATUS = available_backends()
 BACKENDS = [name for name, status in STATUS.items() if status.works]
 IS_INTERPRETED = STATUS["triton"].works and backends.triton_module("swiglu_stats").IS_INTERPRETED

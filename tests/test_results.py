@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from studies import NAN, RELATIONS, SETS, write_study
 
-from relneuron.report import answer
-from relneuron.report_study import Answer, examples, read_study
-from relneuron.results import Result, drop_matrix, headline, site_counts, split_results
+from relneuron.analyses.study import Answer, examples, read_study
+from relneuron.cli.pages import answer
+from relneuron.report.results import Result, drop_matrix, headline, site_counts, split_results
 
 
 def test_drop_matrix_of_the_method_s_vector() -> None:

@@ -15,8 +15,8 @@ from scipy.stats import kstest
 from sklearn.metrics import average_precision_score
 
 from relneuron import ops
-from relneuron.scores import significance
-from relneuron.scores.significance import (
+from relneuron.methods.responses import significance
+from relneuron.methods.responses.significance import (
     bootstrap_interval,
     fdr_resolution,
     noise_ap,

@@ -20,12 +20,12 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from relneuron.ablation.conditions import ANALYSES
+from relneuron.artifact.effects import KINDS
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import read_prompts
-from relneuron.conditions import ANALYSES
-from relneuron.effects import KINDS
-from relneuron.model import load_model, load_tokenizer
-from relneuron.study import Options, run_study
+from relneuron.cli.run import Options, run_study
+from relneuron.model.gated import load_model, load_tokenizer
 
 OPTIONS = Options(eva=8, top=40, random_seeds=3, batch_tokens=256)
 FILES = {
@@ -243,7 +243,7 @@ def test_accuracies_count_the_effects(study: Path) -> None:
 
 
 def test_random_sets_are_as_large_and_all_differ(study: Path) -> None:
-    from relneuron.scores.ranking import n_neurons, random_neurons
+    from relneuron.artifact.ranking import n_neurons, random_neurons
 
     shape = {"layers": 2, "width": 48, "hidden": 32}
     drawn = [random_neurons(shape, 40, seed) for seed in range(3)]
@@ -332,8 +332,8 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
     error: type[BaseException],
 ) -> None:
     """Every ninth forward raises; an interrupt loses nothing, a crash what was not yet saved."""
-    import relneuron.predict
-    from relneuron.manifest import Journal
+    import relneuron.model.ask
+    from relneuron.artifact.manifest import Journal
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 10.0 if error is KeyboardInterrupt else 0.0)
     forward, calls = relneuron.predict.Asker._forward, []
@@ -379,8 +379,8 @@ WHOLE = Options(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYS
 def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answers(
     model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import relneuron.predict
-    from relneuron.manifest import Journal
+    import relneuron.model.ask
+    from relneuron.artifact.manifest import Journal
 
     # Kinds of subjects: two relations about people, one about towns.
     facts = tmp_path / "facts"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hooked import one_thread
 
-import relneuron.study
+import relneuron.cli.run
+from relneuron.ablation.conditions import ANALYSES
 from relneuron.artifact.files import RelneuronError
-from relneuron.conditions import ANALYSES
-from relneuron.study import Options, run_study
+from relneuron.cli.run import Options, run_study
 
 OPTIONS = Options(
     eva=4, top=40, random_seeds=2, batch_tokens=512, permutations=0, bootstrap=0, noise=0

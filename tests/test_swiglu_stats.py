@@ -30,18 +30,18 @@ from relneuron.ops import (
     GroupStats,
     available_backends,
     backends,
-    swiglu_stats,
     swiglu_stats_only,
 )
-from relneuron.ops import swiglu_stats as public_function
-from relneuron.ops import swiglu_stats_reference as reference
+from relneuron.ops.swiglu_stats import op as public_function
+from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops.swiglu_stats import reference
 from relneuron.testing import oracle as data
 from relneuron.testing.oracle import integers, normal
 
 # The interpreter computes with numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-op = sys.modules["relneuron.ops.swiglu_stats"]
+op = sys.modules["relneuron.ops.swiglu_stats.op"]
 assert public_function is op.swiglu_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

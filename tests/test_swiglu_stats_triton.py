@@ -29,9 +29,10 @@ from test_swiglu_stats import (
 )
 from torch import Tensor
 
-from relneuron.ops import SITES, GroupStats, backends, swiglu_stats
-from relneuron.ops import swiglu_stats_reference as reference
-from relneuron.ops.swiglu_stats_groups import threshold_bits
+from relneuron.ops import SITES, GroupStats, backends
+from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops.swiglu_stats import reference
+from relneuron.ops.swiglu_stats.groups import threshold_bits
 
 pytestmark = [
     pytest.mark.skipif(not STATUS["triton"].works, reason=STATUS["triton"].detail),
@@ -267,7 +268,7 @@ def test_responses_add_to_what_is_there_and_leave_other_rows_alone() -> None:
 
 def test_the_plan_needs_shapes_only() -> None:
     """Tensors on "meta" have no values: whoever reads one, or waits for it, fails here."""
-    from relneuron.ops.swiglu_stats_reference import Call
+    from relneuron.ops.swiglu_stats.reference import Call
 
     launcher = backends.triton_module("swiglu_stats")
     for dtype, moments, groups in itertools.product(HALF, (False, True), (3, 40)):

@@ -17,19 +17,14 @@ import torch
 from mutants import FAULTS, swiglu_stats_with
 from torch import Tensor
 
-from relneuron.ops import available_backends, backends, swiglu_stats
-from relneuron.testing import (
-    FEATURES,
-    Check,
-    ContractError,
-    backend_checks,
-    check_backend,
-)
+from relneuron.ops import available_backends, backends
+from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.testing import FEATURES, Check, ContractError, backend_checks, check_backend
 
 # The interpreter computes with numpy, which warns about overflow and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-op = sys.modules["relneuron.ops.swiglu_stats"]
+op = sys.modules["relneuron.ops.swiglu_stats.op"]
 STATUS = available_backends()
 ISAS = backends.cpu_module().isa_levels() if STATUS["cpu"].works else []
 CHECKS = {check.name: check for check in backend_checks()}

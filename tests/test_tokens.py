@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt
-from relneuron.tokens import (
+from relneuron.texts.tokens import (
     Policy,
     check_bos,
     continuations,

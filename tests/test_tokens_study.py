@@ -15,16 +15,16 @@ from hooked import one_thread, read_rows
 from safetensors.torch import load_file
 from speakers import byte_level, characters, save, sentence_piece, taught, tiny_llama
 
-from relneuron.ablate import ablate_prompts
+from relneuron.ablation.ablate import ablate_prompts
+from relneuron.ablation.generate import generate
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, prompts_bytes
-from relneuron.attribute import attribute
-from relneuron.attribute_options import AttributeOptions
-from relneuron.generate import generate
-from relneuron.manifest import Manifest
-from relneuron.predict import Asker, encode
-from relneuron.record import record
+from relneuron.methods.gains.attribute import attribute
+from relneuron.methods.gains.options import AttributeOptions
+from relneuron.methods.responses.record import record
+from relneuron.model.ask import Asker, encode
 
 CAPITALS = {
     "甲国": "北京",
@@ -391,7 +391,7 @@ def test_types_with_one_target_are_named(tmp_path: Path) -> None:
 def test_the_commands_say_which_tokens(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from relneuron.cli import app
+    from relneuron.cli.main import app
 
     tokenizer = byte_level([" Paris", " Rome"], "both")
     folder = save(tmp_path / "model", tiny_llama(tokenizer), tokenizer)

@@ -11,8 +11,8 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.residual import read_residual_model
-from relneuron.trace import Trace, eager_attention, trace
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import Trace, eager_attention, trace
 
 PARTS = ("h", "r", "attention", "ffn", "neurons", "values")
 

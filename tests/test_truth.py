@@ -22,7 +22,7 @@ import torch
 
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
-from relneuron.study import Options, run_study
+from relneuron.cli.run import Options, run_study
 
 ROOT = Path(__file__).resolve().parents[1]
 with pytest.MonkeyPatch.context() as patch:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from relneuron.ablation.nll import nll
 from relneuron.artifact.reading import read_csv
-from relneuron.corpus import parse_sources
-from relneuron.count import count
-from relneuron.count_options import CountOptions
-from relneuron.identify_counts import identify_counts
-from relneuron.model import find_gated_mlps, model_shape
-from relneuron.nll import nll
+from relneuron.methods.counts.count import count
+from relneuron.methods.counts.rank import identify_counts
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import parse_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 with pytest.MonkeyPatch.context() as patch:

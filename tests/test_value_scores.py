@@ -22,10 +22,10 @@ from attributed import (
 )
 from torch import Tensor
 
-from relneuron.ops.logprob_gain import TopGains
-from relneuron.residual import read_residual_model
-from relneuron.trace import Trace, trace
-from relneuron.value_scores import KINDS, ValueScores, value_scores
+from relneuron.methods.gains.values import KINDS, ValueScores, value_scores
+from relneuron.model.stream import read_residual_model
+from relneuron.model.trace import Trace, trace
+from relneuron.ops.logprob_gain.op import TopGains
 
 VARIANTS = [{}, {"own_norm": True}, {"norm_bias": True}, {"own_norm": True, "norm_bias": True}]
 
@@ -148,7 +148,7 @@ def test_blocks_of_sentences_give_the_same_scores(
     own_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, _, whole = scored("llama", ffn=None, attention=None, own_norm=own_norm)
-    monkeypatch.setattr("relneuron.value_scores._VECTORS", 1)
+    monkeypatch.setattr("relneuron.methods.gains.values._VECTORS", 1)
     _, _, _, parts = scored("llama", ffn=None, attention=None, own_norm=own_norm)
     for kind in KINDS[:4]:
         ours, want = getattr(parts, kind), getattr(whole, kind)

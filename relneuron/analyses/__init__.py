@@ -35,21 +35,15 @@ from relneuron.analyses.answers import (
     resilience,
     resilience_test,
 )
-from relneuron.analyses.effects import accuracy, drop_table, sites
-from relneuron.analyses.gain import NO_GAINS, Gains, gain, gain_overlap
-from relneuron.analyses.neurons import (
-    OverlapEffect,
-    concepts,
-    overlap,
-    overlap_effect,
-    versatility,
-)
-from relneuron.analyses.sentences import SentenceRow, perplexity, read_perplexity
+from relneuron.analyses.beside import NO_GAINS, Gains, gain, gain_overlap
+from relneuron.analyses.drops import accuracy, drop_table, sites
+from relneuron.analyses.overlap import OverlapEffect, concepts, overlap, overlap_effect, versatility
+from relneuron.analyses.perplexity import SentenceRow, perplexity, read_perplexity
 from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_micro, sizes
+from relneuron.artifact.effects import Grid, main_split
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import Prompt
-from relneuron.effects import Grid, main_split
-from relneuron.tables import Table
+from relneuron.report.tables import Table
 
 __all__ = [
     "NO_GAINS",

@@ -19,9 +19,9 @@ from relneuron.analyses.uncertainty import (
     q_values,
     sign_flip_p,
 )
-from relneuron.effects import NOT_ASKED, Grid
-from relneuron.results import Spread, spread
-from relneuron.tables import Share
+from relneuron.artifact.effects import NOT_ASKED, Grid
+from relneuron.report.results import Spread, spread
+from relneuron.report.tables import Share
 
 Row = list[str | float]
 

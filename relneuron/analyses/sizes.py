@@ -12,8 +12,8 @@ import numpy as np
 
 from relneuron.analyses.outcomes import Row, asked, others_under, outcomes, relations, shares
 from relneuron.analyses.uncertainty import NAN
-from relneuron.effects import Grid
-from relneuron.tables import Share, Table
+from relneuron.artifact.effects import Grid
+from relneuron.report.tables import Share, Table
 
 SIZES = ("relation", "size", "own", "own_low", "own_high", "others", "own_drop", "others_drop")
 CUMULATIVITY = ("relation", "from", "to", "total", "affected", "cumulativity")

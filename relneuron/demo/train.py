@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from relneuron.demo import CHECKPOINT, FACTS
-from relneuron.facts import SUFFIX as ENGLISH_SUFFIX
-from relneuron.facts import Fact, read_relations
-from relneuron.predict import is_correct
+from relneuron.model.ask import is_correct
+from relneuron.texts.facts import SUFFIX as ENGLISH_SUFFIX
+from relneuron.texts.facts import Fact, read_relations
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ Dimensions have the same letters in Python, Triton and C++:
     M columns to score, E sentences, K value vectors, P positions.
 """
 
-from relneuron.ops.average_precision import average_precision
+from relneuron.ops.average_precision.op import average_precision
 from relneuron.ops.backends import BackendStatus, available_backends
-from relneuron.ops.logprob_gain import (
+from relneuron.ops.logprob_gain.op import (
     GainLayer,
     TopGains,
     logprob_gain,
     logprob_gain_top,
     logprob_gain_vectors,
 )
-from relneuron.ops.residual_stats import residual_stats
-from relneuron.ops.swiglu_stats import swiglu_stats, swiglu_stats_only
-from relneuron.ops.swiglu_stats_groups import SITES, GroupStats
-from relneuron.ops.swiglu_stats_reference import ACTIVATIONS
+from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
+from relneuron.ops.swiglu_stats.op import swiglu_stats, swiglu_stats_only
+from relneuron.ops.swiglu_stats.reference import ACTIVATIONS
+from relneuron.ops.swiglu_stats.residual import residual_stats
 
 __all__ = [
     "ACTIVATIONS",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ops import GroupStats
-from relneuron.ops.swiglu_stats_reference import site_values
+from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing.accuracy import assert_same_bits
 from relneuron.testing.contract import Subject, check
 from relneuron.testing.oracle import (

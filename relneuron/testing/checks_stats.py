@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 
 from relneuron.ops import GroupStats
-from relneuron.ops.swiglu_stats_reference import site_values
+from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing.accuracy import assert_same_bits
 from relneuron.testing.checks_h import SHAPES, pair, words
 from relneuron.testing.contract import Result, Subject, check
-from relneuron.testing.oracle import (
-    all_patterns,
-    assert_stats,
-    integers,
-    normal,
-    subnormals,
-)
+from relneuron.testing.oracle import all_patterns, assert_stats, integers, normal, subnormals
 
 
 def empty_stats(subject: Subject, width: int, **changes: Any) -> GroupStats:

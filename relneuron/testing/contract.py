@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ops import ACTIVATIONS, SITES, GroupStats
-from relneuron.ops.swiglu_stats_reference import ieee_arithmetic
+from relneuron.ops.swiglu_stats.reference import ieee_arithmetic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What an implementation may leave out:

@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from relneuron.ops import GroupStats
-from relneuron.ops.swiglu_stats_reference import site_values
+from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing.accuracy import assert_accurate, assert_same_bits
 
 # --- test data -------------------------------------------------------------------------------

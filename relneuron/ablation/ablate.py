@@ -1,0 +1,375 @@
+"""The `ablate` stage: switch neurons off, every condition beside the others, and ask again.
+
+It writes one row per condition and prompt (effects), what the conditions are (conditions.csv), the
+accuracies (accuracy.csv) and, if asked for, the perplexity of neutral sentences (perplexity.csv).
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from relneuron.ablation.conditions import (
+    Ablation,
+    Places,
+    default_sizes,
+    empty_sets,
+    plan_conditions,
+    read_rankings,
+    read_sets,
+    scores_beside,
+)
+from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.options import SETS_BESIDE, AblateOptions, ablate_inputs, read_how
+from relneuron.artifact.command import command, loading, placed
+from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
+from relneuron.artifact.installed import need
+from relneuron.artifact.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
+from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.artifact.ranking import n_neurons
+from relneuron.model.ask import (
+    N_ANSWER_TOKENS,
+    Asker,
+    Questions,
+    Step,
+    begins_with,
+    encode,
+    given_object,
+    is_correct,
+)
+from relneuron.model.gated import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.model.identity import other_weights
+from relneuron.model.patch import check_canary
+from relneuron.texts.neutral import read_sentences
+from relneuron.texts.tokens import target_notices
+
+PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")
+BESIDE = ("accuracy.csv", "conditions.csv", "perplexity.csv")  # written beside the output
+
+
+def refuse_outputs(output: Path, force: bool) -> None:
+    """Raise if a file that the stage writes exists, unless `force` or a killed run left it."""
+    if output.name in BESIDE:
+        raise RelneuronError(f"{output.name} is written beside the output", "give another name", 2)
+    force = force or is_unfinished(output, "ablate")
+    for path in (output, *(output.parent / name for name in BESIDE)):
+        refuse_overwrite(path, force)
+
+
+def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str, int, int, float]]:
+    """(condition, relation, split, n_prompts, n_correct, accuracy), in order of appearance."""
+    total: Counter[tuple[str, str, str]] = Counter()
+    correct: Counter[tuple[str, str, str]] = Counter()
+    for condition, relation, split, _, _, _, is_right, _, _ in effects:
+        total[condition, relation, split] += 1
+        correct[condition, relation, split] += is_right
+    return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
+
+
+def ablate_prompts(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    neurons_path: Path,
+    prompts_path: Path,
+    output: Path,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+    **asked: Any,
+) -> list[tuple[str, str, str, int, int, float]]:
+    """Ask the prompts of some splits under every condition; returns accuracy.csv's rows.
+
+    `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
+    neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
+    2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
+    after the prompt, with the space before it (`predict.Answers`): of several right objects the
+    most probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it
+    is right. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
+
+    Neurons that were found in other weights (those of a model before it was tuned, say) are taken
+    with a warning, which the manifest keeps; a folder with the study of other weights is refused.
+    """
+    options = AblateOptions(**asked)
+    refuse_outputs(output, force)
+    check_format(output)
+    neurons = NeuronFile.read(checked(neurons_path))
+    everything = read_prompts(checked(prompts_path))
+    prompts = [p for p in everything if p.split in options.splits]
+    if not prompts:
+        raise RelneuronError(
+            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
+            "name others with --splits",
+            2,
+        )
+    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
+    shape = model_shape(mlps)
+    neurons.check_model(shape)
+    described = describe_model(name, model, mlps, backend)
+    Manifest(output.parent).check_model(described)
+    sets, doubles = read_sets(neurons, shape)
+    known = {prompt.relation for prompt in everything}
+    strangers = [name for name in sets if name not in known]
+    if strangers and not options.any_set:
+        raise RelneuronError(
+            f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
+            "mend its name, or add --any-set to switch it off all the same",
+        )
+    notices = empty_sets(sets)
+    notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)
+    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    rankings = dict(sets)
+    if {"sizes", "sites"} & {*options.analyses}:
+        rankings = read_rankings(checked(scores_beside(neurons_path)), sets, shape)
+    concepts, gains = (
+        _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
+        if analysis in options.analyses
+        else {}
+        for analysis in ("concepts", "gain")
+    )
+    set_size = max(map(len, sets.values()), default=0)
+    sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
+    own = own_languages(everything)
+    plan = plan_conditions(
+        sets,
+        rankings,
+        concepts,
+        gains,
+        prompts,
+        shape,
+        analyses=options.analyses,
+        sizes=sizes,
+        random_seeds=options.random_seeds,
+        own=own,
+    )
+    n_tokens = options.generate or N_ANSWER_TOKENS
+    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
+    sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
+    texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
+    notices += questions.notices
+    notices += target_notices(tokenizer, prompts, questions.answers)
+    notices += _left_out(
+        options.analyses,
+        sizes,
+        known=min(map(len, rankings.values()), default=n_neurons(shape)),
+        total=n_neurons(shape),
+        has={
+            "concepts": bool(concepts),
+            "gain": bool(gains),
+            "perplexity": texts is not None,
+        },
+    )
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
+    how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
+    asker = Asker(model, tokenizer)
+    check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
+    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
+    with locked(output.parent):
+        journal = Journal(output.parent / "ablate.journal", inputs)
+        evaluator = Evaluator(
+            asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
+        )
+        forced = options.generate is None and asker.forces_exactly(questions)
+        rows = _asked(plan, how)
+        scored = _scored(plan, texts, how)
+        bar = progress_bar(len(rows) + len(scored), "ablate", "answer", quiet)
+        with bar, journal:
+            answers = evaluator.run(
+                "answers",
+                rows,
+                [len(ids) + 1 for ids in questions.ids],
+                _asking(asker, questions, forced=forced, n_tokens=n_tokens),
+                bar.update,
+                options.positions,
+            )
+            nll = {}
+            if texts:
+                lengths = [len(ids) for ids in texts.ids]
+                nll = evaluator.run(
+                    "sentences", scored, lengths, partial(asker.score, texts), bar.update
+                )
+        first = same_ablation(plan, how)
+        right: Callable[[str, str], bool] = begins_with
+        if options.generate is None:
+            right = partial(is_correct, accept_object_prefix=options.accept_object_prefix)
+        effects: list[tuple[Any, ...]] = []
+        for place, ablation in enumerate(plan):
+            condition = ablation.condition.name
+            for row in ablation.prompts:
+                p, (said, logprob, which) = prompts[row], answers[Row(first[place], row)]
+                given = given_object(said, p.objects, right)
+                values = (said, given, int(bool(given)), p.objects[which], logprob)
+                effects.append((condition, p.relation, split_name(p, own), p.id, *values))
+        accuracy = accuracy_rows(effects)
+        columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
+        written = {
+            output: _table_bytes(output, effects),
+            output.parent / "accuracy.csv": csv_bytes(columns, accuracy),
+            output.parent / "conditions.csv": conditions_bytes(a.condition for a in plan),
+        }
+        if texts:
+            table = _perplexity_rows(plan, texts, nll, first)
+            written[output.parent / "perplexity.csv"] = csv_bytes(PERPLEXITY, table)
+        # The output comes first: if this is killed, it says that the others are not finished.
+        for file, data in written.items():
+            atomic_write(file, data)
+        for name_beside in BESIDE:
+            if output.parent / name_beside not in written:
+                (output.parent / name_beside).unlink(missing_ok=True)
+        manifest = Manifest(output.parent)
+        manifest.describe(
+            versions=versions(),
+            model=described,
+            seeds=manifest.data.get("seeds", {}) | {"random": list(range(options.random_seeds))},
+            fallbacks=fallbacks(described) + notices + evaluator.notices,
+        )
+        manifest.finish(
+            "ablate",
+            inputs,
+            list(written),
+            conditions=len(plan),
+            prompts=len(prompts),
+            answers=len(effects),
+            answering=f"{n_tokens} greedy tokens" + (", teacher-forced" if forced else ""),
+            random_set_size=set_size,
+            commands=command(
+                "ablate",
+                *(name, *(placed(p, output.parent) for p in (neurons_path, prompts_path))),
+                *("-o", placed(output, output.parent)),
+                **{**vars(options), "oom": None},  # changes no answer
+                **loading(described),
+            ),
+        )
+        journal.remove()
+    return accuracy
+
+
+def _sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
+    """The sets of a neurons.json beside the study's own; none if it is not there."""
+    if not path.exists():
+        return {}
+    found = NeuronFile.read(checked(path))
+    found.check_model(shape)
+    return read_sets(found, shape)[0]
+
+
+def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
+    """Neutral sentences as prompts that ask nothing."""
+    if "perplexity" not in options.analyses or not path.exists():
+        return []
+    return [
+        Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
+        for s in read_sentences(checked(path))
+    ]
+
+
+def _left_out(
+    analyses: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    known: int,
+    total: int,
+    has: Mapping[str, bool],
+) -> list[str]:
+    """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
+    unranked = "no scores.safetensors beside the neurons ranks them so"
+    larger = ", ".join(str(size) for size in sizes if size > known)
+    why = {
+        f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
+        "sites": unranked if known < total else "",
+        **{name: f"no {path} beside the neurons" for name, path in SETS_BESIDE.items()},
+        "perplexity": "no sentences.jsonl beside the prompts",
+    }
+    why |= {name: "" for name, is_there in has.items() if is_there}
+    if not larger:
+        del why["sizes "]
+    return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]
+
+
+def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:
+    """Every row once, also where two conditions have the same neurons."""
+    pairs = zip(same_ablation(plan, how), plan, strict=True)
+    return list(dict.fromkeys(Row(place, row) for place, a in pairs for row in a.prompts))
+
+
+def _scored(plan: Sequence[Ablation], texts: Questions | None, how: How) -> list[Row]:
+    """Sentences of a relation under the clean model, its own set and the random sets."""
+    if texts is None:
+        return []
+    pairs = zip(same_ablation(plan, how), plan, strict=True)
+    return list(
+        dict.fromkeys(
+            Row(place, row) for place, ablation in pairs for row in _sentences_of(ablation, texts)
+        )
+    )
+
+
+def _sentences_of(ablation: Ablation, texts: Questions) -> list[int]:
+    about = ablation.condition
+    return [
+        row
+        for row, text in enumerate(texts.prompts)
+        if len(texts.ids[row]) > 1
+        and (about.kind in ("clean", "random") or about.name == text.relation)
+    ]
+
+
+def _perplexity_rows(
+    plan: Sequence[Ablation], texts: Questions, nll: Mapping[Row, float], first: Sequence[int]
+) -> list[tuple[str, str, str, int, float]]:
+    return [
+        (a.condition.name, p.relation, p.id, len(texts.ids[row]) - 1, nll[Row(first[place], row)])
+        for place, a in enumerate(plan)
+        for row in _sentences_of(a, texts)
+        for p in [texts.prompts[row]]
+    ]
+
+
+def _asking(
+    asker: Asker, questions: Questions, *, forced: bool, n_tokens: int
+) -> Callable[[list[int], Callable[[Step], None]], list[Any]]:
+    def ask(rows: list[int], mark: Callable[[Step], None]) -> list[Any]:
+        if forced:
+            answers = asker.ask_forced(questions, rows, mark)
+        else:
+            answers = asker.ask(questions, rows, mark, n_tokens)
+        return list(zip(answers.predictions, answers.logprobs, answers.which, strict=True))
+
+    return ask
+
+
+def check_format(output: Path) -> None:
+    """Refuse a table format that cannot be written, before any prompt is asked."""
+    if output.suffix not in (".csv", ".parquet"):
+        raise RelneuronError(f"{output} is neither .csv nor .parquet", "choose one of the two", 2)
+    if output.suffix == ".parquet":
+        need("writing .parquet", "pyarrow", otherwise=", or write .csv")
+
+
+def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
+    if path.suffix == ".csv":
+        return csv_bytes(WRITTEN, effects)
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = dict(zip(WRITTEN, map(list, zip(*effects, strict=True)), strict=True))
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return sink.getvalue()

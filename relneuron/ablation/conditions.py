@@ -1,0 +1,284 @@
+"""Which neurons are off under which condition: the sets that `ablate` compares, and their prompts.
+
+The stage calls it; nothing here needs a model. Neurons are their places in the order (layer,
+gate < up < down, index), as everywhere in a ranking.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.artifact.effects import Condition, main_split, own_languages, split_name
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import NeuronFile, check_neurons, site_widths
+from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.ranking import all_scores, n_neurons, random_neurons
+from relneuron.artifact.reading import open_tensors
+
+Places = NDArray[np.int64]
+
+# What can be asked beside the clean model, the relations' sets and the random ones.
+ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
+PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
+PAPER_TOP = 3000
+_GAIN = "logprob_gain.gate"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One condition, the places of its neurons (K,) ascending, and the prompts it is asked."""
+
+    condition: Condition
+    places: Places
+    prompts: Sequence[int]
+
+
+def parse_analyses(text: str) -> tuple[str, ...]:
+    """`main` (none of ANALYSES), `all`, or some of their names with commas."""
+    if text in ("main", "all"):
+        return ANALYSES if text == "all" else ()
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [name for name in names if name not in (*ANALYSES, "main")]
+    if unknown or not names:
+        raise RelneuronError(
+            f"unknown analysis in {text!r}", f"use main, all, or some of {', '.join(ANALYSES)}", 2
+        )
+    return tuple(name for name in ANALYSES if name in names)
+
+
+def places_of(neurons: Sequence[Sequence[Any]], shape: Mapping[str, int]) -> Places:
+    """The places of (layer, site, index) triples, in their order."""
+    starts, per_layer = _starts(shape)
+    found = [la * per_layer + starts[site] + i for la, site, i, *_ in neurons]
+    return np.array(found, np.int64)
+
+
+def _starts(shape: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """At which place of a layer each site begins, and how many places a layer has."""
+    widths = site_widths(shape)
+    ends = np.cumsum([*widths.values()]).tolist()
+    return dict(zip(widths, [0, *ends], strict=False)), ends[-1]
+
+
+def site_places(site: str, shape: Mapping[str, int]) -> Places:
+    """The places of all neurons of a site, ascending."""
+    starts, per_layer = _starts(shape)
+    one = np.arange(starts[site], starts[site] + site_widths(shape)[site])
+    layers = np.arange(shape["layers"]) * per_layer
+    return (layers[:, None] + one).reshape(-1)
+
+
+def read_sets(
+    neurons: NeuronFile, shape: Mapping[str, int]
+) -> tuple[dict[str, Places], dict[str, int]]:
+    """Each set's places, best first and each once; and how many doubles each set had."""
+    sets, doubles = {}, {}
+    for name, rows in neurons.sets.items():
+        sets[name] = places_of(check_neurons(rows, shape), shape)
+        if len(rows) > len(sets[name]):
+            doubles[name] = len(rows) - len(sets[name])
+    return sets, doubles
+
+
+def empty_sets(sets: Mapping[str, Sized]) -> list[str]:
+    """A notice for each set without neurons; if there is no other, RelneuronError."""
+    empty = [name for name, chosen in sets.items() if not len(chosen)]
+    if len(empty) == len(sets):
+        raise RelneuronError(
+            f"no neuron to switch off: {', '.join(empty) or 'the file'} "
+            f"{'have' if empty[1:] else 'has'} none",
+            "give sets with neurons: identify with other options, such as a larger --top",
+        )
+    return [f"{name}: its set has no neuron, so that nothing is off for it" for name in empty]
+
+
+def scores_beside(neurons: Path) -> Path:
+    """The scores that neurons were cut from: of x.json x.scores.safetensors, if it is there."""
+    own = neurons.with_name(f"{neurons.stem}.scores.safetensors")
+    return own if own.exists() else neurons.with_name("scores.safetensors")
+
+
+def read_rankings(
+    path: Path, sets: Mapping[str, Places], shape: Mapping[str, int]
+) -> dict[str, Places]:
+    """All neurons, best first, by the scores that each set was cut from.
+
+    Of log-probability gains these are the neurons of the site `gate` only. Without
+    scores.safetensors, or with one that ranks others first or has scores of another kind, the set
+    itself is all that is known of the ranking.
+    """
+    rankings = dict(sets)
+    for name, (flat, places) in _read_scores(path, shape).items():
+        chosen = sets.get(name)
+        if chosen is None or not np.isfinite(flat).all():
+            continue
+        best = places[np.argsort(-flat, kind="stable")]
+        if np.array_equal(np.sort(best[: len(chosen)]), np.sort(chosen)):
+            rankings[name] = best
+    return rankings
+
+
+def _read_scores(
+    path: Path, shape: Mapping[str, int]
+) -> dict[str, tuple[NDArray[np.float32], Places]]:
+    """Each relation's scores (K,) and the places (K,) of the neurons that have them."""
+    if not path.exists():
+        return {}
+    keys = {f"ap.{site}": site for site in site_widths(shape)}
+    with open_tensors(path, "identify DIR -o DIR/neurons.json") as file:
+        order = file.names_of("relations")
+        widths = {key: site_widths(shape)[site] for key, site in keys.items()}
+        widths |= {_GAIN: shape["width"]}
+        scores = {
+            name: file.get(name, (len(order), shape["layers"], width))
+            for name, width in widths.items()
+            if name in file.names
+        }
+    if scores.keys() >= keys.keys():
+        everything = np.arange(n_neurons(shape))
+        return {
+            name: (
+                all_scores({site: scores[key][row] for key, site in keys.items()}),
+                everything,
+            )
+            for row, name in enumerate(order)
+        }
+    if _GAIN in scores:
+        gates = site_places("gate", shape)
+        return {name: (scores[_GAIN][row].reshape(-1), gates) for row, name in enumerate(order)}
+    return {}
+
+
+def default_sizes(set_size: int, total: int) -> tuple[int, ...]:
+    """The paper's nine sizes; in a model too small for them, in proportion to its sets."""
+    if total >= 2 * PAPER_SIZES[-1]:
+        return PAPER_SIZES
+    scaled = (min(total, max(1, round(size * set_size / PAPER_TOP))) for size in PAPER_SIZES)
+    return tuple(sorted(set(scaled))) if set_size else ()
+
+
+def matched_places(places: Places, shape: Mapping[str, int], seed: int, name: str) -> Places:
+    """As many neurons of each layer and site as `places` has, drawn from all without doubles."""
+    starts, per_layer = _starts(shape)
+    begins, widths = [*starts.values()], [*site_widths(shape).values()]
+    layer, rest = np.divmod(places, per_layer)
+    site = np.searchsorted(begins, rest, side="right") - 1
+    cells, counts = np.unique(layer * len(begins) + site, return_counts=True)
+    rng = random.Random(f"relneuron.matched.{seed}.{name}")
+    drawn: list[int] = []
+    for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
+        one_layer, one_site = divmod(cell, len(begins))
+        start = one_layer * per_layer + begins[one_site]
+        drawn += rng.sample(range(start, start + widths[one_site]), count)
+    return np.array(sorted(drawn), np.int64)
+
+
+def plan_conditions(
+    sets: Mapping[str, Places],
+    rankings: Mapping[str, Places],
+    concepts: Mapping[str, Places],
+    gains: Mapping[str, Places],
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+    *,
+    analyses: Sequence[str],
+    sizes: Sequence[int],
+    random_seeds: int,
+    own: Mapping[str, str] | None = None,
+) -> list[Ablation]:
+    """All conditions of a study, `clean` first, each with the prompts it is asked.
+
+    Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
+    of the main split (eva in the files' own language, or else the first by `split_order`); matched
+    sets and ranges of ranks only those of their own relation. `own`: each relation's own language,
+    where that of `prompts` is not known from them.
+    """
+    everything = range(len(prompts))
+    languages = own_languages(prompts) if own is None else own
+    splits = [split_name(prompt, languages) for prompt in prompts]
+    main = main_split(splits)
+    eva = [i for i in everything if splits[i] == main]
+    plan: list[Ablation] = []
+
+    def add(name: str, places: Places, rows: Sequence[int], kind: str, **about: Any) -> None:
+        condition = Condition(name, kind, n_neurons=len(places), **about)
+        plan.append(Ablation(condition, np.sort(places), rows))
+
+    add("clean", np.empty(0, np.int64), everything, "clean")
+    for name, places in sets.items():
+        add(name, places, everything, "set", relation=name)
+    largest = max(map(len, sets.values()), default=0)
+    for seed in range(random_seeds):
+        drawn = places_of(random_neurons(shape, largest, seed), shape)
+        add(f"random.{seed}", drawn, everything, "random", seed=seed)
+    for name, places in sets.items():
+        asked = [i for i in eva if prompts[i].relation == name]
+        if "matched" in analyses and asked:
+            for seed in range(random_seeds):
+                drawn = matched_places(places, shape, seed, name)
+                add(f"{name}~{seed}", drawn, asked, "matched", relation=name, seed=seed)
+        if "sizes" in analyses:
+            known = [size for size in sorted({*sizes}) if size <= len(rankings[name])]
+            for size in known:
+                best = rankings[name][:size]
+                add(f"{name}@{size}", best, eva, "size", relation=name, first=1, last=size)
+            for a, b in zip(known, known[1:], strict=False):
+                between, about = rankings[name][a:b], {"first": a + 1, "last": b}
+                if asked:
+                    add(f"{name}@{a + 1}-{b}", between, asked, "range", relation=name, **about)
+        if "sites" in analyses:
+            for site in site_widths(shape):
+                inside = site_places(site, shape)
+                best = rankings[name][np.isin(rankings[name], inside)][: len(places)]
+                # Of a ranking that is only known in part the best of a site are not known.
+                if len(rankings[name]) == n_neurons(shape):
+                    add(f"{name}@{site}", best, eva, "site", relation=name, site=site)
+    if "concepts" in analyses:
+        for name, places in concepts.items():
+            add(f"concept:{name}", places, eva, "concept", relation=name)
+    if "gain" in analyses:
+        for name, places in gains.items():
+            add(f"gain:{name}", places, eva, "gain", relation=name)
+    names = [ablation.condition.name for ablation in plan]
+    clash = [name for name, n in Counter(names).items() if n > 1]
+    if clash:
+        raise RelneuronError(f"two conditions are named {min(clash)}", "rename the relation's file")
+    return plan
+
+
+def check_names(
+    relations: Sequence[str],
+    concepts: Sequence[str],
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+    *,
+    top: int,
+    analyses: Sequence[str],
+    sizes: Sequence[int] | None,
+    random_seeds: int,
+) -> None:
+    """Raise if two conditions would have one name, before any neuron is known.
+
+    That is the plan of sets of `top` neurons, whichever they are.
+    """
+    total = n_neurons(shape)
+    some, everything = np.arange(min(top, total)), np.arange(total)
+    plan_conditions(
+        dict.fromkeys(relations, some),
+        dict.fromkeys(relations, everything),
+        dict.fromkeys(concepts, some),
+        dict.fromkeys(relations, some),
+        prompts,
+        shape,
+        analyses=analyses,
+        sizes=sizes or default_sizes(len(some), total),
+        random_seeds=random_seeds,
+    )

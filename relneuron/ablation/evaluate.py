@@ -1,0 +1,257 @@
+"""Asks a model its prompts under many ablations at once: each row has its own neurons off.
+
+The `ablate` stage calls it. A row is one condition and one prompt; conditions share batches, so a
+condition with three prompts costs three rows and not a batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relneuron.ablation.conditions import Ablation, site_places
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal
+from relneuron.artifact.neurons import ATTENTION, site_widths
+from relneuron.artifact.ranking import n_neurons
+from relneuron.model.ask import Asker, Step, is_out_of_memory
+from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, pack_keep
+
+MODES = ("zero", "mean", "scale")
+OOM = ("split", "error")
+POSITIONS = ("all", "prompt", "last")
+WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
+
+
+class Row(NamedTuple):
+    """One condition (its place in the plan) and one prompt."""
+
+    condition: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class How:
+    """What happens to the chosen neurons.
+
+    `zero`: outputs become 0; `scale`: outputs times `factor`; `mean`: outputs become `means`, (M,)
+    float32 of all neurons by condition name.
+    """
+
+    mode: str = "zero"
+    factor: float = 0.0
+    means: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+
+def same_ablation(plan: Sequence[Ablation], how: How) -> list[int]:
+    """For each condition the first one that does just the same: it is asked for both."""
+    first: dict[tuple[bytes, int], int] = {}
+    keys = [(a.places.tobytes(), id(how.means.get(a.condition.name))) for a in plan]
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
+
+
+def plan_rows(
+    rows: Sequence[Row], lengths: Sequence[int], batch_tokens: int, n_conditions: int
+) -> Iterator[tuple[range, list[Row]]]:
+    """Batches of rows of about the same length, at most `batch_tokens` with padding.
+
+    Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
+    which wave it belongs to. Within a batch rows stand by condition.
+    """
+    waves: dict[int, list[Row]] = {}
+    for row in rows:
+        waves.setdefault(row.condition // n_conditions, []).append(row)
+    for number, members in sorted(waves.items()):
+        wave = range(number * n_conditions, (number + 1) * n_conditions)
+        members.sort(key=lambda row: (lengths[row.prompt], row.condition, row.prompt))
+        for batch in cut(members, lengths, batch_tokens):
+            yield wave, sorted(batch)
+
+
+def cut(rows: Sequence[Row], lengths: Sequence[int], batch_tokens: int) -> list[list[Row]]:
+    """Rows in the same order in batches of at most `batch_tokens` with padding, or of one row."""
+    batches: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row.prompt])
+        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+            batches.append([])
+            longest = lengths[row.prompt]
+        batches[-1].append(row)
+    return batches
+
+
+def wave_states(
+    plan: Sequence[Ablation], wave: range, mlps: Sequence[GatedMLP], how: How
+) -> list[LayerState]:
+    """Per layer, what switches off the neurons of the conditions of a wave; row 0 is clean."""
+    shape = model_shape(mlps)
+    members = [plan[i] for i in wave if i < len(plan)]
+    off = np.zeros((len(members) + 1, n_neurons(shape)), bool)
+    for row, ablation in enumerate(members):
+        off[row + 1, ablation.places] = True
+    states = []
+    for layer, mlp in enumerate(mlps):
+        device = next(mlp.module.parameters()).device
+        chosen = {}
+        for site in site_widths(shape):
+            inside = site_places(site, shape).reshape(shape["layers"], -1)[layer]
+            chosen[site] = off[:, inside[0] : inside[-1] + 1]
+        state = LayerState()
+        if how.mode == "zero":
+            # An output of gate_proj or of up_proj at zero makes the product zero.
+            product = chosen["gate"] | chosen["up"]
+            if product.any():
+                state.keep = pack_keep(~product).to(device)
+            if chosen["down"].any():
+                state.keep_down = torch.from_numpy(~chosen["down"]).to(device)
+            chosen = {site: rows for site, rows in chosen.items() if site in ATTENTION}
+        state.replace = {
+            site: Replacement(
+                torch.from_numpy(rows).to(device),
+                how.factor,
+                _shift(how, members, layer, site, shape, device),
+            )
+            for site, rows in chosen.items()
+            if rows.any()
+        }
+        states.append(state)
+    return states
+
+
+def _shift(
+    how: How,
+    members: Sequence[Ablation],
+    layer: int,
+    site: str,
+    shape: Mapping[str, int],
+    device: torch.device,
+) -> Tensor | None:
+    if how.mode != "mean":
+        return None
+    inside = site_places(site, shape).reshape(shape["layers"], -1)[layer]
+    rows = [np.zeros(len(inside), np.float32)]
+    rows += [how.means[ablation.condition.name][inside] for ablation in members]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+@dataclass
+class Evaluator:
+    """Runs rows through the model; what is finished stands in the journal under the batch's key."""
+
+    asker: Asker
+    mlps: Sequence[GatedMLP]
+    plan: Sequence[Ablation]
+    journal: Journal
+    how: How
+    batch_tokens: int
+    backend: str = "auto"
+    oom: str = "split"
+
+    def __post_init__(self) -> None:
+        shape = model_shape(self.mlps)
+        per_neuron = 1 if self.how.mode == "zero" else 5
+        self._wave_size = max(1, WAVE_BYTES // (per_neuron * n_neurons(shape)) - 1)
+        # Tokens of a batch that is known to fit; halved when memory runs out.
+        self._budget = int(self.journal.done.get("budget", self.batch_tokens))
+
+    @property
+    def notices(self) -> list[str]:
+        """What a reader of the results must know of how they came about."""
+        if self._budget == self.batch_tokens:
+            return []
+        return [f"out of memory: batches of {self.batch_tokens} tokens cut to {self._budget}"]
+
+    def run(
+        self,
+        what: str,
+        rows: Sequence[Row],
+        lengths: Sequence[int],
+        ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
+        advance: Callable[[int], object],
+        positions: str = "all",
+    ) -> dict[Row, Any]:
+        """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches.
+
+        At the tokens `positions` (all, prompt, last) the neurons are off.
+        """
+        found: dict[Row, Any] = {}
+        states: list[LayerState] = []
+        current = range(0)
+        batches = plan_rows(rows, lengths, self.batch_tokens, self._wave_size)
+        for number, (wave, batch) in enumerate(batches):
+            key = f"{what} {number}"
+            if key not in self.journal.done:
+                if wave != current:
+                    states, current = wave_states(self.plan, wave, self.mlps, self.how), wave
+                with Patch(self.mlps, states, backend=self.backend) as patch:
+                    said = self._ask(patch, wave, batch, lengths, ask, positions)
+                self.journal.add(key, said)
+            found.update(zip(batch, self.journal.done[key], strict=True))
+            advance(len(batch))
+        return found
+
+    def _ask(
+        self,
+        patch: Patch,
+        wave: range,
+        batch: list[Row],
+        lengths: Sequence[int],
+        ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
+        positions: str,
+    ) -> list[Any]:
+        """One batch, in smaller parts if memory runs out."""
+        said: list[Any] = []
+        parts = cut(batch, lengths, self._budget)
+        while parts:
+            part = parts[0]
+            tokens = len(part) * max(lengths[row.prompt] for row in part)
+            ids = torch.tensor([row.condition - wave.start + 1 for row in part]).int()
+            mark = _marker(patch, ids.to(self.asker.device), positions)
+            try:
+                said += ask([row.prompt for row in part], mark)
+                parts.pop(0)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.oom != "split" or len(part) == 1:
+                    raise RelneuronError(
+                        f"out of memory with {len(part)} prompts of together {tokens} tokens",
+                        f"use --batch-tokens {max(1, tokens // 2)}, or --oom split",
+                    ) from error
+            # Outside of the handler, whose error holds the tensors that did not fit.
+            self._halve(tokens)
+            parts = cut([row for rest in parts for row in rest], lengths, self._budget)
+        return said
+
+    def _halve(self, tokens: int) -> None:
+        self._budget = max(1, tokens // 2)
+        self.journal.add("budget", self._budget)
+        warnings.warn(f"out of memory: batches of {self._budget} tokens from here on", stacklevel=2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]:
+    """Says before each forward which condition each token has; 0 = clean."""
+
+    def mark(step: Step) -> None:
+        conditions = ids[step.rows]
+        width = step.mask.shape[1]
+        if positions != "all":
+            column = torch.arange(width, device=ids.device)
+            prompt_end = width - step.n_answer
+            inside = column < prompt_end if positions == "prompt" else column >= prompt_end - 1
+            conditions = conditions[:, None] * inside
+        n_needed = step.n_needed if step.n_needed < width else None
+        patch.tokens = Tokens(conditions=conditions.int(), n_needed=n_needed)
+
+    return mark

@@ -1,0 +1,433 @@
+"""The `nll` stage: how well the model reads each group's text without each set of neurons.
+
+It writes one row per mask and group of text (nll.csv) and per window (nll_windows.csv): the matrix
+of arXiv 2402.16438, for all masks side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets, site_places
+from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.artifact.command import placed
+from relneuron.artifact.effects import Condition
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_overwrite,
+    sha256,
+)
+from relneuron.artifact.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
+from relneuron.model.ask import Step, is_out_of_memory
+from relneuron.model.gated import (
+    describe_model,
+    fallbacks,
+    find_gated_mlps,
+    model_shape,
+    same_model,
+)
+from relneuron.model.identity import other_weights, tokenizer_digest
+from relneuron.model.patch import check_canary
+from relneuron.texts.feed import Feed
+from relneuron.texts.options import (
+    CountOptions,
+    check_unchanged,
+    choose_packing,
+    corpus_command,
+)
+from relneuron.texts.sources import Source, describe_sources
+from relneuron.texts.windows import Packing
+
+CLEAN = "clean"
+COLUMNS = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
+WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
+LOGITS = 2**26  # of a slice of tokens, in float32: 256 MiB
+
+Array = np.ndarray[Any, Any]
+
+
+class Cell(NamedTuple):
+    """One row of nll.csv: the text of a group read under a mask.
+
+    nll         mean over the windows of each window's mean NLL, nats per token
+    nll_se      sample standard deviation over the windows / sqrt(n_windows); None for one window
+    perplexity  exp(nll)
+    """
+
+    mask: str
+    group: str
+    n_windows: int
+    n_tokens: int  # that were scored: all of a window but its first
+    nll: float
+    nll_se: float | None
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows to be read, group by group: the group and the ids (n,) int32 of each; n > 1."""
+
+    groups: list[str]
+    ids: list[Array]
+
+
+def read_texts(feed: Any, windows: int) -> Texts:
+    """The first `windows` windows of each group; one of a single token has nothing to score."""
+    found: dict[int, list[Array]] = {}
+    while taken := feed.take(64):
+        for window in taken:
+            mine = found.setdefault(window.group, [])
+            if len(window.ids) > 1 and len(mine) < windows:
+                mine.append(window.ids)
+    pairs = [(feed.groups[group], ids) for group in sorted(found) for ids in found[group]]
+    if not pairs:
+        raise RelneuronError("the texts have no window of tokens", "give more text, or --window 32")
+    return Texts([group for group, _ in pairs], [ids for _, ids in pairs])
+
+
+# --- reading windows -------------------------------------------------------------------------
+
+
+class Scorer:
+    """Reads windows of text: the mean NLL of each, whatever its length."""
+
+    def __init__(self, model: Any, ids: Sequence[Array]) -> None:
+        self.model, self.ids = model, ids
+        self.device = next(model.parameters()).device
+        self.body = getattr(model, "base_model", model)
+        self.head = model.get_output_embeddings()
+        self._vocabulary = model.get_input_embeddings().num_embeddings
+        largest = max(int(x.max()) for x in ids)
+        if largest >= self._vocabulary:
+            raise RelneuronError(
+                f"the texts hold the token {largest}, the model has {self._vocabulary} tokens",
+                "give a model and a tokenizer (or token ids) that belong together",
+            )
+        self.short = torch.tensor(ids[0][None, :8], dtype=torch.int64, device=self.device)
+        self._in_slices = self._reads_in_slices()
+
+    @property
+    def notices(self) -> list[str]:
+        """What a reader of the results must know of how they came about."""
+        if self._in_slices:
+            return []
+        return ["logits of whole windows: the model does more than its lm_head, scale and softcap"]
+
+    @torch.no_grad()
+    def ask(self, rows: list[int], before_step: Callable[[Step], None]) -> list[float]:
+        """The mean NLL in nats of tokens 2 to n of each window; its last token is not run."""
+        try:
+            if self._in_slices:
+                return self._read(rows, torch.arange(len(rows)), before_step)
+            longest = max(len(self.ids[row]) - 1 for row in rows)
+            n = max(1, LOGITS // (longest * self._vocabulary))
+            parts = [range(i, min(i + n, len(rows))) for i in range(0, len(rows), n)]
+            return [
+                nll
+                for part in parts
+                for nll in self._read([rows[i] for i in part], torch.tensor(part), before_step)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) > 1 or not is_out_of_memory(error):
+                raise
+            n_tokens = len(self.ids[rows[0]])
+            raise RelneuronError(
+                f"out of memory with one window of {n_tokens} tokens", "use a shorter --window"
+            ) from error
+
+    def _read(
+        self, rows: Sequence[int], places: Tensor, before_step: Callable[[Step], None]
+    ) -> list[float]:
+        """One forward; `places` are the rows among those that were asked."""
+        lengths = torch.tensor([len(self.ids[row]) - 1 for row in rows])
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        ids, targets = torch.zeros(2, *inside.shape, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            window = torch.tensor(self.ids[row], dtype=torch.int64)
+            ids[i, : lengths[i]], targets[i, : lengths[i]] = window[:-1], window[1:]
+        mask = inside.long().to(self.device)
+        options = {} if bool(inside.all()) else {"attention_mask": mask}
+        before_step(Step(places.to(self.device), mask, 0, mask.shape[1]))
+        forward = self.body if self._in_slices else self.model
+        out = forward(input_ids=ids.to(self.device), use_cache=False, **options)
+        values = out[0] if self._in_slices else out.logits
+        flat = values[mask.bool()] if options else values.flatten(0, 1)
+        nll = self._token_nll(flat, targets[inside])
+        return [float(part.mean()) for part in torch.split(nll, lengths.tolist())]
+
+    def _token_nll(self, values: Tensor, targets: Tensor) -> Tensor:
+        """(n,) float64 on the host, from hidden states (n, D) or logits (n, V)."""
+        n = max(1, LOGITS // self._vocabulary)
+        parts = []
+        for one, wanted in zip(torch.split(values, n), torch.split(targets, n), strict=True):
+            logits = self._logits(one) if self._in_slices else one
+            wanted = wanted.to(logits.device)
+            parts.append(F.cross_entropy(logits.float(), wanted, reduction="none").cpu())
+        return torch.cat(parts).double()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The logits (n, V) of final hidden states: lm_head, scale and softcap."""
+        config = self.model.config.get_text_config()
+        logits = self.head(hidden)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cast(Tensor, logits if cap is None else cap * torch.tanh(logits / cap))
+
+    @torch.no_grad()
+    def _reads_in_slices(self) -> bool:
+        """Whether the model's logits are `_logits` of its body's output, on a short text."""
+        theirs = self.model(input_ids=self.short, use_cache=False).logits.float()
+        try:
+            ours = self._logits(self.body(input_ids=self.short, use_cache=False)[0]).float()
+        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        tolerance = 16 * torch.finfo(self.head.weight.dtype).eps * theirs.abs().max()
+        return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)
+
+
+# --- masks -----------------------------------------------------------------------------------
+
+
+def plan_masks(
+    sets: Mapping[str, Places], shape: Mapping[str, int], random_sets: int
+) -> list[Ablation]:
+    """The clean model, every set, and random sets: `random.<seed>`.
+
+    A random set is drawn from all neurons of the sites that occur in the sets, as many as the
+    largest set has.
+    """
+    none = np.empty(0, np.int64)
+    chosen = np.concatenate([none, *sets.values()])
+    sites = [site_places(site, shape) for site in site_widths(shape)]
+    known = np.sort(np.concatenate([none, *(s for s in sites if np.isin(chosen, s).any())]))
+    size = max(map(len, sets.values()), default=0)
+    plan = [(CLEAN, CLEAN, none), *(("set", name, places) for name, places in sets.items())]
+    for seed in range(random_sets):
+        drawn = random.Random(f"relneuron.random.{seed}").sample(range(len(known)), size)
+        plan.append(("random", f"random.{seed}", known[drawn]))
+    names = [name for _, name, _ in plan]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RelneuronError(f"two masks are named {twice[0]}", "rename the set in neurons.json")
+    return [
+        Ablation(Condition(name, kind, n_neurons=len(places)), np.sort(places), ())
+        for kind, name, places in plan
+    ]
+
+
+# --- the stage -------------------------------------------------------------------------------
+
+
+def nll_inputs(
+    model: Json,
+    tokenizer: Any,
+    neurons: Path,
+    sources: Sequence[Source],
+    packing: Packing,
+    *,
+    windows: int,
+    random_sets: int,
+    batch_tokens: int,
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "neurons": sha256(neurons),
+        "sources": describe_sources(sources),
+        "packing": asdict(packing),
+        "windows": windows,
+        "random_sets": random_sets,
+        "batch_tokens": batch_tokens,
+    }
+
+
+def nll(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    neurons_path: Path,
+    sources: Sequence[Source],
+    folder: Path,
+    *,
+    windows: int = 256,
+    window: int | None = None,
+    packing: str = "packed",
+    bos: str | None = None,
+    random_sets: int = 0,
+    batch_tokens: int = 8192,
+    oom: str = "split",
+    n_workers: int | None = None,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> list[Cell]:
+    """Read each group's text under every mask; writes nll.csv and nll_windows.csv to `folder`.
+
+    A mask switches off a set of neurons.json at all tokens; `clean` is none. Of each group the
+    first `windows` windows of `window` tokens are read (default: the model's context, at most
+    4,096). The NLL of a window is the mean of -ln p of its tokens but the first, in nats.
+
+    `nll.journal` lets a killed run go on with the same bits. Out of memory halves the batches from
+    there on (`oom` "split") or ends the stage ("error").
+    """
+    options = CountOptions(window=window, mode=packing, bos=bos, batch_tokens=batch_tokens, oom=oom)
+    if windows < 1 or random_sets < 0:
+        raise RelneuronError(
+            f"--windows {windows} and --random-sets {random_sets} are no such numbers",
+            "read at least one window, and at least 0 random sets",
+            2,
+        )
+    output = folder / "nll.csv"
+    refuse_overwrite(output, force or is_unfinished(output, "nll"))
+    neurons = NeuronFile.read(checked(neurons_path))
+    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
+    shape = model_shape(mlps)
+    neurons.check_model(shape)
+    sets, doubles = read_sets(neurons, shape)
+    notices = empty_sets(sets)
+    cut = choose_packing(model, tokenizer, sources, options)
+    cut = replace(cut, max_tokens=windows * cut.window)
+    plan = plan_masks(sets, shape, random_sets)
+    described = describe_model(name, model, mlps, backend)
+    Manifest(folder).check_model(described)
+    inputs = nll_inputs(
+        described,
+        tokenizer,
+        neurons_path,
+        sources,
+        cut,
+        windows=windows,
+        random_sets=random_sets,
+        batch_tokens=batch_tokens,
+    )
+    n_ids = model.get_input_embeddings().num_embeddings
+    with Feed(sources, tokenizer, cut, vocabulary=n_ids, n_workers=n_workers) as feed:
+        texts = read_texts(feed, windows)
+        missing = [group for group in feed.groups if group not in texts.groups]
+        notes = feed.notes
+    check_unchanged(sources, inputs)
+    notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)
+    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
+    scorer = Scorer(model, texts.ids)
+    notices += [f"{name}: no window of {cut.window} tokens" for name in missing] + scorer.notices
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
+    check_canary(model, mlps, scorer.short, backend)
+    with locked(folder):
+        journal = Journal(folder / "nll.journal", inputs)
+        # An evaluator asks for no more than the device of who answers.
+        evaluator = Evaluator(
+            cast(Any, scorer), mlps, plan, journal, How(), batch_tokens, backend, oom
+        )
+        first = same_ablation(plan, How())
+        rows = [Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))]
+        lengths = [len(ids) - 1 for ids in texts.ids]
+        bar = progress_bar(len(rows), "nll", "window", quiet)
+        with bar, journal:
+            found = evaluator.run("windows", rows, lengths, scorer.ask, bar.update)
+        values = np.array(
+            [[found[Row(mask, i)] for i in range(len(texts.ids))] for mask in first], np.float64
+        )
+        masks = [ablation.condition.name for ablation in plan]
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            notices.append(f"{bad} windows have a NLL that is not finite: try another --dtype")
+            warnings.warn(notices[-1], stacklevel=2)
+        cells = summarise(masks, texts, values)
+        written = {
+            output: csv_bytes(COLUMNS, cells),
+            folder / "nll_windows.csv": csv_bytes(WINDOWS, window_rows(masks, texts, values)),
+        }
+        for file, data in written.items():
+            atomic_write(file, data)
+        manifest = Manifest(folder)
+        if "count" not in manifest.data["stages"]:  # else the model is the one that was counted
+            manifest.describe(versions=versions(), model=described)
+        manifest.describe(fallbacks=fallbacks(described) + notices + evaluator.notices)
+        manifest.finish(
+            "nll",
+            inputs,
+            list(written),
+            masks=len(masks),
+            windows={group: texts.groups.count(group) for group in dict.fromkeys(texts.groups)},
+            scored_tokens=sum(lengths),
+            random_set_size=max(map(len, sets.values()), default=0) if random_sets else None,
+            texts=notes,
+            commands=corpus_command(
+                "nll",
+                [name, placed(neurons_path, folder)],
+                sources,
+                folder,
+                cut,
+                described,
+                windows=windows,
+                random_sets=random_sets,
+                batch_tokens=batch_tokens,
+            ),
+        )
+        journal.remove()
+    return cells
+
+
+def summarise(masks: Sequence[str], texts: Texts, values: Array) -> list[Cell]:
+    """The cells of the matrix, by mask and group, from values (masks, windows) in nats."""
+    groups = np.array(texts.groups)
+    n_tokens = np.array([len(ids) - 1 for ids in texts.ids])
+    cells = []
+    for mask, row in zip(masks, values, strict=True):
+        for group in dict.fromkeys(texts.groups):
+            inside = groups == group
+            some = row[inside]
+            mean = float(some.mean())
+            error = float(some.std(ddof=1) / math.sqrt(some.size)) if some.size > 1 else None
+            cells.append(
+                Cell(
+                    mask,
+                    group,
+                    some.size,
+                    int(n_tokens[inside].sum()),
+                    mean,
+                    error,
+                    math.exp(mean) if not mean > 709 else math.inf,
+                )
+            )
+    return cells
+
+
+def window_rows(masks: Sequence[str], texts: Texts, values: Array) -> list[tuple[Any, ...]]:
+    """The rows of nll_windows.csv."""
+    about = [
+        (group, i - texts.groups.index(group), len(ids) - 1)
+        for i, (group, ids) in enumerate(zip(texts.groups, texts.ids, strict=True))
+    ]
+    return [
+        (mask, *one, value)
+        for mask, row in zip(masks, values.tolist(), strict=True)
+        for one, value in zip(about, row, strict=True)
+    ]

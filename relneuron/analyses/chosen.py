@@ -1,0 +1,267 @@
+"""The report's sections on the chosen neurons: where they are, how sure, and what sets share.
+
+cli/pages.py puts them between those of analyses/page.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.analyses import figures as draw
+from relneuron.analyses import overlap_effect
+from relneuron.analyses.study import Study
+from relneuron.artifact.neurons import SITES, site_widths
+from relneuron.report import kit as figures
+from relneuron.report.kit import SURE, floats
+from relneuron.report.parts import Results, Section, n_of
+from relneuron.report.results import site_counts
+from relneuron.report.tables import NBSP, Cell, Table, label, percent, significant
+
+SHOWN = 5  # neurons of each set in the table of neurons, before its last
+
+
+def neuron_sections(study: Study, results: Results) -> list[Section]:
+    """Where the neurons are and how sure, and what analyses say of them."""
+    shared = {"overlap": overlap, "versatility": versatility, "concepts": concepts}
+    made = [make(study, results) for key, make in shared.items() if key in study.tables]
+    return [*chosen(study), *made]
+
+
+def chosen(study: Study) -> list[Section]:
+    sites = tuple(site_widths(study.neurons.model))
+    count = site_counts(study.sets.values(), study.neurons.model["layers"], sites)
+    tables = [
+        ("selection", selection_table(study, count)),
+        ("layers", layer_table(list(study.sets), count, sites)),
+    ]
+    found = [
+        Section(
+            "layers",
+            "Where the chosen neurons are",
+            "In which layers and projections are the neurons of a relation?",
+            [_layer_note(study, count), *_selection_notes(study)],
+            "Bars: sum over the relations. Squares: one relation. gate and up are the outputs of "
+            "gate_proj and up_proj, down the output of down_proj, q, k, v and o those of the "
+            "attention's projections, where they were recorded.",
+            [figures.layers_plot(count, list(study.sets), sites)] if count.any() else [],
+            tables,
+        )
+    ]
+    if (table := neuron_table(study)).rows:
+        notes = significance_notes(study) or [
+            "No significance.csv belongs to these neurons, so nothing here says how sure their "
+            "scores are."
+        ]
+        found.append(
+            Section(
+                "scores",
+                "The scores, and how sure they are",
+                "Could a neuron be in a set by chance?",
+                notes,
+                tables=[("neurons", table)],
+            )
+        )
+    return found
+
+
+def overlap(study: Study, results: Results) -> Section:
+    table = study.tables["overlap"]
+    question = "How many neurons do two relations share, and do they break each other for it?"
+    title = "What the sets share"
+    names, shared = list(study.sets), [int(n) for n in floats(table, "shared")]
+    pairs = [i for i in range(len(shared)) if i // len(names) < i % len(names)]
+    if not any(study.sets.values()) or not pairs:
+        return Section("overlap", title, question, ["There are no two sets to compare."])
+    if most := max(shared[i] for i in pairs):
+        place = next(i for i in pairs if shared[i] == most)
+        a, b = (label(str(table.column(name)[place])) for name in ("relation", "other"))
+        chance = floats(table, "expected")[pairs]
+        beyond = int((floats(table, "q_value")[pairs] <= SURE).sum())
+        seen = [
+            f"Most shared: {most:,}, by “{a}” and “{b}”. Two random sets of such sizes would "
+            f"share {significant(chance.mean(), 2)} on average; {beyond:,} of "
+            f"{n_of(len(pairs), 'pair')} share more than chance (q ≤ {SURE})."
+        ]
+    else:
+        seen = ["No two sets share a neuron."]
+    effect = overlap_effect(study.sets, study.grids[results[0].split])
+    if np.isfinite(effect.rho):
+        seen.append(
+            "Rank correlation of shared neurons with the damage a set does to the other relation: "
+            f"{significant(effect.rho, 2)} (p = {significant(effect.p_value, 2)}, "
+            f"{n_of(effect.n_pairs, 'pair')})."
+        )
+    return Section(
+        "overlap",
+        title,
+        question,
+        seen,
+        "Number of neurons that two sets have in common; the frames hold the sizes of the sets. "
+        f"Bold: more than two random sets would share (hypergeometric test, q ≤ {SURE}).",
+        [figures.overlap_heatmap(table)],
+        [("overlap", table)],
+    )
+
+
+def versatility(study: Study, _: Results) -> Section:
+    table = study.tables["versatility"]
+    n, neurons, share = (floats(table, name) for name in table.columns)
+    single = neurons[n == 1].sum()
+    return Section(
+        "versatility",
+        "In how many sets a neuron is",
+        "Are there neurons that serve many relations?",
+        [
+            f"{single:,.0f} of {n_of(int(neurons.sum()), 'chosen neuron')} "
+            f"({percent(share[n == 1].sum())}) are in one set only; the most versatile are in "
+            f"{n.max():.0f} ({n_of(int(neurons[n == n.max()].sum()), 'neuron')})."
+        ],
+        drawings=[draw.versatility_plot(table)],
+        tables=[("versatility", table)],
+    )
+
+
+def concepts(study: Study, _: Results) -> Section:
+    table = study.tables["concepts"]
+    shared, drops, q = (floats(table, name) for name in ("shared", "drop", "q_value"))
+
+    def pair(place: int) -> str:
+        names = (label(str(table.column(name)[place])) for name in ("relation", "concept"))
+        return "“{}” and the concept “{}”".format(*names)
+
+    seen = [
+        f"Most shared: {int(shared.max()):,}, by {pair(int(shared.argmax()))}; "
+        f"{int((q <= SURE).sum()):,} of {n_of(len(q), 'pair')} share more than chance."
+    ]
+    if np.isfinite(drops).any():
+        worst = int(np.nanargmax(drops))
+        seen.append(f"The largest drop with a concept off: {percent(drops[worst])}, {pair(worst)}.")
+    return Section(
+        "concepts",
+        "Relations and kinds of subjects",
+        "Are a relation's neurons those of the things it speaks of?",
+        seen,
+        "First: neurons shared by the set of a relation and the set of a concept, found with "
+        f"prompts that ask for nothing; bold: beyond chance (q ≤ {SURE}). Then: accuracy that the "
+        "relation (row) loses in % when the concept's neurons (column) are off.",
+        draw.concept_heatmaps(table),
+        [("concepts", table)],
+    )
+
+
+# Tables
+
+
+def layer_table(
+    names: Sequence[str], count: NDArray[np.int64], sites: Sequence[str] = SITES
+) -> Table:
+    columns = ["relation", "site", "all_layers", *(f"layer_{i}" for i in range(count.shape[2]))]
+    rows = [
+        [name, site, sum(row), *row]
+        for name, by_site in zip(names, count.tolist(), strict=True)
+        for site, row in zip(sites, by_site, strict=True)
+    ]
+    return Table("Chosen neurons by site and layer", columns, rows)
+
+
+def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
+    """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
+    columns = [
+        *("relation", "prompts", "answered_right", "neurons", *site_widths(study.neurons.model)),
+        *("best_score", "score_at_cut", "ties_at_cut", "perfect"),
+    ]
+    rows: list[list[Cell]] = []
+    sets = study.neurons.sets.items()
+    for (name, chosen), by_site in zip(sets, count.sum(axis=2).tolist(), strict=True):
+        n_prompts = sum(p.relation == name and p.split == "det" for p in study.prompts.values())
+        cut = study.neurons.selection.get(name, {})
+        right, *ties = (cut.get(key, 0) for key in ("positives", "ties_at_cut", "perfect"))
+        ends = [chosen[0][3], chosen[-1][3]] if chosen else [np.nan, np.nan]
+        rows.append([name, n_prompts, right, sum(by_site), *by_site, *ends, *ties])
+    return Table("How the sets were chosen", columns, rows)
+
+
+def neuron_table(study: Study) -> Table:
+    """The best neurons of each set and its last, with what identify knows of their scores."""
+    columns = ["relation", "rank", "neuron", "score", "score_low", "score_high"]
+    rows: list[list[Cell]] = []
+    for name, chosen in study.neurons.sets.items():
+        for place, (layer, site, index, score) in enumerate(chosen):
+            if SHOWN <= place < len(chosen) - 1:
+                continue
+            p, q, low, high = study.significance[name][place].tolist()
+            rows.append([name, place + 1, f"L{layer}.{site}.{index}", score, low, high, p, q])
+    return Table(
+        "The best neurons of each set and its last", [*columns, "p_value", "q_value"], rows
+    )
+
+
+# Sentences
+
+
+def _layer_note(study: Study, count: NDArray[np.int64]) -> str:
+    if not count.any():
+        return "No neuron was chosen."
+    widths = site_widths(study.neurons.model)
+    chosen, all_neurons = (
+        ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(widths, ns, strict=True))
+        for ns in (count.sum(axis=(0, 2)), np.array([*widths.values()]))
+    )
+    return f"Of the chosen neurons: {chosen}; of all neurons: {all_neurons}."
+
+
+def _selection_notes(study: Study) -> list[str]:
+    """How the sets were cut, if by q, and why some are empty."""
+    rates = {f"{cut['fdr']}" for cut in study.neurons.selection.values() if "fdr" in cut}
+    notes = [f"A set is every neuron with q ≤ {rate}." for rate in sorted(rates)]
+    empty = [
+        f"{label(name)} ({study.neurons.selection.get(name, {}).get('reason', 'no reason given')})"
+        for name, chosen in study.neurons.sets.items()
+        if not chosen
+    ]
+    if empty:
+        notes.append(f"No neurons: {', '.join(empty)}.")
+    return notes
+
+
+def significance_notes(study: Study) -> list[str]:
+    """What the interval, p and q of a score are, and the least sure ones; of those that are there.
+
+    The numbers of draws are those that identify noted.
+    """
+    measured = [rows for rows in study.significance.values() if len(rows)]
+    rows = np.concatenate(measured) if measured else np.empty((0, 4))
+    has_p, has_q, has_interval = (bool(np.isfinite(rows[:, c]).any()) for c in range(3))
+    stages = study.manifest.get("stages", {})
+    inputs = stages.get("identify", {}).get("inputs", {})
+
+    def count(name: str) -> str:
+        n = inputs.get(name)
+        return f"{n:,} " if isinstance(n, int) else ""
+
+    notes = []
+    if has_interval:
+        notes.append(
+            f"The 95{NBSP}% interval of a score is that of {count('bootstrap')}bootstrap resamples "
+            "of the relation's facts, with all prompts of a fact, positives and negatives apart."
+        )
+    if has_p:
+        notes.append(
+            f"p: the share of {count('permutations')}shufflings of the relation's labels that "
+            f"score the neuron as high, itself counted; at most {np.nanmax(rows[:, 0]):.2g} here."
+        )
+    if has_q:
+        notes.append(
+            "q: among all neurons that rank as high, the expected share that carry nothing "
+            f"(Benjamini–Hochberg over the model's {study.n_neurons:,} neurons, against "
+            f"{count('noise')}columns of noise); at most {np.nanmax(rows[:, 1]):.2g} here."
+        )
+    if has_p or has_q:
+        notes.append(
+            "Low p and q say that a neuron tells the relation's prompts from the others', "
+            "not that it does nothing else. Prompts count as independent of each other."
+        )
+    return notes

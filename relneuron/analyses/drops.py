@@ -1,0 +1,117 @@
+"""What switching a set off does: to its own relation, to the others, and by type of neuron.
+
+`run_all` calls these; methods A10.1, 2, 7, 8 and 9 (arXiv 2502.17355, sections 4 and 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from relneuron.analyses.outcomes import (
+    Row,
+    mean_of,
+    others_under,
+    outcomes,
+    relations,
+    sets_off,
+    shares,
+    with_q,
+)
+from relneuron.analyses.uncertainty import NAN
+from relneuron.artifact.effects import Grid
+from relneuron.artifact.neurons import ATTENTION, SITES
+from relneuron.report.tables import Table
+
+ACCURACY = (
+    *("split", "relation", "n_prompts", "before", "before_low", "before_high"),
+    *("own", "own_low", "own_high", "drop", "drop_low", "drop_high"),
+    *("lost", "gained", "p_value", "q_value", "others", "others_low", "others_high"),
+    *("random", "random_low", "random_high", "random_drop"),
+    *("matched", "matched_low", "matched_high", "matched_drop"),
+)
+DROP = (
+    *("relation", "off", "own", "n_prompts", "n_before", "n_after"),
+    *("drop", "drop_low", "drop_high", "lost", "gained", "p_value", "q_value"),
+)
+SITE_COLUMNS = (
+    *("relation", "site", "n_neurons", "own", "own_low", "own_high"),
+    *("own_drop", "others_drop"),
+)
+
+
+def accuracy(grids: Mapping[str, Grid]) -> Table:
+    """Intra-relation effects on every split: accuracy clean and with the own set off.
+
+    Intervals are those of a bootstrap over facts (`paired_bootstrap`); the own set's p is that of
+    the sign-flip test over facts, its q over the split's relations. Both are NaN where no drop is
+    defined and for a set without neurons. others: the mean, least and greatest accuracy of the
+    relation with another relation's set off; random and matched: the same over the random sets'
+    seeds.
+    """
+    rows: list[Row] = []
+    for grid in grids.values():
+        found = [_accuracy_row(grid, relation) for relation in relations(grid)]
+        rows += with_q(ACCURACY, found)
+    return Table("Accuracy before and after", ACCURACY, rows)
+
+
+def _accuracy_row(grid: Grid, relation: str) -> Row:
+    sets = sets_off(grid)
+    clean, own = (outcomes(grid, relation, name) for name in ("clean", sets.get(relation)))
+    ends = own.intervals()
+    others, random, matched = (
+        mean_of(outcomes(grid, relation, name) for name in names)
+        for names in (
+            [name for other, name in sets.items() if other != relation],
+            [condition.name for condition in grid.of_kind("random")],
+            [c.name for c in grid.of_kind("matched") if c.relation == relation],
+        )
+    )
+    return [
+        *(grid.split, relation, clean.n),
+        *shares(clean.before, *clean.intervals().before),
+        *shares(own.after, *ends.after, own.drop, *ends.drop),
+        *((own.lost, own.gained) if own.n else (NAN, NAN)),
+        own.p_value,
+        *shares(*others.after, *random.after, random.drop.mean),
+        *shares(*matched.after, matched.drop.mean),
+    ]
+
+
+def drop_table(grid: Grid) -> Table:
+    """Inter-relation effects: what every set does to every relation.
+
+    drop = (acc_before - acc_after) / acc_before from whole numbers of prompts; negative where
+    the set's absence helps, NaN where nothing was right before. Intervals and p as in `accuracy`,
+    q over the whole matrix.
+    """
+    rows: list[Row] = []
+    for relation in relations(grid):
+        for off, condition in sets_off(grid).items():
+            found = outcomes(grid, relation, condition)
+            rows.append(
+                [
+                    *(relation, off, int(off == relation), found.n, found.n_before, found.n_after),
+                    *shares(found.drop, *found.intervals().drop),
+                    *(found.lost, found.gained, found.p_value),
+                ]
+            )
+    return Table("Accuracy drop of every relation under every set", DROP, with_q(DROP, rows))
+
+
+def sites(grid: Grid) -> Table:
+    """Types of neurons: the best neurons of one site alone off, and the own set of all sites."""
+    rows: list[Row] = []
+    off = sets_off(grid)
+    for relation in relations(grid):
+        found = {c.site: c for c in grid.of_kind("site") if c.relation == relation}
+        if not found:
+            continue
+        if relation in off:
+            found["all"] = grid.conditions[off[relation]]
+        for site in [site for site in (*SITES, *ATTENTION, "all") if site in found]:
+            own = outcomes(grid, relation, found[site].name)
+            others = others_under(grid, relation, found[site].name)
+            measured = shares(own.after, *own.intervals().after, own.drop, others.drop.mean)
+            rows.append([relation, site, found[site].n_neurons, *measured])
+    return Table("Effects by type of neuron", SITE_COLUMNS, rows)

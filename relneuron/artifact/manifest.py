@@ -1,0 +1,483 @@
+"""What makes a study resumable: the manifest, the journal of a long stage, the folder's lock.
+
+Every stage calls this module; nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, json_bytes, sha256
+from relneuron.artifact.reading import parse_json, read_json
+from relneuron.artifact.writing import refuse_unfinished, unfinished
+
+SCHEMA = "relneuron.study/1"
+
+
+def versions() -> Json:
+    """The versions that can change a number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    result = {"python": platform.python_version()}
+    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
+        with suppress(PackageNotFoundError):
+            result[package] = version(package)
+    return result
+
+
+_MANIFEST_KEYS = (
+    "schema",
+    "versions",
+    "model",
+    "dtype",
+    "sites",
+    "threshold",
+    "tokens",
+    "seeds",
+    "batch_plan",
+    "memory",
+    "fallbacks",
+    "stages",
+    "files",
+    "earlier",
+    "digest",
+)
+
+
+# The stages in their order, each with those that are made from it.
+_LATER = {
+    "prompts": ("record", "attribute", "identify", "identify_gains", "ablate", "report"),
+    "record": ("identify", "ablate", "report"),
+    "count": ("identify", "ablate", "nll", "report"),
+    "attribute": ("identify", "identify_gains", "ablate", "report"),
+    "identify": ("ablate", "nll", "report"),
+    "identify_gains": (),  # neurons of an attribution beside those of another identify
+    "import": ("report",),  # neurons of others
+    "ablate": ("report",),
+    "nll": ("report",),
+    "report": (),
+}
+# Stages of another kind of study, in whose folder a stage is not begun.
+_APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"count"}}
+GAIN_METHOD = "logprob_gain"  # of an `identify` that is made from an attribution
+# What two descriptions of one model have in common, wherever it runs.
+MODEL_KEYS = ("layers", "width", "hidden", "digest")
+
+
+def json_digest(value: object) -> str:
+    """The SHA-256 of a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(value: Json, prefix: str = "") -> Json:
+    """A nested dictionary with dotted keys."""
+    result: Json = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        result |= _flat(item, f"{name}.") if isinstance(item, dict) else {name: item}
+    return result
+
+
+def differences(before: Json, now: Json) -> list[str]:
+    """What differs between two descriptions of inputs, each as `key: before -> now`."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+class Manifest:
+    """manifest.json of a folder: which stages are done, from what, and every file's digest.
+
+    It holds no times and no paths of the output, so the same study gives the same bytes. It ends
+    with the digest of all that stands before; a manifest without one is not checked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "manifest.json"
+        self.data: Json = {"schema": SCHEMA, "stages": {}, "files": {}}
+        # Files of stages that were made anew since, and are still there.
+        self._earlier: Json = {}
+        if self.path.exists():
+            data = read_json(self.path, "manifest")
+            schema = data.get("schema") if isinstance(data, dict) else None
+            if schema != SCHEMA:
+                raise RelneuronError(
+                    f"{self.path} has the schema {schema!r}, this version reads {SCHEMA!r}",
+                    "use another folder, or the version of relneuron that wrote it",
+                )
+            digest = data.pop("digest", None)
+            if digest is not None and digest != json_digest(data):
+                raise RelneuronError(
+                    f"{self.path} is not as it was written (its digest differs)",
+                    "restore it, or delete it and make the study anew with --force",
+                )
+            _check_manifest(self.path, data)
+            self._earlier = data.pop("earlier", {})
+            self.data |= data
+
+    def is_done(self, stage: str, inputs: Json, *, force: bool = False) -> bool:
+        """Whether `stage` was finished from the same inputs and its files are as it left them.
+
+        Finished from other inputs is an error that names them, unless `force` redoes the stage.
+        """
+        entry = self.data["stages"].get(stage)
+        others = _APART.get(stage, set())
+        if entry is None and self.data["stages"].keys() & others and not force:
+            kind = "groups of text" if "count" in self.data["stages"] else "relations"
+            raise RelneuronError(
+                f"{self.path.parent} holds a study of {kind}",
+                "use another output, or --force to forget what was identified and ablated there",
+            )
+        if entry is None:
+            return False
+        inputs = json.loads(json.dumps(inputs))
+        changed = differences(entry["inputs"], inputs)
+        if changed:
+            if not force:
+                raise RelneuronError(
+                    f"{self.path.parent}: {stage} was made from other inputs: {'; '.join(changed)}",
+                    "use another output, or --force to make it and all that follows anew",
+                )
+            return False
+        return all(self.is_intact(name, force=force) for name in entry["files"])
+
+    def is_intact(self, name: str, *, force: bool = False) -> bool:
+        """Whether a file is there as it was written; a changed one raises, unless `force`."""
+        path, known = self.path.parent / name, self.data["files"].get(name)
+        if known is None:
+            return False
+        if known.get("dropped"):
+            return True
+        if not path.exists() or name in unfinished(self.path.parent):
+            return False
+        if _is_as_noted(path, known):
+            return True
+        if force:
+            return False
+        raise self._changed(name)
+
+    def check(self, name: str) -> None:
+        """Raise if a file that is there is another one than a stage wrote; others are not known."""
+        known = self.data["files"].get(name) or self._earlier.get(name)
+        path = self.path.parent / name
+        if known is not None and path.is_file() and not _is_as_noted(path, known):
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> RelneuronError:
+        stages = self.data["stages"]
+        stage = next((s for s in stages if name in stages[s]["files"]), "an earlier stage")
+        again = f"relneuron {stage.removesuffix('_gains')} ... --force" if stage in stages else "it"
+        path = self.path.parent / name
+        return RelneuronError(
+            f"{path} is not the file that was written by {stage} (its digest differs)",
+            f"restore it, or make it anew with {again}; what you changed on purpose is taken as it "
+            "is under another name",
+        )
+
+    def check_model(self, model: Json) -> None:
+        """Refuse the folder of a recorded or counted study of another model, or other weights."""
+        for stage in ("record", "count"):
+            known = self.data["stages"].get(stage, {}).get("inputs", {}).get("model") or {}
+            if any(key in known and known[key] != model.get(key) for key in MODEL_KEYS):
+                raise RelneuronError(
+                    f"{self.path.parent} holds a study of another model, or of other weights",
+                    "use another output",
+                    2,
+                )
+
+    def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
+        """Record a finished stage and the digests of its files; later stages are forgotten."""
+        for later in self._made_from(stage):
+            self.data["stages"].pop(later, None)
+        folder = self.path.parent
+        names = [path.relative_to(folder).as_posix() for path in files]
+        for name, path in zip(names, files, strict=True):
+            self.data["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+        self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
+        stages, known = self.data["stages"], self._earlier | self.data["files"]
+        self.data["stages"] = {name: stages[name] for name in _LATER if name in stages}
+        kept = {name for entry in self.data["stages"].values() for name in entry["files"]}
+        self.data["files"] = {name: known[name] for name in sorted(kept & known.keys())}
+        left = [name for name in sorted(known.keys() - kept) if (folder / name).is_file()]
+        self._earlier = {name: known[name] for name in left if not known[name].get("dropped")}
+        self.save()
+
+    def _made_from(self, stage: str) -> list[str]:
+        """The stages that hold no longer once `stage` is made anew."""
+        stages, later = self.data["stages"], list(_LATER[stage])
+        method = stages.get("identify", {}).get("inputs", {}).get("method")
+        if stage == "attribute" and "record" in stages and method != GAIN_METHOD:
+            # Neurons of recorded responses, and what became of them, are of no attribution.
+            later = [name for name in later if name not in ("identify", "ablate")]
+        return later
+
+    def drop(self, name: str) -> None:
+        """Delete a large intermediate file and say so; the stage that made it stays done."""
+        if name in self.data["files"] and not self.data["files"][name].get("dropped"):
+            self.data["files"][name]["dropped"] = True
+            self.save()
+        (self.path.parent / name).unlink(missing_ok=True)
+
+    def forget(self, stage: str) -> None:
+        """Have `stage` made anew, where a file of it that was dropped is needed again."""
+        self.data["stages"].pop(stage, None)
+        self.save()
+
+    def describe(self, **facts: object) -> None:
+        """Set facts of the whole study: the model, the tokens, the batch plan, ..."""
+        self.data.update(facts)
+
+    def save(self) -> None:
+        data = json.loads(json.dumps(self.data))
+        data |= {"earlier": self._earlier} if self._earlier else {}
+        data["digest"] = json_digest(data)
+        rank = {key: place for place, key in enumerate(_MANIFEST_KEYS)}
+        keys = sorted(data, key=lambda key: rank.get(key, rank["files"] + 0.5))
+        atomic_write(self.path, json_bytes({key: data[key] for key in keys}))
+
+
+def _check_manifest(path: Path, data: Json) -> None:
+    """Raise unless each part of a manifest is what it has to be, and names files of its folder."""
+
+    def check(holds: bool, where: str, expected: str) -> None:
+        if not holds:
+            raise RelneuronError(
+                f"{path}: {where} is not {expected}",
+                "restore it, or delete it and make the study anew with --force",
+            )
+
+    parts = {key: data.get(key) or {} for key in ("stages", "files", "earlier", "model")}
+    for key, part in parts.items():
+        check(isinstance(part, dict), key, "an object")
+    for key in MODEL_KEYS[:3]:
+        size = parts["model"].get(key, 0)
+        check(type(size) is int and 0 <= size < 1 << 31, f"model.{key}", "a size")
+    for key in ("earlier", "files"):
+        for name, noted in parts[key].items():
+            where = f"{key}.{name}"
+            check(isinstance(noted, dict), where, "an object")
+            sizes = noted.get("bytes"), noted.get("sha256")
+            check(type(sizes[0]) is int and isinstance(sizes[1], str), where, "bytes and sha256")
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            check(inside, where, "a file of this folder")
+    for stage, entry in parts["stages"].items():
+        where = f"stages.{stage}"
+        check(stage in _LATER and isinstance(entry, dict), where, "a stage")
+        check(isinstance(entry.get("inputs"), dict), f"{where}.inputs", "an object")
+        files = entry.get("files")
+        named = isinstance(files, list) and all(isinstance(name, str) for name in files)
+        check(named, f"{where}.files", "a list of names")
+        commands = entry.get("commands", [])
+        said = isinstance(commands, list) and all(
+            isinstance(words, list) and words and all(isinstance(word, str) for word in words)
+            for words in commands
+        )
+        check(said, f"{where}.commands", "a list of commands")
+
+
+def _is_as_noted(path: Path, known: Json) -> bool:
+    return bool(path.stat().st_size == known["bytes"] and sha256(path) == known["sha256"])
+
+
+def checked(path: Path) -> Path:
+    """`path`, if it is as the manifest beside it notes; who reads a file calls this first.
+
+    A file that no manifest knows is the user's own. One that is not there is left to its reader.
+    """
+    refuse_unfinished(path)
+    if _is_manifest(path.parent / "manifest.json"):
+        Manifest(path.parent).check(path.name)
+    return path
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a manifest.json is ours: other programs write files of that name, too."""
+    return path.is_file() and b'"relneuron.study/' in path.read_bytes()
+
+
+def is_unfinished(output: Path, stage: str) -> bool:
+    """Whether an output was left by a run of `stage` that was killed before it was done.
+
+    Its journal is still there, and no manifest knows the file as it is. The journal of a run that
+    was killed behind its manifest is removed.
+    """
+    journal = output.parent / f"{stage}.journal"
+    if not journal.exists() or not output.exists():
+        return False
+    known = Manifest(output.parent).data
+    if known["files"].get(output.name, {}).get("sha256") != sha256(output):
+        return True
+    with suppress(ValueError, KeyError):
+        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        if head["inputs"] == known["stages"][stage]["inputs"]:
+            journal.unlink()
+    return False
+
+
+class Journal:
+    """What a long stage has finished so far: one line per block, appended and synced.
+
+    A line is a SHA-256 and the JSON that it is of, with all lines before it. A line cut short by a
+    kill is ignored, so the block is simply done again; so is all from the first line on that is
+    not as it was written, with a warning, and all of a journal of other inputs or versions. What
+    the lines stand for besides is for the stage to check, see `redo`. Used as a context manager,
+    it also saves what is finished when the stage is interrupted. `before_commit` runs first: it
+    makes safe what the lines stand for.
+    """
+
+    SAVE_EVERY_S = 10.0
+
+    def __init__(
+        self, path: Path, inputs: Json, before_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self.before_commit = path, before_commit
+        self._saved = time.monotonic()
+        self._head = json.loads(json.dumps({"versions": versions(), "inputs": inputs}))
+        self._last = ""  # the digest of the last line
+        self._pending: list[str] = []
+        data = path.read_bytes() if path.exists() else b""
+        self.done, n_bytes = self._read(data)
+        if n_bytes:
+            # A cut last line must not join the next one.
+            os.truncate(path, n_bytes)
+        else:
+            self._write()
+
+    def _read(self, data: bytes) -> tuple[dict[str, Any], int]:
+        """The blocks that are as they were written, and where in the file they end."""
+        done: dict[str, Any] = {}
+        lines, end, last = data.split(b"\n")[:-1], 0, ""
+        for number, line in enumerate(lines):
+            digest, _, text = line.partition(b" ")
+            if _chained(last, text) != digest.decode(errors="replace"):
+                n_bad = len(lines) - number
+                self._warn(f"{n_bad} of {len(lines)} lines are not as they were written")
+                break
+            last = digest.decode()
+            value = parse_json(text.decode(), f"{self.path}, line {number + 1}", "delete it")
+            if number == 0 and value != self._head:
+                known = value if isinstance(value, dict) else {}
+                changed = "; ".join(differences(known, self._head))
+                self._warn(f"it is of other inputs ({changed})")
+                break
+            if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
+                self._warn("a line is no block")
+                break
+            if number:
+                done[str(value["key"])] = value["value"]
+            end, self._last = end + len(line) + 1, last
+        if data and not lines:
+            self._warn("it is cut short")
+        return done, end
+
+    def _warn(self, why: str) -> None:
+        warnings.warn(f"{self.path}: {why}; what it noted there is done again", stacklevel=4)
+
+    def _write(self) -> None:
+        """The whole file: the head and all that is done."""
+        self._last = ""
+        self._pending.clear()
+        blocks = [{"key": key, "value": value} for key, value in self.done.items()]
+        atomic_write(self.path, "".join(map(self._line, [self._head, *blocks])).encode())
+
+    def _line(self, value: Json) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        self._last = _chained(self._last, text.encode())
+        return f"{self._last} {text}\n"
+
+    def redo(self, keys: Collection[str], why: str) -> None:
+        """Forget finished blocks whose results are not as they were noted, and say so."""
+        if keys:
+            what = f"{len(keys)} of {len(self.done)} blocks are done again"
+            warnings.warn(f"{self.path}: {why}: {what}", stacklevel=2)
+            self.done = {key: value for key, value in self.done.items() if key not in keys}
+            self._write()
+
+    def add(self, key: str, value: object) -> None:
+        """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
+        block = json.loads(json.dumps({"key": key, "value": value}))
+        self._pending.append(self._line(block))
+        self.done[key] = block["value"]
+        if time.monotonic() - self._saved > self.SAVE_EVERY_S:
+            self.commit()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            self.commit()
+
+    def commit(self) -> None:
+        """Append what was added and wait until it is on the disk."""
+        self.before_commit()
+        with self.path.open("ab") as file:
+            file.write("".join(self._pending).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._pending.clear()
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _chained(last: str, text: bytes) -> str:
+    return hashlib.sha256(last.encode() + text).hexdigest()
+
+
+def progress_bar(
+    total: int | None, stage: str, unit: str, quiet: bool, *, scale: bool = False, done: int = 0
+) -> Any:
+    """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`.
+
+    A `total` of None is not known yet; with `scale` numbers are shown as 12.3k; `done` of them were
+    done before.
+    """
+    from tqdm import tqdm
+
+    off = True if quiet else None
+    return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
+
+
+# What artifact.atomic_write calls its temporary files; others' stay.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+
+
+@contextmanager
+def locked(folder: Path, *beneath: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second process is refused at once. May be nested.
+
+    What a killed writer left behind is removed there, and in the folders `beneath`.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RelneuronError(
+            f"another process is writing to {folder}", "wait for it, or use another output"
+        ) from error
+    try:
+        for place in (folder, *beneath):
+            for stale in place.glob(".*.tmp"):
+                if _TEMPORARY.fullmatch(stale.name) and stale.is_file():
+                    stale.unlink()
+        yield
+    finally:
+        lock.release()  # the file stays: to delete it would let two writers in

@@ -1,0 +1,49 @@
+"""What works on this machine, and for a model which layers are supported, each with its reason.
+
+`relneuron doctor [MODEL]` prints what these functions return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from relneuron import ops
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.installed import EXTRAS, install_command, missing
+from relneuron.artifact.manifest import versions
+from relneuron.model.gated import inspect_layers
+from relneuron.model.stream import read_residual_model
+
+
+def machine_report() -> list[tuple[str, str]]:
+    """(name, finding) rows: versions, devices, backends and extras, with what is missing."""
+    rows = [(name, value) for name, value in versions().items()]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    rows += [("CPU threads", str(torch.get_num_threads())), ("GPU", gpu)]
+    for backend, status in ops.available_backends().items():
+        verdict = "works" if status.works else "does not work"
+        rows.append((f"backend {backend}", f"{verdict}: {status.detail}"))
+    for extra in dict.fromkeys(EXTRAS.values()):
+        absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
+        verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
+        rows.append((f"extra {extra}", verdict))
+    return rows
+
+
+def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
+    """(layer, verdict) rows of a model and one of `attribute`; whether every layer is supported."""
+    verdicts = inspect_layers(model)
+    rows = [
+        (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
+        for v in verdicts
+    ]
+    n_good = sum(v.mlp is not None for v in verdicts)
+    rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
+    try:
+        residual = read_residual_model(model)
+        rows.append(("attribution", f"supported: {residual.n_heads} heads a layer"))
+    except RelneuronError as error:
+        rows.append(("attribution", f"not supported: {error.cause}"))
+    return rows, n_good == len(verdicts)

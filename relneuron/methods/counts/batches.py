@@ -1,0 +1,98 @@
+"""Batches of a corpus: which windows share a forward, and what their tokens are to the counters.
+
+`count` runs them. The plan depends on the windows and the token budget alone, so that every number
+of processes, and a run that goes on after a kill, computes the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact.files import RelneuronError
+from relneuron.texts.windows import Window
+
+Array = np.ndarray[Any, Any]
+
+POOL_BATCHES = 16  # so many batches of windows are planned at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward: B windows of at most T tokens, in order of their groups.
+
+    ids        (B, T) int32, padded on the right with 0
+    group_ids  (B, T) int32, -1 = padding, or a token that is not counted
+    lengths    (B,) tokens of each row
+    positions  (B, T) int32, restarted at every document; None = 0, 1, 2, ...
+    """
+
+    ids: Array
+    group_ids: Array
+    lengths: Array
+    positions: Array | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        return bool(self.lengths.min() < self.ids.shape[1])
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def pool_windows(window: int, batch_tokens: int) -> int:
+    """How many windows are planned together."""
+    return POOL_BATCHES * max(1, batch_tokens // window)
+
+
+def plan_pool(lengths: Sequence[int], groups: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Places of windows in batches of at most `batch_tokens` with padding, or of one window.
+
+    Longest first, so that windows of about the same length share a batch and one that does not fit
+    the memory shows at once; windows of the same length stay in their order. Within a batch they
+    stand by group: the kernels add up rows of the same group in registers.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    batches: list[list[int]] = []
+    for place in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return [sorted(batch, key=lambda place: (groups[place], place)) for batch in batches]
+
+
+def make_batch(
+    windows: Sequence[Window], *, not_counted: int | None = None, by_document: bool = False
+) -> Batch:
+    """The arrays of a batch; tokens `not_counted` are run but not counted.
+
+    With `by_document` the positions begin anew at every document's first token.
+    """
+    lengths = np.array([len(window.ids) for window in windows])
+    longest = int(lengths.max())
+    ids = np.zeros((len(windows), longest), np.int32)
+    inside = np.arange(longest) < lengths[:, None]
+    ids[inside] = np.concatenate([window.ids for window in windows])
+    counted = inside if not_counted is None else inside & (ids != not_counted)
+    groups = np.array([window.group for window in windows], np.int32)
+    positions = None
+    if by_document:
+        first = np.zeros(ids.shape, bool)
+        first[inside] = np.concatenate([window.first for window in windows])
+        place = np.arange(longest, dtype=np.int32)
+        positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
+    return Batch(ids, np.where(counted, groups[:, None], np.int32(-1)), lengths, positions)
+
+
+def check_vocabulary(batch: Batch, vocabulary: int) -> None:
+    """Refuse a token that the model does not have."""
+    largest = int(batch.ids.max())
+    if largest >= vocabulary:
+        raise RelneuronError(
+            f"the corpus holds the token {largest}, the model has {vocabulary} tokens",
+            "give a model and a tokenizer (or token ids) that belong together",
+        )

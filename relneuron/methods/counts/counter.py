@@ -1,0 +1,246 @@
+"""The counting itself: a patched model that takes batches, and its counters.
+
+`count` runs it over a corpus, the bench file times it beside the bare model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relneuron import ops
+from relneuron.artifact.counts import Counts
+from relneuron.artifact.files import RelneuronError
+from relneuron.methods.counts.batches import Batch
+from relneuron.model.gated import GatedMLP
+from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
+
+Array = np.ndarray[Any, Any]
+
+_STATISTICS = ("count", "sum", "sum_sq", "max", "n_nonfinite")
+
+
+class Counter:
+    """Counts active neurons per group while it is entered as a context manager.
+
+    A forward ends with the last layer's statistics: its down_proj (unless the site `down` is asked
+    for), the final norm and the lm_head are left out.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mlps: Sequence[GatedMLP],
+        *,
+        sites: Sequence[str] = ("act",),
+        threshold: float = 0.0,
+        moments: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        self.model, self.mlps = model, list(mlps)
+        # The forward without the lm_head, where the model has one.
+        self.body = getattr(model, "base_model", model)
+        self.device = next(model.parameters()).device
+        self.sites = tuple(sites)
+        self.threshold, self.moments = threshold, moments
+        self.states = [LayerState() for _ in self.mlps]
+        # On a CPU the model's own activation leaves every later layer as it is without the patch.
+        self.patch = Patch(
+            self.mlps,
+            self.states,
+            backend=backend,
+            only_statistics=True,
+            own_activation=self.device.type == "cpu",
+        )
+        self.grow(1)
+
+    def __enter__(self) -> Counter:
+        self.patch.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.patch.__exit__(*error)
+
+    def grow(self, n_groups: int) -> None:
+        """Make room for so many groups; what was counted stays."""
+        inner = tuple(site for site in self.sites if site != "down")
+        for mlp, state in zip(self.mlps, self.states, strict=True):
+            device = next(mlp.module.parameters()).device
+            if inner:
+                state.stats = self._grown(state.stats, n_groups, mlp.width, inner, device)
+            if "down" in self.sites:
+                state.stats_down = self._grown(
+                    state.stats_down, n_groups, mlp.hidden, ("down",), device
+                )
+
+    def _grown(
+        self,
+        old: ops.GroupStats | None,
+        n_groups: int,
+        width: int,
+        sites: tuple[str, ...],
+        device: torch.device,
+    ) -> ops.GroupStats:
+        if old is not None and old.groups >= n_groups:
+            return old
+        new = ops.GroupStats(
+            groups=n_groups,
+            width=width,
+            sites=sites,
+            threshold=self.threshold,
+            moments=self.moments,
+            device=device,
+        )
+        if old is not None:
+            new.tokens[: old.groups] = old.tokens
+            for name in _STATISTICS:
+                for site, values in getattr(old, name).items():
+                    getattr(new, name)[site][: old.groups] = values
+        return new
+
+    def count(self, batch: Batch) -> None:
+        """Run one batch and add its tokens; on a GPU without waiting for it."""
+        self.patch.tokens = Tokens(group_ids=self._sent(batch.group_ids))
+        # The end of the statistics is the end of the forward, unless another patch needs it all.
+        with suppress(StatisticsDone):
+            self.run(batch)
+
+    def run(self, batch: Batch) -> None:
+        """One forward of the model without its lm_head; unpatched, this is the bare forward."""
+        arguments: dict[str, Tensor] = {}
+        if batch.is_padded:
+            place = np.arange(batch.ids.shape[1])
+            arguments["attention_mask"] = self._sent(place < batch.lengths[:, None]).long()
+        if batch.positions is not None:
+            arguments["position_ids"] = self._sent(batch.positions).long()
+        with torch.inference_mode():
+            self.body(input_ids=self._sent(batch.ids).long(), use_cache=False, **arguments)
+
+    def _sent(self, array: Array) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def result(self, groups: Sequence[str]) -> Counts:
+        """What was counted so far, on the host; on a GPU this waits for it."""
+        self.grow(len(groups))
+        arrays: dict[str, Array] = {}
+        tokens = None
+        for kind in ("stats", "stats_down"):
+            layers = [getattr(state, kind) for state in self.states]
+            if layers[0] is None:
+                continue
+            tokens = layers[0].tokens.cpu().numpy()
+            for name in _STATISTICS:
+                for site in getattr(layers[0], name):
+                    values = [getattr(layer, name)[site].cpu() for layer in layers]
+                    arrays[f"{name}.{site}"] = torch.stack(values, 1).numpy()
+        assert tokens is not None, "a count has at least one site"
+        return Counts(list(groups), tokens[: len(groups)].copy(), _cut(arrays, len(groups)))
+
+    def restore(self, counts: Counts) -> None:
+        """Go on from what was counted before."""
+        n = len(counts.groups)
+        self.grow(n)
+        for layer, state in enumerate(self.states):
+            for stats in (state.stats, state.stats_down):
+                if stats is None:
+                    continue
+                stats.tokens[:n] = torch.from_numpy(counts.tokens)
+                for name in _STATISTICS:
+                    for site, values in getattr(stats, name).items():
+                        saved = counts.arrays[f"{name}.{site}"][:, layer]
+                        values[:n] = torch.from_numpy(saved)
+
+    def clear(self) -> None:
+        """Begin anew, with room for one group."""
+        for state in self.states:
+            state.stats = state.stats_down = None
+        self.grow(1)
+
+
+def _cut(arrays: dict[str, Array], n_groups: int) -> dict[str, Array]:
+    return {name: np.ascontiguousarray(array[:n_groups]) for name, array in arrays.items()}
+
+
+class Speed:
+    """How fast the counting is beside the bare forward of the same batches; times in seconds.
+
+    A batch is also run without the patch now and then: the third, sixth, twelfth, ... and from
+    there on each 128th. `share` is the median over these of the bare time by the counted time.
+    """
+
+    EVERY = 128
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+        self.tokens = 0
+        self._shares: list[float] = []
+        self._batches, self._next = 0, 3
+        self._began = time.perf_counter()
+
+    def count(self, batch: Batch) -> None:
+        """Count a batch; now and then it is timed."""
+        self._batches += 1
+        self.tokens += batch.n_tokens
+        if self._batches < self._next:
+            self.counter.count(batch)
+            return
+        self._next += min(self._next, self.EVERY)
+        self._wait()
+        times = [time.perf_counter()]
+        self.counter.count(batch)
+        self._wait()
+        times.append(time.perf_counter())
+        self.counter.patch.__exit__(None, None, None)
+        try:
+            self.counter.run(batch)
+            self._wait()
+        finally:
+            self.counter.patch.__enter__()
+        self._shares.append((time.perf_counter() - times[1]) / (times[1] - times[0]))
+
+    def _wait(self) -> None:
+        if self.counter.device.type == "cuda":
+            torch.cuda.synchronize(self.counter.device)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def share(self) -> float | None:
+        """The speed as a share of the bare forward's; None before it was measured."""
+        return median(self._shares) if self._shares else None
+
+
+def check_boundaries(counter: Counter) -> None:
+    """Raise unless positions that begin anew keep the documents of one window apart.
+
+    Two windows that differ in their first document must be equal in their second one.
+    """
+    n = 8
+    ids = np.ones((2, 2 * n), np.int32)
+    ids[1, :n] = 2
+    positions = np.tile(np.arange(n, dtype=np.int32), (2, 2))
+    seen: list[Tensor] = []
+    handle = counter.mlps[-1].module.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    try:
+        counter.run(Batch(ids, np.zeros_like(ids), np.full(2, 2 * n), positions))
+    finally:
+        handle.remove()
+    first, second = seen[0][:, n:].float()
+    if not torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max())):
+        attention = getattr(counter.model.config, "_attn_implementation", None)
+        raise RelneuronError(
+            f"with attention {attention!r} a document sees the ones before it in its window",
+            "use --boundaries none, or --packing documents",
+        )

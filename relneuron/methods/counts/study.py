@@ -1,0 +1,380 @@
+"""A corpus study as the report needs it: counts, neurons, entropies and NLL, held to each other.
+
+`report` calls `read_group_study` for a folder of `count`, `identify` and `nll`;
+methods/counts/report.py makes the page. No model is needed.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
+from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.files import Json, RelneuronError, sha256
+from relneuron.artifact.manifest import Manifest, checked
+from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
+from relneuron.artifact.reading import open_tensors, read_csv
+from relneuron.report.results import Array, Spread, spread
+
+GROUP_INPUTS = (
+    *("manifest.json", NAME, "neurons.json", "scores.safetensors", "nll.csv", "nll_windows.csv"),
+)
+CLEAN = "clean"
+UNTESTED: Array = np.empty(0)
+NLL = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
+WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
+
+
+class NllCell(NamedTuple):
+    """The text of a group under a mask: mean NLL in nats per token, and its rise against clean.
+
+    rise     mean over windows of NLL(mask) - NLL(clean) of the same window
+    rise_se  sample standard deviation of these differences / sqrt(windows); NaN for one window
+    p_value  Wilcoxon's signed-rank test of the differences; q_value over all cells but clean's
+    """
+
+    mask: str
+    group: str
+    n_windows: int
+    n_tokens: int
+    nll: float
+    nll_se: float
+    perplexity: float
+    rise: float = NAN
+    rise_se: float = NAN
+    p_value: float = NAN
+    q_value: float = NAN
+
+
+class Activity(NamedTuple):
+    """How often neurons of one site are active: the share of a group's tokens, (G, L, F)."""
+
+    site: str
+    groups: list[str]
+    probability: Array
+
+
+@dataclass(frozen=True)
+class GroupStudy:
+    """`groups`: those counted, then those that only neurons.json or nll.csv know."""
+
+    manifest: Json
+    model: Json  # layers, width and hidden at least, as far as a file says
+    counts: Counts | None
+    neurons: NeuronFile | None
+    entropy: Array | None  # (L, F), before the filter
+    entropy_groups: int
+    activity: Activity | None
+    cells: list[NllCell]
+    dropped: dict[str, int]  # tokens of windows that were not full, where that was noted
+
+    @cached_property
+    def sets(self) -> dict[str, list[Neuron]]:
+        """Each set's neurons once, best first."""
+        if self.neurons is None:
+            return {}
+        shape = self.neurons.model
+        return {name: check_neurons(rows, shape) for name, rows in self.neurons.sets.items()}
+
+    @cached_property
+    def groups(self) -> list[str]:
+        counted = self.counts.groups if self.counts else []
+        return list(dict.fromkeys([*counted, *self.sets, *(c.group for c in self.cells)]))
+
+    @cached_property
+    def times(self) -> Counter[Neuron]:
+        """In how many sets each chosen neuron is."""
+        return Counter(neuron for chosen in self.sets.values() for neuron in chosen)
+
+    @property
+    def method(self) -> str:
+        return self.neurons.method if self.neurons else ""
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.model["layers"])
+
+    @property
+    def n_neurons(self) -> int:
+        """The neurons that could be chosen: those of the site that was counted."""
+        if self.entropy is not None:
+            return self.entropy.size
+        is_down = {site for _, site, _ in self.times} == {"down"}
+        return self.n_layers * int(self.model["hidden" if is_down else "width"])
+
+    def selected(self, key: str) -> float:
+        """A number that identify noted about the whole selection; NaN if it did not."""
+        value = self.neurons.selection.get(key) if self.neurons else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and value is not None else NAN
+
+    @property
+    def highest_entropy(self) -> float:
+        """ln of the number of groups: evenly active in all."""
+        return float(np.log(self.entropy_groups))
+
+    @cached_property
+    def chosen_entropies(self) -> Array:
+        """Of each chosen neuron once, if they were chosen by entropy."""
+        if self.entropy is None or self.method != "lape":
+            return np.empty(0)
+        return np.array([self.entropy[layer, index] for layer, _, index in self.times], np.float64)
+
+    @cached_property
+    def candidates(self) -> NDArray[np.bool_] | None:
+        """Neurons whose probability is above the threshold in some group (L, F)."""
+        threshold = self.selected("threshold")
+        if self.activity is None or self.entropy is None or np.isnan(threshold):
+            return None
+        highest: Array = np.fmax.reduce(self.activity.probability, axis=0)
+        return np.asarray(highest > threshold, dtype=np.bool_)
+
+    # Rises: a set without neurons changes nothing and is left out of every mean.
+
+    @cached_property
+    def off_by_mask(self) -> dict[str, list[NllCell]]:
+        """The cells of every mask that is a set with neurons."""
+        found: dict[str, list[NllCell]] = {}
+        for cell in self.cells:
+            if self.is_set(cell):
+                found.setdefault(cell.mask, []).append(cell)
+        return found
+
+    def is_random(self, cell: NllCell) -> bool:
+        return cell.mask.startswith("random.") and cell.mask not in self.sets
+
+    def is_set(self, cell: NllCell) -> bool:
+        if cell.mask == CLEAN or self.is_random(cell):
+            return False
+        return self.neurons is None or bool(self.sets.get(cell.mask))
+
+    @cached_property
+    def own(self) -> list[NllCell]:
+        return [c for cells in self.off_by_mask.values() for c in cells if c.mask == c.group]
+
+    @cached_property
+    def others(self) -> list[NllCell]:
+        return [c for cells in self.off_by_mask.values() for c in cells if c.mask != c.group]
+
+    @cached_property
+    def random(self) -> list[NllCell]:
+        return [cell for cell in self.cells if self.is_random(cell)]
+
+
+def rise(cells: Sequence[NllCell]) -> Spread:
+    return spread(np.array([cell.rise for cell in cells]))
+
+
+def is_group_study(folder: Path) -> bool:
+    """Whether a folder holds a corpus study, and not the effects of a study of relations."""
+    if any((folder / name).exists() for name in ("effects.csv", "effects.parquet")):
+        return False
+    if any((folder / name).exists() for name in (NAME, "nll.csv")):
+        return True
+    return (folder / "neurons.json").exists() and not (folder / "prompts.jsonl").exists()
+
+
+def read_group_study(folder: Path) -> GroupStudy:
+    """Read a folder of a corpus study; a file whose digest is not the manifest's raises."""
+    described = Manifest(folder)
+    for name in GROUP_INPUTS:
+        checked(folder / name)
+        if name in described.data["files"] and not (folder / name).exists():
+            raise RelneuronError(
+                f"{folder / name} is gone", "restore it, or run its stage again with --force", 2
+            )
+    manifest = described.data
+    # A report does not describe itself.
+    report = manifest["stages"].pop("report", {})
+    for name in ("report.html", *report.get("files", ())):
+        manifest["files"].pop(name, None)
+    there = {name for name in GROUP_INPUTS if (folder / name).exists()} - _stale(folder, manifest)
+    if not there & {NAME, "neurons.json"}:
+        raise RelneuronError(
+            f"{folder} holds no {NAME} and no neurons.json",
+            f"make them with: relneuron count MODEL GROUP=TEXT... -o {folder}",
+            2,
+        )
+    neurons = NeuronFile.read(folder / "neurons.json") if "neurons.json" in there else None
+    counts = Counts.read(folder / NAME) if NAME in there else None
+    try:
+        windows = folder / "nll_windows.csv" if "nll_windows.csv" in there else None
+        has_scores = neurons and "scores.safetensors" in there
+        scores = read_scores(folder / ("scores.safetensors" if has_scores else "none"), neurons)
+        study = GroupStudy(
+            manifest,
+            _shape(manifest, neurons, counts),
+            counts,
+            neurons,
+            *scores[:2],
+            _activity(manifest, counts) or scores[2],
+            read_nll(folder / "nll.csv", windows) if "nll.csv" in there else [],
+            note(manifest, "dropped_tokens"),
+        )
+        _check(study)
+    except (KeyError, IndexError, TypeError, ValueError, csv.Error, SafetensorError) as error:
+        raise RelneuronError(
+            f"{folder}: a file is damaged or of another study ({error!r})",
+            "run the stages from identify on anew",
+        ) from error
+    return study
+
+
+def _stale(folder: Path, manifest: Json) -> set[str]:
+    """Files that a stage made from others than those that are there: not of this study."""
+    stages, neurons = manifest["stages"], folder / "neurons.json"
+    stale: set[str] = set()
+    if not (stages and manifest["files"] and neurons.exists()):
+        return stale
+    chosen = stages.get("identify", {}).get("files", ())
+    if neurons.name not in chosen:
+        stale.add("scores.safetensors")
+        # An imported set is of no stage.
+        if "count" in stages and NeuronFile.read(neurons).method != "imported":
+            return stale | {neurons.name, "nll.csv", "nll_windows.csv"}
+    if stages.get("nll", {}).get("inputs", {}).get("neurons") != sha256(neurons):
+        stale |= {"nll.csv", "nll_windows.csv"}
+    return stale
+
+
+def read_scores(
+    path: Path, neurons: NeuronFile | None
+) -> tuple[Array | None, int, Activity | None]:
+    """Entropies (L, F), the number of groups they are over, and probabilities if they are there."""
+    if neurons is None or not path.exists():
+        return None, 0, None
+    with open_tensors(path, "identify DIR -o DIR/neurons.json --method lape") as file:
+        groups = file.names_of("groups") or list(neurons.sets)
+        entropy = [key for key in file.names if key.startswith("lape.")]
+        active = [key for key in file.names if key.startswith("probability.")]
+        found = activity = None
+        if entropy:
+            found = file.get(entropy[0], (None, None), "F64", "F32").astype(np.float64)
+        if active:
+            shape = (len(groups), None, None)
+            probability = file.get(active[0], shape, "F64", "F32").astype(np.float64)
+            activity = Activity(active[0].partition(".")[2], groups, probability)
+    return found, len(groups), activity
+
+
+def _activity(manifest: Json, counts: Counts | None) -> Activity | None:
+    """Probabilities from the counts, of the site that the neurons were identified at."""
+    if counts is None or not counts.sites:
+        return None
+    asked = manifest["stages"].get("identify", {}).get("inputs", {})
+    site = asked.get("site") if asked.get("site") in counts.sites else counts.sites[0]
+    # As identify divides: its threshold is one of these numbers.
+    kind: Any = np.float32 if asked.get("precision") == "float32" else np.float64
+    tokens = np.where(counts.tokens == 0, np.nan, counts.tokens).astype(kind)
+    probability = counts.arrays[f"count.{site}"].astype(kind) / tokens[:, None, None]
+    return Activity(str(site), counts.groups, probability.astype(np.float64))
+
+
+def note(manifest: Json, key: str) -> dict[str, int]:
+    """What a stage noted per group under `key`, wherever in the manifest; {} if none did."""
+    for name, value in manifest.items():
+        if name == key and isinstance(value, dict):
+            return {group: n for group, n in value.items() if isinstance(n, int)}
+        if isinstance(value, dict) and (found := note(value, key)):
+            return found
+    return {}
+
+
+def _shape(manifest: Json, neurons: NeuronFile | None, counts: Counts | None) -> Json:
+    model: Json = dict(manifest.get("model") or {}) | dict(neurons.model if neurons else {})
+    if counts:
+        for name, array in counts.arrays.items():
+            width = "hidden" if name.endswith(".down") else "width"
+            model = {"layers": array.shape[1], width: array.shape[2]} | model
+    return {"width": 0, "hidden": 0} | model
+
+
+def _check(study: GroupStudy) -> None:
+    """Raise unless the files are of one model."""
+    if study.counts and not study.counts.groups:
+        raise ValueError("the counts are of no group")
+    sizes = {study.n_layers * int(study.model[key]) for key in ("width", "hidden")}
+    arrays = dict(study.counts.arrays if study.counts else {})
+    arrays |= {"probability": study.activity.probability} if study.activity else {}
+    arrays |= {"lape": study.entropy[None]} if study.entropy is not None else {}
+    for name, array in arrays.items():
+        n_layers, width = array.shape[1:]
+        if n_layers != study.n_layers or n_layers * width not in sizes:
+            raise ValueError(f"{name} has the shape {array.shape}, the model another")
+    if study.activity and len(study.activity.groups) != len(study.activity.probability):
+        raise ValueError("probabilities and groups are not as many")
+    width = study.activity.probability.shape[2] if study.activity else 0
+    if study.activity and any(index >= width for _, _, index in study.times):
+        raise ValueError("a neuron is not at the site that was counted")
+
+
+# NLL
+
+
+def read_nll(path: Path, windows: Path | None) -> list[NllCell]:
+    """nll.csv with the rises against clean: paired by window if there is a file of windows."""
+    cells = []
+    for row in read_csv(path, NLL):
+        n = [row.whole(name) for name in ("n_windows", "n_tokens")]
+        values = [row.real(name) for name in ("nll", "nll_se", "perplexity")]
+        cells.append(NllCell(row["mask"], row["group"], *n, *values))
+    if len({cell[:2] for cell in cells}) < len(cells):
+        raise ValueError(f"{path.name} holds a mask and a group twice")
+    clean = {cell.group: cell for cell in cells if cell.mask == CLEAN}
+    pairs = read_windows(windows) if windows else {}
+    found, samples = [], []
+    for cell in cells:
+        risen, differences = (cell, UNTESTED) if cell.mask == CLEAN else _risen(cell, clean, pairs)
+        found.append(risen)
+        samples.append(differences)
+    if pairs:
+        _check_means(cells, pairs)
+    p = signed_rank_ps(samples)
+    found = [cell._replace(p_value=value) for cell, value in zip(found, p, strict=True)]
+    q = q_values([cell.p_value for cell in found]).tolist()
+    return [cell._replace(q_value=value) for cell, value in zip(found, q, strict=True)]
+
+
+Windows = Mapping[tuple[str, str], Mapping[str, float]]
+
+
+def read_windows(path: Path) -> Windows:
+    """NLL of each window by mask and group."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read_csv(path, WINDOWS):
+        found.setdefault((row["mask"], row["group"]), {})[row["window"]] = row.real("nll")
+    return found
+
+
+def _check_means(cells: Sequence[NllCell], pairs: Windows) -> None:
+    for cell in cells:
+        values = list(pairs.get((cell.mask, cell.group), {}).values())
+        mean = float(np.mean(values)) if values else NAN
+        if len(values) != cell.n_windows or not np.isclose(mean, cell.nll, 1e-6, equal_nan=True):
+            raise ValueError(f"nll_windows.csv has another mean for {cell.mask}, {cell.group}")
+
+
+def _risen(cell: NllCell, clean: Mapping[str, NllCell], pairs: Windows) -> tuple[NllCell, Array]:
+    """The cell with its rise, and the differences of its windows that are to be tested."""
+    if not pairs:
+        before = clean[cell.group].nll if cell.group in clean else NAN
+        return cell._replace(rise=cell.nll - before), UNTESTED
+    off, before_of = pairs.get(cell[:2], {}), pairs.get((CLEAN, cell.group), {})
+    if off.keys() != before_of.keys():
+        raise ValueError(f"{cell.mask}, {cell.group}: other windows than clean has")
+    difference = np.array([off[window] - before_of[window] for window in before_of])
+    n = difference.size
+    if not n or not np.isfinite(difference).all():
+        return cell, UNTESTED
+    error = float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else NAN
+    return cell._replace(rise=float(difference.mean()), rise_se=error), difference

@@ -1,0 +1,455 @@
+"""The `attribute` stage: what raises each sentence's answer, neuron by neuron (arXiv 2312.12141).
+
+It writes the scores (attributions.csv or .parquet, gains.safetensors), the sentences (targets.csv),
+the tokens that the best neurons promote (promoted.csv), and what becomes of the answers when the
+neurons that eight methods choose are zeroed (interventions.csv, comparison.csv).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact.command import STUDY, command, loading, placed
+from relneuron.artifact.effects import fact_numbers
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_overwrite,
+    sha256,
+)
+from relneuron.artifact.gains import (
+    COMPARISON,
+    COMPARISON_COLUMNS,
+    GAINS,
+    INTERVENTIONS,
+    INTERVENTIONS_COLUMNS,
+    PROMOTED,
+    PROMOTED_COLUMNS,
+    TABLES,
+    TARGETS,
+    GainFile,
+    Target,
+    number,
+    read_gains,
+    table_bytes,
+    targets_bytes,
+)
+from relneuron.artifact.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    json_digest,
+    locked,
+    progress_bar,
+    versions,
+)
+from relneuron.artifact.prompts import Prompt, prompts_bytes
+from relneuron.methods.gains.comparison import Sizes, plan, run, summary
+from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
+from relneuron.methods.gains.score import best_neurons, mean_gains
+from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
+from relneuron.methods.gains.targets import encode_targets
+from relneuron.model.ask import Questions, is_out_of_memory, plan_batches
+from relneuron.model.gated import describe_model, fallbacks
+from relneuron.model.stream import read_residual_model
+from relneuron.model.stream_layers import ResidualModel
+from relneuron.model.trace import trace
+from relneuron.texts.knowledge import TargetPrompt, read_knowledge
+from relneuron.texts.tokens import policy_text, target_notices, token_text
+
+JOURNAL = "attribute.journal"
+WRITTEN = (TARGETS, *TABLES, GAINS, PROMOTED, INTERVENTIONS, COMPARISON)
+N_NAMED = 5  # best neurons of a relation that the manifest names
+
+
+def refuse_outputs(folder: Path, force: bool) -> None:
+    """Raise if a file that the stage writes exists, unless `force` or a killed run left it."""
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    is_done = "attribute" in Manifest(folder).data["stages"]
+    force = force or ((folder / JOURNAL).exists() and not is_done)
+    for name in WRITTEN:
+        refuse_overwrite(folder / name, force)
+
+
+def attribute(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    options: AttributeOptions | None = None,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Score what raises the answers of `prompts_path`'s sentences and write it to `folder`.
+
+    A value score is log p(w | x + v) - log p(w | x) in nats: w the first token of the answer (the
+    one that is given for the sentence, or with `options.target` "prediction" the model's own), v
+    what a layer, head, position or neuron writes at the last token, x the residual stream before
+    it (methods B3). A query score is a neuron's or layer's share in activating the best value
+    neurons (B4). `options.compare` zeroes, in the sentences whose answer the model knows, the
+    neurons that eight methods choose, and asks again (B5, B6).
+
+    What the sentences are read from: `knowledge.read_knowledge`. Memory holds one batch of scores
+    at a time, and of all sentences the rows of the table as text (about 60 bytes each); a journal
+    of finished batches, with the digests of their gains, lets a killed run go on, and end with the
+    same bits. An attribution that is finished already is left as it is. The folder may be that of
+    a recorded study of this model and these prompts, whose files and description stay as they are.
+    """
+    options = options or AttributeOptions()
+    options.check_installed()
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    is_predicted = options.target == "prediction"
+    everything = read_knowledge(checked(prompts_path), answers=not is_predicted)
+    if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
+        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
+    prompts = [p for p in everything if not options.splits or p.split in options.splits]
+    if not prompts:
+        raise RelneuronError(
+            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
+            "name others with --splits",
+            2,
+        )
+    residual = read_residual_model(model)
+    targets = encode_targets(
+        tokenizer,
+        model,
+        prompts,
+        strict=options.strict,
+        answers=not is_predicted,
+        batch_tokens=options.batch_tokens,
+    )
+    described = describe_model(name, model, residual.shape, backend)
+    copy = prompts_bytes(everything)
+    inputs = attribute_inputs(
+        described,
+        tokenizer,
+        hashlib.sha256(copy).hexdigest(),
+        json_digest([targets.ids, targets.targets]),
+        options,
+    )
+    if Manifest(folder).is_done("attribute", inputs, force=force):
+        (folder / JOURNAL).unlink(missing_ok=True)
+        return
+    refuse_outputs(folder, force)
+    _check_recorded(folder, prompts_path, copy, described)
+    _check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
+    sizes = Sizes.of(residual, options.intervene)
+    batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
+    if is_predicted:
+        chosen = _predictions(residual, targets.ids, batches)
+        targets = replace(targets, targets=chosen, rights=[[token] for token in chosen])
+    sentences = Sentences(prompts, targets)
+    notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
+    with locked(folder):
+        _write_copy(folder / "prompts.jsonl", prompts_path, copy)
+        journal = Journal(folder / JOURNAL, inputs)
+        gains = None
+        if not journal.done:
+            (folder / GAINS).unlink(missing_ok=True)
+        if "ffn_neuron" in options.kinds:
+            about = {
+                "prompts": inputs["prompts"],
+                "ids": [prompt.id for prompt in prompts],
+                "model": described["digest"],
+            }
+            gains = GainFile(folder / GAINS, residual.shape, about)
+            journal.before_commit = gains.flush
+            _redo_lost(journal, gains, batches)
+        scorer = Scorer(residual, sentences, options, sizes, backend)
+        found = _score_all(scorer, batches, gains, journal, quiet)
+        made = [
+            Target(
+                prompt.id,
+                prompt.relation,
+                token_text(tokenizer, target),
+                target,
+                n_answer,
+                len(ids),
+                **{key: one[key] for key in ("rank", "prob", "logprob", "kept")},
+                answer=answer if len(prompt.objects) > 1 else "",
+            )
+            for prompt, answer, target, n_answer, ids, one in zip(
+                *(prompts, targets.answers, targets.targets, targets.n_answer_tokens),
+                *(targets.ids, found),
+                strict=True,
+            )
+        ]
+        written = {
+            TARGETS: targets_bytes(made),
+            options.table: table_bytes(options.table, (one.get("text", "") for one in found)),
+            PROMOTED: csv_bytes(
+                PROMOTED_COLUMNS, promoted_rows(residual, tokenizer, prompts, found)
+            ),
+        }
+        n_kept = sum(one["kept"] for one in found)
+        if options.compare and n_kept:
+            written |= _compare(residual, sentences, found, sizes, options, journal, quiet)
+        elif options.compare:
+            notices.append("nothing compared: the model knows the answer of no sentence")
+        if options.keep == "known" and not n_kept:
+            notices.append("nothing scored: the model knows the answer of no sentence")
+        for notice in notices:
+            warnings.warn(notice, stacklevel=2)
+        # Until the journal is gone, what is written here counts as unfinished.
+        for file, data in written.items():
+            atomic_write(folder / file, data)
+        for file in {*WRITTEN} - {*written, GAINS}:
+            (folder / file).unlink(missing_ok=True)
+        best = {}
+        if gains is not None:
+            best = _best_by_relation(folder / GAINS, residual.shape, made, options.keep)
+        manifest = Manifest(folder)
+        run_on = {
+            "versions": versions(),
+            "dtype": described["dtype"],
+            "fallbacks": fallbacks(described) + notices,
+        }
+        if "record" not in manifest.data["stages"]:  # else the folder is described as recorded
+            manifest.describe(model=described, **run_on)
+        names = (*written, *([GAINS] if gains else []), "prompts.jsonl")
+        files = [folder / file for file in names]
+        manifest.finish(
+            "attribute",
+            inputs,
+            files,
+            sentences=len(prompts),
+            kept=n_kept,
+            **_said(residual, options, sizes if n_kept else None),
+            tokens={
+                "target": _asked_for(prompts, options.target),
+                "special": policy_text(tokenizer),
+                "answers_of_several_tokens": targets.n_several,
+                "first_prompt_ids": targets.ids[0][:8],
+                "padding": "left, masked; position ids are explicit",
+            },
+            seeds={"interventions": list(range(options.random_seeds))},
+            batch_plan={
+                "batch_tokens": options.batch_tokens,
+                "batches": len(batches),
+                "order": "by split and language, then by length",
+            },
+            memory={"scores": "of one batch of sentences; the rows of all as text"},
+            **run_on,
+            best=best,
+            commands=_command(name, prompts_path, folder, options, described),
+        )
+        journal.remove()
+
+
+def _asked_for(prompts: Sequence[Prompt], target: str) -> str:
+    if target == "prediction":
+        return "the model's most probable token"
+    n_given = sum(isinstance(prompt, TargetPrompt) for prompt in prompts)
+    return "the answer's first token" + (f"; given for {n_given} sentences" if n_given else "")
+
+
+def _predictions(
+    residual: ResidualModel, ids: Sequence[list[int]], batches: Sequence[Sequence[int]]
+) -> list[int]:
+    """The model's most probable next token of each sentence, in the batches that are scored."""
+    found = [0] * len(ids)
+    for rows in batches:
+        best = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
+        for row, token in zip(rows, best, strict=True):
+            found[row] = token
+    return found
+
+
+def _command(
+    name: str, prompts: Path, folder: Path, options: AttributeOptions, described: Json
+) -> list[list[str]]:
+    asked = asdict(options)
+    switches = {f"no_{key}": not asked.pop(key) for key in ("compare", "center_keys")}
+    given = (name, placed(prompts, folder), "-o", STUDY)
+    return command("attribute", *given, **asked, **switches, **loading(described))
+
+
+# --- the prompts beside the scores -----------------------------------------------------------
+
+
+def _is_copy(copy: Path, source: Path, data: bytes) -> bool:
+    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
+
+
+def _check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
+    """Refuse the folder of a recorded study of another model or of other prompts."""
+    manifest = Manifest(folder)
+    manifest.check_model(model)
+    recorded = manifest.data["stages"].get("record", {}).get("inputs")
+    if recorded is None:
+        return
+    copy = folder / "prompts.jsonl"
+    if not _is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
+        raise RelneuronError(
+            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
+        )
+
+
+def _check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
+    """Refuse to replace other prompts than these."""
+    if not _is_copy(copy, source, data):
+        refuse_overwrite(copy, force)
+
+
+def _write_copy(copy: Path, source: Path, data: bytes) -> None:
+    if not _is_copy(copy, source, data):
+        atomic_write(copy, data)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def _score_all(
+    scorer: Scorer,
+    batches: Sequence[list[int]],
+    gains: GainFile | None,
+    journal: Journal,
+    quiet: bool,
+) -> list[Json]:
+    """Score every batch that the journal lacks; what it keeps of each sentence, in their order."""
+    by_row: dict[int, Json] = {}
+    with progress_bar(sum(map(len, batches)), "attribute", "sentence", quiet) as bar, journal:
+        for batch, rows in enumerate(batches):
+            key = f"attribute {batch}"
+            if key not in journal.done:
+                found, block = _score(scorer, rows)
+                digest = None
+                if gains is not None and block is not None:
+                    gains.store(rows, block)
+                    digest = gains.digest(rows)
+                journal.add(key, {"found": found, "gains": digest})
+            by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
+            bar.update(len(rows))
+    return [by_row[row] for row in range(len(by_row))]
+
+
+def _redo_lost(journal: Journal, gains: GainFile, batches: Sequence[list[int]]) -> None:
+    """Have the batches scored again whose gains are not in the file as they were written."""
+    noted = {
+        f"attribute {batch}": rows
+        for batch, rows in enumerate(batches)
+        if journal.done.get(f"attribute {batch}", {}).get("gains")
+    }
+    lost = [k for k, rows in noted.items() if journal.done[k]["gains"] != gains.digest(rows)]
+    journal.redo(lost, f"rows of {GAINS} are not as they were written")
+
+
+def _score(scorer: Scorer, rows: list[int]) -> tuple[list[Json], Any]:
+    try:
+        return scorer.score(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ids = scorer.sentences.targets.ids
+        n_tokens = len(rows) * max(len(ids[row]) for row in rows)
+        raise RelneuronError(
+            f"out of memory with {len(rows)} sentences of together {n_tokens} tokens",
+            f"use --batch-tokens {max(1, n_tokens // 2)}",
+        ) from error
+
+
+def _best_by_relation(
+    path: Path, shape: Mapping[str, int], targets: Sequence[Target], keep: str
+) -> Json:
+    """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
+    relations = sorted({target.relation for target in targets})
+    taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
+    layers = [
+        mean_gains(gains, np.array(taken), len(relations))
+        for _, gains in read_gains(path, shape, len(targets))
+    ]
+    return {
+        name: [
+            [layer, index, float(number(score))]
+            for layer, _, index, score in best_neurons(np.stack([m[row] for m in layers]), N_NAMED)
+        ]
+        for row, name in enumerate(relations)
+        if row in taken
+    }
+
+
+def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | None) -> Json:
+    """How the numbers came about, for the manifest."""
+    exact = options.mode == "exact"
+    gains = "exact" if exact else f"certified: within {options.tolerance} nats"
+    query: Json = {"of": options.query_of, "units": options.query_units}
+    if options.query_of == "ffn":
+        query["key"] = options.key
+    if residual.centred:
+        query["keys"] = "centred" if options.center_keys else "not centred"
+    return {
+        "ffn_gains": gains,
+        "final_norm": {
+            "kind": "LayerNorm" if residual.centred else "RMSNorm",
+            "scale": "own, of each vector" if options.own_norm else "frozen",
+            "eps": residual.eps,
+            "bias": options.norm_bias,
+        },
+        "query": query,
+        "attention": "eager, where it is traced",
+        **({"zeroed": asdict(sizes)} if options.compare and sizes else {}),
+    }
+
+
+# --- the comparison --------------------------------------------------------------------------
+
+
+def _compare(
+    residual: ResidualModel,
+    sentences: Sentences,
+    found: Sequence[Json],
+    sizes: Sizes,
+    options: AttributeOptions,
+    journal: Journal,
+    quiet: bool,
+) -> dict[str, bytes]:
+    """interventions.csv and comparison.csv: the known sentences with their neurons zeroed."""
+    kept = [row for row, one in enumerate(found) if one["kept"]]
+    prompts = [sentences.prompts[row] for row in kept]
+    ids, types = [p.id for p in prompts], [p.relation for p in prompts]
+    shape = (len(kept), len(residual.layers), residual.n_heads)
+    heads = np.stack([unpack(found[row]["heads"], "<f4") for row in kept]).reshape(shape)
+    chosen = [
+        {name: unpack(places, "<i4").tolist() for name, places in found[row]["off"].items()}
+        for row in kept
+    ]
+    conditions = plan(
+        residual, ids, types, chosen, heads.astype(np.float64), sizes, n_seeds=options.random_seeds
+    )
+    total = len(conditions) * len(kept)
+    with progress_bar(total, "compare", "answer", quiet) as bar, journal:
+        rows = run(
+            residual,
+            [sentences.targets.ids[row] for row in kept],
+            [sentences.targets.targets[row] for row in kept],
+            ids,
+            types,
+            conditions,
+            batch_tokens=options.batch_tokens,
+            journal=journal,
+            advance=bar.update,
+        )
+    asked = (
+        (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob)) for r in rows
+    )
+    facts = dict(zip(ids, fact_numbers(ids, {p.id: p for p in prompts}).tolist(), strict=True))
+    found_means = summary(rows, facts)
+    means = ([number(v) if isinstance(v, float) else v for v in row] for row in found_means)
+    return {
+        INTERVENTIONS: csv_bytes(INTERVENTIONS_COLUMNS, asked),
+        COMPARISON: csv_bytes(COMPARISON_COLUMNS, means),
+    }

@@ -1,0 +1,371 @@
+"""What becomes of the answers without the neurons that each of eight scores puts first.
+
+The `attribute` stage calls it (arXiv 2312.12141, section 4): `choose` while a batch's trace is at
+hand, `plan` when every sentence has been through, `run` to measure, `summary` for the table.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from relneuron.ablation.rows import Off, head_places, intervene, off
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal
+from relneuron.methods.gains.eight_scores import METHODS, TargetRanks, method_scores, traced_scores
+from relneuron.methods.gains.queries import QueryScores
+from relneuron.methods.gains.values import ValueScores
+from relneuron.model.stream_layers import ResidualModel
+from relneuron.model.trace import Trace
+from relneuron.ops.logprob_gain.op import TopGains
+
+Array = NDArray[np.float64]
+
+__all__ = ["METHODS", "TargetRanks", "method_scores"]  # of methods/gains/eight_scores.py
+
+N_RESAMPLES, ENDS = 1000, (0.025, 0.975)  # of a 95 % bootstrap interval
+
+
+# --- which neurons are off -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many neurons and heads a condition switches off in a sentence, at most."""
+
+    method: int  # FFN neurons of each of METHODS
+    value_attention: int
+    value_ffn: int
+    query: int
+    heads: int
+
+    @classmethod
+    def of(cls, residual: ResidualModel, method: int = 10) -> Sizes:
+        """The paper's 200, 100 and 1000 neurons and 1 % of the heads.
+
+        Of FFN or attention neurons fewer than 30,000, in proportion. At most a tenth of them, and
+        at least one.
+        """
+        layers, n_heads = len(residual.layers), residual.n_heads
+        ffn, attention = layers * residual.width, layers * n_heads * residual.head_dim
+
+        def scaled(n: int, total: int) -> int:
+            share = min(1.0, total / 30_000)
+            return max(1, min(round(n * share), total // 10))
+
+        return cls(
+            max(1, min(method, ffn // 10)),
+            *(scaled(200, attention), scaled(100, ffn), scaled(1000, ffn)),
+            max(1, layers * n_heads // 100),
+        )
+
+
+def best(scores: Tensor, n: int) -> Tensor:
+    """(E, n) int64: the places of the n largest of (E, M), best first; of equal ones the later."""
+    n_all = scores.shape[1]
+    order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices
+    return n_all - 1 - order[:, :n]
+
+
+def choose(
+    residual: ResidualModel,
+    trace: Trace,
+    targets: Tensor,
+    value: ValueScores,
+    query: QueryScores | None,
+    sizes: Sizes,
+    *,
+    gains: Tensor | None = None,
+    ranks: TargetRanks | None = None,
+    norm_bias: bool = False,
+    backend: str = "auto",
+) -> list[dict[str, list[int]]]:
+    """What each sentence of a batch has off, as places (see interventions.Off), best first.
+
+    Keys: METHODS and `value_ffn`, `query` (FFN neurons; `query` with query scores only),
+    `value_attention` (each coordinate once, whatever its position). Plain lists, for a journal.
+    Neurons whose query score is 0, which no value unit reads, are not among `query`.
+    `gains` (E, L, F) are the FFN neurons' where they are known with the frozen norm and the same
+    `norm_bias`. Tops of `value` that are shorter than `sizes` give fewer neurons.
+    """
+    kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in METHODS}
+    for layer in range(len(residual.layers)):
+        found = traced_scores(
+            *(residual, trace, targets, layer),
+            gain=None if gains is None else gains[:, layer],
+            ranks=ranks,
+            norm_bias=norm_bias,
+            backend=backend,
+        )
+        for name, scores in found.items():
+            places = best(scores, sizes.method).sort(dim=1).values
+            kept[name][0].append(scores.gather(1, places))
+            kept[name][1].append(places + layer * residual.width)
+    columns: dict[str, Tensor] = {}
+    for name, (parts, places_of) in kept.items():
+        order = best(torch.cat(parts, 1), sizes.method)
+        columns[name] = torch.cat(places_of, 1).gather(1, order)
+    heads_width = residual.n_heads * residual.head_dim
+    columns["value_ffn"] = _top_ffn(value, residual.width, sizes.value_ffn)
+    columns["value_attention"] = _top_attention(value, heads_width, sizes.value_attention)
+    if query is not None:
+        scores = query.ffn_neuron.flatten(1)
+        places = best(scores, sizes.query)
+        columns["query"] = places.where(scores.gather(1, places) != 0, -1)
+    rows = {name: places.tolist() for name, places in columns.items()}
+    limits = {"value_attention": sizes.value_attention}
+    return [
+        {name: _distinct(rows[name][e], limits.get(name)) for name in rows}
+        for e in range(len(targets))
+    ]
+
+
+def _distinct(places: Iterable[int], n: int | None) -> list[int]:
+    """The first n places, each once; -1 is none."""
+    return list(dict.fromkeys(place for place in places if place >= 0))[:n]
+
+
+def _top_ffn(value: ValueScores, width: int, n: int) -> Tensor:
+    if value.ffn_top is not None:
+        return _places(value.ffn_top, width)[:, :n]
+    if value.ffn_neuron is None:
+        raise ValueError("choose: value has no scores of FFN neurons; ask value_scores for them")
+    return best(value.ffn_neuron.flatten(1), n)
+
+
+def _top_attention(value: ValueScores, width: int, n: int) -> Tensor:
+    """At least n different ones, or all that there are; one may be there at several positions."""
+    if value.attention_top is not None:
+        return _places(value.attention_top, width)
+    if value.attention_neuron is None:
+        raise ValueError("choose: value has no scores of attention neurons; ask for them")
+    # The order of the neurons' best positions.
+    scores = value.attention_neuron.nan_to_num(nan=-torch.inf).amax(2).flatten(1)
+    return best(scores, n)
+
+
+def _places(top: TopGains, width: int) -> Tensor:
+    """Layer * width + index within the layer, without the position; -1 where there is none."""
+    return torch.where(top.layer < 0, -1, top.layer * width + top.index % width)
+
+
+class Condition(NamedTuple):
+    """A name in interventions.csv, and what is off in each of N sentences."""
+
+    name: str
+    offs: list[Off]
+
+
+def plan(
+    residual: ResidualModel,
+    ids: Sequence[str],
+    types: Sequence[str],
+    chosen: Sequence[Mapping[str, Sequence[int]]],
+    heads: Array,
+    sizes: Sizes,
+    *,
+    n_seeds: int = 3,
+) -> list[Condition]:
+    """All conditions of N sentences, `clean` first, each asked of every sentence.
+
+    `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. Random sets are
+    drawn from all neurons, as many as the condition they stand beside has in the sentence. If no
+    sentence has a query neuron, as in models of one layer, there is no condition `query`.
+    """
+    n_layers = len(residual.layers)
+    n_ffn, n_heads = n_layers * residual.width, n_layers * residual.n_heads
+    n_attention = n_heads * residual.head_dim
+
+    def drawn(kind: str, seed: int, key: str, total: int, n: int) -> list[int]:
+        return random.Random(f"relneuron.{kind}.{seed}.{key}").sample(range(total), n)
+
+    conditions = [Condition("clean", [off()] * len(ids))]
+    for name in METHODS:
+        conditions.append(Condition(name, [off(row[name]) for row in chosen]))
+    for seed in range(n_seeds):
+        sets = [drawn("random", seed, i, n_ffn, sizes.method) for i in ids]
+        conditions.append(Condition(f"random.{seed}", [off(ffn) for ffn in sets]))
+    wholes = {"value": [(row["value_ffn"], row["value_attention"]) for row in chosen]}
+    if any(row.get("query") for row in chosen):
+        wholes["query"] = [(row.get("query", ()), ()) for row in chosen]
+    for name, both in wholes.items():
+        conditions.append(Condition(name, [off(*one) for one in both]))
+        for seed in range(n_seeds):
+            offs = [
+                off(
+                    drawn(f"random_{name}.ffn", seed, i, n_ffn, len(ffn)),
+                    drawn(f"random_{name}.attention", seed, i, n_attention, len(attention)),
+                )
+                for i, (ffn, attention) in zip(ids, both, strict=True)
+            ]
+            conditions.append(Condition(f"random_{name}.{seed}", offs))
+    sets_of_heads = {f"heads:{kind}": top for kind, top in top_heads(heads, types, sizes).items()}
+    for seed in range(n_seeds):
+        some = drawn("random_heads", seed, "all", n_heads, sizes.heads)
+        sets_of_heads[f"random_heads.{seed}"] = some
+    for name, some in sets_of_heads.items():
+        one = off((), head_places(some, residual.head_dim))
+        conditions.append(Condition(name, [one] * len(ids)))
+    return conditions
+
+
+def top_heads(heads: Array, types: Sequence[str], sizes: Sizes) -> dict[str, list[int]]:
+    """Each type's heads with the largest mean score over its sentences, (N, L, H), best first.
+
+    Head j of layer l is number l * H + j; of equal ones the later comes first.
+    """
+    found = {}
+    for kind in sorted(set(types)):
+        rows = np.array([name == kind for name in types])
+        mean = torch.from_numpy(np.asarray(heads, np.float64)[rows].mean(0).reshape(1, -1))
+        found[kind] = best(mean, sizes.heads)[0].tolist()
+    return found
+
+
+# --- the measurement -------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One row of interventions.csv."""
+
+    condition: str
+    id: str
+    relation: str
+    rank: int
+    prob: float
+    logprob: float  # nats
+
+
+def run(
+    residual: ResidualModel,
+    sentences: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    ids: Sequence[str],
+    types: Sequence[str],
+    conditions: Sequence[Condition],
+    *,
+    batch_tokens: int,
+    journal: Journal | None = None,
+    advance: Callable[[int], object] = lambda n_rows: None,
+) -> list[Row]:
+    """Ask every condition of every sentence; see interventions.intervene.
+
+    `sentences` are token ids, `targets` the tokens asked for. `advance` hears of len(conditions) *
+    N rows in all. With a journal a run that was killed goes on where it stopped.
+    """
+    found = intervene(
+        residual,
+        *(sentences, targets, [condition.offs for condition in conditions]),
+        batch_tokens=batch_tokens,
+        journal=journal,
+        advance=advance,
+    )
+    return [
+        Row(
+            *(condition.name, name, kind, int(found.rank[c, s])),
+            *(float(found.prob[c, s]), float(found.logprob[c, s])),
+        )
+        for c, condition in enumerate(conditions)
+        for s, (name, kind) in enumerate(zip(ids, types, strict=True))
+    ]
+
+
+class Summary(NamedTuple):
+    """One row of comparison.csv. Intervals are NaN where there is only one fact."""
+
+    condition: str
+    relation: str  # "": all
+    n: int
+    mrr: float  # mean of 1 / rank
+    prob: float
+    logprob: float
+    mrr_drop: float  # (clean mean - mean) / clean mean
+    prob_drop: float
+    logprob_drop: float  # clean mean - mean, nats
+    mrr_drop_low: float
+    mrr_drop_high: float
+    prob_drop_low: float
+    prob_drop_high: float
+    logprob_drop_low: float
+    logprob_drop_high: float
+
+
+def summary(
+    rows: Iterable[Row], facts: Mapping[str, int] | None = None, *, seed: int = 0
+) -> list[Summary]:
+    """Means and drops of every condition over all sentences and over those of each relation.
+
+    The intervals are 95 % bootstrap intervals by percentiles over 1,000 resamples of facts, each
+    drawn with its sentences and their answers under all conditions, so a drop is paired with
+    clean. `facts`: the fact that a sentence says, by id; default: each one of its own. Rows of a
+    condition that did not ask what `clean` asked are refused.
+    """
+    by_condition: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_condition.setdefault(row.condition, {})[row.id] = row
+    asked = by_condition.get("clean", {})
+    for name, answers in by_condition.items():
+        if answers.keys() != asked.keys():
+            raise RelneuronError(
+                f"{name} was not asked the sentences that clean was asked",
+                "make it anew with: relneuron attribute MODEL PROMPTS -o DIR --force",
+            )
+    values = np.array(
+        [
+            [(1 / a.rank, a.prob, a.logprob) for a in (answers[i] for i in asked)]
+            for answers in by_condition.values()
+        ]
+    ).reshape(len(by_condition), len(asked), 3)
+    relation = np.array([row.relation for row in asked.values()])
+    numbers = np.array([(facts or {}).get(i, -1 - n) for n, i in enumerate(asked)])
+    found = []
+    for kind in ("", *dict.fromkeys(relation.tolist())):
+        rows_of = relation == kind if kind else np.ones(len(relation), bool)
+        found += _summaries(list(by_condition), kind, values[:, rows_of], numbers[rows_of], seed)
+    return found
+
+
+def _summaries(
+    conditions: Sequence[str], relation: str, values: Array, facts: NDArray[np.int64], seed: int
+) -> list[Summary]:
+    """Of values (C, n, 3), clean among the conditions, and the sentences' facts (n,)."""
+    n = values.shape[1]
+    if not n:
+        return []
+    clean = conditions.index("clean")
+    means = values.mean(1)
+    drops = _drops(means, clean)
+    rng = np.random.default_rng(seed)
+    # Facts in the order of their first sentences.
+    _, first, place = np.unique(facts, return_index=True, return_inverse=True)
+    place = np.argsort(np.argsort(first))[place]
+    n_facts = len(first)
+    sums = np.zeros((n_facts, means.size + 1))
+    np.add.at(sums, place, np.c_[values.transpose(1, 0, 2).reshape(n, -1), np.ones(n)])
+    drawn = (rng.multinomial(n_facts, np.full(n_facts, 1 / n_facts)) for _ in range(N_RESAMPLES))
+    resampled = np.stack([times @ sums for times in drawn])
+    parts = (resampled[:, :-1] / resampled[:, -1:]).reshape(N_RESAMPLES, *means.shape)
+    low, high = np.quantile(_drops(parts, clean), ENDS, axis=0)
+    if n_facts == 1:
+        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
+    ends = np.stack([low, high], -1).reshape(len(conditions), 6)
+    return [
+        Summary(name, relation, n, *means[c].tolist(), *drops[c].tolist(), *ends[c].tolist())
+        for c, name in enumerate(conditions)
+    ]
+
+
+def _drops(means: Array, clean: int) -> Array:
+    """(..., C, 3): relative of MRR and probability, absolute of log-probability; NaN of 0."""
+    base = means[..., clean : clean + 1, :]
+    divisor = np.where(base > 0, base, np.nan)
+    divisor[..., 2] = 1
+    result: Array = (base - means) / divisor
+    return result

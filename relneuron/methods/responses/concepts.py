@@ -1,0 +1,105 @@
+"""Concept neurons: the study of kinds of subject, made as a study of relations is.
+
+`run` calls it for the analysis of concepts (arXiv 2502.17355, section 5.4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from relneuron.artifact.files import atomic_write
+from relneuron.artifact.manifest import Manifest, locked
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.prompts import prompts_bytes
+from relneuron.artifact.writing import writing
+from relneuron.methods.responses.rank import identify, identify_inputs
+from relneuron.methods.responses.record import record, record_inputs
+from relneuron.model.gated import describe_model, find_gated_mlps
+from relneuron.texts.concepts import concept_templates, make_concept_prompts
+from relneuron.texts.facts import Relation
+
+# Scores alone: as many negatives as positives, nothing of how sure a score is.
+RANKED = {"method": "ap", "fdr": None, "negatives": 1, "permutations": 0, "bootstrap": 0}
+
+
+def concept_study(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    relations: Sequence[Relation],
+    folder: Path,
+    *,
+    n_eva: int,
+    seed: int,
+    top: int | None,
+    batch_tokens: int = 4096,
+    pooling: str = "mean",
+    exclude_bos: bool = False,
+    drop_responses: bool = False,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> NeuronFile | None:
+    """Make, or go on with, the study of the concepts in `folder`: prompts, record, identify.
+
+    Returns each concept's `top` neurons, or None if there are fewer than two concepts. Warns of
+    relations that are left out.
+    """
+    silent = [r.name for r in relations if r.domain and not concept_templates(r)]
+    if silent:
+        warnings.warn(
+            f"concepts left out of {', '.join(silent)}: their fact files are not in English and "
+            "have no concept_templates",
+            stacklevel=2,
+        )
+    prompts = make_concept_prompts(relations, n_eva=n_eva, seed=seed)
+    if not prompts:
+        return None
+    described = describe_model(name, model, find_gated_mlps(model), backend)
+    path, neurons = folder / "prompts.jsonl", folder / "neurons.json"
+    responses = folder / "responses.safetensors"
+    pooled: dict[str, Any] = {
+        "batch_tokens": batch_tokens,
+        "pooling": pooling,
+        "exclude_bos": exclude_bos,
+        "accept_object_prefix": False,
+        "validate": False,
+    }
+    chosen: dict[str, Any] = RANKED | {"noise": 0, "top": top, "seed": seed}
+    with locked(folder):
+        manifest = Manifest(folder)
+        data = prompts_bytes(prompts)
+        inputs = {"concepts": hashlib.sha256(data).hexdigest(), "eva": n_eva, "seed": seed}
+        if not manifest.is_done("prompts", inputs, force=force):
+            with writing("prompts", folder, [path]):
+                atomic_write(path, data)
+                manifest.describe(seeds={"split": seed})
+                manifest.finish("prompts", inputs, [path])
+        inputs = record_inputs(described, tokenizer, path, **pooled)
+        recorded = manifest.is_done("record", inputs, force=force)
+        identified = recorded and manifest.is_done(
+            "identify", identify_inputs(folder, **chosen), force=force
+        )
+        if not recorded or not (identified or responses.exists()):
+            record(
+                name,
+                model,
+                tokenizer,
+                path,
+                folder,
+                **pooled,
+                backend=backend,
+                force=True,
+                quiet=quiet,
+            )
+            identified = False
+        if not identified:
+            identify(folder, neurons, **chosen, force=True, quiet=quiet)
+        if drop_responses:
+            Manifest(folder).drop(responses.name)
+        (folder / "record.journal").unlink(missing_ok=True)
+    return NeuronFile.read(neurons)

@@ -1,0 +1,371 @@
+"""The `record` stage: one instrumented pass over the prompts.
+
+It asks every prompt (validated.csv) and pools each det prompt's responses (responses.safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relneuron.artifact.command import STUDY, command, loading, placed
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    create_safetensors,
+    csv_bytes,
+    refuse_overwrite,
+    rows_digest,
+    sha256,
+)
+from relneuron.artifact.manifest import (
+    Journal,
+    Manifest,
+    checked,
+    is_unfinished,
+    locked,
+    progress_bar,
+    versions,
+)
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.prompts import RECORDED, read_prompts
+from relneuron.artifact.reading import RESPONSE_ROWS
+from relneuron.model.ask import Asker, Questions, Step, encode, is_correct, plan_batches
+from relneuron.model.gated import (
+    GatedMLP,
+    describe_model,
+    fallbacks,
+    find_gated_mlps,
+    model_shape,
+    same_model,
+)
+from relneuron.model.identity import tokenizer_digest
+from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
+from relneuron.texts.tokens import check_bos, policy_text
+
+POOLING = ("mean", "last")
+
+
+def record_inputs(
+    model: Json,
+    tokenizer: Any,
+    prompts: Path,
+    *,
+    batch_tokens: int,
+    pooling: str,
+    exclude_bos: bool,
+    accept_object_prefix: bool,
+    validate: bool = True,
+    attention: bool = False,
+) -> Json:
+    """What the stage depends on, for the manifest; of the last two what is not the default."""
+    inputs: Json = {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": sha256(prompts),
+        "batch_tokens": batch_tokens,
+        "pooling": pooling,
+        "exclude_bos": exclude_bos,
+        "accept_object_prefix": accept_object_prefix,
+    }
+    inputs |= {"attention": True} if attention else {}
+    return inputs if validate else inputs | {"validate": False}
+
+
+def check_pooling(pooling: str) -> None:
+    """Refuse what `record` cannot do."""
+    if pooling not in POOLING:
+        raise RelneuronError(f"unknown pooling {pooling!r}", f"use {' or '.join(POOLING)}", 2)
+
+
+def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
+    """Which tokens (B, T) of a left- or right-padded batch enter a prompt's response, as bool.
+
+    `mean` takes all effective tokens, BOS among them (arXiv 2502.17355, section 3.2, with the
+    reading of methods A6); `exclude_bos` leaves out the first; `last` takes the last one only.
+    """
+    rank = mask.cumsum(1)
+    chosen = mask.bool()
+    if pooling == "last":
+        return chosen & (rank == rank[:, -1:])
+    if exclude_bos:
+        chosen = chosen & (rank > 1)
+    return chosen
+
+
+def _modules(mlp: GatedMLP) -> Json:
+    """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
+    path = mlp.path.replace(f".{mlp.layer}.", ".{}.", 1)
+    gate, up = ("gate_up_proj",) * 2 if mlp.packed else ("gate_proj", "up_proj")
+    return {
+        "gate": [f"{path}.{gate}", 0],
+        "up": [f"{path}.{up}", mlp.width if mlp.packed else 0],
+        "down": [f"{path}.down_proj", 0],
+        **{
+            part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
+            for part in mlp.projections
+        },
+    }
+
+
+class _Responses:
+    """responses.safetensors while it is filled: one batch in memory, the rest on the disk."""
+
+    def __init__(
+        self, path: Path, shape: Json, rows: list[int], divisors: list[int], about: Json
+    ) -> None:
+        self.widths = site_widths(shape)
+        self._row = {row: i for i, row in enumerate(rows)}
+        self._divisor = dict(zip(rows, divisors, strict=True))
+        self._maps = create_safetensors(
+            path,
+            {
+                f"{site}.{layer}": (len(rows), width)
+                for layer in range(shape["layers"])
+                for site, width in self.widths.items()
+            },
+            # One key only, as in every file: safetensors writes several in any order.
+            {RESPONSE_ROWS: json.dumps(about, ensure_ascii=False)},
+        )
+
+    def wants(self, rows: Sequence[int]) -> bool:
+        return rows[0] in self._row
+
+    def new_sums(self, n_rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Zeros (n_rows, F or D) for one layer and batch."""
+        return {site: torch.zeros(n_rows, w, device=device) for site, w in self.widths.items()}
+
+    def store(self, layer: int, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
+        """Write a batch's means of one layer: sums over pooled tokens by their number."""
+        divisors = torch.tensor([self._divisor[row] for row in rows]).unsqueeze(1)
+        places = [self._row[row] for row in rows]
+        for site, values in sums.items():
+            self._maps[f"{site}.{layer}"][places] = (values.cpu() / divisors).numpy()
+
+    def digest(self, rows: Sequence[int]) -> str | None:
+        """Of a batch's rows as they are in the file; None for prompts that have none."""
+        places = [self._row[row] for row in rows if row in self._row]
+        return rows_digest(list(self._maps.values()), places) if places else None
+
+    def flush(self) -> None:
+        for array in self._maps.values():
+            array.flush()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(array.nbytes for array in self._maps.values())
+
+
+def _ask_all(
+    asker: Asker,
+    mlps: Sequence[GatedMLP],
+    questions: Questions,
+    responses: _Responses,
+    journal: Journal,
+    *,
+    batches: Sequence[Sequence[int]],
+    pooling: dict[str, Any],
+    validate: bool,
+    backend: str,
+    quiet: bool,
+) -> None:
+    """Ask (or only read) every batch that the journal lacks; det batches leave responses, too."""
+    total = len(questions.prompts)
+    # Only what is said is kept: no log-probability of what follows a space is asked for.
+    asked = Questions(questions.prompts, questions.ids, questions.answers)
+    bar = progress_bar(total, "record", "prompt", quiet)
+    with bar, journal, Patch(mlps, [LayerState() for _ in mlps], backend=backend) as patch:
+
+        def pool_the_prompt(step: Step) -> None:
+            patch.tokens = Tokens()
+            if step.n_answer == 0:
+                chosen = pooled_tokens(step.mask, **pooling)
+                ids = step.rows.int()
+                patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
+
+        for number, rows in enumerate(batches):
+            if str(number) not in journal.done:
+                for state in patch.states if responses.wants(rows) else []:
+                    state.responses = responses.new_sums(len(rows), asker.device)
+                predictions = [""] * len(rows)
+                if validate:
+                    predictions = asker.ask(asked, rows, pool_the_prompt).predictions
+                else:
+                    asker.read(questions, rows, pool_the_prompt)
+                for layer, state in enumerate(patch.states):
+                    if state.responses is not None:
+                        responses.store(layer, state.responses, rows)
+                    state.responses = None
+                journal.add(
+                    str(number), {"predictions": predictions, "rows": responses.digest(rows)}
+                )
+            bar.update(len(rows))
+
+
+def record(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    *,
+    batch_tokens: int = 4096,
+    pooling: str = "mean",
+    exclude_bos: bool = False,
+    accept_object_prefix: bool = False,
+    attention: bool = False,
+    validate: bool = True,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> float | None:
+    """Ask every prompt and write validated.csv and responses.safetensors; returns clean accuracy.
+
+    A det prompt's response of a neuron is the mean over its pooled tokens of the neuron's raw
+    output: gate_proj's (before the activation), up_proj's, down_proj's; float32. The tensors
+    `gate.<layer>`, `up.<layer>` (N, F) and `down.<layer>` (N, D) have one row per det prompt, in
+    the order of prompts.jsonl; the file's metadata names them, their file's digest, the pooling and
+    the model's digest. Memory holds one batch of responses at a time: rows go to a memory map, and
+    a journal of finished batches, with the digests of their rows, lets a killed run go on with the
+    same bits; rows that are not as they were noted are asked for again. With `attention` also the
+    outputs of the attention's projections, as `q.<layer>` to `o.<layer>`.
+
+    Without `validate`, or where no prompt has an object (sentences for concepts), nothing is asked:
+    one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
+    """
+    check_pooling(pooling)
+    output = folder / "validated.csv"
+    refuse_overwrite(output, force or is_unfinished(output, "record"))
+    prompts = read_prompts(checked(prompts_path))
+    validate = validate and any(prompt.object for prompt in prompts)
+    mlps = find_gated_mlps(model, attention=attention)
+    shape = model_shape(mlps)
+    questions = encode(tokenizer, model, prompts, answers=validate)
+    batches = plan_batches(questions, batch_tokens)
+    det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
+    if not det:
+        raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
+    if exclude_bos:
+        check_bos(tokenizer, (questions.ids[row] for row in det))
+    n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
+    if min(n_pooled) < 1:
+        raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
+    if attention:
+        check_canary(model, mlps, Asker(model, tokenizer).pad(questions.ids[:1])[0], backend)
+    described = describe_model(name, model, mlps, backend)
+    inputs = record_inputs(
+        described,
+        tokenizer,
+        prompts_path,
+        batch_tokens=batch_tokens,
+        pooling=pooling,
+        exclude_bos=exclude_bos,
+        accept_object_prefix=accept_object_prefix,
+        validate=validate,
+        attention=attention,
+    )
+    for notice in questions.notices:
+        warnings.warn(notice, stacklevel=2)
+    with locked(folder):
+        copy = folder / "prompts.jsonl"
+        if not copy.exists() or copy.read_bytes() != prompts_path.read_bytes():
+            refuse_overwrite(copy, force)
+            atomic_write(copy, prompts_path.read_bytes())
+        path = folder / "responses.safetensors"
+        journal = Journal(folder / "record.journal", inputs)
+        if not journal.done:
+            path.unlink(missing_ok=True)
+        about = {
+            "prompts": inputs["prompts"],
+            "ids": [prompts[row].id for row in det],
+            "pooling": pooling,
+            "exclude_bos": exclude_bos,
+            "model": described["digest"],
+        }
+        responses = _Responses(path, shape, det, n_pooled, about)
+        journal.before_commit = responses.flush
+        journal.redo(
+            [
+                key
+                for key, noted in journal.done.items()
+                if noted["rows"] != responses.digest(batches[int(key)])
+            ],
+            f"rows of {path.name} are not as they were written",
+        )
+        _ask_all(
+            Asker(model, tokenizer),
+            mlps,
+            questions,
+            responses,
+            journal,
+            batches=batches,
+            pooling={"pooling": pooling, "exclude_bos": exclude_bos},
+            validate=validate,
+            backend=backend,
+            quiet=quiet,
+        )
+        predictions = [""] * len(prompts)
+        for number, rows in enumerate(batches):
+            said = journal.done[str(number)]["predictions"]
+            for row, prediction in zip(rows, said, strict=True):
+                predictions[row] = prediction
+        right = partial(is_correct, accept_object_prefix=accept_object_prefix)
+        correct = [
+            not validate or any(right(prediction, name) for name in prompt.objects)
+            for prompt, prediction in zip(prompts, predictions, strict=True)
+        ]
+        table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)
+        atomic_write(output, csv_bytes(("id", "prediction", "correct"), table))
+        manifest = Manifest(folder)
+        manifest.describe(
+            versions=versions(),
+            model=described,
+            dtype=described["dtype"],
+            sites=list(responses.widths),
+            modules=_modules(mlps[0]),
+            threshold=None,  # responses are means, nothing is counted
+            tokens={
+                "pooling": pooling,
+                "first_token": "excluded" if exclude_bos else "included",
+                "special": policy_text(tokenizer),
+                "first_prompt_ids": questions.ids[0][:8],
+                "padding": "left, masked; position ids are explicit",
+                "pooled": sum(n_pooled),
+            },
+            batch_plan={
+                "batch_tokens": batch_tokens,
+                "batches": len(batches),
+                "order": "by split and language, then by length",
+            },
+            memory={
+                "responses": "streamed by block of prompts: one batch in memory, the rest on disk",
+                "responses_on_disk_bytes": responses.n_bytes,
+                "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
+            },
+            fallbacks=fallbacks(described) + questions.notices,
+        )
+        made_by = command(
+            "record",
+            *(name, placed(prompts_path, folder), "-o", STUDY),
+            pooling=pooling,
+            exclude_bos=exclude_bos,
+            accept_object_prefix=accept_object_prefix,
+            attention=attention,
+            batch_tokens=batch_tokens,
+            **loading(described),
+        )
+        # No command leaves out the validation of prompts that have objects.
+        is_asked = validate or not any(prompt.object for prompt in prompts)
+        manifest.finish(
+            "record", inputs, [output, path, copy], commands=made_by if is_asked else []
+        )
+        journal.remove()
+    return sum(correct) / len(correct) if validate else None

@@ -1,0 +1,497 @@
+"""Ask a model its prompts: tokens, batches, the greedy answer of two tokens, and its correctness.
+
+The `record` and `ablate` stages call it, so both ask in exactly the same way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relneuron.artifact.files import RelneuronError, fold
+from relneuron.artifact.prompts import Prompt
+from relneuron.texts.tokens import (
+    CHARACTER_BYTES,
+    CUT,
+    Continuation,
+    blank_notice,
+    continuations,
+    encode_texts,
+    whole_text,
+    without_blanks,
+)
+
+N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
+
+
+def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = False) -> bool:
+    """Whether a prediction is a non-empty prefix of the answer, as `artifact.fold` has both.
+
+    It is one, too, if it ends between a letter and the mark that the answer writes after it.
+    `accept_object_prefix` also accepts a prediction that the answer is a prefix of ("Japan." for
+    "Japan"); the paper's rule (arXiv 2502.17355, section 3.2) does not.
+    """
+    given, wanted = fold(prediction), fold(answer)
+    if not given:
+        return False
+    written = answer.strip().casefold().startswith(prediction.strip().casefold())
+    is_prefix = wanted.startswith(given) or written
+    return is_prefix or (accept_object_prefix and given.startswith(wanted))
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether free text begins with the answer, as `artifact.fold` has both."""
+    return fold(text).startswith(fold(answer))
+
+
+def given_object(text: str, objects: Sequence[str], rule: Callable[[str, str], bool]) -> str:
+    """The first of the right objects that a text gives by a rule such as `is_correct`, or ""."""
+    return next((name for name in objects if rule(text, name)), "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a GPU or a CPU, or Python itself had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(word in str(error).lower() for word in words)
+
+
+def cache_of(out: Any) -> dict[str, Any]:
+    """The cache that a forward left, as the keyword argument by which the next one takes it.
+
+    A model's output calls it as its forward does: `cache` from transformers 5.24 on,
+    `past_key_values` before and in code of a model's own.
+    """
+    name = "cache" if "cache" in out else "past_key_values"
+    return {name: getattr(out, name)}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as tokens: `ids` of each prompt and the first token that carries its answer's bytes.
+
+    starts   how a prompt goes on with each of its right objects, in their order: tokens of white
+             space alone, where the tokenizer makes some, and the object's first own token; without
+             them `answers` are the only ones
+    notices  what a reader of the results must know of how prompts became tokens
+    """
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    answers: list[int]
+    starts: list[list[tuple[int, ...]]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def starts_of(self, row: int) -> list[tuple[int, ...]]:
+        return self.starts[row] if self.starts else [(self.answers[row],)]
+
+    def put_in(self, row: int) -> int:
+        """The token after a prompt that `ask_forced` puts in: a space, where an object has one."""
+        starts = self.starts_of(row)
+        return next((start for start in starts if len(start) > 1), starts[0])[0]
+
+
+def encode(
+    tokenizer: Any,
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    answers: bool = True,
+    n_tokens: int = N_ANSWER_TOKENS,
+) -> Questions:
+    """Tokenise prompts, with the special tokens that the tokenizer puts before a text (BOS).
+
+    An answer begins as `tokens.continuations` says. A prompt's space at its end is left out where
+    the tokenizer joins it to the next word. Raises RelneuronError for an empty prompt, one that
+    with `n_tokens` of answer does not fit the context, and an object without a token; without
+    `answers` objects are not looked at.
+    """
+    texts, notices = [prompt.prompt for prompt in prompts], []
+    found: list[list[Continuation]] = []
+    if answers:
+        texts, changed = without_blanks(tokenizer, texts, [prompt.object for prompt in prompts])
+        notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
+        found = object_continuations(tokenizer, prompts, texts)
+    ids = encode_texts(tokenizer, texts)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    lines = [*ids, *(one.tokens for some in found for one in some)]
+    largest = max(max(line, default=0) for line in lines)
+    if largest >= vocabulary:
+        raise RelneuronError(
+            f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
+            "give a model and a tokenizer that belong together",
+        )
+    for prompt, line in zip(prompts, ids, strict=True):
+        if not line:
+            raise RelneuronError(f"prompt {prompt.id} has no token", "remove the empty prompt")
+        if context is not None and len(line) + n_tokens > context:
+            raise RelneuronError(
+                f"prompt {prompt.id} has {len(line)} tokens; with {n_tokens} for the answer "
+                f"it is longer than the model's context of {context}",
+                "shorten or remove it" + _fewer(context - len(line), n_tokens),
+            )
+    starts = [
+        [_start(prompt, name, one) for name, one in zip(prompt.objects, some, strict=True)]
+        for prompt, some in zip(prompts, found, strict=False)
+    ]
+    return Questions(list(prompts), ids, [some[0][-1] for some in starts], starts, notices)
+
+
+def object_continuations(
+    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[list[Continuation]]:
+    """How the text of each prompt goes on with each of its right objects."""
+    asked = [(text, p, name) for text, p in zip(texts, prompts, strict=True) for name in p.objects]
+    languages = [prompt.language for _, prompt, _ in asked]
+    found = iter(continuations(tokenizer, [a[0] for a in asked], [a[2] for a in asked], languages))
+    return [[next(found) for _ in prompt.objects] for prompt in prompts]
+
+
+def _start(prompt: Prompt, name: str, found: Continuation) -> tuple[int, ...]:
+    if not found.tokens:
+        raise RelneuronError(
+            f"prompt {prompt.id}: its object {name!r} makes no token",
+            "give every fact an object, or remove the prompt",
+        )
+    return (*found.spaces, found.tokens[0])
+
+
+def _fewer(room: int, n_tokens: int) -> str:
+    """The other way to fit a context, where more than an answer's tokens are asked for."""
+    if room < 1 or n_tokens <= N_ANSWER_TOKENS:
+        return ""
+    return f", or ask for at most {room} tokens (--max-new-tokens, --generate)"
+
+
+def plan_batches(
+    questions: Questions, batch_tokens: int, only: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of the prompts in batches of one split and language, at most `batch_tokens` padded.
+
+    Sorted by length within a split, so that a prompt's batch does not depend on other splits and
+    every stage that asks a split asks it in the same batches. `only` these prompts; default: all.
+    """
+    taken = range(len(questions.prompts)) if only is None else only
+    kinds = {i: (questions.prompts[i].split, questions.prompts[i].language) for i in taken}
+    batches: list[list[int]] = []
+    for kind in dict.fromkeys(kinds.values()):
+        rows = [i for i, k in kinds.items() if k == kind]
+        rows.sort(key=lambda i: len(questions.ids[i]))
+        batch: list[int] = []
+        for row in rows:
+            if batch and (len(batch) + 1) * len(questions.ids[row]) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(row)
+        batches.append(batch)
+    return batches
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
+
+    A space that is a token of its own before it counts with it, as in tokenizers that join the
+    two. Of several right objects it is the most probable one's, `which` in their order.
+    """
+
+    predictions: list[str]
+    logprobs: list[float]  # nats
+    which: list[int] = field(default_factory=list)
+
+
+def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
+    """The largest score of each row, and which one it is; of equal ones the first."""
+    which = [row.index(max(row)) for row in scores]
+    return [row[k] for row, k in zip(scores, which, strict=True)], which
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward that is about to run, for those who mark its tokens."""
+
+    rows: Tensor  # (b,) int64: its rows among the prompts asked
+    mask: Tensor  # (b, t) 1 for the tokens that enter it, 0 for padding
+    n_answer: int  # how many of its t columns, the last ones, are tokens of the answer
+    n_needed: int  # of how many columns, the last ones, the logits are looked at
+
+
+def _ignore(step: Step) -> None:
+    """Marks nothing."""
+
+
+class Asker:
+    """Asks a model batches of prompts: left padding, explicit positions, KV cache."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
+        self._texts: dict[tuple[int, ...], str] = {}
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(B, T) int64 token ids, padded on the left, and their attention mask.
+
+        The pad token's value does not matter: the mask decides what is a token.
+        """
+        longest = max(map(len, ids))
+        tokens = np.zeros((len(ids), longest), np.int64)
+        mask = np.zeros((len(ids), longest), np.int64)
+        for row, line in enumerate(ids):
+            tokens[row, longest - len(line) :] = line
+            mask[row, longest - len(line) :] = 1
+        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def _forward(
+        self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Logits of the last `n_logits` columns, or of all of them (0); `cache` by `cache_of`."""
+        width = tokens.shape[1]
+        return self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            use_cache=n_logits > 0,
+            **(cache or {}),
+            **({"logits_to_keep": n_logits} if self._takes_keep else {}),
+        )
+
+    @torch.no_grad()
+    def ask(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+        n_tokens: int = N_ANSWER_TOKENS,
+    ) -> Answers:
+        """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS.
+
+        An answer that is only a part of one character's bytes by then goes on until it is whole.
+        """
+        tokens, mask = self.pad([questions.ids[row] for row in rows])
+        everyone = torch.arange(len(rows), device=self.device)
+        inputs, entering, cache = tokens, mask, None
+        chosen: list[Tensor] = []
+        scores: list[list[float]] = []
+        made: list[list[int]] = []
+        for number in range(n_tokens + CHARACTER_BYTES - 1):
+            before_step(Step(everyone, entering, min(number, 1), 1))
+            out = self._forward(inputs, mask, 1, cache)
+            logits = out.logits[:, -1].float()
+            if number == 0:
+                scores = self._firsts(logits, [questions.starts_of(row) for row in rows])
+            chosen.append(logits.argmax(-1))
+            if number >= n_tokens - 1:
+                lines = torch.stack(chosen, 1).tolist()
+                made = [self._first_tokens(line, n_tokens) for line in lines]
+                if not any(map(self._is_cut, made)):
+                    break
+            cache, inputs = cache_of(out), chosen[-1][:, None]
+            entering = torch.ones_like(inputs)
+            mask = torch.cat([mask, entering], 1)
+        self._add_after_spaces(scores, questions, rows, before_step)
+        return Answers([self._text(answer) for answer in made], *_best(scores))
+
+    def _add_after_spaces(
+        self,
+        scores: list[list[float]],
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None],
+    ) -> None:
+        """Add log p of what follows a start's first space, where it has spaces."""
+        starts = [
+            (i, k, start)
+            for i, row in enumerate(rows)
+            for k, start in enumerate(questions.starts_of(row))
+        ]
+        for n in sorted({len(start) - 1 for _, _, start in starts} - {0}):
+            some = [one for one in starts if len(one[2]) == n + 1]
+            tokens, mask = self.pad(
+                [[*questions.ids[rows[i]], *start[:-1]] for i, _, start in some]
+            )
+            places = torch.tensor([i for i, _, _ in some], device=self.device)
+            before_step(Step(places, mask, n, n))
+            logits = self._forward(tokens, mask, n).logits[:, -n:].float()
+            for column in range(n):
+                more = self._logprobs(
+                    logits[:, column], [start[column + 1] for _, _, start in some]
+                )
+                for (i, k, _), value in zip(some, more, strict=True):
+                    scores[i][k] += value
+
+    def most_probable(self, questions: Questions, batch_tokens: int) -> list[int]:
+        """Of each prompt, which of its right objects has the most probable first token."""
+        which = [0] * len(questions.prompts)
+        several = [row for row in range(len(which)) if len({*questions.starts_of(row)}) > 1]
+        for batch in plan_batches(questions, batch_tokens, several):
+            answers = self.ask(questions, batch, n_tokens=1)
+            for row, k in zip(batch, answers.which, strict=True):
+                which[row] = k
+        return which
+
+    @torch.no_grad()
+    def ask_forced(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> Answers:
+        """The answers of `ask`, mostly from one forward: the object's first token is put in.
+
+        A space of its own in front of that is put in, in place of it. Where greedy decoding
+        chooses what was put in, the argmax after it is what greedy decoding chooses next. Only the
+        other rows take a second step; the forced token is masked out of it.
+        """
+        wanted = [questions.put_in(row) for row in rows]
+        tokens, mask = self.pad(
+            [[*questions.ids[row], first] for row, first in zip(rows, wanted, strict=True)]
+        )
+        everyone = torch.arange(len(rows), device=self.device)
+        before_step(Step(everyone, mask, 1, 2))
+        out = self._forward(tokens, mask, 2)
+        logits = out.logits[:, -2:].float()
+        starts = [questions.starts_of(row) for row in rows]
+        scores = self._firsts(logits[:, 0], starts)
+        for i, k in ((i, k) for i, some in enumerate(starts) for k in range(len(some))):
+            if len(starts[i][k]) > 1:
+                scores[i][k] += self._logprobs(logits[i : i + 1, 1], starts[i][k][1:])[0]
+        chosen = logits.argmax(-1)
+        firsts = chosen[:, 0].tolist()
+        open_rows = [
+            i
+            for i, (first, forced) in enumerate(zip(firsts, wanted, strict=True))
+            if first != forced and first not in self._ends
+        ]
+        if open_rows:
+            places = torch.tensor(open_rows, device=self.device)
+            cache = cache_of(out)
+            (state,) = cache.values()
+            state.batch_select_indices(places)
+            inputs, mask = chosen[places, :1], mask[places]
+            mask[:, -1] = 0
+            before_step(Step(places, torch.ones_like(inputs), 1, 1))
+            step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
+            chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
+        made = chosen.tolist()
+        predictions = [self._text(answer) for answer in made]
+        again = [i for i, answer in enumerate(made) if self._is_cut(answer)]
+        if again:
+            places = torch.tensor(again, device=self.device)
+
+            def mark(step: Step) -> None:
+                before_step(replace(step, rows=places[step.rows]))
+
+            asked = Questions(questions.prompts, questions.ids, questions.answers)
+            for i, said in zip(
+                again, self.ask(asked, [rows[i] for i in again], mark).predictions, strict=True
+            ):
+                predictions[i] = said
+        return Answers(predictions, *_best(scores))
+
+    def forces_exactly(self, questions: Questions) -> bool:
+        """Whether `ask_forced` may stand for `ask` on this model and these prompts.
+
+        It must give the same predictions on eight of them, and no prompt may reach the end of a
+        sliding window: there the forced token takes up a place. No answer has two spaces before it,
+        or another one than that which is put in.
+        """
+        for row in range(len(questions.starts)):
+            spaces = {start[:-1] for start in questions.starts_of(row)} - {()}
+            if not spaces <= {(questions.put_in(row),)}:
+                return False
+        order = sorted(range(len(questions.ids)), key=lambda row: len(questions.ids[row]))
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and len(questions.ids[order[-1]]) + N_ANSWER_TOKENS + 1 > window:
+            return False
+        tried = order[:: max(1, len(order) // 8)][:7] + order[-1:]
+        # Of a token and the one after it greedy decoding chooses at most one, so every row takes
+        # the second step once.
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        moved = [(answer + 1) % vocabulary for answer in questions.answers]
+        others = Questions(questions.prompts, questions.ids, moved)
+        try:
+            greedy = self.ask(questions, tried).predictions
+            return all(self.ask_forced(q, tried).predictions == greedy for q in (questions, others))
+        except (AttributeError, NotImplementedError, TypeError):  # a cache of another kind
+            return False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+
+    @torch.no_grad()
+    def read(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> None:
+        """One forward over the prompts, for what `before_step` marks in it."""
+        tokens, mask = self.pad([questions.ids[row] for row in rows])
+        before_step(Step(torch.arange(len(rows), device=self.device), mask, 0, 1))
+        self._forward(tokens, mask, 1)
+
+    @torch.no_grad()
+    def score(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = _ignore,
+    ) -> list[float]:
+        """-log p of each prompt's own tokens after its first one, summed, in nats."""
+        tokens, mask = self.pad([questions.ids[row] for row in rows])
+        before_step(Step(torch.arange(len(rows), device=self.device), mask, 0, tokens.shape[1]))
+        logits = self._forward(tokens, mask, 0).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        summed: list[float] = torch.where(mask[:, :-1] == 1, nll.double(), 0.0).sum(1).tolist()
+        return summed
+
+    def _logprobs(self, logits: Tensor, tokens: Sequence[int]) -> list[float]:
+        """log p of one token a row of logits (b, V)."""
+        wanted = torch.tensor(tokens, device=self.device)
+        picked: list[float] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        return picked
+
+    def _firsts(self, logits: Tensor, starts: Sequence[list[tuple[int, ...]]]) -> list[list[float]]:
+        """log p of the first token of every start of each row of logits (b, V)."""
+        most = max(map(len, starts))
+        # Rows with fewer starts repeat their first one.
+        repeated = [some + some[:1] * (most - len(some)) for some in starts]
+        firsts = [[start[0] for start in some] for some in repeated]
+        wanted = torch.tensor(firsts, device=self.device)
+        picked = logits.log_softmax(-1).gather(1, wanted).tolist()
+        return [line[: len(some)] for line, some in zip(picked, starts, strict=True)]
+
+    def _first_tokens(self, made: list[int], n: int) -> list[int]:
+        """The first `n` tokens, or as many as make a whole character."""
+        while n < len(made) and self._is_cut(made[:n]):
+            n += 1
+        return made[:n]
+
+    def _is_cut(self, answer: list[int]) -> bool:
+        """Whether nothing is said yet but a part of a character."""
+        is_open = not self._ends & {*answer} and not self._text(answer)
+        return is_open and CUT in self._decoded(answer)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _text(self, answer: list[int]) -> str:
+        end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))
+        key = tuple(answer[:end])
+        if key not in self._texts:
+            self._texts[key] = whole_text(self._decoded, key).strip()
+        return self._texts[key]

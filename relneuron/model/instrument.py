@@ -1,0 +1,148 @@
+"""The two context managers of the package: `instrument` counts, `ablate` switches neurons off.
+
+Both act on a model that someone else runs; they are patches (model/patch.py) that say what a token
+is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from relneuron import ops
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
+from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
+from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, mask_states
+
+
+@dataclass
+class Probe:
+    """Statistics of a running model: `stats[layer]` is that layer's `ops.GroupStats`."""
+
+    groups: list[str]
+    stats: list[ops.GroupStats]
+    _patch: Patch = field(repr=False)
+
+    def batch(self, attention_mask: Tensor, group_ids: int | Sequence[int] | Tensor = 0) -> None:
+        """Say what the next forward's tokens are; call it before each forward, which counts once.
+
+        A second forward raises: so does `generate` after its first token. What gradient
+        checkpointing runs again in backward() is not counted again.
+
+        `attention_mask` (B, T): padding (0) is never counted. `group_ids`: one group, one per
+        row (B,), or one per token (B, T); -1 = not counted.
+        """
+        ids = torch.as_tensor(group_ids, device=attention_mask.device).to(torch.int32)
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(self.groups):
+            raise ValueError(
+                f"batch: group_ids must be in [-1, {len(self.groups)}) (from groups), got "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )
+        if ids.dim() == 1:
+            ids = ids.unsqueeze(1)
+        # masked_fill makes a new tensor, so the caller's mask and ids stay as they are.
+        full = ids.expand(attention_mask.shape).masked_fill(attention_mask == 0, -1)
+        self._patch.tokens = Tokens(group_ids=full, counted=set())
+
+
+@contextmanager
+def instrument(
+    model: Any,
+    groups: Sequence[str] | int,
+    *,
+    sites: Sequence[str] = ("act",),
+    threshold: float = 0.0,
+    moments: bool = False,
+    backend: str = "auto",
+) -> Iterator[Probe]:
+    """Count, per group, how often every neuron passes `threshold`, while the model runs.
+
+    `groups`: their names or their number G. Inside the context call `probe.batch(...)` before
+    each forward; `probe.stats[layer].count[site]` is (G, F) int64 and `.tokens` (G,) int64.
+    `sites`, `threshold` and `moments` are those of `ops.GroupStats`.
+
+    The model belongs to this thread meanwhile: a forward of another one raises, and so it does in
+    `ablate`. Hooks on the MLPs and their parts run as ever. With gradient checkpointing call
+    backward() inside the context, as it runs the forward again.
+    """
+    names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
+    mlps = find_gated_mlps(model)
+    stats = [
+        ops.GroupStats(
+            groups=len(names),
+            width=mlp.width,
+            sites=tuple(sites),
+            threshold=threshold,
+            moments=moments,
+            device=next(mlp.module.parameters()).device,
+        )
+        for mlp in mlps
+    ]
+    patch = Patch(mlps, [LayerState(stats=s) for s in stats], backend=backend)
+    # Until the first `batch` no shape fits: a forward without it raises instead of counting.
+    patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32))
+    with patch:
+        yield Probe(names, stats, patch)
+
+
+@contextmanager
+def ablate(
+    model: Any,
+    neurons: Iterable[Sequence[Any]],
+    *,
+    mode: str = "zero",
+    value: float | Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Iterator[None]:
+    """Switch neurons off while the model runs, generation included, at every position.
+
+    `neurons`: (layer, site, index) triples, or rows of neurons.json; sites are gate and up (the
+    outputs of gate_proj and up_proj), down (the output of down_proj), and q, k, v and o (those of
+    the attention's projections). `mode`: "zero", outputs become 0 (arXiv 2502.17355, section
+    3.3); "scale", outputs times `value`; "mean", outputs become `value`, a number for all or one
+    per neuron: their mean responses, say.
+    """
+    chosen = list(neurons)
+    if not chosen:
+        warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
+    mlps = find_gated_mlps(model, attention=any(site in ATTENTION for _, site, *_ in chosen))
+    if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
+        raise RelneuronError(
+            f"mode {mode!r} with the value {value}",
+            "use zero without a value, scale or mean with one",
+            2,
+        )
+    if mode == "zero":
+        states = mask_states([chosen], mlps)
+    else:
+        states = _replacing_states(chosen, mlps, mode, value)
+    with Patch(mlps, states, backend=backend):
+        yield
+
+
+def _replacing_states(
+    neurons: Sequence[Sequence[Any]], mlps: Sequence[GatedMLP], mode: str, value: Any
+) -> list[LayerState]:
+    shape = model_shape(mlps)
+    check_neurons(neurons, shape)
+    values = [value] * len(neurons) if isinstance(value, int | float) else list(value)
+    if mode == "scale" and len(set(values)) > 1:
+        raise RelneuronError("scale takes one value for all neurons", "give a number", 2)
+    states = [LayerState(replace={}) for _ in mlps]
+    for (layer, site, index, *_), new in zip(neurons, values, strict=True):
+        mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
+        if site not in replace:
+            device = next(mlp.module.parameters()).device
+            shift = torch.zeros(1, site_widths(shape)[site], device=device)
+            replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
+        replace[site].chosen[0, index] = True
+        if mode == "mean":
+            cast(Tensor, replace[site].shift)[0, index] = new
+    return states

@@ -1,0 +1,1 @@
+"""The op average_precision; `op` has what it does."""

@@ -1,0 +1,1 @@
+"""The op logprob_gain; `op` has what it does."""

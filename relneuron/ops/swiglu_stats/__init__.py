@@ -1,0 +1,1 @@
+"""The op swiglu_stats; `op` has what it does."""

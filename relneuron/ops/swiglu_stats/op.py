@@ -1,0 +1,446 @@
+"""SwiGLU with per-group activation statistics and per-token neuron masks: public op and spec.
+
+The patched MLPs of a model call it, and so can any other code. Here is the public function; the
+files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from relneuron.ops.backends import check_backend_name, choose_backend, cpu_module, triton_module
+from relneuron.ops.swiglu_stats.checks import (
+    DTYPES,
+    Names,
+    check_given,
+    check_inputs,
+    check_masks,
+    check_memory,
+    check_statistics,
+)
+from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
+from relneuron.ops.swiglu_stats.reference import (
+    ACTIVATIONS,
+    CODES,
+    RESIDUAL,
+    Call,
+    swiglu_stats_reference,
+)
+
+NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
+NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
+
+# Two threads that add to the same counters would lose some of each other's tokens.
+_ADDING = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # A process that is forked meanwhile has no thread that would release it.
+    os.register_at_fork(after_in_child=_ADDING._at_fork_reinit)  # type: ignore[attr-defined]
+_ALONE = nullcontext()
+
+
+def swiglu_stats(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str = "silu",
+    stats: GroupStats | None = None,
+    group_ids: Tensor | None = None,
+    responses: Mapping[str, Tensor] | None = None,
+    prompt_ids: Tensor | None = None,
+    keep: Tensor | None = None,
+    condition_ids: Tensor | None = None,
+    out: Tensor | None = None,
+    ids_checked: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """h = activation(gate) * up, while the values are counted per group and neurons are masked.
+
+    Arguments
+        gate, up       (T, F) float32|bfloat16|float16, same dtype and device; last stride 1, any
+                       row stride (a half of a packed tensor, rows that overlap, an expanded row)
+        activation     silu | gelu (erf) | gelu_tanh | relu
+        stats          a GroupStats of width F on the same device, updated in place
+        group_ids      (T,) int32 in [-1, G): the group of each token, -1 = not counted in anything
+                       of `stats`. May be left out when G = 1: all tokens are then in group 0
+        responses      {site: (N, F) float32}; the value of token t is added to row prompt_ids[t]
+        prompt_ids     (T,) int32 in [-1, N), -1 = none
+        keep           (C, ceil(F/32)) int32: bit f % 32 of word f // 32 set = neuron f stays
+        condition_ids  (T,) int32 in [0, C): the row of `keep` for each token; row 0 if left out
+        out            (T, F) tensor for h; like all that is written (stats, responses) it may share
+                       memory with no other argument
+        ids_checked    True: the caller promises that all ids are in range (saves one look at them)
+        backend        auto | reference | cpu | triton; a backend that cannot run here raises
+
+    Values. The sites of token t and neuron f are, each rounded to the dtype of gate,
+        gate, up, act = activation(gate), product = act * up
+    and they are recorded before masking. All arithmetic is IEEE float32 with one rounding per
+    operation; the activation behind the sites act and product is one fixed sequence of operations
+    with an error of a few float32 ulp (ops/swiglu_stats/reference.py), the same in every backend. h
+    of the reference is torch's own activation times up, bit for bit; h of the other backends is the
+    site product, which in bfloat16 and float16 differs from torch's h in the last bit of rare
+    elements. There triton takes a shorter way to act in h, sums and responses, unless product is a
+    site: in rare elements it is the neighbouring number, also within 1 ulp of torch's. Where `keep`
+    drops a neuron its h is exactly +0, whatever the value was (NaN too).
+
+    Statistics. See GroupStats. A response is a float32 sum; non-finite values go into it. T = 0 and
+    F = 0 are allowed.
+
+    Exactness. count, tokens, max and n_nonfinite are bit-identical between backends, splits of the
+    tokens, thread counts and runs. sum and sum_sq are float64 sums in the order of the tokens, in
+    which cpu adds up to 64 tokens at a time, and triton up to 256, in float32 first (a square below
+    2^-149 is then 0). Responses are float32 sums in the order of the tokens (triton: in another
+    fixed order). So for the same split they are bit-identical between runs, and on a CPU between
+    thread counts and instruction sets; only the reference on a GPU leaves the order to torch.
+    Subnormal values count also when torch flushes them to zero (`torch.set_flush_denormal`).
+
+    Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
+    tensors that require it are refused. Threads may share `stats` and `responses`: calls that add
+    to some take turns.
+    """
+    _check_activation("swiglu_stats", activation)
+    h = run_checked(
+        NAMES,
+        gate,
+        up,
+        activation=activation,
+        stats=stats,
+        group_ids=group_ids,
+        responses=responses,
+        prompt_ids=prompt_ids,
+        keep=keep,
+        condition_ids=condition_ids,
+        out=out,
+        ids_checked=ids_checked,
+        backend=backend,
+    )
+    assert h is not None, "only without only_stats"
+    return h
+
+
+def swiglu_stats_only(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str = "silu",
+    stats: GroupStats | None = None,
+    group_ids: Tensor | None = None,
+    responses: Mapping[str, Tensor] | None = None,
+    prompt_ids: Tensor | None = None,
+    ids_checked: bool = False,
+    backend: str = "auto",
+) -> None:
+    """The statistics of `swiglu_stats`, without h: for who has h already, or needs none.
+
+    Arguments, statistics and exactness are those of `swiglu_stats`. cpu reads only what the sites
+    are made of (up for the sites up and product) and writes no (T, F) tensor.
+    """
+    _check_activation("swiglu_stats_only", activation)
+    run_checked(
+        NAMES_ONLY,
+        gate,
+        up,
+        activation=activation,
+        stats=stats,
+        group_ids=group_ids,
+        responses=responses,
+        prompt_ids=prompt_ids,
+        keep=None,
+        condition_ids=None,
+        out=None,
+        ids_checked=ids_checked,
+        backend=backend,
+        only_stats=True,
+    )
+
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+
+
+def run_checked(
+    names: Names,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    activation: str,
+    stats: GroupStats | None,
+    group_ids: Tensor | None,
+    responses: Mapping[str, Tensor] | None,
+    prompt_ids: Tensor | None,
+    keep: Tensor | None,
+    condition_ids: Tensor | None,
+    out: Tensor | None,
+    ids_checked: bool,
+    backend: str,
+    only_stats: bool = False,
+) -> Tensor | None:
+    """Check the arguments and run the op that torch sees; `residual_stats` enters here, too.
+
+    Returns h, or None with `only_stats`.
+    """
+    check_backend_name(names.op, backend)
+    if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and _is_eager():
+        given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
+        h = out
+        if h is None and not only_stats and gate.layout is torch.strided:
+            h = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        if (h is None) == only_stats and _ran_quickly(names, activation, gate, up, h, *given):
+            return h
+    others = {
+        "out": out,
+        "group_ids": group_ids,
+        "prompt_ids": prompt_ids,
+        "keep": keep,
+        "condition_ids": condition_ids,
+    }
+    counters = check_given(names, gate, up, stats, responses, others)
+    check_inputs(names, gate, up, out)
+    check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
+    check_masks(names, gate, keep, condition_ids)
+    if out is None and not only_stats:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    site_of = dict(zip(names.sites, names.codes, strict=True))
+    _swiglu_stats_op(
+        gate,
+        up,
+        out,
+        activation,
+        ",".join(site_of[site] for site in stats.sites) if stats is not None else "",
+        stats._threshold_bits if stats is not None else 0,
+        counters.get("count"),
+        counters.get("tokens"),
+        counters.get("sum"),
+        counters.get("sum_sq"),
+        counters.get("max"),
+        counters.get("n_nonfinite"),
+        group_ids,
+        ",".join(site_of[site] for site in responses or ()),
+        list(responses.values()) if responses else [],
+        prompt_ids,
+        keep,
+        condition_ids,
+        ids_checked,
+        backend,
+    )
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# The quick way on a CPU: a call of one token takes a fifth of the time that checks in Python and
+# torch's dispatcher take
+
+
+def _is_eager() -> bool:
+    """Whether nothing of torch's wants to see the op: no compiler, mode, transform or profiler."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
+@functools.cache
+def _codes(names: Names, sites: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The numbers of an op's sites in the kernels, or None if one is not the op's."""
+    numbers = {s: SITES.index(code) for s, code in zip(names.sites, names.codes, strict=True)}
+    return tuple(numbers[s] for s in sites) if set(sites) <= set(numbers) else None
+
+
+# groups, width, threshold_bits, count, tokens, sum, sum_sq, max and n_nonfinite of no statistics.
+_NO_COUNTERS: tuple[Any, ...] = (0, 0, 0, None, None, None, None, None, None)
+
+
+def _ran_quickly(
+    names: Names,
+    activation: str,
+    gate: Tensor,
+    up: Tensor,
+    h: Tensor | None,
+    stats: GroupStats | None,
+    group_ids: Tensor | None,
+    responses: Mapping[str, Tensor] | None,
+    prompt_ids: Tensor | None,
+    keep: Tensor | None,
+    condition_ids: Tensor | None,
+    ids_checked: bool,
+) -> bool:
+    """Run the call on the CPU kernel if it is plainly right; False if it is left to the checks."""
+    try:
+        quick = cpu_module().swiglu_stats_quick
+        sites: tuple[int, ...] | None = ()
+        counters = _NO_COUNTERS
+        if stats is not None:
+            stats.check_fields(names.op)
+            sites = _codes(names, stats.sites)
+            counters = (
+                *(stats.groups, stats.width, stats._threshold_bits, stats._count, stats.tokens),
+                *(stats._sum, stats._sum_sq, stats._max, stats._n_nonfinite),
+            )
+        response_sites = _codes(names, tuple(responses)) if responses else ()
+    except (ImportError, AttributeError, TypeError):  # no extension; no GroupStats, or no names
+        return False
+    if sites is None or response_sites is None:
+        return False
+    with _ADDING if stats is not None or responses else _ALONE:
+        return bool(
+            quick(
+                gate,
+                up,
+                h,
+                CODES.index(activation),
+                sites,
+                *counters,
+                group_ids,
+                response_sites,
+                tuple(responses.values()) if responses else (),
+                prompt_ids,
+                keep,
+                condition_ids,
+                ids_checked,
+                torch.is_grad_enabled(),
+                torch.get_num_threads(),
+            )
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The op that torch sees: torch's dispatcher picks the backend by device
+
+
+def _swiglu_stats_impl(
+    gate: Tensor,
+    up: Tensor,
+    out: Tensor | None,
+    activation: str,
+    sites: str,
+    threshold_bits: int,
+    count: Tensor | None,
+    tokens: Tensor | None,
+    sum: Tensor | None,
+    sum_sq: Tensor | None,
+    max: Tensor | None,
+    n_nonfinite: Tensor | None,
+    group_ids: Tensor | None,
+    response_sites: str,
+    responses: Sequence[Tensor],
+    prompt_ids: Tensor | None,
+    keep: Tensor | None,
+    condition_ids: Tensor | None,
+    ids_checked: bool,
+    backend: str,
+) -> None:
+    call = Call(
+        gate=gate,
+        up=up,
+        out=out,
+        activation=activation,
+        sites=tuple(sites.split(",")) if sites else (),
+        threshold_bits=threshold_bits,
+        count=count,
+        tokens=tokens,
+        sum=sum,
+        sum_sq=sum_sq,
+        max=max,
+        n_nonfinite=n_nonfinite,
+        group_ids=group_ids,
+        responses=dict(zip(response_sites.split(","), responses, strict=True)) if responses else {},
+        prompt_ids=prompt_ids,
+        keep=keep,
+        condition_ids=condition_ids,
+    )
+    chosen = choose_backend("swiglu_stats", backend, gate.device.type)
+    check_memory(call)
+    if not ids_checked:
+        _check_ids_range(call)
+    with _ADDING if call.tokens is not None or call.responses else _ALONE:
+        if chosen == "cpu":
+            _swiglu_stats_cpu(call)
+        elif chosen == "triton":
+            triton_module("swiglu_stats").swiglu_stats_triton(call)
+        else:
+            swiglu_stats_reference(call)
+
+
+# Not torch.library.custom_op: its autograd, of which there is none here, takes more time than a
+# small call does (150 of 190 microseconds with this many arguments).
+_MUTATED = ("out", "count", "tokens", "sum", "sum_sq", "max", "n_nonfinite", "responses")
+torch.library.define(
+    "relneuron::swiglu_stats",
+    torch.library.infer_schema(_swiglu_stats_impl, mutates_args=_MUTATED),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("relneuron::swiglu_stats", "CompositeExplicitAutograd", _swiglu_stats_impl)
+torch.library.register_fake("relneuron::swiglu_stats", lambda *args: None)
+_swiglu_stats_op = torch.ops.relneuron.swiglu_stats.default
+
+
+def _check_ids_range(call: Call) -> None:
+    """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
+    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
+    first_response = next(iter(call.responses.values()), None)
+    for name, ids, low, size, origin in (
+        ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),
+        ("prompt_ids", call.prompt_ids, -1, first_response, "N={} from responses"),
+        ("condition_ids", call.condition_ids, 0, call.keep, "C={} from keep"),
+    ):
+        if ids is None or ids.numel() == 0 or size is None:
+            continue
+        high = size.shape[0]
+        smallest, largest = (int(value) for value in torch.aminmax(ids))
+        if smallest < low or largest >= high:
+            position = int(((ids < low) | (ids >= high)).to(torch.int8).argmax())
+            raise ValueError(
+                f"{op}: {name} must be in [{low}, {high}) ({origin.format(high)}), "
+                f"got {int(ids[position])} at token {position}"
+            )
+
+
+def _swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
+    """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    cpu_module().swiglu_stats(
+        out=address(call.out),
+        gate=call.gate.data_ptr(),
+        up=call.up.data_ptr(),
+        stride_ht=0 if call.out is None else call.out.stride(0),
+        stride_gt=call.gate.stride(0),
+        stride_ut=call.up.stride(0),
+        T=call.gate.shape[0],
+        F=call.gate.shape[1],
+        dtype=DTYPES.index(call.gate.dtype),
+        activation=CODES.index(call.activation),
+        sites=[SITES.index(site) for site in call.sites],
+        G=0 if call.tokens is None else call.tokens.shape[0],
+        threshold_bits=call.threshold_bits,
+        count=address(call.count),
+        tokens=address(call.tokens),
+        sum=address(call.sum),
+        sum_sq=address(call.sum_sq),
+        max=address(call.max),
+        n_nonfinite=address(call.n_nonfinite),
+        group_ids=address(call.group_ids),
+        response_sites=[SITES.index(site) for site in call.responses],
+        responses=[tensor.data_ptr() for tensor in call.responses.values()],
+        strides_rn=[tensor.stride(0) for tensor in call.responses.values()],
+        prompt_ids=address(call.prompt_ids),
+        keep=address(call.keep),
+        condition_ids=address(call.condition_ids),
+        isa=isa,
+        n_threads=n_threads or torch.get_num_threads(),
+    )

@@ -1,0 +1,240 @@
+"""The plain-torch reference of `swiglu_stats`, and the activation that all its backends execute.
+
+`op.py` calls it, on any device; tests compare the C++ and Triton kernels with it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+# What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
+RESIDUAL = "residual"
+# The position is the code in the C++ and Triton kernels.
+CODES = (*ACTIVATIONS, RESIDUAL)
+
+
+@dataclass(slots=True)
+class Call:
+    """The arguments of one checked call, as every backend takes them."""
+
+    gate: Tensor
+    up: Tensor
+    out: Tensor | None  # None: only statistics
+    activation: str
+    sites: tuple[str, ...]
+    threshold_bits: int
+    count: Tensor | None
+    tokens: Tensor | None
+    sum: Tensor | None
+    sum_sq: Tensor | None
+    max: Tensor | None
+    n_nonfinite: Tensor | None
+    group_ids: Tensor | None
+    responses: dict[str, Tensor]
+    prompt_ids: Tensor | None
+    keep: Tensor | None
+    condition_ids: Tensor | None
+
+
+def swiglu_stats_reference(call: Call) -> None:
+    """The op in plain torch, for any device: what the other backends are compared with."""
+    gate, up = call.gate, call.up
+    if call.out is not None:
+        _compute_h(call, call.out)
+    if call.tokens is None and not call.responses:
+        return
+
+    with ieee_arithmetic():
+        values = site_values(gate, up, call.activation, {*call.sites, *call.responses})
+        if call.tokens is not None:
+            if call.group_ids is None:
+                rows = slice(None)
+                ids = torch.zeros(gate.shape[0], dtype=torch.int64, device=gate.device)
+            else:
+                counted = call.group_ids >= 0
+                rows, ids = counted, call.group_ids[counted].long()  # type: ignore[assignment]
+            call.tokens.index_add_(0, ids, torch.ones_like(ids))
+            for index, site in enumerate(call.sites):
+                _add_statistics(call, index, values[site][rows], ids)
+        if call.prompt_ids is not None:
+            in_prompt = call.prompt_ids >= 0
+            ids = call.prompt_ids[in_prompt].long()
+            for site, sums in call.responses.items():
+                sums.index_add_(0, ids, values[site][in_prompt])
+
+
+def _compute_h(call: Call, h: Tensor) -> None:
+    gate, up = call.gate, call.up
+    if call.activation == RESIDUAL:
+        torch.add(up, gate, out=h)
+    else:
+        torch.mul(_torch_activation(gate, call.activation), up, out=h)
+    if call.keep is not None:
+        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
+        if call.activation == RESIDUAL:
+            torch.where(keep, h, up, out=h)
+        else:
+            h.masked_fill_(~keep, 0.0)
+
+
+def _add_statistics(call: Call, index: int, value: Tensor, ids: Tensor) -> None:
+    """Add float32 values (T', F) of one site to the groups that `ids` (T',) names."""
+    assert call.count is not None, "statistics come with counts"
+    bits = torch.tensor(call.threshold_bits, dtype=torch.int32, device=value.device)
+    hits = value > bits.view(torch.float32)
+    call.count[index].index_add_(0, ids, hits.long())
+    if call.sum is None:
+        return
+    assert call.sum_sq is not None and call.max is not None and call.n_nonfinite is not None
+    finite = value.isfinite()
+    call.n_nonfinite[index].index_add_(0, ids, (~finite).long())
+    exact = torch.where(finite, value, 0.0).double()
+    call.sum[index].index_add_(0, ids, exact)
+    call.sum_sq[index].index_add_(0, ids, exact * exact)
+    # Adding +0 turns -0 into +0, so that the maximum does not depend on the order of the two.
+    candidates = torch.where(finite, value + 0.0, -math.inf)
+    where = ids[:, None].expand_as(candidates)
+    call.max[index].scatter_reduce_(0, where, candidates, reduce="amax", include_self=True)
+
+
+def _keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor:
+    """The bit mask as (T, F) bool, or (1, F) when all tokens take row 0."""
+    neuron = torch.arange(width, device=keep.device)
+    bits = (keep[:, neuron // 32] >> (neuron % 32).int()) & 1
+    return (bits[:1] if condition_ids is None else bits[condition_ids.long()]).bool()
+
+
+def _torch_activation(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return nnf.silu(gate)
+    if activation == "gelu":
+        return nnf.gelu(gate)
+    if activation == "gelu_tanh":
+        return nnf.gelu(gate, approximate="tanh")
+    return nnf.relu(gate)
+
+
+def site_values(
+    gate: Tensor, up: Tensor, activation: str, sites: Collection[str]
+) -> dict[str, Tensor]:
+    """The values of the asked sites as float32, each rounded to the dtype of gate."""
+    dtype = gate.dtype
+    values = {"gate": gate.float(), "up": up.float()}
+    if not {"act", "product"}.isdisjoint(sites):
+        values["act"] = _activation(values["gate"], activation).to(dtype).float()
+    if "product" in sites:
+        values["product"] = (values["act"] * values["up"]).to(dtype).float()
+    return values
+
+
+@contextmanager
+def ieee_arithmetic() -> Iterator[None]:
+    """Subnormal numbers count inside the block, also under torch.set_flush_denormal(True).
+
+    torch's worker threads keep the mode they were created with, so one thread does the work then.
+    """
+    if _SMALLEST_NORMAL_DOUBLE * 0.5 != 0.0:
+        yield
+        return
+    n_threads = torch.get_num_threads()
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+        torch.set_flush_denormal(True)
+
+
+_SMALLEST_NORMAL_DOUBLE = struct.unpack("<d", bytes(6) + b"\x10\x00")[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# The activation of the statistics: one fixed sequence of float32 operations, the same here, in
+# csrc/swiglu_stats_kernel.cpp and in ops/swiglu_stats/triton_launch.py. Every + - * / below rounds
+# once, so no backend may contract them into fused multiply-adds, reorder them or replace the
+# division.  The constants are float32 numbers with 9 digits. Largest relative errors against
+# float64, over all 16-bit patterns and 24 million float32 values (test_activation_error holds
+# bounds on them): exp 1.4 x 2^-24; silu 2.9 x 2^-24; gate > -1: gelu 5.5 x 2^-24, gelu_tanh 4.3 x
+# 2^-24; gate > -5: 1.3e-6 and 2.8e-6; in the far tail 7.8e-6 (gelu, gate > -12) and 1.4e-5
+# (gelu_tanh, gate > -9). torch's own float32 gelu has lost 20% of the value at gate = -5.
+
+# exp(x) = 2^n * exp(r) with r = x - n ln 2 in two parts: the first has 10 bits, so n * it is exact.
+LOG2_E = 1.44269502
+LN2_HIGH = 0.693359375
+LN2_LOW = -2.12194440e-4
+# exp(r) = 1 + r + r^2 q(r): minimax for |r| <= ln(2)/2 in relative error (3.1e-9), lowest first.
+EXP_Q = (0.49999994, 0.166665196, 0.0416683927, 0.00836877991, 0.001381448)
+# Beyond these the result is 0 and +inf.
+EXP_LOW, EXP_HIGH = -104.0, 89.0
+
+# Phi(x) - 1/2 = x R(x^2): minimax for |x| <= 1 in absolute error (1.5e-10), lowest first.
+PHI_R = (0.398942292, -0.0664903373, 0.00997319352, -0.00118603115, 0.000113185983, -7.5445364e-06)
+# erfc(z) = t exp(-z^2 + P(t)), t = 1 / (1 + z/2): minimax for 0.7 <= z <= 10.3 (1.4e-8).
+ERFC_P = (
+    -1.26546896,
+    0.998969734,
+    0.385154188,
+    0.030283194,
+    0.0677839294,
+    -0.361406326,
+    -0.0744687095,
+    0.379661053,
+    -0.161039799,
+)
+SQRT_HALF = 0.707106769
+# gelu_tanh(x) = x / (1 + exp(-2y)), y = sqrt(2/pi) (x + 0.044715 x^3)
+SQRT_2_OVER_PI = 0.797884583
+GELU_CUBIC = 0.0447149985
+
+
+def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    result = x * coefficients[-1] + coefficients[-2]
+    for coefficient in reversed(coefficients[:-2]):
+        result = result * x + coefficient
+    return result
+
+
+def _exp(x: Tensor) -> Tensor:
+    x = torch.where(x < EXP_LOW, EXP_LOW, x)
+    x = torch.where(x > EXP_HIGH, EXP_HIGH, x)
+    n = torch.floor(x * LOG2_E + 0.5)
+    r = x - n * LN2_HIGH
+    r = r - n * LN2_LOW
+    y = (_horner(r, EXP_Q) * (r * r) + r) + 1.0
+    # 2^n as two exact factors: the first keeps y normal, the second rounds once if it must.
+    n = torch.where(n == n, n, 0.0).int()
+    half = n >> 1
+    return (
+        y * ((half + 127) << 23).view(torch.float32) * ((n - half + 127) << 23).view(torch.float32)
+    )
+
+
+def _activation(x: Tensor, activation: str) -> Tensor:
+    """The activation of float32 values, as the sites act and product record it.
+
+    NaN gives NaN. At -inf silu, gelu and gelu_tanh give NaN and relu 0, as in torch; at +inf all
+    give +inf (torch's gelu gives NaN there on a CPU).
+    """
+    if activation == "silu":
+        return x / (_exp(-x) + 1.0)
+    if activation == "gelu_tanh":
+        y = (x + (x * x * x) * GELU_CUBIC) * SQRT_2_OVER_PI
+        return x / (_exp(y * -2.0) + 1.0)
+    if activation == "gelu":
+        square = x * x
+        t = torch.ones_like(x) / ((x.abs() * SQRT_HALF) * 0.5 + 1.0)
+        tail = (_exp(_horner(t, ERFC_P) - square * 0.5) * t) * 0.5
+        middle = x * _horner(square, PHI_R) + 0.5
+        phi = torch.where(x < -1.0, tail, torch.where(x > 1.0, 1.0 - tail, middle))
+        return x * phi
+    return torch.where(x < 0.0, 0.0, x)

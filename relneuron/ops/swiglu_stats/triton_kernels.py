@@ -1,0 +1,334 @@
+"""The main Triton kernel of `swiglu_stats`, which `triton_launch.py` launches.
+
+It reads gate and up once, writes h, adds the counts, and leaves the moments of every tile for
+`_moments_kernel` in `ops/swiglu_stats/triton_sums.py`. Only integers are added atomically.
+"""
+
+# What triton.jit compiles is not typed Python.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from relneuron.ops.swiglu_stats.triton_math import (
+    RESIDUAL,
+    SITE_ACT,
+    SITE_GATE,
+    SITE_PRODUCT,
+    SITE_UP,
+    _act,
+    _add,
+    _is_above,
+    _multiply,
+    _spread_bits,
+    _widen,
+)
+
+# Larger than every id.
+NO_ID = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _load(ptr, mask):
+    """Values, and zeros where `mask` is False; no mask costs no instruction."""
+    return tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is recorded of one site, as a tuple of five [BLOCK_T, BLOCK_F]: the number of hits (float32,
+# exact below 2^24), sum, sum of squares, largest and smallest. They stay in registers for a whole
+# run of rows; only `_flush` adds up over the rows of the block.
+
+
+@triton.jit
+def _nothing(BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+    zero = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    return zero, zero, zero, zero - float("inf"), zero + float("inf")
+
+
+@triton.jit
+def _record(record, is_hit, value, extreme, weight, value_weight, MOMENTS: tl.constexpr):
+    """Add a block. A weight [BLOCK_T, 1] is 0.0 for a row that only repeats another of its run."""
+    hits, total, total_sq, highest, lowest = record
+    if weight is None:
+        hits += is_hit
+    else:
+        hits = tl.fma(is_hit, weight, hits)
+    if MOMENTS:
+        weighted = value
+        if value_weight is not None:
+            weighted = value * value_weight
+        total += weighted
+        total_sq = tl.fma(weighted, value, total_sq)
+        # Of a number and a NaN these give the number.
+        highest = tl.maximum(highest, extreme)
+        lowest = tl.minimum(lowest, extreme)
+    return hits, total, total_sq, highest, lowest
+
+
+@triton.jit
+def _flush(record, count_cells, partial_cells, mask_f, F, MOMENTS: tl.constexpr):
+    """Add the hits of a run to its group, and store its moments (4, F) for `_moments_kernel`."""
+    hits, total, total_sq, highest, lowest = record
+    n_hits = tl.sum(hits, axis=0).to(tl.int64)
+    # Integer addition commutes, so the atomics give the same counts in any order.
+    tl.atomic_add(count_cells, n_hits, mask=mask_f & (n_hits > 0), sem="relaxed")
+    if MOMENTS:
+        tl.store(partial_cells, tl.sum(total, axis=0), mask=mask_f)
+        partial_cells += F
+        tl.store(partial_cells, tl.sum(total_sq, axis=0), mask=mask_f)
+        partial_cells += F
+        tl.store(partial_cells, tl.max(highest, axis=0), mask=mask_f)
+        partial_cells += F
+        tl.store(partial_cells, tl.min(lowest, axis=0), mask=mask_f)
+
+
+@triton.jit
+def _step(
+    records,  # one per site
+    cells,  # pointers into h, gate and up [BLOCK_T, BLOCK_F]
+    kept,  # [BLOCK_T or 1, BLOCK_F] int16, None = nothing is dropped
+    mask,  # of the loads, None = all
+    live,  # of the store, None = all
+    weight,
+    limits,  # threshold, high, low: see `_swiglu_stats_kernel`
+    ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """h of one block [BLOCK_T, BLOCK_F]; its values go into the records."""
+    h_cells, gate_cells, up_cells = cells
+    threshold, high, low = limits
+    gate_record, up_record, act_record, product_record = records
+    gate = _load(gate_cells, mask)
+    up = _load(up_cells, mask)
+    if ACTIVATION == RESIDUAL:
+        tl.store(h_cells, _add(up, gate, kept, PTX), mask=live)
+    else:
+        act = _act(gate, weight, ACTIVATION, EXACT, PTX)
+        tl.store(h_cells, _multiply(act, up, kept, PTX), mask=live)
+
+    x = _widen(gate, PTX)
+    if ROWS[SITE_GATE] >= 0:
+        is_hit = _is_above(x, threshold, PTX)
+        gate_record = _record(gate_record, is_hit, x, x, weight, weight, MOMENTS)
+    if ROWS[SITE_UP] >= 0:
+        y = _widen(up, PTX)
+        is_hit = _is_above(y, threshold, PTX)
+        up_record = _record(up_record, is_hit, y, y, weight, weight, MOMENTS)
+    if ROWS[SITE_ACT] >= 0:
+        a = _widen(act, PTX)
+        if EXACT:
+            is_hit = _is_above(a, threshold, PTX)
+            act_record = _record(act_record, is_hit, a, a, weight, weight, MOMENTS)
+        else:
+            is_hit = _is_above(x, high, PTX)
+            if HAS_LOW:
+                is_hit += _is_above(low, x, PTX) * _is_above(x, float("-inf"), PTX)
+            # The weight is in act already.
+            act_record = _record(act_record, is_hit, a, x, weight, None, MOMENTS)
+    if ROWS[SITE_PRODUCT] >= 0:
+        p = _widen(_multiply(act, up, None, PTX), PTX)
+        is_hit = _is_above(p, threshold, PTX)
+        product_record = _record(product_record, is_hit, p, p, weight, weight, MOMENTS)
+    return gate_record, up_record, act_record, product_record
+
+
+# A size or bit pattern of 1 would otherwise become a compile-time constant without `.to`.
+@triton.jit(do_not_specialize=["G", "threshold_bits", "high_bits", "low_bits"])
+def _swiglu_stats_kernel(
+    h_ptr,  # (T, F)
+    count_ptr,  # (S, G, F) int64, None without statistics
+    tokens_ptr,  # (G,) int64
+    partial_ptr,  # (tiles, S, G, 4, F) float32, None without moments
+    n_rows_ptr,  # (tiles, G) int32, zeros: becomes the tokens of each group in each tile
+    order_ptr,  # (tiles, column blocks, TILE_T) int32: room for an order of rows
+    gate_ptr,  # (T, F)
+    up_ptr,  # (T, F)
+    group_ids_ptr,  # (T,) int32, None = all tokens in group 0
+    keep_ptr,  # (C, 4 W) uint8, None without masks
+    condition_ids_ptr,  # (T,) int32, None = row 0
+    stride_ht,
+    stride_gt,
+    stride_ut,
+    stride_kc,
+    T,
+    F,
+    G,
+    threshold_bits,
+    high_bits,
+    low_bits,
+    GATE_ROW: tl.constexpr,  # position of the site in count_ptr, -1 = not recorded
+    UP_ROW: tl.constexpr,
+    ACT_ROW: tl.constexpr,
+    PRODUCT_ROW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    EVEN_F: tl.constexpr,  # F is a multiple of BLOCK_F
+    PTX: tl.constexpr,
+    TILE_T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """h and statistics of a tile of TILE_T tokens and BLOCK_F columns, group after group.
+
+    A run is the rows of the tile in one group. Rows of equal id mostly stand together; then a run
+    is walked in whole blocks of BLOCK_T rows. Otherwise the rows are visited in the sorted order of
+    their groups, so that every group of a tile is flushed once, whatever the order of the tokens.
+
+    Without EXACT the site act is a hit where gate > high or -inf < gate < low, which the launcher
+    has checked for all gates; act itself may then differ from the exact one in its last bit.
+    """
+    ROWS: tl.constexpr = (GATE_ROW, UP_ROW, ACT_ROW, PRODUCT_ROW)
+    S: tl.constexpr = (GATE_ROW >= 0) + (UP_ROW >= 0) + (ACT_ROW >= 0) + (PRODUCT_ROW >= 0)
+    # int64, so that the products with strides cannot overflow.
+    pid_t = tl.program_id(0).to(tl.int64)
+    pid_f = tl.program_id(1).to(tl.int64)
+    first = pid_t * TILE_T
+    n_rows = tl.minimum(T - first, TILE_T).to(tl.int32)
+    offs_p = tl.arange(0, TILE_T)  # [TILE_T], positions in the tile
+    offs_t = tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    offs_f = pid_f * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    mask_f = offs_f < F
+    offs_b = pid_f * (BLOCK_F // 8) + tl.arange(0, BLOCK_F // 8)  # bytes of keep
+    mask = None
+    mask_b = None
+    if not EVEN_F:
+        mask = mask_f[None, :]
+        mask_b = (offs_b * 8 < F)[None, :]
+    limits = (
+        threshold_bits.to(tl.float32, bitcast=True),
+        high_bits.to(tl.float32, bitcast=True),
+        low_bits.to(tl.float32, bitcast=True),
+    )
+    h_tile = h_ptr + first * stride_ht + offs_f[None, :]
+    gate_tile = gate_ptr + first * stride_gt + offs_f[None, :]
+    up_tile = up_ptr + first * stride_ut + offs_f[None, :]
+    group_ids_tile = group_ids_ptr
+    order_tile = order_ptr
+    condition_ids_tile = condition_ids_ptr
+
+    is_ordered = True
+    group = tl.full([], 0, tl.int32)
+    if group_ids_ptr is not None:
+        group_ids_tile += first
+        gid = tl.load(group_ids_tile + offs_p, mask=offs_p < n_rows, other=NO_ID)  # [TILE_T]
+        has_previous = (offs_p > 0) & (offs_p < n_rows)
+        previous = tl.load(group_ids_tile + offs_p - 1, mask=has_previous, other=-1)
+        group = tl.min(gid, axis=0)
+        is_ordered = tl.max((previous > gid).to(tl.int32), axis=0) == 0
+        order_tile += (pid_t * tl.num_programs(1) + pid_f) * TILE_T
+        if not is_ordered:
+            key = tl.sort((gid.to(tl.int64) << 16) | offs_p)
+            tl.store(order_tile + offs_p, (key & 0xFFFF).to(tl.int32))
+            # Other threads of this program read it.
+            tl.debug_barrier()
+    if condition_ids_ptr is not None:
+        condition_ids_tile += first
+        condition = tl.load(condition_ids_tile + offs_p, mask=offs_p < n_rows, other=0)
+
+    begin = tl.full([], 0, tl.int32)
+    while begin < n_rows:
+        stop = n_rows
+        if group_ids_ptr is not None:
+            stop = begin + tl.sum((gid == group).to(tl.int32), axis=0)
+        n_blocks = (stop - begin) // BLOCK_T
+        if group_ids_ptr is not None:
+            n_blocks = tl.where(is_ordered, n_blocks, 0)
+        kept = None
+        if keep_ptr is not None:
+            condition_row = tl.zeros([1, 1], tl.int64)
+            if condition_ids_ptr is not None:
+                is_mine = (offs_p >= begin) & (offs_p < stop)
+                lowest = tl.min(tl.where(is_mine, condition, NO_ID), axis=0)
+                highest = tl.max(tl.where(is_mine, condition, -1), axis=0)
+                n_blocks = tl.where(lowest == highest, n_blocks, 0)
+                condition_row += lowest
+            run_bytes = keep_ptr + condition_row * stride_kc + offs_b[None, :]
+            kept = _spread_bits(_load(run_bytes, mask_b), PTX)
+
+        nothing = _nothing(BLOCK_T, BLOCK_F)
+        records = (nothing, nothing, nothing, nothing)
+
+        # Whole blocks of neighbouring rows, all with one row of `keep`.
+        at = (begin + offs_t).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+        cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt, up_tile + at * stride_ut)
+        block = tl.full([], BLOCK_T, tl.int64)
+        for _ in range(n_blocks):
+            records = _step(
+                records,
+                cells,
+                kept,
+                mask,
+                mask,
+                None,
+                limits,
+                ROWS,
+                ACTIVATION,
+                EXACT,
+                HAS_LOW,
+                MOMENTS,
+                PTX,
+            )
+            cells = (
+                cells[0] + block * stride_ht,
+                cells[1] + block * stride_gt,
+                cells[2] + block * stride_ut,
+            )
+
+        # The other rows. Past the end of the run its last row is repeated, with weight 0.
+        for position in range(begin + n_blocks * BLOCK_T, stop, BLOCK_T):
+            is_row = (position + offs_t < stop)[:, None]
+            place = tl.minimum(position + offs_t, stop - 1)  # [BLOCK_T]
+            if group_ids_ptr is not None:  # noqa: SIM102  known to the compiler, and not
+                if not is_ordered:
+                    place = tl.load(order_tile + place)
+            # Places are not negative: the conversion of an unsigned number takes no instruction.
+            at = place.to(tl.uint32).to(tl.int64)[:, None]
+            kept_rows = kept
+            if condition_ids_ptr is not None:
+                condition_rows = tl.load(condition_ids_tile + place).to(tl.uint32).to(tl.int64)
+                row_bytes = keep_ptr + condition_rows[:, None] * stride_kc + offs_b[None, :]
+                kept_rows = _spread_bits(_load(row_bytes, mask_b), PTX)
+            cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt, up_tile + at * stride_ut)
+            live = is_row & mask_f[None, :]
+            records = _step(
+                records,
+                cells,
+                kept_rows,
+                mask,
+                live,
+                is_row.to(tl.float32),
+                limits,
+                ROWS,
+                ACTIVATION,
+                EXACT,
+                HAS_LOW,
+                MOMENTS,
+                PTX,
+            )
+
+        if count_ptr is not None:  # noqa: SIM102
+            if group >= 0:
+                if pid_f == 0:
+                    tl.atomic_add(tokens_ptr + group, (stop - begin).to(tl.int64), sem="relaxed")
+                    if MOMENTS:
+                        tl.store(n_rows_ptr + pid_t * G + group, stop - begin)
+                for site in tl.static_range(len(ROWS)):
+                    if ROWS[site] >= 0:
+                        cell = (ROWS[site] * G.to(tl.int64) + group) * F
+                        partial_cells = partial_ptr
+                        if MOMENTS:
+                            partial_cells += (pid_t * S * G * F + cell) * 4 + offs_f
+                        count_cells = count_ptr + cell + offs_f
+                        _flush(records[site], count_cells, partial_cells, mask_f, F, MOMENTS)
+        begin = stop
+        if group_ids_ptr is not None:
+            group = tl.min(tl.where(gid > group, gid, NO_ID), axis=0)
