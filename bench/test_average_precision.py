@@ -1,6 +1,6 @@
 """Average precision against batched sorts in torch and numpy, and the loops of libraries.
 
-One test per contestant and case; conftest.py measures, relneuron/bench_ranking.py lists both.
+One test per contestant and case; conftest.py measures, relneuron/bench/ranking.py lists both.
 """
 
 from __future__ import annotations

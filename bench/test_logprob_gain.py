@@ -1,6 +1,6 @@
 """Log-probability gains against the plain torch computation.
 
-One test per contestant and case; conftest.py measures, relneuron/bench_gain.py lists both.
+One test per contestant and case; conftest.py measures, relneuron/bench/gain.py lists both.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SwiGLU with statistics against eager torch, torch.compile, Liger and the triad.
 
-One test per contestant and case; conftest.py measures, relneuron/bench_suite.py lists both.
+One test per contestant and case; conftest.py measures, relneuron/bench/suite.py lists both.
 """
 
 from __future__ import annotations

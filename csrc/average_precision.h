@@ -1,5 +1,5 @@
 // The CPU kernel of average_precision: its arguments and entry points. The spec of the op is the
-// docstring of relneuron/ops/average_precision.py; bindings.cpp calls `average_precision`, which runs
+// docstring of relneuron/ops/average_precision/op.py; bindings.cpp calls `average_precision`, which runs
 // the kernel of one instruction set on each thread's columns.
 #pragma once
 

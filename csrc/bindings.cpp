@@ -1,5 +1,5 @@
 // The Python module relneuron._cpu: the only file that knows pybind11. Tensors cross as addresses
-// (integers) that the Python side has checked; relneuron/ops/swiglu_stats.py calls it.
+// (integers) that the Python side has checked; relneuron/ops/swiglu_stats/op.py calls it.
 // The interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
 // The CPU kernel of logprob_gain: its arguments and entry point. The spec of the op is the docstring of
-// relneuron/ops/logprob_gain.py; bindings.cpp calls `logprob_gain`, which runs the kernel of one
+// relneuron/ops/logprob_gain/op.py; bindings.cpp calls `logprob_gain`, which runs the kernel of one
 // instruction set tile by tile of the vocabulary.
 #pragma once
 

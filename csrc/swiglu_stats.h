@@ -1,5 +1,5 @@
 // The CPU kernel of swiglu_stats: its arguments and entry points. The spec of the op is the
-// docstring of relneuron/ops/swiglu_stats.py; bindings.cpp calls `swiglu_stats`, which runs
+// docstring of relneuron/ops/swiglu_stats/op.py; bindings.cpp calls `swiglu_stats`, which runs
 // `swiglu_stats_columns` of one instruction set on each thread's columns.
 #pragma once
 

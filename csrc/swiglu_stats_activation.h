@@ -10,7 +10,7 @@ namespace RELNEURON_ISA {
 namespace {
 
 // The activation: one fixed sequence of float32 operations, the same in
-// relneuron/ops/swiglu_stats_reference.py (which derives the constants and states the errors).
+// relneuron/ops/swiglu_stats/reference.py (which derives the constants and states the errors).
 
 // Below -104 it is 0, above 89 infinity, so one bound serves for both. n * 355/512 is exact. NaN gives
 // anything, as a NaN in the gate reaches the result on another way.

@@ -145,7 +145,7 @@ bool are_within(const int32_t* ids, int64_t n, int32_t low, int64_t high) {
   return smallest >= low && largest < high;
 }
 
-// The positions of the arguments; relneuron/ops/swiglu_stats.py gives them in this order.
+// The positions of the arguments; relneuron/ops/swiglu_stats/op.py gives them in this order.
 enum Argument {
   arg_gate, arg_up, arg_out, arg_activation, arg_sites, arg_groups, arg_width, arg_threshold_bits,
   arg_count, arg_tokens, arg_sum, arg_sum_sq, arg_max, arg_n_nonfinite, arg_group_ids,
