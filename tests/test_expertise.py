@@ -25,7 +25,7 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
 from relneuron.cli.pages import off
-from relneuron.cli.run import Options
+from relneuron.cli.settings import Options
 
 SITES = ("gate", "up", "down")
 AUTHORS = ["ap", "off_mean", "off_p50", "on_p50", "on_p90", "layer", "unit", "uuid"]

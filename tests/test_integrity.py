@@ -30,7 +30,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import write_report
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 from relneuron.methods.counts.authors_counts import export_counts
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.merge import merge

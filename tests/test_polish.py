@@ -20,7 +20,8 @@ from studies import write_study
 from relneuron.analyses.study import read_study
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import page
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 from relneuron.methods.responses.preview import warn_of_unknown
 from relneuron.model.gated import load_model, load_tokenizer
 

@@ -30,7 +30,8 @@ from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import render, write_report
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 from relneuron.model.gated import load_model, load_tokenizer
 from relneuron.report.tables import label
 

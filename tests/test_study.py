@@ -24,7 +24,8 @@ from relneuron.ablation.conditions import ANALYSES
 from relneuron.artifact.effects import KINDS
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 from relneuron.model.gated import load_model, load_tokenizer
 
 OPTIONS = Options(eva=8, top=40, random_seeds=3, batch_tokens=256)

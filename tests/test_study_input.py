@@ -16,7 +16,8 @@ from hooked import one_thread
 import relneuron.cli.run
 from relneuron.ablation.conditions import ANALYSES
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 
 OPTIONS = Options(
     eva=4, top=40, random_seeds=2, batch_tokens=512, permutations=0, bootstrap=0, noise=0

@@ -22,7 +22,8 @@ import torch
 
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.run import Options, run_study
+from relneuron.cli.run import run_study
+from relneuron.cli.settings import Options
 
 ROOT = Path(__file__).resolve().parents[1]
 with pytest.MonkeyPatch.context() as patch:

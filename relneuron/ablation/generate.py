@@ -32,12 +32,12 @@ from relneuron.artifact.files import (
     require,
     sha256,
 )
-from relneuron.artifact.manifest import Journal, Manifest, checked, locked, progress_bar
+from relneuron.artifact.manifest import Journal, Manifest, checked, locked, progress_bar, same_model
 from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Questions, Step, cache_of, encode
-from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, model_shape, same_model
+from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.patch import Patch, check_canary
 from relneuron.texts.tokens import listed, whole_text, without_blanks

@@ -38,6 +38,7 @@ from relneuron.artifact.manifest import (
     is_unfinished,
     locked,
     progress_bar,
+    same_model,
     versions,
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
@@ -47,7 +48,6 @@ from relneuron.model.gated import (
     fallbacks,
     find_gated_mlps,
     model_shape,
-    same_model,
 )
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.patch import check_canary

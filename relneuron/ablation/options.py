@@ -18,11 +18,10 @@ from relneuron.ablation.evaluate import MODES as PLAIN
 from relneuron.ablation.evaluate import OOM, POSITIONS, How
 from relneuron.ablation.expertise import FORCED, forced_values
 from relneuron.artifact.files import Json, RelneuronError, sha256
-from relneuron.artifact.manifest import checked
+from relneuron.artifact.manifest import checked, same_model
 from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
-from relneuron.model.gated import same_model
 from relneuron.model.identity import tokenizer_digest
 
 MODES = (*PLAIN, *FORCED)

@@ -74,6 +74,11 @@ GAIN_METHOD = "logprob_gain"  # of an `identify` that is made from an attributio
 MODEL_KEYS = ("layers", "width", "hidden", "digest")
 
 
+def same_model(described: Json) -> Json:
+    """The part of a description that decides results: not by which name the model was given."""
+    return {key: value for key, value in described.items() if key not in ("id", "revision")}
+
+
 def json_digest(value: object) -> str:
     """The SHA-256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

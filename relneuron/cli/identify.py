@@ -11,10 +11,10 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import MAX_RECORD_MIB
 from relneuron.cli import options as take
-from relneuron.cli.run import Options
+from relneuron.cli.settings import Options
 from relneuron.cli.show import print_chosen, print_groups, say
 
-_DEFAULT = Options()
+_DEFAULT = Options
 COUNT_METHODS = ("lape", "probability", "mean", "random")
 
 

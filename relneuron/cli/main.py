@@ -24,10 +24,8 @@ from relneuron.cli.checks import METHODS, Command
 from relneuron.cli.corpus import count, generate, merge, nll
 from relneuron.cli.errors import end
 from relneuron.cli.identify import export, identify, import_files
-from relneuron.cli.run import DEMO, Options, report_stage, run_study
+from relneuron.cli.settings import DEMO, Options
 from relneuron.cli.show import print_accuracy, print_rows, print_study, say
-from relneuron.model.clock import Clock
-from relneuron.texts.tokens import policy_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find the neurons of a language model that carry a relation, switch them off, measure.",
 )
-_DEFAULT = Options()
+_DEFAULT = Options
 _SPLITS = ",".join(_DEFAULT.splits)
 
 
@@ -57,6 +55,7 @@ def demo(
     debug: take.Debug = False,
 ) -> None:
     """The whole study on the bundled demo model, on a CPU."""
+    from relneuron.cli.run import run_study
     from relneuron.demo import CHECKPOINT, FACTS, TOP
 
     options = Options(
@@ -133,6 +132,8 @@ def run(
             f"leave out --method; {method} is one of relneuron identify",
             2,
         )
+    from relneuron.cli.run import run_study
+
     options = Options(
         eva=eva,
         seed=seed,
@@ -283,6 +284,7 @@ def ablate(
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
     from relneuron.artifact.files import require
     from relneuron.artifact.neurons import NeuronFile
+    from relneuron.model.clock import Clock
 
     refuse_outputs(output, force)
     check_format(output)
@@ -324,6 +326,8 @@ def report(
     folder: take.Study, output: take.Output, force: take.Force = False, debug: take.Debug = False
 ) -> None:
     """All artifacts of a study -> one HTML file that opens offline."""
+    from relneuron.cli.run import report_stage
+
     say(f"report: {report_stage(folder, output, force=force)}")
 
 
@@ -336,6 +340,7 @@ def doctor(
     """What works on this machine, and for this model, and why not."""
     from relneuron.cli.doctor import machine_report, model_report
     from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.texts.tokens import policy_text
 
     print_rows(machine_report())
     if model is None:

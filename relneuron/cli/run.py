@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import check_names
-from relneuron.ablation.options import FROM_RESPONSES, AblateOptions, ablate_inputs
+from relneuron.ablation.options import ablate_inputs
 from relneuron.artifact.command import IN_WHOLE, STUDY, command, placed
 from relneuron.artifact.files import RelneuronError, atomic_write, sha256
 from relneuron.artifact.manifest import Manifest, checked, locked
@@ -24,6 +24,7 @@ from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
 from relneuron.cli.pages import write_report
+from relneuron.cli.settings import DEMO, DEMO_OPTIONS, Options
 from relneuron.methods.counts.study import GROUP_INPUTS
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
@@ -37,15 +38,11 @@ from relneuron.methods.gains.study import ATTRIBUTION_INPUTS, BEST
 from relneuron.methods.responses.concepts import concept_study
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
 from relneuron.methods.responses.rank import (
-    BOOTSTRAP,
-    NOISE,
-    PERMUTATIONS,
     check_installed,
-    check_options,
     identify,
     identify_inputs,
 )
-from relneuron.methods.responses.record import check_pooling, record, record_inputs
+from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.ask import Asker, encode
 from relneuron.model.clock import Clock
 from relneuron.model.gated import (
@@ -68,73 +65,6 @@ from relneuron.texts.prompts import (
     write_prompts,
 )
 from relneuron.texts.tokens import check_bos
-
-DEMO = "relneuron demo"  # what the bundled model is called
-DEMO_OPTIONS = ("top", "fdr", "permutations", "bootstrap", "noise", "random_seeds", "sizes")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a study is made with; the defaults are the paper's."""
-
-    eva: int = 50
-    seed: int = 0
-    suffix: str | None = None
-    chat_template: bool = False
-    method: str = "ap"
-    top: int | None = None
-    ends: str = "top"
-    fdr: float | None = None
-    negatives: int = 4
-    permutations: int = PERMUTATIONS
-    bootstrap: int = BOOTSTRAP
-    noise: int = NOISE
-    splits: Sequence[str] = ("eva", "eva2")
-    random_seeds: int = 10
-    analyses: Sequence[str] = ()
-    sizes: Sequence[int] | None = None
-    mode: str = "zero"
-    factor: float | None = None
-    mean_of: str = "all"
-    positions: str = "all"
-    generate: int | None = None
-    oom: str = "split"
-    pooling: str = "mean"
-    exclude_bos: bool = False
-    attention: bool = False
-    accept_object_prefix: bool = False
-    batch_tokens: int = 4096
-    dtype: str | None = None
-    device: str | None = None
-    revision: str | None = None
-    backend: str = "auto"
-    drop_responses: bool = False
-
-    def __post_init__(self) -> None:
-        check_options(
-            self.method,
-            self.top,
-            self.fdr,
-            permutations=self.permutations,
-            bootstrap=self.bootstrap,
-            noise=self.noise,
-            ends=self.ends,
-        )
-        check_pooling(self.pooling)
-        if self.mode in FROM_RESPONSES and self.drop_responses:
-            raise RelneuronError(
-                f"--mode {self.mode} takes its values from the responses",
-                "leave out --drop-responses",
-                2,
-            )
-        self.asked()
-
-    def asked(self) -> AblateOptions:
-        """What `ablate` is asked for."""
-        return AblateOptions(**{f.name: getattr(self, f.name) for f in _ASKED})
-
-
-_ASKED = [f for f in fields(AblateOptions) if f.name != "any_set"]
 
 
 def open_study(folder: Path, force: bool) -> Manifest:

@@ -410,11 +410,6 @@ def describe_model(
     }
 
 
-def same_model(described: Json) -> Json:
-    """The part of a description that decides results: not by which name the model was given."""
-    return {key: value for key, value in described.items() if key not in ("id", "revision")}
-
-
 def fallbacks(described: Json) -> list[str]:
     """What was used in place of the kernels that are made for the model's device, and why."""
     made_for = {"cuda": "triton", "cpu": "cpu"}.get(described["device"])

@@ -12,8 +12,7 @@ from typing import Any
 
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.installed import need
-from relneuron.model.gated import same_model
-from relneuron.model.identity import tokenizer_digest
+from relneuron.artifact.manifest import same_model
 
 # What a row of attributions.csv can score, in the table's order.
 VALUE_KINDS = (
@@ -134,6 +133,8 @@ def attribute_inputs(
         "random_seeds": not options.compare,
     }
     asked |= {name: None for name, is_unused in unused.items() if is_unused}
+    from relneuron.model.identity import tokenizer_digest
+
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),

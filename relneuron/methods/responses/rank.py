@@ -25,15 +25,13 @@ from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, progress_bar
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
 from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
-from relneuron.artifact.ranking import default_top, n_neurons
+from relneuron.artifact.ranking import BOOTSTRAP, NOISE, PERMUTATIONS, default_top, n_neurons
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.methods.responses import significance
 from relneuron.methods.responses.choice import ENDS, choose
 from relneuron.methods.responses.labels import sample_labels, why_unranked
 
-PERMUTATIONS = BOOTSTRAP = 1000
-NOISE = 100_000
 RECORD = "record MODEL prompts.jsonl -o DIR"
 COLUMNS = (
     *("relation", "layer", "site", "index", "score"),

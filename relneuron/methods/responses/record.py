@@ -33,6 +33,7 @@ from relneuron.artifact.manifest import (
     is_unfinished,
     locked,
     progress_bar,
+    same_model,
     versions,
 )
 from relneuron.artifact.neurons import site_widths
@@ -45,7 +46,6 @@ from relneuron.model.gated import (
     fallbacks,
     find_gated_mlps,
     model_shape,
-    same_model,
 )
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
