@@ -125,7 +125,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
         yield stopped
 
-    monkeypatch.setattr(relneuron.count, "_interruptible", interruptible)
+    monkeypatch.setattr(relneuron.methods.counts.count, "_interruptible", interruptible)
 
 
 def note_batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

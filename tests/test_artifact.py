@@ -122,7 +122,7 @@ def test_a_journal_of_another_version_is_not_gone_on_with(
 ) -> None:
     with Journal(tmp_path / "journal", {}) as journal:
         journal.add("0", 7)
-    monkeypatch.setattr(relneuron.manifest, "versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(relneuron.artifact.manifest, "versions", lambda: {"torch": "9"})
     with pytest.warns(match="versions.torch: .* -> 9"):
         assert Journal(tmp_path / "journal", {}).done == {}
 
@@ -139,7 +139,7 @@ def test_an_error_saves_nothing_an_interrupt_saves_all(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_and_stale_files_are_swept(tmp_path: Path) -> None:
     (tmp_path / ".effects.csv.abcd_123.tmp").write_bytes(b"half")
     other = (
-        "import sys, pathlib; from relneuron.manifest import locked\n"
+        "import sys, pathlib; from relneuron.artifact.manifest import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('in')"
     )
     words = [sys.executable, "-c", other, str(tmp_path)]

@@ -197,7 +197,7 @@ def test_out_of_memory_is_an_error_with_a_way_out(
     def full(self: Any, rows: list[int]) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(relneuron.attribute.Scorer, "score", full)
+    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", full)
     with pytest.raises(RelneuronError, match="out of memory with") as caught:
         run.attribute(tmp_path / "out", QUICK)
     assert "--batch-tokens" in caught.value.fix
@@ -206,8 +206,8 @@ def test_out_of_memory_is_an_error_with_a_way_out(
 def test_numbers_that_are_not_finite(
     run: Attributed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_trace = relneuron.attribute_pass.trace
-    true_scores = relneuron.attribute_pass.value_scores
+    true_trace = relneuron.methods.gains.scorer.trace
+    true_scores = relneuron.methods.gains.scorer.value_scores
 
     def overflown(residual: Any, ids: Any) -> Any:
         found = true_trace(residual, ids)
@@ -225,7 +225,7 @@ def test_numbers_that_are_not_finite(
         ("value_scores", lost, r"prompt s\d+: its gains are not all finite"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(relneuron.attribute_pass, name, function)
+            patch.setattr(relneuron.methods.gains.scorer, name, function)
             with pytest.raises(RelneuronError, match=cause):
                 run.attribute(tmp_path / "out", gains)
     run.attribute(tmp_path / "out", gains)
@@ -275,7 +275,7 @@ def test_what_is_finished_is_left_as_it_is(
     def never(*_: Any) -> None:
         raise AssertionError("a sentence was scored again")
 
-    monkeypatch.setattr(relneuron.attribute.Scorer, "score", never)
+    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", never)
     for force in (False, True):
         # Killed behind the manifest, a run leaves its journal.
         (output / JOURNAL).write_text("left")
@@ -302,7 +302,7 @@ def test_forced_and_killed_it_goes_on_with_force_only(
 ) -> None:
     output, other = tmp_path / "out", replace(OPTIONS, top=3, compare=False)
     shutil.copytree(run.folder / "out", output)
-    true, n_scored = relneuron.attribute.Scorer.score, 0
+    true, n_scored = relneuron.methods.gains.attribute.Scorer.score, 0
 
     def score(self: Any, rows: list[int]) -> Any:
         nonlocal n_scored
@@ -311,7 +311,7 @@ def test_forced_and_killed_it_goes_on_with_force_only(
             raise KeyboardInterrupt
         return true(self, rows)
 
-    monkeypatch.setattr(relneuron.attribute.Scorer, "score", score)
+    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", score)
     with pytest.raises(KeyboardInterrupt):
         run.attribute(output, other, force=True)
     # Neither attribution is whole: the first one's gains are gone.
@@ -337,7 +337,8 @@ def test_a_locked_folder(run: Attributed, tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys, time; from pathlib import Path; from relneuron.manifest import locked\n"
+        "import sys, time; from pathlib import Path\n"
+        "from relneuron.artifact.manifest import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

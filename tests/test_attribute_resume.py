@@ -43,8 +43,8 @@ STEPS = (
     COMMIT,
     (Journal, "remove"),
     (Manifest, "save"),
-    (relneuron.attribute, "atomic_write"),
-    (relneuron.manifest, "atomic_write"),
+    (relneuron.methods.gains.attribute, "atomic_write"),
+    (relneuron.artifact.manifest, "atomic_write"),
 )
 
 
@@ -118,7 +118,7 @@ def test_killed_again_and_again(llama: Attributed, tmp_path: Path) -> None:
 def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> None:
     options = replace(SMALL, batch_tokens=20)
     llama.attribute(tmp_path / "whole", options)
-    true, n = relneuron.attribute.Scorer.score, 0
+    true, n = relneuron.methods.gains.attribute.Scorer.score, 0
 
     def score(self: Any, rows: list[int]) -> Any:
         nonlocal n
@@ -128,7 +128,7 @@ def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> Non
         return true(self, rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relneuron.attribute.Scorer, "score", score)
+        patch.setattr(relneuron.methods.gains.attribute.Scorer, "score", score)
         with pytest.raises(KeyboardInterrupt):
             llama.attribute(tmp_path / "out", options)
         assert (tmp_path / "out" / JOURNAL).read_bytes().count(b'"key": "attribute ') == 2
@@ -145,7 +145,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from attribution_runs import Attributed
-from relneuron.manifest import Journal
+from relneuron.artifact.manifest import Journal
 from test_attribute_resume import SMALL
 Journal.SAVE_EVERY_S = 0.0
 true, n = Journal.commit, 0

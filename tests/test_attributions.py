@@ -113,7 +113,7 @@ def rows_of(name: str, n: int) -> list[tuple[object, ...]]:
 def test_both_tables_hold_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block: int
 ) -> None:
-    monkeypatch.setattr(relneuron.attributions, "BLOCK", block)
+    monkeypatch.setattr(relneuron.artifact.gains, "BLOCK", block)
     ids = ["a", 'b,"\n', "c\r\nd", "", "1"]
     texts = [rows_text(rows_of(key, 3 + i)) for i, key in enumerate(ids)]
     texts.insert(2, rows_text([]))  # a sentence without rows

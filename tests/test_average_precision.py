@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from relneuron.ops import available_backends, backends
-from relneuron.ops.average_precision import op as average_precision
-from relneuron.ops.average_precision import op as public_function
+from relneuron.ops import available_backends, average_precision, backends
+from relneuron.ops import average_precision as public_function
 
 op: Any = __import__("relneuron.ops.average_precision.op", fromlist=["x"])
 

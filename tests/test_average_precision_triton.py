@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron.ops import available_backends, backends
-from relneuron.ops.average_precision import op as average_precision
+from relneuron.ops import available_backends, average_precision, backends
 from relneuron.ops.average_precision.op import average_precision_reference
 
 STATUS = available_backends()["triton"]

@@ -13,9 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from relneuron.ops import available_backends, backends
-from relneuron.ops.average_precision import op as average_precision
-from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops import available_backends, average_precision, backends, swiglu_stats
 
 STATUS = available_backends()
 

@@ -20,10 +20,11 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.demo import FACTS
+from relneuron.methods.responses.concepts import concept_study
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.gated import load_model, load_tokenizer
-from relneuron.texts.concepts import concept_study, make_concept_prompts
+from relneuron.texts.concepts import make_concept_prompts
 from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
 from relneuron.texts.prompts import write_prompts
 
@@ -289,12 +290,12 @@ def test_again_is_the_same_and_does_nothing(
     def unexpected(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    monkeypatch.setattr("relneuron.texts.concepts.record", unexpected)
+    monkeypatch.setattr("relneuron.methods.responses.concepts.record", unexpected)
     # Without the scores' file only the ranking is made anew, from the responses.
     (tmp_path / "two" / "scores.safetensors").unlink()
     study(loaded, concepts, tmp_path / "two")
     assert contents(tmp_path / "two") == before
-    monkeypatch.setattr("relneuron.texts.concepts.identify", unexpected)
+    monkeypatch.setattr("relneuron.methods.responses.concepts.identify", unexpected)
     assert study(loaded, concepts, tmp_path / "one") == found
     assert contents(tmp_path / "one") == before
 
@@ -325,7 +326,7 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(
     import relneuron.model.ask
 
     study(loaded, concepts, tmp_path / "whole")
-    read, calls = relneuron.predict.Asker.read, []
+    read, calls = relneuron.model.ask.Asker.read, []
 
     def failing(self: Any, *args: Any) -> None:
         calls.append(1)
@@ -333,7 +334,7 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(
             raise KeyboardInterrupt
         read(self, *args)
 
-    monkeypatch.setattr(relneuron.predict.Asker, "read", failing)
+    monkeypatch.setattr(relneuron.model.ask.Asker, "read", failing)
     with pytest.raises(KeyboardInterrupt):
         study(loaded, concepts, tmp_path / "cut")
     study(loaded, concepts, tmp_path / "cut")

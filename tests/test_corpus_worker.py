@@ -99,9 +99,9 @@ def test_workers_end_with_the_feed(tmp_path: Path, error: Any) -> None:
 
 PARENT = """
 import os, signal, sys, time
-from relneuron.corpus import parse_sources
-from relneuron.corpus_feed import Feed
-from relneuron.corpus_windows import Packing
+from relneuron.texts.sources import parse_sources
+from relneuron.texts.feed import Feed
+from relneuron.texts.windows import Packing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell that ignores it
 feed = Feed(parse_sources([f"en={sys.argv[1]}"]), None, Packing(8), vocabulary=1)
 with feed:

@@ -56,7 +56,7 @@ def stopped(model: Any, documents: Any, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_second_writer_is_refused_at_once(model: Any, documents: Any, stopped: Path) -> None:
     before = files_of(stopped)
     code = (
-        "import sys; from pathlib import Path; from relneuron.manifest import locked\n"
+        "import sys; from pathlib import Path; from relneuron.artifact.manifest import locked\n"
         f"with locked(Path({str(stopped)!r})):\n print(1, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code]

@@ -120,14 +120,14 @@ def test_waves_of_few_conditions_answer_the_same(
     at_once = study.ablate(tmp_path / "one", **asked)
     per_neuron = 1 if mode == "zero" else 5
     wave_bytes = (n_conditions + 1) * per_neuron * N_NEURONS
-    monkeypatch.setattr(relneuron.evaluate, "WAVE_BYTES", wave_bytes)
-    made, build = [], relneuron.evaluate.wave_states
+    monkeypatch.setattr(relneuron.ablation.evaluate, "WAVE_BYTES", wave_bytes)
+    made, build = [], relneuron.ablation.evaluate.wave_states
 
     def count(plan: Any, wave: range, *rest: Any) -> Any:
         made.append(len(wave))
         return build(plan, wave, *rest)
 
-    monkeypatch.setattr(relneuron.evaluate, "wave_states", count)
+    monkeypatch.setattr(relneuron.ablation.evaluate, "wave_states", count)
     same_rows(study.ablate(tmp_path / "many", **asked), at_once)
     assert set(made) == {n_conditions}
     assert len(made) == -(-len({c for c, _ in at_once}) // n_conditions)

@@ -502,7 +502,7 @@ def test_a_set_named_clean_is_refused(loaded: Any, study: Path, sets: Any) -> No
 def test_padding_is_not_penalised(loaded: Any, study: Path) -> None:
     """A large penalty: one of the pad token 0 (BOS here) in short rows would show in the logits."""
     model, tokenizer = loaded
-    asker = Continuer(model, tokenizer, relneuron.generate.Decoding(1, 3.0, ()))
+    asker = Continuer(model, tokenizer, relneuron.ablation.generate.Decoding(1, 3.0, ()))
     seen: list[Tensor] = []
 
     def choose(logits: Tensor, known: Tensor) -> Tensor:
@@ -510,6 +510,6 @@ def test_padding_is_not_penalised(loaded: Any, study: Path) -> None:
         return logits.argmax(-1)
 
     asker._choose = choose  # type: ignore[method-assign]
-    questions = relneuron.generate.Questions([], [[5, 6, 7, 5], [9], [0, 8]], [])
+    questions = relneuron.ablation.generate.Questions([], [[5, 6, 7, 5], [9], [0, 8]], [])
     asker.go_on(questions, [0, 1, 2], lambda step: None)
     assert [row.nonzero()[:, 0].tolist() for row in seen[0]] == [[5, 6, 7], [9], [0, 8]]

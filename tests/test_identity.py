@@ -61,7 +61,7 @@ def test_a_digest_is_that_of_values_and_not_of_how_they_lie(
 
 @pytest.mark.parametrize("chunk", [1, 1000])
 def test_chunks_have_all_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relneuron.identity, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(relneuron.model.identity, "CHUNK_BYTES", chunk)
     model = tiny_model("llama")
     before, found = model_digest(model), set()
     weight = model.model.layers[0].mlp.down_proj.weight
@@ -74,9 +74,9 @@ def test_chunks_have_all_rows(chunk: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_tied_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    true = relneuron.identity._hash_rows
+    true = relneuron.model.identity._hash_rows
     monkeypatch.setattr(
-        relneuron.identity,
+        relneuron.model.identity,
         "_hash_rows",
         lambda name, *rest: (read.append(name), true(name, *rest))[1],
     )

@@ -503,7 +503,7 @@ def test_record_does_damaged_rows_again(
     run = partial(record, "m", *loaded, prompts, batch_tokens=128, quiet=True)
     run(tmp_path / "whole")
     folder = tmp_path / "out"
-    crashed(partial(run, folder), relneuron.predict.Asker, "_forward", 16)
+    crashed(partial(run, folder), relneuron.model.ask.Asker, "_forward", 16)
     n_lines = (folder / "record.journal").read_bytes().count(b"\n")
     assert n_lines > 5
     if damage == "journal":

@@ -33,7 +33,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("at", ["numpy", "torch", "relneuron.doctor"])
+@pytest.mark.parametrize("at", ["numpy", "torch", "relneuron.cli.doctor"])
 def test_ctrl_c_while_python_imports(at: str) -> None:
     """Before torch, at it, and in the imports of a command."""
     words = [sys.executable, "-c", SCRIPT, "doctor"]
@@ -46,7 +46,7 @@ def test_ctrl_c_while_python_imports(at: str) -> None:
 def test_ctrl_c_where_it_cannot_be_raised_comes_once_more() -> None:
     code = """
 import sys, time
-from relneuron.cli_errors import unraised
+from relneuron.cli.errors import unraised
 sys.unraisablehook = unraised
 class Deaf:
     def __del__(self): raise KeyboardInterrupt

@@ -22,11 +22,11 @@ from relneuron.ops import (
     TopGains,
     available_backends,
     backends,
+    logprob_gain,
     logprob_gain_top,
     logprob_gain_vectors,
 )
 from relneuron.ops.logprob_gain import engine
-from relneuron.ops.logprob_gain import op as logprob_gain
 from relneuron.ops.logprob_gain.base import Base, make_head
 
 VECTORS = SHARED / "methods" / "vectors.json"

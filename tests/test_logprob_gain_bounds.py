@@ -10,10 +10,9 @@ import torch
 from gain_problems import best, extras, naive, problem
 from torch import Tensor
 
-from relneuron.ops import TopGains, available_backends, backends, logprob_gain_vectors
+from relneuron.ops import TopGains, available_backends, backends, logprob_gain, logprob_gain_vectors
 from relneuron.ops.logprob_gain import base as base_module
 from relneuron.ops.logprob_gain import engine
-from relneuron.ops.logprob_gain import op as logprob_gain
 from relneuron.ops.logprob_gain.base import Base, exact_gains, make_head
 
 ISAS = backends.cpu_module().isa_levels() if available_backends()["cpu"].works else []

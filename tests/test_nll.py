@@ -138,7 +138,7 @@ def run(
     **asked: Any,
 ) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relneuron.nll, "Feed", lambda *_, **__: Windows(groups, texts))
+        patch.setattr(relneuron.ablation.nll, "Feed", lambda *_, **__: Windows(groups, texts))
         sources: Any = [Source(group=name) for name in groups]
         path = folder / "neurons.json"
         asked = {"quiet": True, "window": 32, **asked}
@@ -159,7 +159,7 @@ def test_windows_are_read_as_the_model_reads_them(
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     wanted = [plain(model, ids.tolist()) for ids in windows]
     for limit in (2**26, 5 * VOCABULARY, 1):
-        monkeypatch.setattr(relneuron.nll, "LOGITS", limit)
+        monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", limit)
         scorer = Scorer(model, windows)
         assert scorer.notices == []
         rows = [3, 0, 1, 6, 2, 4, 5]
@@ -169,7 +169,7 @@ def test_windows_are_read_as_the_model_reads_them(
 
 
 def test_only_slices_of_the_logits_are_held(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relneuron.nll, "LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 10 * VOCABULARY)
     scorer = Scorer(model, [np.array(ids, np.int32) for ids in drawn(6, 12)])
     shapes: list[tuple[int, ...]] = []
     handle = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
@@ -194,7 +194,7 @@ def test_a_head_of_another_kind_is_the_models_own_forward(
     monkeypatch.setattr(model, "forward", forward)
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     longest = max(map(len, windows)) - 1
-    monkeypatch.setattr(relneuron.nll, "LOGITS", 3 * longest * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 3 * longest * VOCABULARY)
     scorer = Scorer(model, windows)
     assert len(scorer.notices) == 1
     groups: list[list[int]] = []

@@ -336,9 +336,9 @@ def test_the_gains_survive_crashes_and_are_made_once(
         monkeypatch.setattr(of, name, run)
 
     monkeypatch.setattr(manifest.Journal, "SAVE_EVERY_S", 0.0)
-    breaking(relneuron.attribute_pass.Scorer, "score", after=False)
+    breaking(relneuron.methods.gains.scorer.Scorer, "score", after=False)
     breaking(manifest.Manifest, "finish", after=True)
-    breaking(relneuron.study, "identify_gains", after=True)
+    breaking(relneuron.cli.run, "identify_gains", after=True)
     failures: list[OSError] = []
     while len(failures) < 40:
         try:
@@ -351,8 +351,8 @@ def test_the_gains_survive_crashes_and_are_made_once(
     assert contents(copy) == contents(study)
 
     # What is done is not done again: nothing of it is there to be called.
-    monkeypatch.setattr(relneuron.attribute_pass.Scorer, "score", None)
-    monkeypatch.setattr(relneuron.study, "identify_gains", None)
+    monkeypatch.setattr(relneuron.methods.gains.scorer.Scorer, "score", None)
+    monkeypatch.setattr(relneuron.cli.run, "identify_gains", None)
     run_study(str(model_folder), fact_folder, copy, OPTIONS, quiet=True)
     assert contents(copy) == contents(study)
 
@@ -382,7 +382,7 @@ def test_a_model_that_cannot_be_attributed_has_a_study_without(
     def refuse(model: Any) -> None:
         raise RelneuronError("this model has norms behind its layers", "give another model")
 
-    monkeypatch.setattr(relneuron.study, "read_residual_model", refuse)
+    monkeypatch.setattr(relneuron.cli.run, "read_residual_model", refuse)
     with pytest.warns(UserWarning, match="gain left out") as caught:
         run_study(str(model_folder), fact_folder, tmp_path / "s", OPTIONS, quiet=True)
     messages = [str(warning.message) for warning in caught]
@@ -405,7 +405,7 @@ def test_gains_are_dropped_and_made_anew_when_they_are_needed(
     # What is done is not done again.
     before = contents(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(relneuron.attribute_pass.Scorer, "score", None)
+        patch.setattr(relneuron.methods.gains.scorer.Scorer, "score", None)
         run_study(str(model_folder), fact_folder, folder, dropping, quiet=True)
     assert contents(folder) == before
 

@@ -10,8 +10,7 @@ import torch
 from accuracy import assert_same_bits
 from torch import Tensor
 
-from relneuron.ops import GroupStats, available_backends, backends
-from relneuron.ops.swiglu_stats import residual as residual_stats
+from relneuron.ops import GroupStats, available_backends, backends, residual_stats
 
 op = sys.modules["relneuron.ops.swiglu_stats.op"]
 STATUS = available_backends()

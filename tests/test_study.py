@@ -337,7 +337,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
     from relneuron.artifact.manifest import Journal
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 10.0 if error is KeyboardInterrupt else 0.0)
-    forward, calls = relneuron.predict.Asker._forward, []
+    forward, calls = relneuron.model.ask.Asker._forward, []
 
     def failing(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -345,7 +345,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
             raise error
         return forward(self, *args)
 
-    monkeypatch.setattr(relneuron.predict.Asker, "_forward", failing)
+    monkeypatch.setattr(relneuron.model.ask.Asker, "_forward", failing)
     n_failures = 0
     while n_failures < 30:
         try:
@@ -396,7 +396,7 @@ def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answer
     study, again = tmp_path / "s", tmp_path / "again"
     run_study(str(model_folder), facts, study, WHOLE, quiet=True)
 
-    forward, calls = relneuron.predict.Asker._forward, []
+    forward, calls = relneuron.model.ask.Asker._forward, []
 
     def failing(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -405,7 +405,7 @@ def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answer
         return forward(self, *args)
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(relneuron.predict.Asker, "_forward", failing)
+    monkeypatch.setattr(relneuron.model.ask.Asker, "_forward", failing)
     n_failures = 0
     while n_failures < 60:
         try:

@@ -118,7 +118,7 @@ def test_other_options_are_refused_before_the_concepts_study(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the concepts' study was begun")
 
-    monkeypatch.setattr(relneuron.study, "concept_study", never)
+    monkeypatch.setattr(relneuron.cli.run, "concept_study", never)
     options = replace(OPTIONS, analyses=("concepts",))
     with pytest.raises(RelneuronError, match="ablate was made from other inputs: analyses"):
         run_study(str(model_folder), fact_folder, study, options, quiet=True)

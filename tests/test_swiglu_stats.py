@@ -30,10 +30,10 @@ from relneuron.ops import (
     GroupStats,
     available_backends,
     backends,
+    swiglu_stats,
     swiglu_stats_only,
 )
-from relneuron.ops.swiglu_stats import op as public_function
-from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops import swiglu_stats as public_function
 from relneuron.ops.swiglu_stats import reference
 from relneuron.testing import oracle as data
 from relneuron.testing.oracle import integers, normal

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from relneuron.ops import GroupStats, available_backends, swiglu_stats_only
+from relneuron.ops import GroupStats, available_backends, swiglu_stats, swiglu_stats_only
 from relneuron.ops.backends import cpu_module
-from relneuron.ops.swiglu_stats import op as swiglu_stats
 
 op: Any = importlib.import_module("relneuron.ops.swiglu_stats.op")
 STATUS = available_backends()["cpu"]

@@ -29,8 +29,7 @@ from test_swiglu_stats import (
 )
 from torch import Tensor
 
-from relneuron.ops import SITES, GroupStats, backends
-from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops import SITES, GroupStats, backends, swiglu_stats
 from relneuron.ops.swiglu_stats import reference
 from relneuron.ops.swiglu_stats.groups import threshold_bits
 

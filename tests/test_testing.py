@@ -17,8 +17,7 @@ import torch
 from mutants import FAULTS, swiglu_stats_with
 from torch import Tensor
 
-from relneuron.ops import available_backends, backends
-from relneuron.ops.swiglu_stats import op as swiglu_stats
+from relneuron.ops import available_backends, backends, swiglu_stats
 from relneuron.testing import FEATURES, Check, ContractError, backend_checks, check_backend
 
 # The interpreter computes with numpy, which warns about overflow and NaN.
