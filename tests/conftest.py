@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Threads add in another order: what is compared bit by bit has one, here and in child processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

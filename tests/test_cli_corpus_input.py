@@ -291,7 +291,7 @@ def test_files_that_cannot_be_imported_or_exported(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "counts.safetensors").write_text("mine")
     assert relneuron("export", study, "-o", tmp_path / "counts")[0] == 0
-    files = sorted((tmp_path / "counts").iterdir())
+    files = sorted((tmp_path / "counts").glob("[!.]*"))
     counts = [f"{g}={p}" for g, p in zip("ab", files[:2], strict=True)]
     model, names = ["--model", model_folder], ["--names", "en,zh"]
     for words, cause in (

@@ -160,7 +160,7 @@ _FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r])")
 
 def _is_formula(text: str) -> bool:
     """Whether a spreadsheet runs `text` once its apostrophes are off: it begins so, no number."""
-    if not _FORMULA.match(text):
+    if text[:1].isalnum() or not _FORMULA.match(text):  # most text, soon
         return False
     try:
         float(text)
