@@ -10,6 +10,8 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 OLDEST := transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 \
           httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
 OF_TRANSFORMERS := $(addprefix tests/test_,predict.py generate.py model.py patch_act.py tokens.py)
+# A file's tests stay in one process, so that they share what they made; a process takes 1 GB.
+ON_ALL_CORES := -n auto --maxprocesses=8 --dist loadfile
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: demo test clean
@@ -21,8 +23,8 @@ test: $(VENV)/.test $(VENV)/.oldest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest --quiet $(OF_TRANSFORMERS)
-	$(BIN)/pytest
+	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest $(ON_ALL_CORES) --quiet $(OF_TRANSFORMERS)
+	$(BIN)/pytest $(ON_ALL_CORES) --durations=10
 
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
