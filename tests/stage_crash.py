@@ -145,14 +145,14 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, model, facts = map(Path, sys.argv[1:4])
     cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
-    loaded = relneuron.model.load_model(str(model), device="cpu")
-    tokenizer = relneuron.model.load_tokenizer(str(model))
-    relneuron.model.load_model = lambda *_, **__: loaded
-    relneuron.model.load_tokenizer = lambda *_, **__: tokenizer
+    loaded = relneuron.model.gated.load_model(str(model), device="cpu")
+    tokenizer = relneuron.model.gated.load_tokenizer(str(model))
+    relneuron.model.gated.load_model = lambda *_, **__: loaded
+    relneuron.model.gated.load_tokenizer = lambda *_, **__: tokenizer
     # What is killed is the writing of a page, not its making.
-    relneuron.report.render = lambda study: "<html>"
-    tables = relneuron.report.tables
-    relneuron.report.tables = lambda study: dict(list(tables(study).items())[:2])
+    relneuron.cli.pages.render = lambda study: "<html>"
+    tables = relneuron.cli.pages.tables
+    relneuron.cli.pages.tables = lambda study: dict(list(tables(study).items())[:2])
     study, base = Study(folder, model, facts), folder / "empty"
     base.mkdir()
     found: dict[str, int] = {}

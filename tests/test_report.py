@@ -170,7 +170,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
     settings = tmp_path / "matplotlibrc"
     settings.write_text("font.size: 20\naxes.grid: True\n", encoding="utf-8")
     code = (
-        "import sys, pathlib, relneuron.report as r; "
+        "import sys, pathlib, relneuron.cli.pages as r; "
         "r.write_report(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}

@@ -332,7 +332,7 @@ def test_two_hundred_thousand_answers_make_a_small_page_soon(tmp_path: Path) -> 
         assert sum(1 for _ in file) > 200_000
     begun = time.process_time()
     html = render(read_study(study))
-    assert time.process_time() - begun < 12  # of a core that it has for itself, or half of
+    assert time.process_time() - begun < 20  # 8 on an idle core, more where two share one
     assert len(html.encode()) < 2_000_000
 
 

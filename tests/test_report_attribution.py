@@ -218,7 +218,7 @@ def test_the_page_is_whole_and_asks_for_nothing(html: str) -> None:
 
 def test_the_same_folder_gives_the_same_bytes(study: Path, html: str, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, relneuron.report as r; "
+        "import sys, pathlib, relneuron.cli.pages as r; "
         "r.write_report(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}

@@ -72,7 +72,7 @@ def test_the_page_is_whole_and_asks_for_nothing(study: Path, html: str) -> None:
 
 def test_the_same_study_gives_the_same_bytes(study: Path, html: str, tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, relneuron.report as r; "
+        "import sys, pathlib, relneuron.cli.pages as r; "
         "r.write_report(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}

@@ -117,7 +117,7 @@ def parse_json(text: str, where: str, fix: str) -> Any:
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RelneuronError(f"{where}: it holds half a surrogate pair", fix) from error
+        raise RelneuronError(f"{where}: it holds half a surrogate pair", "mend the text") from error
     except (ValueError, RecursionError) as error:
         raise RelneuronError(f"{where}: not JSON ({one_line(error)})", fix) from error
     return value
