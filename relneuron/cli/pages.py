@@ -1,9 +1,9 @@
 """The `report` stage: a study directory in, one HTML file that opens offline out.
 
-analyses/study.py reads the study, analyses/chosen.py and analyses/page.py make the sections, the
-figures*.py draw, report.html.j2 lays out; here are the first words and the last. A study of a
-corpus has report_groups*.py for that, an attribution report_attribution*.py. The same study gives
-the same bytes.
+analyses/study.py reads the study, analyses/chosen.py and analyses/page.py make the sections,
+report/kit.py and analyses/figures.py draw, report/report.html.j2 lays out; here are the first words
+and the last. A study of a corpus has methods/counts for that, an attribution methods/gains. The
+same study gives the same bytes.
 """
 
 from __future__ import annotations

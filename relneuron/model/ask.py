@@ -31,7 +31,7 @@ N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
 
 
 def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = False) -> bool:
-    """Whether a prediction is a non-empty prefix of the answer, as `artifact.fold` has both.
+    """Whether a prediction is a non-empty prefix of the answer, as `artifact.files.fold` has both.
 
     It is one, too, if it ends between a letter and the mark that the answer writes after it.
     `accept_object_prefix` also accepts a prediction that the answer is a prefix of ("Japan." for
@@ -46,7 +46,7 @@ def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = Fal
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether free text begins with the answer, as `artifact.fold` has both."""
+    """Whether free text begins with the answer, as `artifact.files.fold` has both."""
     return fold(text).startswith(fold(answer))
 
 

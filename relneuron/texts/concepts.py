@@ -1,8 +1,8 @@
 """Concept neurons: those of a kind of subject (company, person, ...), found as a relation's are.
 
-`study` calls it: prompts about subjects that ask for no fact, recorded and identified in a folder
-of their own, show which of a relation's neurons stand for its subjects' kind (arXiv 2502.17355,
-section 5.4).
+methods/responses/concepts.py calls it: prompts about subjects that ask for no fact, recorded and
+identified in a folder of their own, show which of a relation's neurons stand for its subjects' kind
+(arXiv 2502.17355, section 5.4).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SUFFIX = "? Answer:"  # follows every English template (arXiv 2502.17355, table 
 
 
 class Fact(NamedTuple):
-    """A subject and its right objects, each once (`artifact.fold` tells them apart)."""
+    """A subject and its right objects, each once (`artifact.files.fold` tells them apart)."""
 
     subject: str
     object: str
@@ -66,7 +66,8 @@ class Language:
     def translate(self, facts: Iterable[Fact]) -> list[Fact]:
         """The facts with the names of their entities here; what has no name keeps its own.
 
-        A name is looked up as it is written and, if that is not there, as `artifact.fold` has it.
+        A name is looked up as it is written and, if that is not there, as `artifact.files.fold` has
+        it.
         """
         folded = {fold(name): there for name, there in self.entities.items()}
 

@@ -1,6 +1,6 @@
 """The documents of a source in their order, from any position that was reached before.
 
-texts.windows calls it, mostly in a worker process: nothing here imports torch, except for a .pt.
+windows.py calls it, mostly in a worker process: nothing here imports torch, except for a .pt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Documents to windows of tokens: tokenised, packed, and restartable at the start of every block.
 
-texts.worker makes blocks, corpus_feed hands their windows on; `count` and `nll` choose the
-packing.
+worker.py makes blocks, feed.py hands their windows on; `count` and `nll` choose the packing.
 """
 
 from __future__ import annotations

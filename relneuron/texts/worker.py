@@ -1,4 +1,4 @@
-"""The process beside the model that reads, tokenises and packs sources: corpus_feed starts it.
+"""The process beside the model that reads, tokenises and packs sources: feed.py starts it.
 
 Requests come in on its standard input, blocks of windows go out on its standard output, in order.
 The same `Server` runs in a thread for what cannot leave the feed's process.

@@ -110,7 +110,7 @@ def identify_counts(
     """Choose each group's neurons from `folder`'s counts and write them to `output`.
 
     `lape`: the K = round(N top_rate) neurons with the lowest entropy (`top` gives K itself), each
-    in the sets of the groups where it is active enough; see `scores.lape.lape` for `filter_rate`
+    in the sets of the groups where it is active enough; see `lape.lape` for `filter_rate`
     and `bar_ratio`. The baselines choose K neurons of each group: by activation `probability`, by
     `mean` activation (the counts need moments) or at `random`. `groups` takes some of the groups
     only, in that order; one without tokens is left out with a warning.

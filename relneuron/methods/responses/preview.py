@@ -1,6 +1,6 @@
 """What a study shows of its model before the long work: an answer a relation, what it knows.
 
-`study` calls it, so that prompts that the model does not understand are seen at once.
+`run` calls it, so that prompts that the model does not understand are seen at once.
 """
 
 from __future__ import annotations
