@@ -47,7 +47,7 @@ class Ended:
 def import_all() -> None:
     """All modules of relneuron, and the packages that they import late."""
     for found in pkgutil.walk_packages(relneuron.__path__, "relneuron."):
-        if not found.name.endswith(("__main__", "_triton", "_cpu")):
+        if ".triton_" not in found.name and not found.name.endswith(("__main__", "_cpu")):
             importlib.import_module(found.name)
     late = ("safetensors.torch", "pyarrow.parquet", "filelock", "tqdm", "jinja2", "scipy.stats")
     for name in (*late, "matplotlib.figure", "matplotlib.backends.backend_svg"):

@@ -59,7 +59,7 @@ def test_auto_without_the_extension_is_the_reference_with_one_notice(
 
 
 @every_op
-@pytest.mark.parametrize(("backend", "module"), [("cpu", "_cpu"), ("triton", "_triton")])
+@pytest.mark.parametrize(("backend", "module"), [("cpu", "_cpu"), ("triton", "triton_launch")])
 def test_forced_backend_that_cannot_run_raises(
     op: str, call: Callable[..., torch.Tensor], backend: str, module: str
 ) -> None:
@@ -87,3 +87,11 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(
 def test_an_unknown_backend_is_refused(op: str, call: Callable[..., torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=f"{op}: backend must be one of .*, got 'gpu'"):
         call("gpu")
+
+
+def test_triton_runs_where_it_is_installed() -> None:
+    """Else every test of a GPU kernel is skipped, and says nothing."""
+    pytest.importorskip("triton")
+    for op in ("swiglu_stats", "average_precision", "logprob_gain"):
+        assert backends.triton_module(op).__name__ == f"relneuron.ops.{op}.triton_launch"
+    assert available_backends()["triton"].works
