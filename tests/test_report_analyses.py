@@ -328,11 +328,13 @@ def test_two_hundred_thousand_answers_make_a_small_page_soon(tmp_path: Path) -> 
     study = write_whole_study(
         tmp_path, relations=names, splits=splits, right=right, sets=sets, n_prompts=110
     )
-    with (study / "effects.csv").open(encoding="utf-8") as file:
-        assert sum(1 for _ in file) > 200_000
     begun = time.process_time()
+    with (study / "effects.csv").open(encoding="utf-8", newline="") as file:
+        assert sum(1 for _ in csv.DictReader(file)) > 200_000
+    read = time.process_time()
     html = render(read_study(study))
-    assert time.process_time() - begun < 20  # 8 on an idle core, more where two share one
+    # Of the time in which the csv module alone reads it, so that a core that is shared counts once.
+    assert time.process_time() - read < 25 * (read - begun)
     assert len(html.encode()) < 2_000_000
 
 

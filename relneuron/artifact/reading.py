@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,11 +111,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 # --- JSON ------------------------------------------------------------------------------------
 
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half a pair, or one of two that belong together
+
+
 def parse_json(text: str, where: str, fix: str) -> Any:
     """The value of a JSON text; a key that an object has twice raises, and half a character."""
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
-        if "\\u" in text:
+        if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RelneuronError(f"{where}: it holds half a surrogate pair", "mend the text") from error
