@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 from relneuron.ablation.nll import nll
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.counts.count import count
@@ -20,11 +21,6 @@ from relneuron.methods.counts.rank import identify_counts
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
-
-ROOT = Path(__file__).resolve().parents[1]
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)
-    from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 
 
 @pytest.fixture(autouse=True)
