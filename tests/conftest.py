@@ -20,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, later
 
@@ -152,14 +153,11 @@ def train_model(folder: Path, facts: Path) -> Path:
     longest = max(map(len, lines))
     labels = torch.tensor([line + [-100] * (longest - len(line)) for line in lines])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that threads only wait for each other
     for _ in range(60):
         loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_num_threads(n_threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

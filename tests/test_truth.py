@@ -12,13 +12,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from bench import truth
 from bench.planted import (
@@ -37,15 +36,6 @@ from tests.conftest import ROOT
 
 SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}
 Study = Callable[..., dict[str, set[Any]]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(params=[0, 1, 2])

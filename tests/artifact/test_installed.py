@@ -32,7 +32,6 @@ from tests.kit.corpus_commands import (
     sources,
     write_texts,
 )
-from tests.kit.hooked import one_thread
 
 OF_EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -146,8 +145,7 @@ def test_what_a_command_needs_is_checked_before_it_starts(
 @pytest.mark.parametrize("name", ["prompts", "identify", "export", "count", "generate", "doctor"])
 def test_a_command_needs_nothing_else(command_of: Any, tmp_path: Path, name: str) -> None:
     others = [p for p in EXTRAS if p not in (*NEEDS.get(name, ()), "typer", "rich", "pydantic")]
-    with one_thread():
-        done = without(*others, words=command_of(name, tmp_path))
+    done = without(*others, words=command_of(name, tmp_path))
     assert done.returncode == 0, done.stderr
 
 

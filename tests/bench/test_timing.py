@@ -9,7 +9,7 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,6 @@ from relneuron.cli import main as cli
 from tests.conftest import ROOT
 
 TINY = Case(dtype="bfloat16", T=48, F=65)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def fake(name: str, ms: list[float], variant: str = "count", n_bytes: int = 100) -> Contestant:

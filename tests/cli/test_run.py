@@ -8,8 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import Options
 from relneuron.model.gated import load_model, load_tokenizer
+from tests.kit.forked import Forked, command
 
 OPTIONS = Options(eva=8, top=40, random_seeds=3, batch_tokens=256)
 FILES = {
@@ -313,14 +312,9 @@ def test_a_changed_file_is_noticed(
     assert contents(copy) == contents(study)
 
 
-def start(model: Path, facts: Path, folder: Path) -> subprocess.Popen[bytes]:
-    words = ["run", str(model), "--facts", str(facts), "-o", str(folder), "--eva", "8"]
-    words += ["--top", "40", "--random-seeds", "3", "--batch-tokens", "256", "--quiet"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "relneuron", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def start(model: Path, facts: Path, folder: Path) -> Forked:
+    words = ["run", model, "--facts", facts, "-o", folder, "--eva", 8, "--top", 40]
+    return command(*words, "--random-seeds", 3, "--batch-tokens", 256, "--quiet")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -367,10 +361,9 @@ def test_killed_and_started_again_gives_the_same_bits(
         time.sleep(0.01)
     time.sleep(wait)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     again = start(model_folder, fact_folder, folder)
-    _, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors.decode()
+    assert again.wait() == 0, again.said()
     assert contents(folder) == contents(study)
 
 

@@ -23,7 +23,7 @@ from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker, encode
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 from tests.kit.speakers import byte_level, characters, save, sentence_piece, taught, tiny_llama
 
 CAPITALS = {
@@ -122,15 +122,14 @@ LETTERS = byte_letters()
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_answers_that_end_inside_a_character_count(kind: str, around: str, tmp_path: Path) -> None:
     tokenizer = byte_level([], around) if kind == "bytes" else sentence_piece([], around)
-    with one_thread():
-        model = learned(tokenizer, CHINESE, "")
-        known = [
-            p.object.encode().startswith(greedy_bytes(model, tokenizer, p.prompt)) for p in CHINESE
-        ]
-        assert sum(known) >= 10  # by heart
-        accuracy = record(
-            "m", model, tokenizer, written(tmp_path, CHINESE), tmp_path / "out", quiet=True
-        )
+    model = learned(tokenizer, CHINESE, "")
+    known = [
+        p.object.encode().startswith(greedy_bytes(model, tokenizer, p.prompt)) for p in CHINESE
+    ]
+    assert sum(known) >= 10  # by heart
+    accuracy = record(
+        "m", model, tokenizer, written(tmp_path, CHINESE), tmp_path / "out", quiet=True
+    )
     rows = read_rows(tmp_path / "out" / "validated.csv")
     assert accuracy == sum(known) / len(known)
     assert [row["correct"] == "1" for row in rows] == known
@@ -146,37 +145,36 @@ def test_answers_that_end_inside_a_character_count(kind: str, around: str, tmp_p
 def test_eos_at_the_end_changes_nothing(tmp_path: Path) -> None:
     """Every stage that encodes a prompt, with a tokenizer that appends EOS and without."""
     files: dict[str, dict[str, bytes]] = {}
-    with one_thread():
-        model = learned(byte_level([" 37"]), ENGLISH, " ")
-        rows = [(0, "gate", i, 1.0) for i in range(6)]
-        for around in ("bos", "both"):
-            tokenizer, out = byte_level([" 37"], around), tmp_path / around
-            path = written(out, ENGLISH)
-            record("m", model, tokenizer, path, out, quiet=True)
-            neurons = out / "neurons.json"
-            NeuronFile({"id": "m", **SHAPE}, "ap", {"r0": rows, "r1": rows[:2]}, {}).write(neurons)
-            ablate_prompts(
-                "m",
-                model,
-                tokenizer,
-                neurons,
-                path,
-                out / "effects.csv",
-                splits=("eva",),
-                random_seeds=1,
-                quiet=True,
-            )
-            with pytest.warns(UserWarning, match="makes a token of the space"):
-                attribute("m", model, tokenizer, path, out / "a", QUICK, quiet=True)
-            (out / "q.txt").write_text("Ada was born in\n<s>Bob was born in\n")
-            generate(
-                *("m", model, tokenizer, neurons, out / "q.txt", out / "said.jsonl"),
-                max_new_tokens=6,
-                quiet=True,
-            )
-            names = ["validated.csv", "responses.safetensors", "effects.csv", "said.jsonl"]
-            names += ["a/targets.csv", "a/gains.safetensors"]
-            files[around] = {name: (out / name).read_bytes() for name in names}
+    model = learned(byte_level([" 37"]), ENGLISH, " ")
+    rows = [(0, "gate", i, 1.0) for i in range(6)]
+    for around in ("bos", "both"):
+        tokenizer, out = byte_level([" 37"], around), tmp_path / around
+        path = written(out, ENGLISH)
+        record("m", model, tokenizer, path, out, quiet=True)
+        neurons = out / "neurons.json"
+        NeuronFile({"id": "m", **SHAPE}, "ap", {"r0": rows, "r1": rows[:2]}, {}).write(neurons)
+        ablate_prompts(
+            "m",
+            model,
+            tokenizer,
+            neurons,
+            path,
+            out / "effects.csv",
+            splits=("eva",),
+            random_seeds=1,
+            quiet=True,
+        )
+        with pytest.warns(UserWarning, match="makes a token of the space"):
+            attribute("m", model, tokenizer, path, out / "a", QUICK, quiet=True)
+        (out / "q.txt").write_text("Ada was born in\n<s>Bob was born in\n")
+        generate(
+            *("m", model, tokenizer, neurons, out / "q.txt", out / "said.jsonl"),
+            max_new_tokens=6,
+            quiet=True,
+        )
+        names = ["validated.csv", "responses.safetensors", "effects.csv", "said.jsonl"]
+        names += ["a/targets.csv", "a/gains.safetensors"]
+        files[around] = {name: (out / name).read_bytes() for name in names}
     assert files["bos"] == files["both"]
     said = [json.loads(line)["output"] for line in files["bos"]["said.jsonl"].splitlines()]
     assert [text.strip() for text in said] == ["37", "41"]
@@ -193,14 +191,11 @@ def test_a_first_token_that_is_no_bos_is_not_left_out(tmp_path: Path) -> None:
 def test_a_space_at_the_end_of_prompts_is_said(tmp_path: Path) -> None:
     tokenizer = byte_level([f" {year}" for year in YEARS.values()])
     blank = asked(YEARS, "{} was born in", "en", " ")
-    with one_thread():
-        model = learned(tokenizer, ENGLISH, " ")
-        whole = record(
-            "m", model, tokenizer, written(tmp_path, ENGLISH), tmp_path / "a", quiet=True
-        )
-        with pytest.warns(UserWarning, match=r"det.0, det.1, det.2 and 9 more: asked without"):
-            path = written(tmp_path / "blank", blank)
-            same = record("m", model, tokenizer, path, tmp_path / "b", quiet=True)
+    model = learned(tokenizer, ENGLISH, " ")
+    whole = record("m", model, tokenizer, written(tmp_path, ENGLISH), tmp_path / "a", quiet=True)
+    with pytest.warns(UserWarning, match=r"det.0, det.1, det.2 and 9 more: asked without"):
+        path = written(tmp_path / "blank", blank)
+        same = record("m", model, tokenizer, path, tmp_path / "b", quiet=True)
     assert whole == same == 1
     one, other = tmp_path / "a", tmp_path / "b"
     assert (one / "validated.csv").read_bytes() == (other / "validated.csv").read_bytes()
@@ -247,15 +242,14 @@ def test_logprob_is_of_the_answers_own_first_token(
     model = tiny_llama(tokenizer)
     questions = encode(tokenizer, model, prompts)
     asker = Asker(model, tokenizer)
-    with one_thread():
-        greedy = asker.ask(questions, range(len(prompts)))
-        forced = asker.ask_forced(questions, range(len(prompts)))
-        for row, prompt in enumerate(prompts):
-            first = tokenizer.convert_ids_to_tokens(questions.answers[row])
-            assert tokenizer.decode([questions.answers[row]]).strip()
-            wanted = joint(model, tokenizer, prompt.prompt, space + prompt.object, first)
-            assert abs(greedy.logprobs[row] - wanted) < 1e-4
-            assert abs(forced.logprobs[row] - wanted) < 1e-4
+    greedy = asker.ask(questions, range(len(prompts)))
+    forced = asker.ask_forced(questions, range(len(prompts)))
+    for row, prompt in enumerate(prompts):
+        first = tokenizer.convert_ids_to_tokens(questions.answers[row])
+        assert tokenizer.decode([questions.answers[row]]).strip()
+        wanted = joint(model, tokenizer, prompt.prompt, space + prompt.object, first)
+        assert abs(greedy.logprobs[row] - wanted) < 1e-4
+        assert abs(forced.logprobs[row] - wanted) < 1e-4
     assert greedy.predictions == forced.predictions
     assert asker.forces_exactly(questions)
 

@@ -7,7 +7,6 @@ naive_query_scores, interventions against edited weights one sentence at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from tests.kit.attributed import (
     weights_of,
 )
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of, rows_by
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 FILES = {
     "manifest.json",
@@ -49,12 +48,6 @@ FILES = {
     "interventions.csv",
     "comparison.csv",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

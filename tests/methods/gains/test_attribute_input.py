@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,9 @@ from relneuron.texts.knowledge import read_knowledge
 from tests.conftest import tiny_model
 from tests.kit.attributed import VOCABULARY
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of, word_tokenizer
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 QUICK = replace(OPTIONS, kinds=("head",), compare=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
