@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -107,9 +109,23 @@ def write_facts(folder: Path) -> Path:
     return folder
 
 
+def shared_folder(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """A folder of the session that is made once, whichever of xdist's processes comes first."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.with_suffix(".made").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, fact_folder: Path) -> Path:
-    return train_model(tmp_path_factory.mktemp("model"), fact_folder)
+    return shared_folder(tmp_path_factory, "model", lambda path: train_model(path, fact_folder))
 
 
 def train_model(folder: Path, facts: Path) -> Path:
