@@ -21,8 +21,8 @@ from hooked import one_thread, read_rows
 
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.cli.attribute import _cell
 from relneuron.methods.gains.attribute import JOURNAL
+from relneuron.methods.gains.commands import _cell
 
 QUICK = ["--query-units", 4, "--top", 20, "--random-seeds", 1, "--batch-tokens", 200, "--quiet"]
 RELATIONS = ("likes_fruit", "lives_in", "works_as")
@@ -173,13 +173,13 @@ def test_identify_says_which_method_a_folder_is_for(
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (["--kinds", "ffn_layer,neurons"], "unknown kind 'neurons'"),
-        (["--mode", "fast"], "unknown mode"),
-        (["--splits", "test"], "unknown split"),
+        (["--kinds", "ffn_layer,neurons"], "unknown --kinds 'neurons'"),
+        (["--mode", "fast"], "unknown --mode"),
+        (["--splits", "test"], "unknown --splits"),
         (["--splits", "eva2,det", "--backend", "cuda"], "unknown backend"),
-        (["--keep", "none"], "unknown keep"),
-        (["--format", "xlsx"], "unknown format"),
-        (["--tolerance", "-1"], "tolerance -1.0"),
+        (["--keep", "none"], "unknown --keep"),
+        (["--format", "xlsx"], "unknown --format"),
+        (["--tolerance", "-1"], "--tolerance must be above 0, got -1.0"),
         (["--dtype", "int8"], "unknown dtype"),
         (["--strict", "--splits", "eva"], "tokens"),
     ],

@@ -25,7 +25,7 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
 from relneuron.cli.pages import off
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 
 SITES = ("gate", "up", "down")
 AUTHORS = ["ap", "off_mean", "off_p50", "on_p50", "on_p90", "layer", "unit", "uuid"]
@@ -191,4 +191,4 @@ def test_what_has_no_value_is_refused(study: Study, tmp_path: Path) -> None:
         AblateOptions(mode="p80")
     assert "p50, p90, off_mean" in caught.value.fix
     with pytest.raises(RelneuronError, match="--mode p50 takes its values from the responses"):
-        Options(mode="p50", drop_responses=True)
+        RunOptions(mode="p50", drop_responses=True)

@@ -22,9 +22,9 @@ from hooked import one_thread
 
 from relneuron.artifact import installed
 from relneuron.artifact.installed import EXTRAS, install_command, missing
-from relneuron.cli.checks import NEEDS
-from relneuron.cli.main import app
+from relneuron.cli.main import app, stages
 
+NEEDS = {stage.name: stage.needs for stage in stages()}
 ROOT = Path(__file__).resolve().parents[1]
 OF_EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -48,9 +48,7 @@ def test_each_package_is_of_its_extra() -> None:
     for package, extra in EXTRAS.items():
         names = [re.split(r"[\[<>=;]", line)[0] for line in OF_EXTRAS[extra]]
         assert package in names, package
-    assert {*NEEDS} <= {
-        command.name or command.callback.__name__ for command in app.registered_commands
-    }
+    assert {*NEEDS} == {command.name for command in app.registered_commands}
     assert {name for needed in NEEDS.values() for name in needed} <= {*EXTRAS}
 
 
