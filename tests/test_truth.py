@@ -20,23 +20,20 @@ import numpy as np
 import pytest
 import torch
 
+from bench import truth
+from bench.planted import (
+    RELATIONS,
+    UNITS,
+    make_model,
+    make_tokenizer,
+    planted_neurons,
+    write_facts,
+)
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-
-ROOT = Path(__file__).resolve().parents[1]
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)
-    from bench import truth
-    from bench.planted import (
-        RELATIONS,
-        UNITS,
-        make_model,
-        make_tokenizer,
-        planted_neurons,
-        write_facts,
-    )
+from tests.conftest import ROOT
 
 SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}
 Study = Callable[..., dict[str, set[Any]]]

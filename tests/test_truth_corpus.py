@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from counted import rank_counts
 
+from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 from relneuron.ablation.nll import nll
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.reading import read_csv
@@ -21,11 +21,7 @@ from relneuron.methods.counts.count import count
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
-
-ROOT = Path(__file__).resolve().parents[1]
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)
-    from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
+from tests.kit.counted import rank_counts
 
 
 @pytest.fixture(autouse=True)
