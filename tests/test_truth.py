@@ -31,7 +31,7 @@ from bench.planted import (
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from tests.conftest import ROOT
 
 SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}
@@ -47,7 +47,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
     write_facts(tmp_path / "facts")
 
     def run(**options: Any) -> dict[str, set[Any]]:
-        settings = Options(**SETTINGS, **options)
+        settings = RunOptions(**SETTINGS, **options)
         run_study(str(tmp_path / "model"), tmp_path / "facts", tmp_path / "s", settings, quiet=True)
         sets = NeuronFile.read(tmp_path / "s" / "neurons.json").sets
         return {name: {tuple(neuron[:3]) for neuron in chosen} for name, chosen in sets.items()}

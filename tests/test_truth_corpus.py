@@ -13,12 +13,13 @@ import pytest
 
 from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 from relneuron.ablation.nll import nll
+from relneuron.ablation.options import NllOptions
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.rank import identify_counts
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
+from tests.kit.counted import rank_counts
 
 
 def write_texts(folder: Path) -> None:
@@ -51,7 +52,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
         for number, name in enumerate(RELATIONS)
     }
     n_planted = sum(map(len, planted.values()))
-    chosen = identify_counts(
+    chosen = rank_counts(
         study, study / "neurons.json", top_rate=n_planted / (shape["layers"] * shape["width"])
     )
     found = {name: {neuron[:3] for neuron in sets} for name, sets in chosen.sets.items()}
@@ -65,8 +66,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
         study / "neurons.json",
         held,
         study,
-        packing="documents",
-        bos="none",
+        NllOptions(mode="documents", bos="none"),
     )
     table = {
         (row["mask"], row["group"]): float(row["nll"])

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from relneuron.ablation.ablate import ablate_prompts
-from relneuron.ablation.options import AblateOptions, ablate_inputs
+from relneuron.ablation.how import ablate_inputs
+from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.effects import (
     EFFECTS,
     KINDS,
@@ -143,9 +144,9 @@ def test_an_object_of_no_token_is_refused_by_name(
 @pytest.mark.parametrize(
     ("asked", "match"),
     [
-        ({"mode": "double"}, "unknown mode"),
-        ({"positions": "first"}, "unknown positions"),
-        ({"mean_of": "median"}, "unknown mean-of"),
+        ({"mode": "double"}, "unknown --mode"),
+        ({"positions": "first"}, "unknown --positions"),
+        ({"mean_of": "median"}, "unknown --mean-of"),
         ({"factor": 0.5}, "factor"),
         ({"mode": "mean", "factor": 0.5}, "factor"),
         ({"mode": "scale"}, "factor"),
@@ -153,7 +154,7 @@ def test_an_object_of_no_token_is_refused_by_name(
         ({"mode": "scale", "factor": float("inf")}, "factor inf is not finite"),
         ({"sizes": (0, 10)}, "sizes"),
         ({"sizes": ()}, "sizes"),
-        ({"splits": ("eva3",)}, "no prompt of the splits eva3"),
+        ({"splits": ("eva3",)}, "unknown --splits 'eva3'"),
         ({"generate": 0}, "generate"),
         ({"generate": 60}, "context of 64"),
         ({"batch_tokens": 0}, "batch"),

@@ -5,10 +5,9 @@ What cannot be compared is left out with a notice.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,22 @@ import numpy as np
 import pytest
 
 from relneuron.ablation.conditions import (
-    ANALYSES,
     PAPER_SIZES,
     default_sizes,
     matched_places,
-    parse_analyses,
     places_of,
     plan_conditions,
     read_rankings,
     site_places,
 )
-from relneuron.ablation.options import AblateOptions
+from relneuron.ablation.options import ANALYSES, AblateOptions
 from relneuron.analyses import run_all
 from relneuron.artifact.effects import KINDS, read_conditions, read_effects
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.options import options_of, read
 from relneuron.artifact.ranking import site_of, top_k
-from relneuron.cli import main as cli
+from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
 from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, read_rows
 
@@ -168,16 +166,22 @@ def test_default_sizes_are_the_papers_or_in_proportion() -> None:
         assert list(sizes) == sorted(set(sizes))
 
 
+def parse_analyses(text: str) -> Sequence[str]:
+    """The analyses that a text of the command line stands for."""
+    _, says, kind = options_of(AblateOptions)["analyses"]
+    return AblateOptions(analyses=read(says, kind, text)).analyses
+
+
 def test_analyses_are_parsed() -> None:
     assert parse_analyses("main") == ()
     assert parse_analyses("all") == ANALYSES
     assert parse_analyses(" sites , matched") == ("matched", "sites")
     assert parse_analyses("main,sizes") == ("sizes",)
     assert parse_analyses("gain") == ("gain",)
-    assert inspect.signature(cli.demo).parameters["analyses"].default == "gain"
-    assert inspect.signature(cli.run).parameters["analyses"].default == "main"
+    assert DemoOptions().analyses == ("gain",)
+    assert RunOptions().analyses == ()
     for text in ("", ",", "size", "sizes,all"):
-        with pytest.raises(RelneuronError, match="unknown analysis"):
+        with pytest.raises(RelneuronError, match="unknown --analyses"):
             parse_analyses(text)
 
 

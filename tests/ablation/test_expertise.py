@@ -23,7 +23,7 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
 from relneuron.cli.pages import off
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from tests.kit.corpus_commands import caller
 from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows
 
@@ -190,4 +190,4 @@ def test_what_has_no_value_is_refused(study: Study, tmp_path: Path) -> None:
         AblateOptions(mode="p80")
     assert "p50, p90, off_mean" in caught.value.fix
     with pytest.raises(RelneuronError, match="--mode p50 takes its values from the responses"):
-        Options(mode="p50", drop_responses=True)
+        RunOptions(mode="p50", drop_responses=True)

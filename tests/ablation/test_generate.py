@@ -18,6 +18,7 @@ from torch import Tensor
 
 import relneuron.ablation.generate
 from relneuron.ablation.generate import Continuer, Generated, generate, read_questions
+from relneuron.ablation.options import GenerateOptions
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
@@ -159,9 +160,11 @@ def reference(
 
 
 def ours(loaded: tuple[Any, Any], study: Path, name: str = "o.jsonl", **asked: Any) -> list[Any]:
-    asked = {"max_new_tokens": NEW, "quiet": True, "stop": (), **asked}
     prompts = asked.pop("prompts", study / "prompts.txt")
-    return generate("m", *loaded, study / "neurons.json", prompts, study / name, **asked)
+    how = {name: asked.pop(name) for name in ("force", "backend") if name in asked}
+    options = GenerateOptions(**{"max_new_tokens": NEW, "stop": (), **asked})
+    places = (study / "neurons.json", prompts, study / name)
+    return generate("m", *loaded, *places, options, quiet=True, **how)
 
 
 OFF = ("clean", "en", "zh", "fr")
@@ -441,15 +444,15 @@ def test_bad_prompt_files_are_refused(
         ({"off": ("de",)}, "no set 'de'"),
         ({"set_to": "de"}, "no set 'de'"),
         ({"set_to": "fr"}, "no group 'fr'"),
-        ({"set_to": "en", "counts_folder": Path("nowhere")}, "does not exist"),
-        ({"max_new_tokens": 0}, "makes no text"),
+        ({"set_to": "en", "counts": Path("nowhere")}, "does not exist"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"max_new_tokens": 60}, "longer than the model's context of 64"),
-        ({"repetition_penalty": 0.0}, "is no factor"),
-        ({"repetition_penalty": float("nan")}, "is no factor"),
-        ({"repetition_penalty": float("inf")}, "is no factor"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be above 0"),
+        ({"repetition_penalty": float("nan")}, "is not finite"),
+        ({"repetition_penalty": float("inf")}, "is not finite"),
         ({"stop": ("",)}, "empty stop string"),
-        ({"batch_tokens": 0}, "not positive"),
-        ({"oom": "never"}, "unknown oom"),
+        ({"batch_tokens": 0}, "--batch-tokens must be at least 1"),
+        ({"oom": "never"}, "unknown --oom"),
         ({"template": "Q: {}"}, "does not have"),
         ({"backend": "metal"}, "unknown backend"),
         ({"prompts": Path("gone.txt")}, "does not exist"),
@@ -500,7 +503,9 @@ def test_a_set_named_clean_is_refused(loaded: Any, study: Path, sets: Any) -> No
 def test_padding_is_not_penalised(loaded: Any, study: Path) -> None:
     """A large penalty: one of the pad token 0 (BOS here) in short rows would show in the logits."""
     model, tokenizer = loaded
-    asker = Continuer(model, tokenizer, relneuron.ablation.generate.Decoding(1, 3.0, ()))
+    asker = Continuer(
+        model, tokenizer, GenerateOptions(max_new_tokens=1, repetition_penalty=3.0, stop=())
+    )
     seen: list[Tensor] = []
 
     def choose(logits: Tensor, known: Tensor) -> Tensor:

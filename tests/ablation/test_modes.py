@@ -18,7 +18,7 @@ from torch import Tensor
 import relneuron
 from relneuron.ablation.conditions import Ablation, places_of
 from relneuron.ablation.evaluate import How, wave_states
-from relneuron.ablation.options import mean_responses
+from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.ranking import random_neurons
 from relneuron.model.gated import find_gated_mlps

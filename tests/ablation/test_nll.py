@@ -19,6 +19,7 @@ import torch
 
 import relneuron.ablation.nll
 from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
+from relneuron.ablation.options import NllOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal, Manifest
 from relneuron.artifact.neurons import NeuronFile
@@ -135,8 +136,11 @@ def run(
         patch.setattr(relneuron.ablation.nll, "Feed", lambda *_, **__: Windows(groups, texts))
         sources: Any = [Source(group=name) for name in groups]
         path = folder / "neurons.json"
-        asked = {"quiet": True, "window": 32, **asked}
-        return nll("m", model, tokenizer, path, sources, folder / output, **asked)
+        force = asked.pop("force", False)
+        options = NllOptions(**{"window": 32, **asked})
+        return nll(
+            "m", model, tokenizer, path, sources, folder / output, options, force=force, quiet=True
+        )
 
 
 # --- one window ------------------------------------------------------------------------------
@@ -509,7 +513,7 @@ def trained(model_folder: Path, tmp_path: Path) -> tuple[Any, Any, list[str], di
 def test_files_of_text_are_read_in_windows(trained: Any, tmp_path: Path, packing: str) -> None:
     model, tokenizer, texts, tokens = trained
     args = ("m", model, tokenizer, tmp_path / "neurons.json", parse_sources(texts), tmp_path / "o")
-    nll(*args, windows=5, window=16, packing=packing, batch_tokens=100, quiet=True)
+    nll(*args, NllOptions(windows=5, window=16, mode=packing, batch_tokens=100), quiet=True)
     expected: dict[str, list[list[int]]] = {}
     for name, lines in tokens.items():
         flat = [token for line in lines for token in line]
@@ -539,7 +543,7 @@ def test_token_ids_need_no_tokenizer(trained: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "fruit.npy", flat)
     sources = parse_sources([f"fruit={tmp_path / 'fruit.npy'}"])
     args = ("m", model, None, tmp_path / "neurons.json", sources, tmp_path / "o")
-    cells = nll(*args, windows=3, window=20, quiet=True)
+    cells = nll(*args, NllOptions(windows=3, window=20), quiet=True)
     wanted = np.mean([plain(model, flat[i : i + 20].tolist()) for i in (0, 20, 40)])
     assert abs(cells[0].nll - wanted) <= 1e-5
 
@@ -549,13 +553,13 @@ def test_a_changed_text_is_another_study(
 ) -> None:
     """The journal of a killed run does not lend its numbers to another text."""
     model, tokenizer, texts, _ = trained
-    asked = {"windows": 4, "window": 16, "batch_tokens": 40, "quiet": True}
+    options = NllOptions(windows=4, window=16, batch_tokens=40)
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
 
     def stage(output: str) -> None:
         sources = parse_sources(texts)
         path = tmp_path / "neurons.json"
-        nll("m", model, tokenizer, path, sources, tmp_path / output, **asked)
+        nll("m", model, tokenizer, path, sources, tmp_path / output, options, quiet=True)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Manifest, "finish", interrupt)

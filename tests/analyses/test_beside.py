@@ -30,7 +30,7 @@ from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import render, write_report
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from relneuron.model.gated import load_model, load_tokenizer
 from relneuron.report.tables import label
 from tests.kit.studies import PAYLOADS, RELATIONS, SETS, Page, write_study
@@ -239,7 +239,7 @@ def test_gains_of_another_study_are_not_compared(tmp_path: Path) -> None:
 # The study of the gains on a tiny model
 
 
-OPTIONS = Options(eva=8, top=40, random_seeds=1, batch_tokens=256, analyses=("gain",))
+OPTIONS = RunOptions(eva=8, top=40, random_seeds=1, batch_tokens=256, analyses=("gain",))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,11 +20,13 @@ import typer.main
 
 from relneuron.artifact.command import command, commands, moved, placed
 from relneuron.artifact.manifest import Manifest
+from relneuron.artifact.options import options_of
 from relneuron.cli import main as cli
-from relneuron.cli.run import DEMO, DEMO_OPTIONS, Options, _whole
+from relneuron.cli.run import _whole
+from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
 
-# Options that change how a stage runs, and not what it makes.
+# RunOptions that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
 RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
@@ -277,11 +279,11 @@ def test_paths_within_the_study_are_named_from_there(
 def test_the_demo_names_its_options(tmp_path: Path) -> None:
     params = typer.main.get_command(cli.app).commands["demo"].params  # type: ignore[attr-defined]
     names = {option for param in params for option in param.opts if option[:2] == "--"} - RUNNING
-    assert names == {f"--{key.replace('_', '-')}" for key in (*DEMO_OPTIONS, "analyses")}
+    assert names == {f"--{key.replace('_', '-')}" for key in options_of(DemoOptions)}
     facts = tmp_path / "facts"
-    words = _whole(DEMO, "m", facts, tmp_path, Options(top=20))[0]
-    assert words[:4] == ["demo", "-o", "STUDY", "--top"]
-    assert words[-2:] == ["--analyses", "main"]
+    words = _whole(DEMO, "m", facts, tmp_path, RunOptions(top=20))[0]
+    assert words[:5] == ["demo", "-o", "STUDY", "--top", "20"]
+    assert words[words.index("--analyses") + 1] == "main"
 
 
 def test_a_manifest_names_no_output(given: dict[str, str], tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ import pytest
 
 from relneuron.artifact import installed
 from relneuron.artifact.installed import EXTRAS, install_command, missing
-from relneuron.cli.checks import NEEDS
-from relneuron.cli.main import app
+from relneuron.cli.main import app, stages
 from tests.conftest import ROOT
 from tests.kit.corpus_commands import (
     COUNT,
@@ -32,6 +31,8 @@ from tests.kit.corpus_commands import (
     sources,
     write_texts,
 )
+
+NEEDS = {stage.name: stage.needs for stage in stages()}
 
 OF_EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -74,9 +75,7 @@ def test_each_package_is_of_its_extra() -> None:
     for package, extra in EXTRAS.items():
         names = [re.split(r"[\[<>=;]", line)[0] for line in OF_EXTRAS[extra]]
         assert package in names, package
-    assert {*NEEDS} <= {
-        command.name or command.callback.__name__ for command in app.registered_commands
-    }
+    assert {*NEEDS} == {command.name for command in app.registered_commands}
     assert {name for needed in NEEDS.values() for name in needed} <= {*EXTRAS}
 
 

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from safetensors import safe_open
 
 import relneuron.model.ask
 from relneuron.ablation.ablate import ablate_prompts
-from relneuron.ablation.conditions import ANALYSES
 from relneuron.ablation.generate import generate
 from relneuron.ablation.nll import nll
+from relneuron.ablation.options import ANALYSES, GenerateOptions, NllOptions
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.manifest import Journal, Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
@@ -30,11 +31,10 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import write_report
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from relneuron.methods.counts.authors_counts import export_counts
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.merge import merge
-from relneuron.methods.counts.rank import identify_counts
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
@@ -43,8 +43,9 @@ from relneuron.methods.responses.record import record
 from relneuron.model.gated import load_model, load_tokenizer
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
+from tests.kit.counted import rank_counts
 
-OPTIONS = Options(
+OPTIONS = RunOptions(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
 )
 KINDS = ("ffn_layer", "ffn_neuron")
@@ -99,15 +100,15 @@ def made(
         counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))
     neurons = root / "counts" / "neurons.json"
     chosen = {"top_rate": 0.2, "filter_rate": 0.5, "bar_ratio": 0.5}
-    identify_counts(root / "counts", neurons, **chosen)
-    nll("m", *loaded, neurons, parse_sources(corpus), root / "counts", **NLL)
+    rank_counts(root / "counts", neurons, **chosen)
+    nll("m", *loaded, neurons, parse_sources(corpus), root / "counts", NLL, quiet=True)
     # A second choice: the manifest's entry is now this one's.
-    identify_counts(root / "counts", root / "counts" / "random.json", method="random", top=9)
+    rank_counts(root / "counts", root / "counts" / "random.json", method="random", top=9)
     write_report(root / "counts", root / "counts" / "report.html")
     return root
 
 
-NLL: dict[str, Any] = {"window": 16, "windows": 3, "n_workers": 0, "quiet": True}
+NLL = NllOptions(window=16, windows=3)
 
 
 def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any) -> None:
@@ -116,7 +117,7 @@ def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any
 
 def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
     options = CountOptions(window=16, moments=True, **changes)
-    count("m", *loaded, parse_sources(corpus), folder, options, n_workers=0, quiet=True)
+    count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
 
 
 def flip(path: Path, rng: random.Random, end: int | None = None) -> None:
@@ -141,8 +142,8 @@ def ablated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> ob
 def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> object:
     counts, prompts = root / "counts", root / "study" / "prompts.jsonl"
     output = out / "texts.jsonl"
-    asked = {"max_new_tokens": 4} | asked
-    return generate("m", *loaded, counts / "neurons.json", prompts, output, quiet=True, **asked)
+    options = GenerateOptions(**{"max_new_tokens": 4} | asked)
+    return generate("m", *loaded, counts / "neurons.json", prompts, output, options, quiet=True)
 
 
 def reported(loaded: Any, corpus: Any, root: Path, out: Path, *, of: str) -> object:
@@ -197,7 +198,7 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
         ),
     ),
     "identify counts": (
-        lambda m, c, r, o: identify_counts(r / "counts", o / "neurons.json", top=5),
+        lambda m, c, r, o: rank_counts(r / "counts", o / "neurons.json", top=5),
         ("counts/counts.safetensors", "counts/manifest.json"),
     ),
     "merge": (
@@ -209,11 +210,15 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
         ("counts/counts.safetensors", "counts/manifest.json"),
     ),
     "nll": (
-        lambda m, c, r, o: nll("m", *m, r / "counts" / "neurons.json", parse_sources(c), o, **NLL),
+        lambda m, c, r, o: nll(
+            "m", *m, r / "counts" / "neurons.json", parse_sources(c), o, NLL, quiet=True
+        ),
         ("counts/neurons.json",),
     ),
     "nll of a second choice": (
-        lambda m, c, r, o: nll("m", *m, r / "counts" / "random.json", parse_sources(c), o, **NLL),
+        lambda m, c, r, o: nll(
+            "m", *m, r / "counts" / "random.json", parse_sources(c), o, NLL, quiet=True
+        ),
         ("counts/random.json",),
     ),
     "generate": (generated, ("counts/neurons.json", "study/prompts.jsonl")),
@@ -271,9 +276,9 @@ def test_what_a_user_changed_is_read_under_another_name(
     with pytest.raises(
         RelneuronError, match="random.json is not the file .* by identify"
     ) as raised:
-        nll("m", *loaded, path, *asked, **NLL)
+        nll("m", *loaded, path, *asked, NLL, quiet=True)
     assert "under another name" in raised.value.fix
-    nll("m", *loaded, mine, *asked, **NLL)
+    nll("m", *loaded, mine, *asked, NLL, quiet=True)
 
 
 def test_a_file_beside_the_manifest_of_another_program_is_the_users(tmp_path: Path) -> None:
@@ -393,7 +398,7 @@ def test_a_folder_of_a_study_is_not_filled_by_another_model(
             ablated(loaded, corpus, root, study, force=True)
         else:
             neurons = study / "neurons.json"
-            nll("m", *loaded, neurons, parse_sources(corpus), study, force=True, **NLL)
+            nll("m", *loaded, neurons, parse_sources(corpus), study, NLL, force=True, quiet=True)
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
 
 
@@ -547,7 +552,13 @@ def test_a_flipped_bit_of_a_journal_changes_no_result(
         "ablate": lambda o: ablated(loaded, corpus, made, o, **asked),
         "generate": lambda o: generated(loaded, corpus, made, o, **asked),
         "nll": lambda o: nll(
-            "m", *loaded, made / "counts" / "neurons.json", parse_sources(corpus), o, **NLL, **asked
+            "m",
+            *loaded,
+            made / "counts" / "neurons.json",
+            parse_sources(corpus),
+            o,
+            replace(NLL, **asked),
+            quiet=True,
         ),
     }[stage]
     run(tmp_path / "whole")
@@ -585,16 +596,14 @@ def test_a_flipped_checkpoint_is_refused(
         true(*args)
 
     options = CountOptions(window=16, batch_tokens=32)
-    run = partial(
-        count, "m", *loaded, parse_sources(corpus), tmp_path, options, n_workers=0, quiet=True
-    )
+    run = partial(count, "m", *loaded, parse_sources(corpus), tmp_path, quiet=True)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Speed, "count", dying)
-        run(checkpoint_batches=1)
+        run(replace(options, checkpoint_batches=1))
     flip(tmp_path / "count.checkpoint", random.Random(0))
     with pytest.raises(RelneuronError, match="count.checkpoint is not the file that was written"):
-        run()
-    run(force=True)
+        run(options)
+    run(options, force=True)
 
 
 # --- whose rows they are -------------------------------------------------------------------------

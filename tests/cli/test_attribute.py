@@ -15,8 +15,8 @@ import pytest
 
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.cli.attribute import _cell
 from relneuron.methods.gains.attribute import JOURNAL
+from relneuron.methods.gains.commands import _cell
 from tests.kit.attribution_runs import files_of
 from tests.kit.corpus_commands import Result, call, caller
 from tests.kit.forked import command
@@ -165,13 +165,13 @@ def test_identify_says_which_method_a_folder_is_for(
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (["--kinds", "ffn_layer,neurons"], "unknown kind 'neurons'"),
-        (["--mode", "fast"], "unknown mode"),
-        (["--splits", "test"], "unknown split"),
+        (["--kinds", "ffn_layer,neurons"], "unknown --kinds 'neurons'"),
+        (["--mode", "fast"], "unknown --mode"),
+        (["--splits", "test"], "unknown --splits"),
         (["--splits", "eva2,det", "--backend", "cuda"], "unknown backend"),
-        (["--keep", "none"], "unknown keep"),
-        (["--format", "xlsx"], "unknown format"),
-        (["--tolerance", "-1"], "tolerance -1.0"),
+        (["--keep", "none"], "unknown --keep"),
+        (["--format", "xlsx"], "unknown --format"),
+        (["--tolerance", "-1"], "--tolerance must be above 0, got -1.0"),
         (["--dtype", "int8"], "unknown dtype"),
         (["--strict", "--splits", "eva"], "tokens"),
     ],

@@ -5,6 +5,7 @@ Nothing is read or written for that; the folders that are named here are not the
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,15 @@ from typing import Any
 
 import pytest
 
-from relneuron.cli.checks import METHODS, RULES, Command
-from relneuron.cli.main import app
+from relneuron.artifact.options import Options, options_of
+from relneuron.artifact.stage import load
+from relneuron.cli.flags import Command
+from relneuron.cli.main import app, stages
+from relneuron.methods import rankings
 from tests.kit.corpus_commands import Result, caller, check_refused
+
+# What each `identify --method` takes.
+METHODS = {name: [*options_of(ranking.options)] for name, ranking in rankings().items()}
 
 GIVEN = {
     "top": 5,
@@ -47,10 +54,9 @@ def flag(name: str) -> list[object]:
 
 
 def test_every_option_of_identify_is_of_some_method() -> None:
-    """An option that is added to `identify` must say which methods take it."""
-    [identify] = [c for c in app.registered_commands if c.callback.__name__ == "identify"]
-    general = {"folder", "output", "method", "force", "quiet", "debug", "return"}
-    general |= {"max_record_mib"}
+    """An option of `identify` is one of a method's."""
+    [identify] = [c for c in app.registered_commands if c.name == "identify"]
+    general = {"folder", "output", "method", "force", "quiet", "debug", "max_record_mib"}
     options = {*identify.callback.__annotations__} - general
     assert options == {name for taken in METHODS.values() for name in taken} == {*GIVEN}
 
@@ -78,7 +84,7 @@ def test_an_unknown_method_names_all(relneuron: Any, tmp_path: Path) -> None:
     for method in ("lap", "", "LAPE"):
         words = ["identify", tmp_path, "-o", tmp_path / "n.json", "--method", method]
         fix = check_refused(relneuron, tmp_path, f"unknown method {method!r}", *words)
-        assert fix == "fix:   use ap, logprob_gain, lape, probability, mean, random"
+        assert fix == "fix:   use ap, lape, probability, mean, random, logprob_gain"
 
 
 MODEL = ["no-such/model"]
@@ -171,9 +177,21 @@ def test_a_default_may_be_given(relneuron: Any, tmp_path: Path, monkeypatch: Any
 
 
 def test_every_rule_is_tried() -> None:
-    tried = {(words[0], option.lstrip("-").replace("-", "_")) for words, option, _ in STRAY}
-    rules = {(name, o) for name, found in RULES.items() for rule in found for o in rule.options}
-    assert rules - tried == {("attribute", "query_of"), ("bench", "tokens")} - tried
+    """Each option that counts only beside others, of each command that takes it."""
+    tried = {(words[0], option) for words, option, _ in STRAY}
+    classes = {"identify": [ranking.options for ranking in rankings().values()]}
+    for stage in stages():
+        hints = inspect.signature(load(stage.run), eval_str=True).parameters.values()
+        found = [p.annotation for p in hints if isinstance(p.annotation, type)]
+        classes.setdefault(stage.name, [c for c in found if issubclass(c, Options)])
+    rules = {
+        (name, says.flag)
+        for name, found in classes.items()
+        for cls in found
+        for _, says, _ in options_of(cls).values()
+        if says.only is not None
+    }
+    assert rules - tried == {("attribute", "--query-of")}
     assert all(command.cls is Command for command in app.registered_commands)
 
 

@@ -18,16 +18,16 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from relneuron.ablation.conditions import ANALYSES
+from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.effects import KINDS
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from relneuron.model.gated import load_model, load_tokenizer
 from tests.kit.forked import Forked, command
 
-OPTIONS = Options(eva=8, top=40, random_seeds=3, batch_tokens=256)
+OPTIONS = RunOptions(eva=8, top=40, random_seeds=3, batch_tokens=256)
 FILES = {
     "manifest.json",
     "prompts.jsonl",
@@ -192,7 +192,7 @@ def test_neurons_chosen_by_fdr_are_ablated_and_reported(
         folder.mkdir()
         for name in ("prompts.jsonl", "validated.csv", "responses.safetensors", "manifest.json"):
             (folder / name).write_bytes((study / name).read_bytes())
-        options = Options(**{**OPTIONS.__dict__, "top": None, "fdr": fdr, "random_seeds": 1})
+        options = RunOptions(**{**OPTIONS.__dict__, "top": None, "fdr": fdr, "random_seeds": 1})
         run_study(str(model_folder), fact_folder, folder, options, quiet=True, force=True)
         neurons = json.loads((folder / "neurons.json").read_text())
         table = rows(folder / "significance.csv")
@@ -265,7 +265,7 @@ def test_running_again_changes_nothing_and_is_quick(
 def test_another_batch_size_gives_the_same_answers(
     study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path
 ) -> None:
-    changed = Options(**{**OPTIONS.__dict__, "batch_tokens": 40})
+    changed = RunOptions(**{**OPTIONS.__dict__, "batch_tokens": 40})
     run_study(str(model_folder), fact_folder, tmp_path / "s", changed, quiet=True)
     for name in ("prompts.jsonl", "validated.csv", "accuracy.csv", "labels.csv"):
         assert (tmp_path / "s" / name).read_bytes() == (study / name).read_bytes()
@@ -275,13 +275,13 @@ def test_other_options_in_the_same_folder_are_refused(
     study: Path, model_folder: Path, fact_folder: Path
 ) -> None:
     before = contents(study)
-    changed = Options(**{**OPTIONS.__dict__, "top": 41})
+    changed = RunOptions(**{**OPTIONS.__dict__, "top": 41})
     with pytest.raises(RelneuronError, match="top: 40 -> 41"):
         run_study(str(model_folder), fact_folder, study, changed, quiet=True)
-    changed = Options(**{**OPTIONS.__dict__, "top": None, "fdr": 0.05, "bootstrap": 10})
+    changed = RunOptions(**{**OPTIONS.__dict__, "top": None, "fdr": 0.05, "bootstrap": 10})
     with pytest.raises(RelneuronError, match="bootstrap: 1000 -> 10; fdr: None -> 0.05; top"):
         run_study(str(model_folder), fact_folder, study, changed, quiet=True)
-    changed = Options(**{**OPTIONS.__dict__, "dtype": "bfloat16"})
+    changed = RunOptions(**{**OPTIONS.__dict__, "dtype": "bfloat16"})
     with pytest.raises(RelneuronError, match="model.dtype: float32 -> bfloat16"):
         run_study(str(model_folder), fact_folder, study, changed, quiet=True)
     assert contents(study) == before
@@ -367,7 +367,7 @@ def test_killed_and_started_again_gives_the_same_bits(
     assert contents(folder) == contents(study)
 
 
-WHOLE = Options(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)
+WHOLE = RunOptions(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)
 
 
 def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answers(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import relneuron.cli.run
-from relneuron.ablation.conditions import ANALYSES
+from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.files import RelneuronError
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 
-OPTIONS = Options(
+OPTIONS = RunOptions(
     eva=4, top=40, random_seeds=2, batch_tokens=512, permutations=0, bootstrap=0, noise=0
 )
 

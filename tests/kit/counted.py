@@ -17,8 +17,10 @@ import torch
 
 import relneuron.methods.counts.count
 from relneuron.artifact.counts import Counts
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.methods.counts.count import Counted, count
 from relneuron.methods.counts.counter import Counter
+from relneuron.methods.counts.rank import OPTIONS, identify_counts
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import File, Source
 
@@ -76,8 +78,6 @@ def run(
     *,
     tokenizer: Any = None,
     force: bool = False,
-    checkpoint_batches: int | None = None,
-    checkpoint_seconds: float = 1e9,
     **options: Any,
 ) -> Counts:
     """What `count` gives of these documents, from files beside `folder`."""
@@ -88,9 +88,7 @@ def run(
         tokenizer or Numbers(),
         sources,
         folder,
-        CountOptions(**options),
-        checkpoint_batches=checkpoint_batches,
-        checkpoint_seconds=checkpoint_seconds,
+        CountOptions(**{"checkpoint_seconds": 1e9} | options),
         force=force,
         quiet=True,
     )
@@ -259,3 +257,11 @@ def check_between(
     sure = bounds[0] == bounds[2]
     assert sure.mean() > 0.99
     assert np.array_equal(ours[sure], bounds[1][sure])
+
+
+def rank_counts(
+    folder: Path, output: Path, method: str = "lape", force: bool = False, **asked: Any
+) -> NeuronFile:
+    """`identify` of counts, with options of the method."""
+    options = OPTIONS[method](**asked)
+    return identify_counts(folder, output, options, method=method, force=force)

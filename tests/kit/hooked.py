@@ -19,10 +19,12 @@ from torch import Tensor
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import cache_of
 from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
 
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}
@@ -48,16 +50,21 @@ class Study:
         self.folder = folder
         self.model = load_model(str(model_folder))
         self.tokenizer = load_tokenizer(str(model_folder))
-        write_prompts(facts, folder / "prompts.jsonl", n_eva=4)
+        write_prompts(facts, folder / "prompts.jsonl", PromptsOptions(eva=4))
         prompts = folder / "prompts.jsonl"
-        record("m", self.model, self.tokenizer, prompts, folder, attention=attention, quiet=True)
+        record(
+            "m",
+            self.model,
+            self.tokenizer,
+            prompts,
+            folder,
+            RecordOptions(attention=attention),
+            quiet=True,
+        )
         identify(
             folder,
             folder / "neurons.json",
-            top=TOP,
-            permutations=0,
-            bootstrap=0,
-            noise=0,
+            RankOptions(top=TOP, permutations=0, bootstrap=0, noise=0),
             quiet=True,
         )
         self.prompts = {p.id: p for p in read_prompts(prompts)}

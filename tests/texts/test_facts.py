@@ -23,6 +23,7 @@ from relneuron.texts.facts import (
     split_facts,
 )
 from relneuron.texts.neutral import read_sentences
+from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
 from tests.conftest import SHARED
 
@@ -181,7 +182,7 @@ def test_sentences_left_out_are_said_and_leave_no_empty_file(tmp_path: Path) -> 
     write(tmp_path, good(**POLISH, samples=samples))
     output = tmp_path / "out" / "prompts.jsonl"
     with pytest.warns(UserWarning, match="neutral sentences left out of capital: .*not in English"):
-        write_prompts(tmp_path, output, n_eva=1)
+        write_prompts(tmp_path, output, PromptsOptions(eva=1))
     assert not output.with_name("sentences.jsonl").exists()
     stage = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]["prompts"]
     assert stage["files"] == ["prompts.jsonl"]
@@ -270,7 +271,9 @@ def test_prompts_in_a_chat_template(tmp_path: Path) -> None:
     samples = [{"subject": f"s{i}", "object": "o"} for i in range(4)]
     write(tmp_path, good(samples=samples))
     output = tmp_path / "out" / "prompts.jsonl"
-    made = write_prompts(tmp_path, output, n_eva=1, chat=Chat("^<{role}>{text}<bot>", True))
+    made = write_prompts(
+        tmp_path, output, PromptsOptions(eva=1), chat=Chat("^<{role}>{text}<bot>", True)
+    )
     assert all(p.prompt == f"<user>{p.template.replace('{}', p.subject)}<bot>" for p in made)
     inputs = json.loads((tmp_path / "out" / "manifest.json").read_text())["stages"]["prompts"]
     assert len(inputs["inputs"]["chat_template"]) == 64
@@ -324,22 +327,22 @@ def test_prompts_of_other_languages_ask_the_same_eva_facts(fact_folder: Path) ->
 def test_write_prompts_round_trip_and_refusal(tmp_path: Path, fact_folder: Path) -> None:
     output = tmp_path / "prompts.jsonl"
     beside = tmp_path / "sentences.jsonl"
-    made = write_prompts(fact_folder, output, n_eva=8)
+    made = write_prompts(fact_folder, output, PromptsOptions(eva=8))
     assert read_prompts(output) == made
     assert len({prompt.id for prompt in made}) == len(made)
     before = {path: path.read_bytes() for path in (output, beside)}
     for path in (output, beside):
         with pytest.raises(RelneuronError, match=rf"{path.name} exists"):
-            write_prompts(fact_folder, output, n_eva=8)
+            write_prompts(fact_folder, output, PromptsOptions(eva=8))
         path.unlink()
-    write_prompts(fact_folder, output, n_eva=8, force=True)
+    write_prompts(fact_folder, output, PromptsOptions(eva=8), force=True)
     assert {path: path.read_bytes() for path in (output, beside)} == before
 
 
 def test_sentences_are_those_of_each_relation_and_stand_in_the_manifest(
     tmp_path: Path, fact_folder: Path
 ) -> None:
-    write_prompts(fact_folder, tmp_path / "prompts.jsonl", n_eva=8, seed=3)
+    write_prompts(fact_folder, tmp_path / "prompts.jsonl", PromptsOptions(eva=8, seed=3))
     relations = read_relations(fact_folder)
     wanted = [s for r in relations for s in make_sentences(r, n_eva=8, seed=3)]
     assert read_sentences(tmp_path / "sentences.jsonl") == wanted

@@ -19,13 +19,13 @@ from relneuron.analyses.study import read_study
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import page
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from relneuron.methods.responses.preview import warn_of_unknown
 from relneuron.model.gated import load_model, load_tokenizer
 from tests.kit.polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from tests.kit.studies import write_study
 
-OPTIONS = Options(eva=12, top=60, random_seeds=2, permutations=0, bootstrap=20, noise=200)
+OPTIONS = RunOptions(eva=12, top=60, random_seeds=2, permutations=0, bootstrap=20, noise=200)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -195,7 +195,7 @@ def test_neutral_and_concept_sentences_are_the_files_own_or_left_out(
             for sample in data["samples"]:
                 sample["subject"] += " SA"
         (tmp_path / path.name).write_text(json.dumps(data), encoding="utf-8")
-    options = Options(
+    options = RunOptions(
         **{**OPTIONS.__dict__, "analyses": ("concepts", "perplexity"), "random_seeds": 1}
     )
     run_study(str(model), tmp_path, tmp_path / "s", options, quiet=True)
@@ -216,7 +216,7 @@ def test_a_chat_template_is_asked_with_one_bos(facts: Path, model: Path, tmp_pat
     folder = tmp_path / "model"
     load_model(str(model)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    options = Options(**{**OPTIONS.__dict__, "chat_template": True, "random_seeds": 0})
+    options = RunOptions(**{**OPTIONS.__dict__, "chat_template": True, "random_seeds": 0})
     with pytest.warns(UserWarning):  # the model knows no such prompts
         run_study(str(folder), facts, tmp_path / "s", options, quiet=True)
     prompts = read_prompts(tmp_path / "s" / "prompts.jsonl")

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.generate import generate
+from relneuron.ablation.options import GenerateOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
+from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker, encode
 from tests.kit.hooked import read_rows
@@ -169,7 +171,7 @@ def test_eos_at_the_end_changes_nothing(tmp_path: Path) -> None:
         (out / "q.txt").write_text("Ada was born in\n<s>Bob was born in\n")
         generate(
             *("m", model, tokenizer, neurons, out / "q.txt", out / "said.jsonl"),
-            max_new_tokens=6,
+            GenerateOptions(max_new_tokens=6),
             quiet=True,
         )
         names = ["validated.csv", "responses.safetensors", "effects.csv", "said.jsonl"]
@@ -184,7 +186,14 @@ def test_a_first_token_that_is_no_bos_is_not_left_out(tmp_path: Path) -> None:
     tokenizer = byte_level([], "none")
     path = written(tmp_path, ENGLISH)
     with pytest.raises(RelneuronError, match="--exclude-bos") as error:
-        record("m", tiny_llama(tokenizer), tokenizer, path, tmp_path / "out", exclude_bos=True)
+        record(
+            "m",
+            tiny_llama(tokenizer),
+            tokenizer,
+            path,
+            tmp_path / "out",
+            RecordOptions(exclude_bos=True),
+        )
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
 
 

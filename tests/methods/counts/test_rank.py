@@ -17,7 +17,8 @@ from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.methods.counts.lape import activation_probability, lape
-from relneuron.methods.counts.rank import identify_counts, identify_counts_inputs
+from relneuron.methods.counts.rank import OPTIONS, identify_counts, identify_counts_inputs
+from tests.kit.counted import rank_counts
 
 MODEL = {"id": "tiny", "layers": 3, "width": 40, "hidden": 16}
 GROUPS = ["en", "zh", "a, b"]
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 def test_lape_sets_scores_and_manifest(folder: Path) -> None:
     output = folder / "neurons.json"
     rates = {"top_rate": 0.1, "filter_rate": 0.8, "bar_ratio": 0.7}
-    result = identify_counts(folder, output, **rates)
+    result = rank_counts(folder, output, **rates)
     counts = make_counts()
     p = activation_probability(counts.arrays["count.act"], counts.tokens)
     found = lape(p, **rates)
@@ -94,7 +95,7 @@ def test_lape_sets_scores_and_manifest(folder: Path) -> None:
 
 def test_the_same_call_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        identify_counts(folder, tmp_path / name / "neurons.json", top=9)
+        rank_counts(folder, tmp_path / name / "neurons.json", top=9)
     for file in ("neurons.json", "scores.safetensors", "manifest.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     described = Manifest(tmp_path / "a").data
@@ -105,7 +106,7 @@ def test_the_same_call_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["probability", "mean"])
 def test_baselines(folder: Path, method: str) -> None:
-    result = identify_counts(
+    result = rank_counts(
         folder, folder / "neurons.json", method=method, top_rate=0.05, precision="float64"
     )
     counts = make_counts()
@@ -120,7 +121,7 @@ def test_baselines(folder: Path, method: str) -> None:
 def test_random_sets(folder: Path) -> None:
     def draw(**options: Any) -> dict[str, Any]:
         path = folder / "neurons.json"
-        return identify_counts(folder, path, method="random", top=8, force=True, **options).sets
+        return rank_counts(folder, path, method="random", top=8, force=True, **options).sets
 
     sets = draw()
     assert draw() == sets != draw(seed=1)
@@ -131,16 +132,16 @@ def test_random_sets(folder: Path) -> None:
 
 
 def test_groups_are_a_part_in_the_order_given(folder: Path) -> None:
-    result = identify_counts(folder, folder / "neurons.json", groups=["a, b", "en"], top=7)
+    result = rank_counts(folder, folder / "neurons.json", groups=["a, b", "en"], top=7)
     counts = make_counts().take(["a, b", "en"])
     found = lape(activation_probability(counts.arrays["count.act"], counts.tokens), top=7)
     assert [*result.sets] == ["a, b", "en"]
     assert [len(chosen) for chosen in result.sets.values()] == [len(m) for m in found.members]
     with pytest.raises(RelneuronError, match="no group 'fr'") as caught:
-        identify_counts(folder, folder / "n.json", groups=["en", "fr"])
+        rank_counts(folder, folder / "n.json", groups=["en", "fr"])
     assert "en, zh" in caught.value.fix
     with pytest.raises(RelneuronError, match="'en' is given twice"):
-        identify_counts(folder, folder / "n.json", groups=["en", "en"])
+        rank_counts(folder, folder / "n.json", groups=["en", "en"])
 
 
 @pytest.mark.parametrize(
@@ -149,43 +150,43 @@ def test_groups_are_a_part_in_the_order_given(folder: Path) -> None:
 )
 def test_sites(tmp_path: Path, site: str, neuron_site: str, width: int) -> None:
     folder = write_folder(tmp_path / "c", make_counts(sites=("gate", "up", "product", "down")))
-    result = identify_counts(folder, folder / "neurons.json", site=site, top=6)
+    result = rank_counts(folder, folder / "neurons.json", site=site, top=6)
     neurons = [neuron for chosen in result.sets.values() for neuron in chosen]
     assert neurons and {neuron[1] for neuron in neurons} == {neuron_site}
     with safe_open(folder / "scores.safetensors", "numpy") as file:
         assert file.get_tensor(f"lape.{site}").shape == (3, width)
         assert file.get_tensor(f"probability.{site}").shape == (3, 3, width)
     with pytest.raises(RelneuronError, match="no counts of site 'act', only of gate, up"):
-        identify_counts(folder, folder / "n.json")
+        rank_counts(folder, folder / "n.json")
 
 
 def test_a_group_without_tokens_is_left_out(tmp_path: Path) -> None:
     counts = make_counts().take(["en", "empty", "zh"])
     folder = write_folder(tmp_path / "c", counts)
     with pytest.warns(UserWarning, match="'empty' has no token"):
-        result = identify_counts(folder, folder / "neurons.json", top=5)
+        result = rank_counts(folder, folder / "neurons.json", top=5)
     assert [*result.sets] == ["en", "zh"] and result.selection["left_out"] == ["empty"]
     two = ["en", "empty"]
     with (
         pytest.warns(UserWarning, match="'empty' has no token"),
         pytest.raises(RelneuronError, match="at least two groups with tokens, there is en"),
     ):
-        identify_counts(folder, folder / "n.json", groups=two)
+        rank_counts(folder, folder / "n.json", groups=two)
     with pytest.warns(UserWarning, match="'empty' has no token"):
-        one = identify_counts(folder, folder / "n.json", groups=two, method="probability", top=5)
+        one = rank_counts(folder, folder / "n.json", groups=two, method="probability", top=5)
     assert [*one.sets] == ["en"] and len(one.sets["en"]) == 5
     with pytest.raises(RelneuronError, match="no group with tokens"):
-        identify_counts(folder, folder / "m.json", groups=["empty"], method="random")
+        rank_counts(folder, folder / "m.json", groups=["empty"], method="random")
 
 
 def test_limits_that_are_not_there_are_null(folder: Path) -> None:
     path = folder / "neurons.json"
-    result = identify_counts(folder, path, filter_rate=0, bar_ratio=0, top=3)
+    result = rank_counts(folder, path, filter_rate=0, bar_ratio=0, top=3)
     assert result.selection["threshold"] is None and result.selection["bar"] is None
     assert [len(chosen) for chosen in result.sets.values()] == [3, 3, 3]
     assert result.selection["multiplicity"] == [0, 0, 3]
     assert "Infinity" not in path.read_text()
-    few = identify_counts(folder, path, filter_rate=1 - 1 / 360, top=9, force=True)
+    few = rank_counts(folder, path, filter_rate=1 - 1 / 360, top=9, force=True)
     assert few.selection["candidates"] == few.selection["chosen"] == 1
     assert "9 neurons were wanted, 1 pass the filter" in few.selection["reason"]
 
@@ -193,7 +194,6 @@ def test_limits_that_are_not_there_are_null(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "ap"}, "unknown method 'ap'"),
         ({"site": "attention"}, "unknown --site"),
         ({"precision": "float16"}, "unknown --precision"),
         ({"top": 0}, "--top must be at least 1"),
@@ -206,14 +206,16 @@ def test_limits_that_are_not_there_are_null(folder: Path) -> None:
 def test_options_that_are_refused(folder: Path, options: dict[str, Any], words: str) -> None:
     before = sorted(folder.iterdir())
     with pytest.raises(RelneuronError, match=words):
-        identify_counts(folder, folder / "neurons.json", **options)
+        rank_counts(folder, folder / "neurons.json", **options)
+    with pytest.raises(RelneuronError, match="unknown method 'ap'"):
+        identify_counts(folder, folder / "neurons.json", method="ap")
     assert sorted(folder.iterdir()) == before
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     def refused(folder: Path, words: str, **options: Any) -> None:
         with pytest.raises(RelneuronError, match=words):
-            identify_counts(folder, tmp_path / "out" / "neurons.json", **options)
+            rank_counts(folder, tmp_path / "out" / "neurons.json", **options)
         assert not (tmp_path / "out").exists()
 
     bare = tmp_path / "bare"
@@ -240,9 +242,9 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_choice_leaves_the_scores_of_the_first(folder: Path) -> None:
-    identify_counts(folder, folder / "neurons.json", top=3)
+    rank_counts(folder, folder / "neurons.json", top=3)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    result = identify_counts(folder, folder / "en.zh.json", groups=["en", "zh"], top=4)
+    result = rank_counts(folder, folder / "en.zh.json", groups=["en", "zh"], top=4)
     for name in ("neurons.json", "scores.safetensors", NAME):
         assert (folder / name).read_bytes() == before[name], name
     with safe_open(folder / "en.zh.scores.safetensors", "numpy") as file:
@@ -256,31 +258,29 @@ def test_a_second_choice_leaves_the_scores_of_the_first(folder: Path) -> None:
 
 def test_an_output_is_only_replaced_with_force(folder: Path) -> None:
     path = folder / "neurons.json"
-    identify_counts(folder, path, top=3)
+    rank_counts(folder, path, top=3)
     before = path.read_bytes()
     with pytest.raises(RelneuronError, match="exists"):
-        identify_counts(folder, path, top=4)
+        rank_counts(folder, path, top=4)
     assert path.read_bytes() == before
-    identify_counts(folder, path, top=4, force=True)
+    rank_counts(folder, path, top=4, force=True)
     assert path.read_bytes() != before
 
 
 def test_inputs_change_with_the_counts_and_the_options(folder: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "lape", "site": "act", "groups": None, "top": None}
-    options |= {"top_rate": 0.01, "filter_rate": 0.95, "bar_ratio": 0.95}
-    options |= {"precision": "float64", "seed": 0}
-    first = identify_counts_inputs(folder, **options)
-    assert identify_counts_inputs(folder, **options) == first
-    assert identify_counts_inputs(folder, **(options | {"bar_ratio": 0.9})) != first
-    # What a method does not take is none of its inputs.
-    assert identify_counts_inputs(folder, **(options | {"seed": 1})) == first
-    drawn = [
-        identify_counts_inputs(folder, **(options | {"method": "random", "seed": seed}))
-        for seed in (0, 1)
-    ]
-    assert drawn[0] != drawn[1] and drawn[0]["bar_ratio"] is None
+    def inputs(folder: Path, method: str = "lape", **asked: Any) -> Any:
+        return identify_counts_inputs(folder, method, OPTIONS[method](**asked))
+
+    first = inputs(folder, precision="float64")
+    assert inputs(folder, precision="float64") == first
+    assert inputs(folder, precision="float64", bar_ratio=0.9) != first
+    # What a method does not take is none of its inputs, nor what does nothing.
+    assert "seed" not in first
+    assert inputs(folder, top=3, top_rate=0.5) == inputs(folder, top=3)
+    drawn = [inputs(folder, "random", seed=seed) for seed in (0, 1)]
+    assert drawn[0] != drawn[1] and "bar_ratio" not in drawn[0]
     other = write_folder(tmp_path / "other", make_counts(seed=1))
-    assert identify_counts_inputs(other, **options) != first
+    assert inputs(other, precision="float64") != first
 
 
 def test_nothing_is_written_beside_a_manifest_of_another_version(
@@ -290,5 +290,5 @@ def test_nothing_is_written_beside_a_manifest_of_another_version(
     other.mkdir()
     (other / "manifest.json").write_text('{"schema": "relneuron.study/9"}')
     with pytest.raises(RelneuronError, match="has the schema"):
-        identify_counts(folder, other / "neurons.json", top=3)
+        rank_counts(folder, other / "neurons.json", top=3)
     assert [path.name for path in other.iterdir()] == ["manifest.json"]

@@ -18,7 +18,6 @@ from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import sha256
 from relneuron.artifact.manifest import Manifest
 from relneuron.cli.pages import render, write_report
-from relneuron.methods.counts.rank import identify_counts
 from relneuron.methods.counts.report import amount
 from relneuron.methods.counts.study import read_group_study
 from relneuron.methods.counts.tables import group_tables
@@ -33,6 +32,7 @@ from tests.kit.corpus_studies import (
     text_of,
     write_corpus_study,
 )
+from tests.kit.counted import rank_counts
 from tests.kit.studies import Page
 
 
@@ -276,7 +276,7 @@ def read_study(folder: Path) -> Path:
     manifest = Manifest(folder)
     manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"])
     rates = {"filter_rate": 0.8, "bar_ratio": 0.8}
-    identify_counts(folder, folder / "neurons.json", top=30, force=True, **rates)
+    rank_counts(folder, folder / "neurons.json", top=30, force=True, **rates)
     finish_nll(folder)
     return folder
 
@@ -302,13 +302,13 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     check_parts(write_corpus_study(tmp_path / "no stages"), **whole)
 
     again = read_study(tmp_path / "identified anew")
-    identify_counts(again, again / "neurons.json", method="random", top=9, force=True)
+    rank_counts(again, again / "neurons.json", method="random", top=9, force=True)
     check_parts(again, **(whole | {"nll": False}))
     finish_nll(again)
     check_parts(again, **whole)
 
     second = read_study(tmp_path / "second file")
-    identify_counts(second, second / "x.json", method="random", top=9)
+    rank_counts(second, second / "x.json", method="random", top=9)
     check_parts(second, neurons=False, scores=False, nll=False)
 
     counted = read_study(tmp_path / "counted anew")

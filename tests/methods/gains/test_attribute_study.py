@@ -22,14 +22,14 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import commands, read_any, render
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
+from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.gated import load_model, load_tokenizer
 from tests.kit.hooked import read_rows
 
-OPTIONS = Options(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
+OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}
 NEW = {"targets.csv", "attributions.csv", "promoted.csv", "gains.safetensors"}

@@ -21,11 +21,13 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.demo import FACTS
 from relneuron.methods.responses.concepts import concept_study
+from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.gated import load_model, load_tokenizer
 from relneuron.texts.concepts import make_concept_prompts
 from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
+from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
 
 
@@ -138,12 +140,17 @@ def test_a_recording_without_answers_has_the_same_bits(
     loaded: tuple[Any, Any], fact_folder: Path, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    write_prompts(fact_folder, prompts, n_eva=8)
+    write_prompts(fact_folder, prompts, PromptsOptions(eva=8))
     recorded = {}
     for validate in (True, False):
         folder = tmp_path / str(validate)
         accuracy = record(
-            "m", *loaded, prompts, folder, validate=validate, batch_tokens=200, quiet=True
+            "m",
+            *loaded,
+            prompts,
+            folder,
+            RecordOptions(validate=validate, batch_tokens=200),
+            quiet=True,
         )
         assert accuracy is None or validate
         recorded[validate] = (folder / "responses.safetensors").read_bytes()
@@ -180,7 +187,9 @@ def test_without_answers_the_model_runs_once_a_batch_and_objects_are_not_read(
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
 
-    record("m", model, Reading(), path, tmp_path / "read", validate=False, quiet=True)
+    record(
+        "m", model, Reading(), path, tmp_path / "read", RecordOptions(validate=False), quiet=True
+    )
     model_inputs.remove()
     assert texts == [prompt.prompt for prompt in prompts]
     assert [rows for rows, _ in shapes] == [len(prompts)]
@@ -191,8 +200,8 @@ def test_responses_that_are_gone_are_recorded_again(
 ) -> None:
     """A killed run's journal counts on rows of responses.safetensors."""
     prompts = tmp_path / "prompts.jsonl"
-    write_prompts(fact_folder, prompts, n_eva=8)
-    record("m", *loaded, prompts, tmp_path / "whole", batch_tokens=200, quiet=True)
+    write_prompts(fact_folder, prompts, PromptsOptions(eva=8))
+    record("m", *loaded, prompts, tmp_path / "whole", RecordOptions(batch_tokens=200), quiet=True)
     ask, asked = Asker.ask, []
 
     def failing(self: Asker, *args: Any) -> Any:
@@ -204,11 +213,11 @@ def test_responses_that_are_gone_are_recorded_again(
     folder = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Asker, "ask", failing)
-        record("m", *loaded, prompts, folder, batch_tokens=200, quiet=True)
+        record("m", *loaded, prompts, folder, RecordOptions(batch_tokens=200), quiet=True)
     assert (folder / "record.journal").read_bytes().count(b"key") == 4
     (folder / "responses.safetensors").unlink()
     with pytest.warns(match="3 of 4 blocks are done again"):  # one asked no det prompt
-        record("m", *loaded, prompts, folder, batch_tokens=200, quiet=True)
+        record("m", *loaded, prompts, folder, RecordOptions(batch_tokens=200), quiet=True)
     name = "responses.safetensors"
     assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

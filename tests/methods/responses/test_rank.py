@@ -20,7 +20,8 @@ from relneuron.artifact.files import RelneuronError, csv_bytes
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.responses import significance
 from relneuron.methods.responses.labels import sample_labels, why_unranked
-from relneuron.methods.responses.rank import check_options, identify
+from relneuron.methods.responses.options import RankOptions
+from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.significance import resamples, seed_of, shuffled_labels
 
 SHAPE = {"layers": 2, "width": 40, "hidden": 20}
@@ -65,7 +66,7 @@ def write_record(folder: Path, known: tuple[str, ...] = ("a", "b", "noise")) -> 
 def run(folder: Path, **options: Any) -> tuple[Any, list[dict[str, str]]]:
     """identify's neuron file and the rows of significance.csv; fewer draws than usual."""
     few = {"permutations": 200, "bootstrap": 100, "noise": 20_000} | options
-    result = identify(folder, folder / "neurons.json", force=True, quiet=True, **few)
+    result = identify(folder, folder / "neurons.json", RankOptions(**few), force=True, quiet=True)
     with (folder / "significance.csv").open(newline="") as file:
         return result, list(csv.DictReader(file))
 
@@ -195,15 +196,15 @@ def test_responses_that_are_not_finite_are_named(tmp_path: Path, value: float) -
     ("options", "cause"),
     [
         ({"top": 5, "fdr": 0.05}, "--top and --fdr"),
-        ({"fdr": 0.0}, "between 0 and 1"),
-        ({"fdr": 1.0}, "between 0 and 1"),
-        ({"fdr": float("nan")}, "between 0 and 1"),
+        ({"fdr": 0.0}, "above 0 and below 1"),
+        ({"fdr": 1.0}, "above 0 and below 1"),
+        ({"fdr": float("nan")}, "--fdr nan is not finite"),
         ({"fdr": 0.05, "noise": 0}, "more columns of noise"),
         ({"fdr": 0.05, "noise": 18}, "more columns of noise"),
         ({"permutations": -1}, "--permutations"),
         ({"bootstrap": -1}, "--bootstrap"),
         ({"noise": -1}, "--noise"),
-        ({"ends": "middle"}, "unknown ends 'middle'"),
+        ({"ends": "middle"}, "unknown --ends 'middle'"),
         ({"ends": "both", "fdr": 0.05}, "--fdr chooses among the highest scores"),
     ],
 )
@@ -211,9 +212,9 @@ def test_options_that_cannot_be(options: dict[str, Any], cause: str) -> None:
     defaults: dict[str, Any] = {"top": None, "fdr": None}
     defaults |= {"permutations": 10, "bootstrap": 10, "noise": 1000}
     with pytest.raises(RelneuronError, match=cause) as error:
-        check_options("ap", **(defaults | options))
+        RankOptions(**(defaults | options))
     assert error.value.exit_code == 2
-    check_options("ap", **(defaults | {"fdr": 0.05, "noise": 19}))
+    RankOptions(**(defaults | {"fdr": 0.05, "noise": 19}))
 
 
 def test_both_ends_of_the_ranking(tmp_path: Path) -> None:
