@@ -318,7 +318,7 @@ def gain_study(
         if not Manifest(folder).is_done("prompts", inputs, force=force):
             with writing("prompts", folder, [prompts]):
                 atomic_write(prompts, data)
-                Manifest(folder).finish("prompts", inputs, [prompts])
+                Manifest(folder).finish("prompts", inputs, [prompts], reads=[])
         if are_dropped(folder):
             inputs = identify_gains_inputs(folder, **chosen)
             if not Manifest(folder).is_done("identify", inputs, force=force):
@@ -350,11 +350,13 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
     known = dict.fromkeys((*INPUTS, *GROUP_INPUTS, *ATTRIBUTION_INPUTS))
     names = [name for name in known if name != "manifest.json" and (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names}
-    if resume and manifest.is_done("report", inputs, force=force):
+    before = manifest.data["stages"].get("report", {}).get("inputs")
+    if resume and before == inputs and manifest.is_done("report", inputs, force=force):
         return output
 
     def finish(tables: list[Path]) -> None:
         if output.parent == folder:
-            Manifest(folder).finish("report", inputs, [output, *sorted(tables)])
+            made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
+            Manifest(folder).finish("report", inputs, made, reads=reads)
 
     return write_report(folder, output, force=force or resume, finish=finish)
