@@ -19,6 +19,7 @@ from conftest import tiny_model
 from relneuron.ablation.rows import Off, batch_masks, head_places, intervene, masked, off
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
+from relneuron.model.batches import SENTENCES, Budget
 from relneuron.model.stream import ResidualModel, read_residual_model
 
 VOCABULARY, WIDTH, HEADS_WIDTH, N_LAYERS = 96, 48, 32, 3
@@ -330,6 +331,34 @@ def test_out_of_memory_names_smaller_batches(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(residual.model, "forward", full)
+    asked: Any = (residual, [[5, 6]] * 4, [3] * 4, [[off()] * 4])
     with pytest.raises(RelneuronError, match="out of memory with 4 sentences") as error:
-        intervene(residual, [[5, 6]] * 4, [3] * 4, [[off()] * 4], batch_tokens=8)
-    assert error.value.fix == "use --batch-tokens 4"
+        intervene(*asked, batch_tokens=8, budget=Budget(8, "error", what=SENTENCES))
+    assert error.value.fix == "use --batch-tokens 4, or --oom split"
+    with (
+        pytest.warns(UserWarning, match="out of memory with . sentences of together"),
+        pytest.raises(RelneuronError, match="out of memory with 1 sentences of together 2"),
+    ):
+        intervene(*asked, batch_tokens=8)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_out_of_memory_halves_the_batches_and_changes_no_answer(
+    residual: ResidualModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, targets = sentences(12)
+    conditions = [[off()] * 12, random_offs(12, 10, 3)]
+    whole = intervene(residual, ids, targets, conditions, batch_tokens=64)
+    true = residual.model.forward
+
+    def small(*args: Any, **more: Any) -> Any:
+        if more["input_ids"].numel() > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(*args, **more)
+
+    monkeypatch.setattr(residual.model, "forward", small)
+    budget = Budget(64, what=SENTENCES)
+    halved = intervene(residual, ids, targets, conditions, batch_tokens=64, budget=budget)
+    assert budget.tokens <= 20 and budget.notices
+    assert np.array_equal(halved.rank, whole.rank)
+    assert np.abs(halved.logprob - whole.logprob).max() < 1e-5

@@ -37,6 +37,7 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Questions, Step, cache_of, encode
+from relneuron.model.batches import check_oom
 from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.patch import Patch, check_canary
@@ -277,8 +278,7 @@ def generate(
     decoding = Decoding(max_new_tokens, float(repetition_penalty), tuple(stop))
     if batch_tokens < 1:
         raise RelneuronError(f"--batch-tokens {batch_tokens} is not positive", "use 8192, say", 2)
-    if oom not in ("split", "error"):
-        raise RelneuronError(f"unknown oom {oom!r}", "use split, error", 2)
+    check_oom(oom)
     journal_path = output.with_name(f"{output.name}.journal")
     refuse_overwrite(output, force or journal_path.exists())
     neurons = NeuronFile.read(checked(neurons_path))

@@ -42,7 +42,8 @@ from relneuron.artifact.manifest import (
     versions,
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
-from relneuron.model.ask import Step, is_out_of_memory
+from relneuron.model.ask import Step
+from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import (
     describe_model,
     fallbacks,
@@ -341,10 +342,7 @@ def nll(
     check_canary(model, mlps, scorer.short, backend)
     with locked(folder):
         journal = Journal(folder / "nll.journal", inputs)
-        # An evaluator asks for no more than the device of who answers.
-        evaluator = Evaluator(
-            cast(Any, scorer), mlps, plan, journal, How(), batch_tokens, backend, oom
-        )
+        evaluator = Evaluator(scorer, mlps, plan, journal, How(), batch_tokens, backend, oom)
         first = same_ablation(plan, How())
         rows = [Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))]
         lengths = [len(ids) - 1 for ids in texts.ids]

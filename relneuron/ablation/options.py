@@ -15,13 +15,14 @@ import numpy as np
 
 from relneuron.ablation.conditions import ANALYSES, Ablation, scores_beside
 from relneuron.ablation.evaluate import MODES as PLAIN
-from relneuron.ablation.evaluate import OOM, POSITIONS, How
+from relneuron.ablation.evaluate import POSITIONS, How
 from relneuron.ablation.expertise import FORCED, forced_values
 from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.manifest import checked, same_model
 from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
+from relneuron.model.batches import OOM
 from relneuron.model.identity import tokenizer_digest
 
 MODES = (*PLAIN, *FORCED)

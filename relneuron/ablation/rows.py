@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
-from relneuron.model.ask import is_out_of_memory
+from relneuron.model.batches import SENTENCES, Budget, cut, pad
 from relneuron.model.stream_layers import ResidualModel
 
 Places = NDArray[np.int64]
@@ -251,6 +251,7 @@ def intervene(
     conditions: Sequence[Sequence[Off]],
     *,
     batch_tokens: int,
+    budget: Budget | None = None,
     journal: Journal | None = None,
     advance: Callable[[int], object] = _ignore,
 ) -> Answered:
@@ -260,10 +261,11 @@ def intervene(
     of each sentence. The rows of a batch, at most `batch_tokens` with their padding (on a CPU also
     at most CPU_TOKENS), are of any sentences and conditions of about the same length; each has its
     own neurons off. Finished batches stand in the `journal`, and are not run again. `advance` hears
-    of rows that are done.
+    of rows that are done. `budget` is of the forwards that a batch is run in: by default one, and
+    smaller ones when memory runs out.
 
-    Raises RelneuronError for a place that the model does not have, for logits that are not finite
-    and when memory runs out.
+    Raises RelneuronError for a place that the model does not have and for logits that are not
+    finite.
     """
     n = len(ids)
     if len(targets) != n or any(len(offs) != n for offs in conditions):
@@ -280,15 +282,23 @@ def intervene(
     )
     if residual.unembed.is_cpu:
         batch_tokens = min(batch_tokens, CPU_TOKENS)
-    for number, batch in enumerate(_batches(rows, ids, batch_tokens)):
+    budget = budget or Budget(batch_tokens, what=SENTENCES)
+
+    def length(row: tuple[int, int]) -> int:
+        return len(ids[row[1]])
+
+    def ask(part: list[tuple[int, int]]) -> list[list[float]]:
+        return _ask(
+            residual,
+            [ids[s] for _, s in part],
+            [targets[s] for _, s in part],
+            [conditions[c][s] for c, s in part],
+        )
+
+    for number, batch in enumerate(cut(rows, length, batch_tokens)):
         key = f"intervene {number}"
         if journal is None or key not in journal.done:
-            said = _ask(
-                residual,
-                [ids[s] for _, s in batch],
-                [targets[s] for _, s in batch],
-                [conditions[c][s] for c, s in batch],
-            )
+            said = budget.run(batch, length, ask)
             if journal is not None:
                 journal.add(key, said)
         else:
@@ -311,35 +321,14 @@ def _check_places(residual: ResidualModel, off: Off) -> None:
             )
 
 
-def _batches(
-    rows: Sequence[tuple[int, int]], ids: Sequence[Sequence[int]], batch_tokens: int
-) -> list[list[tuple[int, int]]]:
-    """Rows in their order, which is by length, in batches of at most `batch_tokens` padded."""
-    batches: list[list[tuple[int, int]]] = []
-    for row in rows:
-        if not batches or (len(batches[-1]) + 1) * len(ids[row[1]]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
 def _ask(
     residual: ResidualModel,
     ids: Sequence[Sequence[int]],
     targets: Sequence[int],
     offs: Sequence[Off],
 ) -> list[list[float]]:
-    """[rank, prob, logprob] of each row of one batch."""
-    try:
-        logits = _last_logits(residual, ids, offs)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        tokens = len(ids) * max(map(len, ids))
-        raise RelneuronError(
-            f"out of memory with {len(ids)} sentences of together {tokens} tokens",
-            f"use --batch-tokens {max(1, tokens // 2)}",
-        ) from error
+    """[rank, prob, logprob] of each row of one forward."""
+    logits = _last_logits(residual, ids, offs)
     wanted = torch.tensor(targets, device=logits.device)[:, None]
     own = logits.gather(1, wanted)
     logprob = logits.log_softmax(-1).gather(1, wanted)[:, 0].double()
@@ -357,13 +346,7 @@ def _last_logits(
 ) -> Tensor:
     """(E, V) float32 (float64 of a float64 model) logits of the last position, neurons off."""
     model, device = residual.model, residual.unembed.device
-    longest = max(map(len, ids))
-    tokens = torch.zeros(len(ids), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, line in enumerate(ids):
-        tokens[row, longest - len(line) :] = torch.tensor(line)
-        mask[row, longest - len(line) :] = 1
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens, mask = pad(ids, device)
     takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     with masked(residual, *batch_masks(residual, offs), last_only=True) as masks:
         out = model(

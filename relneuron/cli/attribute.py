@@ -86,6 +86,7 @@ def attribute(
     ] = _DEFAULT.intervene,
     random_seeds: take.RandomSeeds = _DEFAULT.random_seeds,
     batch_tokens: take.BatchTokens = _DEFAULT.batch_tokens,
+    oom: take.Oom = _DEFAULT.oom,
     dtype: take.Dtype = None,
     device: take.Device = None,
     revision: take.Revision = None,
@@ -122,6 +123,7 @@ def attribute(
         intervene=intervene,
         random_seeds=random_seeds,
         batch_tokens=batch_tokens,
+        oom=oom,
         format=format,
     )
     options.check_installed()

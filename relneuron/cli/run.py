@@ -198,6 +198,7 @@ def run_study(
                 folder,
                 **pooled,
                 attention=o.attention,
+                oom=o.oom,
                 backend=o.backend,
                 force=True,
                 quiet=quiet,
@@ -230,6 +231,7 @@ def run_study(
                 batch_tokens=o.batch_tokens,
                 pooling=o.pooling,
                 exclude_bos=o.exclude_bos,
+                oom=o.oom,
                 drop_responses=o.drop_responses,
                 backend=o.backend,
                 force=force,
@@ -242,6 +244,7 @@ def run_study(
                 tokenizer,
                 folder,
                 batch_tokens=o.batch_tokens,
+                oom=o.oom,
                 drop=o.drop_responses,
                 backend=o.backend,
                 force=force,
@@ -305,6 +308,7 @@ def gain_study(
     study: Path,
     *,
     batch_tokens: int = 4096,
+    oom: str = "split",
     drop: bool = False,
     backend: str = "auto",
     force: bool = False,
@@ -329,7 +333,7 @@ def gain_study(
     chosen: dict[str, Any] = {"kept_only": False}
     chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
     options = AttributeOptions(
-        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens
+        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens, oom=oom
     )
     folder = study / "attribution"
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"

@@ -31,6 +31,7 @@ QUERY_OF = ("attention", "ffn")
 KEEP = ("all", "known")
 TARGETS = ("answer", "prediction")
 FORMATS = ("csv", "parquet")
+OOM = ("split", "error")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class AttributeOptions:
     LayerNorm, `center_keys` centres them, which the published GPT-2 notebook does not. `strict`
     refuses answers of several tokens. `keep` "known" scores only sentences whose answer the model
     knows (methods B7). `compare` zeroes the best `intervene` neurons of each method in the known
-    sentences, and random ones.
+    sentences, and random ones. `oom`: out of memory halves the batches from there on ("split") or
+    ends the stage ("error").
     """
 
     splits: Sequence[str] = ()
@@ -69,6 +71,7 @@ class AttributeOptions:
     intervene: int = 10
     random_seeds: int = 3
     batch_tokens: int = 2048
+    oom: str = "split"
     format: str = "csv"
 
     def __post_init__(self) -> None:
@@ -80,6 +83,7 @@ class AttributeOptions:
             ("query-of", self.query_of, QUERY_OF),
             ("keep", self.keep, KEEP),
             ("format", self.format, FORMATS),
+            ("oom", self.oom, OOM),
         ):
             if value not in known:
                 raise RelneuronError(f"unknown {what} {value!r}", f"use {', '.join(known)}", 2)
@@ -121,6 +125,7 @@ def attribute_inputs(
     asked = {
         name: list(value) if isinstance(value, tuple | list) else value
         for name, value in asdict(options).items()
+        if name != "oom"
     }
     # What does nothing without another option is none of the inputs.
     queries = options.compare or {*options.kinds} & {*QUERY_KINDS}

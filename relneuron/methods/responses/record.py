@@ -39,7 +39,8 @@ from relneuron.artifact.manifest import (
 from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
-from relneuron.model.ask import Asker, Questions, Step, encode, is_correct, plan_batches
+from relneuron.model.ask import Asker, Questions, Step, encode, is_correct
+from relneuron.model.batches import Budget, check_oom, plan_batches
 from relneuron.model.gated import (
     GatedMLP,
     describe_model,
@@ -172,6 +173,7 @@ def _ask_all(
     journal: Journal,
     *,
     batches: Sequence[Sequence[int]],
+    budget: Budget,
     pooling: dict[str, Any],
     validate: bool,
     backend: str,
@@ -191,22 +193,27 @@ def _ask_all(
                 ids = step.rows.int()
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
-        for number, rows in enumerate(batches):
-            if str(number) not in journal.done:
-                for state in patch.states if responses.wants(rows) else []:
-                    state.responses = responses.new_sums(len(rows), asker.device)
-                predictions = [""] * len(rows)
+        def ask(rows: list[int]) -> list[str]:
+            for state in patch.states if responses.wants(rows) else []:
+                state.responses = responses.new_sums(len(rows), asker.device)
+            try:
                 if validate:
-                    predictions = asker.ask(asked, rows, pool_the_prompt).predictions
+                    said = asker.ask(asked, rows, pool_the_prompt).predictions
                 else:
                     asker.read(questions, rows, pool_the_prompt)
+                    said = [""] * len(rows)
                 for layer, state in enumerate(patch.states):
                     if state.responses is not None:
                         responses.store(layer, state.responses, rows)
+            finally:
+                for state in patch.states:
                     state.responses = None
-                journal.add(
-                    str(number), {"predictions": predictions, "rows": responses.digest(rows)}
-                )
+            return said
+
+        for number, rows in enumerate(batches):
+            if str(number) not in journal.done:
+                said = budget.run(rows, questions.length, ask)
+                journal.add(str(number), {"predictions": said, "rows": responses.digest(rows)})
             bar.update(len(rows))
 
 
@@ -223,6 +230,7 @@ def record(
     accept_object_prefix: bool = False,
     attention: bool = False,
     validate: bool = True,
+    oom: str = "split",
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -242,6 +250,7 @@ def record(
     one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
     """
     check_pooling(pooling)
+    check_oom(oom)
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(checked(prompts_path))
@@ -294,12 +303,14 @@ def record(
         journal.before_commit = responses.flush
         journal.redo(
             [
-                key
-                for key, noted in journal.done.items()
-                if noted["rows"] != responses.digest(batches[int(key)])
+                str(number)
+                for number, rows in enumerate(batches)
+                if str(number) in journal.done
+                and journal.done[str(number)]["rows"] != responses.digest(rows)
             ],
             f"rows of {path.name} are not as they were written",
         )
+        budget = Budget(batch_tokens, oom, journal)
         _ask_all(
             Asker(model, tokenizer),
             mlps,
@@ -307,6 +318,7 @@ def record(
             responses,
             journal,
             batches=batches,
+            budget=budget,
             pooling={"pooling": pooling, "exclude_bos": exclude_bos},
             validate=validate,
             backend=backend,
@@ -350,7 +362,7 @@ def record(
                 "responses_on_disk_bytes": responses.n_bytes,
                 "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
             },
-            fallbacks=fallbacks(described) + questions.notices,
+            fallbacks=fallbacks(described) + questions.notices + budget.notices,
         )
         made_by = command(
             "record",
