@@ -22,7 +22,7 @@ from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import cache_of
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.prompts import write_prompts
 
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}

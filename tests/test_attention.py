@@ -25,8 +25,8 @@ from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile, site_widths
 from relneuron.artifact.ranking import n_neurons, random_neurons, site_of
-from relneuron.model.attention import find_projections
 from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.layers import find_projections
 from relneuron.model.patch import mask_states
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")

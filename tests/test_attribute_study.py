@@ -28,7 +28,7 @@ from relneuron.cli.settings import Options
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 
 OPTIONS = Options(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)

@@ -21,7 +21,7 @@ from relneuron.artifact.manifest import Journal
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.prompts import write_prompts
 
 

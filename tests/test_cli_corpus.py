@@ -31,7 +31,7 @@ from hooked import one_thread
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

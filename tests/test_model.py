@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, inspect_layers
+from relneuron.model.gated import GatedMLP, find_gated_mlps, inspect_layers
+from relneuron.model.load import describe_model
 from relneuron.model.patch import (
     LayerState,
     Patch,

@@ -24,7 +24,7 @@ from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal, Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 48, 32, 96

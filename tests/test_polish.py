@@ -23,7 +23,7 @@ from relneuron.cli.pages import page
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import Options
 from relneuron.methods.responses.preview import warn_of_unknown
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 
 OPTIONS = Options(eva=12, top=60, random_seeds=2, permutations=0, bootstrap=20, noise=200)
 

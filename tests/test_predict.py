@@ -21,7 +21,8 @@ from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
 from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_correct
 from relneuron.model.batches import plan_batches
-from relneuron.model.gated import find_gated_mlps, load_model
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.load import load_model
 from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
 
 

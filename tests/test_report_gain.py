@@ -32,7 +32,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import render, write_report
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import Options
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.tables import label
 
 GAIN_SETS: dict[str, list[list[Any]]] = {

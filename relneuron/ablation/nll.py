@@ -44,13 +44,9 @@ from relneuron.artifact.manifest import (
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
 from relneuron.model.ask import Step
 from relneuron.model.batches import is_out_of_memory
-from relneuron.model.gated import (
-    describe_model,
-    fallbacks,
-    find_gated_mlps,
-    model_shape,
-)
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import check_canary
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (

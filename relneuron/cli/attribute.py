@@ -101,7 +101,7 @@ def attribute(
     Goes on where it stopped.
     """
     from relneuron.methods.gains.attribute import attribute as attribute_stage
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
     from relneuron.texts.knowledge import read_knowledge
 
     options = AttributeOptions(

@@ -27,7 +27,7 @@ def bench(
 
     from relneuron.artifact.manifest import locked
     from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
-    from relneuron.model.gated import choose_device
+    from relneuron.model.load import choose_device
 
     suite = "quick" if quick else "full" if full else "usual"
     sizes = [part.strip() for part in tokens.split(",") if part.strip()]

@@ -316,7 +316,7 @@ def _load(
     model: str, dtype: str | None, device: str | None, revision: str | None, *, needs_text: bool
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; without text to read it may lack one."""
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
 
     loaded = load_model(model, revision=revision, dtype=dtype, device=device)
     try:

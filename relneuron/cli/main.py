@@ -191,7 +191,7 @@ def prompts(
     debug: take.Debug = False,
 ) -> None:
     """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
-    from relneuron.model.gated import load_tokenizer
+    from relneuron.model.load import load_tokenizer
     from relneuron.texts.prompts import write_prompts
 
     chat = load_tokenizer(chat_template) if chat_template else None
@@ -341,7 +341,7 @@ def doctor(
 ) -> None:
     """What works on this machine, and for this model, and why not."""
     from relneuron.cli.doctor import machine_report, model_report
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
     from relneuron.texts.tokens import policy_text
 
     print_rows(machine_report())
@@ -368,7 +368,7 @@ app.command("import", cls=Command)(import_files)
 def _load(
     model: str, dtype: str | None, device: str | None, revision: str | None
 ) -> tuple[Any, Any]:
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
 
     loaded = load_model(model, revision=revision, dtype=dtype, device=device)
     return loaded, load_tokenizer(model, revision=revision)

@@ -45,14 +45,9 @@ from relneuron.methods.responses.rank import (
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.ask import Asker, encode
 from relneuron.model.clock import Clock
-from relneuron.model.gated import (
-    describe_model,
-    find_gated_mlps,
-    load_model,
-    load_tokenizer,
-    model_shape,
-)
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
+from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.stream import read_residual_model
 from relneuron.report.results import INPUTS
 from relneuron.texts.concepts import concept_subjects

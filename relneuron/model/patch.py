@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
-from relneuron.model.attention import Projection
 from relneuron.model.gated import GatedMLP, model_shape
-from relneuron.model.hooks import has_hooks
+from relneuron.model.layers import Projection, has_hooks
 from relneuron.ops.tensors import is_plain
 
 _ABSENT = object()

@@ -30,8 +30,9 @@ from relneuron.methods.counts.checkpoint import (
 from relneuron.methods.counts.counter import Counter, Speed, check_boundaries
 from relneuron.methods.counts.ranks import Ranks, joined
 from relneuron.model.batches import Budget, cut
-from relneuron.model.gated import describe_model, fallbacks, find_gated_mlps
+from relneuron.model.gated import find_gated_mlps
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,

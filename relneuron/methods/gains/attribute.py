@@ -60,7 +60,7 @@ from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unp
 from relneuron.methods.gains.targets import encode_targets
 from relneuron.model.ask import Questions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
-from relneuron.model.gated import describe_model, fallbacks
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.stream import read_residual_model
 from relneuron.model.stream_layers import ResidualModel
 from relneuron.model.trace import trace

@@ -41,14 +41,9 @@ from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.model.ask import Asker, Questions, Step, encode, is_correct
 from relneuron.model.batches import Budget, check_oom, plan_batches
-from relneuron.model.gated import (
-    GatedMLP,
-    describe_model,
-    fallbacks,
-    find_gated_mlps,
-    model_shape,
-)
+from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
 from relneuron.texts.tokens import check_bos, policy_text
 
