@@ -27,7 +27,7 @@ from relneuron.artifact.neurons import NeuronFile, site_widths
 from relneuron.artifact.ranking import n_neurons, random_neurons, site_of
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
-from relneuron.model.patch import mask_states
+from relneuron.model.states import mask_states
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")
 WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.gated import find_gated_mlps, inspect_layers
-from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
+from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.states import LayerState, Tokens
 
 B, T, WIDTH, LAYERS = 2, 7, 48, 3
 NEURONS = [(0, "gate", 3), (1, "up", 40), (1, "gate", 40), (2, "down", 31)]

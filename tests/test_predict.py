@@ -23,7 +23,8 @@ from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_corr
 from relneuron.model.batches import plan_batches
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model
-from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Tokens, mask_states
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from relneuron.artifact.ranking import n_neurons
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
 from relneuron.model.gated import GatedMLP, model_shape
-from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, pack_keep
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 
 MODES = ("zero", "mean", "scale")
 POSITIONS = ("all", "prompt", "last")

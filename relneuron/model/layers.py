@@ -110,13 +110,22 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Projection:
-    """The outputs `start` to `start + width` of a linear map: q, k, v or o of one layer."""
+    """A site: the outputs `start` to `start + width` of a linear map, or as many of its inputs."""
 
     site: str
     path: str
     module: nn.Module
     start: int
     width: int
+    of_input: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One layer's MLP, of any kind, and the linear maps whose neurons a patch may change."""
+
+    module: nn.Module
+    projections: tuple[Projection, ...]
 
 
 def find_projections(path: str, layer: nn.Module) -> tuple[Projection, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.layers import Unfound, decoder_layers
+from relneuron.model.layers import Parts, Projection, Unfound, decoder_layers
 
 QUERY_KEYS = ("gate", "up", "down")
 
@@ -103,6 +103,17 @@ class ResidualLayer:
     def attention_values(self) -> Tensor:
         """(H * d_h, D): the value vector of each head's coordinates, a view of the weight."""
         return matrix(self.out).T
+
+    def parts(self) -> Parts:
+        """Its neurons as a patch zeroes them: `ffn`, inputs of `down`; `attention`, of `out`."""
+        maps = {"ffn": self.down, "attention": self.out}
+        return Parts(
+            self.mlp,
+            tuple(
+                Projection(site, self.path, module, 0, matrix(module).shape[1], of_input=True)
+                for site, module in maps.items()
+            ),
+        )
 
     def ffn_keys(self, key: str, index: Tensor, *, center: bool = True) -> Tensor:
         """(n, D) float64: the key q (.) gain of FFN neurons `index` (n,) int64, in methods B4.

@@ -44,7 +44,8 @@ from relneuron.model.batches import Budget, check_oom, plan_batches
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
+from relneuron.model.patch import Patch, check_canary
+from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
 
 POOLING = ("mean", "last")
