@@ -25,8 +25,6 @@ from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 
-MODES = ("zero", "mean", "scale")
-POSITIONS = ("all", "prompt", "last")
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 
 

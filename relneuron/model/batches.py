@@ -25,15 +25,8 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 Said = TypeVar("Said")
 
-OOM = ("split", "error")
 PROMPTS = "{n} prompts of together {tokens} tokens"
 SENTENCES = "{n} sentences of together {tokens} tokens"
-
-
-def check_oom(oom: str) -> None:
-    """Refuse an unknown way to meet the end of memory."""
-    if oom not in OOM:
-        raise RelneuronError(f"unknown oom {oom!r}", f"use {', '.join(OOM)}", 2)
 
 
 def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,25 @@
 """Neurons of groups of text by how often they are active: LAPE (arXiv 2402.16438) and baselines.
 
 `count` is the corpus pass, `merge` adds, `rank` chooses; `authors_files` are the files of others;
-`page`, `study`, `tables` and `figures` are the report's.
+`page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
+
+from relneuron.artifact.stage import Method, Ranking, Stage
+from relneuron.methods.counts.options import CountedOptions, LapeOptions, RandomOptions
+
+_HERE = "relneuron.methods.counts"
+_OF = {"reads": "counts.safetensors", "of": "counts", "run": f"{_HERE}.commands:rank"}
+
+METHOD = Method(
+    stages=(
+        Stage("count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock")),
+        Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
+        Stage("import", f"{_HERE}.commands:import_files", ("transformers", "filelock")),
+    ),
+    rankings=(
+        Ranking("lape", "activation probability entropy", LapeOptions, **_OF),
+        Ranking("probability", "activation probability", CountedOptions, **_OF),
+        Ranking("mean", "mean activation", CountedOptions, **_OF),
+        Ranking("random", "drawn at random", RandomOptions, **_OF),
+    ),
+)
