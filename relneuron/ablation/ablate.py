@@ -53,8 +53,9 @@ from relneuron.model.ask import (
     given_object,
     is_correct,
 )
-from relneuron.model.gated import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import check_canary
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices

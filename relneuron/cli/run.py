@@ -46,14 +46,9 @@ from relneuron.methods.responses.rank import (
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.ask import Asker, encode
 from relneuron.model.clock import Clock
-from relneuron.model.gated import (
-    describe_model,
-    find_gated_mlps,
-    load_model,
-    load_tokenizer,
-    model_shape,
-)
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
+from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.stream import read_residual_model
 from relneuron.report.results import INPUTS
 from relneuron.texts.concepts import concept_subjects
@@ -224,6 +219,7 @@ def run_study(
                 tokenizer,
                 folder,
                 batch_tokens=o.batch_tokens,
+                oom=o.oom,
                 drop=o.drop_responses,
                 backend=o.backend,
                 force=force,
@@ -285,6 +281,7 @@ def gain_study(
     study: Path,
     *,
     batch_tokens: int = 4096,
+    oom: str = "split",
     drop: bool = False,
     backend: str = "auto",
     force: bool = False,
@@ -309,7 +306,7 @@ def gain_study(
     chosen: dict[str, Any] = {"kept_only": False}
     chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
     options = AttributeOptions(
-        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens
+        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens, oom=oom
     )
     folder = study / "attribution"
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"

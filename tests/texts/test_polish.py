@@ -21,7 +21,7 @@ from relneuron.cli.pages import page
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.responses.preview import warn_of_unknown
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from tests.kit.polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from tests.kit.studies import write_study
 

@@ -27,7 +27,7 @@ from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from tests.kit.hooked import one_thread, read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
