@@ -33,16 +33,16 @@ from relneuron.bench.timing import Effort, Row, graph_timer, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(
-    f"tests/test_{name}.py"
+    f"tests/{name}.py"
     for name in (
-        "swiglu_stats",
-        "swiglu_stats_triton",
-        "residual_stats",
-        "average_precision",
-        "average_precision_triton",
-        "logprob_gain",
-        "logprob_gain_triton",
-        "testing",
+        "ops/test_swiglu_stats",
+        "ops/test_swiglu_stats_triton",
+        "ops/test_residual_stats",
+        "ops/test_average_precision",
+        "ops/test_average_precision_triton",
+        "ops/test_logprob_gain",
+        "ops/test_logprob_gain_triton",
+        "testing/test_contract",
     )
 )
 

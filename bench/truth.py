@@ -40,8 +40,10 @@ from bench.planted import (
 )
 from relneuron.artifact.files import atomic_write, csv_bytes
 from relneuron.artifact.prompts import read_prompts
+from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
+from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
 
 Array = NDArray[Any]
@@ -127,16 +129,12 @@ def respond(
     """Scores of average precision (R, M) and responses (N, M) of all gates, by the two stages."""
     # A weakly planted model does not know the answers. Every prompt counts as answered, so that
     # all strengths are ranked with the same ones.
-    how = POOLINGS[pooling] | {"validate": False, "quiet": True}
-    record("planted", model, tokenizer, prompts, folder, **how)
+    how = RecordOptions(**POOLINGS[pooling], validate=False)
+    record("planted", model, tokenizer, prompts, folder, how, quiet=True)
     identify(
         folder,
         folder / "neurons.json",
-        top=1,
-        negatives=len(RELATIONS) - 1,  # for each positive: all prompts of the others
-        permutations=0,
-        bootstrap=0,
-        noise=0,
+        RankOptions(top=1, negatives=len(RELATIONS) - 1, permutations=0, bootstrap=0, noise=0),
         quiet=True,
     )
     scores = load_file(folder / "scores.safetensors")["ap.gate"]
@@ -155,7 +153,7 @@ def sweep(strengths: Sequence[float], seeds: Sequence[int], longer: int = 1) -> 
         folder = Path(name)
         write_facts(folder / "facts", longer)
         path = folder / "prompts.jsonl"
-        write_prompts(folder / "facts", path, n_eva=0, suffix="")
+        write_prompts(folder / "facts", path, PromptsOptions(eva=0, suffix=""))
         relation = np.array([prompt.relation for prompt in read_prompts(path)])
         for number, strength in enumerate(strengths):
             for seed in seeds:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import relneuron
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "relneuron"
 # The rooms, and which of the others each may import. The rooms of the kernels and the files need
 # none; a method needs no other method.
@@ -140,7 +140,7 @@ def test_importing_the_package_imports_no_torch() -> None:
         path
         for pattern in (
             "relneuron/**/*.py",
-            "tests/*.py",
+            "tests/**/*.py",
             "examples/*.py",
             "bench/**/*.py",
             "csrc/*",

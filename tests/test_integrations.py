@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as nnf
-from accuracy import assert_same_bits
 from torch import Tensor
 
 from relneuron import ops
+from relneuron.testing import assert_same_bits
+from tests.conftest import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 # Warnings of other libraries are theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS, F, G = 2, 70, 3

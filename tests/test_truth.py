@@ -20,23 +20,20 @@ import numpy as np
 import pytest
 import torch
 
+from bench import truth
+from bench.planted import (
+    RELATIONS,
+    UNITS,
+    make_model,
+    make_tokenizer,
+    planted_neurons,
+    write_facts,
+)
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.run import run_study
-from relneuron.cli.settings import Options
-
-ROOT = Path(__file__).resolve().parents[1]
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)
-    from bench import truth
-    from bench.planted import (
-        RELATIONS,
-        UNITS,
-        make_model,
-        make_tokenizer,
-        planted_neurons,
-        write_facts,
-    )
+from relneuron.cli.settings import RunOptions
+from tests.conftest import ROOT
 
 SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}
 Study = Callable[..., dict[str, set[Any]]]
@@ -60,7 +57,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
     write_facts(tmp_path / "facts")
 
     def run(**options: Any) -> dict[str, set[Any]]:
-        settings = Options(**SETTINGS, **options)
+        settings = RunOptions(**SETTINGS, **options)
         run_study(str(tmp_path / "model"), tmp_path / "facts", tmp_path / "s", settings, quiet=True)
         sets = NeuronFile.read(tmp_path / "s" / "neurons.json").sets
         return {name: {tuple(neuron[:3]) for neuron in chosen} for name, chosen in sets.items()}

@@ -13,18 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 from relneuron.ablation.nll import nll
+from relneuron.ablation.options import NllOptions
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.rank import identify_counts
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
-
-ROOT = Path(__file__).resolve().parents[1]
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(ROOT)
-    from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
+from tests.kit.counted import rank_counts
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +63,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
         for number, name in enumerate(RELATIONS)
     }
     n_planted = sum(map(len, planted.values()))
-    chosen = identify_counts(
+    chosen = rank_counts(
         study, study / "neurons.json", top_rate=n_planted / (shape["layers"] * shape["width"])
     )
     found = {name: {neuron[:3] for neuron in sets} for name, sets in chosen.sets.items()}
@@ -80,8 +77,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
         study / "neurons.json",
         held,
         study,
-        packing="documents",
-        bos="none",
+        NllOptions(mode="documents", bos="none"),
     )
     table = {
         (row["mask"], row["group"]): float(row["nll"])

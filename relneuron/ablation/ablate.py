@@ -25,7 +25,8 @@ from relneuron.ablation.conditions import (
     scores_beside,
 )
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.ablation.options import SETS_BESIDE, AblateOptions, ablate_inputs, read_how
+from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, read_how
+from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.command import command, loading, placed
 from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
@@ -252,8 +253,7 @@ def ablate_prompts(
             commands=command(
                 "ablate",
                 *(name, *(placed(p, output.parent) for p in (neurons_path, prompts_path))),
-                *("-o", placed(output, output.parent)),
-                **{**vars(options), "oom": None},  # changes no answer
+                *("-o", placed(output, output.parent), *options.words()),
                 **loading(described),
             ),
         )

@@ -26,7 +26,6 @@ from relneuron.artifact.reading import open_tensors
 Places = NDArray[np.int64]
 
 # What can be asked beside the clean model, the relations' sets and the random ones.
-ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
 PAPER_TOP = 3000
 _GAIN = "logprob_gain.gate"
@@ -39,19 +38,6 @@ class Ablation:
     condition: Condition
     places: Places
     prompts: Sequence[int]
-
-
-def parse_analyses(text: str) -> tuple[str, ...]:
-    """`main` (none of ANALYSES), `all`, or some of their names with commas."""
-    if text in ("main", "all"):
-        return ANALYSES if text == "all" else ()
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in names if name not in (*ANALYSES, "main")]
-    if unknown or not names:
-        raise RelneuronError(
-            f"unknown analysis in {text!r}", f"use main, all, or some of {', '.join(ANALYSES)}", 2
-        )
-    return tuple(name for name in ANALYSES if name in names)
 
 
 def places_of(neurons: Sequence[Sequence[Any]], shape: Mapping[str, int]) -> Places:

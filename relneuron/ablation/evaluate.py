@@ -24,9 +24,6 @@ from relneuron.model.ask import Asker, Step, is_out_of_memory
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, pack_keep
 
-MODES = ("zero", "mean", "scale")
-OOM = ("split", "error")
-POSITIONS = ("all", "prompt", "last")
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 
 

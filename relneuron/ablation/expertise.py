@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from relneuron.ablation.conditions import scores_beside
+from relneuron.ablation.options import FORCED
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -27,8 +28,6 @@ from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.artifact.writing import refuse_output, writing
 
-# Of the mode of `ablate`, the column of expertise.csv that holds its value.
-FORCED = {"p50": "on_p50", "p90": "on_p90", "off_mean": "off_mean"}
 VALUES = ("off_mean", "off_p50", "on_p50", "on_p90")
 COLUMNS = ("ap", *VALUES, "layer", "unit", "uuid", "concept", "group")
 THRESHOLDS = np.linspace(0.5, 1.0, 501)  # of neurons_at_ap

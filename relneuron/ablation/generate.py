@@ -10,7 +10,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation, empty_sets, read_sets
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.options import CLEAN, GenerateOptions
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME
 from relneuron.artifact.effects import Condition
@@ -42,9 +42,7 @@ from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.patch import Patch, check_canary
 from relneuron.texts.tokens import listed, whole_text, without_blanks
 
-CLEAN = "clean"
 FIELD = "{prompt}"
-STOP = ("\nQ:", "\nA:")  # arXiv 2402.16438: the next question of the model's own making
 STOPPED = ("eos", "stop string", "length")
 
 
@@ -58,33 +56,6 @@ class Generated(NamedTuple):
     output: str  # up to the first stop string
     n_tokens: int
     stopped: str  # of STOPPED
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is made: greedily, float32 logits after a repetition penalty.
-
-    A token of the prompt or of the output has its logit divided by `repetition_penalty` if it is
-    positive, times it otherwise (arXiv 1909.05858).
-    """
-
-    max_new_tokens: int = 256
-    repetition_penalty: float = 1.1
-    stop: tuple[str, ...] = STOP
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RelneuronError(
-                f"--max-new-tokens {self.max_new_tokens} makes no text", "give a number above 0", 2
-            )
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise RelneuronError(
-                f"--repetition-penalty {self.repetition_penalty} is no factor",
-                "give a number above 0; 1 is no penalty",
-                2,
-            )
-        if "" in self.stop:
-            raise RelneuronError("an empty stop string ends every text", "leave it out", 2)
 
 
 # --- prompts ---------------------------------------------------------------------------------
@@ -133,7 +104,7 @@ def read_questions(path: Path, template: str | None = None) -> list[Prompt]:
 class Continuer(Asker):
     """Continues batches of prompts, each row until its own end."""
 
-    def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
+    def __init__(self, model: Any, tokenizer: Any, decoding: GenerateOptions) -> None:
         super().__init__(model, tokenizer)
         self.decoding = decoding
 
@@ -207,8 +178,7 @@ def generate_inputs(
     neurons: Path,
     prompts: Path,
     counts: Path | None,
-    decoding: Decoding,
-    **asked: Any,
+    options: GenerateOptions,
 ) -> Json:
     """What the output depends on, for the journal."""
     return {
@@ -216,9 +186,8 @@ def generate_inputs(
         "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
+        **options.recorded(),
         "counts": sha256(counts) if counts else None,
-        **vars(decoding),
-        **asked,
     }
 
 
@@ -251,51 +220,42 @@ def generate(
     neurons_path: Path,
     prompts_path: Path,
     output: Path,
+    options: GenerateOptions | None = None,
     *,
-    off: Sequence[str] = (CLEAN,),
-    set_to: str | None = None,
-    counts_folder: Path | None = None,
-    max_new_tokens: int = 256,
-    repetition_penalty: float = 1.1,
-    stop: Sequence[str] = STOP,
-    template: str | None = None,
-    batch_tokens: int = 8192,
-    oom: str = "split",
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> list[Generated]:
-    """Continue every prompt under every mask of `off` and write the JSONL `output`.
+    """Continue every prompt under every mask of `options.off` and write the JSONL `output`.
 
     The neurons of a mask are at zero at all tokens of the prompt and of the output; `clean` or ""
-    is no mask. With `set_to` the neurons of that set are at their mean activation in the counts of
-    `counts_folder` (default: the neurons' folder) instead, at all tokens, whatever is off.
+    is no mask. With `options.set_to` the neurons of that set are instead at their mean activation
+    in the counts of `options.counts` (default: the neurons' folder), at all tokens, whatever is
+    off.
 
-    Lines come in order of masks, then prompts. A batch holds `batch_tokens` tokens of prompts and
-    outputs at most. `<output>.journal` lets a killed run go on; it is removed at the end.
+    Lines come in order of masks, then prompts. A batch holds `options.batch_tokens` tokens of
+    prompts and outputs at most. `<output>.journal` lets a killed run go on; it is removed at the
+    end.
     """
-    decoding = Decoding(max_new_tokens, float(repetition_penalty), tuple(stop))
-    if batch_tokens < 1:
-        raise RelneuronError(f"--batch-tokens {batch_tokens} is not positive", "use 8192, say", 2)
-    if oom not in ("split", "error"):
-        raise RelneuronError(f"unknown oom {oom!r}", "use split, error", 2)
+    options = options or GenerateOptions()
+    set_to = options.set_to
     journal_path = output.with_name(f"{output.name}.journal")
     refuse_overwrite(output, force or journal_path.exists())
     neurons = NeuronFile.read(checked(neurons_path))
-    prompts = read_questions(checked(prompts_path), template)
+    prompts = read_questions(checked(prompts_path), options.template)
     mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    plan = plan_masks(neurons, off, shape, len(prompts))
+    plan = plan_masks(neurons, options.off, shape, len(prompts))
     asked = {a.condition.name: a.places for a in plan if a.condition.kind != CLEAN}
     # With --set something is done, whatever is off.
     for notice in empty_sets({"": (0,), **asked} if set_to or not asked else asked):
         warnings.warn(notice, stacklevel=2)
-    counts = (counts_folder or neurons_path.parent) / NAME if set_to else None
+    counts = (options.counts or neurons_path.parent) / NAME if set_to else None
     steering: Any = nullcontext()
     if set_to and counts:
         steering = steering_patch(mlps, neurons, set_to, counts, backend)
-    questions = encode(tokenizer, model, prompts, answers=False, n_tokens=max_new_tokens)
+    questions = encode(tokenizer, model, prompts, answers=False, n_tokens=options.max_new_tokens)
     _, blank = without_blanks(tokenizer, [p.prompt for p in prompts], ["a"] * len(prompts))
     if blank:
         named = listed([prompts[row].id for row in blank])
@@ -308,27 +268,18 @@ def generate(
         notices += other_weights(f"{counts}: means", counted_in, described)
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
-    continuer = Continuer(model, tokenizer, decoding)
+    continuer = Continuer(model, tokenizer, options)
     check_canary(model, mlps, continuer.pad(questions.ids[:1])[0], backend)
     masks = [ablation.condition.name for ablation in plan]
-    inputs = generate_inputs(
-        described,
-        tokenizer,
-        neurons_path,
-        prompts_path,
-        counts,
-        decoding,
-        masks=masks,
-        set=set_to or "",
-        template=template,
-        batch_tokens=batch_tokens,
-    )
+    inputs = generate_inputs(described, tokenizer, neurons_path, prompts_path, counts, options)
     first = same_ablation(plan, How())
     rows = [Row(place, p) for place in dict.fromkeys(first) for p in range(len(prompts))]
-    lengths = [len(ids) + max_new_tokens for ids in questions.ids]
+    lengths = [len(ids) + options.max_new_tokens for ids in questions.ids]
     with locked(output.parent):
         journal = Journal(journal_path, inputs)
-        evaluator = Evaluator(continuer, mlps, plan, journal, How(), batch_tokens, backend, oom)
+        evaluator = Evaluator(
+            continuer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
+        )
         ask = partial(continuer.go_on, questions)
         bar = progress_bar(len(rows), "generate", "text", quiet)
         with bar, journal, steering:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets, site_places
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.options import CLEAN, NllOptions
 from relneuron.artifact.command import placed
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (
@@ -53,7 +54,6 @@ from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.patch import check_canary
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
-    CountOptions,
     check_unchanged,
     choose_packing,
     corpus_command,
@@ -61,7 +61,6 @@ from relneuron.texts.options import (
 from relneuron.texts.sources import Source, describe_sources
 from relneuron.texts.windows import Packing
 
-CLEAN = "clean"
 COLUMNS = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
 WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
 LOGITS = 2**26  # of a slice of tokens, in float32: 256 MiB
@@ -249,10 +248,7 @@ def nll_inputs(
     neurons: Path,
     sources: Sequence[Source],
     packing: Packing,
-    *,
-    windows: int,
-    random_sets: int,
-    batch_tokens: int,
+    options: NllOptions,
 ) -> Json:
     """What the stage depends on, for the manifest."""
     return {
@@ -261,9 +257,9 @@ def nll_inputs(
         "neurons": sha256(neurons),
         "sources": describe_sources(sources),
         "packing": asdict(packing),
-        "windows": windows,
-        "random_sets": random_sets,
-        "batch_tokens": batch_tokens,
+        "windows": options.windows,
+        "random_sets": options.random_sets,
+        "batch_tokens": options.batch_tokens,
     }
 
 
@@ -274,15 +270,8 @@ def nll(
     neurons_path: Path,
     sources: Sequence[Source],
     folder: Path,
+    options: NllOptions | None = None,
     *,
-    windows: int = 256,
-    window: int | None = None,
-    packing: str = "packed",
-    bos: str | None = None,
-    random_sets: int = 0,
-    batch_tokens: int = 8192,
-    oom: str = "split",
-    n_workers: int | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -290,19 +279,14 @@ def nll(
     """Read each group's text under every mask; writes nll.csv and nll_windows.csv to `folder`.
 
     A mask switches off a set of neurons.json at all tokens; `clean` is none. Of each group the
-    first `windows` windows of `window` tokens are read (default: the model's context, at most
-    4,096). The NLL of a window is the mean of -ln p of its tokens but the first, in nats.
+    first `options.windows` windows of `options.window` tokens are read. The NLL of a window is the
+    mean of -ln p of its tokens but the first, in nats.
 
     `nll.journal` lets a killed run go on with the same bits. Out of memory halves the batches from
     there on (`oom` "split") or ends the stage ("error").
     """
-    options = CountOptions(window=window, mode=packing, bos=bos, batch_tokens=batch_tokens, oom=oom)
-    if windows < 1 or random_sets < 0:
-        raise RelneuronError(
-            f"--windows {windows} and --random-sets {random_sets} are no such numbers",
-            "read at least one window, and at least 0 random sets",
-            2,
-        )
+    options = options or NllOptions()
+    windows, random_sets = options.windows, options.random_sets
     output = folder / "nll.csv"
     refuse_overwrite(output, force or is_unfinished(output, "nll"))
     neurons = NeuronFile.read(checked(neurons_path))
@@ -322,12 +306,10 @@ def nll(
         neurons_path,
         sources,
         cut,
-        windows=windows,
-        random_sets=random_sets,
-        batch_tokens=batch_tokens,
+        options,
     )
     n_ids = model.get_input_embeddings().num_embeddings
-    with Feed(sources, tokenizer, cut, vocabulary=n_ids, n_workers=n_workers) as feed:
+    with Feed(sources, tokenizer, cut, vocabulary=n_ids, n_workers=options.workers) as feed:
         texts = read_texts(feed, windows)
         missing = [group for group in feed.groups if group not in texts.groups]
         notes = feed.notes
@@ -343,7 +325,14 @@ def nll(
         journal = Journal(folder / "nll.journal", inputs)
         # An evaluator asks for no more than the device of who answers.
         evaluator = Evaluator(
-            cast(Any, scorer), mlps, plan, journal, How(), batch_tokens, backend, oom
+            cast(Any, scorer),
+            mlps,
+            plan,
+            journal,
+            How(),
+            options.batch_tokens,
+            backend,
+            options.oom,
         )
         first = same_ablation(plan, How())
         rows = [Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))]
@@ -386,9 +375,7 @@ def nll(
                 folder,
                 cut,
                 described,
-                windows=windows,
-                random_sets=random_sets,
-                batch_tokens=batch_tokens,
+                options,
             ),
         )
         journal.remove()

@@ -2,9 +2,9 @@
 
 Beside them the comparison with neurons found by log-probability gain (B3; arXiv 2312.12141).
 
-`PAGE` is the page of a study of relations, `run_all` makes its tables. Each analysis is a pure
-function from what was measured to a tidy table: one row a case, shares as fractions, NaN for what
-is not defined.
+`run_all` makes the tables of a study of relations; `study.PAGE` is its page. Each analysis is a
+pure function from what was measured to a tidy table: one row a case, shares as fractions, NaN for
+what is not defined.
 
 | key | one row for | method |
 |---|---|---|
@@ -44,12 +44,10 @@ from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_m
 from relneuron.artifact.effects import Grid, main_split
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import Prompt
-from relneuron.report.page import PageKind
 from relneuron.report.tables import Table
 
 __all__ = [
     "NO_GAINS",
-    "PAGE",
     "Gains",
     "OverlapEffect",
     "ResilienceTest",
@@ -75,32 +73,6 @@ __all__ = [
     "sizes",
     "versatility",
 ]
-
-RUN, ABLATE = "run MODEL --facts DIR -o DIR", "ablate MODEL neurons.json prompts.jsonl -o"
-PAGE = PageKind(
-    "study",
-    reads={
-        "manifest.json": RUN,
-        "prompts.jsonl": "prompts FACTS_DIR -o prompts.jsonl",
-        "neurons.json": "identify DIR -o neurons.json",
-        "significance.csv": "identify DIR -o neurons.json",
-        "effects.csv": f"{ABLATE} effects.csv",
-        "effects.parquet": f"{ABLATE} effects.parquet",
-        "accuracy.csv": f"{ABLATE} effects.csv",
-        "conditions.csv": f"{ABLATE} effects.csv",
-        "perplexity.csv": f"{ABLATE} effects.csv",
-        "frequency.csv": "no command, but by counting documents: id, documents",
-        "concepts/neurons.json": f"{RUN} --analyses concepts",
-        "attribution/neurons.json": f"{RUN} --analyses gain",
-        "attribution/scores.safetensors": f"{RUN} --analyses gain",
-        "scores.safetensors": "identify DIR -o neurons.json",
-    },
-    needs=("manifest.json", "prompts.jsonl", "neurons.json", "accuracy.csv"),
-    marks=("effects.csv", "effects.parquet"),
-    hints=("prompts.jsonl",),
-    again="run the stages from identify on anew",
-    build="relneuron.analyses.page:build",
-)
 
 
 def run_all(

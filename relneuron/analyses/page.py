@@ -1,6 +1,7 @@
 """The page on a study of relations: the first words, and the order of the sections.
 
-`PAGE` names `build`. sections.py and chosen.py make the sections from the tables, figures.py draws.
+`study.PAGE` names `build`. sections.py and chosen.py make the sections from the tables, figures.py
+draws.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.analyses import NO_GAINS, PAGE, Gains, SentenceRow, read_perplexity, run_all
+from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
 from relneuron.analyses.outcomes import filled_sets
 from relneuron.analyses.uncertainty import spearman
 from relneuron.artifact import ranking
@@ -30,9 +30,34 @@ from relneuron.artifact.files import Json, RelneuronError, require, sha256
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
-from relneuron.report.page import Answer, Example, opened
+from relneuron.report.page import Answer, Example, PageKind, opened
 from relneuron.report.tables import Array, Table
 
+_RUN, _ABLATE = "run MODEL --facts DIR -o DIR", "ablate MODEL neurons.json prompts.jsonl -o"
+PAGE = PageKind(
+    "study",
+    reads={
+        "manifest.json": _RUN,
+        "prompts.jsonl": "prompts FACTS_DIR -o prompts.jsonl",
+        "neurons.json": "identify DIR -o neurons.json",
+        "significance.csv": "identify DIR -o neurons.json",
+        "effects.csv": f"{_ABLATE} effects.csv",
+        "effects.parquet": f"{_ABLATE} effects.parquet",
+        "accuracy.csv": f"{_ABLATE} effects.csv",
+        "conditions.csv": f"{_ABLATE} effects.csv",
+        "perplexity.csv": f"{_ABLATE} effects.csv",
+        "frequency.csv": "no command, but by counting documents: id, documents",
+        "concepts/neurons.json": f"{_RUN} --analyses concepts",
+        "attribution/neurons.json": f"{_RUN} --analyses gain",
+        "attribution/scores.safetensors": f"{_RUN} --analyses gain",
+        "scores.safetensors": "identify DIR -o neurons.json",
+    },
+    needs=("manifest.json", "prompts.jsonl", "neurons.json", "accuracy.csv"),
+    marks=("effects.csv", "effects.parquet"),
+    hints=("prompts.jsonl",),
+    again="run the stages from identify on anew",
+    build="relneuron.analyses.page:build",
+)
 ACCURACY = ("condition", "relation", "split", "n_prompts", "n_correct")
 GAIN_SCORES = "logprob_gain.gate"
 SIGNIFICANCE = ("p_permutation", "q_value", "ap_low", "ap_high")

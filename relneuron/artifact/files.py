@@ -110,6 +110,12 @@ def check_place(path: Path) -> None:
         )
 
 
+def check_folder(path: Path) -> None:
+    """Raise if a file is where a folder is to be."""
+    if path.is_file():
+        raise RelneuronError(f"{path} is a file", "give a folder", 2)
+
+
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise if `path` is a folder or under a file, or exists and `--force` was not given."""
     check_place(path)

@@ -87,8 +87,6 @@ def n_neurons(shape: Mapping[str, int]) -> int:
     return shape["layers"] * sum(site_widths(shape).values())
 
 
-PERMUTATIONS = BOOTSTRAP = 1000
-NOISE = 100_000
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import install_command
-from relneuron.cli.options import state
+from relneuron.cli.flags import state
 
 _OTHER_PLACE = "give a path that exists, of the right kind"
 _CLOSE = "close other programs, or raise the limit of open files (ulimit -n)"

@@ -1,8 +1,10 @@
-"""The kinds of study that have a page; `report` makes the page of the first that a folder is of."""
+"""The kinds of study that have a page: `report` asks which of them a folder holds."""
 
 from __future__ import annotations
 
-from relneuron import analyses
-from relneuron.methods import counts, gains
+from relneuron.analyses.study import PAGE
+from relneuron.artifact.stage import load
+from relneuron.methods import methods
+from relneuron.report.page import PageKind
 
-PAGES = (analyses.PAGE, gains.PAGE, counts.PAGE)
+PAGES: tuple[PageKind, ...] = (PAGE, *(load(one.page) for one in methods() if one.page))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import check_names
-from relneuron.ablation.options import ablate_inputs
+from relneuron.ablation.how import ablate_inputs
+from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.command import IN_WHOLE, STUDY, command, placed
 from relneuron.artifact.files import RelneuronError, atomic_write, sha256
 from relneuron.artifact.manifest import Manifest, checked, locked
@@ -24,7 +24,7 @@ from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
 from relneuron.cli.pages import PAGES
-from relneuron.cli.settings import DEMO, DEMO_OPTIONS, Options
+from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import (
@@ -35,6 +35,7 @@ from relneuron.methods.gains.rank import (
 )
 from relneuron.methods.gains.study import BEST
 from relneuron.methods.responses.concepts import concept_study
+from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
 from relneuron.methods.responses.rank import (
     check_installed,
@@ -56,6 +57,7 @@ from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
 from relneuron.texts.concepts import concept_subjects
 from relneuron.texts.facts import Relation, read_relations, split_facts
+from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (
     chat_wrap,
     make_prompts,
@@ -79,7 +81,7 @@ def open_study(folder: Path, force: bool) -> Manifest:
 
 
 def check_asked(
-    options: Options,
+    options: RunOptions,
     facts: Path,
     relations: Sequence[Relation],
     prompts: Sequence[Prompt],
@@ -110,7 +112,7 @@ def run_study(
     model_path: str,
     facts: Path,
     folder: Path,
-    options: Options,
+    options: RunOptions,
     *,
     name: str | None = None,
     force: bool = False,
@@ -154,36 +156,19 @@ def run_study(
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
-        asked_with: dict[str, Any] = {"n_eva": o.eva, "seed": o.seed, "suffix": o.suffix}
-        asked_with["chat"] = chat
-        if not manifest.is_done("prompts", prompts_inputs(facts, **asked_with), force=force):
-            write_prompts(facts, prompts, **asked_with, force=True)
+        asking = o.part(PromptsOptions)
+        if not manifest.is_done("prompts", prompts_inputs(facts, asking, chat), force=force):
+            write_prompts(facts, prompts, asking, chat=chat, force=True)
 
-        pooled: dict[str, Any] = {
-            "batch_tokens": o.batch_tokens,
-            "pooling": o.pooling,
-            "exclude_bos": o.exclude_bos,
-            "accept_object_prefix": o.accept_object_prefix,
-        }
-        chosen: dict[str, Any] = {
-            "method": o.method,
-            "top": o.top,
-            "ends": o.ends,
-            "fdr": o.fdr,
-            "negatives": o.negatives,
-            "permutations": o.permutations,
-            "bootstrap": o.bootstrap,
-            "noise": o.noise,
-            "seed": o.seed,
-        }
+        recording, ranking = o.part(RecordOptions), o.part(RankOptions)
         manifest = Manifest(folder)
         recorded = manifest.is_done(
             "record",
-            record_inputs(described, tokenizer, prompts, **pooled, attention=o.attention),
+            record_inputs(described, tokenizer, prompts, recording),
             force=force,
         )
         identified = recorded and manifest.is_done(
-            "identify", identify_inputs(folder, **chosen), force=force
+            "identify", identify_inputs(folder, ranking), force=force
         )
         responses = folder / "responses.safetensors"
         if not recorded or not (identified or responses.exists()):
@@ -195,8 +180,7 @@ def run_study(
                 tokenizer,
                 prompts,
                 folder,
-                **pooled,
-                attention=o.attention,
+                recording,
                 backend=o.backend,
                 force=True,
                 quiet=quiet,
@@ -204,11 +188,11 @@ def run_study(
             identified = False
         warn_of_unknown(folder)
         if not identified:
-            identify(folder, neurons, **chosen, force=True, quiet=quiet)
+            identify(folder, neurons, ranking, force=True, quiet=quiet)
         if o.drop_responses:
             Manifest(folder).drop(responses.name)
 
-        asked = o.asked()
+        asked = o.part(AblateOptions)
         # What is refused is refused before the concepts' study, whose neurons it then reads.
         before = Manifest(folder).data["stages"].get("ablate", {}).get("inputs", {})
         inputs = ablate_inputs(described, tokenizer, neurons, prompts, asked)
@@ -226,9 +210,7 @@ def run_study(
                 n_eva=o.eva,
                 seed=o.seed,
                 top=top,
-                batch_tokens=o.batch_tokens,
-                pooling=o.pooling,
-                exclude_bos=o.exclude_bos,
+                options=recording,
                 drop_responses=o.drop_responses,
                 backend=o.backend,
                 force=force,
@@ -255,7 +237,7 @@ def run_study(
                 neurons,
                 prompts,
                 folder / "effects.csv",
-                **asdict(asked),
+                **vars(asked),
                 backend=o.backend,
                 force=True,
                 quiet=quiet,
@@ -269,20 +251,18 @@ def run_study(
 
 
 def _whole(
-    name: str, model_path: str, facts: Path, folder: Path, options: Options
+    name: str, model_path: str, facts: Path, folder: Path, options: RunOptions
 ) -> list[list[str]]:
     """The command of a study that its stages' own commands do not make; [] if they do.
 
     The demo's model has no name that they take, and only `run` makes sets beside, or drops.
     """
-    asked = asdict(options) | {"oom": None}  # changes no answer
     if name == DEMO:
-        taken = {key: asked[key] for key in DEMO_OPTIONS} | {"analyses": options.analyses or "main"}
-        return command("demo", "-o", STUDY, **taken)
+        return command("demo", "-o", STUDY, *options.part(DemoOptions).words())
     beside = Manifest(folder).data["stages"]["ablate"]["inputs"]["beside"]
     if options.drop_responses or any(path.endswith("/neurons.json") for path in beside):
-        where = {"facts": placed(facts, folder)}
-        return command("run", model_path, "-o", STUDY, **where, **asked)
+        where = ("--facts", placed(facts, folder))
+        return command("run", model_path, "-o", STUDY, *where, *options.words())
     return []
 
 

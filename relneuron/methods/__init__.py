@@ -1,4 +1,23 @@
-"""Ways to find neurons, a folder each: `responses`, `counts`, `gains`.
+"""Ways to find neurons, a folder each; `NAMES` is the only list of them.
 
-A method may import all rooms but `cli`, and no other method. Begin with its `rank`.
+A method may import all rooms but `cli`, and no other method. A folder's `__init__` says in its
+METHOD what it brings: commands, rankings, a page of the report. To add one: a folder and its name.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from relneuron.artifact.stage import Method, Ranking
+
+NAMES = ("responses", "counts", "gains")
+
+
+def methods() -> list[Method]:
+    """What each method brings, in the order of `NAMES`."""
+    return [import_module(f"relneuron.methods.{name}").METHOD for name in NAMES]
+
+
+def rankings() -> dict[str, Ranking]:
+    """Every ranking by its name: what `identify --method` takes."""
+    return {ranking.name: ranking for method in methods() for ranking in method.rankings}

@@ -1,21 +1,21 @@
-"""What a corpus is counted with: the options of the `count` stage, its packing and its inputs.
+"""What facts become prompts with, and a corpus is read and counted with.
 
-The stage and the command line build them; what is asked for wrongly is refused here.
+The stages and the command line take these options; what is asked for wrongly is refused here.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from relneuron.artifact.command import STUDY, command, loading
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import differences
+from relneuron.artifact.options import Argument, Only, OomOptions, Options, SeedOptions, option
 from relneuron.texts.sources import Source, describe_sources, source_words
 from relneuron.texts.windows import Packing, default_bos
 
@@ -25,76 +25,143 @@ BOUNDARIES = ("none", "position")
 WINDOW = 4096  # at most, where the model's context is longer
 
 
+def read_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n"."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit()):
+        raise RelneuronError(f"unknown --shard {text!r}", "use 1/3, 2/3, 3/3", 2)
+    return int(number), int(of)
+
+
 @dataclass(frozen=True)
-class CountOptions:
+class PromptsOptions(SeedOptions):
+    """How facts become prompts."""
+
+    eva: int = option(50, "Facts of each relation that are kept for evaluation.", least=1)
+    suffix: str | None = option(
+        None,
+        "Text that follows every template of the files' own language; default: what each file "
+        "says, or '? Answer:' after English ones.",
+    )
+
+
+@dataclass(frozen=True)
+class SourceOptions(Options):
+    """How the files of a corpus are read."""
+
+    text_column: str | None = option(None, "Field of a record that holds the text; default: text.")
+    group_column: str | None = option(
+        None, "Field of a record that names its group, for paths without GROUP=."
+    )
+    groups: Sequence[str] | None = option(
+        None, "Groups to read, such as en,zh, of those that --group-column names; default: all."
+    )
+    ids_dtype: str | None = option(
+        None, "Type of the token ids in .bin files: uint16, uint32, int32 or int64."
+    )
+
+
+Sources = Annotated[
+    list[str],
+    Argument(
+        "GROUP=PATH...",
+        "Text of each group: .txt, .jsonl, .parquet, a folder of them, token ids (.pt, .npy, "
+        ".bin), or hf:DATASET[:CONFIG[:SPLIT]]. Without GROUP= see --group-column.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class PackingOptions(Options):
+    """How documents become windows of tokens; `mode` is the flag --packing."""
+
+    window: int | None = option(
+        None, "Tokens of a window; default: the model's context, at most 4096.", least=1
+    )
+    mode: str = option(
+        "packed",
+        "packed: documents one after the other in full windows; documents: one document a window, "
+        "padded.",
+        flag="packing",
+        choices=MODES,
+    )
+    bos: str | None = option(
+        None,
+        "Where a BOS token is put: before each document, before each window, or none; default: as "
+        "the tokenizer does.",
+        choices=BOS,
+    )
+
+
+@dataclass(frozen=True)
+class CountOptions(PackingOptions, OomOptions):
     """What is counted, and how the corpus becomes batches.
 
-    sites         of gate, up, act, product, down; a value v is active when v > threshold
-    moments       also sums, sums of squares and maxima
-    window        tokens of a window; default: the model's context, at most 4,096
-    mode          `packed`: documents one after the other in full windows, the last one dropped;
-                  `documents`: one a window, longer ones cut
-    bos           `document`, `window` or `none`: where a BOS token is put; default: before each
-                  document if the tokenizer does so
-    exclude_bos   BOS tokens are run but not counted
-    boundaries    `position`: positions begin anew at each document, which sees no other
-    max_tokens    of each group
-    shard         (i, n): only every n-th batch, from the i-th (from 1)
+    A value v is active when v > `threshold`. `shard` (i, n): only every n-th batch, from the i-th
+    (from 1). With `boundaries` "position" positions begin again at each document, which sees no
+    other one.
     """
 
-    sites: Sequence[str] = ("act",)
-    threshold: float = 0.0
-    moments: bool = False
-    window: int | None = None
-    mode: str = "packed"
-    bos: str | None = None
-    exclude_bos: bool = False
-    boundaries: str = "none"
-    max_tokens: int | None = None
-    batch_tokens: int = 8192
-    shard: tuple[int, int] = (1, 1)
-    oom: str = "split"
+    sites: Sequence[str] = option(
+        ("act",),
+        "Where a neuron is read: act, gate, up, product or down, or several of them.",
+        choices=SITES,
+        some=True,
+    )
+    threshold: float = option(0.0, "A neuron is active when its value is above this.")
+    moments: bool = option(False, "Also add up values and their squares, and keep the largest.")
+    exclude_bos: bool = option(False, "Run BOS tokens, but do not count them.")
+    boundaries: str = option(
+        "none",
+        "position: a document sees no other one of its window; none: it sees all before it.",
+        choices=BOUNDARIES,
+    )
+    max_tokens: int | None = option(
+        None, "Maximum number of tokens of each group; default: all.", least=1
+    )
+    batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
+    shard: tuple[int, int] = option(
+        (1, 1),
+        "Only a part of the batches, such as 1/3; add the parts with merge.",
+        read=read_shard,
+        show="{0[0]}/{0[1]}".format,
+    )
+    checkpoint_seconds: float = option(
+        30.0,
+        "Seconds between two checkpoints.",
+        least=0,
+        records=False,
+        only=Only(
+            "without --checkpoint-batches", lambda o: o.checkpoint_batches is None, clashes=True
+        ),
+    )
+    checkpoint_batches: int | None = option(
+        None, "Batches between two checkpoints, in place of the seconds.", least=1, records=False
+    )
+    workers: int | None = option(
+        None, "Number of processes that tokenise ahead.", least=1, records=False
+    )
 
     def __post_init__(self) -> None:
-        known = {
-            "packing": (self.mode, MODES),
-            "bos": (self.bos, (None, *BOS)),
-            "boundaries": (self.boundaries, BOUNDARIES),
-            "oom": (self.oom, ("split", "error")),
-        }
-        for name, (value, allowed) in known.items():
-            if value not in allowed:
-                fix = f"use {', '.join(x for x in allowed if x)}"
-                raise RelneuronError(f"unknown --{name} {value!r}", fix, 2)
-        if (
-            not self.sites
-            or len(set(self.sites)) < len(self.sites)
-            or not set(self.sites) <= {*SITES}
-        ):
-            raise RelneuronError(
-                f"unknown --sites {','.join(self.sites)!r}", f"use some of {', '.join(SITES)}", 2
-            )
-        if not math.isfinite(self.threshold):
-            raise RelneuronError(f"--threshold {self.threshold} is no number", "use 0, say", 2)
-        for name in ("window", "max_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RelneuronError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {value}",
-                    "choose a positive number",
-                    2,
-                )
-        if math.isnan(self.threshold):
-            raise RelneuronError("--threshold is no number", "use 0 for the usual one", 2)
+        super().__post_init__()
         number, of = self.shard
         if not 1 <= number <= of:
             raise RelneuronError(f"--shard {number}/{of} does not exist", "use 1/3, 2/3, 3/3", 2)
 
 
 def choose_packing(
-    model: Any, tokenizer: Any, sources: Sequence[Source], options: CountOptions
+    model: Any,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    options: PackingOptions,
+    *,
+    exclude_bos: bool = False,
+    max_tokens: int | None = None,
 ) -> Packing:
-    """The windows of a corpus, with the model's context and the tokenizer's BOS as defaults."""
+    """The windows of a corpus, with the model's context and the tokenizer's BOS as defaults.
+
+    `exclude_bos` needs a BOS token; `max_tokens` are those of each group.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     window = options.window or min(context or WINDOW, WINDOW)
     if context is not None and window > context:
@@ -104,19 +171,19 @@ def choose_packing(
             2,
         )
     has_text = not all(source.is_ids for source in sources)
-    if tokenizer is None and (has_text or options.exclude_bos):
+    if tokenizer is None and (has_text or exclude_bos):
         raise RelneuronError(
             "the model has no tokenizer", "save one into its folder, or give files of token ids"
         )
     bos, bos_id = default_bos(tokenizer) if has_text else ("none", None)
-    if options.exclude_bos and tokenizer.bos_token_id is None:
+    if exclude_bos and tokenizer.bos_token_id is None:
         raise RelneuronError("--exclude-bos: the tokenizer has no BOS token", "leave it out", 2)
     if options.bos not in (None, bos):
         bos, bos_id = options.bos, getattr(tokenizer, "bos_token_id", None)
         if bos != "none" and bos_id is None:
             fix = "use --bos none"
             raise RelneuronError(f"--bos {bos}: the tokenizer has no BOS token", fix, 2)
-    return Packing(window, options.mode, bos, bos_id, options.max_tokens)
+    return Packing(window, options.mode, bos, bos_id, max_tokens)
 
 
 def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
@@ -129,33 +196,6 @@ def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
         )
 
 
-def count_command(
-    name: str,
-    sources: Sequence[Source],
-    folder: Path,
-    packing: Packing,
-    described: Json,
-    options: CountOptions,
-) -> list[list[str]]:
-    """The command that makes a count again."""
-    return corpus_command(
-        "count",
-        [name],
-        sources,
-        folder,
-        packing,
-        described,
-        sites=options.sites,
-        threshold=options.threshold,
-        moments=options.moments,
-        exclude_bos=options.exclude_bos,
-        boundaries=options.boundaries,
-        max_tokens=options.max_tokens,
-        batch_tokens=options.batch_tokens,
-        shard=None if options.shard == (1, 1) else "{}/{}".format(*options.shard),
-    )
-
-
 def corpus_command(
     stage: str,
     given: Sequence[str],
@@ -163,21 +203,20 @@ def corpus_command(
     folder: Path,
     packing: Packing,
     described: Json,
-    **options: object,
+    options: PackingOptions,
 ) -> list[list[str]]:
     """The command of a stage that reads a corpus; none where the sources are known to Python only.
 
-    `given` are the arguments before the sources.
+    `given` are the arguments before the sources. Of the packing what was chosen is named.
     """
     named = source_words(sources, folder)
     if named is None:
         return []
     words, read_by = named
+    chosen = replace(options, window=packing.window, mode=packing.mode, bos=packing.bos)
     return command(
         stage,
-        *(*given, *words, "-o", STUDY),
-        **{"packing": packing.mode, "window": packing.window, "bos": packing.bos},
+        *(*given, *words, "-o", STUDY, *chosen.words()),
         **read_by,
-        **options,
         **loading(described),
     )

@@ -20,15 +20,14 @@ from relneuron.artifact.writing import refuse_output, writing
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.texts.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.texts.neutral import GENERAL, NEUTRAL, Sentence, sentences_bytes
+from relneuron.texts.options import PromptsOptions
 
 SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
 
 Wrap = Callable[[str], str]
 
 
-def prompts_inputs(
-    facts: Path, *, n_eva: int, seed: int, suffix: str | None, chat: Any = None
-) -> Json:
+def prompts_inputs(facts: Path, options: PromptsOptions, chat: Any = None) -> Json:
     """What the stage depends on, for the manifest; of concepts only their files.
 
     `chat`: the tokenizer that wraps prompts.
@@ -37,7 +36,7 @@ def prompts_inputs(
         return {"concepts": [f"{path.stem}: {sha256(path)}" for path in concepts]}
     paths = [facts] if facts.is_file() else sorted(facts.glob("*.json"))
     digests = {path.stem: sha256(path) for path in paths}
-    inputs: Json = {"facts": digests, "eva": n_eva, "seed": seed, "suffix": suffix}
+    inputs: Json = {"facts": digests, **options.recorded()}
     if chat is None:
         return inputs
     return inputs | {"chat_template": hashlib.sha256(chat_wrap(chat)("{}").encode()).hexdigest()}
@@ -144,10 +143,8 @@ def make_sentences(relation: Relation, *, n_eva: int, seed: int) -> list[Sentenc
 def write_prompts(
     facts: Path,
     output: Path,
+    options: PromptsOptions | None = None,
     *,
-    n_eva: int = 50,
-    seed: int = 0,
-    suffix: str | None = None,
     chat: Any = None,
     force: bool = False,
 ) -> list[Prompt]:
@@ -159,11 +156,13 @@ def write_prompts(
     """
     if concepts := find_concepts(facts):
         return _write_concepts(facts, concepts, output, force)
+    options = options or PromptsOptions()
+    n_eva, seed = options.eva, options.seed
     beside = output.with_name("sentences.jsonl")
     for path in (output, beside):
         refuse_output(path, "prompts", force)
-    relations = read_relations(facts, suffix=suffix)
-    inputs = prompts_inputs(facts, n_eva=n_eva, seed=seed, suffix=suffix, chat=chat)
+    relations = read_relations(facts, suffix=options.suffix)
+    inputs = prompts_inputs(facts, options, chat)
     wrap = str if chat is None else chat_wrap(chat)
     prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed, wrap=wrap)]
     sentences = [s for r in relations for s in make_sentences(r, n_eva=n_eva, seed=seed)]
@@ -182,10 +181,7 @@ def write_prompts(
     made_by = command(
         "prompts",
         placed(facts, output.parent),
-        *("-o", placed(output, output.parent)),
-        eva=n_eva,
-        seed=seed,
-        suffix=suffix,
+        *("-o", placed(output, output.parent), *options.words()),
         chat_template=getattr(chat, "name_or_path", None),
     )
     folder = output.parent
@@ -215,7 +211,7 @@ def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -
     prompts = concept_prompts(concepts)
     data = prompts_bytes(prompts)
     refuse_output(output, "prompts", force)
-    inputs = prompts_inputs(facts, n_eva=0, seed=0, suffix=None)
+    inputs = prompts_inputs(facts, PromptsOptions())
     counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
     folder = output.parent
     made_by = command("prompts", placed(facts, folder), "-o", placed(output, folder))
@@ -247,7 +243,7 @@ def concepts_beside(place: Path, folder: Path, *, force: bool = False) -> Path:
             2,
         )
     output = folder / "prompts.jsonl"
-    inputs = prompts_inputs(place, n_eva=0, seed=0, suffix=None)
+    inputs = prompts_inputs(place, PromptsOptions())
     if not Manifest(folder).is_done("prompts", inputs, force=force):
         write_prompts(place, output, force=force)
     return output

@@ -1,26 +1,26 @@
 """Neurons of groups of text by how often they are active: LAPE (arXiv 2402.16438) and baselines.
 
 `count` is the corpus pass, `merge` adds, `rank` chooses; `authors_files` are the files of others;
-`page`, `study`, `tables` and `figures` are the report's.
+`page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
-from relneuron.report.page import PageKind
+from relneuron.artifact.stage import Method, Ranking, Stage
+from relneuron.methods.counts.options import CountedOptions, LapeOptions, RandomOptions
 
-_COUNT = "count MODEL GROUP=TEXT... -o DIR"
-_NLL = "nll MODEL DIR/neurons.json GROUP=TEXT... -o DIR"
-PAGE = PageKind(
-    "study",
-    reads={
-        "manifest.json": _COUNT,
-        "counts.safetensors": _COUNT,
-        "neurons.json": "identify DIR -o DIR/neurons.json",
-        "scores.safetensors": "identify DIR -o DIR/neurons.json",
-        "nll.csv": _NLL,
-        "nll_windows.csv": _NLL,
-    },
-    needs=(),
-    marks=("counts.safetensors", "nll.csv"),
-    hints=("neurons.json",),
-    again="run the stages from identify on anew",
-    build="relneuron.methods.counts.page:build",
+_HERE = "relneuron.methods.counts"
+_OF = {"reads": "counts.safetensors", "of": "counts", "run": f"{_HERE}.commands:rank"}
+
+METHOD = Method(
+    stages=(
+        Stage("count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock")),
+        Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
+        Stage("import", f"{_HERE}.commands:import_files", ("transformers", "filelock")),
+    ),
+    rankings=(
+        Ranking("lape", "activation probability entropy", LapeOptions, **_OF),
+        Ranking("probability", "activation probability", CountedOptions, **_OF),
+        Ranking("mean", "mean activation", CountedOptions, **_OF),
+        Ranking("random", "drawn at random", RandomOptions, **_OF),
+    ),
+    page=f"{_HERE}.study:PAGE",
 )

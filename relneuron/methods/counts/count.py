@@ -37,7 +37,7 @@ from relneuron.texts.options import (
     CountOptions,
     check_unchanged,
     choose_packing,
-    count_command,
+    corpus_command,
 )
 from relneuron.texts.sources import Source, describe_sources
 from relneuron.texts.windows import Packing, Window
@@ -65,8 +65,7 @@ class _Saver:
     folder: Path
     inputs: Json
     ranks: Ranks
-    every_seconds: float
-    every_batches: int | None
+    options: CountOptions
     stopped: Callable[[], bool]
     seconds: float = 0.0  # that it took
     _last: float = field(default_factory=time.monotonic)
@@ -78,10 +77,10 @@ class _Saver:
         every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.size
         if (number + 1) % every:
             return
-        if self.every_batches is not None:
-            due = self._batches >= self.every_batches
+        if self.options.checkpoint_batches is not None:
+            due = self._batches >= self.options.checkpoint_batches
         else:
-            due = time.monotonic() - self._last >= self.every_seconds
+            due = time.monotonic() - self._last >= self.options.checkpoint_seconds
         want = self.ranks.largest(_STOP if self.stopped() else _SAVE if due else _GO_ON)
         if want == _GO_ON:
             return
@@ -116,7 +115,6 @@ class _Job:
     speed: Speed
     ranks: Ranks
     saver: _Saver
-    n_workers: int | None
     quiet: bool
     waiting: float = 0.0  # seconds, for tokens
 
@@ -136,7 +134,7 @@ class _Job:
             self.packing,
             vocabulary=self.vocabulary,
             state=position.feed,
-            n_workers=self.n_workers,
+            n_workers=self.options.workers,
         )
         is_quiet = self.quiet or self.ranks.rank > 0
         bar = progress_bar(None, "count", "token", is_quiet, scale=True, done=position.n_tokens)
@@ -203,17 +201,15 @@ def count_inputs(
     model: Json, tokenizer: Any, sources: Sequence[Source], packing: Packing, options: CountOptions
 ) -> Json:
     """What the stage depends on, for the manifest."""
-    o = asdict(options)
-    for name in ("window", "mode", "bos", "max_tokens", "oom"):
-        del o[name]
-    o["shard"] = f"{options.shard[0]}/{options.shard[1]}"
+    chosen = ("window", "mode", "bos", "max_tokens")  # in the packing
+    asked = {name: value for name, value in options.recorded().items() if name not in chosen}
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "sources": describe_sources(sources),
         "packing": asdict(packing),
-        **o,
-        "sites": list(options.sites),
+        **asked,
+        "shard": "{}/{}".format(*options.shard),
     }
 
 
@@ -225,9 +221,6 @@ def count(
     folder: Path,
     options: CountOptions | None = None,
     *,
-    checkpoint_seconds: float = 30.0,
-    checkpoint_batches: int | None = None,
-    n_workers: int | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -236,7 +229,7 @@ def count(
 
     A neuron's count in a group is the number of the group's tokens with value > threshold at the
     site (LAPE, arXiv 2402.16438: site `act`, threshold 0). Padding is never counted.
-    `count.checkpoint` is replaced every `checkpoint_seconds`, or every `checkpoint_batches`, and on
+    `count.checkpoint` is replaced every `checkpoint_seconds` or `checkpoint_batches`, and on
     Ctrl-C; the same call goes on from it and ends with the same bits, with `force` only if it is of
     the same inputs. A count that is finished already is left as it is: the result is then None.
 
@@ -246,7 +239,14 @@ def count(
     """
     options = options or CountOptions()
     mlps = find_gated_mlps(model)
-    packing = choose_packing(model, tokenizer, sources, options)
+    packing = choose_packing(
+        model,
+        tokenizer,
+        sources,
+        options,
+        exclude_bos=options.exclude_bos,
+        max_tokens=options.max_tokens,
+    )
     described = describe_model(name, model, mlps, backend)
     inputs = count_inputs(described, tokenizer, sources, packing, options)
     counter = Counter(
@@ -277,8 +277,7 @@ def count(
             counter=counter,
             speed=Speed(counter),
             ranks=ranks,
-            saver=_Saver(folder, inputs, ranks, checkpoint_seconds, checkpoint_batches, stopped),
-            n_workers=n_workers,
+            saver=_Saver(folder, inputs, ranks, options, stopped),
             quiet=quiet,
         )
         feed, budget = _run_in_memory(job, folder, inputs)
@@ -286,7 +285,7 @@ def count(
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
             check_unchanged(sources, inputs)
-            made_by = count_command(name, sources, folder, packing, described, options)
+            made_by = corpus_command("count", [name], sources, folder, packing, described, options)
             _finish(folder, inputs, described, options, packing, feed, counts, budget, made_by)
     return Counted(
         counts=counts,

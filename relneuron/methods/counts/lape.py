@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.methods.counts.options import BAR_RATIO, FILTER_RATE, PRECISIONS, TOP_RATE
 
 Array = np.ndarray[Any, Any]
-
-TOP_RATE, FILTER_RATE, BAR_RATIO = 0.01, 0.95, 0.95
-PRECISIONS = ("float32", "float64")
 
 
 @dataclass(frozen=True)

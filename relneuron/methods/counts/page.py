@@ -1,7 +1,7 @@
 """The page on a corpus study: which neurons are specific to a group, and what they carry.
 
-`PAGE` names `build`. Every sentence is made from the tables, and what the study has no data for has
-no section. arXiv 2402.16438 (LAPE).
+`study.PAGE` names `build`. Every sentence is made from the tables, and what the study has no data
+for has no section. arXiv 2402.16438 (LAPE).
 """
 
 from __future__ import annotations

@@ -19,12 +19,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from relneuron.artifact.command import command, placed
-from relneuron.artifact.counts import NAME, SITES, Counts
+from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, require, sha256
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.methods.counts import lape as scores
+from relneuron.methods.counts.options import CountedOptions, LapeOptions, RandomOptions
 
 METHODS = {
     "lape": "entropy of the activation probability over the groups, in nats: low is specific",
@@ -32,79 +33,34 @@ METHODS = {
     "mean": "mean activation in the group: high is best",
     "random": "none: drawn at random",
 }
+OPTIONS = {
+    "lape": LapeOptions,
+    "probability": CountedOptions,
+    "mean": CountedOptions,
+    "random": RandomOptions,
+}
 MADE_BY = "count MODEL GROUP=TEXT... -o DIR"
 
 Array = np.ndarray[Any, Any]
 ScoredNeuron = tuple[int, str, int, float]
 
 
-def identify_counts_inputs(
-    folder: Path,
-    *,
-    method: str,
-    site: str,
-    groups: Sequence[str] | None,
-    top: int | None,
-    top_rate: float,
-    filter_rate: float,
-    bar_ratio: float,
-    precision: str,
-    seed: int,
-) -> Json:
-    """What the stage depends on, for the manifest; of options that the method takes."""
-    is_lape = method == "lape"
+def identify_counts_inputs(folder: Path, method: str, options: CountedOptions) -> Json:
+    """What the stage depends on, for the manifest."""
     return {
         "digests": {NAME: sha256(require(folder / NAME, MADE_BY))},
         "count": json_digest(Manifest(folder).data["stages"].get("count", {}).get("inputs")),
         "method": method,
-        "site": site,
-        "groups": None if groups is None else list(groups),
-        "top": top,
-        "top_rate": top_rate if top is None else None,
-        "filter_rate": filter_rate if is_lape else None,
-        "bar_ratio": bar_ratio if is_lape else None,
-        "precision": precision,
-        "seed": seed if method == "random" else None,
+        **options.recorded(),
     }
-
-
-def check_options(
-    method: str,
-    site: str,
-    top: int | None,
-    top_rate: float,
-    filter_rate: float,
-    bar_ratio: float,
-    precision: str,
-) -> None:
-    """Refuse what `identify` cannot do with counts."""
-    if method not in METHODS:
-        raise RelneuronError(f"unknown method {method!r}", f"use one of {', '.join(METHODS)}", 2)
-    if site not in SITES:
-        raise RelneuronError(f"unknown --site {site!r}", f"use one of {', '.join(SITES)}", 2)
-    if precision not in scores.PRECISIONS:
-        fix = f"use {' or '.join(scores.PRECISIONS)}"
-        raise RelneuronError(f"unknown --precision {precision!r}", fix, 2)
-    if top is not None and top < 1:
-        raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
-    rates = {"--top-rate": top_rate, "--filter-rate": filter_rate, "--bar-ratio": bar_ratio}
-    for option, rate in rates.items():
-        scores.check_rate(option, rate)
 
 
 def identify_counts(
     folder: Path,
     output: Path,
+    options: CountedOptions | None = None,
     *,
     method: str = "lape",
-    site: str = "act",
-    groups: Sequence[str] | None = None,
-    top: int | None = None,
-    top_rate: float = scores.TOP_RATE,
-    filter_rate: float = scores.FILTER_RATE,
-    bar_ratio: float = scores.BAR_RATIO,
-    precision: str = "float32",
-    seed: int = 0,
     force: bool = False,
 ) -> NeuronFile:
     """Choose each group's neurons from `folder`'s counts and write them to `output`.
@@ -121,35 +77,27 @@ def identify_counts(
     `lape.<site>` (L, F) float64, the entropy before the filter in nats, and `probability.<site>`
     (G, L, F) float32; its metadata name the groups. F is D at site down.
     """
-    check_options(method, site, top, top_rate, filter_rate, bar_ratio, precision)
+    if method not in METHODS:
+        raise RelneuronError(f"unknown method {method!r}", f"use one of {', '.join(METHODS)}", 2)
+    options = options or OPTIONS[method]()
+    site, top, precision = options.site, options.top, options.precision
     refuse_output(output, "identify", force)
     described, manifest = Manifest(folder).data, Manifest(output.parent)
     counts, model = _read(folder, described, site, method)
-    counts, left_out = _take(counts, groups, folder, site)
+    counts, left_out = _take(counts, options.groups, folder, site)
     if method == "lape" and len(counts.groups) < 2:
         raise RelneuronError(
             f"{folder / NAME}: LAPE needs at least two groups with tokens, there is "
             f"{', '.join(counts.groups)}",
             "count more groups, or use --method probability",
         )
-    inputs = identify_counts_inputs(
-        folder,
-        method=method,
-        site=site,
-        groups=groups,
-        top=top,
-        top_rate=top_rate,
-        filter_rate=filter_rate,
-        bar_ratio=bar_ratio,
-        precision=precision,
-        seed=seed,
-    )
+    inputs = identify_counts_inputs(folder, method, options)
     count = counts.arrays[f"count.{site}"]
     n_neurons = count[0].size
-    k = round(n_neurons * top_rate) if top is None else min(top, n_neurons)
+    k = round(n_neurons * options.top_rate) if top is None else min(top, n_neurons)
     if k == 0:
         raise RelneuronError(
-            f"--top-rate {top_rate} of {n_neurons} neurons is none",
+            f"--top-rate {options.top_rate} of {n_neurons} neurons is none",
             "choose a higher --top-rate, or give their number with --top",
             2,
         )
@@ -157,11 +105,14 @@ def identify_counts(
         probability = scores.activation_probability(count, counts.tokens, precision=precision)
         selection: Json = {"site": site, "activation_threshold": described.get("threshold")}
         selection |= {"score": METHODS[method], "top": k, "left_out": left_out}
-        if method == "lape":
-            found = scores.lape(probability, filter_rate=filter_rate, bar_ratio=bar_ratio, top=k)
+        seed = options.seed if isinstance(options, RandomOptions) else 0
+        if isinstance(options, LapeOptions):
+            found = scores.lape(
+                probability, filter_rate=options.filter_rate, bar_ratio=options.bar_ratio, top=k
+            )
             entropy = found.entropy
             ranked = _ranked_members(found)
-            selection |= _cut(found, filter_rate, bar_ratio, precision)
+            selection |= _cut(found, options)
         else:
             entropy = scores.entropies(probability)
             ranked = _baseline(counts, probability, method, site, k, seed)
@@ -190,7 +141,7 @@ def identify_counts(
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),
-            **{name: value for name, value in inputs.items() if name not in ("digests", "count")},
+            *("--method", method, *options.words()),
         )
         with writing("identify", output.parent, [path, output]):
             atomic_write(path, data)
@@ -313,13 +264,13 @@ def _neurons(flat: Array, score: Array, width: int, site: str) -> list[ScoredNeu
     ]
 
 
-def _cut(found: scores.Lape, filter_rate: float, bar_ratio: float, precision: str) -> Json:
+def _cut(found: scores.Lape, options: LapeOptions) -> Json:
     """What neurons.json says of the cut; JSON has no infinity, so null stands for none."""
     limits = {"threshold": found.threshold, "bar": found.bar}
     facts: Json = {
-        "filter_rate": filter_rate,
-        "bar_ratio": bar_ratio,
-        "precision": precision,
+        "filter_rate": options.filter_rate,
+        "bar_ratio": options.bar_ratio,
+        "precision": options.precision,
         **{key: value if math.isfinite(value) else None for key, value in limits.items()},
         "candidates": found.candidates,
         "chosen": found.chosen.size,

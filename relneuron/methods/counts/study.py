@@ -21,10 +21,27 @@ from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
 from relneuron.artifact.reading import open_tensors, read_csv
-from relneuron.methods.counts import PAGE
-from relneuron.report.page import opened
+from relneuron.report.page import PageKind, opened
 from relneuron.report.tables import Array, Spread, spread
 
+_COUNT = "count MODEL GROUP=TEXT... -o DIR"
+_NLL = "nll MODEL DIR/neurons.json GROUP=TEXT... -o DIR"
+PAGE = PageKind(
+    "study",
+    reads={
+        "manifest.json": _COUNT,
+        NAME: _COUNT,
+        "neurons.json": "identify DIR -o DIR/neurons.json",
+        "scores.safetensors": "identify DIR -o DIR/neurons.json",
+        "nll.csv": _NLL,
+        "nll_windows.csv": _NLL,
+    },
+    needs=(),
+    marks=(NAME, "nll.csv"),
+    hints=("neurons.json",),
+    again="run the stages from identify on anew",
+    build="relneuron.methods.counts.page:build",
+)
 CLEAN = "clean"
 UNTESTED: Array = np.empty(0)
 NLL = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")

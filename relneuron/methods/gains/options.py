@@ -5,14 +5,14 @@ The stage, its command and cli/run.py call it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.files import Json
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import same_model
+from relneuron.artifact.options import Only, Options, TopOptions, option
 
 # What a row of attributions.csv can score, in the table's order.
 VALUE_KINDS = (
@@ -31,10 +31,18 @@ QUERY_OF = ("attention", "ffn")
 KEEP = ("all", "known")
 TARGETS = ("answer", "prediction")
 FORMATS = ("csv", "parquet")
+SPLITS = ("det", "eva", "eva2")
+
+
+def _asks_queries(o: AttributeOptions) -> bool:
+    return o.compare or bool({*o.kinds} & {*QUERY_KINDS})
+
+
+_QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", _asks_queries)
 
 
 @dataclass(frozen=True)
-class AttributeOptions:
+class AttributeOptions(Options):
     """What is scored, and what is compared; the defaults are those of arXiv 2312.12141.
 
     `splits`: only these prompts, () for all. `target`: the token that is scored, of the answer or
@@ -51,54 +59,78 @@ class AttributeOptions:
     sentences, and random ones.
     """
 
-    splits: Sequence[str] = ()
-    target: str = "answer"
-    kinds: Sequence[str] = KINDS
-    top: int = 300
-    mode: str = "certified"
-    tolerance: float = 1e-5
-    own_norm: bool = False
-    norm_bias: bool = False
-    key: str = "gate"
-    center_keys: bool = True
-    query_of: str = "attention"
-    query_units: int = 30
-    strict: bool = False
-    keep: str = "all"
-    compare: bool = True
-    intervene: int = 10
-    random_seeds: int = 3
-    batch_tokens: int = 2048
-    format: str = "csv"
-
-    def __post_init__(self) -> None:
-        for what, value, known in (
-            *(("kind", kind, KINDS) for kind in self.kinds),
-            ("target", self.target, TARGETS),
-            ("mode", self.mode, MODES),
-            ("key", self.key, KEYS),
-            ("query-of", self.query_of, QUERY_OF),
-            ("keep", self.keep, KEEP),
-            ("format", self.format, FORMATS),
-        ):
-            if value not in known:
-                raise RelneuronError(f"unknown {what} {value!r}", f"use {', '.join(known)}", 2)
-        if not self.kinds:
-            raise RelneuronError("no kind of score is asked for", f"use {', '.join(KINDS)}", 2)
-        for what, number, least in (
-            ("top", self.top, 1),
-            ("query-units", self.query_units, 1),
-            ("intervene", self.intervene, 1),
-            ("random-seeds", self.random_seeds, 0),
-            ("batch-tokens", self.batch_tokens, 1),
-        ):
-            if number < least:
-                fix = f"give a number of at least {least}"
-                raise RelneuronError(f"{what} {number} is too small", fix, 2)
-        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
-            raise RelneuronError(
-                f"tolerance {self.tolerance} is not positive", "give nats, such as 1e-5", 2
-            )
+    format: str = option("csv", "Format of the table of scores: csv or parquet.", choices=FORMATS)
+    splits: Sequence[str] = option(
+        (), "Only prompts of these splits, such as det,eva; default: all.", choices=SPLITS
+    )
+    target: str = option(
+        "answer",
+        "Token that is scored: answer (its first token, or the column target) or prediction.",
+        choices=TARGETS,
+    )
+    kinds: Sequence[str] = option(
+        KINDS,
+        f"What is scored: all, or some of {', '.join(KINDS)}.",
+        choices=KINDS,
+        names={"all": KINDS},
+        some=True,
+    )
+    top: int = option(
+        300, "Number of each sentence's neurons and positions that are written.", least=1
+    )
+    mode: str = option(
+        "certified", "FFN gains: certified (within --tolerance) or exact.", choices=MODES
+    )
+    tolerance: float = option(
+        1e-5,
+        "Largest error of a certified gain, in nats.",
+        above=0,
+        only=Only("with --mode certified", lambda o: o.mode == "certified"),
+    )
+    own_norm: bool = option(
+        False, "Compute the final norm for each vector again, in place of freezing it."
+    )
+    norm_bias: bool = option(False, "Add the biases of the final norm and the head.")
+    key: str = option(
+        "gate",
+        "Key of a neuron with --query-of ffn: gate, up or down.",
+        choices=KEYS,
+        only=Only("with --query-of ffn", lambda o: o.query_of == "ffn" and _asks_queries(o)),
+    )
+    center_keys: bool = option(
+        True,
+        "In models with LayerNorm (GPT-2), centre the keys of query scores, as the norm centres "
+        "what they read; the published notebook does not.",
+    )
+    query_of: str = option(
+        "attention",
+        "Value neurons whose query neurons are scored: attention or ffn.",
+        choices=QUERY_OF,
+        only=_QUERIES,
+    )
+    query_units: int = option(
+        30, "Number of each sentence's value neurons that are explained.", least=1, only=_QUERIES
+    )
+    strict: bool = option(False, "Refuse answers of several tokens.")
+    keep: str = option(
+        "all",
+        "Sentences that are scored: all, or known (the model knows the answer).",
+        choices=KEEP,
+    )
+    compare: bool = option(True, "Zero the neurons of eight methods in the known sentences.")
+    intervene: int = option(
+        10,
+        "Neurons of each method that are zeroed in a sentence.",
+        least=1,
+        only=Only("with --compare", lambda o: o.compare),
+    )
+    random_seeds: int = option(
+        3,
+        "Number of random neuron sets to compare with.",
+        least=0,
+        only=Only("with --compare", lambda o: o.compare),
+    )
+    batch_tokens: int = option(2048, "Tokens of a batch, padding included.", least=1)
 
     @property
     def table(self) -> str:
@@ -111,6 +143,13 @@ class AttributeOptions:
             need("writing .parquet", "pyarrow", otherwise=", or write csv")
 
 
+@dataclass(frozen=True)
+class GainRankOptions(TopOptions):
+    """Over which sentences a neuron's gain is averaged."""
+
+    kept_only: bool = option(False, "Only sentences whose answer the model knows.")
+
+
 def attribute_inputs(
     model: Json, tokenizer: Any, prompts: str, tokens: str, options: AttributeOptions
 ) -> Json:
@@ -118,21 +157,6 @@ def attribute_inputs(
 
     `prompts` and `tokens` are the digests of the sentences' prompts.jsonl and of their token ids.
     """
-    asked = {
-        name: list(value) if isinstance(value, tuple | list) else value
-        for name, value in asdict(options).items()
-    }
-    # What does nothing without another option is none of the inputs.
-    queries = options.compare or {*options.kinds} & {*QUERY_KINDS}
-    unused = {
-        "tolerance": options.mode != "certified",
-        "query_of": not queries,
-        "query_units": not queries,
-        "key": not queries or options.query_of != "ffn",
-        "intervene": not options.compare,
-        "random_seeds": not options.compare,
-    }
-    asked |= {name: None for name, is_unused in unused.items() if is_unused}
     from relneuron.model.identity import tokenizer_digest
 
     return {
@@ -140,5 +164,5 @@ def attribute_inputs(
         "tokenizer": tokenizer_digest(tokenizer),
         "prompts": prompts,
         "tokens": tokens,
-        **asked,
+        **options.recorded(),
     }

@@ -1,7 +1,7 @@
 """The page on an attribution: which neurons, heads and layers raise the answers.
 
-`PAGE` names `build`. Every sentence is made from the tables, and what the folder has no data for
-has no section. arXiv 2312.12141.
+`study.PAGE` names `build`. Every sentence is made from the tables, and what the folder has no data
+for has no section. arXiv 2312.12141.
 """
 
 from __future__ import annotations

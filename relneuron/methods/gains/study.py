@@ -21,6 +21,7 @@ from relneuron.artifact.files import Json
 from relneuron.artifact.gains import (
     COMPARISON,
     COMPARISON_COLUMNS,
+    MADE_BY,
     PROMOTED,
     PROMOTED_COLUMNS,
     TARGETS,
@@ -29,10 +30,25 @@ from relneuron.artifact.gains import (
     read_targets,
 )
 from relneuron.artifact.reading import Cells, read_csv
-from relneuron.methods.gains import PAGE
-from relneuron.report.page import opened
+from relneuron.report.page import PageKind, opened
 from relneuron.report.tables import Array
 
+PAGE = PageKind(
+    "attribution",
+    reads={
+        "manifest.json": MADE_BY,
+        TARGETS: MADE_BY,
+        "attributions.csv": MADE_BY,
+        "attributions.parquet": f"{MADE_BY} --format parquet",
+        PROMOTED: MADE_BY,
+        COMPARISON: f"{MADE_BY} --compare",
+    },
+    needs=(),
+    marks=(TARGETS,),
+    hints=(),
+    again="run attribute again with --force",
+    build="relneuron.methods.gains.page:build",
+)
 LAYERS = ("attention_layer", "ffn_layer")
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
 BEST = 10  # neurons of a sentence that count as its best

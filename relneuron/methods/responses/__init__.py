@@ -1,5 +1,28 @@
-"""Relation neurons by their responses to prompts: average precision (arXiv 2502.17355).
+"""Neurons by their responses to recorded prompts: average precision (record.py, rank.py).
 
-`record` asks and keeps responses, `rank` chooses (`relneuron identify`), `significance` says how
-sure a score is, `concepts` does it for kinds of subject.
+Imports artifact, model, texts, report, ablation, analyses and ops; no other method. No torch here.
+Begin with record.py.
 """
+
+from relneuron.artifact.stage import Method, Ranking, Stage
+from relneuron.methods.responses.options import RankOptions
+
+METHOD = Method(
+    stages=(
+        Stage(
+            "record",
+            "relneuron.methods.responses.commands:record",
+            ("transformers", "tqdm", "filelock"),
+        ),
+    ),
+    rankings=(
+        Ranking(
+            "ap",
+            "average precision",
+            RankOptions,
+            reads="validated.csv",
+            of="responses",
+            run="relneuron.methods.responses.commands:rank",
+        ),
+    ),
+)

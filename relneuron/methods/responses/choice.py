@@ -15,8 +15,6 @@ from relneuron.methods.responses import significance
 
 Array = np.ndarray[Any, Any]
 
-ENDS = ("top", "bottom", "both")
-
 
 def choose(
     scores: Mapping[str, Array], null: Array, k: int, fdr: float | None, n_lowest: int = 0

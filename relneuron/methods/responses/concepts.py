@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes
 from relneuron.artifact.writing import writing
+from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.gated import describe_model, find_gated_mlps
 from relneuron.texts.concepts import concept_templates, make_concept_prompts
 from relneuron.texts.facts import Relation
-
-# Scores alone: as many negatives as positives, nothing of how sure a score is.
-RANKED = {"method": "ap", "fdr": None, "negatives": 1, "permutations": 0, "bootstrap": 0}
 
 
 def concept_study(
@@ -36,9 +35,7 @@ def concept_study(
     n_eva: int,
     seed: int,
     top: int | None,
-    batch_tokens: int = 4096,
-    pooling: str = "mean",
-    exclude_bos: bool = False,
+    options: RecordOptions,
     drop_responses: bool = False,
     backend: str = "auto",
     force: bool = False,
@@ -62,14 +59,9 @@ def concept_study(
     described = describe_model(name, model, find_gated_mlps(model), backend)
     path, neurons = folder / "prompts.jsonl", folder / "neurons.json"
     responses = folder / "responses.safetensors"
-    pooled: dict[str, Any] = {
-        "batch_tokens": batch_tokens,
-        "pooling": pooling,
-        "exclude_bos": exclude_bos,
-        "accept_object_prefix": False,
-        "validate": False,
-    }
-    chosen: dict[str, Any] = RANKED | {"noise": 0, "top": top, "seed": seed}
+    recording = replace(options, attention=False, accept_object_prefix=False, validate=False)
+    # Scores alone: as many negatives as positives, nothing of how sure a score is.
+    ranking = RankOptions(top=top, negatives=1, permutations=0, bootstrap=0, noise=0, seed=seed)
     with locked(folder):
         manifest = Manifest(folder)
         data = prompts_bytes(prompts)
@@ -79,10 +71,10 @@ def concept_study(
                 atomic_write(path, data)
                 manifest.describe(seeds={"split": seed})
                 manifest.finish("prompts", inputs, [path])
-        inputs = record_inputs(described, tokenizer, path, **pooled)
+        inputs = record_inputs(described, tokenizer, path, recording)
         recorded = manifest.is_done("record", inputs, force=force)
         identified = recorded and manifest.is_done(
-            "identify", identify_inputs(folder, **chosen), force=force
+            "identify", identify_inputs(folder, ranking), force=force
         )
         if not recorded or not (identified or responses.exists()):
             record(
@@ -91,14 +83,14 @@ def concept_study(
                 tokenizer,
                 path,
                 folder,
-                **pooled,
+                recording,
                 backend=backend,
                 force=True,
                 quiet=quiet,
             )
             identified = False
         if not identified:
-            identify(folder, neurons, **chosen, force=True, quiet=quiet)
+            identify(folder, neurons, ranking, force=True, quiet=quiet)
         if drop_responses:
             Manifest(folder).drop(responses.name)
         (folder / "record.journal").unlink(missing_ok=True)

@@ -25,13 +25,15 @@ from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, progress_bar
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
 from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
-from relneuron.artifact.ranking import BOOTSTRAP, NOISE, PERMUTATIONS, default_top, n_neurons
+from relneuron.artifact.ranking import default_top, n_neurons
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.methods.responses import significance
-from relneuron.methods.responses.choice import ENDS, choose
+from relneuron.methods.responses.choice import choose
 from relneuron.methods.responses.labels import sample_labels, why_unranked
+from relneuron.methods.responses.options import RankOptions
 
+METHOD = "ap"
 RECORD = "record MODEL prompts.jsonl -o DIR"
 COLUMNS = (
     *("relation", "layer", "site", "index", "score"),
@@ -41,70 +43,15 @@ COLUMNS = (
 Array = np.ndarray[Any, Any]
 
 
-def identify_inputs(
-    folder: Path,
-    *,
-    method: str,
-    top: int | None,
-    fdr: float | None,
-    negatives: int,
-    permutations: int,
-    bootstrap: int,
-    noise: int,
-    seed: int,
-    ends: str = "top",
-) -> Json:
-    """What the stage depends on, for the manifest; `ends` stands there where it is not top."""
+def identify_inputs(folder: Path, options: RankOptions) -> Json:
+    """What the stage depends on, for the manifest."""
     names = ("prompts.jsonl", "validated.csv")
-    inputs: Json = {
+    return {
         "digests": {name: sha256(require(folder / name, RECORD)) for name in names},
         "record": json_digest(Manifest(folder).data["stages"].get("record", {}).get("inputs")),
-        "method": method,
-        "top": top,
-        "fdr": fdr,
-        "negatives": negatives,
-        "permutations": permutations,
-        "bootstrap": bootstrap,
-        "noise": noise,
-        "seed": seed,
+        "method": METHOD,
+        **options.recorded(),
     }
-    return inputs if ends == "top" else inputs | {"ends": ends}
-
-
-def check_options(
-    method: str,
-    top: int | None,
-    fdr: float | None,
-    *,
-    permutations: int,
-    bootstrap: int,
-    noise: int,
-    ends: str = "top",
-) -> None:
-    """Refuse what `identify` cannot do."""
-    if ends not in ENDS:
-        raise RelneuronError(f"unknown ends {ends!r}", f"use --ends {', '.join(ENDS)}", 2)
-    if ends != "top" and fdr is not None:
-        cause = f"--fdr chooses among the highest scores, --ends {ends} others"
-        raise RelneuronError(cause, "leave out one of them", 2)
-    if method != "ap":
-        raise RelneuronError(f"unknown method {method!r}", "use --method ap", 2)
-    if top is not None and top < 1:
-        raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
-    for name, n in (("permutations", permutations), ("bootstrap", bootstrap), ("noise", noise)):
-        if n < 0:
-            fix = "choose a positive number, or 0 for none"
-            raise RelneuronError(f"--{name} must be at least 0, got {n}", fix, 2)
-    if fdr is not None:
-        if top is not None:
-            cause = "--top and --fdr are two ways to choose neurons"
-            raise RelneuronError(cause, "give one of them", 2)
-        if not 0 < fdr < 1:
-            cause = f"--fdr must be between 0 and 1, got {fdr}"
-            raise RelneuronError(cause, "choose a rate such as 0.05", 2)
-        if fdr * (1 + noise) < 1:
-            cause = f"--fdr {fdr} needs more columns of noise than {noise}: no p-value is so low"
-            raise RelneuronError(cause, f"use --noise {max(NOISE, math.ceil(1 / fdr))} or more", 2)
 
 
 def check_installed(noise: int) -> None:
@@ -116,16 +63,8 @@ def check_installed(noise: int) -> None:
 def identify(
     folder: Path,
     output: Path,
+    options: RankOptions | None = None,
     *,
-    method: str = "ap",
-    top: int | None = None,
-    fdr: float | None = None,
-    negatives: int = 4,
-    permutations: int = PERMUTATIONS,
-    bootstrap: int = BOOTSTRAP,
-    noise: int = NOISE,
-    seed: int = 0,
-    ends: str = "top",
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile:
@@ -144,9 +83,9 @@ def identify(
     One layer and site is in memory at a time; the responses are read twice if there are
     permutations or resamples.
     """
-    options: Json = {"permutations": permutations, "bootstrap": bootstrap, "noise": noise}
-    options["ends"] = ends
-    check_options(method, top, fdr, **options)
+    options = options or RankOptions()
+    top, fdr, ends, seed = options.top, options.fdr, options.ends, options.seed
+    permutations, bootstrap, noise = options.permutations, options.bootstrap, options.noise
     check_installed(noise)
     refuse_output(output, "identify", force)
     relations, prompts, valid = _read_answers(folder)
@@ -158,15 +97,14 @@ def identify(
     keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
     shape = {key: int(model[key]) for key in keys}
     widths = site_widths(shape)
-    options |= {"method": method, "top": top, "fdr": fdr, "negatives": negatives}
-    inputs = identify_inputs(folder, **options, seed=seed)
+    inputs = identify_inputs(folder, options)
 
     asked = fact_numbers([prompt.id for prompt in prompts], {p.id: p for p in prompts})
     labels = sample_labels(
         relations,
         [prompt.relation if prompt.split == "det" else "" for prompt in prompts],
         valid,
-        negatives=negatives,
+        negatives=options.negatives,
         own_negatives=[prompt.negative_of for prompt in prompts],
         seed=seed,
     )
@@ -228,7 +166,7 @@ def identify(
                 relation.finish()
 
         sets = {name: list(chosen[name].neurons) if name in chosen else [] for name in relations}
-        result = NeuronFile(model, method, sets, selection)
+        result = NeuronFile(model, METHOD, sets, selection)
         written = {
             "scores.safetensors": save(
                 {f"ap.{site}": scores[site] for site in widths},
@@ -252,8 +190,7 @@ def identify(
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),
-            **options,
-            seed=seed,
+            *("--method", METHOD, *options.words()),
         )
         files.append(output)
         with writing("identify", output.parent, files):

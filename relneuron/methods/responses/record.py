@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from relneuron.artifact.manifest import (
 from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
+from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Questions, Step, encode, is_correct, plan_batches
 from relneuron.model.gated import (
     GatedMLP,
@@ -51,39 +53,16 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
 from relneuron.texts.tokens import check_bos, policy_text
 
-POOLING = ("mean", "last")
 
-
-def record_inputs(
-    model: Json,
-    tokenizer: Any,
-    prompts: Path,
-    *,
-    batch_tokens: int,
-    pooling: str,
-    exclude_bos: bool,
-    accept_object_prefix: bool,
-    validate: bool = True,
-    attention: bool = False,
-) -> Json:
-    """What the stage depends on, for the manifest; of the last two what is not the default."""
-    inputs: Json = {
+def record_inputs(model: Json, tokenizer: Any, prompts: Path, options: RecordOptions) -> Json:
+    """What the stage depends on, for the manifest."""
+    return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "prompts": sha256(prompts),
-        "batch_tokens": batch_tokens,
-        "pooling": pooling,
-        "exclude_bos": exclude_bos,
-        "accept_object_prefix": accept_object_prefix,
+        "validate": options.validate,
+        **options.recorded(),
     }
-    inputs |= {"attention": True} if attention else {}
-    return inputs if validate else inputs | {"validate": False}
-
-
-def check_pooling(pooling: str) -> None:
-    """Refuse what `record` cannot do."""
-    if pooling not in POOLING:
-        raise RelneuronError(f"unknown pooling {pooling!r}", f"use {' or '.join(POOLING)}", 2)
 
 
 def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
@@ -216,13 +195,8 @@ def record(
     tokenizer: Any,
     prompts_path: Path,
     folder: Path,
+    options: RecordOptions | None = None,
     *,
-    batch_tokens: int = 4096,
-    pooling: str = "mean",
-    exclude_bos: bool = False,
-    accept_object_prefix: bool = False,
-    attention: bool = False,
-    validate: bool = True,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -241,15 +215,17 @@ def record(
     Without `validate`, or where no prompt has an object (sentences for concepts), nothing is asked:
     one forward a prompt, no prediction, every prompt counts as correct, None in place of accuracy.
     """
-    check_pooling(pooling)
+    options = options or RecordOptions()
+    pooling, exclude_bos = options.pooling, options.exclude_bos
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
     prompts = read_prompts(checked(prompts_path))
-    validate = validate and any(prompt.object for prompt in prompts)
-    mlps = find_gated_mlps(model, attention=attention)
+    options = replace(options, validate=options.validate and any(p.object for p in prompts))
+    validate = options.validate
+    mlps = find_gated_mlps(model, attention=options.attention)
     shape = model_shape(mlps)
     questions = encode(tokenizer, model, prompts, answers=validate)
-    batches = plan_batches(questions, batch_tokens)
+    batches = plan_batches(questions, options.batch_tokens)
     det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
     if not det:
         raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
@@ -258,20 +234,10 @@ def record(
     n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
     if min(n_pooled) < 1:
         raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
-    if attention:
+    if options.attention:
         check_canary(model, mlps, Asker(model, tokenizer).pad(questions.ids[:1])[0], backend)
     described = describe_model(name, model, mlps, backend)
-    inputs = record_inputs(
-        described,
-        tokenizer,
-        prompts_path,
-        batch_tokens=batch_tokens,
-        pooling=pooling,
-        exclude_bos=exclude_bos,
-        accept_object_prefix=accept_object_prefix,
-        validate=validate,
-        attention=attention,
-    )
+    inputs = record_inputs(described, tokenizer, prompts_path, options)
     for notice in questions.notices:
         warnings.warn(notice, stacklevel=2)
     with locked(folder):
@@ -317,7 +283,7 @@ def record(
             said = journal.done[str(number)]["predictions"]
             for row, prediction in zip(rows, said, strict=True):
                 predictions[row] = prediction
-        right = partial(is_correct, accept_object_prefix=accept_object_prefix)
+        right = partial(is_correct, accept_object_prefix=options.accept_object_prefix)
         correct = [
             not validate or any(right(prediction, name) for name in prompt.objects)
             for prompt, prediction in zip(prompts, predictions, strict=True)
@@ -341,7 +307,7 @@ def record(
                 "pooled": sum(n_pooled),
             },
             batch_plan={
-                "batch_tokens": batch_tokens,
+                "batch_tokens": options.batch_tokens,
                 "batches": len(batches),
                 "order": "by split and language, then by length",
             },
@@ -354,12 +320,7 @@ def record(
         )
         made_by = command(
             "record",
-            *(name, placed(prompts_path, folder), "-o", STUDY),
-            pooling=pooling,
-            exclude_bos=exclude_bos,
-            accept_object_prefix=accept_object_prefix,
-            attention=attention,
-            batch_tokens=batch_tokens,
+            *(name, placed(prompts_path, folder), "-o", STUDY, *options.words()),
             **loading(described),
         )
         # No command leaves out the validation of prompts that have objects.

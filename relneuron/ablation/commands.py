@@ -1,0 +1,181 @@
+"""The commands that switch sets of neurons off: ablate, nll, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
+from relneuron.artifact.files import check_folder, require
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.options import (
+    Argument,
+    LoadOptions,
+    Model,
+    Named,
+    Neurons,
+    Output,
+    Prompts,
+)
+from relneuron.artifact.reading import read_csv
+from relneuron.artifact.stage import Printed
+from relneuron.texts.options import SourceOptions, Sources
+
+if TYPE_CHECKING:
+    from relneuron.ablation.nll import Cell
+
+
+def ablate(
+    model: Model,
+    neurons: Neurons,
+    prompts: Prompts,
+    output: Output,
+    options: AblateOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
+    from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
+    from relneuron.model.clock import Clock
+    from relneuron.model.loaded import load
+
+    refuse_outputs(output, force)
+    check_format(output)
+    require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
+    NeuronFile.read(neurons)
+    loaded, tokenizer = load(model, load_options)
+    with Clock(loaded) as clock:
+        ablate_prompts(
+            model,
+            loaded,
+            tokenizer,
+            neurons,
+            prompts,
+            output,
+            **vars(options),
+            backend=load_options.backend,
+            force=force,
+            quiet=quiet,
+        )
+    yield accuracy_table(output.parent)
+    yield f"ablate: {clock}"
+    yield f"-> {output}"
+
+
+def accuracy_table(folder: Path) -> Printed:
+    """Accuracy per relation: before, with its own neurons off, others' off, random off.
+
+    Of eva, or of the first split that was asked.
+    """
+    columns = ("condition", "relation", "split", "accuracy")
+    conditions = read_csv(folder / "conditions.csv", ("condition", "kind", "n_neurons"))
+    empty = {c["condition"] for c in conditions if c["n_neurons"] == "0" and c["kind"] != "clean"}
+    rows = [r for r in read_csv(folder / "accuracy.csv", columns) if r["condition"] not in empty]
+    splits = [row["split"] for row in rows]
+    main = "eva" if "eva" in splits else splits[0]
+    found = {
+        (row["condition"], row["relation"]): row.real("accuracy")
+        for row in rows
+        if row["split"] == main
+    }
+    relations = [relation for condition, relation in found if condition == "clean"]
+    shown = []
+    for relation in relations:
+        own = found.get((relation, relation))
+        others = [found[c, relation] for c in relations if c != relation and (c, relation) in found]
+        chance = [v for (c, r), v in found.items() if r == relation and c.startswith("random.")]
+        cells = [
+            found["clean", relation],
+            own,
+            sum(others) / len(others) if others else None,
+            sum(chance) / len(chance) if chance else None,
+        ]
+        shown.append([relation, *("" if cell is None else f"{cell:.1%}" for cell in cells)])
+    return Printed(("relation", "clean", "own off", "others off", "random off"), shown)
+
+
+def nll(
+    model: Model,
+    neurons: Neurons,
+    sources: Sources,
+    output: Output,
+    options: NllOptions,
+    reading: SourceOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """How well the model reads each group's text without each set of neurons: nll.csv."""
+    from relneuron.ablation.nll import nll as nll_stage
+    from relneuron.model.loaded import load
+    from relneuron.texts.sources import parse_sources
+
+    check_folder(output)
+    sets = NeuronFile.read(neurons).sets
+    found = parse_sources(sources, **vars(reading))
+    loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
+    cells = nll_stage(
+        model,
+        loaded,
+        tokenizer,
+        neurons,
+        found,
+        output,
+        options,
+        backend=load_options.backend,
+        force=force,
+        quiet=quiet,
+    )
+    yield nll_table(cells, [name for name, chosen in sets.items() if not chosen])
+    yield f"-> {output / 'nll.csv'}"
+
+
+def nll_table(cells: Sequence[Cell], empty: Collection[str] = ()) -> Printed:
+    """The NLL of each group's text: clean, then how much it rises under each mask.
+
+    Masks in `empty` have no neuron: there is nothing to say of them.
+    """
+    groups = list(dict.fromkeys(cell.group for cell in cells))
+    clean = {cell.group: cell.nll for cell in cells if cell.mask == cells[0].mask}
+    rows = []
+    for mask in dict.fromkeys(cell.mask for cell in cells if cell.mask not in empty):
+        found = {cell.group: cell.nll for cell in cells if cell.mask == mask}
+        first = mask == cells[0].mask
+        values = [found[g] if first else found[g] - clean[g] for g in groups]
+        rows.append([mask, *(f"{x:.4f}" if first else f"{x:+.4f}" for x in values)])
+    return Printed(("off", *groups), rows, "NLL, nats a token")
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        Argument("PROMPTS", "Prompts, one a line (.txt), or .jsonl with the field `prompt`."),
+    ],
+    output: Output,
+    neurons: Annotated[Path, Named("A neurons.json with the sets of --off and --set.")],
+    options: GenerateOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str]:
+    """Greedy continuations of prompts with sets of neurons off, or set to another group's mean."""
+    from relneuron.ablation.generate import generate as generate_stage
+    from relneuron.model.loaded import load
+
+    loaded, tokenizer = load(model, load_options)
+    made = generate_stage(
+        model,
+        loaded,
+        tokenizer,
+        neurons,
+        prompts,
+        output,
+        options,
+        backend=load_options.backend,
+        force=force,
+        quiet=quiet,
+    )
+    yield f"{len(made):,} outputs -> {output}"

@@ -1,0 +1,102 @@
+"""What happens to the neurons of each condition, and what the results of `ablate` depend on.
+
+The stage and cli/run.py call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.ablation.conditions import Ablation, scores_beside
+from relneuron.ablation.evaluate import How
+from relneuron.ablation.expertise import forced_values
+from relneuron.ablation.options import FORCED, FROM_RESPONSES, AblateOptions
+from relneuron.artifact.files import Json, RelneuronError, sha256
+from relneuron.artifact.manifest import checked, same_model
+from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.prompts import RECORDED, Prompt
+from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
+from relneuron.model.identity import tokenizer_digest
+
+# Sets found in another way, beside the neurons, and the analysis that compares them.
+SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
+
+
+def ablate_inputs(
+    model: Json, tokenizer: Any, neurons: Path, prompts: Path, options: AblateOptions
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    others = {
+        scores_beside(neurons).name: (
+            neurons.parent if {"sizes", "sites"} & {*options.analyses} else None
+        ),
+        "responses.safetensors": neurons.parent if options.mode in FROM_RESPONSES else None,
+        "labels.csv": neurons.parent if options.mode in FORCED else None,
+        "prompts.jsonl": neurons.parent if options.mode in FORCED else None,
+        **{
+            name: neurons.parent if analysis in options.analyses else None
+            for analysis, name in SETS_BESIDE.items()
+        },
+        "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
+    }
+    read = {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
+    return {
+        "model": same_model(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "neurons": sha256(neurons),
+        "prompts": sha256(prompts),
+        "beside": {name: sha256(path) for name, path in read.items()},
+        **options.recorded(),
+    }
+
+
+def mean_responses(
+    responses: Path, prompts: Sequence[Prompt], shape: Mapping[str, int]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """(M,) float32 mean response of every neuron over the det prompts: of all (""), by relation."""
+    made_by = "record MODEL prompts.jsonl -o DIR"
+    check_rows(
+        checked(responses), RESPONSE_ROWS, [p.id for p in prompts if p.split in RECORDED], made_by
+    )
+    of = np.array([p.relation if p.split == "det" else "" for p in prompts if p.split in RECORDED])
+    groups = {"": of != ""} | {name: of == name for name in dict.fromkeys(of) if name}
+    weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
+    parts = []
+    with open_tensors(responses, made_by) as file:
+        for layer in range(shape["layers"]):
+            for site, width in site_widths(shape).items():
+                values = file.get(f"{site}.{layer}", (len(of), width))
+                parts.append(weights @ values)
+    return dict(zip(groups, np.concatenate(parts, axis=1), strict=True))
+
+
+def read_how(
+    options: AblateOptions,
+    plan: Sequence[Ablation],
+    responses: Path,
+    prompts: Sequence[Prompt],
+    shape: Mapping[str, int],
+) -> How:
+    """What happens to the neurons of each condition; values come from recorded responses."""
+    if options.mode not in FROM_RESPONSES:
+        return How(options.mode, options.factor or 0.0)
+    of = {a.condition.name: a.condition.relation for a in plan}
+    if options.mode in FORCED:
+        found = forced_values(responses.parent, options.mode, shape)
+        sets = [a.condition.relation for a in plan if a.condition.kind == "set" and a.places.size]
+        if strangers := [name for name in sets if name not in found]:
+            raise RelneuronError(
+                f"{responses.parent / 'labels.csv'} has no positives and negatives of "
+                f"{strangers[0]}: --mode {options.mode} has no value for its neurons",
+                "identify its neurons with --method ap, or use another --mode",
+            )
+    else:
+        found = mean_responses(responses, prompts, shape)
+    if options.mode == "mean" and options.mean_of == "all":
+        of = dict.fromkeys(of, "")
+    means = {name: found.get(relation, found[""]) for name, relation in of.items()}
+    return How("mean", 0.0, means)

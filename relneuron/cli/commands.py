@@ -1,0 +1,290 @@
+"""The commands of no single method: demo, run, prompts, identify, report, export, bench, doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from relneuron.ablation.commands import accuracy_table
+from relneuron.artifact.files import RelneuronError, check_folder
+from relneuron.artifact.installed import need
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.options import (
+    Argument,
+    Named,
+    Only,
+    Options,
+    Output,
+    Study,
+    option,
+    options_of,
+)
+from relneuron.artifact.stage import Printed, load
+from relneuron.cli.flags import check_only, given, taken
+from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
+from relneuron.methods import rankings
+from relneuron.texts.options import PromptsOptions
+
+
+def demo(
+    options: DemoOptions,
+    output: Output = Path("relneuron-demo"),
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """The whole study on the bundled demo model, on a CPU."""
+    from relneuron.demo import CHECKPOINT, FACTS, TOP
+
+    asked = RunOptions(device="cpu", dtype="float32", **vars(options))
+    if asked.top is None and asked.fdr is None:
+        asked = replace(asked, top=TOP)
+    yield from _study(str(CHECKPOINT), FACTS, output, asked, DEMO, force, quiet)
+
+
+def run(
+    model: Annotated[str, Argument("MODEL", "Model folder or hub name.")],
+    facts: Annotated[Path, Named("Folder of LRE-format fact files.")],
+    output: Output,
+    options: RunOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """The whole study on your model; goes on where it stopped."""
+    yield from _study(model, facts, output, options, None, force, quiet)
+
+
+def _study(
+    model: str,
+    facts: Path,
+    output: Path,
+    options: RunOptions,
+    name: str | None,
+    force: bool,
+    quiet: bool,
+) -> Iterator[str | Printed]:
+    from relneuron.cli.run import run_study
+    from relneuron.cli.show import say
+
+    report = run_study(model, facts, output, options, name=name, force=force, quiet=quiet, say=say)
+    yield accuracy_table(report.parent)
+    yield f"report: {report}"
+
+
+def prompts(
+    facts: Annotated[
+        Path,
+        Argument(
+            "FACTS",
+            "Folder of LRE-format fact files, or one; or of selfcond's concept files, or a list of "
+            "concepts.",
+        ),
+    ],
+    output: Output,
+    options: PromptsOptions,
+    chat_template: Annotated[
+        str | None,
+        Named(
+            "Wrap every prompt in the chat template of this model (folder or hub name).",
+            metavar="MODEL",
+        ),
+    ] = None,
+    force: bool = False,
+) -> Iterator[str]:
+    """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
+    from relneuron.model.gated import load_tokenizer
+    from relneuron.texts.prompts import write_prompts
+
+    chat = load_tokenizer(chat_template) if chat_template else None
+    made = write_prompts(facts, output, options, chat=chat, force=force)
+    yield f"{len(made)} prompts -> {output}"
+
+
+def _methods_help() -> str:
+    """What `identify --method` takes, by what it ranks."""
+    by: dict[str, list[str]] = {}
+    for ranking in rankings().values():
+        by.setdefault(ranking.of, []).append(f"{ranking.name} ({ranking.title})")
+    return " ".join(f"Of {of}: {', '.join(names)}." for of, names in by.items())
+
+
+def identify(
+    folder: Study,
+    output: Output,
+    options: dict[str, Any],
+    method: Annotated[str, Named(_methods_help())] = "ap",
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str]:
+    """Rank the neurons of a recorded, attributed or counted directory; needs no model."""
+    known = rankings()
+    if method not in known:
+        raise RelneuronError(f"unknown method {method!r}", f"use {', '.join(known)}", 2)
+    ranking = known[method]
+    for name in [n for n in given() if n in options and n not in options_of(ranking.options)]:
+        takers = [r.name for r in known.values() if name in options_of(r.options)]
+        raise RelneuronError(
+            f"--method {method} takes no --{name.replace('_', '-')}",
+            f"leave it out, or use --method {' or '.join(takers)}, which "
+            f"{'take' if takers[1:] else 'takes'} it",
+            2,
+        )
+    if not (folder / ranking.reads).exists():
+        for other in known.values():
+            if (folder / other.reads).exists():
+                raise RelneuronError(
+                    f"{folder} holds {other.of}, no {ranking.of.removeprefix('an ')}",
+                    f"add --method {other.name}",
+                    2,
+                )
+    asked = taken(ranking.options, options)
+    check_only(asked, given())
+    yield from load(ranking.run)(folder, output, asked, method=method, force=force, quiet=quiet)
+    yield f"-> {output}"
+
+
+def report(folder: Study, output: Output, force: bool = False) -> Iterator[str]:
+    """All artifacts of a study -> one HTML file that opens offline."""
+    from relneuron.cli.run import report_stage
+
+    yield f"report: {report_stage(folder, output, force=force)}"
+
+
+def export(
+    source: Annotated[
+        Path,
+        Argument("NEURONS|DIR", "A neurons.json, or a counted or identified directory."),
+    ],
+    output: Output,
+    force: bool = False,
+) -> Iterator[str]:
+    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.
+
+    A neurons.json becomes a .neuron.pth, or expertise.csv where -o ends in .csv; a counted
+    directory files of counts; an identified one expertise.csv, or one a concept below a folder.
+    """
+    from relneuron.ablation.expertise import export_expertise
+    from relneuron.artifact.manifest import checked
+    from relneuron.methods.counts.authors_counts import export_counts
+    from relneuron.methods.counts.authors_files import write_neuron_pth
+
+    is_recorded = (source / "responses.safetensors").exists()
+    if is_recorded or (source.is_file() and output.suffix == ".csv"):
+        if output.suffix != ".csv":
+            check_folder(output)
+        written = export_expertise(source, output, force=force)
+    elif source.is_dir():
+        check_folder(output)
+        written = export_counts(source, output, force=force)
+    else:
+        write_neuron_pth(NeuronFile.read(checked(source)), output, force=force)
+        written = [output]
+    for path in written:
+        yield f"-> {path}"
+
+
+def doctor(
+    model: Annotated[str | None, Argument("[MODEL]", "Model to check.")] = None,
+    revision: Annotated[str | None, Named("Revision of a model on the hub.")] = None,
+) -> Iterator[str]:
+    """What works on this machine, and for this model, and why not."""
+    from relneuron.cli.doctor import machine_report, model_report
+    from relneuron.cli.show import rows_of
+    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.texts.tokens import policy_text
+
+    if model is None and revision is not None:
+        raise RelneuronError(
+            "--revision does something only with a MODEL",
+            "leave out --revision, or run with a MODEL",
+            2,
+        )
+    yield from rows_of(machine_report())
+    if model is None:
+        return
+    need("a model", "transformers")
+    rows, supported = model_report(load_model(model, revision=revision))
+    try:
+        tokenizer = load_tokenizer(model, revision=revision)
+        rows.append(("tokenizer", f"works: {policy_text(tokenizer)}"))
+    except RelneuronError as error:
+        rows.append(("tokenizer", f"no: {error.cause}"))
+        supported = False
+    yield from rows_of(rows)
+    if not supported:
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class BenchOptions(Options):
+    """Which cases are timed, and how."""
+
+    quick: bool = option(
+        False,
+        "Only tiny sizes: whether it runs at all.",
+        only=Only("without --full", lambda o: not o.full),
+    )
+    full: bool = option(False, "Every size, dtype and layout.")
+    dtype: Sequence[str] = option(
+        (), "Only these dtypes: float32, bfloat16, float16, or several of them."
+    )
+    tokens: Sequence[int] = option((), "Only these numbers of tokens, such as 2048,8192.", least=1)
+    threads: int = option(0, "Number of CPU threads; 0: as torch chooses.", least=0)
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one.")
+    no_compile: bool = option(False, "Leave out torch.compile, which needs a C++ compiler.")
+
+
+def bench(
+    options: BenchOptions,
+    op: Annotated[
+        str | None, Argument("[OP]", "swiglu_stats, average_precision or logprob_gain.")
+    ] = None,
+    output: Annotated[
+        Path | None, Named("Folder for the csv and the roofline.", ("-o", "--output"))
+    ] = None,
+) -> Iterator[str | Printed]:
+    """The kernels against their peers on this machine, in the same rounds."""
+    for flag in ("dtype", "tokens"):
+        if getattr(options, flag) and op not in (None, "swiglu_stats"):
+            raise RelneuronError(
+                f"--{flag} does something only with the op swiglu_stats",
+                f"leave out --{flag}, or run with the op swiglu_stats",
+                2,
+            )
+    import torch
+
+    from relneuron.artifact.manifest import locked
+    from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
+    from relneuron.cli.show import bench_lines
+    from relneuron.model.gated import choose_device
+
+    suite = "quick" if options.quick else "full" if options.full else "usual"
+    cases = choose_cases(suite, op, options.dtype, options.tokens)
+    device = choose_device(options.device)
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise RelneuronError(f"bench cannot time the device {device!r}", "use --device cpu", 2)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if output is not None:
+        need("relneuron bench -o", "matplotlib", "filelock", otherwise=", or leave out -o")
+        from relneuron.bench.plot import roofline
+
+        check_folder(output)
+    rows: list[Row] = []
+    with locked(output) if output is not None else nullcontext():
+        for case in cases:
+            compiled, effort = not options.no_compile, EFFORTS[suite]
+            found = run_case(case, device=device, compiled=compiled, effort=effort)
+            yield from bench_lines(str(case), found)
+            for what, who, value in summary(found):
+                yield f"  {what}: {value:.2f} x our time ({who})"
+            rows += found
+            if output is not None:
+                path = append_rows(output, found)
+        if output is None:
+            yield "to keep the rows: add -o DIR"
+            return
+        drawn = roofline(rows, path.with_suffix(".png"))
+    yield f"-> {path}{', the roofline ' + path.with_suffix('.png').name if drawn else ''}"

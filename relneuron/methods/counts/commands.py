@@ -1,0 +1,150 @@
+"""The commands for corpora, `count`, `merge` and `import`, and what `identify` does with counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from relneuron.artifact.counts import NAME
+from relneuron.artifact.files import RelneuronError, check_folder
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.options import Argument, LoadOptions, Model, Named, Output, split
+from relneuron.methods.counts.options import CountedOptions
+from relneuron.texts.options import CountOptions, SourceOptions, Sources
+
+
+def count(
+    model: Model,
+    sources: Sources,
+    output: Output,
+    options: CountOptions,
+    reading: SourceOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str]:
+    """How often every neuron is active in each group of a corpus: counts.safetensors.
+
+    Goes on where it stopped. Under torchrun several processes share the work.
+    """
+    from dataclasses import replace
+
+    from relneuron.methods.counts.count import count as count_stage
+    from relneuron.methods.counts.ranks import local_device
+    from relneuron.model.loaded import load
+    from relneuron.texts.sources import parse_sources
+
+    check_folder(output)
+    found = parse_sources(sources, **vars(reading))
+    load_options = replace(load_options, device=local_device(load_options.device))
+    loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
+    counted = count_stage(
+        model,
+        loaded,
+        tokenizer,
+        found,
+        output,
+        options,
+        backend=load_options.backend,
+        force=force,
+        quiet=quiet,
+    )
+    if int(os.environ.get("RANK", "0")):
+        return
+    if counted is None:
+        yield f"{output} holds this count already"
+        return
+    yield from token_lines(counted.counts.groups, counted.counts.tokens.tolist())
+    seconds = max(counted.seconds, 1e-9)
+    share = counted.share_of_bare
+    bare = f", {share:.2f} of the bare forward's speed" if share is not None else ""
+    yield (
+        f"count: {counted.seconds:.1f} s, {counted.tokens / seconds:,.0f} tokens/s{bare}; "
+        f"{counted.waiting / seconds:.1%} of it waiting for tokens, "
+        f"{counted.saving / seconds:.1%} for checkpoints"
+    )
+    yield f"-> {output / NAME}"
+
+
+def token_lines(groups: list[str], tokens: list[int]) -> Iterator[str]:
+    """The number of tokens of each group."""
+    for name, n in zip(groups, tokens, strict=True):
+        yield f"{name}: {n:,} tokens"
+
+
+def merge(
+    folders: Annotated[list[Path], Argument("DIR...", "Folders of finished counts.")],
+    output: Output,
+    force: bool = False,
+) -> Iterator[str]:
+    """Add finished counts of one model: counts.safetensors."""
+    from relneuron.methods.counts.merge import merge as merge_stage
+
+    check_folder(output)
+    total = merge_stage(folders, output, force=force)
+    yield from token_lines(total.groups, total.tokens.tolist())
+    yield f"-> {output}"
+
+
+def import_files(
+    files: Annotated[
+        list[str],
+        Argument(
+            "FILE...",
+            "One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; files "
+            "called activation.GROUP.train.MODEL, or a folder of them, say it themselves.",
+        ),
+    ],
+    model: Annotated[str, Named("Model that the files belong to; only its config.json is read.")],
+    output: Output,
+    names: Annotated[str, Named("Groups of a .neuron.pth in order: en,zh,...")] = "",
+    force: bool = False,
+) -> Iterator[str]:
+    """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
+    from relneuron.methods.counts.authors_counts import import_counts, import_neurons, name_counts
+    from relneuron.methods.counts.authors_files import config_shape
+
+    if names and not any("=" not in text or Path(text).exists() for text in files):
+        raise RelneuronError(
+            "--names does something only with a .neuron.pth",
+            "leave out --names, or run with a .neuron.pth",
+            2,
+        )
+    if paths := name_counts(files):
+        check_folder(output)
+        counts = import_counts(paths, config_shape(model), output, model=model, force=force)
+        yield from token_lines(counts.groups, counts.tokens.tolist())
+    elif len(files) == 1:
+        if not split(names):
+            raise RelneuronError("a .neuron.pth does not name its groups", "add --names en,zh,...")
+        yield from group_lines(
+            import_neurons(Path(files[0]), split(names), model, output, force=force)
+        )
+    else:
+        fix = "give one .neuron.pth, or counts as GROUP=FILE"
+        raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
+    yield f"-> {output}"
+
+
+def rank(
+    folder: Path, output: Path, options: CountedOptions, *, method: str, force: bool, quiet: bool
+) -> Iterator[str]:
+    """`identify` with one of the rankings of counts."""
+    from relneuron.methods.counts.rank import identify_counts
+
+    yield from group_lines(identify_counts(folder, output, options, method=method, force=force))
+
+
+def group_lines(chosen: NeuronFile) -> Iterator[str]:
+    """How many neurons each group has, and what was left out."""
+    for name, neurons in chosen.sets.items():
+        none = ": none of those chosen is active enough in it" if chosen.method == "lape" else ""
+        yield f"{name}: {len(neurons):,} neurons" if neurons else f"{name}: no neurons{none}"
+    multiplicity = chosen.selection.get("multiplicity")
+    if multiplicity:
+        several = sum(multiplicity[1:])
+        yield f"{sum(multiplicity):,} distinct neurons, {several:,} of them in several groups"
+    if "reason" in chosen.selection:
+        yield str(chosen.selection["reason"])

@@ -1,0 +1,145 @@
+"""The command `attribute`, and what `identify` does with an attribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from relneuron.artifact.files import check_folder
+from relneuron.artifact.gains import COMPARISON, COMPARISON_COLUMNS, TARGETS, Target, read_targets
+from relneuron.artifact.manifest import Manifest
+from relneuron.artifact.options import Argument, LoadOptions, Model, Output
+from relneuron.artifact.reading import Cells, read_csv
+from relneuron.artifact.stage import Printed
+from relneuron.methods.gains.options import AttributeOptions, GainRankOptions
+
+
+def attribute(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        Argument(
+            "PROMPTS",
+            "A prompts.jsonl; a .csv, .tsv or .jsonl with the columns prompt, answer, type; or "
+            "LRE-format facts.",
+        ),
+    ],
+    output: Output,
+    options: AttributeOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """How much each neuron, head and layer raises the log-probability of the answers.
+
+    Goes on where it stopped.
+    """
+    from relneuron.methods.gains.attribute import attribute as attribute_stage
+    from relneuron.model.loaded import load
+    from relneuron.texts.knowledge import read_knowledge
+
+    options.check_installed()
+    check_folder(output)
+    # What is wrong with them is said before the model is loaded.
+    read_knowledge(prompts, answers=options.target == "answer")
+    loaded, tokenizer = load(model, load_options)
+    attribute_stage(
+        model,
+        loaded,
+        tokenizer,
+        prompts,
+        output,
+        options,
+        backend=load_options.backend,
+        force=force,
+        quiet=quiet,
+    )
+    yield from attributed(output)
+    yield f"-> {output}"
+
+
+def attributed(folder: Path) -> Iterator[str | Printed]:
+    """The sentences, each relation's best neurons, and what zeroing cost."""
+    manifest = Manifest(folder).data
+    entry = manifest["stages"]["attribute"]
+    several = entry["tokens"]["answers_of_several_tokens"]
+    yield (
+        f"{entry['sentences']:,} sentences, the model knows the answer of {entry['kept']:,}; "
+        f"{several:,} answers of several tokens: their first one was asked for"
+    )
+    for relation, asked in target_counts(read_targets(folder / TARGETS)).items():
+        shown = ", ".join(f"{token!r} ({token_id}) {n} times" for (token, token_id), n in asked[:5])
+        more = f", {len(asked) - 5} more" if len(asked) > 5 else ""
+        only = ", one and the same token" if len(asked) == 1 and asked[0][1] > 1 else ""
+        yield f"{relation}: asked for {shown}{more}{only}"
+    for relation, neurons in entry["best"].items():
+        shown = ", ".join(f"{layer}_{index} {gain:+.3g}" for layer, index, gain in neurons)
+        yield f"{relation}: best neurons {shown} nats"
+    if COMPARISON in entry["files"]:
+        yield comparison_table(folder / COMPARISON)
+
+
+def target_counts(targets: Sequence[Target]) -> dict[str, list[tuple[tuple[str, int], int]]]:
+    """Each relation's target tokens (text, id) and how often they are asked for, most first."""
+    counts: dict[str, Counter[tuple[str, int]]] = {}
+    for target in targets:
+        counts.setdefault(target.relation, Counter())[target.target, target.target_id] += 1
+    return {relation: found.most_common() for relation, found in counts.items()}
+
+
+def comparison_table(path: Path) -> Printed:
+    """Rank, probability and log-probability of the answers under each condition, and the drops.
+
+    Over all sentences; of conditions that differ in their seed or type, the mean. The heads of a
+    type are asked apart: of its own sentences, and of the other types'.
+    """
+    groups: dict[str, list[Cells]] = {}
+    n_sentences = ""
+    for row in read_csv(path, COMPARISON_COLUMNS):
+        condition, relation = row["condition"], row["relation"]
+        if condition == "clean" and not relation:
+            n_sentences = row["n"]
+        if condition.startswith("heads:"):
+            is_own = condition == f"heads:{relation}"
+            name = "heads, own type" if is_own else "heads, others"
+        else:
+            name = condition.rpartition(".")[0] or condition
+        if bool(relation) == condition.startswith("heads:"):
+            groups.setdefault(name, []).append(row)
+    names = ("mrr", "prob", "logprob", "mrr_drop", "prob_drop", "logprob_drop")
+    formats = ("{:.3f}", "{:.1%}", "{:.2f}", "{:.1%}", "{:.1%}", "{:.2f}")
+    rows = []
+    for name, found in groups.items():
+        means = [sum(row.real(key) for row in found) / len(found) for key in names]
+        rows.append([name, *(_cell(f, mean) for f, mean in zip(formats, means, strict=True))])
+    titles = ("zeroed", "MRR", "prob", "log p", "MRR lost", "prob lost", "nats lost")
+    return Printed(titles, rows, f"{n_sentences} sentences")
+
+
+def _cell(form: str, value: float) -> str:
+    """A number of the table, zero without a sign; "" for NaN."""
+    text = form.format(value)
+    if value != value:
+        return ""
+    return text if text.strip("-0.%") else text.lstrip("-")
+
+
+def rank(
+    folder: Path, output: Path, options: GainRankOptions, *, method: str, force: bool, quiet: bool
+) -> Iterator[str]:
+    """`identify --method logprob_gain`: says each relation's neurons and the gain at the cut."""
+    from relneuron.methods.gains.rank import identify_gains
+
+    chosen = identify_gains(
+        folder, output, top=options.top, kept_only=options.kept_only, force=force, quiet=quiet
+    )
+    for relation, found in chosen.selection.items():
+        if "reason" in found:
+            yield f"{relation}: no neurons, {found['reason']}"
+            continue
+        yield (
+            f"{relation}: {len(chosen.sets[relation])} neurons, mean gain >= "
+            f"{found['score_at_cut']:.3g} nats over {found['sentences']:,} sentences"
+        )

@@ -1,0 +1,520 @@
+"""Text under masks and steering: what plain hooks and transformers' own `generate` give.
+
+The reference takes one prompt at a time, without padding; ours mixes masks and prompts in batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import relneuron.ablation.generate
+from relneuron.ablation.generate import Continuer, Generated, generate, read_questions
+from relneuron.ablation.options import GenerateOptions
+from relneuron.ablation.steer import mean_activations, steering_states
+from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal
+from relneuron.artifact.neurons import NeuronFile
+from relneuron.model.ask import is_out_of_memory
+from relneuron.model.gated import find_gated_mlps, load_model, load_tokenizer
+from relneuron.model.patch import Patch
+from tests.conftest import tiny_model
+from tests.kit.hooked import one_thread
+
+LAYERS, WIDTH, HIDDEN = 2, 48, 32
+SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}
+PROMPTS = [
+    "Person1 lives in",
+    "Everybody knows that Person7 likes",
+    "x",
+    "Person3 works as a",
+    "Person11 eats an apple and a plum and a pear, so",
+]
+NEW = 10
+
+# One of the sets is empty, which is said in each run that switches it off.
+pytestmark = pytest.mark.filterwarnings("ignore:empty. its set has no neuron")
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Iterator[tuple[Any, Any]]:
+    with one_thread():
+        model = load_model(str(model_folder))
+        # So that texts are long and differ from mask to mask.
+        generator = torch.Generator().manual_seed(2)
+        for mlp in find_gated_mlps(model):
+            weight = mlp.module.down_proj.weight.data
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+        yield model, load_tokenizer(str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, list[tuple[int, str, int, float]]]:
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("en", "zh", "fr"):
+        chosen = sorted(rng.choice(LAYERS * WIDTH, 25, replace=False).tolist())
+        found[name] = [(c // WIDTH, "gate", c % WIDTH, 0.5) for c in chosen]
+    found["fr"] = found["fr"][:4] + [(0, "down", 3, 0.1), (1, "up", 7, 0.1)]
+    found["empty"] = []
+    return found
+
+
+@pytest.fixture
+def study(tmp_path: Path, sets: Any) -> Path:
+    """A folder with neurons, counts with moments, and prompts."""
+    NeuronFile({"id": "m", **SHAPE}, "lape", sets, {}).write(tmp_path / "neurons.json")
+    rng = np.random.default_rng(1)
+    shape = (2, LAYERS, WIDTH)
+    tokens = np.array([1000, 500], np.int64)
+    arrays = {
+        "count.act": rng.integers(0, 500, shape),
+        "sum.act": rng.normal(size=shape) * 1500,
+        "sum_sq.act": np.ones(shape),
+        "max.act": np.ones(shape, np.float32),
+        "n_nonfinite.act": np.zeros(shape, np.int64),
+    }
+    Counts(["en", "zh"], tokens, arrays).write(tmp_path / NAME)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return tmp_path
+
+
+SITES = ("gate", "up", "down")
+
+
+def zero(out: Tensor, indices: Sequence[int]) -> Tensor:
+    new = out.clone()
+    new[..., indices] = 0
+    return new
+
+
+@contextmanager
+def hooked(
+    model: Any, off: Sequence[Any], on: Sequence[Any] = (), means: Any = None
+) -> Iterator[None]:
+    """Plain hooks: activations and outputs of `off` are 0, activations of `on` are their means.
+
+    A neuron of both is set: its up output stays.
+    """
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.model.layers):
+            chosen = [index for at, _, index, *_ in on if at == layer]
+            dark = {site: [n[2] for n in off if n[:2] == (layer, site)] for site in SITES}
+            dark["up"] = [index for index in dark["up"] if index not in chosen]
+
+            def act(
+                _m: Any,
+                _i: Any,
+                out: Tensor,
+                dark: Any = dark["gate"],
+                chosen: Any = chosen,
+                layer: int = layer,
+            ) -> Tensor:
+                new = zero(out, dark)
+                if chosen:
+                    new[..., chosen] = torch.tensor(means[layer, chosen], dtype=out.dtype)
+                return new
+
+            stack.callback(block.mlp.act_fn.register_forward_hook(act).remove)
+            for site in ("up", "down"):
+
+                def off_hook(_m: Any, _i: Any, out: Tensor, dark: Any = dark[site]) -> Tensor:
+                    return zero(out, dark)
+
+                module = getattr(block.mlp, f"{site}_proj")
+                stack.callback(module.register_forward_hook(off_hook).remove)
+        yield
+
+
+def reference(
+    loaded: tuple[Any, Any], prompt: str, *, penalty: float, stop: Sequence[str], new: int = NEW
+) -> tuple[str, int, str]:
+    """transformers' own greedy generation of one prompt, then cut by hand."""
+    model, tokenizer = loaded
+    tokens = tokenizer(prompt, return_tensors="pt")
+    made = model.generate(
+        tokens["input_ids"],
+        attention_mask=tokens["attention_mask"],
+        max_new_tokens=new,
+        do_sample=False,
+        repetition_penalty=penalty,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )[0, tokens["input_ids"].shape[1] :].tolist()
+    for n in range(1, len(made) + 1):
+        text = tokenizer.decode(made[:n], skip_special_tokens=True)
+        cuts = [text.index(s) for s in stop if s in text]
+        if made[n - 1] == tokenizer.eos_token_id:
+            return tokenizer.decode(made[: n - 1], skip_special_tokens=True), n - 1, "eos"
+        if cuts:
+            return text[: min(cuts)], n, "stop string"
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    return text.rstrip("\ufffd"), len(made), "length"
+
+
+def ours(loaded: tuple[Any, Any], study: Path, name: str = "o.jsonl", **asked: Any) -> list[Any]:
+    prompts = asked.pop("prompts", study / "prompts.txt")
+    how = {name: asked.pop(name) for name in ("force", "backend") if name in asked}
+    options = GenerateOptions(**{"max_new_tokens": NEW, "stop": (), **asked})
+    places = (study / "neurons.json", prompts, study / name)
+    return generate("m", *loaded, *places, options, quiet=True, **how)
+
+
+OFF = ("clean", "en", "zh", "fr")
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.1, 1.7])
+@pytest.mark.parametrize("stop", [(), ("in", "ear")])
+def test_every_mask_and_prompt_at_once_is_one_prompt_at_a_time(
+    loaded: Any, study: Path, sets: Any, penalty: float, stop: tuple[str, ...]
+) -> None:
+    made = ours(loaded, study, off=OFF, repetition_penalty=penalty, stop=stop)
+    assert [(g.mask, g.id) for g in made] == [(m, str(i + 1)) for m in OFF for i in range(5)]
+    for g in made:
+        with hooked(loaded[0], sets.get(g.mask, []) and [n[:3] for n in sets[g.mask]]):
+            wanted = reference(loaded, g.prompt, penalty=penalty, stop=stop)
+        assert (g.output, g.n_tokens, g.stopped) == wanted, g
+        assert g.prompt == PROMPTS[int(g.id) - 1] and g.set == ""
+    texts = [tuple(g.output for g in made if g.mask == mask) for mask in OFF]
+    assert len(set(texts)) == 4
+    assert {g.stopped for g in made} >= ({"stop string", "length"} if stop else {"length"})
+
+
+def test_the_ends_of_rows_are_found_each_for_itself(loaded: Any, study: Path, sets: Any) -> None:
+    """EOS too: it is made the token that some rows choose in the middle of their text."""
+    model, tokenizer = loaded
+    plain = ours(loaded, study, "a.jsonl", off=OFF)
+    tokens = [tokenizer(g.output, add_special_tokens=False)["input_ids"] for g in plain]
+    end = max({t for line in tokens for t in line}, key=lambda t: sum(t in line for line in tokens))
+    before = tokenizer.eos_token_id
+    tokenizer.eos_token_id = end
+    try:
+        made = ours(loaded, study, "b.jsonl", off=OFF, stop=("e",))
+        for g in made:
+            with hooked(model, [n[:3] for n in sets.get(g.mask, [])]):
+                assert g[4:-1] + g[-1:] == reference(loaded, g.prompt, penalty=1.1, stop=("e",))
+    finally:
+        tokenizer.eos_token_id = before
+    assert {g.stopped for g in made} >= {"eos", "stop string"}
+
+
+@pytest.mark.parametrize("to", ["en", "zh"])
+def test_steering_is_hooks_that_set_activations(
+    loaded: Any, study: Path, sets: Any, to: str
+) -> None:
+    counts = Counts.read(study / NAME)
+    row = counts.groups.index(to)
+    means = counts.arrays["sum.act"][row] / [1000, 500][row]
+    made = ours(loaded, study, off=("", "en", "fr"), set_to=to, repetition_penalty=1.2)
+    assert [g.mask for g in made][::5] == ["clean", "en", "fr"]
+    for g in made:
+        with hooked(loaded[0], [n[:3] for n in sets.get(g.mask, [])], sets[to], means):
+            wanted = reference(loaded, g.prompt, penalty=1.2, stop=())
+        assert (g.set, g.output, g.n_tokens, g.stopped) == (to, *wanted)
+    unsteered = ours(loaded, study, "u.jsonl", off=("", "en", "fr"), repetition_penalty=1.2)
+    assert [g.output for g in made] != [g.output for g in unsteered]
+
+
+def test_a_neuron_that_is_off_and_set_is_set(loaded: Any, study: Path, sets: Any) -> None:
+    alone = ours(loaded, study, "a.jsonl", off=("empty",), set_to="en")
+    both = ours(loaded, study, "b.jsonl", off=("en",), set_to="en")
+    assert [g.output for g in alone] == [g.output for g in both]
+
+
+def test_states_for_steering_have_a_row_per_condition(loaded: Any, sets: Any) -> None:
+    model, _ = loaded
+    mlps = find_gated_mlps(model)
+    means = np.random.default_rng(3).normal(size=(LAYERS, WIDTH)).astype(np.float32)
+    off = [[], sets["fr"], sets["en"]]
+    tokens = torch.randint(5, 60, (3, 6), generator=torch.Generator().manual_seed(0))
+    with Patch(mlps, steering_states(mlps, off, sets["zh"], means)) as patch, torch.no_grad():
+        patch.tokens.conditions = torch.tensor([2, 0, 1], dtype=torch.int32)
+        together = model(tokens).logits
+    for row, condition in enumerate([2, 0, 1]):
+        zeros = [n[:3] for n in off[condition]]
+        with hooked(model, zeros, sets["zh"], means), torch.no_grad():
+            assert torch.allclose(together[row], model(tokens[row : row + 1]).logits[0], atol=1e-4)
+    assert all(state.replace is None for state in steering_states(mlps, off, [], means))
+    with pytest.raises(RelneuronError, match="at site down"):
+        steering_states(mlps, off, sets["fr"], means)
+    with pytest.raises(RelneuronError, match=r"not \(layers, width\)"):
+        steering_states(mlps, off, sets["zh"], means[:1])
+    with pytest.raises(RelneuronError, match="is not in a model"):
+        steering_states(mlps, off, [(9, "gate", 0)], means)
+
+
+def test_mean_activations_are_sums_by_tokens(study: Path) -> None:
+    counts = Counts.read(study / NAME)
+    for row, (name, tokens) in enumerate([("en", 1000), ("zh", 500)]):
+        found = mean_activations(study, name, SHAPE)
+        assert found.dtype == np.float32
+        for layer in range(LAYERS):
+            for i in range(0, WIDTH, 7):
+                wanted = np.float32(float(counts.arrays["sum.act"][row, layer, i]) / tokens)
+                assert found[layer, i] == wanted
+
+
+def test_masks_may_share_no_cache_rows_with_a_cache_of_another_kind(
+    loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are done stay in the batch, and their text is not longer for it."""
+    from transformers import DynamicCache
+
+    wanted = ours(loaded, study, "a.jsonl", off=OFF, stop=("in", "ear"))
+    selected = []
+    true = DynamicCache.batch_select_indices
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            DynamicCache,
+            "batch_select_indices",
+            lambda self, rows: (selected.append(len(rows)), true(self, rows))[1],
+        )
+        assert ours(loaded, study, "b.jsonl", off=OFF, stop=("in", "ear")) == wanted
+    assert selected == sorted(selected, reverse=True) and len(selected) > 1
+    owner = next(c for c in DynamicCache.__mro__ if "batch_select_indices" in vars(c))
+    monkeypatch.delattr(owner, "batch_select_indices")
+    assert ours(loaded, study, "c.jsonl", off=OFF, stop=("in", "ear")) == wanted
+
+
+def model_of(family: str, **changes: Any) -> Any:
+    """A random model of a family with another vocabulary than conftest's."""
+    import transformers
+
+    config = tiny_model(family).config
+    for name, value in {"initializer_range": 0.3, "pad_token_id": 0, **changes}.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen3", "mistral"])
+def test_other_families_with_their_caches(model_folder: Path, study: Path, family: str) -> None:
+    tokenizer = load_tokenizer(str(model_folder))
+    extra = {"sliding_window": 6} if family in ("gemma2", "mistral") else {}
+    model = model_of(family, vocab_size=len(tokenizer), eos_token_id=1, **extra)
+    data = json.loads((study / "neurons.json").read_text())
+    data["model"]["layers"] = 3
+    (study / "neurons.json").write_text(json.dumps(data))
+    made = ours((model, tokenizer), study, off=("clean", "en"), stop=("e",), backend="reference")
+    for g in made[:5]:
+        wanted = reference((model, tokenizer), g.prompt, penalty=1.1, stop=("e",))
+        assert (g.output, g.n_tokens, g.stopped) == wanted
+    assert [g.output for g in made[:5]] != [g.output for g in made[5:]]
+
+
+# --- the file, resuming, memory --------------------------------------------------------------
+
+
+def test_the_file_has_an_object_a_line(loaded: Any, study: Path) -> None:
+    made = ours(loaded, study, off=("zh", "clean", "zh"), template="Q: {prompt}\nA:")
+    lines = (study / "o.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    assert [Generated(**json.loads(line)) for line in lines] == made
+    assert list(json.loads(lines[0])) == [
+        *("mask", "set", "id", "prompt", "output", "n_tokens", "stopped"),
+    ]
+    assert [g.mask for g in made] == ["zh"] * 5 + ["clean"] * 5
+    assert made[0].prompt == f"Q: {PROMPTS[0]}\nA:"
+    assert {path.name for path in study.iterdir()} == {
+        *("neurons.json", NAME, "prompts.txt", "o.jsonl", ".lock"),
+    }
+
+
+def test_sets_with_the_same_neurons_are_asked_once(
+    loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    true = Continuer.go_on
+
+    def go_on(self: Any, questions: Any, rows: Any, mark: Any) -> Any:
+        asked.extend(rows)
+        return true(self, questions, rows, mark)
+
+    monkeypatch.setattr(Continuer, "go_on", go_on)
+    made = ours(loaded, study, off=("clean", "empty", "en"))
+    assert sorted(asked) == sorted([0, 1, 2, 3, 4] * 2)
+    assert [g[1:] for g in made[:5]] == [g[1:] for g in made[5:10]]
+
+
+def test_a_killed_run_goes_on(loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"off": OFF, "batch_tokens": 60}
+    whole = ours(loaded, study, "whole.jsonl", **asked)
+    monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+    true, calls = Continuer.go_on, 0
+
+    def dies(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 7):
+            raise KeyboardInterrupt
+        return true(self, *args)
+
+    monkeypatch.setattr(Continuer, "go_on", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ours(loaded, study, **asked)
+        assert not (study / "o.jsonl").exists()
+        assert (study / "o.jsonl.journal").exists()
+    assert ours(loaded, study, **asked) == whole
+    n_batches = calls - 2
+    assert not (study / "o.jsonl.journal").exists()
+    calls = 100
+    ours(loaded, study, "again.jsonl", **asked)
+    assert calls - 100 == n_batches
+    assert (study / "o.jsonl").read_bytes() == (study / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_out_of_memory_gives_the_same_texts(
+    loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ours(loaded, study, "whole.jsonl", off=OFF)
+    true = Continuer.go_on
+
+    def small(self: Any, questions: Any, rows: Any, mark: Any) -> Any:
+        if len(rows) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return true(self, questions, rows, mark)
+
+    monkeypatch.setattr(Continuer, "go_on", small)
+    assert is_out_of_memory(RuntimeError("CUDA out of memory"))
+    assert ours(loaded, study, off=OFF) == whole
+    with pytest.raises(RelneuronError, match="out of memory"):
+        ours(loaded, study, "e.jsonl", off=OFF, oom="error")
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone {x}\r\n\n  \nt\u2028wo \x1b[31m\nthree".encode())
+    found = read_questions(path)
+    assert [(p.id, p.prompt) for p in found] == [
+        *(("1", "one {x}"), ("4", "t\u2028wo \x1b[31m"), ("5", "three")),
+    ]
+    asked = read_questions(path, "{0} {prompt} {}")
+    assert [p.prompt for p in asked][0] == "{0} one {x} {}"
+
+
+def test_prompts_of_a_jsonl_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a\\nb"}\n\n{"prompt": "c", "id": "x", "more": 1}\n')
+    assert [(p.id, p.prompt) for p in read_questions(path)] == [("1", "a\nb"), ("x", "c")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("p.txt", b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
+        ("p.txt", b"\n \n", "holds no prompt"),
+        ("p.csv", b"a", "neither .txt nor .jsonl"),
+        ("p.jsonl", b"{", "line 1: not JSON"),
+        ("p.jsonl", b'{"prompt": "a"}\n["b"]', "line 2: not a prompt"),
+        ("p.jsonl", b'{"text": "a"}', "line 1: not a prompt .it has no text called prompt"),
+        ("p.jsonl", b'{"prompt": 3}', "line 1: not a prompt .it has no text"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', "line 1: it holds half a surrogate pair"),
+        ("p.jsonl", b'{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": 1}', "second prompt"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_bad_prompt_files_are_refused(
+    loaded: Any, study: Path, name: str, content: bytes, cause: str
+) -> None:
+    (study / name).write_bytes(content)
+    with pytest.raises(RelneuronError, match=cause) as caught:
+        ours(loaded, study, prompts=study / name)
+    assert "\n" not in caught.value.cause + caught.value.fix
+    assert not (study / "o.jsonl").exists() and not (study / "o.jsonl.journal").exists()
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "cause"),
+    [
+        ({"off": ("de",)}, "no set 'de'"),
+        ({"set_to": "de"}, "no set 'de'"),
+        ({"set_to": "fr"}, "no group 'fr'"),
+        ({"set_to": "en", "counts": Path("nowhere")}, "does not exist"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
+        ({"max_new_tokens": 60}, "longer than the model's context of 64"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be above 0"),
+        ({"repetition_penalty": float("nan")}, "is not finite"),
+        ({"repetition_penalty": float("inf")}, "is not finite"),
+        ({"stop": ("",)}, "empty stop string"),
+        ({"batch_tokens": 0}, "--batch-tokens must be at least 1"),
+        ({"oom": "never"}, "unknown --oom"),
+        ({"template": "Q: {}"}, "does not have"),
+        ({"backend": "metal"}, "unknown backend"),
+        ({"prompts": Path("gone.txt")}, "does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    loaded: Any, study: Path, asked: dict[str, Any], cause: str
+) -> None:
+    before = {path.name for path in study.iterdir()}
+    with pytest.raises(RelneuronError, match=cause):
+        ours(loaded, study, **asked)
+    assert {path.name for path in study.iterdir()} == before
+
+
+def test_counts_that_cannot_steer_are_refused(loaded: Any, study: Path) -> None:
+    whole = Counts.read(study / NAME)
+    arrays = {"count.act": whole.arrays["count.act"]}
+    Counts(whole.groups, whole.tokens, arrays).write(study / NAME)
+    with pytest.raises(RelneuronError, match="holds no sums") as caught:
+        ours(loaded, study, set_to="en")
+    assert "--moments" in caught.value.fix
+    Counts(whole.groups, whole.tokens * [1, 0], whole.arrays).write(study / NAME)
+    with pytest.raises(RelneuronError, match="no token of 'zh'"):
+        ours(loaded, study, set_to="zh")
+    other = {name: array[:, :1] for name, array in whole.arrays.items()}
+    Counts(whole.groups, whole.tokens, other).write(study / NAME)
+    with pytest.raises(RelneuronError, match="with 1 layers and width 48"):
+        ours(loaded, study, set_to="en")
+
+
+def test_an_output_is_not_overwritten_without_force(loaded: Any, study: Path) -> None:
+    (study / "o.jsonl").write_text("mine")
+    with pytest.raises(RelneuronError, match="exists"):
+        ours(loaded, study)
+    assert (study / "o.jsonl").read_text() == "mine"
+    assert len(ours(loaded, study, force=True)) == 5
+
+
+def test_a_set_named_clean_is_refused(loaded: Any, study: Path, sets: Any) -> None:
+    NeuronFile(SHAPE, "lape", {"clean": sets["en"]}, {}).write(study / "neurons.json")
+    with pytest.raises(RelneuronError, match="named clean"):
+        ours(loaded, study)
+    NeuronFile(SHAPE | {"width": 49}, "lape", sets, {}).write(study / "neurons.json")
+    with pytest.raises(RelneuronError, match="of a model of shape"):
+        ours(loaded, study)
+
+
+def test_padding_is_not_penalised(loaded: Any, study: Path) -> None:
+    """A large penalty: one of the pad token 0 (BOS here) in short rows would show in the logits."""
+    model, tokenizer = loaded
+    asker = Continuer(
+        model, tokenizer, GenerateOptions(max_new_tokens=1, repetition_penalty=3.0, stop=())
+    )
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor, known: Tensor) -> Tensor:
+        seen.append(known.clone())
+        return logits.argmax(-1)
+
+    asker._choose = choose  # type: ignore[method-assign]
+    questions = relneuron.ablation.generate.Questions([], [[5, 6, 7, 5], [9], [0, 8]], [])
+    asker.go_on(questions, [0, 1, 2], lambda step: None)
+    assert [row.nonzero()[:, 0].tolist() for row in seen[0]] == [[5, 6, 7], [9], [0, 8]]

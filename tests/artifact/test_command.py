@@ -1,0 +1,297 @@
+"""The commands that a report prints make the study again: every kind, with options of every stage.
+
+Each study is made by the command line; what its report.html prints is run in a fresh folder, and
+every file must have the same bytes.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+
+from relneuron.artifact.command import command, commands, moved, placed
+from relneuron.artifact.manifest import Manifest
+from relneuron.artifact.options import options_of
+from relneuron.cli import main as cli
+from relneuron.cli.run import _whole
+from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
+from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
+from tests.kit.hooked import one_thread
+
+# RunOptions that change how a stage runs, and not what it makes.
+RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
+RUNNING |= {"--max-record-mib"}
+RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
+COUNT = "--workers 1 --quiet --batch-tokens 512"
+LOAD = "--dtype bfloat16 --device cpu --backend reference"
+EXACT = LOAD.replace("bfloat16", "float32")
+RELATIONS = [
+    "prompts {suffixed} -o {d}/prompts.jsonl --eva 8 --seed 3 --suffix ''",
+    "record {model} {d}/prompts.jsonl -o {d} --exclude-bos --batch-tokens 300 --quiet"
+    f" --accept-object-prefix --attention {EXACT}",
+]
+IDENTIFY = "identify {d} -o {d}/neurons.json --permutations 20 --bootstrap 20 --noise 1000 --quiet"
+ATTRIBUTE = "attribute {model} {facts} -o {d} --batch-tokens 300 --quiet"
+
+STUDIES: dict[str, list[str]] = {
+    "run": [
+        "run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --attention"
+        " --ends bottom"
+    ],
+    "run with sets beside": [
+        "run {model} --facts {suffixed} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --seed 2"
+        " --suffix '' --method ap --negatives 3 --permutations 20 --bootstrap 20 --noise 900"
+        " --splits eva --analyses gain,sizes --sizes 5,10 --mode scale --factor 0.5"
+        " --positions prompt --generate 3 --drop-responses --pooling last --accept-object-prefix"
+        f" --batch-tokens 300 {EXACT}",
+    ],
+    "run with a rate": [
+        "run {chat} --facts {facts} -o {d} --eva 8 --fdr 0.3 --random-seeds 1 --quiet"
+        " --chat-template --noise 900 --exclude-bos --mode mean --mean-of relation",
+    ],
+    "stages": [
+        *RELATIONS,
+        f"{IDENTIFY} --fdr 0.3 --negatives 3 --seed 2 --method ap",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --splits eva,eva2,det"
+        " --random-seeds 1 --analyses matched,sizes,sites,perplexity --sizes 5,10 --mode mean"
+        " --mean-of relation --positions last --generate 2 --any-set"
+        f" --batch-tokens 400 --quiet {EXACT}",
+    ],
+    "stages, other options": [
+        "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
+        "record {model} {d}/prompts.jsonl -o {d} --pooling last --quiet",
+        f"{IDENTIFY} --top 30 --ends both",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
+        " --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet",
+    ],
+    "prompts of elsewhere, gains beside": [
+        "record {model} {prompts} -o {d} --quiet",
+        f"{IDENTIFY} --top 30",
+        "attribute {model} {d}/prompts.jsonl -o {d} --splits det --kinds ffn_neuron --no-compare"
+        " --quiet",
+        "identify {d} -o {d}/gain.json --method logprob_gain --top 20 --quiet",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --quiet",
+    ],
+    "attribution": [
+        f"{ATTRIBUTE} --splits det,eva --top 20 --mode exact --own-norm --key up --query-of ffn"
+        f" --no-center-keys --query-units 5 --keep known --intervene 3 --random-seeds 1 {LOAD}",
+        "identify {d} -o {d}/neurons.json --method logprob_gain --kept-only --quiet",
+    ],
+    "attribution without comparison": [
+        f"{ATTRIBUTE} --kinds ffn_neuron,head,query_layer --tolerance 1e-3 --norm-bias"
+        " --no-compare --format parquet --target prediction",
+    ],
+    "attribution of a table": ["attribute {model} {table} -o {d} --strict --quiet"],
+    "corpus": [
+        "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
+        f" --threshold 0.1 --max-tokens 600 --packing documents --bos window --exclude-bos {LOAD}"
+        f" --text-column body {COUNT}",
+        "identify {d} -o {d}/neurons.json --method lape --site up --groups en,zh --top-rate 0.2"
+        " --filter-rate 0.6 --bar-ratio 0.7 --precision float64",
+        "nll {model} {d}/neurons.json en={texts}/en.txt {other} -o {d} --windows 4 --window 20"
+        " --packing documents --bos window --random-sets 2 --text-column body"
+        f" {COUNT} {LOAD}",
+    ],
+    "corpus with a column of groups": [
+        "count {model} {all} -o {d} --group-column language --text-column body --groups en,zh"
+        f" --window 24 --boundaries position {COUNT}",
+        "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
+        "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
+        f" --groups zh,en --windows 4 --window 24 {COUNT}",
+    ],
+    "corpus of token ids": [
+        f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
+        "identify {d} -o {d}/best.json --method probability --top 20",
+        f"nll {{model}} {{d}}/best.json a={{ids}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
+    ],
+    "corpus in a folder of the study": [
+        f"count {{model}} {{d}}/texts/../texts -o {{d}} --group-column language {COUNT}"
+        " --text-column body --window 24",
+    ],
+    "shards": [
+        f"count {{model}} {{three}} -o {{d}}-a --shard 1/2 --window 24 {COUNT}",
+        f"count {{model}} {{three}} -o {{d}}-b --shard 2/2 --window 24 {COUNT}",
+        "merge {d}-a {d}-b -o {d}",
+        "identify {d} -o {d}/neurons.json --method lape --top-rate 0.2 --filter-rate 0.6"
+        " --bar-ratio 0.6",
+    ],
+    "imported counts": [
+        "import en={imported}/en zh={imported}/zh --model {model} -o {d}",
+        "identify {d} -o {d}/neurons.json --method lape --top-rate 0.2 --filter-rate 0.6"
+        " --bar-ratio 0.6",
+    ],
+    "imported neurons": [
+        "import {imported}/neurons.pth --model {model} -o {d}/neurons.json --names en,zh",
+        f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
+    ],
+    "demo": [
+        "demo -o {d} --analyses perplexity --top 20 --permutations 0 --bootstrap 0 --noise 0"
+        " --random-seeds 0 --quiet",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[str, str]:
+    """What the commands of a study are given, by its name in braces."""
+    folder: Path = tmp_path_factory.mktemp("given")
+    write_texts(folder)
+    spaced = folder / "two words"
+    spaced.mkdir()
+    lines = [json.dumps({"body": text}, ensure_ascii=False) for text in TEXTS["zh"]]
+    (spaced / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (spaced / "b.jsonl").write_text("\n".join(lines[:9]) + "\n", encoding="utf-8")
+    for name in ("ids", "ids2"):
+        values = torch.arange(400, dtype=torch.int32) * 7 % 90
+        (folder / f"{name}.bin").write_bytes(values.numpy().tobytes())
+    with one_thread():
+        assert call("prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", 8) == 0
+    suffixed = folder / "suffixed"
+    suffixed.mkdir()
+    for path in fact_folder.iterdir():
+        data = json.loads(path.read_text())
+        for key in ("prompt_templates", "prompt_templates_zs"):
+            data[key] = [f"{template}? Answer:" for template in data[key]]
+        (suffixed / path.name).write_text(json.dumps(data))
+    rows = ["prompt,answer,type"]
+    for i, answer in enumerate(["apple", "plum", "pear"] * 4):
+        rows.append(f"Person{i} eats? Answer:,{answer},fruit")
+    (folder / "facts.csv").write_text("\n".join(rows) + "\n")
+    lapes = folder / "imported"
+    lapes.mkdir()
+    index = [[torch.tensor([1, 5]), torch.tensor([7])], [torch.tensor([2]), torch.tensor([3])]]
+    torch.save(index, lapes / "neurons.pth")
+    torch.manual_seed(0)
+    for name in ("en", "zh"):
+        counts = {"n": 1000, "over_zero": torch.randint(0, 1000, (2, 48))}
+        torch.save(counts, lapes / name)
+    shutil.copytree(model_folder, folder / "chat")
+    (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    return {
+        "model": str(model_folder),
+        "chat": str(folder / "chat"),
+        "facts": str(fact_folder),
+        "suffixed": str(suffixed),
+        "texts": str(folder),
+        "other": shlex.quote(f"zh={spaced}"),
+        "all": str(folder / "all.jsonl"),
+        "three": shlex.join(sources(folder)),
+        "ids": str(folder / "ids.bin"),
+        "ids2": str(folder / "ids2.bin"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "table": str(folder / "facts.csv"),
+        "imported": str(lapes),
+    }
+
+
+def printed(report: Path) -> str:
+    """The commands of a report's page."""
+    text = report.read_text(encoding="utf-8")
+    found = re.search(r"<h3>Commands</h3>.*?<pre>(.*?)</pre>", text, re.DOTALL)
+    assert found
+    return html.unescape(found[1])
+
+
+def run_all(script: str) -> None:
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "relneuron":
+            assert call(*words[1:]) == 0, line
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_printed_commands_make_the_study_again(
+    kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, again = tmp_path / "one" / "study", tmp_path / "two" / "other"
+    if kind == "demo":
+        again = study  # finished from other inputs, it would be refused; a second one takes long
+    for folder in {study, again}:
+        folder.parent.mkdir()
+        if "folder of the study" in kind:
+            (folder / "texts").mkdir(parents=True)
+            (folder / "texts" / "all.jsonl").write_bytes(Path(given["all"]).read_bytes())
+    lines = [f"relneuron {line}".format(**given, d=study) for line in STUDIES[kind]]
+    with one_thread():
+        run_all("\n".join([*lines, f"relneuron report {study} -o {study}/report.html --force"]))
+        script = printed(study / "report.html")
+        assert str(study) not in script and "relneuron report STUDY" in script
+        # From any folder.
+        monkeypatch.chdir(again.parent)
+        if kind not in ("run", "run with a rate"):  # printed stage by stage
+            assert script.count("relneuron ") == len(lines) + 1, script
+        before = written(study)
+        run_all(script.replace("STUDY", str(again)).replace("report ", "report --force "))
+    after = written(again)
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_every_option_of_every_stage_is_tried() -> None:
+    """A stage's new option belongs into its command, and here."""
+    group: Any = typer.main.get_command(cli.app)
+    lines = [shlex.split(line) for study in STUDIES.values() for line in study]
+    stages = {line[0] for line in lines}
+    assert stages == {*group.commands} - {"generate", "export", "report", "doctor", "bench"}
+    for stage in stages - {"demo"}:
+        tried = {word for line in lines if line[0] == stage for word in line}
+        for param in group.commands[stage].params:
+            names = {name for name in (*param.opts, *param.secondary_opts) if name[:2] == "--"}
+            if names == {"--chat-template"}:  # the tiny models have none
+                continue
+            assert not names or names & (tried | RUNNING), f"{stage} {names}"
+
+
+def test_a_command_made_by_hand_after_run_overwrites_what_run_made() -> None:
+    whole = command("run", "m", "-o", "STUDY", facts="f")
+    stages = {stage: {"commands": whole} for stage in ("prompts", "record", "identify")}
+    stages["ablate"] = {"commands": command("ablate", "m", "-o", "STUDY/effects.csv", sizes=[])}
+    assert commands({"stages": stages | {"attribute": {"commands": []}}}) == [
+        *("relneuron run m -o STUDY \\", "    --facts f"),
+        *("relneuron ablate m -o STUDY/effects.csv \\", "    --force"),
+        "# attribute: made from Python, or within another study",
+        "relneuron report STUDY -o STUDY/report.html",
+    ]
+
+
+def test_paths_within_the_study_are_named_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = Path("a") / "s"
+    assert placed(study / "x" / ".." / "n.json", study) == "STUDY/n.json"
+    assert placed(tmp_path / "a" / "s", study) == "STUDY"
+    assert placed("a/texts", study) == "a/texts"
+    monkeypatch.chdir(tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path)
+    assert placed("s/n.json", Path("s")) == "STUDY/n.json"
+    words = ["count", "m", "en=STUDY/t.txt", "x=STUDYING", "-o", "STUDY.2"]
+    moved_to = ["count", "m", "en=STUDY.1/t.txt", "x=STUDYING", "-o", "STUDY.1.2"]
+    assert moved([words], "STUDY.1") == [moved_to]
+
+
+def test_the_demo_names_its_options(tmp_path: Path) -> None:
+    params = typer.main.get_command(cli.app).commands["demo"].params  # type: ignore[attr-defined]
+    names = {option for param in params for option in param.opts if option[:2] == "--"} - RUNNING
+    assert names == {f"--{key.replace('_', '-')}" for key in options_of(DemoOptions)}
+    facts = tmp_path / "facts"
+    words = _whole(DEMO, "m", facts, tmp_path, RunOptions(top=20))[0]
+    assert words[:5] == ["demo", "-o", "STUDY", "--top", "20"]
+    assert words[words.index("--analyses") + 1] == "main"
+
+
+def test_a_manifest_names_no_output(given: dict[str, str], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    with one_thread():
+        run_all("\n".join(f"relneuron {x}".format(**given, d=study) for x in STUDIES["run"]))
+    assert str(tmp_path) not in (study / "manifest.json").read_text()
+    assert Manifest(study).data["stages"]["record"]["commands"][0][:2] == ["record", given["model"]]

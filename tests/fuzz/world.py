@@ -1,0 +1,389 @@
+"""Real artifacts of every kind, made by the commands themselves on a tiny model; who reads which.
+
+run.py calls `make_world` once, copies what a command reads, and mutates one of the files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from relneuron.artifact.manifest import Journal
+from relneuron.methods.counts.checkpoint import write_checkpoint
+from tests.conftest import train_model, write_facts
+
+GROUPS = ("en", "zh")
+COUNT = "--window 16 --batch-tokens 256 --workers 1 --quiet"
+RUN = (
+    "run model --facts facts -o study --eva 4 --top 20 --random-seeds 1 --batch-tokens 256"
+    " --permutations 3 --bootstrap 3 --noise 500 --analyses all --quiet"
+)
+ABLATE = "ablate model study/neurons.json study/prompts.jsonl --splits eva --quiet --random-seeds 1"
+ATTRIBUTE = "attribute model --top 3 --batch-tokens 256 --quiet"
+COMPARE = "--intervene 2 --random-seeds 1"
+PARTS = "--no-compare --kinds ffn_neuron"
+NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --windows 2 {COUNT}"
+LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
+IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
+CONTINUE = "--max-new-tokens 2 --quiet"
+
+# What makes the world, line by line; a line that begins with ! is killed in the middle.
+MADE = [
+    RUN,
+    f"{ATTRIBUTE} study/prompts.jsonl -o attribution --splits eva {COMPARE}",
+    "identify attribution -o attribution/neurons.json --method logprob_gain --quiet",
+    "report attribution -o attribution/report.html",
+    f"{ATTRIBUTE} table.csv -o table --format parquet {COMPARE}",
+    f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
+    f"identify counts -o counts/neurons.json {LAPE}",
+    f"{NLL} -o counts",
+    *(
+        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
+        for n in (1, 2)
+    ),
+    "prompts concepts -o sentences/prompts.jsonl",
+    "record model sentences/prompts.jsonl -o sentences --quiet",
+    f"identify sentences -o sentences/neurons.json --top 20 {IDENTIFY}",
+    "ablate model sentences/neurons.json study/prompts.jsonl -o columns/effects.parquet --any-set"
+    " --splits eva --random-seeds 1 --quiet",
+    "export study -o exported/expertise.csv",
+    "!record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
+    f"!{ABLATE} -o unfinished/effects.csv --batch-tokens 64",
+    f"!{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
+    f"!{NLL} -o unfinished-nll --batch-tokens 32",
+    f"!count model en=corpus/en.txt zh=corpus/zh.jsonl -o unfinished-count {COUNT}"
+    " --batch-tokens 32 --checkpoint-batches 1",
+    "!generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
+    f" {CONTINUE} --off en,zh --batch-tokens 8",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command, and those of the files that it reads: of stages, and of users."""
+
+    words: str
+    guarded: tuple[str, ...] = ()  # a manifest or a digest of their own knows them
+    given: tuple[str, ...] = ()  # nothing says what they were
+
+
+def _of(folder: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" for name in names)
+
+
+IDS = "count model en={0} -o out --max-tokens 200 " + COUNT
+CASES = {
+    "run": Case(
+        RUN,
+        _of("study", "prompts.jsonl", "validated.csv", "scores.safetensors", "neurons.json")
+        + _of("study", "effects.csv", "accuracy.csv", "conditions.csv", "perplexity.csv")
+        + _of("study", "manifest.json", "sentences.jsonl", "significance.csv", "labels.csv"),
+        _of("facts", "likes_fruit.json", "lives_in.json", "works_as.json"),
+    ),
+    "prompts": Case(
+        "prompts facts -o out/prompts.jsonl --eva 4",
+        given=_of("facts", "likes_fruit.json", "lives_in.json", "works_as.json"),
+    ),
+    "prompts of concepts": Case(
+        "prompts concepts -o out/prompts.jsonl",
+        given=_of("concepts", "sense/city.json", "sense/fruit.json", "concept_list.csv"),
+    ),
+    "prompts of a list": Case(
+        "prompts concepts/concept_list.json -o out/prompts.jsonl",
+        given=("concepts/concept_list.json",),
+    ),
+    "record": Case(
+        "record model study/prompts.jsonl -o out --quiet",
+        _of("study", "prompts.jsonl", "manifest.json"),
+    ),
+    "record again": Case(
+        "record model study/prompts.jsonl -o study --force --quiet",
+        _of("study", "prompts.jsonl", "manifest.json"),
+    ),
+    "record, unfinished": Case(
+        "record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
+        _of("unfinished", "record.journal", "responses.safetensors"),
+    ),
+    "identify": Case(
+        f"identify study -o out/neurons.json --top 20 {IDENTIFY}",
+        _of("study", "prompts.jsonl", "validated.csv", "responses.safetensors", "manifest.json"),
+    ),
+    "ablate": Case(
+        f"{ABLATE} -o out/effects.csv",
+        _of("study", "neurons.json", "prompts.jsonl", "manifest.json"),
+    ),
+    "ablate sizes": Case(
+        f"{ABLATE} -o out/effects.parquet --analyses sizes --sizes 3",
+        ("study/scores.safetensors",),
+    ),
+    "ablate mean": Case(
+        f"{ABLATE} -o out/effects.csv --mode mean",
+        _of("study", "responses.safetensors", "validated.csv"),
+    ),
+    "ablate p50": Case(
+        f"{ABLATE} -o out/effects.csv --mode p50",
+        _of("study", "responses.safetensors", "validated.csv", "labels.csv"),
+    ),
+    "ablate gain": Case(
+        f"{ABLATE} -o out/effects.csv --analyses gain,concepts",
+        _of("study", "attribution/neurons.json", "concepts/neurons.json"),
+    ),
+    "ablate perplexity": Case(
+        f"{ABLATE} -o out/effects.csv --analyses perplexity", ("study/sentences.jsonl",)
+    ),
+    "ablate, unfinished": Case(
+        f"{ABLATE} -o unfinished/effects.csv --batch-tokens 64", ("unfinished/ablate.journal",)
+    ),
+    "report": Case(
+        "report study -o out/report.html",
+        _of("study", "manifest.json", "prompts.jsonl", "neurons.json", "significance.csv")
+        + _of("study", "effects.csv", "accuracy.csv", "conditions.csv", "perplexity.csv")
+        + _of("study", "scores.safetensors", "concepts/neurons.json", "attribution/neurons.json")
+        + ("study/attribution/scores.safetensors",),
+    ),
+    "report of columns": Case(
+        "report columns -o out/report.html",
+        _of("columns", "effects.parquet", "accuracy.csv", "conditions.csv", "manifest.json"),
+    ),
+    "report of an attribution": Case(
+        "report attribution -o out/report.html",
+        _of("attribution", "targets.csv", "attributions.csv", "promoted.csv", "comparison.csv")
+        + _of("attribution", "neurons.json", "manifest.json", "scores.safetensors"),
+    ),
+    "report of a table": Case(
+        "report table -o out/report.html",
+        _of("table", "targets.csv", "attributions.parquet", "promoted.csv"),
+    ),
+    "report of counts": Case(
+        "report counts -o out/report.html",
+        _of("counts", "manifest.json", "counts.safetensors", "neurons.json", "scores.safetensors")
+        + _of("counts", "nll.csv", "nll_windows.csv"),
+    ),
+    "attribute": Case(
+        f"{ATTRIBUTE} study/prompts.jsonl -o out --splits eva {PARTS}",
+        _of("study", "prompts.jsonl", "manifest.json"),
+    ),
+    **{
+        f"attribute {kind}": Case(
+            f"{ATTRIBUTE} table.{kind} -o out {PARTS}",
+            given=(f"table.{kind}",),
+        )
+        for kind in ("csv", "tsv", "jsonl")
+    },
+    "attribute facts": Case(
+        f"{ATTRIBUTE} facts -o out --no-compare --kinds ffn_layer",
+        given=_of("facts", "likes_fruit.json", "lives_in.json"),
+    ),
+    "attribute, unfinished": Case(
+        f"{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
+        _of("unfinished-table", "attribute.journal", "gains.safetensors"),
+    ),
+    "identify gains": Case(
+        "identify attribution -o out/neurons.json --method logprob_gain --quiet",
+        _of("attribution", "targets.csv", "gains.safetensors", "manifest.json"),
+    ),
+    "identify counts": Case(
+        f"identify counts -o out/neurons.json {LAPE}",
+        _of("counts", "counts.safetensors", "manifest.json"),
+    ),
+    "merge": Case(
+        "merge half1 half2 -o out",
+        _of("half2", "counts.safetensors", "manifest.json") + ("half1/counts.safetensors",),
+    ),
+    "export counts": Case(
+        "export counts -o out", _of("counts", "counts.safetensors", "manifest.json")
+    ),
+    "export neurons": Case(
+        "export counts/neurons.json -o out/neurons.pth",
+        _of("counts", "neurons.json", "manifest.json"),
+    ),
+    "export table": Case(
+        "export sentences -o out/expertise.csv",
+        _of("sentences", "responses.safetensors", "scores.safetensors", "labels.csv")
+        + _of("sentences", "neurons.json", "manifest.json"),
+    ),
+    "import neurons": Case(
+        "import lape/neurons.pth --model model -o out/neurons.json --names en,zh",
+        given=("lape/neurons.pth", "model/config.json"),
+    ),
+    "import counts": Case(
+        "import en=lape/en zh=lape/zh --model model -o out", given=_of("lape", "en", "zh")
+    ),
+    "nll": Case(
+        f"{NLL} -o out",
+        _of("counts", "neurons.json", "manifest.json"),
+        _of("corpus", "en.txt", "zh.jsonl"),
+    ),
+    "nll, unfinished": Case(
+        f"{NLL} -o unfinished-nll --batch-tokens 32", ("unfinished-nll/nll.journal",)
+    ),
+    "count, unfinished": Case(
+        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o unfinished-count {COUNT}"
+        " --batch-tokens 32",
+        ("unfinished-count/count.checkpoint",),
+    ),
+    "generate": Case(
+        f"generate model prompts.txt -o out/t.jsonl --neurons counts/neurons.json {CONTINUE}"
+        " --off en",
+        ("counts/neurons.json",),
+        ("prompts.txt",),
+    ),
+    "generate jsonl": Case(
+        f"generate model prompts.jsonl -o out/t.jsonl --neurons counts/neurons.json {CONTINUE}",
+        given=("prompts.jsonl",),
+    ),
+    "generate steered": Case(
+        f"generate model prompts.txt -o out/t.jsonl --neurons counts/neurons.json {CONTINUE}"
+        " --set en",
+        ("counts/counts.safetensors",),
+    ),
+    "generate, unfinished": Case(
+        "generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
+        f" {CONTINUE} --off en,zh --batch-tokens 8",
+        ("unfinished/texts.jsonl.journal",),
+    ),
+    **{
+        f"count {name.partition('.')[2]}": Case(
+            IDS.format(f"corpus/{name}"), (), (f"corpus/{name}",)
+        )
+        for name in ("en.txt", "zh.jsonl", "code.jsonl.gz", "fr.parquet", "ids.pt", "ids.npy")
+        + ("ids.bin",)
+    },
+    "count by column": Case(
+        f"count model corpus/all.jsonl -o out --group-column language {COUNT}",
+        given=("corpus/all.jsonl",),
+    ),
+}
+
+
+# Those that take longest when they are not refused.
+SLOW = [n for n in CASES if n.startswith(("count", "report", "run", "nll", "record", "generate"))]
+SLOW += [n for n in CASES if n.endswith(", unfinished") and n not in SLOW]
+
+
+def write_given(root: Path) -> None:
+    """What users bring: facts, a model, texts, token ids, tables, concepts, files of LAPE."""
+    (root / "facts").mkdir(parents=True)
+    train_model(root / "model", write_facts(root / "facts"))
+    for path in (root / "facts").iterdir():  # two kinds of subject: concepts are studied, too
+        data = json.loads(path.read_text())
+        is_town = path.stem == "works_as"
+        data["properties"] = {"domain_name": "town" if is_town else "person"}
+        for sample in data["samples"] if is_town else ():
+            sample["subject"] += "ville"
+        path.write_text(json.dumps(data, indent=1))
+    _write_corpus(root / "corpus")
+    _write_tables(root)
+    _write_concepts(root / "concepts")
+    (root / "lape").mkdir()
+    index = [[torch.tensor([1, 5]), torch.tensor([7])], [torch.tensor([2]), torch.tensor([3])]]
+    torch.save(index, root / "lape" / "neurons.pth")
+    generator = torch.Generator().manual_seed(0)
+    for name in GROUPS:
+        active = torch.randint(0, 1000, (2, 48), generator=generator)
+        torch.save({"n": 1000, "over_zero": active}, root / "lape" / name)
+
+
+def _write_corpus(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    texts = {
+        "en": [f"Person{i} lives in Rome and eats an apple or a pear." for i in range(20)],
+        "zh": [f"第{i}个人住在罗马，他是面包师。" for i in range(20)],
+    }
+    (folder / "en.txt").write_text("\n".join(texts["en"]) + "\n")
+    records = [[json.dumps({"text": t, "language": g}) for t in texts[g]] for g in GROUPS]
+    (folder / "zh.jsonl").write_text("\n".join(records[1]) + "\n")
+    mixed = [line for pair in zip(*records, strict=True) for line in pair]
+    (folder / "all.jsonl").write_text("\n".join(mixed) + "\n")
+    packed = gzip.compress(("\n".join(records[0]) + "\n").encode(), mtime=0)
+    (folder / "code.jsonl.gz").write_bytes(packed)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts["en"]}), folder / "fr.parquet")
+    ids = (np.arange(300) * 7 % 250).astype(np.uint16)
+    (folder / "ids.bin").write_bytes(ids.tobytes())
+    np.save(folder / "ids.npy", ids.astype(np.int64))
+    torch.save(torch.from_numpy(ids.astype(np.int64)), folder / "ids.pt")
+
+
+def _write_tables(root: Path) -> None:
+    answers = ["apple", "pear", "plum"] * 4  # of Person0, Person1, ...
+    rows = [(f"Person{i} eats", answer, "fruit") for i, answer in enumerate(answers)]
+    head = ("prompt", "answer", "type")
+    for name, between in (("table.csv", ","), ("table.tsv", "\t")):
+        lines = [between.join(row) + "\n" for row in (head, *rows)]
+        (root / name).write_text("".join(lines))
+    lines = [json.dumps(dict(zip(head, row, strict=True))) + "\n" for row in rows]
+    (root / "table.jsonl").write_text("".join(lines))
+    (root / "prompts.jsonl").write_text("".join(lines[:2]))
+    (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\n")
+
+
+def _write_concepts(folder: Path) -> None:
+    sentences = {
+        "city": ["Person1 lives in Rome", "Person2 lives in Oslo", "Rome", "Person3 is in Oslo"],
+        "fruit": ["Person1 eats apple", "Person3 eats plum", "Person3 eats pear"],
+    }
+    names = list(sentences)
+    (folder / "sense").mkdir(parents=True)
+    for name, other in (names, names[::-1]):
+        both = {"positive": sentences[name], "negative": sentences[other]}
+        data = {"concept": name, "group": "sense", "source": "test", "sentences": both}
+        (folder / "sense" / f"{name}.json").write_text(json.dumps(data, indent=1))
+    rows = ["concept,group", *(f"{name},sense" for name in names)]
+    (folder / "concept_list.csv").write_text("\n".join(rows) + "\n")
+    (folder / "concept_list.json").write_text(json.dumps({"sense": names}))
+
+
+def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int]) -> Path:
+    """All artifacts in `root`; `call` runs a command line in it, after what it is given."""
+    write_given(root)
+    for line in MADE:
+        killed = line.startswith("!")
+        code = call(shlex.split(line.removeprefix("!")), _die if killed else lambda: None)
+        assert code == (137 if killed else 0), f"{code}: {line}"
+    shutil.copy(root / "study" / "prompts.jsonl", root / "columns" / "prompts.jsonl")
+    shutil.copy(root / "sentences" / "neurons.json", root / "columns" / "neurons.json")
+    for path in root.rglob(".lock"):
+        path.unlink()
+    for case in CASES.values():
+        for name in (*case.guarded, *case.given):
+            assert (root / name).is_file(), name
+    return root
+
+
+def _die(n_blocks: int = 2) -> None:
+    """Have this process end, as if it was killed, once a stage has noted some blocks."""
+    from relneuron.methods.counts import count
+
+    noted = 0
+
+    def step() -> None:
+        nonlocal noted
+        noted += 1
+        if noted == n_blocks:
+            os._exit(137)
+
+    add = Journal.add
+
+    def add_and_die(self: Journal, key: str, value: object) -> None:
+        add(self, key, value)
+        self.commit()
+        step()
+
+    def write_and_die(*args: object) -> None:
+        write_checkpoint(*args)  # type: ignore[arg-type]
+        step()
+
+    Journal.add = add_and_die  # type: ignore[method-assign]
+    count.write_checkpoint = write_and_die

@@ -1,0 +1,363 @@
+"""Ends `relneuron count` at every step of every file that it writes, and lets it go on.
+
+The tests of methods/counts run it; by hand, for as many kills as one likes:
+    python -m tests.kit.count_crash FOLDER random --moments 30
+One process imports torch and makes a model; every run is a fork of it. No parallel work is done
+before a fork, and one thread in it: threads of OpenMP do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+import typer
+
+import relneuron.methods.counts.count  # noqa: F401  (before the forks, which need it)
+import relneuron.model.loaded
+from relneuron.artifact.counts import Counts
+from relneuron.cli import main as cli
+from relneuron.methods.counts.counter import Counter
+from tests.conftest import tiny_model
+from tests.kit.counted import Numbers, draw, write_corpus
+
+KILLED = 137
+LEFT = {".lock", "counts.safetensors", "manifest.json"}
+GROUPS = ("en", "zh", "fr")
+EVERY = 3  # batches between two checkpoints
+
+
+class Faults:
+    """Does something at the k-th step of writing files: temp file, write, fsync, rename."""
+
+    def __init__(self, at: int, act: Callable[[], None], *, kills: bool) -> None:
+        self.at, self.act, self.kills, self.n = at, act, kills, 0
+        self._patch()
+
+    def step(self) -> None:
+        self.n += 1
+        if self.n == self.at:
+            self.act()
+
+    def _patch(self) -> None:
+        mkstemp, fdopen, fsync, replace = tempfile.mkstemp, os.fdopen, os.fsync, Path.replace
+
+        def make(*args: Any, **asked: Any) -> Any:
+            if not self.kills:  # a full disk makes no file
+                self.step()
+            made = mkstemp(*args, **asked)
+            if self.kills:
+                self.step()
+            return made
+
+        @contextmanager
+        def half(*args: Any) -> Iterator[Any]:
+            with fdopen(*args) as file:
+                write = file.write
+
+                def cut(data: bytes) -> None:
+                    write(data[: len(data) // 2])
+                    file.flush()
+                    self.step()
+                    write(data[len(data) // 2 :])
+
+                yield _File(file, cut)
+
+        def sync(handle: int) -> None:
+            self.step()
+            fsync(handle)
+
+        def rename(path: Path, target: Path) -> Path:
+            self.step()
+            moved = replace(path, target)
+            if self.kills:
+                self.step()
+            return moved
+
+        tempfile.mkstemp, os.fdopen, os.fsync = make, half, sync  # type: ignore[assignment]
+        Path.replace = rename  # type: ignore[method-assign,assignment]
+
+
+class _File:
+    """An open file whose `write` is another one."""
+
+    def __init__(self, file: Any, write: Callable[[bytes], None]) -> None:
+        self.write, self.flush, self.fileno = write, file.flush, file.fileno
+
+
+class Study:
+    """A model and a corpus of numbers; runs of `relneuron count` over it, each a fork."""
+
+    def __init__(self, folder: Path, n_tokens: int, *words: str) -> None:
+        torch.set_num_threads(1)
+        self.folder = folder
+        sources = write_corpus(folder / "corpus", draw(GROUPS, n_tokens))
+        texts = [f"{s.group}={s.files[0].path}" for s in sources]
+        asked = ["--window", "16", "--batch-tokens", "64", "--quiet"]
+        self.words = [*texts, *asked, "--checkpoint-batches", str(EVERY), *words]
+        model = tiny_model("llama")
+        relneuron.model.loaded.load = lambda *_, **__: (model, Numbers())  # type: ignore[assignment]
+        self.log = folder / "batches"
+
+    def start(self, output: Path, *words: str, before: Callable[[], object] = lambda: None) -> int:
+        """Begin a run; the process id."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            self._run(output, words, before)
+        except SystemExit as error:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(error.code or 0))
+        finally:
+            os._exit(99)
+
+    def _run(self, output: Path, words: Sequence[str], before: Callable[[], object]) -> NoReturn:
+        # Appended to: several processes say their lines in one file.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        said = os.open(self.folder / "said", flags)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        true, log = Counter.count, os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def note(self: Counter, batch: Any) -> None:
+            true(self, batch)
+            os.write(log, b".")
+
+        Counter.count = note  # type: ignore[method-assign]
+        before()
+        sys.argv = ["relneuron", "count", "m", *self.words, *words, "-o", str(output)]
+        cli.main()
+        raise SystemExit(0)
+
+    def run(self, output: Path, *words: str, before: Callable[[], object] = lambda: None) -> int:
+        """A whole run; its exit code, 128 + the signal's number if one ended it."""
+        return code_of(self.start(output, *words, before=before))
+
+    def batches(self) -> int:
+        """How many were counted since the last call."""
+        n = self.log.stat().st_size if self.log.exists() else 0
+        self.log.unlink(missing_ok=True)
+        return n
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+
+def code_of(pid: int) -> int:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def check_checkpoint(output: Path) -> None:
+    """If there is one, it is whole."""
+    path = output / "count.checkpoint"
+    if path.exists():
+        digest, _, data = path.read_bytes().partition(b"\n")
+        assert hashlib.sha256(data).hexdigest().encode() == digest, path
+
+
+def check_goes_on(study: Study, output: Path, whole: dict[str, bytes], n_batches: int) -> None:
+    """The next start ends with the bits of an undisturbed run, and leaves nothing else."""
+    assert study.run(output) == 0, study.said()
+    assert files_of(output) == whole, sorted(files_of(output))
+    assert study.batches() <= n_batches + EVERY
+
+
+def every_step(study: Study, *, kills: bool) -> int:
+    """Fail at the first step, at the second one, ...; returns how many there are."""
+    assert study.run(study.folder / "whole") == 0, study.said()
+    whole, n_batches = files_of(study.folder / "whole"), study.batches()
+    assert whole.keys() == LEFT
+
+    def act() -> None:
+        if kills:
+            os._exit(KILLED)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at = 0
+    while True:
+        at += 1
+        output = study.folder / f"{at}"
+        code = study.run(output, before=lambda at=at: Faults(at, act, kills=kills))
+        if code == 0:
+            assert files_of(output) == whole
+            return at - 1
+        check_checkpoint(output)
+        if kills:
+            assert code == KILLED, study.said()
+        else:
+            lines = study.said().splitlines()
+            assert code == 1 and len(lines) == 2, lines
+            assert lines[0].startswith(f"error: No space left on device ({output}"), lines
+            assert lines[1].startswith("fix:   free space on the disk")
+            assert not list(output.glob(".*.tmp"))
+        check_goes_on(study, output, whole, n_batches)
+
+
+def random_moments(study: Study, n: int, seed: int) -> int:
+    """SIGKILL `n` runs of one count at random moments; returns how many it hit at work."""
+    rng = random.Random(seed)
+    began = time.monotonic()
+    assert study.run(study.folder / "whole") == 0, study.said()
+    took, whole = time.monotonic() - began, files_of(study.folder / "whole")
+    n_hit, folder = 0, 0
+    output = study.folder / "0"
+    for _ in range(n):
+        pid = study.start(output)
+        time.sleep(rng.uniform(0, took))
+        os.kill(pid, signal.SIGKILL)
+        code = code_of(pid)
+        assert code in (0, 128 + signal.SIGKILL), study.said()
+        n_hit += code != 0
+        if output.exists():
+            check_checkpoint(output)
+        if code == 0:
+            assert files_of(output) == whole
+            folder += 1
+            output = study.folder / str(folder)
+    assert study.run(output) == 0, study.said()
+    assert files_of(output) == whole
+    return n_hit
+
+
+def join(rank: int, size: int, port: int) -> None:
+    """What torchrun tells its processes."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def stop_after(n_batches: int) -> None:
+    """As if Ctrl-C came while the n-th batch is counted."""
+    true, seen = Counter.count, 0
+
+    def count(self: Counter, batch: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == n_batches:
+            os.kill(os.getpid(), signal.SIGINT)
+        true(self, batch)
+
+    Counter.count = count  # type: ignore[method-assign]
+
+
+def run_ranks(study: Study, output: Path, size: int, stop: int | None = None) -> list[int]:
+    """One count by `size` processes; the exit codes. Each stops at its batch `stop`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(size):
+
+        def before(rank: int = rank) -> None:
+            if size > 1:
+                join(rank, size, port)
+            if stop is not None:
+                stop_after(stop)
+
+        pids.append(study.start(output, before=before))
+    return [code_of(pid) for pid in pids]
+
+
+def ranks(study: Study) -> list[str]:
+    """Counts by several processes, also one after the other; returns what was done."""
+    assert run_ranks(study, study.folder / "whole", 1) == [0], study.said()
+    whole, done = files_of(study.folder / "whole"), []
+    n_batches = study.batches()
+    for sizes in ((2,), (3,), (1, 2), (2, 1), (3, 2)):
+        output = study.folder / "-".join(map(str, sizes))
+        for size in sizes[:-1]:
+            assert run_ranks(study, output, size, stop=20) == [130] * size, study.said()
+            check_checkpoint(output)
+            assert (output / "count.checkpoint").exists()
+            assert not (output / "counts.safetensors").exists()
+        assert run_ranks(study, output, sizes[-1]) == [0] * sizes[-1], study.said()
+        assert files_of(output) == whole, output
+        assert study.batches() == n_batches  # none twice: what was asked to stop saves
+        done.append(output.name)
+    return done
+
+
+def check_refusal(study: Study) -> None:
+    """What the first process refuses ends all of them at once, each with one message."""
+    output = study.folder / "mine"
+    output.mkdir()
+    (output / "counts.safetensors").write_text("mine")
+    assert run_ranks(study, output, 2) == [2, 1], study.said()
+    causes, fixes = (
+        [line for line in study.said().splitlines() if line.startswith(word)]
+        for word in ("error: ", "fix:   ")
+    )
+    assert len(causes) == len(fixes) == 2 and study.said().count("\n") == 4, study.said()
+    assert [cause.endswith("counts.safetensors exists") for cause in causes].count(True) == 1
+    assert (output / "counts.safetensors").read_text() == "mine"
+    assert study.batches() == 0
+
+
+def check_moments(study: Study) -> None:
+    """Two processes add up sums in another order; all else is exact."""
+    outputs = [study.folder / f"of {size}" for size in (1, 2)]
+    for size, output in enumerate(outputs, 1):
+        assert run_ranks(study, output, size) == [0] * size, study.said()
+    one, two = (Counts.read(output / "counts.safetensors") for output in outputs)
+    assert one.groups == two.groups and one.tokens.tolist() == two.tokens.tolist()
+    for name, array in one.arrays.items():
+        if name.startswith("sum"):
+            assert np.allclose(two.arrays[name], array, rtol=1e-9, atol=1e-9), name
+        else:
+            assert np.array_equal(two.arrays[name], array), name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", nargs="+", choices=["kill", "full", "random", "ranks"])
+    parser.add_argument("--moments", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
+    found: dict[str, Any] = {}
+    for what in asked.what:
+        folder = asked.folder / what
+        if what in ("kill", "full"):
+            found[what] = every_step(Study(folder, 130, "--moments"), kills=what == "kill")
+        elif what == "random":
+            study = Study(folder, 2500, "--moments")
+            found[what] = random_moments(study, asked.moments, asked.seed)
+        else:
+            study = Study(folder, 2000)
+            found[what] = ranks(study)
+            check_refusal(study)
+            check_moments(Study(folder / "moments", 300, "--moments"))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

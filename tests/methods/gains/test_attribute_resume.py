@@ -1,0 +1,183 @@
+"""An attribution that is killed, interrupted or run again ends with the same bytes.
+
+The runs are those of kit/attribution_runs.py; test_attribute.py checks what is in the files.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import relneuron.artifact.manifest
+import relneuron.methods.gains.attribute
+from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.methods.gains.attribute import JOURNAL
+from tests.conftest import ROOT
+from tests.kit.attribution_runs import OPTIONS, Attributed, files_of
+from tests.kit.hooked import one_thread
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Attributed:
+    return Attributed("llama", tmp_path_factory.mktemp("llama"))
+
+
+class Killed(BaseException):
+    """As a kill: nothing catches it, and nothing is saved on the way out."""
+
+
+COMMIT = (Journal, "commit")
+STEPS = (
+    COMMIT,
+    (Journal, "remove"),
+    (Manifest, "save"),
+    (relneuron.methods.gains.attribute, "atomic_write"),
+    (relneuron.artifact.manifest, "atomic_write"),
+)
+
+
+class Points:
+    """Counts some steps of a run, and dies before the `last` one."""
+
+    def __init__(self, last: int, steps: Sequence[tuple[Any, str]] = STEPS) -> None:
+        self.last, self.steps, self.n = last, steps, 0
+
+    def __enter__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+        for owner, name in self.steps:
+            self._count(owner, name)
+
+    def _count(self, owner: Any, name: str) -> None:
+        true = getattr(owner, name)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.n += 1
+            if self.n == self.last:
+                raise Killed
+            return true(*args, **kwargs)
+
+        self.patch.setattr(owner, name, step)
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+
+
+SMALL = replace(OPTIONS, top=5, random_seeds=0, batch_tokens=60)
+
+
+def test_killed_at_every_step_it_ends_with_the_same_bytes(
+    llama: Attributed, tmp_path: Path
+) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    whole = files_of(tmp_path / "whole")
+    assert JOURNAL not in whole
+    points = Points(0)
+    with points:
+        llama.attribute(tmp_path / "counted", SMALL)
+    assert files_of(tmp_path / "counted") == whole and points.n > 15
+    for last in range(1, points.n + 1):
+        output = tmp_path / str(last)
+        with pytest.raises(Killed), Points(last):
+            llama.attribute(output, SMALL)
+        llama.attribute(output, SMALL)
+        assert files_of(output) == whole, last
+
+
+def test_killed_again_and_again(llama: Attributed, tmp_path: Path) -> None:
+    """Every run saves a batch or two more, and what was saved is not done again."""
+    options = replace(SMALL, batch_tokens=25)
+    llama.attribute(tmp_path / "whole", options)
+    output, n_kills, done = tmp_path / "out", 0, 0
+    while True:
+        try:
+            with Points(3, [COMMIT]):
+                llama.attribute(output, options)
+            break
+        except Killed:
+            n_kills += 1
+            lines = (output / JOURNAL).read_bytes().count(b"\n")
+            assert done < lines <= done + 3
+            done = lines
+    assert n_kills > 10
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> None:
+    options = replace(SMALL, batch_tokens=20)
+    llama.attribute(tmp_path / "whole", options)
+    true, n = relneuron.methods.gains.attribute.Scorer.score, 0
+
+    def score(self: Any, rows: list[int]) -> Any:
+        nonlocal n
+        n += 1
+        if n == 3:
+            raise KeyboardInterrupt
+        return true(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relneuron.methods.gains.attribute.Scorer, "score", score)
+        with pytest.raises(KeyboardInterrupt):
+            llama.attribute(tmp_path / "out", options)
+        assert (tmp_path / "out" / JOURNAL).read_bytes().count(b'"key": "attribute ') == 2
+        llama.attribute(tmp_path / "out", options)
+    n_batches = Manifest(tmp_path / "out").data["stages"]["attribute"]["batch_plan"]["batches"]
+    assert n == 1 + n_batches  # the interrupted batch, and every batch once
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+KILL = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.kit.attribution_runs import Attributed
+from relneuron.artifact.manifest import Journal
+from tests.methods.gains.test_attribute_resume import SMALL
+Journal.SAVE_EVERY_S = 0.0
+true, n = Journal.commit, 0
+def commit(self):
+    global n
+    n += 1
+    true(self)
+    if n == int(sys.argv[2]):
+        with self.path.open("ab") as file:
+            file.write(b'{"key": "cut sh')
+        os.kill(os.getpid(), 9)
+Journal.commit = commit
+Attributed("llama", Path(sys.argv[1])).attribute(Path(sys.argv[1]) / "out", SMALL)
+"""
+
+
+def test_a_process_that_is_killed_goes_on(llama: Attributed, tmp_path: Path) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    words = [sys.executable, "-c", KILL, str(tmp_path)]
+    result = subprocess.run([*words, "3"], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+    assert result.returncode == -9
+    assert (tmp_path / "out" / JOURNAL).read_bytes().endswith(b'{"key": "cut sh')
+    llama.attribute(tmp_path / "out", SMALL)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_gains_that_are_gone_are_scored_again(llama: Attributed, tmp_path: Path) -> None:
+    llama.attribute(tmp_path / "whole", SMALL)
+    with Points(4), pytest.raises(Killed):
+        llama.attribute(tmp_path / "out", SMALL)
+    assert b'"key": "attribute ' in (tmp_path / "out" / JOURNAL).read_bytes()
+    (tmp_path / "out" / "gains.safetensors").unlink()
+    with pytest.warns(match="1 of 1 blocks are done again"):
+        llama.attribute(tmp_path / "out", SMALL)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
