@@ -81,8 +81,17 @@ class Kind:
     optional: bool
 
 
+_KNOWN: dict[type, dict[str, tuple[Field[Any], Flag, Kind]]] = {}
+
+
 def options_of(cls: type[Options]) -> dict[str, tuple[Field[Any], Flag, Kind]]:
     """The options among a class's fields, those of its first base first, with what they say."""
+    if cls not in _KNOWN:
+        _KNOWN[cls] = _read_fields(cls)
+    return _KNOWN[cls]
+
+
+def _read_fields(cls: type[Options]) -> dict[str, tuple[Field[Any], Flag, Kind]]:
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls) if f.metadata}
     order = dict.fromkeys(name for c in cls.__mro__ for name in getattr(c, "__annotations__", ()))
     return {
@@ -151,9 +160,9 @@ class Options:
                 words.append(says.flag if value else says.flag.replace("--", "--no-", 1))
             elif says.repeats:
                 for one in value or ("",):
-                    words += [says.flag, escaped(one)]
+                    words += _pair(says.flag, escaped(one))
             else:
-                words += [says.flag, shown(says, kind, value)]
+                words += _pair(says.flag, shown(says, kind, value))
         return words
 
 
@@ -210,6 +219,11 @@ def split(text: str) -> tuple[str, ...]:
     r"""The parts between commas, without the spaces around them; \, is no such comma."""
     parts = (part.strip().replace("\\,", ",") for part in re.split(r"(?<!\\),", text))
     return tuple(part for part in parts if part)
+
+
+def _pair(flag: str, text: str) -> list[str]:
+    """A flag and its value; one that would look like a flag is joined to it."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
 def shown(says: Flag, kind: Kind, value: Any) -> str:
