@@ -39,7 +39,8 @@ from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
 from relneuron.methods.counts.checkpoint import Checkpoint, Position, write_checkpoint
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Counter
-from relneuron.model.gated import find_gated_mlps, load_tokenizer, model_shape
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.load import load_tokenizer
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window

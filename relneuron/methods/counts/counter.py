@@ -20,7 +20,8 @@ from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import Batch
 from relneuron.model.gated import GatedMLP
-from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
+from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.states import LayerState, Tokens
 
 Array = np.ndarray[Any, Any]
 
