@@ -34,6 +34,7 @@ def write_texts(folder: Path) -> None:
             (folder / f"{name}.{kind}.txt").write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_groups_are_found_and_only_their_own_answers_break(
     tmp_path: Path, seed: int

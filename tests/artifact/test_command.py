@@ -207,6 +207,7 @@ def run_all(script: str) -> None:
             assert call(*words[1:]) == 0, line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STUDIES)
 def test_printed_commands_make_the_study_again(
     kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

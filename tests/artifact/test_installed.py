@@ -160,6 +160,7 @@ def test_what_a_command_needs_is_checked_before_it_starts(
     assert fix == f"fix:   {install_command(EXTRAS[package])}"
 
 
+@pytest.mark.slow
 def test_a_command_needs_nothing_else(command_of: Any, tmp_path: Path) -> None:
     asked = []
     for name in ("prompts", "identify", "export", "count", "generate", "doctor"):

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.kit import stage_crash
 from tests.kit.forked import Forked
 
 
+@pytest.mark.slow
 def test_every_stage_killed_at_every_step(
     tmp_path: Path, model_folder: Path, fact_folder: Path
 ) -> None:

@@ -256,6 +256,7 @@ def test_the_machine_is_a_processor_not_a_host(monkeypatch: pytest.MonkeyPatch) 
     assert bench.machine("cpu") == "amd-epyc-9b45-2-3-0ghz"
 
 
+@pytest.mark.slow
 def test_the_gpu_script_goes_through_on_a_cpu(tmp_path: Path) -> None:
     """All sections in tiny sizes, in a process of its own as on the machine with a GPU."""
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out", tmp_path]

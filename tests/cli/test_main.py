@@ -294,6 +294,7 @@ def limit_files(n_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(
     model_folder: Path, fact_folder: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -317,6 +317,7 @@ def start(model: Path, facts: Path, folder: Path) -> Forked:
     return command(*words, "--random-seeds", 3, "--batch-tokens", 256, "--quiet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_again_and_again_ends_with_the_same_bits(
     study: Path,
@@ -351,6 +352,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
     assert contents(tmp_path / "s") == contents(study)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
 def test_killed_and_started_again_gives_the_same_bits(
     study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path, wait: float
@@ -370,6 +372,7 @@ def test_killed_and_started_again_gives_the_same_bits(
 WHOLE = RunOptions(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)
 
 
+@pytest.mark.slow
 def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answers(
     model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def documents() -> dict[str, list[list[int]]]:
 # --- processes that die ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_out_of_disk_at_every_step_and_killed_at_random_moments(tmp_path: Path) -> None:
     """Every step of every write: of two checkpoints, the counters and the manifest 6 each.
 
@@ -72,6 +73,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_the_command_itself_interrupted_killed_and_finished(
     model_folder: Path, tmp_path: Path

@@ -29,6 +29,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_any_number_of_processes_counts_the_same_also_one_after_the_other(tmp_path: Path) -> None:
     """Two, three, and a count that was stopped and goes on with another number of processes."""
@@ -37,6 +38,7 @@ def test_any_number_of_processes_counts_the_same_also_one_after_the_other(tmp_pa
     assert json.loads(process.said()[0])["ranks"] == ["2", "3", "1-2", "2-1", "3-2"]
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_torchrun(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, lines in draw(GROUPS, 300).items():

@@ -71,6 +71,7 @@ class Points:
 SMALL = replace(OPTIONS, top=5, random_seeds=0, batch_tokens=60)
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_it_ends_with_the_same_bytes(
     llama: Attributed, tmp_path: Path
 ) -> None:
