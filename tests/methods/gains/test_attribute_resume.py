@@ -22,11 +22,6 @@ from tests.kit.attribution_runs import OPTIONS, Attributed, files_of
 from tests.kit.forked import Forked
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Attributed:
-    return Attributed("llama", tmp_path_factory.mktemp("llama"))
-
-
 class Killed(BaseException):
     """As a kill: nothing catches it, and nothing is saved on the way out."""
 
