@@ -106,8 +106,8 @@ def _methods_help() -> str:
     """What `identify --method` takes, by what it ranks."""
     by: dict[str, list[str]] = {}
     for ranking in rankings().values():
-        by.setdefault(ranking.of, []).append(f"{ranking.name} ({ranking.title})")
-    return " ".join(f"Of {of}: {', '.join(names)}." for of, names in by.items())
+        by.setdefault(ranking.of, []).append(f"{ranking.name} is {ranking.title}")
+    return " ".join(f"Of {of}, {', '.join(names)}." for of, names in by.items())
 
 
 def identify(

@@ -23,7 +23,7 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
@@ -354,4 +354,4 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
             made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
             Manifest(folder).finish("report", inputs, made, reads=reads)
 
-    return write_report(folder, output, PAGES, force=force or resume, finish=finish)
+    return write_report(folder, output, PAGES, titles(), force=force or resume, finish=finish)

@@ -15,6 +15,7 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.options import LoadOptions
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import first_line
@@ -175,3 +176,14 @@ def _resolve_backend(backend: str, device: str) -> str:
             "leave out --backend, or see `relneuron doctor`",
         )
     return backend
+
+
+def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
+    """The model and its tokenizer; without text to read it may lack one."""
+    model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
+    try:
+        return model, load_tokenizer(name, revision=options.revision)
+    except RelneuronError:
+        if needs_text:
+            raise
+        return model, None

@@ -17,10 +17,10 @@ METHOD = Method(
         Stage("import", f"{_HERE}.commands:import_files", ("transformers", "filelock")),
     ),
     rankings=(
-        Ranking("lape", "activation probability entropy", LapeOptions, **_OF),
+        Ranking("lape", "activation probability entropy (LAPE)", LapeOptions, **_OF),
         Ranking("probability", "activation probability", CountedOptions, **_OF),
         Ranking("mean", "mean activation", CountedOptions, **_OF),
-        Ranking("random", "drawn at random", RandomOptions, **_OF),
+        Ranking("random", "chance", RandomOptions, **_OF),
     ),
     page=f"{_HERE}.study:PAGE",
 )

@@ -13,6 +13,7 @@ METHOD = Method(
     stages=(
         Stage("attribute", f"{_HERE}.commands:attribute", ("transformers", "tqdm", "filelock")),
     ),
+    supports=f"{_HERE}.commands:supports",
     rankings=(
         Ranking(
             "logprob_gain",

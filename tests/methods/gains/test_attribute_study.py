@@ -23,7 +23,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
@@ -187,10 +187,10 @@ def test_gains_in_place_of_the_recorded_neurons(recorded: Path, model: Any, tmp_
     # Nothing is left that was said of the others.
     assert not {"labels.csv", "significance.csv"} & contents(folder).keys()
     with pytest.raises(RelneuronError, match="with other neurons than"):
-        build(folder)
+        build(folder, titles())
     effects, prompts = folder / "effects.csv", folder / "prompts.jsonl"
     ablate_prompts("m", *model, output, prompts, effects, random_seeds=1, force=True, quiet=True)
-    html = render(build(folder))
+    html = render(build(folder, titles()))
     assert "ranked by log-probability gain" in html
 
 
