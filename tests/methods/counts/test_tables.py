@@ -276,7 +276,7 @@ def read_study(folder: Path) -> Path:
     """A study whose manifest has a count, LAPE neurons and their NLL."""
     write_corpus_study(folder)
     manifest = Manifest(folder)
-    manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"])
+    manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"], reads=[])
     rates = {"filter_rate": 0.8, "bar_ratio": 0.8}
     rank_counts(folder, folder / "neurons.json", top=30, force=True, **rates)
     finish_nll(folder)
@@ -286,7 +286,7 @@ def read_study(folder: Path) -> Path:
 def finish_nll(folder: Path) -> None:
     inputs = {"neurons": sha256(folder / "neurons.json")}
     files = [folder / "nll.csv", folder / "nll_windows.csv"]
-    Manifest(folder).finish("nll", inputs, files)
+    Manifest(folder).finish("nll", inputs, files, reads=[folder / "neurons.json"])
 
 
 def check_parts(folder: Path, *, neurons: bool, scores: bool, nll: bool) -> None:
@@ -314,14 +314,17 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     check_parts(second, neurons=False, scores=False, nll=False)
 
     counted = read_study(tmp_path / "counted anew")
-    Manifest(counted).finish("count", {"corpus": 2}, [counted / "counts.safetensors"])
+    path = counted / "counts.safetensors"
+    counts = Counts.read(path)
+    Counts(counts.groups, counts.tokens + 1, counts.arrays).write(path)
+    Manifest(counted).finish("count", {"corpus": 2}, [path], reads=[])
     check_parts(counted, neurons=False, scores=False, nll=False)
     assert "no neurons are chosen yet" in text_of(render(build(counted, {})))
 
 
 def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
     study = write_corpus_study(tmp_path, method="imported")
-    Manifest(study).finish("count", {"corpus": 1}, [study / "counts.safetensors"])
+    Manifest(study).finish("count", {"corpus": 1}, [study / "counts.safetensors"], reads=[])
     check_parts(study, neurons=True, scores=False, nll=False)
     finish_nll(study)
     check_parts(study, neurons=True, scores=False, nll=True)
