@@ -40,9 +40,8 @@ from relneuron.artifact.manifest import (
     progress_bar,
     versions,
 )
-from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
-from relneuron.artifact.ranking import n_neurons
 from relneuron.model.ask import (
     N_ANSWER_TOKENS,
     Asker,
@@ -146,7 +145,7 @@ def ablate_prompts(
         for analysis in ("concepts", "gain")
     )
     set_size = max(map(len, sets.values()), default=0)
-    sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
+    sizes = options.sizes or default_sizes(set_size, Shape.of(shape).total)
     own = own_languages(everything)
     plan = plan_conditions(
         sets,
@@ -169,8 +168,8 @@ def ablate_prompts(
     notices += _left_out(
         options.analyses,
         sizes,
-        known=min(map(len, rankings.values()), default=n_neurons(shape)),
-        total=n_neurons(shape),
+        known=min(map(len, rankings.values()), default=Shape.of(shape).total),
+        total=Shape.of(shape).total,
         has={
             "concepts": bool(concepts),
             "gain": bool(gains),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
+from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
@@ -141,7 +141,7 @@ def _replacing_states(
         mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
         if site not in replace:
             device = next(mlp.module.parameters()).device
-            shift = torch.zeros(1, site_widths(shape)[site], device=device)
+            shift = torch.zeros(1, Shape.of(shape).widths[site], device=device)
             replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
         replace[site].chosen[0, index] = True
         if mode == "mean":
