@@ -352,6 +352,7 @@ def nll(
             "nll",
             inputs,
             list(written),
+            reads=[neurons_path],
             masks=len(masks),
             windows={group: texts.groups.count(group) for group in dict.fromkeys(texts.groups)},
             scored_tokens=sum(lengths),

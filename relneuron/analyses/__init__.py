@@ -2,8 +2,9 @@
 
 Beside them the comparison with neurons found by log-probability gain (B3; arXiv 2312.12141).
 
-The report and the command line call `run_all`. Each analysis is a pure function from what was
-measured to a tidy table: one row a case, shares as fractions, NaN for what is not defined.
+`run_all` makes the tables of a study of relations; `study.PAGE` is its page. Each analysis is a
+pure function from what was measured to a tidy table: one row a case, shares as fractions, NaN for
+what is not defined.
 
 | key | one row for | method |
 |---|---|---|

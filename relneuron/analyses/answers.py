@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.analyses.outcomes import Row, asked, own_sets, relations, sets_off
-from relneuron.analyses.uncertainty import NAN, Array, rank_sum_p, signed_rank
+from relneuron.analyses.uncertainty import NAN, rank_sum_p, signed_rank
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.files import fold
 from relneuron.artifact.prompts import Prompt
-from relneuron.report.tables import Share, Table
+from relneuron.report.tables import Array, Share, Table
 
 INTERFERENCE = ("relation", "off", "id", "subject", "object", "before", "after")
 RESILIENCE = (

@@ -1,11 +1,11 @@
 """The report's sections on the chosen neurons: where they are, how sure, and what sets share.
 
-cli/pages.py puts them between those of analyses/page.py.
+analyses/page.py puts them between those of analyses/sections.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,21 +13,12 @@ from numpy.typing import NDArray
 from relneuron.analyses import figures as draw
 from relneuron.analyses import overlap_effect
 from relneuron.analyses.study import Study
-from relneuron.artifact.neurons import SITES, Shape
-from relneuron.report import kit as figures
-from relneuron.report.kit import SURE, floats
-from relneuron.report.parts import Results, Section, n_of
-from relneuron.report.results import site_counts
-from relneuron.report.tables import NBSP, Cell, Table, label, percent, significant
+from relneuron.artifact.neurons import SITES, Neuron, Shape
+from relneuron.report import kit
+from relneuron.report.page import Section
+from relneuron.report.tables import NBSP, Cell, Table, label, n_of, percent, significant
 
 SHOWN = 5  # neurons of each set in the table of neurons, before its last
-
-
-def neuron_sections(study: Study, results: Results) -> list[Section]:
-    """Where the neurons are and how sure, and what analyses say of them."""
-    shared = {"overlap": overlap, "versatility": versatility, "concepts": concepts}
-    made = [make(study, results) for key, make in shared.items() if key in study.tables]
-    return [*chosen(study), *made]
 
 
 def chosen(study: Study) -> list[Section]:
@@ -46,7 +37,7 @@ def chosen(study: Study) -> list[Section]:
             "Bars: sum over the relations. Squares: one relation. gate and up are the outputs of "
             "gate_proj and up_proj, down the output of down_proj, q, k, v and o those of the "
             "attention's projections, where they were recorded.",
-            [figures.layers_plot(count, list(study.sets), sites)] if count.any() else [],
+            [kit.layers_plot(count, list(study.sets), sites)] if count.any() else [],
             tables,
         )
     ]
@@ -67,27 +58,27 @@ def chosen(study: Study) -> list[Section]:
     return found
 
 
-def overlap(study: Study, results: Results) -> Section:
+def overlap(study: Study) -> Section:
     table = study.tables["overlap"]
     question = "How many neurons do two relations share, and do they break each other for it?"
     title = "What the sets share"
-    names, shared = list(study.sets), [int(n) for n in floats(table, "shared")]
+    names, shared = list(study.sets), [int(n) for n in table.floats("shared")]
     pairs = [i for i in range(len(shared)) if i // len(names) < i % len(names)]
     if not any(study.sets.values()) or not pairs:
         return Section("overlap", title, question, ["There are no two sets to compare."])
     if most := max(shared[i] for i in pairs):
         place = next(i for i in pairs if shared[i] == most)
         a, b = (label(str(table.column(name)[place])) for name in ("relation", "other"))
-        chance = floats(table, "expected")[pairs]
-        beyond = int((floats(table, "q_value")[pairs] <= SURE).sum())
+        chance = table.floats("expected")[pairs]
+        beyond = int((table.floats("q_value")[pairs] <= kit.SURE).sum())
         seen = [
             f"Most shared: {most:,}, by “{a}” and “{b}”. Two random sets of such sizes would "
             f"share {significant(chance.mean(), 2)} on average; {beyond:,} of "
-            f"{n_of(len(pairs), 'pair')} share more than chance (q ≤ {SURE})."
+            f"{n_of(len(pairs), 'pair')} share more than chance (q ≤ {kit.SURE})."
         ]
     else:
         seen = ["No two sets share a neuron."]
-    effect = overlap_effect(study.sets, study.grids[results[0].split])
+    effect = overlap_effect(study.sets, study.main)
     if np.isfinite(effect.rho):
         seen.append(
             "Rank correlation of shared neurons with the damage a set does to the other relation: "
@@ -100,15 +91,15 @@ def overlap(study: Study, results: Results) -> Section:
         question,
         seen,
         "Number of neurons that two sets have in common; the frames hold the sizes of the sets. "
-        f"Bold: more than two random sets would share (hypergeometric test, q ≤ {SURE}).",
-        [figures.overlap_heatmap(table)],
+        f"Bold: more than two random sets would share (hypergeometric test, q ≤ {kit.SURE}).",
+        [kit.overlap_heatmap(table)],
         [("overlap", table)],
     )
 
 
-def versatility(study: Study, _: Results) -> Section:
+def versatility(study: Study) -> Section:
     table = study.tables["versatility"]
-    n, neurons, share = (floats(table, name) for name in table.columns)
+    n, neurons, share = (table.floats(name) for name in table.columns)
     single = neurons[n == 1].sum()
     return Section(
         "versatility",
@@ -124,9 +115,9 @@ def versatility(study: Study, _: Results) -> Section:
     )
 
 
-def concepts(study: Study, _: Results) -> Section:
+def concepts(study: Study) -> Section:
     table = study.tables["concepts"]
-    shared, drops, q = (floats(table, name) for name in ("shared", "drop", "q_value"))
+    shared, drops, q = (table.floats(name) for name in ("shared", "drop", "q_value"))
 
     def pair(place: int) -> str:
         names = (label(str(table.column(name)[place])) for name in ("relation", "concept"))
@@ -134,7 +125,7 @@ def concepts(study: Study, _: Results) -> Section:
 
     seen = [
         f"Most shared: {int(shared.max()):,}, by {pair(int(shared.argmax()))}; "
-        f"{int((q <= SURE).sum()):,} of {n_of(len(q), 'pair')} share more than chance."
+        f"{int((q <= kit.SURE).sum()):,} of {n_of(len(q), 'pair')} share more than chance."
     ]
     if np.isfinite(drops).any():
         worst = int(np.nanargmax(drops))
@@ -145,14 +136,25 @@ def concepts(study: Study, _: Results) -> Section:
         "Are a relation's neurons those of the things it speaks of?",
         seen,
         "First: neurons shared by the set of a relation and the set of a concept, found with "
-        f"prompts that ask for nothing; bold: beyond chance (q ≤ {SURE}). Then: accuracy that the "
-        "relation (row) loses in % when the concept's neurons (column) are off.",
+        f"prompts that ask for nothing; bold: beyond chance (q ≤ {kit.SURE}). Then: accuracy that "
+        "the relation (row) loses in % when the concept's neurons (column) are off.",
         draw.concept_heatmaps(table),
         [("concepts", table)],
     )
 
 
 # Tables
+
+
+def site_counts(
+    sets: Collection[Sequence[Neuron]], n_layers: int, sites: Sequence[str] = SITES
+) -> NDArray[np.int64]:
+    """Chosen neurons per set, site and layer: (R, S, L)."""
+    count = np.zeros((len(sets), len(sites), n_layers), dtype=np.int64)
+    for r, neurons in enumerate(sets):
+        for layer, site, _ in neurons:
+            count[r, sites.index(site), layer] += 1
+    return count
 
 
 def layer_table(
@@ -169,14 +171,9 @@ def layer_table(
 
 def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
     """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
+    sites = Shape.of(study.neurons.model).widths
     columns = [
-        *(
-            "relation",
-            "prompts",
-            "answered_right",
-            "neurons",
-            *Shape.of(study.neurons.model).widths,
-        ),
+        *("relation", "prompts", "answered_right", "neurons", *sites),
         *("best_score", "score_at_cut", "ties_at_cut", "perfect"),
     ]
     rows: list[list[Cell]] = []

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
 
 from relneuron.analyses.outcomes import (
     Row,
+    filled_sets,
+    known,
     mean_of,
     others_under,
     outcomes,
@@ -20,7 +25,7 @@ from relneuron.analyses.outcomes import (
 from relneuron.analyses.uncertainty import NAN
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.neurons import ATTENTION, SITES
-from relneuron.report.tables import Table
+from relneuron.report.tables import Array, Spread, Table, spread
 
 ACCURACY = (
     *("split", "relation", "n_prompts", "before", "before_low", "before_high"),
@@ -97,6 +102,41 @@ def drop_table(grid: Grid) -> Table:
                 ]
             )
     return Table("Accuracy drop of every relation under every set", DROP, with_q(DROP, rows))
+
+
+class Headline(NamedTuple):
+    """Relative drops of a relation's accuracy: over relations, over pairs, over seeds."""
+
+    own: Spread
+    other: Spread
+    random: Spread
+
+
+def headline(grid: Grid) -> Headline:
+    """The three numbers that answer the question, of the relations that the model knows (`known`).
+
+    Under sets that have neurons; the random range is over the seeds' means.
+    """
+    names, sets = known(grid), filled_sets(grid)
+    drop = drop_matrix(grid, names, sets.values())
+    own = np.array([[name == off for off in sets] for name in names], np.bool_).reshape(drop.shape)
+    random = drop_matrix(grid, names, random_sets(grid))
+    seeds = np.array([spread(column).mean for column in random.T])
+    return Headline(
+        spread(drop[own]), spread(drop[~own]), spread(seeds)._replace(mean=spread(random).mean)
+    )
+
+
+def random_sets(grid: Grid) -> list[str]:
+    """The random sets' conditions, in the order of their seeds."""
+    return [c.name for c in sorted(grid.of_kind("random"), key=lambda c: c.seed or 0)]
+
+
+def drop_matrix(grid: Grid, names: Collection[str], conditions: Collection[str]) -> Array:
+    """(R, C): the drop of every relation of `names` under every condition (see `drop_table`)."""
+    measured = [name if name in grid.conditions else None for name in conditions]
+    drops = [outcomes(grid, name, condition).drop for name in names for condition in measured]
+    return np.array(drops, np.float64).reshape(len(names), len(conditions))
 
 
 def sites(grid: Grid) -> Table:

@@ -20,10 +20,19 @@ from relneuron.analyses.uncertainty import (
     sign_flip_p,
 )
 from relneuron.artifact.effects import NOT_ASKED, Grid
-from relneuron.report.results import Spread, spread
-from relneuron.report.tables import Share
+from relneuron.report.tables import Share, Spread, spread
 
 Row = list[str | float]
+
+# A relation that the model hardly answers has no drop that means anything: up to this share, or
+# fewer facts than half of them and than six, of which losing all is no more than chance (five:
+# sign-flip p = 0.06).
+LOW, HALF, FEW = 0.1, 0.5, 6
+
+
+def is_known(share: float, n_facts: int) -> bool:
+    """Whether a relation is answered well enough: the share right, the facts with a right one."""
+    return share > LOW and (share >= HALF or n_facts >= FEW)
 
 
 class Outcomes(NamedTuple):
@@ -80,6 +89,11 @@ def sets_off(grid: Grid) -> dict[str, str]:
     return {condition.relation: condition.name for condition in grid.of_kind("set")}
 
 
+def filled_sets(grid: Grid) -> dict[str, str]:
+    """`sets_off` of the sets that have neurons: another one switches nothing off."""
+    return {name: off for name, off in sets_off(grid).items() if grid.conditions[off].n_neurons}
+
+
 def relations(grid: Grid) -> list[str]:
     """The relations asked: those with a set in the order of the sets, then the others."""
     asked = grid.relations
@@ -119,6 +133,13 @@ def by_fact(facts: Counts, before: NDArray[np.int8], after: NDArray[np.int8]) ->
     # Sums of zeros and ones: exact as floats.
     right = [np.bincount(facts, one, len(n)).astype(np.int64) for one in (before, after)]
     return np.stack([n, *right], axis=1)[n > 0]
+
+
+def known(grid: Grid) -> list[str]:
+    """The relations whose drops mean something."""
+    clean = {name: outcomes(grid, name, "clean") for name in relations(grid)}
+    right = {name: int((found.facts[:, 1] > 0).sum()) for name, found in clean.items()}
+    return [name for name, found in clean.items() if is_known(found.before, right[name])]
 
 
 class Mean(NamedTuple):

@@ -1,387 +1,172 @@
-"""The report's sections on what sets do: a question, what is seen, a picture, and the numbers.
+"""The page on a study of relations: the first words, and the order of the sections.
 
-cli/pages.py calls `analysis_sections`. Every sentence is made from the tables; an analysis without
-a table has no section. arXiv 2502.17355, sections 4 and 5.
+`study.PAGE` names `build`. sections.py and chosen.py make the sections from the tables, figures.py
+draws.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from relneuron.analyses import figures as draw
-from relneuron.analyses import resilience_test
-from relneuron.analyses.study import Study
-from relneuron.report import kit as figures
-from relneuron.report.kit import SURE, floats
-from relneuron.report.parts import Results, Section, mean, n_of
-from relneuron.report.results import headline, spread
-from relneuron.report.tables import Cell, Share, Table, label, percent, significant, split_title
+from relneuron.analyses import chosen, sections
+from relneuron.analyses.drops import Headline, headline
+from relneuron.analyses.outcomes import known, outcomes, relations
+from relneuron.analyses.study import Study, examples, read_study
+from relneuron.artifact.effects import Grid
+from relneuron.artifact.files import Json
+from relneuron.report.page import Page, Section, Tile
+from relneuron.report.tables import NBSP, Spread, change, label, n_of, percent, split_title
 
-
-def analysis_sections(study: Study, results: Results) -> list[Section]:
-    """A section for each analysis that the study has data for."""
-    found = [make(study, results) for key, make in MAKERS.items() if key in study.tables]
-    return found if len(results) == 1 else [*found, prompts(study, results)]
-
-
-# What sets do
-
-
-def accuracy(study: Study, results: Results) -> Section:
-    main = results[0]
-    table = accuracy_of(main.split, study.tables["accuracy"])
-    before, own = (mean(table, name).mean for name in ("before", "own"))
-    seen = [f"On average {percent(before)} are answered right before."]
-    how = []
-    if np.isfinite(own):
-        tested = int(np.isfinite(floats(table, "p_value")).sum())
-        seen[0] = (
-            f"On average {percent(before)} are answered right before, {percent(own)} with the own "
-            f"neurons off. {_lost(table)} of {n_of(tested, 'relation')} lose answers beyond chance."
-        )
-        how.append(
-            "Intervals: bootstrap over facts, with all prompts of a fact (Wilson's where all or no "
-            "answers are right); beyond chance: exact sign-flip test of the right answers per "
-            f"fact, q ≤ {SURE} (Benjamini–Hochberg)."
-        )
-    drops = [(name, mean(table, f"{name}_drop").mean) for name in ("random", "matched")]
-    if known := [f"{name} neurons {percent(x)}" for name, x in drops if np.isfinite(x)]:
-        seen.append(f"What other neurons cost instead, mean drop: {', '.join(known)}.")
-        how.append(
-            f"Grey bars span the sets drawn ({main.random.shape[1]} random ones, as large as the "
-            "largest set), a line is their mean."
-        )
-    else:
-        seen.append("No random sets were switched off: nothing says what other neurons would do.")
-    if np.isfinite(drops[1][1]):
-        how.append(
-            "Matched sets have as many neurons in each layer and projection as the relation's own."
-        )
-    plots = figures.accuracy_plots(table, [main.split], "accuracy")
-    question = "Does a relation lose its facts when its own neurons are off?"
-    return Section(
-        "accuracy",
-        "Accuracy before and after",
-        question,
-        seen,
-        " ".join(how),
-        plots,
-        [(f"accuracy.{main.split}", table)],
-    )
-
-
-def accuracy_of(split: str, table: Table) -> Table:
-    title = f"Accuracy on {split_title(split)}"
-    return table.where("split", split)._replace(title=title)
-
-
-def prompts(study: Study, results: Results) -> Section:
-    """Other templates and languages, beside the main split."""
-    table = splits_table(results)
-    names = [split_title(result.split) for result in results]
-    drops = floats(table, "own_drop")
-    seen = [f"Mean drop on {names[0]}: {percent(drops[0])}."]
-    if np.isfinite(drops[1:]).any():
-        least, most = 1 + np.nanargmin(drops[1:]), 1 + np.nanargmax(drops[1:])
-        if percent(drops[least]) == percent(drops[most]):
-            which = f" ({names[least]})" if len(names) == 2 else ""
-            seen.append(f"Asked otherwise: {percent(drops[least])}{which}.")
-        else:
-            seen.append(
-                f"Asked otherwise, from {percent(drops[least])} ({names[least]}) to "
-                f"{percent(drops[most])} ({names[most]})."
-            )
-    everything = study.tables["accuracy"]
-    others = [result.split for result in results[1:]]
-    return Section(
-        "prompts",
-        "In other words and languages",
-        "Are the same neurons needed when the facts are asked in another way?",
-        seen,
-        "The neurons were found with the main templates in one language. First figure: "
-        "means over relations; then each relation.",
-        [draw.splits_plot(table), *figures.accuracy_plots(everything, others, "more")],
-        [
-            ("splits", table),
-            *((f"accuracy.{split}", accuracy_of(split, everything)) for split in others),
-        ],
-        open=1,
-    )
-
-
-def splits_table(results: Results) -> Table:
-    """Mean drops by split: of relations under their own sets, of all other pairs, under random."""
-    rows: list[list[Cell]] = [
-        [result.split, *(Share(drop.mean) for drop in headline(result))] for result in results
-    ]
-    columns = ["split", "own_drop", "others_drop", "random_drop"]
-    return Table("Mean accuracy drop by kind of prompt", columns, rows)
-
-
-def drop(study: Study, _: Results) -> Section:
-    table = study.tables["drop"]
-    foreign = table.where("own", 0)
-    drops, q = floats(foreign, "drop"), floats(foreign, "q_value")
-    lose, gain = int(((q <= SURE) & (drops > 0)).sum()), int(((q <= SURE) & (drops < 0)).sum())
-    seen = []
-    if n := int(np.isfinite(drops).sum()):
-        seen.append(
-            f"{n_of(n, 'pair')} of a relation and a foreign set: {lose:,} with a loss beyond "
-            f"chance (q ≤ {SURE}), {gain:,} with a gain."
-        )
-        worst = int(np.nanargmax(drops))
-        if drops[worst] > 0:
-            asked, off = (label(str(foreign.column(name)[worst])) for name in ("relation", "off"))
-            seen.append(
-                f"The largest side effect: “{asked}” loses {percent(drops[worst])} of its accuracy "
-                f"when the neurons of “{off}” are off."
-            )
-    return Section(
-        "drop",
-        "Which set breaks which relation",
-        "Does a set break only its own relation, or others too?",
-        seen,
-        "Accuracy lost in % of the accuracy before. A row is a relation that was asked, a column "
-        "the set that was off; frames mark a relation's own set. Bold: beyond chance (exact "
-        f"sign-flip test over facts, q ≤ {SURE}); small: could be chance. A dash: the model "
-        "answered none before, or the pair was not run.",
-        [figures.drop_heatmap(table)],
-        [("drop", table)],
-    )
-
-
-def interference(study: Study, _: Results) -> Section:
-    table = study.tables["interference"]
-    pairs = Counter(zip(table.column("relation"), table.column("off"), strict=True))
-    (relation, off), n = pairs.most_common(1)[0]
-    asked = len(set(table.column("id")))
-    return Section(
-        "interference",
-        "Answers that get better",
-        "Which wrong answers become right when the neurons of another relation are off?",
-        [
-            f"{n_of(len(table.rows), 'answer')} to {n_of(asked, 'prompt')} get right; most of a "
-            f"pair, {n:,}, of “{label(str(relation))}” with the neurons of “{label(str(off))}” off."
-        ],
-        tables=[("interference", table)],
-        most=50,
-        open=1,
-    )
-
-
-def errors(study: Study, _: Results) -> Section:
-    table = study.tables["errors"]
-    counts = {name: int(floats(table, kind).sum()) for kind, (name, _) in draw.ERRORS.items()}
-    lost = int(floats(table, "n_lost").sum())
-    most = max(counts, key=lambda name: counts[name])
-    seen = [f"Lost: {n_of(lost, 'answer')} that were right before."]
-    if lost:
-        seen.append(
-            f"The most frequent kind of new answer: {most} ({percent(counts[most] / lost)})."
-        )
-    return Section(
-        "errors",
-        "What lost answers become",
-        "What does the model say instead, when the own neurons are off?",
-        seen,
-        "Wrong answers with the own neurons off, each counted as the first kind that fits, in the "
-        "order of the legend; right of the bars, each relation's most common one.",
-        [draw.errors_plot(table)],
-        [("errors", table)],
-    )
-
-
-def resilience(study: Study, _: Results) -> Section:
-    table = study.tables["resilience"]
-    kept, lost = (floats(table, f"n_{kind}") for kind in ("resilient", "sensitive"))
-    sure, unsure = (floats(table, f"logprob_{kind}") for kind in ("resilient", "sensitive"))
-    test = resilience_test(table)
-    seen = [f"{int(lost.sum()):,} of {n_of(int((kept + lost).sum()), 'right answer')} are lost."]
-    if test.n:
-        seen.append(
-            f"In {int((unsure < sure).sum())} of {n_of(test.n, 'relation')} with facts of both "
-            "kinds the model was less sure of the lost ones before (signed-rank test over "
-            f"relations: p = {significant(test.p_value, 2)})."
-        )
-    rarer = floats(table, "frequency_difference")
-    if np.isfinite(rarer).any():
-        seen.append(
-            f"In {int((rarer < 0).sum())} of {n_of(int(np.isfinite(rarer).sum()), 'relation')} "
-            "fewer documents name the lost facts than the kept ones, on average."
-        )
-    return Section(
-        "resilience",
-        "Facts that survive",
-        "Which facts survive the loss of their relation's neurons: those the model is surest of?",
-        seen,
-        "Left: of the answers that were right before, those the own set breaks. Right: how "
-        "probable the right answer's first token was before, for the facts lost and those kept.",
-        [draw.resilience_plot(table)],
-        [("resilience", table)],
-    )
-
-
-def perplexity(study: Study, _: Results) -> Section:
-    table = study.tables["perplexity"]
-    ratio, q = floats(table, "ratio"), floats(table, "q_value")
-    drawn = floats(table, "random") / floats(table, "before")
-    worse, better = ((q <= SURE) & (ratio > 1)).sum(), ((q <= SURE) & (ratio < 1)).sum()
-    seen = []
-    if np.isfinite(ratio).any():
-        seen.append(
-            f"With the own neurons off perplexity is {percent(np.nanmin(ratio))} to "
-            f"{percent(np.nanmax(ratio))} of that before; beyond chance it rises for {worse} and "
-            f"falls for {better} of {n_of(len(ratio), 'relation')}."
-        )
-    if np.isfinite(drawn).any():
-        seen.append(f"With random neurons off it is {percent(spread(drawn).mean)} on average.")
-    return Section(
-        "perplexity",
-        "Perplexity of neutral sentences",
-        "Is the text around a relation's objects still likely when its neurons are off?",
-        seen,
-        "Sentences that name the relation's objects without asking for a fact; perplexity is the "
-        "mean over sentences. 100 %: no change. Intervals: bootstrap over sentences; beyond "
-        f"chance: Wilcoxon's signed-rank test, q ≤ {SURE}.",
-        [draw.perplexity_plot(table)],
-        [("perplexity", table)],
-    )
-
-
-# How many neurons, and which
-
-
-def sizes(study: Study, _: Results) -> Section:
-    table = study.tables["sizes"]
-    counts = [int(n) for n in np.unique(floats(table, "size")) if n]
-    drops = {
-        size: [mean(table.where("size", size), f"{who}_drop").mean for who in ("own", "others")]
-        for size in counts
-    }
-    seen = []
-    for place, who in enumerate(("the relation itself", "the others")):
-        broken = [size for size in counts if drops[size][place] >= 0.5]
-        seen.append(
-            f"The accuracy of {who} is halved, on average, from {n_of(broken[0], 'neuron')} on."
-            if broken
-            else f"No size halves the accuracy of {who} on average; the drop with the largest, "
-            f"{n_of(counts[-1], 'neuron')}, is {percent(drops[counts[-1]][place])}."
-        )
-    return Section(
-        "sizes",
-        "How many neurons it takes",
-        "How does the effect grow with the number of neurons, and when do other relations suffer?",
-        seen,
-        "Accuracy with the best neurons of the relation's ranking off, by their number (log "
-        "scale); 0 is the model as it is.",
-        [draw.sizes_plot(table)],
-        [("sizes", table)],
-    )
-
-
-def cumulativity(study: Study, _: Results) -> Section:
-    table, summary = study.tables["cumulativity"], study.tables["cumulativity_summary"]
-    total, affected = (int(floats(summary, name).sum()) for name in ("total", "affected"))
-    seen = [f"{n_of(total, 'fact')} were lost when a range of neurons joined those before it"]
-    if total:
-        seen[0] += (
-            f"; {affected:,} of them are also lost when that range alone is off, so "
-            f"{percent(1 - affected / total)} were lost by the neurons together only"
-        )
-    return Section(
-        "cumulativity",
-        "Whether small effects add up",
-        "Are facts lost to single groups of neurons, or only to many groups together?",
-        [f"{seen[0]}."],
-        "For each range of ranks: the facts that get lost when it is off besides the neurons "
-        "before it (n); cumulativity is the share of them that the range alone does not break.",
-        [draw.cumulativity_plot(table, summary)],
-        [("cumulativity_summary", summary), ("cumulativity", table)],
-    )
-
-
-def sites(study: Study, _: Results) -> Section:
-    table = study.tables["sites"]
-    means = [
-        (site, mean(table.where("site", site), "own_drop").mean)
-        for site in dict.fromkeys(map(str, table.column("site")))
-    ]
-    named = ["own set" if site == "all" else f"{site} only" for site, _ in means]
-    text = ", ".join(f"{n} {percent(x)}" for n, (_, x) in zip(named, means, strict=True))
-    return Section(
-        "sites",
-        "Which type of neuron",
-        "Do neurons of gate, up or down projections carry the effect?",
-        [f"Mean drop of the relation itself: {text}."],
-        "The best neurons of one type, as many as the relation's set has (or all there are). "
-        "gate and up are the outputs of gate_proj and up_proj, down the output of down_proj.",
-        [draw.sites_plot(table)],
-        [("sites", table)],
-    )
-
-
-def gain(study: Study, _: Results) -> Section:
-    table, shared = study.tables["gain"], study.tables["gain_overlap"]
-    drops = {
-        (method, who): percent(mean(table.where("method", method), who).mean)
-        for method in ("ap", "gain")
-        for who in ("drop", "others_drop")
-    }
-    seen = [
-        f"Mean drop of the relation itself: {drops['ap', 'drop']} with its neurons by average "
-        f"precision (AP) off, {drops['gain', 'drop']} with as many by gain. Of the others: "
-        f"{drops['ap', 'others_drop']} and {drops['gain', 'others_drop']}."
-    ]
-    n, by_ap, by_gain, chance = (
-        mean(shared, name).mean for name in ("shared", "ap", "gain", "expected")
-    )
-    if np.isfinite(floats(shared, "p_value")).any():
-        beyond = int((floats(shared, "q_value") <= SURE).sum())
-        seen.append(
-            f"The sets by AP set {significant(by_ap, 3)} products of the MLPs to zero on average, "
-            f"those by gain {significant(by_gain, 3)}, of which {significant(n, 3)} are the same; "
-            f"random sets would share {significant(chance, 3)}. {beyond:,} of "
-            f"{n_of(len(shared.rows), 'relation')} share more than chance (q ≤ {SURE})."
-        )
-    if np.isfinite(known := mean(shared, "correlation").mean):
-        seen.append(f"Rank correlation of the two scores, mean: {significant(known, 2)}.")
-    return Section(
-        "gain",
-        "Neurons by log-probability gain",
-        "Are the neurons that tell a relation's prompts from others those that raise its answers?",
-        seen,
-        "AP asks how well a neuron's output tells the relation's prompts from others. The gain "
-        "(arXiv 2312.12141) asks what it writes: by how many nats its value vector, added to the "
-        "residual stream, raises the log-probability of the answer's first token; mean over the "
-        "relation's det prompts that are answered right. A set by gain holds products of the "
-        "MLPs, as many as the relation's own set has neurons: a zeroed gate or up output zeroes "
-        "one product too, a zeroed down output none.",
-        [draw.gain_plot(table)],
-        [("gain", table), ("gain_overlap", shared)],
-    )
-
-
-MAKERS: dict[str, Callable[[Study, Results], Section]] = {
-    "accuracy": accuracy,
-    "drop": drop,
-    "interference": interference,
-    "perplexity": perplexity,
-    "sizes": sizes,
-    "cumulativity": cumulativity,
-    "sites": sites,
-    "gain": gain,
-    "resilience": resilience,
-    "errors": errors,
+METHODS = {"ap": "average precision", "logprob_gain": "log-probability gain"}
+BEFORE: dict[str, Callable[[Study], Section]] = {  # the sections on the chosen neurons
+    "accuracy": sections.accuracy,
+    "prompts": sections.prompts,
+    "drop": sections.drop,
+    "interference": sections.interference,
+    "perplexity": sections.perplexity,
+    "sizes": sections.sizes,
+    "cumulativity": sections.cumulativity,
+    "sites": sections.sites,
+}
+AFTER: dict[str, Callable[[Study], Section]] = {
+    "overlap": chosen.overlap,
+    "versatility": chosen.versatility,
+    "concepts": chosen.concepts,
+    "gain": sections.gain,
+    "resilience": sections.resilience,
+    "errors": sections.errors,
 }
 
 
-# Numbers in sentences
+def build(folder: Path) -> Page:
+    return page(read_study(folder))
 
 
-def _lost(table: Table) -> int:
-    """The rows of `accuracy` that lose answers beyond chance."""
-    lost, gained, q = (floats(table, name) for name in ("lost", "gained", "q_value"))
-    return int(((q <= SURE) & (lost > gained)).sum())
+def page(study: Study) -> Page:
+    numbers, grid = headline(study.main), study.main
+    sizes = sorted(len(found) for found in study.sets.values() if found)
+    model = study.neurons.model.get("id", "an unnamed model")
+    asked = list(dict.fromkeys(name for one in study.grids.values() for name in relations(one)))
+    method = METHODS.get(study.neurons.method, study.neurons.method)
+    left_out = [label(name) for name in asked if name not in known(grid)]
+    return Page(
+        title=f"Relation-specific neurons of {model}",
+        facts=f"{n_of(len(asked), 'relation')} · {len(grid.ids):,} {split_title(grid.split)} · "
+        f"{_span(sizes)} neurons each, ranked by {method}",
+        question=f"Does the model {model} keep the knowledge of a relation in neurons of its own, "
+        "so that switching them off costs the facts of that relation and spares the others?",
+        answer=unknown(grid) or answer(numbers, sizes, study.n_neurons),
+        tiles=tiles(numbers, len(grid.of_kind("random"))),
+        sections=made(study),
+        tables=study.tables,
+        manifest=study.manifest,
+        note=note(study.manifest, left_out),
+        examples=list(examples(study).items()),
+    )
+
+
+def made(study: Study) -> list[Section]:
+    """The sections that the study has data for."""
+    there = {*study.tables, *(["prompts"] if len(study.grids) > 1 else [])}
+    before, after = (
+        [make(study) for key, make in makers.items() if key in there] for makers in (BEFORE, AFTER)
+    )
+    return [*before, *chosen.chosen(study), *after]
+
+
+# The first words
+
+
+def unknown(grid: Grid) -> str:
+    """Why nothing can be answered where the model knows none of the relations; "" if it does."""
+    measured = np.array([outcomes(grid, name, "clean").before for name in relations(grid)])
+    if not measured.size or known(grid):
+        return ""
+    return (
+        f"Nothing can be said: the model as it is answers {percent(measured.mean())} of the "
+        f"prompts right, at most {percent(measured.max())} of a relation's, too few for a drop or "
+        "a rise to mean anything."
+    )
+
+
+def answer(numbers: Headline, sizes: Sequence[int], n_neurons: int) -> str:
+    """The answer to the question, in one sentence."""
+    if not sizes or not sizes[-1]:
+        return "Nothing can be said: no neuron was chosen for any relation."
+    share = " to ".join(dict.fromkeys(f"{100 * n / n_neurons:.2g}" for n in (sizes[0], sizes[-1])))
+    text = (
+        f"When the {_span(sizes)} neurons chosen for a relation ({share}{NBSP}% of the model's "
+        f"{n_neurons:,} MLP neurons) are off, accuracy on that relation "
+        f"{change(numbers.own.mean)} on average"
+    )
+    if math.isfinite(numbers.other.mean):
+        text += f"; on the other relations it {change(numbers.other.mean)}"
+    if math.isfinite(numbers.random.mean):
+        # Random sets are as large as the largest set.
+        number = "as many" if sizes[0] == sizes[-1] else f"{sizes[-1]:,}"
+        text += f"; with {number} random neurons off instead it {change(numbers.random.mean)}"
+    return f"{text}."
+
+
+def tiles(numbers: Headline, n_seeds: int) -> list[Tile]:
+    def tile(title: str, drop: Spread, over: str) -> Tile:
+        ends = " to ".join(dict.fromkeys(map(percent, drop[1:])))
+        is_measured = math.isfinite(drop.mean)
+        return Tile(
+            title, percent(drop.mean), f"{ends} over {over}" if is_measured else "not measured"
+        )
+
+    return [
+        tile("drop on its own relation", numbers.own, "the relations"),
+        tile("drop on other relations", numbers.other, "all pairs"),
+        tile("drop with random neurons", numbers.random, n_of(n_seeds, "seed")),
+    ]
+
+
+def note(manifest: Json, left_out: Sequence[str]) -> str:
+    """What the tiles show, and of which relations."""
+    text = "Mean accuracy drop, (before − after) / before. A negative drop is a gain."
+    if found := off(manifest):
+        text += f" {found}"
+    if left_out:
+        text += (
+            " Left out of the means, because the model answered too few before for a drop to mean "
+            f"anything: {', '.join(left_out)}."
+        )
+    return text
+
+
+def off(manifest: Json) -> str:
+    """What sets and "off" are where not as in the paper: the best, at zero at every position."""
+    asked = manifest.get("stages", {}).get("ablate", {}).get("inputs", {})
+    of = {"all": "all det prompts", "relation": "the relation's det prompts"}
+    means = {
+        "scale": f"outputs times {asked.get('factor')}",
+        "mean": f"outputs at their mean over {of.get(asked.get('mean_of', ''), 'det prompts')}",
+        "p50": "outputs at their median over what the relation was found with",
+        "p90": "outputs at their 90th percentile over what the relation was found with",
+        "off_mean": "outputs at their mean over what the relation was compared with",
+    }
+    tokens = {
+        "prompt": "at the tokens of the prompt only",
+        "last": "at the last token of the prompt and those of the answer only",
+    }
+    known = [means.get(asked.get("mode", "")), tokens.get(asked.get("positions", ""))]
+    found = manifest.get("stages", {}).get("identify", {}).get("inputs", {})
+    ends = {
+        "bottom": "A set holds the neurons with the lowest scores.",
+        "both": "A set holds the neurons with the highest scores and as many with the lowest.",
+    }
+    sentences = [ends.get(found.get("ends", ""), "")]
+    if any(known):
+        where = f", {known[1]}" if known[1] else ""
+        sentences.append(f"“Off” means here: {known[0] or 'outputs at zero'}{where}.")
+    return " ".join(filter(None, sentences))
+
+
+def _span(sizes: Sequence[int]) -> str:
+    return " to ".join(dict.fromkeys(f"{n:,}" for n in (sizes[0], sizes[-1]))) if sizes else "no"

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from relneuron.analyses.outcomes import Row, with_q
-from relneuron.analyses.uncertainty import NAN, Array, ratio_bootstrap, signed_rank
+from relneuron.analyses.uncertainty import NAN, ratio_bootstrap, signed_rank
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.reading import read_csv
-from relneuron.report.results import spread
-from relneuron.report.tables import Share, Table
+from relneuron.report.tables import Array, Share, Table, spread
 
 PERPLEXITY = (
     *("relation", "n_sentences", "before", "own", "random"),

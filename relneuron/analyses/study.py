@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
+from relneuron.analyses.outcomes import filled_sets
 from relneuron.analyses.uncertainty import spearman
 from relneuron.artifact.effects import (
     NOT_ASKED,
@@ -23,15 +23,40 @@ from relneuron.artifact.effects import (
     fact_numbers,
     read_conditions,
     read_effects,
+    split_order,
 )
 from relneuron.artifact.files import Json, RelneuronError, require, sha256
-from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import Neuron, NeuronFile, Shape, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
-from relneuron.report.results import INPUTS, OPTIONAL, Array, Result, in_order
-from relneuron.report.tables import Table
+from relneuron.report.page import Answer, Example, PageKind, opened
+from relneuron.report.tables import Array, Table
 
+_RUN, _ABLATE = "run MODEL --facts DIR -o DIR", "ablate MODEL neurons.json prompts.jsonl -o"
+PAGE = PageKind(
+    "study",
+    reads={
+        "manifest.json": _RUN,
+        "prompts.jsonl": "prompts FACTS_DIR -o prompts.jsonl",
+        "neurons.json": "identify DIR -o neurons.json",
+        "significance.csv": "identify DIR -o neurons.json",
+        "effects.csv": f"{_ABLATE} effects.csv",
+        "effects.parquet": f"{_ABLATE} effects.parquet",
+        "accuracy.csv": f"{_ABLATE} effects.csv",
+        "conditions.csv": f"{_ABLATE} effects.csv",
+        "perplexity.csv": f"{_ABLATE} effects.csv",
+        "frequency.csv": "no command, but by counting documents: id, documents",
+        "concepts/neurons.json": f"{_RUN} --analyses concepts",
+        "attribution/neurons.json": f"{_RUN} --analyses gain",
+        "attribution/scores.safetensors": f"{_RUN} --analyses gain",
+        "scores.safetensors": "identify DIR -o neurons.json",
+    },
+    needs=("manifest.json", "prompts.jsonl", "neurons.json", "accuracy.csv"),
+    marks=("effects.csv", "effects.parquet"),
+    hints=("prompts.jsonl",),
+    again="run the stages from identify on anew",
+    build="relneuron.analyses.page:build",
+)
 ACCURACY = ("condition", "relation", "split", "n_prompts", "n_correct")
 GAIN_SCORES = "logprob_gain.gate"
 SIGNIFICANCE = ("p_permutation", "q_value", "ap_low", "ap_high")
@@ -54,6 +79,11 @@ class Study:
     def n_neurons(self) -> int:
         return Shape.of(self.neurons.model).total
 
+    @property
+    def main(self) -> Grid:
+        """The split that all analyses are of but `accuracy`."""
+        return next(iter(self.grids.values()))
+
     @cached_property
     def tables(self) -> dict[str, Table]:
         """Every analysis that the study has data for."""
@@ -71,27 +101,17 @@ class Study:
 
 def read_study(folder: Path) -> Study:
     """Read a study directory; a file whose digest is not the manifest's raises."""
-    described = Manifest(folder)
-    effects = effects_file(folder, described.data)
-    for name, made_by in INPUTS.items():
-        if name not in (*OPTIONAL, "effects.csv") or name in described.data["files"]:
-            require(folder / name, made_by)
-    require(effects, INPUTS[effects.name])
-    for name in (*INPUTS, "scores.safetensors"):
-        checked(folder / name)
-    manifest = described.data
-    check_neurons_of(effects, manifest)
-    # A report does not describe itself.
-    report = manifest.get("stages", {}).pop("report", {})
-    for name in ("report.html", *report.get("files", ())):
-        manifest.get("files", {}).pop(name, None)
-    prompts = {prompt.id: prompt for prompt in read_prompts(folder / "prompts.jsonl")}
-    neurons = NeuronFile.read(folder / "neurons.json")
-    sentences = folder / "perplexity.csv"
-    try:
+    with opened(folder, PAGE) as manifest:
+        effects = effects_file(folder, manifest)
+        require(effects, PAGE.reads[effects.name])
+        check_neurons_of(effects, manifest)
+        prompts = {prompt.id: prompt for prompt in read_prompts(folder / "prompts.jsonl")}
+        neurons = NeuronFile.read(folder / "neurons.json")
+        sentences = folder / "perplexity.csv"
         sets = _neurons_once(neurons)
         significance = read_significance(folder / "significance.csv", neurons)
-        grids = in_order(read_effects(effects, _conditions(folder, sets)))
+        grids = read_effects(effects, _conditions(folder, sets))
+        grids = {split: grids[split] for split in sorted(grids, key=split_order)}
         check_effects(folder / "accuracy.csv", grids, prompts)
         for grid in grids.values():
             grid.facts = fact_numbers(grid.ids, prompts)
@@ -107,11 +127,6 @@ def read_study(folder: Path) -> Study:
             read_perplexity(sentences) if sentences.exists() else [],
             _frequency(folder / "frequency.csv"),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RelneuronError(
-            f"{folder}: a table is damaged or of another study ({error!r})",
-            "run the stages from identify on anew",
-        ) from error
 
 
 def _neurons_once(neurons: NeuronFile) -> dict[str, list[Neuron]]:
@@ -263,24 +278,9 @@ def read_significance(path: Path, neurons: NeuronFile) -> dict[str, Array]:
 # Answers
 
 
-class Answer(NamedTuple):
-    prediction: str
-    correct: bool
-
-
-class Example(NamedTuple):
-    """One prompt, answered by the model as it is and with a set switched off."""
-
-    prompt: Prompt
-    before: Answer
-    after: Answer
-
-
-def answered(study: Study, off: str, relation: str, split: str) -> Iterator[Example]:
+def answered(study: Study, off: str, relation: str) -> Iterator[Example]:
     """The prompts of a relation that were asked both as the model is and with `off` off."""
-    grid = study.grids[split]
-    if off not in grid.conditions:
-        return
+    grid = study.main
     for i in np.flatnonzero((grid.relation == relation) & (grid.correct[off] != NOT_ASKED)):
         before, after = (
             Answer(grid.prediction[name][i], bool(grid.correct[name][i])) for name in ("clean", off)
@@ -288,24 +288,24 @@ def answered(study: Study, off: str, relation: str, split: str) -> Iterator[Exam
         yield Example(study.prompts[grid.ids[i]], before, after)
 
 
-def examples(study: Study, result: Result) -> dict[str, list[Example]]:
+def examples(study: Study) -> dict[str, list[Example]]:
     """For each set: a prompt of its own relation that it breaks, and one of another that survives.
 
     The first of each; a set that breaks nothing shows a prompt that stays right, or else any.
     """
     shown = {}
-    for c, off in enumerate(result.sets):
+    sets = filled_sets(study.main)
+    for place, (name, off) in enumerate(sets.items()):
         own = sorted(
-            answered(study, off, off, result.split),
-            key=lambda e: (not e.before.correct, e.after.correct),
+            answered(study, off, name), key=lambda e: (not e.before.correct, e.after.correct)
         )
-        others = result.sets[c + 1 :] + result.sets[:c]
+        others = [*sets][place + 1 :] + [*sets][:place]
         spared = (
             example
             for relation in others
-            for example in answered(study, off, relation, result.split)
+            for example in answered(study, off, relation)
             if example.before.correct and example.after.correct
         )
         if found := own[:1] + [e for e in [next(spared, None)] if e]:
-            shown[off] = found
+            shown[name] = found
     return shown

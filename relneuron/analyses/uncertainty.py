@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from relneuron.report.tables import Array
+
 Counts = NDArray[np.int64]
 
 N_RESAMPLES = 1000

@@ -23,9 +23,8 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
-from relneuron.cli.pages import write_report
+from relneuron.cli.pages import PAGES
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
-from relneuron.methods.counts.study import GROUP_INPUTS
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import (
@@ -34,7 +33,7 @@ from relneuron.methods.gains.rank import (
     identify_gains,
     identify_gains_inputs,
 )
-from relneuron.methods.gains.study import ATTRIBUTION_INPUTS, BEST
+from relneuron.methods.gains.study import BEST
 from relneuron.methods.responses.concepts import concept_study
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
@@ -50,7 +49,7 @@ from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
 from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.stream import read_residual_model
-from relneuron.report.results import INPUTS
+from relneuron.report.page import files_read, write_report
 from relneuron.texts.concepts import concept_subjects
 from relneuron.texts.facts import Relation, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions
@@ -315,7 +314,7 @@ def gain_study(
         if not Manifest(folder).is_done("prompts", inputs, force=force):
             with writing("prompts", folder, [prompts]):
                 atomic_write(prompts, data)
-                Manifest(folder).finish("prompts", inputs, [prompts])
+                Manifest(folder).finish("prompts", inputs, [prompts], reads=[])
         if are_dropped(folder):
             inputs = identify_gains_inputs(folder, **chosen)
             if not Manifest(folder).is_done("identify", inputs, force=force):
@@ -344,14 +343,15 @@ def gain_study(
 def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
-    known = dict.fromkeys((*INPUTS, *GROUP_INPUTS, *ATTRIBUTION_INPUTS))
-    names = [name for name in known if name != "manifest.json" and (folder / name).exists()]
-    inputs = {name: sha256(folder / name) for name in names}
-    if resume and manifest.is_done("report", inputs, force=force):
+    names = [name for name in files_read(PAGES) if (folder / name).exists()]
+    inputs = {name: sha256(folder / name) for name in names if name != "manifest.json"}
+    before = manifest.data["stages"].get("report", {}).get("inputs")
+    if resume and before == inputs and manifest.is_done("report", inputs, force=force):
         return output
 
     def finish(tables: list[Path]) -> None:
         if output.parent == folder:
-            Manifest(folder).finish("report", inputs, [output, *sorted(tables)])
+            made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
+            Manifest(folder).finish("report", inputs, made, reads=reads)
 
-    return write_report(folder, output, force=force or resume, finish=finish)
+    return write_report(folder, output, PAGES, force=force or resume, finish=finish)

@@ -1,5 +1,5 @@
-"""What every page is made of: numbers, tables, the figure kit and the templates.
+"""What every page is made of: the engine and its template, numbers, tables, the figure kit.
 
-May import `artifact`. A page itself stands where its study is made (`analyses`, `methods`);
-`cli.pages` chooses it. Begin with `tables.Table` and `kit.figure`.
+May import `artifact`. A page itself stands where its study is made (`analyses`, `methods`), each
+with a constant `PAGE`. Begin with `page.PageKind` and `page.Page`.
 """

@@ -1,8 +1,8 @@
 """Draws the report's figures as inline SVG: the theme, and the figures of the main sections.
 
-The report calls it; analyses/figures.py has the others. Text stays text, so any script can be read
-and searched, and the theme's colours are CSS variables: the page decides how they look in dark mode
-and in print. The same input gives the same bytes.
+Pages call it; the figures.py of the analyses and the methods have the others. Text stays text, so
+any script can be read and searched, and the theme's colours are CSS variables: the page decides how
+they look in dark mode and in print. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from relneuron.report.results import Array
-from relneuron.report.tables import Table, label, split_title
+from relneuron.report.tables import Array, Table, label, split_title
 
 # Placeholder colours: inline() turns each into the page's variable of that name.
 THEME = ("ink", "muted", "paper", "soft", "line", "off", "random")
@@ -109,10 +108,6 @@ def short(name: str) -> str:
     return text if len(text) <= 34 else f"{text[:17]}…{text[-16:]}"
 
 
-def floats(table: Table, name: str) -> Array:
-    return np.array(table.column(name), dtype=np.float64)
-
-
 def ends(*values: Array | float) -> tuple[float, float]:
     """The least and the greatest finite number."""
     found = np.concatenate([np.ravel(some) for some in values])
@@ -177,7 +172,7 @@ def pivot(table: Table, row: str, column: str, *names: str) -> Pivot:
     known = [{name: i for i, name in enumerate(names)} for names in (rows, columns)]
     places = tuple([of[n] for n in found] for of, found in zip(known, where, strict=True))
     for name, found in values.items():
-        found[places] = floats(table, name)
+        found[places] = table.floats(name)
     return Pivot(rows, columns, values)
 
 
@@ -292,7 +287,7 @@ def accuracy_plots(table: Table, splits: Sequence[str], stem: str) -> list[str]:
         mark("its 95 % interval", c=OFF, alpha=0.35, lw=6, ls="-", marker=""),
     ]
     for kind, colour in (("random", RANDOM), ("matched", MUTED)):
-        if np.isfinite(floats(table, kind)).any():
+        if np.isfinite(table.floats(kind)).any():
             name = f"{kind} neurons off, range and mean"
             marks.append(mark(name, c=colour, lw=5, ls="-", marker=""))
     plots = []
@@ -313,16 +308,16 @@ def accuracy_plots(table: Table, splits: Sequence[str], stem: str) -> list[str]:
 def _accuracy_panel(ax: Axes, table: Table, relations: Sequence[str]) -> None:
     y = np.array([relations.index(str(name)) for name in table.column("relation")], np.float64)
     before, own, low, high = (
-        100 * floats(table, name) for name in ("before", "own", "own_low", "own_high")
+        100 * table.floats(name) for name in ("before", "own", "own_low", "own_high")
     )
     ax.hlines(y, 0, 100, color=LINE, lw=0.6)
-    drawn = {kind: 100 * floats(table, kind) for kind in ("random", "matched")}
+    drawn = {kind: 100 * table.floats(kind) for kind in ("random", "matched")}
     is_matched = bool(np.isfinite(drawn["matched"]).any())
     shift = {"random": -0.17 if is_matched else 0.0, "matched": 0.17}
     for (kind, mean), colour in zip(drawn.items(), (RANDOM, MUTED), strict=True):
         # A range of one value still shows as a mark one point of accuracy wide.
-        least = np.fmin(100 * floats(table, f"{kind}_low"), mean - 0.5)
-        most = np.fmax(100 * floats(table, f"{kind}_high"), mean + 0.5)
+        least = np.fmin(100 * table.floats(f"{kind}_low"), mean - 0.5)
+        most = np.fmax(100 * table.floats(f"{kind}_high"), mean + 0.5)
         place = y + shift[kind]
         ax.hlines(place, least, most, color=colour, lw=4 if is_matched else 7)
         ax.vlines(mean, place - 0.15, place + 0.15, color=INK, lw=1.1)
@@ -357,9 +352,9 @@ def drop_heatmap(table: Table) -> str:
         return inline(fig, "drop", "Accuracy drop of each relation under each set")
 
 
-def overlap_heatmap(table: Table) -> str:
+def overlap_heatmap(table: Table, row: str = "relation") -> str:
     """Neurons that two sets share; the diagonal (the sizes) stays out of the colours."""
-    rows, columns, found = pivot(table, "relation", "other", "shared", "q_value")
+    rows, columns, found = pivot(table, row, "other", "shared", "q_value")
     sizes = np.eye(len(rows), dtype=np.bool_)
     shared = found["shared"]
     values = np.where(sizes, np.nan, shared)

@@ -11,7 +11,12 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from relneuron.artifact.files import csv_bytes
+
+Array = NDArray[np.float64]
 
 SPLITS = {
     "eva": "evaluation prompts",
@@ -70,6 +75,55 @@ def significant(value: float, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
+def change(drop: float) -> str:
+    """What a relative drop does, for a sentence."""
+    if not math.isfinite(drop):
+        return "cannot be compared"
+    text = percent(abs(drop))
+    if text == percent(0):
+        return "stays the same"
+    return f"{'falls' if drop > 0 else 'rises'} by {text}"
+
+
+def n_of(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def amount(n: int) -> str:
+    """12,345,678 -> 12.3 million."""
+    for size, name in ((10**9, "billion"), (10**6, "million")):
+        if n >= size:
+            value = n / size
+            digits = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:,.{digits}f}{NBSP}{name}"
+    return f"{n:,}"
+
+
+def nats(value: float) -> str:
+    """A number of nats to two decimals, a small one to two digits."""
+    is_plain = abs(value) >= 0.1 or not math.isfinite(value) or value == 0
+    text = f"{value + 0.0:,.2f}" if is_plain else f"{value:.2g}"
+    return text.replace("-", "−") if math.isfinite(value) else "–"
+
+
+# Numbers
+
+
+class Spread(NamedTuple):
+    """Mean, least and greatest of what was measured; NaN if nothing was."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def spread(values: Array) -> Spread:
+    found = values[np.isfinite(values)]
+    if not found.size:
+        return Spread(np.nan, np.nan, np.nan)
+    return Spread(float(found.mean()), float(found.min()), float(found.max()))
+
+
 # Tables
 
 
@@ -94,6 +148,13 @@ class Table(NamedTuple):
     def column(self, name: str) -> list[Cell]:
         place = self.columns.index(name)
         return [row[place] for row in self.rows]
+
+    def floats(self, name: str) -> Array:
+        return np.array(self.column(name), dtype=np.float64)
+
+    def mean(self, name: str) -> float:
+        """The mean of what was measured."""
+        return spread(self.floats(name)).mean
 
     def where(self, name: str, value: Cell) -> Table:
         """The rows that hold `value` in the column `name`."""

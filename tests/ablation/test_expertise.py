@@ -20,9 +20,9 @@ from sklearn.metrics import average_precision_score
 
 from relneuron.ablation.expertise import _MODULES, _units, export_expertise, statistic
 from relneuron.ablation.options import AblateOptions
+from relneuron.analyses.page import off
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
-from relneuron.cli.pages import off
 from relneuron.cli.settings import RunOptions
 from tests.kit.corpus_commands import caller
 from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows

@@ -23,15 +23,17 @@ from safetensors.numpy import load_file, save_file
 import relneuron.cli.run
 import relneuron.methods.gains.scorer
 from relneuron.analyses.beside import Gains, gain, gain_overlap, products
+from relneuron.analyses.page import build
 from relneuron.analyses.study import read_scores, read_study
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.pages import render, write_report
+from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.report.page import render, write_report
 from relneuron.report.tables import label
 from tests.kit.studies import PAYLOADS, RELATIONS, SETS, Page, write_study
 
@@ -184,7 +186,7 @@ def section(html: str) -> str:
 
 def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
     study = write_gain_study(tmp_path)
-    html = write_report(study, study / "report.html").read_text(encoding="utf-8")
+    html = write_report(study, study / "report.html", PAGES).read_text(encoding="utf-8")
     text = section(html)
     # Own drops 0.75 and 0.5, 1 and 0; of the others 0 and 0.25, 0.5 and 0.
     assert "relation itself: 62.5 % with its neurons by average precision (AP) off, 50.0 %" in text
@@ -201,7 +203,7 @@ def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
     ]
     assert (study / "analyses" / "gain_overlap.csv").exists()
     write_scores(study)
-    assert "Rank correlation of the two scores, mean:" in section(render(read_study(study)))
+    assert "Rank correlation of the two scores, mean:" in section(render(build(study)))
 
 
 def test_names_of_relations_stay_text(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_names_of_relations_stay_text(tmp_path: Path) -> None:
         study = write_gain_study(
             tmp_path / str(place), names=names, relations=relations, right=right, own_sets=sets
         )
-        pages.append((text, Page(render(read_study(study)))))
+        pages.append((text, Page(render(build(study)))))
     for text, page in pages:
         assert page.tags == pages[0][1].tags
         assert label(text) in page.text

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relneuron.analyses.drops import headline
+from relneuron.analyses.outcomes import filled_sets, relations
+from relneuron.analyses.page import page
 from relneuron.analyses.study import read_study
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.pages import page, render
 from relneuron.cli.run import report_stage
-from relneuron.report.results import split_results
+from relneuron.report.page import render
 from tests.kit.corpus_studies import write_corpus_study
 from tests.kit.studies import RIGHT, SETS, write_study, write_whole_study
 
@@ -149,17 +151,16 @@ def test_templates_of_a_fact_are_one_case(tmp_path: Path) -> None:
 def test_the_answer_is_of_sets_with_neurons(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, sets=SETS | {"company_hq": []}))
     shown = page(study)
-    [result] = split_results(study.grids)
-    assert result.sets == ["company_ceo", "star_constellation"]
-    assert result.relations == list(RIGHT["clean"])
-    assert shown["sizes"] == "3"
+    assert [*filled_sets(study.main)] == ["company_ceo", "star_constellation"]
+    assert relations(study.main) == list(RIGHT["clean"])
+    assert " · 3 neurons each, " in shown.facts
     # company_ceo alone has a set and right answers: 4, then 1.
-    assert "When the 3 neurons chosen for a relation" in shown["answer"]
-    assert "accuracy on that relation falls by 75.0\xa0% on average" in shown["answer"]
+    assert "When the 3 neurons chosen for a relation" in shown.answer
+    assert "accuracy on that relation falls by 75.0\xa0% on average" in shown.answer
     # Of ceo, hq, star under ceo and star: (hq, ceo) 0, (ceo, star) 0, (hq, star) -1/2.
-    assert shown["headline"].other.mean == pytest.approx(-1 / 6)
-    assert np.isfinite(shown["headline"].random.mean)
-    render(study)
+    numbers = headline(study.main)
+    assert numbers.other.mean == pytest.approx(-1 / 6) and np.isfinite(numbers.random.mean)
+    render(shown)
 
 
 def test_a_report_is_made_anew_when_a_corpus_study_changes(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from relneuron.artifact.manifest import Journal, Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.pages import write_report
+from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.counts.authors_counts import export_counts
@@ -41,6 +41,7 @@ from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.report.page import write_report
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts
@@ -101,7 +102,7 @@ def made(
     run_study(str(model_folder), facts, root / "study", OPTIONS, quiet=True)
     attributed(loaded, root / "study" / "prompts.jsonl", root / "attribution")
     identify_gains(root / "attribution", root / "attribution" / "neurons.json", quiet=True)
-    write_report(root / "attribution", root / "attribution" / "report.html")
+    write_report(root / "attribution", root / "attribution" / "report.html", PAGES)
     counted(loaded, corpus, root / "counts")
     for shard in (1, 2):
         counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))
@@ -111,7 +112,7 @@ def made(
     nll("m", *loaded, neurons, parse_sources(corpus), root / "counts", NLL, quiet=True)
     # A second choice: the manifest's entry is now this one's.
     rank_counts(root / "counts", root / "counts" / "random.json", method="random", top=9)
-    write_report(root / "counts", root / "counts" / "report.html")
+    write_report(root / "counts", root / "counts" / "report.html", PAGES)
     return root
 
 
@@ -154,7 +155,7 @@ def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> 
 
 
 def reported(loaded: Any, corpus: Any, root: Path, out: Path, *, of: str) -> object:
-    return write_report(root / of, out / "report.html")
+    return write_report(root / of, out / "report.html", PAGES)
 
 
 STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import torch
 import typer
 
 import relneuron.ablation.expertise
-import relneuron.cli.pages
 import relneuron.methods.gains.attribute  # before the forks, which need them
 import relneuron.methods.gains.rank
 import relneuron.model.load
+import relneuron.report.page
 from relneuron.cli import main as cli
 from tests.kit.count_crash import KILLED, Faults, code_of
 
@@ -151,9 +151,14 @@ def main() -> None:
     relneuron.model.load.load_model = lambda *_, **__: loaded
     relneuron.model.load.load_tokenizer = lambda *_, **__: tokenizer
     # What is killed is the writing of a page, not its making.
-    relneuron.cli.pages.render = lambda study: "<html>"
-    tables = relneuron.cli.pages.tables
-    relneuron.cli.pages.tables = lambda study: dict(list(tables(study).items())[:2])
+    relneuron.report.page.render = lambda page: "<html>"
+    make = relneuron.report.page.make_page
+
+    def make_page(*args: Any) -> Any:
+        page = make(*args)
+        return replace(page, tables=dict(list(page.tables.items())[:2]))
+
+    relneuron.report.page.make_page = make_page
     study, base = Study(folder, model, facts), folder / "empty"
     base.mkdir()
     found: dict[str, int] = {}

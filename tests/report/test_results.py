@@ -10,39 +10,56 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from relneuron.analyses.study import Answer, examples, read_study
-from relneuron.cli.pages import answer
-from relneuron.report.results import Result, drop_matrix, headline, site_counts, split_results
-from tests.kit.studies import NAN, RELATIONS, SETS, write_study
+from relneuron.analyses.chosen import site_counts
+from relneuron.analyses.drops import drop_matrix, headline, random_sets
+from relneuron.analyses.outcomes import filled_sets, outcomes, relations
+from relneuron.analyses.page import answer
+from relneuron.analyses.study import examples, read_study
+from relneuron.artifact.effects import NOT_ASKED, Grid
+from relneuron.report.page import Answer
+from tests.kit.studies import NAN, RELATIONS, SETS, condition_of, write_study
 
 
-def test_drop_matrix_of_the_method_s_vector() -> None:
-    before = np.array([0.8, 0.5, 0.25])
-    off = np.array([[0.4, 0.8, 0.82], [0.5, 0.1, 0.55], [0.0, 0.25, 0.5]])
+def test_drop_matrix_of_the_method_s_vector(tmp_path: Path) -> None:
+    # Accuracies before of 0.8, 0.5 and 0.25.
+    right = {
+        "clean": {"a": 80, "b": 50, "c": 25},
+        "a": {"a": 40, "b": 50, "c": 0},
+        "b": {"a": 80, "b": 10, "c": 25},
+        "c": {"a": 82, "b": 55, "c": 50},
+    }
+    names = ("a", "b", "c")
+    sets = {name: SETS["company_ceo"] for name in names}
+    write_study(tmp_path, relations=names, right=right, sets=sets, n_prompts=100)
+    grid = read_study(tmp_path).main
     expected = [[0.5, 0.0, -0.025], [0.0, 0.8, -0.1], [1.0, 0.0, -1.0]]
-    np.testing.assert_allclose(drop_matrix(before, off), expected, atol=1e-15)
-    names = ["a", "b", "c"]
-    result = Result("eva", names, names, np.array([4, 4, 4]), before, off, np.empty((3, 0)))
-    numbers = headline(result)
+    np.testing.assert_allclose(drop_matrix(grid, names, names), expected, atol=1e-15)
+    numbers = headline(grid)
     assert numbers.own.mean == pytest.approx(0.1)
     assert numbers.other.mean == pytest.approx(0.875 / 6)
     assert np.isnan(numbers.random).all()
 
 
 def test_drop_matrix_is_nan_where_nothing_was_right_before() -> None:
-    drop = drop_matrix(np.array([0.0, 0.5, NAN]), np.array([[0.0, 0.2], [0.5, NAN], [0.1, 0.1]]))
-    np.testing.assert_array_equal(drop, [[NAN, NAN], [0.0, NAN], [NAN, NAN]])
+    conditions = {name: condition_of(name) for name in ("clean", "x", "y")}
+    answers = {"clean": [0, 0, 1, 0], "x": [0, 0, 1, 0], "y": [1, 0, NOT_ASKED, NOT_ASKED]}
+    correct = {name: np.array(right, np.int8) for name, right in answers.items()}
+    grid = Grid("eva", ["1", "2", "3", "4"], np.array([*"aabb"]), conditions, correct)
+    drop = drop_matrix(grid, ["a", "b", "c"], ["x", "y", "z"])
+    np.testing.assert_array_equal(drop, [[NAN, NAN, NAN], [0.0, NAN, NAN], [NAN, NAN, NAN]])
 
 
 def test_headline_by_hand(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path))
-    [result] = split_results(study.grids)
-    assert result.relations == result.sets == list(RELATIONS)
-    np.testing.assert_array_equal(result.before, [1.0, 0.5, 0.0])
-    np.testing.assert_array_equal(result.random, [[1.0, 0.75], [0.25, 0.5], [0.0, 0.0]])
+    grid = study.main
+    assert relations(grid) == [*filled_sets(grid)] == list(RELATIONS)
+    before = [outcomes(grid, name, "clean").before for name in RELATIONS]
+    random = [[outcomes(grid, name, off).after for off in random_sets(grid)] for name in RELATIONS]
+    np.testing.assert_array_equal(before, [1.0, 0.5, 0.0])
+    np.testing.assert_array_equal(random, [[1.0, 0.75], [0.25, 0.5], [0.0, 0.0]])
     expected = [[0.75, 0.25, 0.0], [0.0, 0.5, -0.5], [NAN, NAN, NAN]]
-    np.testing.assert_array_equal(result.drop, expected)
-    numbers = headline(result)
+    np.testing.assert_array_equal(drop_matrix(grid, RELATIONS, RELATIONS), expected)
+    numbers = headline(grid)
     assert numbers.own == pytest.approx((0.625, 0.5, 0.75))
     assert numbers.other == pytest.approx((-0.0625, -0.5, 0.25))
     # Drops of the seeds: (0, 0.5) and (0.25, 0); the range is over their means.
@@ -58,10 +75,11 @@ def test_headline_by_hand(tmp_path: Path) -> None:
 def test_random_seeds_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     right = {f"random.{seed}": {"company_ceo": seed % 5} for seed in (10, 9, 2)}
     right["clean"] = {"company_ceo": 4}
-    study = write_study(tmp_path, relations=("company_ceo",), right=right)
-    np.testing.assert_array_equal(
-        split_results(read_study(study).grids)[0].random, [[0.5, 1.0, 0.0]]
-    )
+    write_study(tmp_path, relations=("company_ceo",), right=right)
+    grid = read_study(tmp_path).main
+    assert random_sets(grid) == ["random.2", "random.9", "random.10"]
+    drop = drop_matrix(grid, ["company_ceo"], random_sets(grid))
+    np.testing.assert_array_equal(drop, [[0.5, 0.0, 1.0]])
 
 
 def test_splits_share_their_rows_and_eva_comes_first(tmp_path: Path) -> None:
@@ -70,10 +88,11 @@ def test_splits_share_their_rows_and_eva_comes_first(tmp_path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if "company_hq,eva.de" not in line]
         path.write_text("".join(kept), encoding="utf-8")
-    results = split_results(read_study(study).grids)
-    assert [result.split for result in results] == ["eva", "eva2", "eva.de"]
-    np.testing.assert_array_equal(results[2].before, [1.0, NAN, 0.0])
-    assert headline(results[2]).own.mean == 0.75
+    grids = read_study(study).grids
+    assert [*grids] == ["eva", "eva2", "eva.de"]
+    before = [outcomes(grids["eva.de"], name, "clean").before for name in RELATIONS]
+    np.testing.assert_array_equal(before, [1.0, NAN, 0.0])
+    assert headline(grids["eva.de"]).own.mean == 0.75
 
 
 def test_sites_count_each_neuron_once(tmp_path: Path) -> None:
@@ -86,7 +105,7 @@ def test_sites_count_each_neuron_once(tmp_path: Path) -> None:
 
 def test_examples_show_a_broken_and_a_surviving_prompt(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path))
-    shown = examples(study, split_results(study.grids)[0])
+    shown = examples(study)
     broken, survivor = shown["company_ceo"]
     assert broken.prompt.id == "company_ceo.eva.1"
     assert (broken.before, broken.after) == (Answer("Tim", True), Answer("The", False))

@@ -22,4 +22,5 @@ METHOD = Method(
         Ranking("mean", "mean activation", CountedOptions, **_OF),
         Ranking("random", "drawn at random", RandomOptions, **_OF),
     ),
+    page=f"{_HERE}.study:PAGE",
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from relneuron.artifact.command import STUDY, command, placed
-from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite, sha256
 from relneuron.artifact.manifest import Manifest, checked, locked, versions
 from relneuron.artifact.neurons import NeuronFile
@@ -72,7 +72,7 @@ def import_counts(
     inputs: Json = {"model": shape, "imported": digests, **_EVENT}
     with locked(folder):
         manifest = Manifest(folder)
-        if manifest.is_done("count", inputs, force=force):
+        if manifest.is_done("count", inputs, apart=APART, force=force):
             return counts
         path = folder / NAME
         # A run that was killed before its manifest left these bytes.
@@ -89,7 +89,7 @@ def import_counts(
         )
         files = [f"{name}={placed(path, folder)}" for name, path in paths.items()]
         made_by = command("import", *files, "-o", STUDY, model=model) if model else []
-        manifest.finish("count", inputs, [folder / NAME], commands=made_by)
+        manifest.finish("count", inputs, [folder / NAME], reads=[], commands=made_by)
     return counts
 
 
@@ -103,14 +103,12 @@ def import_neurons(
     with locked(folder), writing("import", folder, [output]):
         chosen.write(output)
         manifest = Manifest(folder)
-        for stage, entry in list(manifest.data["stages"].items()):
-            if output.name in entry["files"] and stage != "import":
-                manifest.forget(stage)  # its neurons are no longer there
         words = (placed(path, folder), "-o", placed(output, folder))
         manifest.finish(
             "import",
             {"file": sha256(path), "names": list(names)},
             [output],
+            reads=[],
             commands=command("import", *words, model=model, names=list(names)),
         )
     return chosen

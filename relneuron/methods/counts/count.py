@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.artifact.manifest import Manifest, locked, progress_bar, same_model, versions
 from relneuron.methods.counts.batches import check_vocabulary, make_batch, plan_pool, pool_windows
@@ -258,7 +258,7 @@ def count(
     if options.boundaries == "position":
         check_boundaries(counter)
     with joined() as ranks, _held(folder, ranks), _interruptible() as stopped:
-        if Manifest(folder).is_done("count", inputs, force=force):
+        if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
                 _drop_checkpoint(folder, inputs)
             return None
@@ -385,7 +385,7 @@ def _finish(
         },
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path], commands=made_by)
+    manifest.finish("count", inputs, [path], reads=[], commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.command import STUDY, command, moved, placed
-from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.artifact.manifest import Manifest, checked, differences, json_digest, locked
 
@@ -44,7 +44,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
     inputs = {**_relevant(first), "parts": {str(i): part for i, part in enumerate(_parts(runs))}}
     with locked(output):
         manifest = Manifest(output)
-        if manifest.is_done("count", inputs, force=force):
+        if manifest.is_done("count", inputs, apart=APART, force=force):
             return Counts.read(output / NAME)
         total = Counts.read(checked(folders[0] / NAME))
         for folder in folders[1:]:
@@ -77,7 +77,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
             for words in moved(made or [], place)
         ]
         made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish("count", inputs, [output / NAME], commands=made_by)
+        manifest.finish("count", inputs, [output / NAME], reads=[], commands=made_by)
     return total
 
 

@@ -1,26 +1,31 @@
-"""The report's sections on a corpus study; methods/counts/report.py has its first words.
+"""The page on a corpus study: which neurons are specific to a group, and what they carry.
 
-Every sentence is made from the tables, and what the study has no data for has no section.
-arXiv 2402.16438 (LAPE).
+`study.PAGE` names `build`. Every sentence is made from the tables, and what the study has no data
+for has no section. arXiv 2402.16438 (LAPE).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from relneuron.analyses import figures as draw
-from relneuron.analyses.overlap import VERSATILITY
 from relneuron.methods.counts import figures as draw_groups
-from relneuron.methods.counts.study import GroupStudy, NllCell, rise
-from relneuron.methods.counts.tables import layer_counts, neuron_table
-from relneuron.report import kit as figures
-from relneuron.report.kit import MOST, SURE, ends, every, floats, short
-from relneuron.report.parts import Section, n_of
-from relneuron.report.tables import Table, percent, significant
+from relneuron.methods.counts.study import CLEAN, GroupStudy, NllCell, read_group_study, rise
+from relneuron.methods.counts.tables import (
+    greatest,
+    group_tables,
+    layer_counts,
+    neuron_table,
+    with_short_names,
+)
+from relneuron.report import kit
+from relneuron.report.page import Page, Section, Tile
+from relneuron.report.tables import NBSP, Table, amount, n_of, nats, percent, significant
 
-METHODS = {
+TITLES = {  # of the methods that choose neurons
     "lape": "activation probability entropy (LAPE)",
     "probability": "activation probability",
     "mean": "mean activation",
@@ -30,14 +35,109 @@ METHODS = {
 SHOWN = 10  # neurons of each set that the page shows
 MOST_CELLS = 60_000  # in the page's tables of neurons: about 1 MB
 
+STYLE = """\
+.data tbody th { white-space: normal; overflow-wrap: anywhere; }
+.data thead th { white-space: normal; overflow-wrap: break-word; max-width: 16rem; }
+.data .text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 16rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }"""
+
 Tables = Mapping[str, Table]
 
 
-def nats(value: float) -> str:
-    """A number of nats to two decimals, a small one to two digits."""
-    is_plain = abs(value) >= 0.1 or not np.isfinite(value) or value == 0
-    text = f"{value + 0.0:,.2f}" if is_plain else f"{value:.2g}"
-    return text.replace("-", "−") if np.isfinite(value) else "–"
+def build(folder: Path) -> Page:
+    return page(read_group_study(folder))
+
+
+def page(study: GroupStudy) -> Page:
+    model = study.model.get("id") or (study.manifest.get("model") or {}).get("id")
+    model = model or "an unnamed model"
+    tables = group_tables(study)
+    shown, names = with_short_names(study)
+    seen = tables
+    if names:
+        rows = [list(row) for row in names.items()]
+        cut = Table("Groups whose names are cut here", ["group", "name"], rows)
+        seen = group_tables(shown) | {"names": cut}
+    makers = (scores, layers, shared, nll, neurons, counted)
+    return Page(
+        title=f"Group-specific neurons of {model}",
+        facts=facts(study),
+        question=f"Does the model {model} have neurons that are active in the text of one group "
+        "and hardly in that of others, and does that text need them?",
+        answer=answer(study),
+        tiles=tiles(study),
+        sections=[section for make in makers if (section := make(shown, seen))],
+        tables=tables,
+        manifest=study.manifest,
+        style=STYLE,
+    )
+
+
+# The first words
+
+
+def facts(study: GroupStudy) -> str:
+    found = [n_of(len(study.groups), "group")]
+    if study.activity:
+        found.append(f"site {study.activity.site}{threshold(study)}")
+    if study.method:
+        found.append(f"chosen by {TITLES.get(study.method, study.method)}")
+    if cells := [cell for cell in study.cells if cell.mask == CLEAN]:
+        found.append(f"NLL over {n_of(sum(cell.n_windows for cell in cells), 'window')}")
+    return " · ".join(found)
+
+
+def answer(study: GroupStudy) -> str:
+    """The answer to the question, in one sentence."""
+    text = n_of(len(study.groups), "group")
+    if study.counts:
+        text += f", {amount(int(study.counts.tokens.sum()))} tokens"
+    if study.neurons is None:
+        return f"{text}: no neurons are chosen yet."
+    if not study.times:
+        return f"{text}: no neuron was chosen for any group."
+    are = "is" if len(study.times) == 1 else "are"
+    kind = "specific to" if study.method == "lape" else "chosen for"
+    share = f"{100 * len(study.times) / study.n_neurons:.2f}{NBSP}%"
+    text += f": {len(study.times):,} of {study.n_neurons:,} neurons ({share}) {are} {kind} a group"
+    own, others = rise(study.own).mean, rise(study.others).mean
+    if np.isfinite(own):
+        text += f"; without a group's own neurons the NLL of its text {changed(own)}"
+        text += f", that of the other groups {_by(own, others)}" if np.isfinite(others) else ""
+    elif np.isfinite(others):
+        text += f"; without a group's neurons the NLL of other text {changed(others)}"
+    return f"{text}."
+
+
+def tiles(study: GroupStudy) -> list[Tile]:
+    found = [Tile("groups", f"{len(study.groups):,}", "")]
+    if study.counts:
+        least, most = int(study.counts.tokens.min()), int(study.counts.tokens.max())
+        span = " to ".join(dict.fromkeys(map(amount, (least, most))))
+        found.append(Tile("tokens", amount(int(study.counts.tokens.sum())), f"{span} a group"))
+    if study.neurons:
+        sizes = [len(chosen) for chosen in study.sets.values()] or [0]
+        span = " to ".join(dict.fromkeys(f"{n:,}" for n in (min(sizes), max(sizes))))
+        found.append(Tile("neurons chosen", f"{len(study.times):,}", f"{span} a group"))
+        several = sum(n > 1 for n in study.times.values())
+        share = percent(several / len(study.times)) if study.times else "none chosen"
+        found.append(Tile("in more than one group", f"{several:,}", share))
+    kinds = (
+        ("rise of its own text", study.own),
+        ("rise of the others", study.others),
+        ("rise with random neurons", study.random),
+    )
+    for title, cells in kinds:
+        if np.isfinite((over := rise(cells)).mean):
+            span = " to ".join(dict.fromkeys(map(nats, (over.low, over.high))))
+            span += f" over {n_of(len(cells), 'cell')}"
+            found.append(Tile(f"{title}, nats", nats(over.mean), span, cells is study.own))
+    return found
+
+
+def _by(own: float, others: float) -> str:
+    """The others' change, with a verb only if it goes the other way."""
+    return f"by {nats(others)}" if own > 0 < others else changed(others)
 
 
 def changed(value: float) -> str:
@@ -53,44 +153,35 @@ def threshold(study: GroupStudy) -> str:
 
 def thinned(n: int) -> str:
     """What a picture of n rows leaves out, for the words below it; nothing where it has room."""
-    if n <= MOST:
+    if n <= kit.MOST:
         return ""
+    step = kit.every(n)
     return (
         f" Of {n:,} rows there is room for the colours, and for the name of every "
-        f"{every(n)}{'nd' if every(n) == 2 else 'rd' if every(n) == 3 else 'th'}; the table has "
-        "every number."
+        f"{step}{'nd' if step == 2 else 'rd' if step == 3 else 'th'}; the table has every number."
     )
-
-
-def greatest(table: Table, name: str, n: int) -> Table:
-    """The n rows with the greatest numbers in a column, in the table's order."""
-    values = floats(table, name)
-    order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
-    return table._replace(rows=[table.rows[i] for i in sorted(order[:n].tolist())])
 
 
 # Sections
 
 
-def scores(study: GroupStudy, tables: Tables) -> list[Section]:
+def scores(study: GroupStudy, tables: Tables) -> Section | None:
     """The histogram of the entropies, or of what the method scores with."""
     if "entropy" in tables:
-        return [_entropies(study, tables["entropy"])]
+        return _entropies(study, tables["entropy"])
     if "scores" not in tables:
-        return []
-    table, name = tables["scores"], METHODS.get(study.method, study.method)
-    low, high = ends(floats(table, "from"), floats(table, "to"))
-    return [
-        Section(
-            "scores",
-            "The scores of the chosen neurons",
-            f"How far apart are the neurons by {name}?",
-            [f"Scores go from {significant(low)} to {significant(high)}."],
-            "A neuron that is in several sets counts in each.",
-            [draw_groups.histogram_plot(table, [], "score")],
-            [("scores", table)],
-        )
-    ]
+        return None
+    table, name = tables["scores"], TITLES.get(study.method, study.method)
+    low, high = kit.ends(table.floats("from"), table.floats("to"))
+    return Section(
+        "scores",
+        "The scores of the chosen neurons",
+        f"How far apart are the neurons by {name}?",
+        [f"Scores go from {significant(low)} to {significant(high)}."],
+        "A neuron that is in several sets counts in each.",
+        [draw_groups.histogram_plot(table, [], "score")],
+        [("scores", table)],
+    )
 
 
 def _entropies(study: GroupStudy, table: Table) -> Section:
@@ -124,9 +215,9 @@ def _entropies(study: GroupStudy, table: Table) -> Section:
     )
 
 
-def layers(study: GroupStudy, tables: Tables) -> list[Section]:
+def layers(study: GroupStudy, tables: Tables) -> Section | None:
     if not study.times:
-        return []
+        return None
     count, distinct = layer_counts(study)
     n, top = len(study.times), int(distinct.argmax())
     seen = [f"Most are in layer {top}: {distinct[top]:,} of {n:,} ({percent(distinct[top] / n)})."]
@@ -136,25 +227,23 @@ def layers(study: GroupStudy, tables: Tables) -> list[Section]:
             f"The first {quarter} of {study.n_layers} layers hold {first}, the last {quarter} "
             f"{last}."
         )
-    if empty := [f"“{short(name)}”" for name, chosen in study.sets.items() if not chosen]:
+    if empty := [f"“{kit.short(name)}”" for name, chosen in study.sets.items() if not chosen]:
         seen.append(f"No neurons: {', '.join(empty)}.")
-    return [
-        Section(
-            "layers",
-            "Where the chosen neurons are",
-            "In which layers are the neurons of a group?",
-            seen,
-            "Bars: neurons of any group, each once. Squares: one group; the colour goes with the "
-            f"square root of the number.{thinned(len(study.sets))}",
-            [draw_groups.group_layers_plot(count, distinct, list(study.sets))],
-            [("layers", tables["layers"])],
-        )
-    ]
+    return Section(
+        "layers",
+        "Where the chosen neurons are",
+        "In which layers are the neurons of a group?",
+        seen,
+        "Bars: neurons of any group, each once. Squares: one group; the colour goes with the "
+        f"square root of the number.{thinned(len(study.sets))}",
+        [draw_groups.group_layers_plot(count, distinct, list(study.sets))],
+        [("layers", tables["layers"])],
+    )
 
 
-def shared(study: GroupStudy, tables: Tables) -> list[Section]:
+def shared(study: GroupStudy, tables: Tables) -> Section | None:
     if "overlap" not in tables:
-        return []
+        return None
     pairs, times = tables["overlap"], tables["multiplicity"]
     total, single = len(study.times), sum(n == 1 for n in study.times.values())
     seen = [
@@ -163,36 +252,33 @@ def shared(study: GroupStudy, tables: Tables) -> list[Section]:
     ]
     best = max((row for row in pairs.rows if row[0] != row[1]), key=lambda row: float(row[2]))
     if best[2]:
-        a, b = short(str(best[0])), short(str(best[1]))
+        a, b = kit.short(str(best[0])), kit.short(str(best[1]))
         seen.append(
             f"Most shared: {best[2]:,}, by “{a}” and “{b}” ({percent(float(best[4]))} of those in "
             "either)."
         )
-    # The figures know these columns by the names that a study of relations has for them.
     plots = [
-        figures.overlap_heatmap(pairs._replace(columns=["relation", *pairs.columns[1:]])),
+        kit.overlap_heatmap(pairs, "group"),
         draw_groups.jaccard_heatmap(pairs),
-        draw.versatility_plot(times._replace(columns=VERSATILITY)),
+        draw.versatility_plot(times),
     ]
-    return [
-        Section(
-            "overlap",
-            "What groups share",
-            "Is a neuron of one group also one of another?",
-            seen,
-            "First: neurons that two groups have in common; the frames hold the sizes of the sets; "
-            "bold: more than two random sets would share (hypergeometric test, q ≤ "
-            f"{SURE}). Second: the same in % of the neurons in either (Jaccard index). Last: "
-            f"chosen neurons by the number of groups they are in.{thinned(len(study.sets))}",
-            plots,
-            [("overlap", pairs), ("multiplicity", times)],
-        )
-    ]
+    return Section(
+        "overlap",
+        "What groups share",
+        "Is a neuron of one group also one of another?",
+        seen,
+        "First: neurons that two groups have in common; the frames hold the sizes of the sets; "
+        "bold: more than two random sets would share (hypergeometric test, q ≤ "
+        f"{kit.SURE}). Second: the same in % of the neurons in either (Jaccard index). Last: "
+        f"chosen neurons by the number of groups they are in.{thinned(len(study.sets))}",
+        plots,
+        [("overlap", pairs), ("multiplicity", times)],
+    )
 
 
-def nll(study: GroupStudy, tables: Tables) -> list[Section]:
+def nll(study: GroupStudy, tables: Tables) -> Section | None:
     if not study.cells:
-        return []
+        return None
     rises, table = tables["rises"], tables["nll"]
     kinds = (
         ("a group whose own neurons are off", study.own),
@@ -206,30 +292,29 @@ def nll(study: GroupStudy, tables: Tables) -> list[Section]:
         seen.append(f"{n_of(broken, 'cell')} without a finite NLL: left out of the means.")
     if not any(np.isfinite(cell.p_value) for cell in study.cells):
         seen.append("No windows belong to these numbers, so nothing says how sure they are.")
-    drawn = greatest(rises, "own", MOST)
+    drawn = greatest(rises, "own", kit.MOST)
     if len(drawn.rows) < len(rises.rows):
         seen.append(
-            f"Drawn one by one: the {MOST} of {len(rises.rows):,} sets whose own text rises most."
+            f"Drawn one by one: the {len(drawn.rows)} of {len(rises.rows):,} sets whose own text "
+            "rises most."
         )
     drawings = [draw_groups.rises_plot(drawn)] if drawn.rows else []
     if any(np.isfinite(cell.rise) for cell in study.cells):
-        drawings.append(draw_groups.rise_heatmap(table.where("is_clean", 0), SURE))
-    return [
-        Section(
-            "nll",
-            "What it costs to switch them off",
-            "Is the text of a group less probable without its neurons, and is only that?",
-            seen,
-            "Rise: mean over windows of the NLL with the neurons off less that of the same window "
-            "with the model as it is, in nats per token; ± its standard error. Matrix: a row is "
-            "the set that was off, a column the text; frames: a group's own text. Bold: beyond "
-            "chance (Wilcoxon's signed-rank test over windows, which count as independent; "
-            f"Benjamini–Hochberg over the matrix, q ≤ {SURE}).{thinned(len(study.groups))}",
-            drawings,
-            [(name, tables[name]) for name in ("clean", "rises", "nll")],
-            open=1,
-        )
-    ]
+        drawings.append(draw_groups.rise_heatmap(table.where("is_clean", 0), kit.SURE))
+    return Section(
+        "nll",
+        "What it costs to switch them off",
+        "Is the text of a group less probable without its neurons, and is only that?",
+        seen,
+        "Rise: mean over windows of the NLL with the neurons off less that of the same window "
+        "with the model as it is, in nats per token; ± its standard error. Matrix: a row is "
+        "the set that was off, a column the text; frames: a group's own text. Bold: beyond "
+        "chance (Wilcoxon's signed-rank test over windows, which count as independent; "
+        f"Benjamini–Hochberg over the matrix, q ≤ {kit.SURE}).{thinned(len(study.groups))}",
+        drawings,
+        [(name, tables[name]) for name in ("clean", "rises", "nll")],
+        open=1,
+    )
 
 
 def _risen(text: str, cells: Sequence[NllCell]) -> str:
@@ -239,20 +324,20 @@ def _risen(text: str, cells: Sequence[NllCell]) -> str:
         said += f" on average, from {nats(found.low)} to {nats(found.high)}"
     if not any(np.isfinite(cell.p_value) for cell in cells):
         return f"{said}."
-    sure = [cell.rise for cell in cells if cell.q_value <= SURE]
+    sure = [cell.rise for cell in cells if cell.q_value <= kit.SURE]
     up, down = sum(value > 0 for value in sure), sum(value < 0 for value in sure)
     n = sum(np.isfinite(cell.rise) for cell in cells)
     return f"{said}; of {n_of(n, 'cell')} {up:,} up and {down:,} down beyond chance."
 
 
-def neurons(study: GroupStudy, _: Tables) -> list[Section]:
+def neurons(study: GroupStudy, _: Tables) -> Section | None:
     """The best neurons of each set, a table for each."""
     filled = [name for name, chosen in study.sets.items() if chosen]
     if not filled:
-        return []
+        return None
     n_filled = len(filled)
-    if n_filled > MOST:
-        largest = sorted(filled, key=lambda name: -len(study.sets[name]))[:MOST]
+    if n_filled > kit.MOST:
+        largest = sorted(filled, key=lambda name: -len(study.sets[name]))[: kit.MOST]
         filled = [name for name in filled if name in largest]
     n_columns = len(neuron_table(study, [], "", SHOWN).columns)
     most = max(SHOWN, MOST_CELLS // (n_columns * len(filled)))
@@ -262,30 +347,30 @@ def neurons(study: GroupStudy, _: Tables) -> list[Section]:
             f"The first {SHOWN} of each group; the file beside them has the best {most:,} (the "
             f"longest set has {longest:,}), analyses/neurons.csv all."
         ]
-    if n_filled > MOST:
-        seen.append(f"Shown: the {MOST} largest of {n_filled:,} sets; all in analyses/neurons.csv.")
+    if n_filled > kit.MOST:
+        seen.append(
+            f"Shown: the {kit.MOST} largest of {n_filled:,} sets; all in analyses/neurons.csv."
+        )
     best = [
-        (f"neurons.{place:02d}", neuron_table(study, [name], f"best of “{short(name)}”", most))
+        (f"neurons.{place:02d}", neuron_table(study, [name], f"best of “{kit.short(name)}”", most))
         for place, name in enumerate(filled, 1)
     ]
     score = "its entropy in nats (low is specific)" if study.method == "lape" else "its score"
-    return [
-        Section(
-            "neurons",
-            "The best neurons of each group",
-            "How often are they active in each group?",
-            seen,
-            f"score: {score}; groups: in how many sets it is; p(group): the share of the group's "
-            "tokens that it is active at; of many groups its own, and the other one with the "
-            "highest share.",
-            tables=best,
-            most=SHOWN,
-            open=1,
-        )
-    ]
+    return Section(
+        "neurons",
+        "The best neurons of each group",
+        "How often are they active in each group?",
+        seen,
+        f"score: {score}; groups: in how many sets it is; p(group): the share of the group's "
+        "tokens that it is active at; of many groups its own, and the other one with the "
+        "highest share.",
+        tables=best,
+        most=SHOWN,
+        open=1,
+    )
 
 
-def counted(study: GroupStudy, tables: Tables) -> list[Section]:
+def counted(study: GroupStudy, tables: Tables) -> Section | None:
     """What was counted in each group, and how much of it the sets are."""
     seen = [f"Site {study.activity.site}{threshold(study)}."] if study.activity else []
     if total := sum(study.dropped.values()):
@@ -299,4 +384,4 @@ def counted(study: GroupStudy, tables: Tables) -> list[Section]:
             seen.append(f"{text} {percent(value)} of the tokens ({key}).")
     shown = [(name, tables[name]) for name in ("groups", "names") if name in tables]
     question = "How much text is behind the numbers, and where are the lines drawn?"
-    return [Section("counted", "What was counted", question, seen, tables=shown, open=1)]
+    return Section("counted", "What was counted", question, seen, tables=shown, open=1)

@@ -1,12 +1,11 @@
 """A corpus study as the report needs it: counts, neurons, entropies and NLL, held to each other.
 
-`report` calls `read_group_study` for a folder of `count`, `identify` and `nll`;
-methods/counts/report.py makes the page. No model is needed.
+methods/counts/page.py calls `read_group_study` for a folder of `count`, `identify` and `nll`. No
+model is needed.
 """
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, sha256
-from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
 from relneuron.artifact.reading import open_tensors, read_csv
-from relneuron.report.results import Array, Spread, spread
+from relneuron.report.page import PageKind, opened
+from relneuron.report.tables import Array, Spread, spread
 
-GROUP_INPUTS = (
-    *("manifest.json", NAME, "neurons.json", "scores.safetensors", "nll.csv", "nll_windows.csv"),
+_COUNT = "count MODEL GROUP=TEXT... -o DIR"
+_NLL = "nll MODEL DIR/neurons.json GROUP=TEXT... -o DIR"
+PAGE = PageKind(
+    "study",
+    reads={
+        "manifest.json": _COUNT,
+        NAME: _COUNT,
+        "neurons.json": "identify DIR -o DIR/neurons.json",
+        "scores.safetensors": "identify DIR -o DIR/neurons.json",
+        "nll.csv": _NLL,
+        "nll_windows.csv": _NLL,
+    },
+    needs=(),
+    marks=(NAME, "nll.csv"),
+    hints=("neurons.json",),
+    again="run the stages from identify on anew",
+    build="relneuron.methods.counts.page:build",
 )
 CLEAN = "clean"
 UNTESTED: Array = np.empty(0)
@@ -175,39 +188,19 @@ def rise(cells: Sequence[NllCell]) -> Spread:
     return spread(np.array([cell.rise for cell in cells]))
 
 
-def is_group_study(folder: Path) -> bool:
-    """Whether a folder holds a corpus study, and not the effects of a study of relations."""
-    if any((folder / name).exists() for name in ("effects.csv", "effects.parquet")):
-        return False
-    if any((folder / name).exists() for name in (NAME, "nll.csv")):
-        return True
-    return (folder / "neurons.json").exists() and not (folder / "prompts.jsonl").exists()
-
-
 def read_group_study(folder: Path) -> GroupStudy:
     """Read a folder of a corpus study; a file whose digest is not the manifest's raises."""
-    described = Manifest(folder)
-    for name in GROUP_INPUTS:
-        checked(folder / name)
-        if name in described.data["files"] and not (folder / name).exists():
+    with opened(folder, PAGE) as manifest:
+        there = {name for name in PAGE.reads if (folder / name).exists()}
+        there -= _stale(folder, manifest)
+        if not there & {NAME, "neurons.json"}:
             raise RelneuronError(
-                f"{folder / name} is gone", "restore it, or run its stage again with --force", 2
+                f"{folder} holds no {NAME} and no neurons.json",
+                f"make them with: relneuron count MODEL GROUP=TEXT... -o {folder}",
+                2,
             )
-    manifest = described.data
-    # A report does not describe itself.
-    report = manifest["stages"].pop("report", {})
-    for name in ("report.html", *report.get("files", ())):
-        manifest["files"].pop(name, None)
-    there = {name for name in GROUP_INPUTS if (folder / name).exists()} - _stale(folder, manifest)
-    if not there & {NAME, "neurons.json"}:
-        raise RelneuronError(
-            f"{folder} holds no {NAME} and no neurons.json",
-            f"make them with: relneuron count MODEL GROUP=TEXT... -o {folder}",
-            2,
-        )
-    neurons = NeuronFile.read(folder / "neurons.json") if "neurons.json" in there else None
-    counts = Counts.read(folder / NAME) if NAME in there else None
-    try:
+        neurons = NeuronFile.read(folder / "neurons.json") if "neurons.json" in there else None
+        counts = Counts.read(folder / NAME) if NAME in there else None
         windows = folder / "nll_windows.csv" if "nll_windows.csv" in there else None
         has_scores = neurons and "scores.safetensors" in there
         scores = read_scores(folder / ("scores.safetensors" if has_scores else "none"), neurons)
@@ -222,12 +215,7 @@ def read_group_study(folder: Path) -> GroupStudy:
             note(manifest, "dropped_tokens"),
         )
         _check(study)
-    except (KeyError, IndexError, TypeError, ValueError, csv.Error, SafetensorError) as error:
-        raise RelneuronError(
-            f"{folder}: a file is damaged or of another study ({error!r})",
-            "run the stages from identify on anew",
-        ) from error
-    return study
+        return study
 
 
 def _stale(folder: Path, manifest: Json) -> set[str]:

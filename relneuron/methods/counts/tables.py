@@ -5,7 +5,8 @@ methods/counts/page.py shows them, `report` writes them into the study's folder 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from relneuron.analyses.overlap import overlap, versatility
 from relneuron.artifact.files import Json
 from relneuron.methods.counts.study import CLEAN, GroupStudy, rise
-from relneuron.report.results import Array
-from relneuron.report.tables import Cell, Share, Table
+from relneuron.report.tables import Array, Cell, Share, Table
 
 BINS = 60
 DIGITS = 6  # of a probability in a table of the page
 MANY = 40  # groups with a column each in it
+# Letters: names are cut to so many where a table of all pairs would hold more than that.
+SHORT_NAME, MANY_NAMES = 40, 80_000
 
 
 def group_tables(study: GroupStudy) -> dict[str, Table]:
@@ -198,3 +200,47 @@ def groups_table(study: GroupStudy) -> Table:
         )
     columns = ["group", "tokens", "dropped_tokens", "neurons", "in_no_other_set"]
     return Table("Groups", [*columns, "best_score", "last_score"], rows)
+
+
+def greatest(table: Table, name: str, n: int) -> Table:
+    """The n rows with the greatest numbers in a column, in the table's order."""
+    values = table.floats(name)
+    order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
+    return table._replace(rows=[table.rows[i] for i in sorted(order[:n].tolist())])
+
+
+# Names
+
+
+def with_short_names(study: GroupStudy) -> tuple[GroupStudy, dict[str, str]]:
+    """The study with names that are cut where all would be too much, and the whole names of those.
+
+    A table of pairs repeats every name once a group: with many long names that is a large page.
+    """
+    masks = dict.fromkeys([*study.groups, *(cell.mask for cell in study.cells)])
+    most = SHORT_NAME
+    long = {name: f"{name[:most]}… #{n}" for n, name in enumerate(masks, 1) if len(name) > most}
+    if not long or len(study.groups) * sum(map(len, study.groups)) <= MANY_NAMES:
+        return study, {}
+
+    def names(known: Iterable[str]) -> list[str]:
+        return [long.get(name, name) for name in known]
+
+    counts, neurons, activity = study.counts, study.neurons, study.activity
+    if neurons:
+        sets = dict(zip(names(neurons.sets), neurons.sets.values(), strict=True))
+        neurons = replace(neurons, sets=sets)
+    result = replace(
+        study,
+        counts=counts and replace(counts, groups=names(counts.groups)),
+        neurons=neurons,
+        activity=activity and activity._replace(groups=names(activity.groups)),
+        cells=[
+            cell._replace(
+                mask=long.get(cell.mask, cell.mask), group=long.get(cell.group, cell.group)
+            )
+            for cell in study.cells
+        ],
+        dropped=dict(zip(names(study.dropped), study.dropped.values(), strict=True)),
+    )
+    return result, {short: name for name, short in long.items()}

@@ -23,4 +23,5 @@ METHOD = Method(
             run=f"{_HERE}.commands:rank",
         ),
     ),
+    page=f"{_HERE}.study:PAGE",
 )

@@ -142,7 +142,7 @@ def attribute(
         json_digest([targets.ids, targets.targets]),
         options,
     )
-    if Manifest(folder).is_done("attribute", inputs, force=force):
+    if Manifest(folder).is_done("attribute", inputs, apart=("count",), force=force):
         (folder / JOURNAL).unlink(missing_ok=True)
         return
     refuse_outputs(folder, force)
@@ -230,6 +230,7 @@ def attribute(
             "attribute",
             inputs,
             files,
+            reads=[folder / "prompts.jsonl"],
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),

@@ -25,7 +25,6 @@ from relneuron.artifact.gains import (
     read_gains,
     read_targets,
 )
-from relneuron.artifact.manifest import GAIN_METHOD as METHOD
 from relneuron.artifact.manifest import (
     MODEL_KEYS,
     Manifest,
@@ -39,6 +38,8 @@ from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import check_rows
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.methods.gains.score import best_neurons, mean_gains
+
+METHOD = "logprob_gain"
 
 Array = np.ndarray[Any, Any]
 
@@ -146,6 +147,7 @@ def identify_gains(
                 stage,
                 inputs,
                 [path, output],
+                reads=[folder / TARGETS, folder / GAINS],
                 top=dict(k) if isinstance(k, Mapping) else k,
                 commands=[]  # no command gives each relation its own number
                 if isinstance(top, Mapping)

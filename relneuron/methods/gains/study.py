@@ -1,12 +1,11 @@
 """The folder of an attribution as the report needs it: its files read once, summed by relation.
 
-`report` calls `read_attribution_study` for a folder of `attribute`; methods/gains/report.py makes
-the page. No model is needed. A relation is what arXiv 2312.12141 calls a type of knowledge.
+methods/gains/page.py calls `read_attribution_study` for a folder of `attribute`, without a model.
+A relation is what arXiv 2312.12141 calls a type of knowledge.
 """
 
 from __future__ import annotations
 
-import csv
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,23 +17,38 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.files import Json
 from relneuron.artifact.gains import (
     COMPARISON,
     COMPARISON_COLUMNS,
+    MADE_BY,
     PROMOTED,
     PROMOTED_COLUMNS,
-    TABLES,
     TARGETS,
     Target,
     read_attributions,
     read_targets,
 )
-from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.reading import Cells, read_csv
-from relneuron.report.results import Array
+from relneuron.report.page import PageKind, opened
+from relneuron.report.tables import Array
 
-ATTRIBUTION_INPUTS = ("manifest.json", TARGETS, *TABLES, PROMOTED, COMPARISON)
+PAGE = PageKind(
+    "attribution",
+    reads={
+        "manifest.json": MADE_BY,
+        TARGETS: MADE_BY,
+        "attributions.csv": MADE_BY,
+        "attributions.parquet": f"{MADE_BY} --format parquet",
+        PROMOTED: MADE_BY,
+        COMPARISON: f"{MADE_BY} --compare",
+    },
+    needs=(),
+    marks=(TARGETS,),
+    hints=(),
+    again="run attribute again with --force",
+    build="relneuron.methods.gains.page:build",
+)
 LAYERS = ("attention_layer", "ffn_layer")
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
 BEST = 10  # neurons of a sentence that count as its best
@@ -57,7 +71,7 @@ class Promoted(NamedTuple):
     lowered: list[str]
 
 
-class Condition(NamedTuple):
+class Effect(NamedTuple):
     """What one condition does to the sentences of a relation ("": of all of them).
 
     mrr, prob and logprob are means over n sentences; the drops are (clean - mean) / clean, of
@@ -101,7 +115,7 @@ class AttributionStudy:
     targets: list[Target]
     sums: Sums
     promoted: dict[Unit, Promoted]
-    conditions: list[Condition]
+    conditions: list[Effect]
 
     @cached_property
     def scored(self) -> list[Target]:
@@ -139,7 +153,7 @@ class AttributionStudy:
     def n_heads(self) -> int:
         return 1 + max((head for _, _, head in self.sums.heads), default=-1)
 
-    def of(self, relation: str = "") -> dict[str, Condition]:
+    def of(self, relation: str = "") -> dict[str, Effect]:
         """The conditions' effects on a relation's sentences, by name."""
         return {c.name: c for c in self.conditions if c.relation == relation}
 
@@ -155,49 +169,19 @@ def scored(targets: Sequence[Target], asked: Json) -> list[Target]:
     return [target for target in targets if target.kept or asked.get("keep") != "known"]
 
 
-def is_attribution(folder: Path) -> bool:
-    """Whether a folder holds an attribution, and not the effects of a study of relations."""
-    if any((folder / name).exists() for name in ("effects.csv", "effects.parquet")):
-        return False
-    return (folder / TARGETS).exists()
-
-
 def read_attribution_study(folder: Path) -> AttributionStudy:
     """Read a folder of `attribute`; a file whose digest is not the manifest's raises."""
-    described = Manifest(folder)
-    for name in ATTRIBUTION_INPUTS:
-        checked(folder / name)
-        if name in described.data["files"] and not (folder / name).exists():
-            raise RelneuronError(
-                f"{folder / name} is gone", "restore it, or run attribute again with --force", 2
-            )
-    manifest = described.data
-    # A report does not describe itself.
-    report = manifest["stages"].pop("report", {})
-    for name in ("report.html", *report.get("files", ())):
-        manifest["files"].pop(name, None)
-    targets = read_targets(folder / TARGETS)
-    try:
+    with opened(folder, PAGE) as manifest:
+        targets = read_targets(folder / TARGETS)
         model = dict(manifest.get("model") or {})
         shape = {name: int(model[name]) for name in ("layers", "width")}
         asked = manifest["stages"].get("attribute", {}).get("inputs", {})
-        study = AttributionStudy(
-            manifest,
-            model,
-            targets,
-            read_sums(
-                read_attributions(folder), scored(targets, asked), shape, n_top(model, asked)
-            ),
-            read_promoted(folder / PROMOTED),
-            read_conditions(folder / COMPARISON),
-        )
+        rows, most = read_attributions(folder), n_top(model, asked)
+        sums = read_sums(rows, scored(targets, asked), shape, most)
+        promoted, effects = read_promoted(folder / PROMOTED), read_comparison(folder / COMPARISON)
+        study = AttributionStudy(manifest, model, targets, sums, promoted, effects)
         _check(study)
-    except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
-        raise RelneuronError(
-            f"{folder}: a file is damaged or of another attribution ({error!r})",
-            "run attribute again with --force",
-        ) from error
-    return study
+        return study
 
 
 def _check(study: AttributionStudy) -> None:
@@ -269,7 +253,7 @@ def read_promoted(path: Path) -> dict[Unit, Promoted]:
     return found
 
 
-def read_conditions(path: Path) -> list[Condition]:
+def read_comparison(path: Path) -> list[Effect]:
     """comparison.csv; an empty cell is NaN."""
     found = []
     for row in read_csv(path, COMPARISON_COLUMNS) if path.exists() else ():
@@ -279,5 +263,5 @@ def read_conditions(path: Path) -> list[Condition]:
             tuple(value[f"{name}_drop{end}"] for end in ("", "_low", "_high"))
             for name in ("mrr", "prob", "logprob")
         ]
-        found.append(Condition(row["condition"], row["relation"], row.whole("n"), *means, *drops))  # type: ignore[arg-type]
+        found.append(Effect(row["condition"], row["relation"], row.whole("n"), *means, *drops))  # type: ignore[arg-type]
     return found

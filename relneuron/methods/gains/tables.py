@@ -5,12 +5,13 @@ methods/gains/page.py shows them, `report` writes them into the folder's analyse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.methods.gains.study import LAYERS, NEURONS, AttributionStudy, Promoted, Unit
-from relneuron.report.results import Array
-from relneuron.report.tables import Cell, Share, Table
+from relneuron.methods.gains.study import LAYERS, NEURONS, AttributionStudy, Effect, Promoted, Unit
+from relneuron.report.tables import Array, Cell, Share, Table
 
 SHOWN = 5  # neurons, or heads, of each relation
 VALUE_QUERY = ("value_only", "query_value", "query_only")
@@ -19,7 +20,18 @@ TITLES = {
     "attention_neuron": "Attention value neurons",
     "query_ffn_neuron": "FFN query neurons",
 }
+Rows = list[tuple[str, list[Effect]]]
 UNKNOWN = Promoted(float("nan"), float("nan"), [], [])
+SCORES = {  # that choose a sentence's neurons, by their titles
+    "log_prob_gain": "log-probability gain",
+    "log_prob": "log-probability alone",
+    "prob_gain": "probability gain",
+    "norm": "norm of the value vector",
+    "coefficient": "size of the activation",
+    "reciprocal_rank": "1 / rank of the answer",
+    "coefficient_norm": "activation × norm",
+    "coefficient_rank": "activation / rank",
+}
 DROPS = ("mrr_drop", "prob_drop", "logprob_drop")
 
 
@@ -207,3 +219,54 @@ def comparison_table(study: AttributionStudy) -> Table:
     columns = ["condition", "relation", "n", "mrr", "prob", "logprob"]
     columns += [f"{name}{end}" for name in DROPS for end in ("", "_low", "_high")]
     return Table("Answers with neurons set to zero", columns, rows)
+
+
+def random_of(study: AttributionStudy, kind: str, relation: str = "") -> list[Effect]:
+    """The conditions `kind.<seed>`."""
+    found = study.of(relation).items()
+    return [c for name, c in found if name.rpartition(".")[0] == kind]
+
+
+def mean_drop(found: Sequence[Effect]) -> float:
+    """What they lose of the answer's probability, on average."""
+    return float(np.mean([one.prob_drop[0] for one in found]))
+
+
+def effects_table(rows: Rows, title: str) -> Table:
+    """Drops under one condition each, or their mean and range over several (seeds)."""
+    columns = ["off", "is_random"]
+    columns += [
+        f"{name}{end}" for name in ("mrr_drop", "prob_drop") for end in ("", "_low", "_high")
+    ]
+    found: list[list[Cell]] = []
+    for name, conditions in rows:
+        cells: list[Cell] = [name, int("random" in name)]
+        for kind in ("mrr_drop", "prob_drop"):
+            drops = np.array([getattr(c, kind) for c in conditions])
+            ends = drops[0, 1:] if len(drops) == 1 else (drops[:, 0].min(), drops[:, 0].max())
+            cells += [Share(x) for x in (drops[:, 0].mean(), *ends)]
+        found.append(cells)
+    return Table(title, columns, found)
+
+
+def scores_table(study: AttributionStudy) -> Table:
+    """The probability lost by each relation without the best neurons by each score."""
+    rows: list[list[Cell]] = [
+        [relation, SCORES[name], Share(found.prob_drop[0])]
+        for relation in study.relations
+        for name, found in study.of(relation).items()
+        if name in SCORES
+    ]
+    return Table("Probability lost by score", ["relation", "off", "prob_drop"], rows)
+
+
+def heads_table(study: AttributionStudy) -> Table:
+    """The best heads of each relation off, asked of all relations."""
+    rows: list[list[Cell]] = [
+        [relation, off, *map(Share, found.prob_drop)]
+        for relation in study.relations
+        for off in study.relations
+        if (found := study.of(relation).get(f"heads:{off}"))
+    ]
+    columns = ["relation", "off", "prob_drop", "prob_drop_low", "prob_drop_high"]
+    return Table("Probability lost without the best heads of a relation", columns, rows)

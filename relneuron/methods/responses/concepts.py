@@ -71,7 +71,7 @@ def concept_study(
             with writing("prompts", folder, [path]):
                 atomic_write(path, data)
                 manifest.describe(seeds={"split": seed})
-                manifest.finish("prompts", inputs, [path])
+                manifest.finish("prompts", inputs, [path], reads=[])
         inputs = record_inputs(described, tokenizer, path, recording)
         recorded = manifest.is_done("record", inputs, force=force)
         identified = recorded and manifest.is_done(

@@ -330,8 +330,8 @@ def record(
         )
         # No command leaves out the validation of prompts that have objects.
         is_asked = validate or not any(prompt.object for prompt in prompts)
-        manifest.finish(
-            "record", inputs, [output, path, copy], commands=made_by if is_asked else []
-        )
+        made = [output, path, copy]
+        made_by = made_by if is_asked else []
+        manifest.finish("record", inputs, made, reads=[copy], commands=made_by)
         journal.remove()
     return sum(correct) / len(correct) if validate else None

@@ -17,10 +17,12 @@ from scipy.stats import false_discovery_control, wilcoxon
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import sha256
 from relneuron.artifact.manifest import Manifest
-from relneuron.cli.pages import render, write_report
-from relneuron.methods.counts.report import amount
+from relneuron.cli.pages import PAGES
+from relneuron.methods.counts.page import build, page
 from relneuron.methods.counts.study import read_group_study
 from relneuron.methods.counts.tables import group_tables
+from relneuron.report.page import render, write_report
+from relneuron.report.tables import amount
 from tests.kit.corpus_studies import (
     GROUPS,
     entropies,
@@ -47,7 +49,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(study: Path) -> str:
-    return render(read_group_study(study))
+    return render(build(study))
 
 
 # Numbers
@@ -216,7 +218,7 @@ def test_long_sets_show_their_best_and_the_page_holds_a_part(
 ) -> None:
     monkeypatch.setattr("relneuron.methods.counts.page.MOST_CELLS", 0)
     write_corpus_study(tmp_path, top=80)
-    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    page = write_report(tmp_path, tmp_path / "report.html", PAGES).read_text(encoding="utf-8")
     sizes = {name: len(chosen) for name, chosen in sets_of(tmp_path).items()}
     assert max(sizes.values()) > 10
     assert len(tables_of(page)["neurons.01.csv"]) == 10
@@ -228,14 +230,14 @@ def test_long_sets_show_their_best_and_the_page_holds_a_part(
 
 
 def test_one_window_has_no_error_and_no_test(tmp_path: Path) -> None:
-    page = render(read_group_study(write_corpus_study(tmp_path, n_windows=1)))
+    page = render(build(write_corpus_study(tmp_path, n_windows=1)))
     rows = [row for row in tables_of(page)["nll.csv"] if row["mask"] != "clean"]
     assert all(row["rise"] and not row["rise_se"] for row in rows)
     assert all(float(row["p_value"]) == 1 for row in rows)
 
 
 def test_without_windows_nothing_is_called_sure(tmp_path: Path) -> None:
-    page = render(read_group_study(kept(tmp_path, "counts.safetensors", "neurons.json", "nll.csv")))
+    page = render(build(kept(tmp_path, "counts.safetensors", "neurons.json", "nll.csv")))
     rows = tables_of(page)["nll.csv"]
     nll = {(row["mask"], row["group"]): float(row["nll"]) for row in rows}
     for row in rows:
@@ -259,9 +261,9 @@ def test_random_masks_and_empty_sets_stand_apart(tmp_path: Path) -> None:
     found = read_group_study(study)
     assert {cell.mask for cell in found.own} == {cell.mask for cell in found.others} == {"en"}
     assert {cell.mask for cell in found.random} == {"random.0"}
-    rows = [row for row in tables_of(render(found))["nll.csv"] if row["mask"] == "random.0"]
+    rows = [row for row in tables_of(render(page(found)))["nll.csv"] if row["mask"] == "random.0"]
     mean = np.mean([float(row["rise"]) for row in rows])
-    text = text_of(render(found), "nll")
+    text = text_of(render(page(found)), "nll")
     assert "Left out of the means: 1 set without neurons." in text
     assert f"any group, with random neurons off, rises by {mean:.2f} nats on average" in text
     (study / "neurons.json").unlink()
@@ -289,7 +291,7 @@ def finish_nll(folder: Path) -> None:
 
 def check_parts(folder: Path, *, neurons: bool, scores: bool, nll: bool) -> None:
     """Whether the study and its page have the chosen neurons, their scores and the NLL."""
-    found, page = read_group_study(folder), render(read_group_study(folder))
+    found, page = read_group_study(folder), render(build(folder))
     assert found.counts is not None
     assert (found.neurons is not None) == neurons == ("neurons" in ids(page))
     assert (found.entropy is not None) == scores
@@ -314,7 +316,7 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     counted = read_study(tmp_path / "counted anew")
     Manifest(counted).finish("count", {"corpus": 2}, [counted / "counts.safetensors"])
     check_parts(counted, neurons=False, scores=False, nll=False)
-    assert "no neurons are chosen yet" in text_of(render(read_group_study(counted)))
+    assert "no neurons are chosen yet" in text_of(render(build(counted)))
 
 
 def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:

@@ -16,18 +16,21 @@ from safetensors.numpy import load_file, save_file
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import read_rankings
-from relneuron.analyses.study import Study
+from relneuron.analyses.page import build
+from relneuron.analyses.study import PAGE
+from relneuron.artifact.command import commands
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.pages import commands, read_any, render
+from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.report.page import kind_of, render
 from tests.kit.hooked import one_thread, read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
@@ -84,12 +87,12 @@ def test_the_recorded_study_stays_as_it_was(recorded: Path, both: Path) -> None:
     changed = {name for name, data in before.items() if after[name] != data}
     assert changed == {"manifest.json"}
     old, new = json.loads(before["manifest.json"]), json.loads(after["manifest.json"])
-    stages = {"prompts", "record", "identify", "ablate"}
-    assert {*old["stages"]} == stages | {"report"}
+    stages = {"prompts", "record", "identify", "ablate", "report"}
+    assert {*old["stages"]} == stages
     assert {*new["stages"]} == stages | {"attribute", "identify_gains"}
     assert all(old["stages"][name] == new["stages"][name] for name in stages)
-    # The report is still there, and no longer that of the folder.
-    assert old.keys() | {"earlier"} == new.keys() and "report.html" in new["earlier"]
+    # The report has read nothing that changed; what there is besides, the next `run` sees.
+    assert old.keys() == new.keys() and "report.html" in new["files"]
     assert all(old[key] == new[key] for key in old if key not in ("stages", "files", "digest"))
     entry = new["stages"]["attribute"]
     assert entry["sentences"] == sum(p.split == "det" for p in read_prompts(both / "prompts.jsonl"))
@@ -107,7 +110,7 @@ def test_the_study_goes_on_and_is_reported(
     run_study(str(model_folder), fact_folder, folder, OPTIONS, quiet=True)
     before, after = contents(both), contents(folder)
     assert {n for n in after if after[n] != before.get(n)} == {"manifest.json", "report.html"}
-    assert isinstance(read_any(folder), Study)
+    assert kind_of(folder, PAGES) is PAGE
     assert "report" in Manifest(folder).data["stages"]
     lines = "\n".join(commands(Manifest(folder).data))
     assert "relneuron attribute" in lines and " STUDY/prompts.jsonl -o STUDY" in lines
@@ -184,10 +187,10 @@ def test_gains_in_place_of_the_recorded_neurons(recorded: Path, model: Any, tmp_
     # Nothing is left that was said of the others.
     assert not {"labels.csv", "significance.csv"} & contents(folder).keys()
     with pytest.raises(RelneuronError, match="with other neurons than"):
-        read_any(folder)
+        build(folder)
     effects, prompts = folder / "effects.csv", folder / "prompts.jsonl"
     ablate_prompts("m", *model, output, prompts, effects, random_seeds=1, force=True, quiet=True)
-    html = render(read_any(folder))
+    html = render(build(folder))
     assert "ranked by log-probability gain" in html
 
 

@@ -5,12 +5,8 @@ The folder is that of kit/attribution_studies.py; no model is needed.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,11 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import table_bytes
-from relneuron.cli.pages import render, write_report
-from relneuron.methods.gains.study import is_attribution, read_attribution_study
+from relneuron.cli.pages import PAGES
+from relneuron.methods.gains.page import build
+from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables
-from relneuron.report.tables import visible
-from tests.conftest import ROOT
+from relneuron.report.page import render, write_report
 from tests.kit.attribution_studies import (
     RELATIONS,
     F,
@@ -35,7 +31,7 @@ from tests.kit.attribution_studies import (
     text_of,
     write_attribution,
 )
-from tests.kit.studies import PAYLOADS, Page
+from tests.kit.studies import Page
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(study: Path) -> str:
-    return render(read_attribution_study(study))
+    return render(build(study))
 
 
 # Numbers
@@ -177,7 +173,7 @@ def test_sentences_say_what_the_tables_say(tmp_path: Path) -> None:
     sizes = {"method": 10, "value_attention": 7, "value_ffn": 3, "query": 9, "heads": 2}
     stage = {"inputs": {"intervene": 10}, "files": [], "zeroed": sizes}
     folder = write_attribution(tmp_path, manifest={"stages": {"attribute": stage}})
-    html = render(read_attribution_study(folder))
+    html = render(build(folder))
     for key, sentence in SAID:
         assert sentence in text_of(html, key)
 
@@ -203,57 +199,11 @@ SECTIONS = ["comparison", "interventions", "heads_off", "layers", "heads", "neur
 SECTIONS += ["answers", "made"]
 
 
-def test_the_page_is_whole_and_asks_for_nothing(html: str) -> None:
-    page = Page(html)
-    assert ids(html) == SECTIONS
-    contents = html[html.index("<nav") : html.index("</nav>")]
-    assert re.findall('href="#([a-z_]+)"', contents) == SECTIONS
-    assert page.tags.count("svg") == 9
-    assert not {"script", "link", "iframe", "object", "img", "base", "form"} & set(page.tags)
-    assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", html)
-    found = [value for name, value in page.attributes if name == "id"]
-    assert len(found) == len(set(found))
-    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', html)) <= set(found)
-    assert "#0102" not in html and not re.search(r"\bnan\b", page.text)
-
-
-def test_the_same_folder_gives_the_same_bytes(study: Path, html: str, tmp_path: Path) -> None:
-    code = (
-        "import sys, pathlib, relneuron.cli.pages as r; "
-        "r.write_report(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))"
-    )
-    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
-    environment |= {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, str(study), str(tmp_path / "2.html")]
-    subprocess.run(command, check=True, env=environment)
-    assert (tmp_path / "2.html").read_text(encoding="utf-8") == html
-
-
-def hostile_page(folder: Path, text: str) -> Page:
-    """The page of an attribution that holds `text` wherever one can hold text."""
-    described = {text: {text: [text]}, "fallbacks": [text]}
-    relations = (f"a {text}", "b")
-    write_attribution(folder, relations, token=text, model=text, manifest=described, n=3, top=12)
-    return Page(render(read_attribution_study(folder)))
-
-
-def test_text_stays_text(tmp_path: Path) -> None:
-    harmless = hostile_page(tmp_path, "harmless")
-    for payload in [*PAYLOADS, "=" + "x" * 299]:
-        page = hostile_page(tmp_path, payload)
-        assert page.tags == harmless.tags
-        assert [name for name, _ in page.attributes] == [name for name, _ in harmless.attributes]
-        links = [value for name, value in page.attributes if name in ("href", "src")]
-        assert all(re.match(r"#[\w-]+$|data:(text/csv|image/png);", link) for link in links)
-        assert visible(payload) in page.text
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page.text)
-
-
 def test_tables_are_files_beside_the_page(tmp_path: Path) -> None:
     folder = write_attribution(tmp_path / "a")
-    write_report(folder, tmp_path / "elsewhere.html")
+    write_report(folder, tmp_path / "elsewhere.html", PAGES)
     assert not (folder / "analyses").exists()
-    write_report(folder, folder / "report.html")
+    write_report(folder, folder / "report.html", PAGES)
     tables = attribution_tables(read_attribution_study(folder))
     files = {path.stem: path.read_bytes() for path in (folder / "analyses").iterdir()}
     assert files == {name: table.csv() for name, table in tables.items()}
@@ -263,14 +213,14 @@ def test_tables_are_files_beside_the_page(tmp_path: Path) -> None:
         for name, value in theirs.items():
             assert ours[name] == value or float(ours[name]) == float(value)
     with pytest.raises(RelneuronError, match="is a file of the study"):
-        write_report(folder, folder / "targets.csv", force=True)
+        write_report(folder, folder / "targets.csv", PAGES, force=True)
 
 
 def test_a_long_attribution_makes_a_small_page_soon(tmp_path: Path) -> None:
     names = [f"{'a very long name of a type ' * 10}{i}" for i in range(12)]
     folder = write_attribution(tmp_path, names, n=60)
     begun = time.process_time()
-    page = render(read_attribution_study(folder))
+    page = render(build(folder))
     assert time.process_time() - begun < 15
     assert len(page.encode()) < 1_500_000
 
@@ -293,7 +243,7 @@ def test_a_long_attribution_makes_a_small_page_soon(tmp_path: Path) -> None:
 def test_what_was_not_scored_has_no_section(
     tmp_path: Path, options: dict[str, Any], sections: list[str]
 ) -> None:
-    page = render(read_attribution_study(write_attribution(tmp_path, **options)))
+    page = render(build(write_attribution(tmp_path, **options)))
     assert ids(page) == sections
     assert not re.search(r"\b(nan|inf|None)\b", Page(page).text.split("How it was made")[0])
 
@@ -304,61 +254,4 @@ def test_the_table_may_be_parquet(tmp_path: Path, html: str) -> None:
     text = (folder / "attributions.csv").read_text(encoding="utf-8").partition("\n")[2]
     (folder / "attributions.csv").unlink()
     (folder / "attributions.parquet").write_bytes(table_bytes("attributions.parquet", [text]))
-    assert render(read_attribution_study(folder)) == html
-
-
-def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
-    folder = write_attribution(tmp_path)
-    (folder / "neurons.json").write_text("{}")
-    assert is_attribution(folder) and not is_attribution(tmp_path / "none")
-    # With its neurons switched off it is a study of relations.
-    (folder / "effects.csv").write_text("")
-    assert not is_attribution(folder)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("attributions.csv", "month.5,ffn_neuron", "month.9,ffn_neuron"),
-        ("attributions.csv", "ffn_layer,3,", "ffn_layer,4,"),
-        ("attributions.csv", "ffn_layer,3,", "ffn_layer,-1,"),
-        ("attributions.csv", "head,3,1,", "head,4,1,"),
-        ("attributions.csv", "query_layer,3,,8,", "query_layer,3,,9,"),
-        ("attributions.csv", "color.1,ffn_neuron,3,,11,", "color.1,ffn_neuron,3,,24,"),
-        ("attributions.csv", "\ncolor.1,ffn_neuron,3,", "\ncolor.1,ffn_neuron,9,"),
-        ("attributions.csv", ",score,", ",points,"),
-        ("comparison.csv", "clean,month,4,", "clean,month,7,"),
-        ("comparison.csv", "clean,month,", "clean,year,"),
-        ("comparison.csv", "random.1,,12,", "random.1,,12x,"),
-        ("promoted.csv", "ffn_neuron,3,,", "ffn_neuron,x,,"),
-        ("targets.csv", "capital_of.1,", "capital_of.1,extra,"),
-        ("manifest.json", '"layers": 4', '"layers": null'),
-        ("manifest.json", "study/1", "study/2"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, name: str, old: str, new: str) -> None:
-    path = write_attribution(tmp_path) / name
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(RelneuronError):
-        write_report(tmp_path, tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists() and not (tmp_path / "analyses").exists()
-
-
-def test_changed_and_lost_files_are_named(tmp_path: Path) -> None:
-    folder = write_attribution(tmp_path)
-    path = folder / "comparison.csv"
-    data = path.read_bytes()
-    known = {"comparison.csv": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
-    write_attribution(tmp_path, manifest={"files": known})
-    read_attribution_study(folder)
-    path.write_bytes(data + b"\n")
-    with pytest.raises(RelneuronError, match=r"comparison\.csv.*digest"):
-        read_attribution_study(folder)
-    path.unlink()
-    with pytest.raises(RelneuronError, match=r"comparison\.csv is gone"):
-        read_attribution_study(folder)
+    assert render(build(folder)) == html

@@ -13,10 +13,10 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import ATTRIBUTIONS
-from relneuron.cli.pages import render
-from relneuron.methods.gains.page import heads_off
+from relneuron.methods.gains.page import build, page
 from relneuron.methods.gains.study import read_attribution_study
-from relneuron.methods.gains.tables import attribution_tables
+from relneuron.methods.gains.tables import attribution_tables, heads_table
+from relneuron.report.page import render
 from tests.kit.attribution_studies import (
     RELATIONS,
     ids,
@@ -80,7 +80,7 @@ def test_means_are_over_the_sentences_that_were_scored(tmp_path: Path) -> None:
     )
     # What was asked is still told of all.
     assert sum(int(row[1]) for row in tables["answers"].rows) == len(study.targets)
-    html = render(study)
+    html = render(page(study))
     assert f"{len(names)} sentences of {len(study.targets)} that were asked" in text_of(html)
     assert "Only the known ones are scored" in text_of(html, "answers")
 
@@ -96,7 +96,7 @@ def test_an_attribution_that_knows_nothing_has_a_page(tmp_path: Path) -> None:
     path = tmp_path / "targets.csv"
     path.write_text(re.sub(r",1$", ",0", path.read_text(), flags=re.M))
     write_csv(tmp_path / "attributions.csv", ATTRIBUTIONS, [])
-    html = render(read_attribution_study(tmp_path))
+    html = render(build(tmp_path))
     assert ids(html)[:1] == ["answers"] and "0 sentences of" in text_of(html)
 
 
@@ -105,5 +105,5 @@ def test_heads_are_in_the_order_of_the_relations(tmp_path: Path) -> None:
     path = write_attribution(tmp_path, relations) / "comparison.csv"
     rows = sorted(rows_of(path), key=lambda row: row["condition"])
     write_csv(path, [*rows[0]], [[*row.values()] for row in rows])
-    table = heads_off(read_attribution_study(tmp_path), {})[0].tables[0][1]
+    table = heads_table(read_attribution_study(tmp_path))
     assert [row[:2] for row in table.rows] == [[a, b] for a in relations for b in relations]
