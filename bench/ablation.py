@@ -39,9 +39,10 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.ranking import random_neurons
 from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
-from relneuron.model.ask import N_ANSWER_TOKENS, Asker, Questions, encode
+from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.model.questions import N_ANSWER_TOKENS, Questions, encode
 from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts
 

@@ -42,20 +42,19 @@ from relneuron.artifact.manifest import (
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
-from relneuron.model.ask import (
+from relneuron.model.ask import Asker, Step
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.identity import other_weights
+from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.patch import check_canary
+from relneuron.model.questions import (
     N_ANSWER_TOKENS,
-    Asker,
     Questions,
-    Step,
     begins_with,
     encode,
     given_object,
     is_correct,
 )
-from relneuron.model.gated import find_gated_mlps, model_shape
-from relneuron.model.identity import other_weights
-from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.patch import check_canary
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
 

@@ -33,7 +33,7 @@ def count(
 
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.ranks import local_device
-    from relneuron.model.loaded import load
+    from relneuron.model.load import load
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)

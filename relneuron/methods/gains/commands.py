@@ -37,7 +37,7 @@ def attribute(
     Goes on where it stopped.
     """
     from relneuron.methods.gains.attribute import attribute as attribute_stage
-    from relneuron.model.loaded import load
+    from relneuron.model.load import load
     from relneuron.texts.knowledge import read_knowledge
 
     options.check_installed()

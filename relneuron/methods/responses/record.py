@@ -41,12 +41,13 @@ from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.methods.responses.options import RecordOptions
-from relneuron.model.ask import Asker, Questions, Step, encode, is_correct
+from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import Patch, check_canary
+from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
 
