@@ -38,7 +38,7 @@ def ablate(
 ) -> Iterator[str | Printed]:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
-    from relneuron.model.clock import Clock
+    from relneuron.model.instrument import Clock
     from relneuron.model.load import load
 
     refuse_outputs(output, force)

@@ -43,11 +43,12 @@ from relneuron.methods.responses.rank import (
     identify_inputs,
 )
 from relneuron.methods.responses.record import record, record_inputs
-from relneuron.model.ask import Asker, encode
-from relneuron.model.clock import Clock
+from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
+from relneuron.model.instrument import Clock
 from relneuron.model.load import describe_model, load_model, load_tokenizer
+from relneuron.model.questions import encode
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
 from relneuron.texts.concepts import concept_subjects

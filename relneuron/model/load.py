@@ -118,6 +118,17 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
+    """A model and its tokenizer, as the options say; without text to read it may lack one."""
+    model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
+    try:
+        return model, load_tokenizer(name, revision=options.revision)
+    except RelneuronError:
+        if needs_text:
+            raise
+        return model, None
+
+
 # --- describing ------------------------------------------------------------------------------
 
 
@@ -176,14 +187,3 @@ def _resolve_backend(backend: str, device: str) -> str:
             "leave out --backend, or see `relneuron doctor`",
         )
     return backend
-
-
-def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
-    """The model and its tokenizer; without text to read it may lack one."""
-    model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
-    try:
-        return model, load_tokenizer(name, revision=options.revision)
-    except RelneuronError:
-        if needs_text:
-            raise
-        return model, None
