@@ -40,7 +40,8 @@ from relneuron.artifact.ranking import random_neurons, site_of
 from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
 from relneuron.model.ask import N_ANSWER_TOKENS, Asker, Questions, encode
-from relneuron.model.gated import find_gated_mlps, load_model, load_tokenizer, model_shape
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts
 

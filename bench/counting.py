@@ -38,7 +38,8 @@ from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Checkpoint, Counter, Position, write_checkpoint
-from relneuron.model.gated import find_gated_mlps, load_tokenizer, model_shape
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.load import load_tokenizer
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window

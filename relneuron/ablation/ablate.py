@@ -25,7 +25,7 @@ from relneuron.ablation.conditions import (
     scores_beside,
 )
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, read_how
+from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, files_beside, read_how
 from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.command import command, loading, placed
 from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
@@ -53,8 +53,9 @@ from relneuron.model.ask import (
     given_object,
     is_correct,
 )
-from relneuron.model.gated import describe_model, fallbacks, find_gated_mlps, model_shape
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import check_canary
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
@@ -182,6 +183,7 @@ def ablate_prompts(
     asker = Asker(model, tokenizer)
     check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
     inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
+    beside = files_beside(neurons_path, prompts_path, options)
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
         evaluator = Evaluator(
@@ -245,6 +247,7 @@ def ablate_prompts(
             "ablate",
             inputs,
             list(written),
+            reads=[neurons_path, prompts_path, *beside.values()],
             conditions=len(plan),
             prompts=len(prompts),
             answers=len(effects),

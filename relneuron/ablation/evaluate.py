@@ -6,25 +6,37 @@ condition with three prompts costs three rows and not a batch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation, site_places
-from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
 from relneuron.artifact.neurons import ATTENTION, site_widths
 from relneuron.artifact.ranking import n_neurons
-from relneuron.model.ask import Asker, Step, is_out_of_memory
+from relneuron.model.ask import Step
+from relneuron.model.batches import Budget, cut
 from relneuron.model.gated import GatedMLP, model_shape
-from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, pack_keep
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
+
+
+# Says something of each of some prompts, and before each forward what its tokens are.
+Ask = Callable[[list[int], Callable[[Step], None]], list[Any]]
+
+
+class Answering(Protocol):
+    """Who answers on some device: an Asker, or the Scorer of `nll`."""
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class Row(NamedTuple):
@@ -68,21 +80,8 @@ def plan_rows(
     for number, members in sorted(waves.items()):
         wave = range(number * n_conditions, (number + 1) * n_conditions)
         members.sort(key=lambda row: (lengths[row.prompt], row.condition, row.prompt))
-        for batch in cut(members, lengths, batch_tokens):
+        for batch in cut(members, lambda row: lengths[row.prompt], batch_tokens):
             yield wave, sorted(batch)
-
-
-def cut(rows: Sequence[Row], lengths: Sequence[int], batch_tokens: int) -> list[list[Row]]:
-    """Rows in the same order in batches of at most `batch_tokens` with padding, or of one row."""
-    batches: list[list[Row]] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, lengths[row.prompt])
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
-            batches.append([])
-            longest = lengths[row.prompt]
-        batches[-1].append(row)
-    return batches
 
 
 def wave_states(
@@ -143,7 +142,7 @@ def _shift(
 class Evaluator:
     """Runs rows through the model; what is finished stands in the journal under the batch's key."""
 
-    asker: Asker
+    asker: Answering
     mlps: Sequence[GatedMLP]
     plan: Sequence[Ablation]
     journal: Journal
@@ -156,22 +155,19 @@ class Evaluator:
         shape = model_shape(self.mlps)
         per_neuron = 1 if self.how.mode == "zero" else 5
         self._wave_size = max(1, WAVE_BYTES // (per_neuron * n_neurons(shape)) - 1)
-        # Tokens of a batch that is known to fit; halved when memory runs out.
-        self._budget = int(self.journal.done.get("budget", self.batch_tokens))
+        self._budget = Budget(self.batch_tokens, self.oom, self.journal)
 
     @property
     def notices(self) -> list[str]:
         """What a reader of the results must know of how they came about."""
-        if self._budget == self.batch_tokens:
-            return []
-        return [f"out of memory: batches of {self.batch_tokens} tokens cut to {self._budget}"]
+        return self._budget.notices
 
     def run(
         self,
         what: str,
         rows: Sequence[Row],
         lengths: Sequence[int],
-        ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
+        ask: Ask,
         advance: Callable[[int], object],
         positions: str = "all",
     ) -> dict[Row, Any]:
@@ -189,52 +185,20 @@ class Evaluator:
                 if wave != current:
                     states, current = wave_states(self.plan, wave, self.mlps, self.how), wave
                 with Patch(self.mlps, states, backend=self.backend) as patch:
-                    said = self._ask(patch, wave, batch, lengths, ask, positions)
+                    part = partial(self._ask, patch, wave, ask, positions)
+                    said = self._budget.run(batch, lambda row: lengths[row.prompt], part)
                 self.journal.add(key, said)
             found.update(zip(batch, self.journal.done[key], strict=True))
             advance(len(batch))
         return found
 
     def _ask(
-        self,
-        patch: Patch,
-        wave: range,
-        batch: list[Row],
-        lengths: Sequence[int],
-        ask: Callable[[list[int], Callable[[Step], None]], list[Any]],
-        positions: str,
+        self, patch: Patch, wave: range, ask: Ask, positions: str, part: list[Row]
     ) -> list[Any]:
-        """One batch, in smaller parts if memory runs out."""
-        said: list[Any] = []
-        parts = cut(batch, lengths, self._budget)
-        while parts:
-            part = parts[0]
-            tokens = len(part) * max(lengths[row.prompt] for row in part)
-            ids = torch.tensor([row.condition - wave.start + 1 for row in part]).int()
-            mark = _marker(patch, ids.to(self.asker.device), positions)
-            try:
-                said += ask([row.prompt for row in part], mark)
-                parts.pop(0)
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.oom != "split" or len(part) == 1:
-                    raise RelneuronError(
-                        f"out of memory with {len(part)} prompts of together {tokens} tokens",
-                        f"use --batch-tokens {max(1, tokens // 2)}, or --oom split",
-                    ) from error
-            # Outside of the handler, whose error holds the tensors that did not fit.
-            self._halve(tokens)
-            parts = cut([row for rest in parts for row in rest], lengths, self._budget)
-        return said
-
-    def _halve(self, tokens: int) -> None:
-        self._budget = max(1, tokens // 2)
-        self.journal.add("budget", self._budget)
-        warnings.warn(f"out of memory: batches of {self._budget} tokens from here on", stacklevel=2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """One forward's rows, or those of a few."""
+        ids = torch.tensor([row.condition - wave.start + 1 for row in part]).int()
+        mark = _marker(patch, ids.to(self.asker.device), positions)
+        return ask([row.prompt for row in part], mark)
 
 
 def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]:

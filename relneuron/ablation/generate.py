@@ -37,8 +37,9 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Questions, Step, cache_of, encode
-from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, model_shape
+from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
+from relneuron.model.load import describe_model
 from relneuron.model.patch import Patch, check_canary
 from relneuron.texts.tokens import listed, whole_text, without_blanks
 

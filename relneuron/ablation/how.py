@@ -26,10 +26,8 @@ from relneuron.model.identity import tokenizer_digest
 SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
 
 
-def ablate_inputs(
-    model: Json, tokenizer: Any, neurons: Path, prompts: Path, options: AblateOptions
-) -> Json:
-    """What the stage depends on, for the manifest."""
+def files_beside(neurons: Path, prompts: Path, options: AblateOptions) -> dict[str, Path]:
+    """What is read beside the neurons and the prompts, by name, of what is there."""
     others = {
         scores_beside(neurons).name: (
             neurons.parent if {"sizes", "sites"} & {*options.analyses} else None
@@ -43,13 +41,20 @@ def ablate_inputs(
         },
         "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
     }
-    read = {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
+    return {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
+
+
+def ablate_inputs(
+    model: Json, tokenizer: Any, neurons: Path, prompts: Path, options: AblateOptions
+) -> Json:
+    """What the stage depends on, for the manifest."""
+    beside = files_beside(neurons, prompts, options)
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
-        "beside": {name: sha256(path) for name, path in read.items()},
+        "beside": {name: sha256(path) for name, path in beside.items()},
         **options.recorded(),
     }
 

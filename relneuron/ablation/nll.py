@@ -43,14 +43,11 @@ from relneuron.artifact.manifest import (
     versions,
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
-from relneuron.model.ask import Step, is_out_of_memory
-from relneuron.model.gated import (
-    describe_model,
-    fallbacks,
-    find_gated_mlps,
-    model_shape,
-)
+from relneuron.model.ask import Step
+from relneuron.model.batches import is_out_of_memory
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import check_canary
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
@@ -323,16 +320,8 @@ def nll(
     check_canary(model, mlps, scorer.short, backend)
     with locked(folder):
         journal = Journal(folder / "nll.journal", inputs)
-        # An evaluator asks for no more than the device of who answers.
         evaluator = Evaluator(
-            cast(Any, scorer),
-            mlps,
-            plan,
-            journal,
-            How(),
-            options.batch_tokens,
-            backend,
-            options.oom,
+            scorer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
         )
         first = same_ablation(plan, How())
         rows = [Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))]
@@ -363,6 +352,7 @@ def nll(
             "nll",
             inputs,
             list(written),
+            reads=[neurons_path],
             masks=len(masks),
             windows={group: texts.groups.count(group) for group in dict.fromkeys(texts.groups)},
             scored_tokens=sum(lengths),

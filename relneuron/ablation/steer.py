@@ -17,7 +17,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import check_neurons
 from relneuron.model.gated import GatedMLP, model_shape
-from relneuron.model.patch import LayerState, Replacement, mask_states
+from relneuron.model.states import LayerState, Replacement, mask_states
 
 Array = np.ndarray[Any, Any]
 

@@ -18,6 +18,8 @@ from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.reading import open_tensors
 
 NAME = "counts.safetensors"
+# Stages of a study of relations, in whose folder no counts are begun.
+APART = ("prompts", "record", "attribute")
 SITES = ("gate", "up", "act", "product", "down")
 # What each statistic is made of, and with which value a group that was never seen begins.
 DTYPES = {"count": np.int64, "sum": np.float64, "sum_sq": np.float64, "max": np.float32}

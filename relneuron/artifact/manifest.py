@@ -54,22 +54,6 @@ _MANIFEST_KEYS = (
 )
 
 
-# The stages in their order, each with those that are made from it.
-_LATER = {
-    "prompts": ("record", "attribute", "identify", "identify_gains", "ablate", "report"),
-    "record": ("identify", "ablate", "report"),
-    "count": ("identify", "ablate", "nll", "report"),
-    "attribute": ("identify", "identify_gains", "ablate", "report"),
-    "identify": ("ablate", "nll", "report"),
-    "identify_gains": (),  # neurons of an attribution beside those of another identify
-    "import": ("report",),  # neurons of others
-    "ablate": ("report",),
-    "nll": ("report",),
-    "report": (),
-}
-# Stages of another kind of study, in whose folder a stage is not begun.
-_APART = {"count": {"prompts", "record", "attribute"}, "attribute": {"count"}}
-GAIN_METHOD = "logprob_gain"  # of an `identify` that is made from an attribution
 # What two descriptions of one model have in common, wherever it runs.
 MODEL_KEYS = ("layers", "width", "hidden", "digest")
 
@@ -133,14 +117,16 @@ class Manifest:
             self._earlier = data.pop("earlier", {})
             self.data |= data
 
-    def is_done(self, stage: str, inputs: Json, *, force: bool = False) -> bool:
+    def is_done(
+        self, stage: str, inputs: Json, *, apart: Sequence[str] = (), force: bool = False
+    ) -> bool:
         """Whether `stage` was finished from the same inputs and its files are as it left them.
 
-        Finished from other inputs is an error that names them, unless `force` redoes the stage.
+        Finished from other inputs is an error that names them, unless `force` redoes the stage; so
+        is a folder with one of the stages `apart`, which are of another kind of study.
         """
         entry = self.data["stages"].get(stage)
-        others = _APART.get(stage, set())
-        if entry is None and self.data["stages"].keys() & others and not force:
+        if entry is None and self.data["stages"].keys() & {*apart} and not force:
             kind = "groups of text" if "count" in self.data["stages"] else "relations"
             raise RelneuronError(
                 f"{self.path.parent} holds a study of {kind}",
@@ -203,31 +189,60 @@ class Manifest:
                     2,
                 )
 
-    def finish(self, stage: str, inputs: Json, files: Sequence[Path], **details: object) -> None:
-        """Record a finished stage and the digests of its files; later stages are forgotten."""
-        for later in self._made_from(stage):
-            self.data["stages"].pop(later, None)
-        folder = self.path.parent
+    def finish(
+        self,
+        stage: str,
+        inputs: Json,
+        files: Sequence[Path],
+        *,
+        reads: Sequence[Path] | None = None,
+        **details: object,
+    ) -> None:
+        """Record a finished stage: the digests of its files, and of those in this folder it read.
+
+        A stage is forgotten if it read, or wrote, another file than is there now. `reads` is None
+        for one that read all that the other stages wrote.
+        """
+        folder, known = self.path.parent, self._earlier | self.data["files"]
         names = [path.relative_to(folder).as_posix() for path in files]
+        stages = self.data["stages"]
         for name, path in zip(names, files, strict=True):
-            self.data["files"][name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-        self.data["stages"][stage] = {"inputs": inputs, "files": names, **details}
-        stages, known = self.data["stages"], self._earlier | self.data["files"]
-        self.data["stages"] = {name: stages[name] for name in _LATER if name in stages}
-        kept = {name for entry in self.data["stages"].values() for name in entry["files"]}
+            before = known.get(name, {}).get("sha256")
+            known[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            if before != known[name]["sha256"]:
+                for other in [s for s in stages if s != stage and name in stages[s]["files"]]:
+                    del stages[other]  # its file is no longer there
+        stages[stage] = {"inputs": inputs, "files": names, **details}
+        if reads is not None:
+            inside = {path.resolve() for path in reads if path.is_file()}
+            places = {name: (folder / name).resolve() for name in known}
+            own = [name for name, place in places.items() if place in inside]
+            stages[stage]["reads"] = {name: known[name]["sha256"] for name in sorted(own)}
+        kept = self._forget_stale(stage, known)
+        self.data["stages"] = _in_order(stages)
         self.data["files"] = {name: known[name] for name in sorted(kept & known.keys())}
         left = [name for name in sorted(known.keys() - kept) if (folder / name).is_file()]
         self._earlier = {name: known[name] for name in left if not known[name].get("dropped")}
         self.save()
 
-    def _made_from(self, stage: str) -> list[str]:
-        """The stages that hold no longer once `stage` is made anew."""
-        stages, later = self.data["stages"], list(_LATER[stage])
-        method = stages.get("identify", {}).get("inputs", {}).get("method")
-        if stage == "attribute" and "record" in stages and method != GAIN_METHOD:
-            # Neurons of recorded responses, and what became of them, are of no attribution.
-            later = [name for name in later if name not in ("identify", "ablate")]
-        return later
+    def _forget_stale(self, finished: str, known: Json) -> set[str]:
+        """Forget each stage that read what is no longer there; returns the files of the others."""
+        stages = self.data["stages"]
+        while True:
+            files = {name for entry in stages.values() for name in entry["files"]}
+            stale = [
+                stage
+                for stage, entry in stages.items()
+                if stage != finished
+                and any(
+                    name not in files or known[name]["sha256"] != digest
+                    for name, digest in entry.get("reads", {"*": ""}).items()
+                )
+            ]
+            if not stale:
+                return files
+            for stage in stale:
+                del stages[stage]
 
     def drop(self, name: str) -> None:
         """Delete a large intermediate file and say so; the stage that made it stays done."""
@@ -252,6 +267,20 @@ class Manifest:
         rank = {key: place for place, key in enumerate(_MANIFEST_KEYS)}
         keys = sorted(data, key=lambda key: rank.get(key, rank["files"] + 0.5))
         atomic_write(self.path, json_bytes({key: data[key] for key in keys}))
+
+
+def _in_order(stages: Json) -> Json:
+    """The stages so that each comes after those whose files it read; else as they were."""
+    left, placed = dict(stages), {}
+    while left:
+        waiting = [
+            stage
+            for stage, entry in left.items()
+            if any(entry.get("reads", {}).keys() & {*left[o]["files"]} for o in left if o != stage)
+        ]
+        first = next((stage for stage in left if stage not in waiting), next(iter(left)))
+        placed[first] = left.pop(first)
+    return placed
 
 
 def _check_manifest(path: Path, data: Json) -> None:
@@ -280,11 +309,14 @@ def _check_manifest(path: Path, data: Json) -> None:
             check(inside, where, "a file of this folder")
     for stage, entry in parts["stages"].items():
         where = f"stages.{stage}"
-        check(stage in _LATER and isinstance(entry, dict), where, "a stage")
+        check(isinstance(entry, dict), where, "a stage")
         check(isinstance(entry.get("inputs"), dict), f"{where}.inputs", "an object")
         files = entry.get("files")
         named = isinstance(files, list) and all(isinstance(name, str) for name in files)
         check(named, f"{where}.files", "a list of names")
+        reads = entry.get("reads", {})
+        digests = isinstance(reads, dict) and all(isinstance(x, str) for x in reads.values())
+        check(digests, f"{where}.reads", "files and their sha256")
         commands = entry.get("commands", [])
         said = isinstance(commands, list) and all(
             isinstance(words, list) and words and all(isinstance(word, str) for word in words)

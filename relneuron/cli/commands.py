@@ -94,7 +94,7 @@ def prompts(
     force: bool = False,
 ) -> Iterator[str]:
     """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
-    from relneuron.model.gated import load_tokenizer
+    from relneuron.model.load import load_tokenizer
     from relneuron.texts.prompts import write_prompts
 
     chat = load_tokenizer(chat_template) if chat_template else None
@@ -192,7 +192,7 @@ def doctor(
     """What works on this machine, and for this model, and why not."""
     from relneuron.cli.doctor import machine_report, model_report
     from relneuron.cli.show import rows_of
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
     from relneuron.texts.tokens import policy_text
 
     if model is None and revision is not None:
@@ -258,7 +258,7 @@ def bench(
     from relneuron.artifact.manifest import locked
     from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
     from relneuron.cli.show import bench_lines
-    from relneuron.model.gated import choose_device
+    from relneuron.model.load import choose_device
 
     suite = "quick" if options.quick else "full" if options.full else "usual"
     cases = choose_cases(suite, op, options.dtype, options.tokens)

@@ -45,14 +45,9 @@ from relneuron.methods.responses.rank import (
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.ask import Asker, encode
 from relneuron.model.clock import Clock
-from relneuron.model.gated import (
-    describe_model,
-    find_gated_mlps,
-    load_model,
-    load_tokenizer,
-    model_shape,
-)
+from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
+from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
 from relneuron.texts.concepts import concept_subjects
@@ -223,6 +218,7 @@ def run_study(
                 tokenizer,
                 folder,
                 batch_tokens=o.batch_tokens,
+                oom=o.oom,
                 drop=o.drop_responses,
                 backend=o.backend,
                 force=force,
@@ -284,6 +280,7 @@ def gain_study(
     study: Path,
     *,
     batch_tokens: int = 4096,
+    oom: str = "split",
     drop: bool = False,
     backend: str = "auto",
     force: bool = False,
@@ -308,7 +305,7 @@ def gain_study(
     chosen: dict[str, Any] = {"kept_only": False}
     chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
     options = AttributeOptions(
-        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens
+        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens, oom=oom
     )
     folder = study / "attribution"
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
@@ -317,7 +314,7 @@ def gain_study(
         if not Manifest(folder).is_done("prompts", inputs, force=force):
             with writing("prompts", folder, [prompts]):
                 atomic_write(prompts, data)
-                Manifest(folder).finish("prompts", inputs, [prompts])
+                Manifest(folder).finish("prompts", inputs, [prompts], reads=[])
         if are_dropped(folder):
             inputs = identify_gains_inputs(folder, **chosen)
             if not Manifest(folder).is_done("identify", inputs, force=force):
@@ -348,11 +345,13 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
     manifest = Manifest(folder)
     names = [name for name in files_read(PAGES) if (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names if name != "manifest.json"}
-    if resume and manifest.is_done("report", inputs, force=force):
+    before = manifest.data["stages"].get("report", {}).get("inputs")
+    if resume and before == inputs and manifest.is_done("report", inputs, force=force):
         return output
 
     def finish(tables: list[Path]) -> None:
         if output.parent == folder:
-            Manifest(folder).finish("report", inputs, [output, *sorted(tables)])
+            made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
+            Manifest(folder).finish("report", inputs, made, reads=reads)
 
     return write_report(folder, output, PAGES, force=force or resume, finish=finish)

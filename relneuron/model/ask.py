@@ -1,4 +1,4 @@
-"""Ask a model its prompts: tokens, batches, the greedy answer of two tokens, and its correctness.
+"""Ask a model its prompts: tokens, the greedy answer of two tokens, and its correctness.
 
 The `record` and `ablate` stages call it, so both ask in exactly the same way.
 """
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError, fold
 from relneuron.artifact.prompts import Prompt
+from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
 from relneuron.texts.tokens import (
     CHARACTER_BYTES,
     CUT,
@@ -55,13 +55,6 @@ def given_object(text: str, objects: Sequence[str], rule: Callable[[str, str], b
     return next((name for name in objects if rule(text, name)), "")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or a CPU, or Python itself had no memory left."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(word in str(error).lower() for word in words)
-
-
 def cache_of(out: Any) -> dict[str, Any]:
     """The cache that a forward left, as the keyword argument by which the next one takes it.
 
@@ -87,6 +80,9 @@ class Questions:
     answers: list[int]
     starts: list[list[tuple[int, ...]]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+
+    def length(self, row: int) -> int:
+        return len(self.ids[row])
 
     def starts_of(self, row: int) -> list[tuple[int, ...]]:
         return self.starts[row] if self.starts else [(self.answers[row],)]
@@ -170,30 +166,6 @@ def _fewer(room: int, n_tokens: int) -> str:
     return f", or ask for at most {room} tokens (--max-new-tokens, --generate)"
 
 
-def plan_batches(
-    questions: Questions, batch_tokens: int, only: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Indices of the prompts in batches of one split and language, at most `batch_tokens` padded.
-
-    Sorted by length within a split, so that a prompt's batch does not depend on other splits and
-    every stage that asks a split asks it in the same batches. `only` these prompts; default: all.
-    """
-    taken = range(len(questions.prompts)) if only is None else only
-    kinds = {i: (questions.prompts[i].split, questions.prompts[i].language) for i in taken}
-    batches: list[list[int]] = []
-    for kind in dict.fromkeys(kinds.values()):
-        rows = [i for i, k in kinds.items() if k == kind]
-        rows.sort(key=lambda i: len(questions.ids[i]))
-        batch: list[int] = []
-        for row in rows:
-            if batch and (len(batch) + 1) * len(questions.ids[row]) > batch_tokens:
-                batches.append(batch)
-                batch = []
-            batch.append(row)
-        batches.append(batch)
-    return batches
-
-
 @dataclass(frozen=True)
 class Answers:
     """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
@@ -240,17 +212,8 @@ class Asker:
         self._texts: dict[tuple[int, ...], str] = {}
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(B, T) int64 token ids, padded on the left, and their attention mask.
-
-        The pad token's value does not matter: the mask decides what is a token.
-        """
-        longest = max(map(len, ids))
-        tokens = np.zeros((len(ids), longest), np.int64)
-        mask = np.zeros((len(ids), longest), np.int64)
-        for row, line in enumerate(ids):
-            tokens[row, longest - len(line) :] = line
-            mask[row, longest - len(line) :] = 1
-        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(mask).to(self.device)
+        """`batches.pad` on the model's device."""
+        return pad(ids, self.device)
 
     def _forward(
         self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Mapping[str, Any] | None = None
@@ -334,9 +297,13 @@ class Asker:
         """Of each prompt, which of its right objects has the most probable first token."""
         which = [0] * len(questions.prompts)
         several = [row for row in range(len(which)) if len({*questions.starts_of(row)}) > 1]
+        budget = Budget(batch_tokens)
+
+        def ask(rows: list[int]) -> list[int]:
+            return self.ask(questions, rows, n_tokens=1).which
+
         for batch in plan_batches(questions, batch_tokens, several):
-            answers = self.ask(questions, batch, n_tokens=1)
-            for row, k in zip(batch, answers.which, strict=True):
+            for row, k in zip(batch, budget.run(batch, questions.length, ask), strict=True):
                 which[row] = k
         return which
 

@@ -1,26 +1,31 @@
-"""The model: load it with its tokenizer, find its gated MLPs by structure, describe it.
+"""The gated MLPs of a model: found by structure, confirmed by numbers.
 
 The stages and `relneuron doctor` call it; `model/patch.py` acts on the gated MLPs that it finds.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from relneuron import ops
-from relneuron.artifact.files import Json, RelneuronError
-from relneuron.model.attention import Projection, find_projections
-from relneuron.model.hooks import without_hooks
-from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
+from relneuron.artifact.files import RelneuronError
+from relneuron.model.layers import (
+    TRAINING,
+    Projection,
+    Unfound,
+    check_unwrapped,
+    decoder_layers,
+    find_projections,
+    first_line,
+    is_training,
+    unreadable,
+    without_hooks,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,114 +34,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-
-
-# --- loading ---------------------------------------------------------------------------------
-
-
-def _settle_arithmetic() -> None:
-    """So that the same study gives the same bits, also on a busy machine."""
-    # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call
-    # to call, and sums are rounded in another order.
-    torch.set_num_threads(torch.get_num_threads())
-    # MKL's vector functions choose their code in the first call. If two threads make it at once,
-    # one may get code of lower accuracy: cosines of rotary embeddings that were off by 4e-5 in one
-    # of fifteen runs. One element is one thread.
-    for function in (torch.cos, torch.sin, torch.exp, torch.tanh, torch.erf, torch.log):
-        function(torch.ones(1))
-
-
-def choose_device(asked: str | None) -> str:
-    """The device to run on: as asked for, if it is here; by default the GPU if there is one."""
-    here = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "xpu": torch.xpu.device_count(),
-    }
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = asked.partition(":")
-    number = number if ":" in asked else "0"
-    if not (number.isdecimal() and int(number) < here.get(kind, 0)):
-        usable = [name for name, n in here.items() if n]
-        why = (
-            f"torch finds {here[kind]} of this kind"
-            if kind in here
-            else f"known are {', '.join(here)}"
-        )
-        raise RelneuronError(
-            f"no device {asked!r} here: {why}", f"use --device {' or '.join(usable)}", 2
-        )
-    return "cpu" if kind == "cpu" else asked
-
-
-def load_model(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> Any:
-    """A causal language model, by anything `from_pretrained` takes.
-
-    `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
-    checkpoint's own on a GPU. The model comes in eval mode.
-    """
-    from transformers import AutoModelForCausalLM
-
-    device = choose_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
-    _settle_arithmetic()
-    looks_local = check_model_folder(name)
-    if looks_local and revision is not None:
-        raise RelneuronError(
-            f"{name} is a folder, which has no revision {revision}", "leave out --revision", 2
-        )
-    if looks_local and (Path(name) / ADAPTER).is_file():
-        becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
-        warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # a damaged config or weight raises whatever it leads to
-        raise RelneuronError(
-            f"{name} could not be loaded as a causal language model: {_first_line(error)}",
-            "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
-        ) from error
-    if info["missing_keys"]:
-        raise RelneuronError(
-            f"{name} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...",
-            "give the whole checkpoint",
-        )
-    return model.to(device).eval()
-
-
-def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
-    """The tokenizer that belongs to a model."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        if not tokenizer("a")["input_ids"]:
-            raise ValueError("it makes no tokens")
-    except Exception as error:
-        raise RelneuronError(
-            f"{name} has no usable tokenizer: {_first_line(error).removesuffix(' from one of:')}",
-            "save the model's tokenizer into its folder (tokenizer.save_pretrained)",
-        ) from error
-    return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-# --- finding gated MLPs ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,29 +110,13 @@ def inspect_layers(model: Any) -> list[Verdict]:
 
 
 def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    if not lists:
+    try:
+        return decoder_layers(model)
+    except Unfound as error:
         raise RelneuronError(
-            f"{type(model).__name__} has no list of {n_layers} decoder layers",
+            f"{type(model).__name__} has {error}",
             "relneuron needs a decoder-only model with config.num_hidden_layers layers",
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def check_unwrapped(model: Any) -> None:
-    """Refuse a model inside of another module (DataParallel, say), which is not one itself."""
-    inner = getattr(model, "module", None)
-    if not hasattr(model, "config") and hasattr(inner, "config"):
-        raise RelneuronError(
-            f"{type(model).__name__} holds the model as its .module",
-            "give model.module in place of model",
-        )
+        ) from None
 
 
 def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
@@ -265,7 +146,7 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
         with without_hooks(module):
             return _inspect_mlp(number, f"{path}.{found[0]}", module)
     except Exception as error:
-        return Verdict(number, None, f"its MLP cannot be run alone: {_first_line(error)}")
+        return Verdict(number, None, f"its MLP cannot be run alone: {first_line(error)}")
 
 
 def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
@@ -282,19 +163,16 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
     if len(linears) < len(needed) or not all(isinstance(w, Tensor) for w in weights):
         return Verdict(number, None, f"{', '.join(needed)} are not all linear maps")
     dtypes = {cast(Tensor, weight).dtype for weight in weights}
-    if not all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes):
-        return Verdict(
-            number, None, f"quantised weights ({', '.join(map(str, sorted(dtypes, key=str)))})"
-        )
+    why = next(filter(None, (unreadable(cast(Tensor, weight)) for weight in weights)), None)
+    if why is not None:
+        return Verdict(number, None, f"its weights are {why}")
     if torch.float64 in dtypes:
         return Verdict(
             number, None, "float64 weights, the kernels take float32, bfloat16 and float16"
         )
     weight = cast(Tensor, weights[0])
-    if weight.device.type == "meta" or type(weight.data).__name__ == "DTensor":
-        return Verdict(number, None, "its weights are offloaded or sharded over devices")
-    if any(module.training for module in module.modules()):
-        return Verdict(number, None, "in train mode: call model.eval()")
+    if is_training(module):
+        return Verdict(number, None, f"in {TRAINING}")
     # Shapes are read from outputs, so wrapped linear maps (LoRA, say) need no special case.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -379,60 +257,3 @@ def model_shape(mlps: Sequence[GatedMLP]) -> dict[str, int]:
     """layers, width (F) and hidden (D); q, k, v and o where they were asked for."""
     shape = {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
     return shape | {part.site: part.width for part in mlps[0].projections}
-
-
-def describe_model(
-    name: str, model: Any, mlps: Sequence[GatedMLP] | Mapping[str, int], backend: str
-) -> Json:
-    """What the manifest says of a model; `digest` is `identity.model_digest`.
-
-    A model whose MLPs are not gated gives its shape (layers, width and hidden) in their place.
-    """
-    parameter = next(model.parameters())
-    if isinstance(mlps, Mapping):
-        text = model.config.get_text_config()
-        names = ("hidden_act", "hidden_activation", "activation_function")
-        activation = next((getattr(text, name) for name in names if hasattr(text, name)), None)
-        shape = {key: mlps[key] for key in ("layers", "width", "hidden")}
-    else:
-        activation, shape = mlps[0].activation, model_shape(mlps)
-    return {
-        "id": name,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "architecture": type(model).__name__,
-        **shape,
-        "activation": activation,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "device": parameter.device.type,
-        "backend": _resolve_backend(backend, parameter.device.type),
-        "digest": model_digest(model),
-    }
-
-
-def fallbacks(described: Json) -> list[str]:
-    """What was used in place of the kernels that are made for the model's device, and why."""
-    made_for = {"cuda": "triton", "cpu": "cpu"}.get(described["device"])
-    if made_for is None or described["backend"] == made_for:
-        return []
-    status = ops.available_backends()[made_for]
-    why = "asked for" if status.works else status.detail
-    return [f"backend {described['backend']} in place of {made_for}: {why}"]
-
-
-def _resolve_backend(backend: str, device: str) -> str:
-    """The backend that "auto" means on a device; one that is asked for must work there."""
-    status = ops.available_backends()
-    if backend == "auto":
-        made_for = {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
-        return made_for if status[made_for].works else "reference"
-    if backend not in status:
-        raise RelneuronError(
-            f"unknown backend {backend!r}", f"use auto, {', '.join(status)}", exit_code=2
-        )
-    if not status[backend].works:
-        raise RelneuronError(
-            f"backend {backend} does not work here: {status[backend].detail}",
-            "leave out --backend, or see `relneuron doctor`",
-        )
-    return backend

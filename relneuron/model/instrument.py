@@ -19,7 +19,8 @@ from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
-from relneuron.model.patch import LayerState, Patch, Replacement, Tokens, mask_states
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
 
 
 @dataclass

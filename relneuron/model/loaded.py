@@ -10,7 +10,7 @@ from relneuron.artifact.options import LoadOptions
 
 def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
     """The model and its tokenizer; without text to read it may lack one."""
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
 
     model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
     try:

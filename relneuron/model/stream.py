@@ -11,17 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from relneuron.model.gated import check_unwrapped
+from relneuron.model.layers import TRAINING, Unfound, check_unwrapped, is_training, unreadable
 from relneuron.model.stream_layers import (
     QUERY_KEYS,
     Norm,
     ResidualLayer,
     ResidualModel,
-    Unfound,
-    decoder_layers,
     find_layers,
     matrix,
     read_norm,
+    residual_layers,
     unsupported,
 )
 from relneuron.model.trace import Trace, trace
@@ -56,19 +55,15 @@ def _check_weights(model: Any) -> None:
     """Refuse weights that cannot be read as they lie."""
     devices = set()
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            raise unsupported(model, f"{name} is offloaded (on the meta device)")
-        if type(parameter.data).__name__ == "DTensor":
-            raise unsupported(model, f"{name} is sharded over devices (a DTensor)")
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise unsupported(model, f"{name} is quantised ({parameter.dtype})")
+        if why := unreadable(parameter):
+            raise unsupported(model, f"{name} is {why}")
         devices.add(str(parameter.device))
     if len(devices) > 1:
         raise unsupported(
             model, f"its weights are on several devices ({', '.join(sorted(devices))})"
         )
-    if any(module.training for module in model.modules()):
-        raise unsupported(model, "it is in train mode: call model.eval()")
+    if is_training(model):
+        raise unsupported(model, f"it is in {TRAINING}")
 
 
 def _assemble(model: Any) -> ResidualModel:
@@ -106,7 +101,7 @@ def _assemble(model: Any) -> ResidualModel:
 
 def _final_norm(model: Any, hidden: int) -> Norm:
     """The last norm beside the list of decoder layers."""
-    path, _ = decoder_layers(model)
+    path, _ = residual_layers(model)
     parent = model.get_submodule(path.rpartition(".")[0])
     norms = [
         module

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.layers import Parts, Projection, Unfound, decoder_layers
 
 QUERY_KEYS = ("gate", "up", "down")
 
@@ -103,6 +104,17 @@ class ResidualLayer:
         """(H * d_h, D): the value vector of each head's coordinates, a view of the weight."""
         return matrix(self.out).T
 
+    def parts(self) -> Parts:
+        """Its neurons as a patch zeroes them: `ffn`, inputs of `down`; `attention`, of `out`."""
+        maps = {"ffn": self.down, "attention": self.out}
+        return Parts(
+            self.mlp,
+            tuple(
+                Projection(site, self.path, module, 0, matrix(module).shape[1], of_input=True)
+                for site, module in maps.items()
+            ),
+        )
+
     def ffn_keys(self, key: str, index: Tensor, *, center: bool = True) -> Tensor:
         """(n, D) float64: the key q (.) gain of FFN neurons `index` (n,) int64, in methods B4.
 
@@ -164,23 +176,17 @@ def _fold(rows: Tensor, norm: Norm, center: bool = True) -> Tensor:
 # --- finding them ----------------------------------------------------------------------------
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The path and the `ModuleList` of the decoder layers, as long as the config says."""
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    if not lists:
-        raise unsupported(model, f"it has no list of {n_layers} decoder layers")
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+def residual_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """`layers.decoder_layers`, with the error of this room."""
+    try:
+        return decoder_layers(model)
+    except Unfound as error:
+        raise unsupported(model, f"it has {error}") from None
 
 
 def find_layers(model: Any) -> list[ResidualLayer]:
     """The parts of every decoder layer by structure; RelneuronError says which layer lacks what."""
-    path, layers = decoder_layers(model)
+    path, layers = residual_layers(model)
     n_heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
     if not isinstance(n_heads, int):
         raise unsupported(model, "its config has no single num_attention_heads")
@@ -191,10 +197,6 @@ def find_layers(model: Any) -> list[ResidualLayer]:
         except Unfound as error:
             raise unsupported(model, f"layer {number}: {error}") from None
     return found
-
-
-class Unfound(Exception):
-    """Why a layer has not the parts that are looked for."""
 
 
 def _find_layer(number: int, path: str, layer: nn.Module, n_heads: int) -> ResidualLayer:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import pad
 from relneuron.model.stream_layers import ResidualLayer, ResidualModel
 
 _PARTS = ("h", "r", "attention", "ffn", "neurons", "weights", "values")
@@ -142,17 +143,6 @@ class _Reading:
         self._read_output(stack, layer.down, _append_output, found.ffn)
 
 
-def _pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (E, T) int64, padded on the left."""
-    longest = max(map(len, ids))
-    tokens = torch.zeros(len(ids), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, line in enumerate(ids):
-        tokens[row, longest - len(line) :] = torch.tensor(line)
-        mask[row, longest - len(line) :] = 1
-    return tokens.to(device), mask.to(device)
-
-
 @torch.no_grad()
 def trace(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
     """Run the sentences `ids` (E of them, token ids) in one left-padded batch and keep all parts.
@@ -204,7 +194,7 @@ def _put(whole: Trace, part: Trace, rows: list[int]) -> None:
 def _run(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
     """One forward of left-padded sentences."""
     model, unembed = residual.model, residual.unembed
-    tokens, mask = _pad(ids, unembed.device)
+    tokens, mask = pad(ids, unembed.device)
     found = _empty(residual, tokens.shape[1] - mask.sum(1), tokens.shape[1])
     keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     with eager_attention(model), _Reading(residual, found):

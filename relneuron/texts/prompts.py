@@ -192,7 +192,9 @@ def write_prompts(
             atomic_write(path, data)
         if not sentences:
             beside.unlink(missing_ok=True)
-        manifest.finish("prompts", inputs, list(written), n_prompts=counts, commands=made_by)
+        manifest.finish(
+            "prompts", inputs, list(written), reads=[], n_prompts=counts, commands=made_by
+        )
     return prompts
 
 
@@ -218,7 +220,7 @@ def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -
     manifest = Manifest(folder)
     with locked(folder), writing("prompts", folder, [output]):
         atomic_write(output, data)
-        manifest.finish("prompts", inputs, [output], n_prompts=counts, commands=made_by)
+        manifest.finish("prompts", inputs, [output], reads=[], n_prompts=counts, commands=made_by)
     return prompts
 
 

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import relneuron.ablation.evaluate
-from relneuron.ablation.evaluate import Row, cut, plan_rows
+from relneuron.ablation.evaluate import Row, plan_rows
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
 from relneuron.model.ask import Asker, encode
+from relneuron.model.batches import cut
 from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, one_thread, read_rows, same_rows
 
 SEEDS = 9
@@ -172,7 +173,7 @@ def test_every_row_once_within_the_budget(data: st.DataObject) -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 100))
 def test_a_cut_keeps_the_order_and_never_stops_early(lengths: list[int], budget: int) -> None:
     rows = [Row(0, i) for i in range(len(lengths))]
-    parts = cut(rows, lengths, budget)
+    parts = cut(rows, lambda row: lengths[row.prompt], budget)
     assert [row for part in parts for row in part] == rows
     sizes = [len(part) * max(lengths[row.prompt] for row in part) for part in parts]
     for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
@@ -180,7 +181,7 @@ def test_a_cut_keeps_the_order_and_never_stops_early(lengths: list[int], budget:
         if i + 1 < len(parts):
             longest = max(lengths[row.prompt] for row in [*part, parts[i + 1][0]])
             assert (len(part) + 1) * longest > budget
-    assert cut([], lengths, budget) == []
+    assert cut([], len, budget) == []
 
 
 # --- out of memory ---------------------------------------------------------------------------

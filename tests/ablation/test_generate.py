@@ -24,8 +24,9 @@ from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.model.ask import is_out_of_memory
-from relneuron.model.gated import find_gated_mlps, load_model, load_tokenizer
+from relneuron.model.batches import is_out_of_memory
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.model.patch import Patch
 from tests.conftest import tiny_model
 from tests.kit.hooked import one_thread

@@ -22,7 +22,8 @@ from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.ranking import random_neurons
 from relneuron.model.gated import find_gated_mlps
-from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Tokens, mask_states
 from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes
 from tests.kit.hooked import (
     INSIDE,

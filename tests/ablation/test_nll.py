@@ -23,7 +23,7 @@ from relneuron.ablation.options import NllOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal, Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources
 from tests.conftest import FAMILIES, tiny_model
 from tests.kit.hooked import one_thread, read_rows

@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from relneuron.ablation.rows import Off, batch_masks, head_places, intervene, masked, off
+import relneuron
+from relneuron.ablation.rows import Off, head_places, intervene, off, row_states
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
+from relneuron.model.batches import SENTENCES, Budget
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Replacement, Tokens
 from relneuron.model.stream import ResidualModel, read_residual_model
 from tests.conftest import tiny_model
 
@@ -109,7 +113,30 @@ def zeros_and_ones(offs: list[Off]) -> tuple[list[torch.Tensor], list[torch.Tens
     return ffn, attention
 
 
-# --- the context manager ---------------------------------------------------------------------
+Masks = list[torch.Tensor]
+
+
+def masked(residual: ResidualModel, ffn: Masks, attention: Masks) -> Patch:
+    """A patch in which each row of a batch has what its row of the masks does not keep at 0."""
+    states = [
+        LayerState(replace={"ffn": Replacement(~f.bool()), "attention": Replacement(~a.bool())})
+        for f, a in zip(ffn, attention, strict=False)
+    ]
+    return patched(residual, states, len(ffn[0]))
+
+
+def patched(residual: ResidualModel, states: list[LayerState], n_rows: int) -> Patch:
+    patch = Patch([layer.parts() for layer in residual.layers], states)
+    patch.tokens = Tokens(conditions=torch.arange(n_rows))
+    return patch
+
+
+def without(residual: ResidualModel, one: Off) -> Patch:
+    """A patch for one row."""
+    return patched(residual, row_states(residual, [one]), 1)
+
+
+# --- the patch -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -128,14 +155,16 @@ def test_a_masked_row_is_the_model_with_the_weights_columns_at_zero(family: str)
     assert (ours[1:] - clean[1:]).abs().amax((1, 2)).min() > 1e-3
 
 
-def test_batch_masks_are_the_masks_place_by_place(residual: ResidualModel) -> None:
+def test_rows_are_the_masks_place_by_place(residual: ResidualModel) -> None:
     offs = [*random_offs(3, 9, 8), off(range(WIDTH, WIDTH + 3))]
-    wanted, ours = zeros_and_ones(offs), batch_masks(residual, offs)
-    for theirs, mine in zip(wanted, ours, strict=True):
-        for mask, packed in zip(theirs, mine, strict=True):
-            assert packed is not None and torch.equal(packed, mask.bool())
-    ffn, attention = batch_masks(residual, [off([0]), off()])
-    assert [mask is None for mask in ffn] == [False, True, True] and attention == [None] * 3
+    ours = row_states(residual, offs)
+    for site, masks in zip(("ffn", "attention"), zeros_and_ones(offs), strict=True):
+        for mask, state in zip(masks, ours, strict=True):
+            assert state.replace is not None
+            assert torch.equal(~state.replace[site].chosen, mask.bool())
+    first, *others = row_states(residual, [off([0]), off()])
+    assert list(first.replace or {}) == ["ffn"]
+    assert [state.replace for state in others] == [None] * (N_LAYERS - 1)
 
 
 def test_what_was_there_comes_back_also_after_an_error(residual: ResidualModel) -> None:
@@ -153,7 +182,7 @@ def test_what_was_there_comes_back_also_after_an_error(residual: ResidualModel) 
         mine = down.__dict__["forward"]
         with torch.no_grad():
             clean = residual.model(ids).logits
-            with masked(residual, *batch_masks(residual, [off([WIDTH])])):
+            with without(residual, off([WIDTH])):
                 off_and_more = residual.model(ids).logits
         assert down.__dict__["forward"] is mine
         with torch.no_grad():
@@ -171,18 +200,40 @@ def test_nested_masks_act_both_and_come_off_in_order(residual: ResidualModel) ->
     model = residual.model
     with torch.no_grad():
         clean = model(ids).logits
-        with masked(residual, *batch_masks(residual, [first])):
+        with without(residual, first):
             alone = model(ids).logits
-            with masked(residual, *batch_masks(residual, [second])):
+            with without(residual, second):
                 together = model(ids).logits
             assert torch.equal(model(ids).logits, alone)
         assert torch.equal(model(ids).logits, clean)
-        with masked(residual, *batch_masks(residual, [both])):
+        with without(residual, both):
             assert torch.equal(model(ids).logits, together)
 
 
+def test_a_row_of_a_model_that_is_ablated_has_both_off() -> None:
+    """Patches of both kinds act in one another, and come off in any order."""
+    residual = make("llama")
+    one, ids, model = random_offs(1, 6, 4, seed=5)[0], torch.tensor([[5, 6, 7]]), residual.model
+    both = off([*one.ffn, *range(4)], one.attention)
+    with torch.no_grad(), without(residual, both):
+        wanted = model(ids).logits
+    neurons = [(0, "gate", index) for index in range(4)]
+    for first, second in ((0, 1), (1, 0)):
+        made = [relneuron.ablate(model, neurons), without(residual, one)]
+        with torch.no_grad(), made[first], made[second]:
+            torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=1e-5)
+    outer, inner = relneuron.ablate(model, neurons), without(residual, one)
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(RelneuronError, match="last-in first-out"):
+        outer.__exit__(None, None, None)
+    with pytest.raises(RelneuronError, match="last-in first-out"):
+        inner.__exit__(None, None, None)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_another_order_than_last_in_first_out_is_refused(residual: ResidualModel) -> None:
-    def mask() -> masked:
+    def mask() -> Patch:
         return masked(residual, *zeros_and_ones(random_offs(1, 3, 3)))
 
     down = residual.layers[0].down
@@ -200,9 +251,11 @@ def test_another_order_than_last_in_first_out_is_refused(residual: ResidualModel
 
 def test_masks_that_do_not_fit_are_refused(residual: ResidualModel) -> None:
     ffn, attention = zeros_and_ones(random_offs(2, 3, 3))
-    with pytest.raises(ValueError, match=r"ffn must be 3 masks \(E, 48\)"):
+    with pytest.raises(ValueError, match=r"3 states \(from the layers\) are expected, got 2"):
         masked(residual, ffn[:2], attention)
-    with pytest.raises(ValueError, match=r"attention must be 3 masks \(E, 32\)"):
+    with pytest.raises(ValueError, match=r"replaced at ffn must be \(C, 48\)"):
+        masked(residual, [mask[:, :5] for mask in ffn], attention)
+    with pytest.raises(ValueError, match=r"replaced at attention must be \(C, 32\)"):
         masked(residual, ffn, [mask[:, :5] for mask in attention])
     with (
         torch.no_grad(),
@@ -222,11 +275,11 @@ def test_a_patched_layer_is_neither_copied_nor_pickled(residual: ResidualModel) 
 
 def test_a_layer_that_the_model_does_not_call_is_seen(residual: ResidualModel) -> None:
     other = read_residual_model(copy.deepcopy(residual.model))
-    with masked(other, *zeros_and_ones(random_offs(1, 1, 1))) as masks:
+    with masked(other, *zeros_and_ones(random_offs(1, 1, 1))) as patch:
         with torch.no_grad():
             residual.model(torch.tensor([[5, 6]]))
         with pytest.raises(RelneuronError, match="does not call the layers"):
-            masks.check_used()
+            patch.check_used()
 
 
 # --- the measurement -------------------------------------------------------------------------
@@ -330,6 +383,34 @@ def test_out_of_memory_names_smaller_batches(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(residual.model, "forward", full)
+    asked: Any = (residual, [[5, 6]] * 4, [3] * 4, [[off()] * 4])
     with pytest.raises(RelneuronError, match="out of memory with 4 sentences") as error:
-        intervene(residual, [[5, 6]] * 4, [3] * 4, [[off()] * 4], batch_tokens=8)
-    assert error.value.fix == "use --batch-tokens 4"
+        intervene(*asked, batch_tokens=8, budget=Budget(8, "error", what=SENTENCES))
+    assert error.value.fix == "use --batch-tokens 4, or --oom split"
+    with (
+        pytest.warns(UserWarning, match="out of memory with . sentences of together"),
+        pytest.raises(RelneuronError, match="out of memory with 1 sentences of together 2"),
+    ):
+        intervene(*asked, batch_tokens=8)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_out_of_memory_halves_the_batches_and_changes_no_answer(
+    residual: ResidualModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, targets = sentences(12)
+    conditions = [[off()] * 12, random_offs(12, 10, 3)]
+    whole = intervene(residual, ids, targets, conditions, batch_tokens=64)
+    true = residual.model.forward
+
+    def small(*args: Any, **more: Any) -> Any:
+        if more["input_ids"].numel() > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(*args, **more)
+
+    monkeypatch.setattr(residual.model, "forward", small)
+    budget = Budget(64, what=SENTENCES)
+    halved = intervene(residual, ids, targets, conditions, batch_tokens=64, budget=budget)
+    assert budget.tokens <= 20 and budget.notices
+    assert np.array_equal(halved.rank, whole.rank)
+    assert np.abs(halved.logprob - whole.logprob).max() < 1e-5

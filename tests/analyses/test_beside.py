@@ -32,7 +32,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import label
 from tests.kit.studies import PAYLOADS, RELATIONS, SETS, Page, write_study

@@ -39,7 +39,7 @@ from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import write_report
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources

@@ -271,7 +271,7 @@ STAGE: dict[str, Any] = {"inputs": {}, "files": ["a"]}
         ({"schema": "x"}, "schema"),
         ({"stages": [1]}, "stages is not an object"),
         ({"stages": {"count": 1}}, r"stages\.count is not a stage"),
-        ({"stages": {"other": STAGE}}, r"stages\.other is not a stage"),
+        ({"stages": {"count": STAGE | {"reads": ["a"]}}}, r"count\.reads is not files"),
         ({"stages": {"count": STAGE | {"inputs": 1}}}, r"count\.inputs is not an object"),
         ({"stages": {"count": STAGE | {"files": "a"}}}, r"count\.files is not a list"),
         ({"stages": {"count": STAGE | {"commands": ["a"]}}}, r"count\.commands is not"),

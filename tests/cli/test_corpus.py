@@ -18,7 +18,7 @@ import torch
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from tests.kit.corpus_commands import (
     COUNT,
     GROUPS,

@@ -26,7 +26,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 
 OPTIONS = RunOptions(eva=8, top=40, random_seeds=3, batch_tokens=256)
 FILES = {

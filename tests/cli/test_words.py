@@ -24,7 +24,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.doctor import model_report
-from relneuron.model.gated import choose_device, find_gated_mlps, inspect_layers
+from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.load import choose_device
 from relneuron.model.stream import read_residual_model
 from tests.conftest import tiny_model
 from tests.kit.corpus_commands import (
@@ -295,7 +296,7 @@ def test_a_model_that_also_holds_an_adapter(
     peft = type(sys)("peft")
     peft.__spec__ = ModuleSpec("peft", None)
     monkeypatch.setitem(sys.modules, "peft", peft)
-    from relneuron.model.gated import load_model
+    from relneuron.model.load import load_model
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: 1 / 0)
     with (

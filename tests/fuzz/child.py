@@ -24,7 +24,7 @@ import typer.main
 
 import relneuron
 from relneuron.cli import main as cli
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 
 LIMIT_S = 60
 ROOM_BYTES = 6 << 30  # of addresses beside what the parent has: a bomb ends in a MemoryError

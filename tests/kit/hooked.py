@@ -23,7 +23,7 @@ from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import cache_of
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
 

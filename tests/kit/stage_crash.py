@@ -24,7 +24,7 @@ import typer
 import relneuron.ablation.expertise
 import relneuron.methods.gains.attribute  # before the forks, which need them
 import relneuron.methods.gains.rank
-import relneuron.model.gated
+import relneuron.model.load
 import relneuron.report.page
 from relneuron.cli import main as cli
 from tests.kit.count_crash import KILLED, Faults, code_of
@@ -146,10 +146,10 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, model, facts = map(Path, sys.argv[1:4])
     cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
-    loaded = relneuron.model.gated.load_model(str(model), device="cpu")
-    tokenizer = relneuron.model.gated.load_tokenizer(str(model))
-    relneuron.model.gated.load_model = lambda *_, **__: loaded
-    relneuron.model.gated.load_tokenizer = lambda *_, **__: tokenizer
+    loaded = relneuron.model.load.load_model(str(model), device="cpu")
+    tokenizer = relneuron.model.load.load_tokenizer(str(model))
+    relneuron.model.load.load_model = lambda *_, **__: loaded
+    relneuron.model.load.load_tokenizer = lambda *_, **__: tokenizer
     # What is killed is the writing of a page, not its making.
     relneuron.report.page.render = lambda page: "<html>"
     make = relneuron.report.page.make_page

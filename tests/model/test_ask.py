@@ -18,9 +18,12 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.ranking import n_neurons, random_neurons, top_k
 from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
-from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_correct, plan_batches
-from relneuron.model.gated import find_gated_mlps, load_model
-from relneuron.model.patch import LayerState, Patch, Tokens, mask_states
+from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_correct
+from relneuron.model.batches import plan_batches
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.load import load_model
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Tokens, mask_states
 from tests.conftest import SHARED, tiny_model
 
 

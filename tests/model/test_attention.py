@@ -23,9 +23,9 @@ from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile, site_widths
 from relneuron.artifact.ranking import n_neurons, random_neurons, site_of
-from relneuron.model.attention import find_projections
 from relneuron.model.gated import find_gated_mlps, model_shape
-from relneuron.model.patch import mask_states
+from relneuron.model.layers import find_projections
+from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
 from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows, zero
 

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.gated import find_gated_mlps, inspect_layers
-from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
+from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.states import LayerState, Tokens
 from tests.conftest import tiny_model
 
 B, T, WIDTH, LAYERS = 2, 7, 48, 3

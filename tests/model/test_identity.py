@@ -156,7 +156,7 @@ def tokenizer_changes() -> dict[str, Callable[[Any], object]]:
 
 @pytest.mark.parametrize("change", tokenizer_changes())
 def test_every_rule_of_a_tokenizer_counts(model_folder: Path, change: str) -> None:
-    from relneuron.model.gated import load_tokenizer
+    from relneuron.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_folder))
     before = tokenizer_digest(tokenizer)
@@ -165,7 +165,7 @@ def test_every_rule_of_a_tokenizer_counts(model_folder: Path, change: str) -> No
 
 
 def test_how_a_tokenizer_was_used_last_does_not_count(model_folder: Path) -> None:
-    from relneuron.model.gated import load_tokenizer
+    from relneuron.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(model_folder))
     before = tokenizer_digest(tokenizer)

@@ -16,15 +16,10 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import GatedMLP, describe_model, find_gated_mlps, inspect_layers
-from relneuron.model.patch import (
-    LayerState,
-    Patch,
-    check_canary,
-    mask_states,
-    pack_keep,
-    unpack_keep,
-)
+from relneuron.model.gated import GatedMLP, find_gated_mlps, inspect_layers
+from relneuron.model.load import describe_model
+from relneuron.model.patch import Patch, check_canary
+from relneuron.model.states import LayerState, mask_states, pack_keep, unpack_keep
 from tests.conftest import tiny_model
 
 NEURONS = [(0, "gate", 3), (1, "up", 40), (2, "down", 5), (1, "gate", 40), (2, "down", 31)]

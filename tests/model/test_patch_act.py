@@ -17,7 +17,8 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.model.ask import cache_of
 from relneuron.model.gated import find_gated_mlps
-from relneuron.model.patch import LayerState, Patch, Replacement, StatisticsDone, Tokens, pack_keep
+from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 from tests.conftest import tiny_model
 
 LAYERS, WIDTH, HIDDEN = 3, 48, 32

@@ -20,7 +20,7 @@ from sklearn.metrics import average_precision_score
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.methods.responses.labels import sample_labels
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.concept_files import Concept, concept_prompts, find_concepts, read_concept
 from tests.kit.corpus_commands import caller
 from tests.kit.hooked import one_thread

@@ -164,7 +164,7 @@ class Words:
 
 
 def test_targets_are_first_answer_tokens(model_folder: Path) -> None:
-    from relneuron.model.gated import load_model, load_tokenizer
+    from relneuron.model.load import load_model, load_tokenizer
 
     model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
     prompts = [prompt("a", "Person1 lives in", "Rome"), prompt("b", "Person2 eats", "plum jam")]

@@ -20,7 +20,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.responses.preview import warn_of_unknown
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import Page
 from tests.kit.polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from tests.kit.studies import write_study

@@ -18,6 +18,7 @@ import torch
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import cut
 from relneuron.texts.windows import Window
 
 Array = np.ndarray[Any, Any]
@@ -62,11 +63,7 @@ def plan_pool(lengths: Sequence[int], groups: Sequence[int], batch_tokens: int) 
     stand by group: the kernels add up rows of the same group in registers.
     """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    batches: list[list[int]] = []
-    for place in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
-            batches.append([])
-        batches[-1].append(place)
+    batches = cut(order, lambda place: lengths[place], batch_tokens)
     return [sorted(batch, key=lambda place: (groups[place], place)) for batch in batches]
 
 

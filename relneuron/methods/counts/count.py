@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.artifact.manifest import Manifest, locked, progress_bar, same_model, versions
 from relneuron.methods.counts.batches import (
@@ -37,9 +37,10 @@ from relneuron.methods.counts.counter import (
     read_checkpoint,
     write_checkpoint,
 )
-from relneuron.model.ask import is_out_of_memory
-from relneuron.model.gated import describe_model, fallbacks, find_gated_mlps
+from relneuron.model.batches import Budget, cut
+from relneuron.model.gated import find_gated_mlps
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -102,12 +103,8 @@ class _Saver:
             raise KeyboardInterrupt
 
 
-class _TooLargeError(Exception):
-    """A batch of so many windows of at most so many tokens did not fit the memory."""
-
-    def __init__(self, n_windows: int, n_tokens: int) -> None:
-        super().__init__(f"{n_windows} x {n_tokens}")
-        self.n_windows = n_windows
+class _Restart(Exception):
+    """Memory ran out in the middle of a forward, some of whose layers have counted."""
 
 
 @dataclass
@@ -122,15 +119,13 @@ class _Job:
     counter: Counter
     speed: Speed
     ranks: Ranks
+    budget: Budget
     saver: _Saver
     quiet: bool
     waiting: float = 0.0  # seconds, for tokens
 
-    def run(self, start: Checkpoint | None, budget: int) -> Feed:
-        """Count everything from a checkpoint on; returns the corpus, read to its end.
-
-        `budget`: tokens of a forward, where the memory is too small for a planned batch.
-        """
+    def run(self, start: Checkpoint | None) -> Feed:
+        """Count everything from a checkpoint on; returns the corpus, read to its end."""
         self.counter.clear()
         # Each process counts from zero; the first adds to what was counted before.
         if start is not None and self.ranks.rank == 0:
@@ -148,12 +143,12 @@ class _Job:
         bar = progress_bar(None, "count", "token", is_quiet, scale=True, done=position.n_tokens)
         try:
             with bar, feed, self.counter:
-                self._count_pools(feed, position, budget, bar)
+                self._count_pools(feed, position, bar)
         finally:
             self.waiting += feed.waited_s
         return feed
 
-    def _count_pools(self, feed: Feed, position: Position, budget: int, bar: Any) -> None:
+    def _count_pools(self, feed: Feed, position: Position, bar: Any) -> None:
         skip, number, n_tokens = position.done, position.number, position.n_tokens
         while True:
             begin = feed.state()
@@ -166,7 +161,7 @@ class _Job:
             batches = plan_pool(lengths, groups, self.options.batch_tokens)
             for place, members in enumerate(batches[skip:], skip):
                 if self._is_mine(number + place):
-                    self._count_batch([pool[i] for i in members], budget)
+                    self._count_batch([pool[i] for i in members])
                 n_tokens += sum(lengths[i] for i in members)
                 self._show(bar, feed, n_tokens)
                 self.saver.look(
@@ -180,21 +175,20 @@ class _Job:
         shard, of = self.options.shard
         return number % of == shard - 1 and number // of % self.ranks.size == self.ranks.rank
 
-    def _count_batch(self, windows: Sequence[Window], budget: int) -> None:
-        n = max(1, budget // max(len(window.ids) for window in windows))
-        for first in range(0, len(windows), n):
-            batch = make_batch(
-                windows[first : first + n],
-                not_counted=self.tokenizer.bos_token_id if self.options.exclude_bos else None,
-                by_document=self.options.boundaries == "position",
-            )
-            check_vocabulary(batch, self.vocabulary)
-            try:
-                self.speed.count(batch)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise _TooLargeError(*batch.ids.shape) from error
-                raise
+    def _count_batch(self, windows: Sequence[Window]) -> None:
+        for part in cut(windows, _length, self.budget.tokens):
+            if not self.budget.attempt(part, _length, self._count_forward):
+                raise _Restart
+
+    def _count_forward(self, windows: Sequence[Window]) -> bool:
+        batch = make_batch(
+            windows,
+            not_counted=self.tokenizer.bos_token_id if self.options.exclude_bos else None,
+            by_document=self.options.boundaries == "position",
+        )
+        check_vocabulary(batch, self.vocabulary)
+        self.speed.count(batch)
+        return True
 
     def _show(self, bar: Any, feed: Feed, n_tokens: int) -> None:
         if bar.disable:
@@ -203,6 +197,10 @@ class _Job:
         if self.speed.share is not None:
             bar.set_postfix_str(f"{self.speed.share:.2f} of the bare forward", refresh=False)
         bar.update(n_tokens - bar.n)
+
+
+def _length(window: Window) -> int:
+    return len(window.ids)
 
 
 def count_inputs(
@@ -268,7 +266,7 @@ def count(
     if options.boundaries == "position":
         check_boundaries(counter)
     with joined() as ranks, _held(folder, ranks), _interruptible() as stopped:
-        if Manifest(folder).is_done("count", inputs, force=force):
+        if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
                 _drop_checkpoint(folder, inputs)
             return None
@@ -285,16 +283,23 @@ def count(
             counter=counter,
             speed=Speed(counter),
             ranks=ranks,
+            budget=Budget(
+                options.batch_tokens,
+                options.oom if ranks.size == 1 else "error",
+                what="a batch of {n} x {longest} tokens",
+                otherwise=", or a GPU of its own",
+                alone="use a shorter --window",
+            ),
             saver=_Saver(folder, inputs, ranks, options, stopped),
             quiet=quiet,
         )
-        feed, budget = _run_in_memory(job, folder, inputs)
+        feed = _run_in_memory(job, folder, inputs)
         counts = ranks.add(counter.result(feed.groups))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
             check_unchanged(sources, inputs)
             made_by = corpus_command("count", [name], sources, folder, packing, described, options)
-            _finish(folder, inputs, described, options, packing, feed, counts, budget, made_by)
+            _finish(folder, inputs, described, options, packing, feed, counts, job.budget, made_by)
     return Counted(
         counts=counts,
         tokens=tokens,
@@ -324,27 +329,11 @@ def _drop_checkpoint(folder: Path, inputs: Json) -> None:
             (folder / CHECKPOINT).unlink()
 
 
-def _run_in_memory(job: _Job, folder: Path, inputs: Json) -> tuple[Feed, int]:
-    """The whole count, with half the tokens a forward each time that the memory is too small.
-
-    A forward that fails has counted some layers only, so the last checkpoint is the new start.
-    """
-    options = job.options
-    budget = options.batch_tokens
+def _run_in_memory(job: _Job, folder: Path, inputs: Json) -> Feed:
+    """The whole count; from the last checkpoint again each time that the memory is too small."""
     while True:
-        try:
-            return job.run(read_checkpoint(folder, inputs), budget), budget
-        except _TooLargeError as error:
-            smaller = budget // 2
-            why = f"out of memory with a batch of {error} tokens"
-            if options.oom == "error" or job.ranks.size > 1:
-                raise RelneuronError(
-                    why, f"use --batch-tokens {smaller}, or a GPU of its own"
-                ) from error
-            if error.n_windows == 1:
-                raise RelneuronError(why, "use a shorter --window") from error
-            warnings.warn(f"{why}: going on with {smaller}", stacklevel=2)
-            budget = smaller
+        with suppress(_Restart):
+            return job.run(read_checkpoint(folder, inputs))
 
 
 def _finish(
@@ -355,7 +344,7 @@ def _finish(
     packing: Packing,
     feed: Feed,
     counts: Counts,
-    budget: int,
+    budget: Budget,
     made_by: list[list[str]],
 ) -> None:
     """Write the counters and the manifest; the checkpoint goes last."""
@@ -400,15 +389,11 @@ def _finish(
         batch_plan={
             "batch_tokens": options.batch_tokens,
             "order": "sources in turn, longest window first among the next ones, then by group",
-            **(
-                {"plan_changed": f"{budget} tokens a forward"}
-                if budget < options.batch_tokens
-                else {}
-            ),
+            **({"plan_changed": f"{budget.tokens} tokens a forward"} if budget.notices else {}),
         },
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path], commands=made_by)
+    manifest.finish("count", inputs, [path], reads=[], commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -30,7 +30,8 @@ from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch
 from relneuron.model.gated import GatedMLP
-from relneuron.model.patch import LayerState, Patch, StatisticsDone, Tokens
+from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.states import LayerState, Tokens
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.command import STUDY, command, moved, placed
-from relneuron.artifact.counts import NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite, sha256
 from relneuron.artifact.manifest import (
     Manifest,
@@ -55,7 +55,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
     inputs = {**_relevant(first), "parts": {str(i): part for i, part in enumerate(_parts(runs))}}
     with locked(output):
         manifest = Manifest(output)
-        if manifest.is_done("count", inputs, force=force):
+        if manifest.is_done("count", inputs, apart=APART, force=force):
             return Counts.read(output / NAME)
         total = Counts.read(checked(folders[0] / NAME))
         for folder in folders[1:]:
@@ -88,7 +88,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
             for words in moved(made or [], place)
         ]
         made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish("count", inputs, [output / NAME], commands=made_by)
+        manifest.finish("count", inputs, [output / NAME], reads=[], commands=made_by)
     return total
 
 
@@ -239,7 +239,7 @@ def import_counts(
     inputs: Json = {"model": shape, "imported": digests, **_EVENT}
     with locked(folder):
         manifest = Manifest(folder)
-        if manifest.is_done("count", inputs, force=force):
+        if manifest.is_done("count", inputs, apart=APART, force=force):
             return counts
         path = folder / NAME
         # A run that was killed before its manifest left these bytes.
@@ -256,7 +256,7 @@ def import_counts(
         )
         files = [f"{name}={placed(path, folder)}" for name, path in paths.items()]
         made_by = command("import", *files, "-o", STUDY, model=model) if model else []
-        manifest.finish("count", inputs, [folder / NAME], commands=made_by)
+        manifest.finish("count", inputs, [folder / NAME], reads=[], commands=made_by)
     return counts
 
 
@@ -272,14 +272,12 @@ def import_neurons(
     with locked(folder), writing("import", folder, [output]):
         chosen.write(output)
         manifest = Manifest(folder)
-        for stage, entry in list(manifest.data["stages"].items()):
-            if output.name in entry["files"] and stage != "import":
-                manifest.forget(stage)  # its neurons are no longer there
         words = (placed(path, folder), "-o", placed(output, folder))
         manifest.finish(
             "import",
             {"file": sha256(path), "names": list(names)},
             [output],
+            reads=[],
             commands=command("import", *words, model=model, names=list(names)),
         )
     return chosen

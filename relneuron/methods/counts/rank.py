@@ -150,6 +150,7 @@ def identify_counts(
                 "identify",
                 inputs,
                 [path, output],
+                reads=[folder / NAME],
                 top=k,
                 share_of_neurons=k / n_neurons,
                 commands=made_by,

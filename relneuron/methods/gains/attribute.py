@@ -58,8 +58,9 @@ from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
 from relneuron.methods.gains.rank import best_neurons, mean_gains
 from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
 from relneuron.methods.gains.targets import encode_targets
-from relneuron.model.ask import Questions, is_out_of_memory, plan_batches
-from relneuron.model.gated import describe_model, fallbacks
+from relneuron.model.ask import Questions
+from relneuron.model.batches import SENTENCES, Budget, plan_batches
+from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.stream import read_residual_model
 from relneuron.model.stream_layers import ResidualModel
 from relneuron.model.trace import trace
@@ -141,7 +142,7 @@ def attribute(
         json_digest([targets.ids, targets.targets]),
         options,
     )
-    if Manifest(folder).is_done("attribute", inputs, force=force):
+    if Manifest(folder).is_done("attribute", inputs, apart=("count",), force=force):
         (folder / JOURNAL).unlink(missing_ok=True)
         return
     refuse_outputs(folder, force)
@@ -150,7 +151,8 @@ def attribute(
     sizes = Sizes.of(residual, options.intervene)
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
     if is_predicted:
-        chosen = _predictions(residual, targets.ids, batches)
+        own = Budget(options.batch_tokens, options.oom, what=SENTENCES)
+        chosen = _predictions(residual, targets.ids, batches, own)
         targets = replace(targets, targets=chosen, rights=[[token] for token in chosen])
     sentences = Sentences(prompts, targets)
     notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
@@ -170,7 +172,8 @@ def attribute(
             journal.before_commit = gains.flush
             _redo_lost(journal, gains, batches)
         scorer = Scorer(residual, sentences, options, sizes, backend)
-        found = _score_all(scorer, batches, gains, journal, quiet)
+        budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES)
+        found = _score_all(scorer, batches, gains, journal, budget, quiet)
         made = [
             Target(
                 prompt.id,
@@ -197,13 +200,14 @@ def attribute(
         }
         n_kept = sum(one["kept"] for one in found)
         if options.compare and n_kept:
-            written |= _compare(residual, sentences, found, sizes, options, journal, quiet)
+            written |= _compare(residual, sentences, found, sizes, options, journal, budget, quiet)
         elif options.compare:
             notices.append("nothing compared: the model knows the answer of no sentence")
         if options.keep == "known" and not n_kept:
             notices.append("nothing scored: the model knows the answer of no sentence")
         for notice in notices:
             warnings.warn(notice, stacklevel=2)
+        notices += budget.notices
         # Until the journal is gone, what is written here counts as unfinished.
         for file, data in written.items():
             atomic_write(folder / file, data)
@@ -226,6 +230,7 @@ def attribute(
             "attribute",
             inputs,
             files,
+            reads=[folder / "prompts.jsonl"],
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),
@@ -258,13 +263,20 @@ def _asked_for(prompts: Sequence[Prompt], target: str) -> str:
 
 
 def _predictions(
-    residual: ResidualModel, ids: Sequence[list[int]], batches: Sequence[Sequence[int]]
+    residual: ResidualModel,
+    ids: Sequence[list[int]],
+    batches: Sequence[Sequence[int]],
+    budget: Budget,
 ) -> list[int]:
     """The model's most probable next token of each sentence, in the batches that are scored."""
     found = [0] * len(ids)
+
+    def ask(rows: list[int]) -> list[int]:
+        best: list[int] = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
+        return best
+
     for rows in batches:
-        best = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
-        for row, token in zip(rows, best, strict=True):
+        for row, token in zip(rows, budget.run(rows, lambda row: len(ids[row]), ask), strict=True):
             found[row] = token
     return found
 
@@ -272,7 +284,7 @@ def _predictions(
 def _command(
     name: str, prompts: Path, folder: Path, options: AttributeOptions, described: Json
 ) -> list[list[str]]:
-    asked = asdict(options)
+    asked = asdict(options) | {"oom": None}  # changes no score
     switches = {f"no_{key}": not asked.pop(key) for key in ("compare", "center_keys")}
     given = (name, placed(prompts, folder), "-o", STUDY)
     return command("attribute", *given, **asked, **switches, **loading(described))
@@ -318,19 +330,25 @@ def _score_all(
     batches: Sequence[list[int]],
     gains: GainFile | None,
     journal: Journal,
+    budget: Budget,
     quiet: bool,
 ) -> list[Json]:
     """Score every batch that the journal lacks; what it keeps of each sentence, in their order."""
     by_row: dict[int, Json] = {}
+    ids = scorer.sentences.targets.ids
+
+    def score(rows: list[int]) -> list[Json]:
+        found, block = scorer.score(rows)
+        if gains is not None and block is not None:
+            gains.store(rows, block)
+        return found
+
     with progress_bar(sum(map(len, batches)), "attribute", "sentence", quiet) as bar, journal:
         for batch, rows in enumerate(batches):
             key = f"attribute {batch}"
             if key not in journal.done:
-                found, block = _score(scorer, rows)
-                digest = None
-                if gains is not None and block is not None:
-                    gains.store(rows, block)
-                    digest = gains.digest(rows)
+                found = budget.run(rows, lambda row: len(ids[row]), score)
+                digest = None if gains is None else gains.digest(rows)
                 journal.add(key, {"found": found, "gains": digest})
             by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
             bar.update(len(rows))
@@ -346,20 +364,6 @@ def _redo_lost(journal: Journal, gains: GainFile, batches: Sequence[list[int]]) 
     }
     lost = [k for k, rows in noted.items() if journal.done[k]["gains"] != gains.digest(rows)]
     journal.redo(lost, f"rows of {GAINS} are not as they were written")
-
-
-def _score(scorer: Scorer, rows: list[int]) -> tuple[list[Json], Any]:
-    try:
-        return scorer.score(rows)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        ids = scorer.sentences.targets.ids
-        n_tokens = len(rows) * max(len(ids[row]) for row in rows)
-        raise RelneuronError(
-            f"out of memory with {len(rows)} sentences of together {n_tokens} tokens",
-            f"use --batch-tokens {max(1, n_tokens // 2)}",
-        ) from error
 
 
 def _best_by_relation(
@@ -415,6 +419,7 @@ def _compare(
     sizes: Sizes,
     options: AttributeOptions,
     journal: Journal,
+    budget: Budget,
     quiet: bool,
 ) -> dict[str, bytes]:
     """interventions.csv and comparison.csv: the known sentences with their neurons zeroed."""
@@ -440,6 +445,7 @@ def _compare(
             types,
             conditions,
             batch_tokens=options.batch_tokens,
+            budget=budget,
             journal=journal,
             advance=bar.update,
         )

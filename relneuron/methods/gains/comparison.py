@@ -27,6 +27,7 @@ from relneuron.methods.gains.scores import (
     traced_scores,
 )
 from relneuron.methods.gains.values import ValueScores
+from relneuron.model.batches import Budget
 from relneuron.model.stream_layers import ResidualModel
 from relneuron.model.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains
@@ -257,6 +258,7 @@ def run(
     conditions: Sequence[Condition],
     *,
     batch_tokens: int,
+    budget: Budget | None = None,
     journal: Journal | None = None,
     advance: Callable[[int], object] = lambda n_rows: None,
 ) -> list[Row]:
@@ -269,6 +271,7 @@ def run(
         residual,
         *(sentences, targets, [condition.offs for condition in conditions]),
         batch_tokens=batch_tokens,
+        budget=budget,
         journal=journal,
         advance=advance,
     )

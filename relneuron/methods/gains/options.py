@@ -12,7 +12,7 @@ from typing import Any
 from relneuron.artifact.files import Json
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import same_model
-from relneuron.artifact.options import Only, Options, TopOptions, option
+from relneuron.artifact.options import Only, OomOptions, TopOptions, option
 
 # What a row of attributions.csv can score, in the table's order.
 VALUE_KINDS = (
@@ -42,7 +42,7 @@ _QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", _asks_
 
 
 @dataclass(frozen=True)
-class AttributeOptions(Options):
+class AttributeOptions(OomOptions):
     """What is scored, and what is compared; the defaults are those of arXiv 2312.12141.
 
     `splits`: only these prompts, () for all. `target`: the token that is scored, of the answer or

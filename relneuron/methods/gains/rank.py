@@ -25,7 +25,6 @@ from relneuron.artifact.gains import (
     read_gains,
     read_targets,
 )
-from relneuron.artifact.manifest import GAIN_METHOD as METHOD
 from relneuron.artifact.manifest import (
     MODEL_KEYS,
     Manifest,
@@ -38,6 +37,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.ranking import ScoredNeuron, default_top
 from relneuron.artifact.reading import check_rows
 from relneuron.artifact.writing import refuse_output, writing
+
+METHOD = "logprob_gain"
 
 Array = np.ndarray[Any, Any]
 
@@ -145,6 +146,7 @@ def identify_gains(
                 stage,
                 inputs,
                 [path, output],
+                reads=[folder / TARGETS, folder / GAINS],
                 top=dict(k) if isinstance(k, Mapping) else k,
                 commands=[]  # no command gives each relation its own number
                 if isinstance(top, Mapping)

@@ -20,7 +20,8 @@ from relneuron.artifact.writing import writing
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs
-from relneuron.model.gated import describe_model, find_gated_mlps
+from relneuron.model.gated import find_gated_mlps
+from relneuron.model.load import describe_model
 from relneuron.texts.concepts import concept_templates, make_concept_prompts
 from relneuron.texts.facts import Relation
 
@@ -70,7 +71,7 @@ def concept_study(
             with writing("prompts", folder, [path]):
                 atomic_write(path, data)
                 manifest.describe(seeds={"split": seed})
-                manifest.finish("prompts", inputs, [path])
+                manifest.finish("prompts", inputs, [path], reads=[])
         inputs = record_inputs(described, tokenizer, path, recording)
         recorded = manifest.is_done("record", inputs, force=force)
         identified = recorded and manifest.is_done(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Only, Options, SeedOptions, TopOptions, option
+from relneuron.artifact.options import Only, OomOptions, SeedOptions, TopOptions, option
 
 POOLING = ("mean", "last")
 ENDS = ("top", "bottom", "both")
@@ -15,7 +15,7 @@ NOISE = 100_000
 
 
 @dataclass(frozen=True)
-class RecordOptions(Options):
+class RecordOptions(OomOptions):
     """What a prompt's response is, and which answers are correct.
 
     Without `validate` nothing is asked: every prompt counts as correct.

@@ -14,7 +14,8 @@ from relneuron.analyses.outcomes import is_known
 from relneuron.artifact.effects import fact_numbers, own_languages
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.model.ask import Asker, Questions, plan_batches
+from relneuron.model.ask import Asker, Questions
+from relneuron.model.batches import Budget, plan_batches
 
 
 def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list[str]:
@@ -23,8 +24,13 @@ def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list
     for row, prompt in enumerate(questions.prompts):
         first.setdefault(prompt.relation, row)
     lines = {}
+    budget = Budget(batch_tokens)
+
+    def ask(rows: list[int]) -> list[str]:
+        return asker.ask(questions, rows).predictions
+
     for batch in plan_batches(questions, batch_tokens, [*first.values()]):
-        for row, said in zip(batch, asker.ask(questions, batch).predictions, strict=True):
+        for row, said in zip(batch, budget.run(batch, questions.length, ask), strict=True):
             p = questions.prompts[row]
             lines[p.relation] = f"{p.relation}: {p.prompt!r} -> {said!r} (right: {p.right})"
     return [lines[relation] for relation in first]

@@ -116,8 +116,8 @@ def identify(
             f"no relation has both a correct det prompt and others to compare with ({found})",
             "give facts that the model knows, of at least two relations",
         )
-    path = require(folder / "responses.safetensors", f"{RECORD} --force")
-    check_rows(checked(path), RESPONSE_ROWS, [prompt.id for prompt in prompts], RECORD)
+    responses = require(folder / "responses.safetensors", f"{RECORD} --force")
+    check_rows(checked(responses), RESPONSE_ROWS, [prompt.id for prompt in prompts], RECORD)
     n_blocks = shape["layers"] * len(widths)
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -127,7 +127,7 @@ def identify(
             for site, width in widths.items()
         }
         picked = torch.from_numpy(labels[usable])
-        for layer, site, values in _read_blocks(path, shape, len(prompts), bar.update):
+        for layer, site, values in _read_blocks(responses, shape, len(prompts), bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
                 raise RelneuronError(
@@ -157,7 +157,7 @@ def identify(
                 *(name, labels[row], neurons, q, permutations, bootstrap, seed, asked, n_lowest)
             )
         if permutations or bootstrap:
-            blocks = _read_blocks(path, shape, len(prompts), bar.update)
+            blocks = _read_blocks(responses, shape, len(prompts), bar.update)
             for layer, site, values in blocks:
                 for relation in chosen.values():
                     relation.measure(layer, site, values)
@@ -197,7 +197,8 @@ def identify(
             for file, data in zip(files, written.values(), strict=False):
                 atomic_write(file, data)
             result.write(output)
-            manifest.finish("identify", inputs, files, commands=made_by, **details)
+            reads = [folder / "prompts.jsonl", folder / "validated.csv", responses]
+            manifest.finish("identify", inputs, files, reads=reads, commands=made_by, **details)
     return result
 
 

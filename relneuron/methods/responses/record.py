@@ -41,16 +41,13 @@ from relneuron.artifact.neurons import site_widths
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.methods.responses.options import RecordOptions
-from relneuron.model.ask import Asker, Questions, Step, encode, is_correct, plan_batches
-from relneuron.model.gated import (
-    GatedMLP,
-    describe_model,
-    fallbacks,
-    find_gated_mlps,
-    model_shape,
-)
+from relneuron.model.ask import Asker, Questions, Step, encode, is_correct
+from relneuron.model.batches import Budget, plan_batches
+from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
-from relneuron.model.patch import LayerState, Patch, Tokens, check_canary
+from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.patch import Patch, check_canary
+from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
 
 
@@ -151,6 +148,7 @@ def _ask_all(
     journal: Journal,
     *,
     batches: Sequence[Sequence[int]],
+    budget: Budget,
     pooling: dict[str, Any],
     validate: bool,
     backend: str,
@@ -170,22 +168,27 @@ def _ask_all(
                 ids = step.rows.int()
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
-        for number, rows in enumerate(batches):
-            if str(number) not in journal.done:
-                for state in patch.states if responses.wants(rows) else []:
-                    state.responses = responses.new_sums(len(rows), asker.device)
-                predictions = [""] * len(rows)
+        def ask(rows: list[int]) -> list[str]:
+            for state in patch.states if responses.wants(rows) else []:
+                state.responses = responses.new_sums(len(rows), asker.device)
+            try:
                 if validate:
-                    predictions = asker.ask(asked, rows, pool_the_prompt).predictions
+                    said = asker.ask(asked, rows, pool_the_prompt).predictions
                 else:
                     asker.read(questions, rows, pool_the_prompt)
+                    said = [""] * len(rows)
                 for layer, state in enumerate(patch.states):
                     if state.responses is not None:
                         responses.store(layer, state.responses, rows)
+            finally:
+                for state in patch.states:
                     state.responses = None
-                journal.add(
-                    str(number), {"predictions": predictions, "rows": responses.digest(rows)}
-                )
+            return said
+
+        for number, rows in enumerate(batches):
+            if str(number) not in journal.done:
+                said = budget.run(rows, questions.length, ask)
+                journal.add(str(number), {"predictions": said, "rows": responses.digest(rows)})
             bar.update(len(rows))
 
 
@@ -260,12 +263,14 @@ def record(
         journal.before_commit = responses.flush
         journal.redo(
             [
-                key
-                for key, noted in journal.done.items()
-                if noted["rows"] != responses.digest(batches[int(key)])
+                str(number)
+                for number, rows in enumerate(batches)
+                if str(number) in journal.done
+                and journal.done[str(number)]["rows"] != responses.digest(rows)
             ],
             f"rows of {path.name} are not as they were written",
         )
+        budget = Budget(options.batch_tokens, options.oom, journal)
         _ask_all(
             Asker(model, tokenizer),
             mlps,
@@ -273,6 +278,7 @@ def record(
             responses,
             journal,
             batches=batches,
+            budget=budget,
             pooling={"pooling": pooling, "exclude_bos": exclude_bos},
             validate=validate,
             backend=backend,
@@ -316,7 +322,7 @@ def record(
                 "responses_on_disk_bytes": responses.n_bytes,
                 "responses_in_memory_bytes": responses.n_bytes // len(det) * max(map(len, batches)),
             },
-            fallbacks=fallbacks(described) + questions.notices,
+            fallbacks=fallbacks(described) + questions.notices + budget.notices,
         )
         made_by = command(
             "record",
@@ -325,8 +331,8 @@ def record(
         )
         # No command leaves out the validation of prompts that have objects.
         is_asked = validate or not any(prompt.object for prompt in prompts)
-        manifest.finish(
-            "record", inputs, [output, path, copy], commands=made_by if is_asked else []
-        )
+        made = [output, path, copy]
+        made_by = made_by if is_asked else []
+        manifest.finish("record", inputs, made, reads=[copy], commands=made_by)
         journal.remove()
     return sum(correct) / len(correct) if validate else None

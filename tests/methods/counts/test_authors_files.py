@@ -305,7 +305,7 @@ def test_no_counts_are_imported_into_a_study_of_relations(tmp_path: Path) -> Non
     paths, prompts = {"a": save(tmp_path / "a.pth", value)}, tmp_path / "o" / "prompts.jsonl"
     prompts.parent.mkdir()
     prompts.write_text("{}")
-    Manifest(prompts.parent).finish("prompts", {}, [prompts])
+    Manifest(prompts.parent).finish("prompts", {}, [prompts], reads=[])
     with pytest.raises(RelneuronError, match="o holds a study of relations") as caught:
         import_counts(paths, SMALL, prompts.parent)
     assert "--force" in caught.value.fix

@@ -297,7 +297,7 @@ def test_no_sum_is_written_into_a_study_of_relations(
     output.mkdir()
     (output / "prompts.jsonl").write_text("{}")
     (output / ".lock").touch()
-    Manifest(output).finish("prompts", {}, [output / "prompts.jsonl"])
+    Manifest(output).finish("prompts", {}, [output / "prompts.jsonl"], reads=[])
     refused(parts, output, "o holds a study of relations")
     merge(parts, output, force=True)
     assert [*Manifest(output).data["stages"]] == ["prompts", "count"]

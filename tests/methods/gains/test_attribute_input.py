@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import relneuron.methods.gains.attribute
+import relneuron.methods.gains.attribute as attribute_module
 import relneuron.methods.gains.scorer
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest, locked
@@ -92,7 +92,8 @@ def test_bad_options(asked: dict[str, Any], cause: str) -> None:
 
 def test_every_option_is_among_the_inputs() -> None:
     inputs = attribute_inputs({"id": "m", "layers": 2}, None, "p", "t", AttributeOptions())
-    assert {*asdict(AttributeOptions())} | {"model", "tokenizer", "prompts", "tokens"} == {*inputs}
+    options = {*asdict(AttributeOptions())} - {"oom"}  # changes no score
+    assert options | {"model", "tokenizer", "prompts", "tokens"} == {*inputs}
     assert inputs["model"] == {"layers": 2} and inputs == json.loads(json.dumps(inputs))
 
 
@@ -197,10 +198,70 @@ def test_out_of_memory_is_an_error_with_a_way_out(
     def full(self: Any, rows: list[int]) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", full)
+    monkeypatch.setattr(attribute_module.Scorer, "score", full)
     with pytest.raises(RelneuronError, match="out of memory with") as caught:
-        run.attribute(tmp_path / "out", QUICK)
-    assert "--batch-tokens" in caught.value.fix
+        run.attribute(tmp_path / "out", replace(QUICK, oom="error"))
+    assert "--batch-tokens" in caught.value.fix and "--oom split" in caught.value.fix
+    with (
+        pytest.warns(UserWarning, match="going on with batches of"),
+        pytest.raises(RelneuronError, match="out of memory with 1 sentences"),
+    ):
+        run.attribute(tmp_path / "alone", QUICK)
+    with pytest.raises(RelneuronError, match="oom"):
+        replace(QUICK, oom="never")
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("target", ["answer", "prediction"])
+def test_out_of_memory_halves_the_batches_and_changes_no_score(
+    run: Attributed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Also after a kill: a run that goes on begins with the batches that fitted."""
+    options = replace(OPTIONS, target=target)
+    run.attribute(tmp_path / "whole", options)
+    seen: list[int] = []
+    killed = False
+
+    def small(name: str) -> Any:
+        module = relneuron.methods.gains.scorer if name == "scorer" else attribute_module
+        true = module.trace
+
+        def trace(residual: Any, ids: Any) -> Any:
+            nonlocal killed
+            seen.append(len(ids) * max(map(len, ids)))
+            if seen[-1] > 12:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if name == "scorer" and len(seen) > 8 and not killed:
+                killed = True
+                raise KeyboardInterrupt
+            return true(residual, ids)
+
+        monkeypatch.setattr(module, "trace", trace)
+
+    small("scorer")
+    small("attribute")
+    with pytest.raises(KeyboardInterrupt):
+        run.attribute(tmp_path / "out", options)
+    n_before = sum(n > 12 for n in seen)
+    run.attribute(tmp_path / "out", options)
+    if target == "answer":
+        assert sum(n > 12 for n in seen) == n_before > 0
+    [told] = Manifest(tmp_path / "out").data["stages"]["attribute"]["fallbacks"][-1:]
+    assert told.startswith("out of memory: batches of 20 tokens cut to ")
+    whole, ours = (files_of(tmp_path / name) for name in ("whole", "out"))
+    assert whole.keys() == ours.keys()
+    assert whole["targets.csv"].count(b"\n") == ours["targets.csv"].count(b"\n")
+    assert (
+        Manifest(tmp_path / "out").data["stages"]["attribute"]["inputs"]
+        == (Manifest(tmp_path / "whole").data["stages"]["attribute"]["inputs"])
+    )
+    for name, columns in (("attributions.csv", 6), ("interventions.csv", 4)):
+        rows = [read_rows(tmp_path / folder / name) for folder in ("whole", "out")]
+        for one, other in zip(*rows, strict=True):
+            text = list(one)[:columns]
+            assert [one[key] for key in text] == [other[key] for key in text]
+            for key in {"score", "prob", "logprob"} & {*one}:
+                assert abs(float(one[key]) - float(other[key])) <= 2e-5
 
 
 def test_numbers_that_are_not_finite(
@@ -275,7 +336,7 @@ def test_what_is_finished_is_left_as_it_is(
     def never(*_: Any) -> None:
         raise AssertionError("a sentence was scored again")
 
-    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", never)
+    monkeypatch.setattr(attribute_module.Scorer, "score", never)
     for force in (False, True):
         # Killed behind the manifest, a run leaves its journal.
         (output / JOURNAL).write_text("left")
@@ -302,7 +363,7 @@ def test_forced_and_killed_it_goes_on_with_force_only(
 ) -> None:
     output, other = tmp_path / "out", replace(OPTIONS, top=3, compare=False)
     shutil.copytree(run.folder / "out", output)
-    true, n_scored = relneuron.methods.gains.attribute.Scorer.score, 0
+    true, n_scored = attribute_module.Scorer.score, 0
 
     def score(self: Any, rows: list[int]) -> Any:
         nonlocal n_scored
@@ -311,7 +372,7 @@ def test_forced_and_killed_it_goes_on_with_force_only(
             raise KeyboardInterrupt
         return true(self, rows)
 
-    monkeypatch.setattr(relneuron.methods.gains.attribute.Scorer, "score", score)
+    monkeypatch.setattr(attribute_module.Scorer, "score", score)
     with pytest.raises(KeyboardInterrupt):
         run.attribute(output, other, force=True)
     # Neither attribution is whole: the first one's gains are gone.

@@ -24,7 +24,7 @@ from relneuron.methods.responses.concepts import concept_study
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
-from relneuron.model.gated import load_model, load_tokenizer
+from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.concepts import make_concept_prompts
 from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions

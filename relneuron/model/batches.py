@@ -1,0 +1,170 @@
+"""Batches: which rows share a forward, and smaller ones where memory runs out.
+
+Every stage that runs a model plans its batches with `cut`, under a budget of tokens with their
+padding, and runs them by a `Budget`, which is smaller from there on each time that the memory was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import Journal
+
+if TYPE_CHECKING:
+    from relneuron.model.ask import Questions
+
+Row = TypeVar("Row")
+Said = TypeVar("Said")
+
+PROMPTS = "{n} prompts of together {tokens} tokens"
+SENTENCES = "{n} sentences of together {tokens} tokens"
+
+
+def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) int64 token ids, padded on the left, and their attention mask.
+
+    The pad token's value does not matter: the mask decides what is a token.
+    """
+    longest = max(map(len, ids))
+    tokens = np.zeros((len(ids), longest), np.int64)
+    mask = np.zeros((len(ids), longest), np.int64)
+    for row, line in enumerate(ids):
+        tokens[row, longest - len(line) :] = line
+        mask[row, longest - len(line) :] = 1
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+
+
+# --- plans -----------------------------------------------------------------------------------
+
+
+def cut(rows: Iterable[Row], length: Callable[[Row], int], budget: int) -> list[list[Row]]:
+    """Rows in the same order in batches of at most `budget` tokens with padding, or of one row.
+
+    `length` is a row's tokens; a batch has as many for each of its rows as the longest has.
+    """
+    batches: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        n_tokens = length(row)
+        longest = max(longest, n_tokens)
+        if not batches or (len(batches[-1]) + 1) * longest > budget:
+            batches.append([])
+            longest = n_tokens
+        batches[-1].append(row)
+    return batches
+
+
+def plan_batches(
+    questions: Questions, batch_tokens: int, only: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of the prompts in batches of one split and language, at most `batch_tokens` padded.
+
+    Sorted by length within a split, so that a prompt's batch does not depend on other splits and
+    every stage that asks a split asks it in the same batches. `only` these prompts; default: all.
+    """
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for row in range(len(questions.prompts)) if only is None else only:
+        prompt = questions.prompts[row]
+        kinds.setdefault((prompt.split, prompt.language), []).append(row)
+    in_order = (sorted(rows, key=questions.length) for rows in kinds.values())
+    return [batch for rows in in_order for batch in cut(rows, questions.length, batch_tokens)]
+
+
+# --- when memory runs out --------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a GPU or a CPU, or Python itself had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(word in str(error).lower() for word in words)
+
+
+@dataclass
+class Budget:
+    """The tokens, with padding, that a forward may have: half of one that did not fit, and fewer.
+
+    oom        "split": smaller batches from there on; "error": the stage ends
+    journal    keeps the budget for a run that goes on
+    what       what a batch is called, of its rows `n`, its tokens and those of the longest row
+    otherwise  what helps beside smaller batches where the stage ends
+    alone      what helps where one row does not fit
+    """
+
+    tokens: int
+    oom: str = "split"
+    journal: Journal | None = None
+    what: str = PROMPTS
+    otherwise: str = ", or --oom split"
+    alone: str = "use shorter prompts, a smaller --dtype, or a device with more memory"
+
+    def __post_init__(self) -> None:
+        self.planned = self.tokens
+        if self.journal is not None:
+            self.tokens = int(self.journal.done.get("budget", self.tokens))
+
+    @property
+    def notices(self) -> list[str]:
+        """What a reader of the results must know of how they came about."""
+        if self.tokens == self.planned:
+            return []
+        return [f"out of memory: batches of {self.planned} tokens cut to {self.tokens}"]
+
+    def run(
+        self,
+        rows: Iterable[Row],
+        length: Callable[[Row], int],
+        ask: Callable[[list[Row]], list[Said]],
+    ) -> list[Said]:
+        """What `ask` says of each row of a batch, in smaller parts if memory runs out.
+
+        Raises RelneuronError where a single row does not fit, or any batch with `oom` "error".
+        """
+        said: list[Said] = []
+        parts = cut(rows, length, self.tokens)
+        while parts:
+            found = self.attempt(parts[0], length, ask)
+            if found is None:
+                parts = cut(chain(*parts), length, self.tokens)
+            else:
+                said += found
+                parts.pop(0)
+        return said
+
+    def attempt(
+        self, part: list[Row], length: Callable[[Row], int], ask: Callable[[list[Row]], Said]
+    ) -> Said | None:
+        """`ask(part)`, or None where memory ran out: the budget is then half of the part."""
+        longest = max(map(length, part))
+        tokens = len(part) * longest
+        what = self.what.format(n=len(part), tokens=tokens, longest=longest)
+        try:
+            return ask(part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.oom != "split" or len(part) == 1:
+                fix = f"use --batch-tokens {max(1, tokens // 2)}{self.otherwise}"
+                raise RelneuronError(
+                    f"out of memory with {what}", self.alone if len(part) == 1 else fix
+                ) from error
+        # Outside of the handler, whose error holds the tensors that did not fit.
+        self.tokens = max(1, tokens // 2)
+        if self.journal is not None:
+            self.journal.add("budget", self.tokens)
+        warnings.warn(
+            f"out of memory with {what}: going on with batches of {self.tokens} tokens",
+            stacklevel=2,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
