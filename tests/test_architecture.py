@@ -42,8 +42,7 @@ ROOMS = {
 def room_of(name: str) -> str:
     """The room of `relneuron.a.b.c`: the folder, in `methods` the folder in it."""
     parts = name.split(".")[1:]
-    inner = ".".join(parts[:2])
-    return inner if inner in ROOMS else parts[0]
+    return ".".join(parts[: 2 if ".".join(parts[:2]) in ROOMS else 1])
 
 
 def imports_of(path: Path) -> set[str]:

@@ -32,9 +32,8 @@ from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from relneuron.methods.counts.authors_counts import export_counts
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.merge import merge
+from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains

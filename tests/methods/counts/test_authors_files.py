@@ -19,7 +19,6 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.methods.counts import authors_files as lape_files
-from relneuron.methods.counts.authors_counts import import_counts, name_counts
 from relneuron.methods.counts.authors_files import (
     config_shape,
     read_counts_pth,
@@ -27,6 +26,7 @@ from relneuron.methods.counts.authors_files import (
     write_counts_pth,
     write_neuron_pth,
 )
+from relneuron.methods.counts.folders import import_counts, name_counts
 from tests.conftest import SHARED
 
 PUBLISHED = SHARED / "lape" / "LLaMA-2-7B.neuron.pth"
