@@ -30,18 +30,19 @@ from typing import Any
 import torch
 
 from bench.rows import add_rows
-from relneuron.ablation.conditions import Ablation, places_of
+from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.evaluate import Evaluator, How, Row
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.manifest import Journal
-from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import random_neurons, site_of
+from relneuron.artifact.ranking import random_neurons
 from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
-from relneuron.model.ask import N_ANSWER_TOKENS, Asker, Questions, encode
+from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.model.questions import N_ANSWER_TOKENS, Questions, encode
 from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts
 
@@ -50,9 +51,9 @@ Predictions = list[list[str]]  # by condition, by prompt
 
 def make_plan(shape: Mapping[str, int], n_sets: int, size: int, n_prompts: int) -> list[Ablation]:
     """The clean model and `n_sets` random sets, each asked every prompt."""
-    plan = [Ablation(Condition("clean", "clean"), places_of([], shape), range(n_prompts))]
+    plan = [Ablation(Condition("clean", "clean"), Shape.of(shape).places([]), range(n_prompts))]
     for seed in range(n_sets):
-        places = places_of(random_neurons(shape, size, seed), shape)
+        places = Shape.of(shape).places(random_neurons(shape, size, seed))
         condition = Condition(f"random.{seed}", "random", seed=seed, n_neurons=size)
         plan.append(Ablation(condition, places, range(n_prompts)))
     return plan
@@ -82,7 +83,7 @@ def hooks(model: Any, ablation: Ablation) -> Iterator[None]:
     """Forward hooks that overwrite the outputs of the chosen neurons with zero."""
     mlps = find_gated_mlps(model)
     off: dict[Any, list[int]] = {}
-    for layer, site, index in site_of(ablation.places, site_widths(model_shape(mlps))):
+    for layer, site, index in Shape.of(model_shape(mlps)).neurons(ablation.places):
         off.setdefault(getattr(mlps[layer].module, f"{site}_proj"), []).append(index)
     handles = []
     for module, indices in off.items():

@@ -13,8 +13,9 @@ from bench.gpu_model import LLAMA_2_7B, TINY
 from bench.gpu_run import Run, check
 from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.prompts import Prompt
-from relneuron.model.ask import Asker, Questions
+from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.questions import Questions
 
 LENGTH = 20  # tokens of a prompt, as those of the method's relations
 BATCH_TOKENS = 16384

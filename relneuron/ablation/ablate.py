@@ -40,23 +40,21 @@ from relneuron.artifact.manifest import (
     progress_bar,
     versions,
 )
-from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
-from relneuron.artifact.ranking import n_neurons
-from relneuron.model.ask import (
+from relneuron.model.ask import Asker, Step
+from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.identity import other_weights
+from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.patch import check_canary
+from relneuron.model.questions import (
     N_ANSWER_TOKENS,
-    Asker,
     Questions,
-    Step,
     begins_with,
     encode,
     given_object,
     is_correct,
 )
-from relneuron.model.gated import find_gated_mlps, model_shape
-from relneuron.model.identity import other_weights
-from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.patch import check_canary
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
 
@@ -146,7 +144,7 @@ def ablate_prompts(
         for analysis in ("concepts", "gain")
     )
     set_size = max(map(len, sets.values()), default=0)
-    sizes = options.sizes or default_sizes(set_size, n_neurons(shape))
+    sizes = options.sizes or default_sizes(set_size, Shape.of(shape).total)
     own = own_languages(everything)
     plan = plan_conditions(
         sets,
@@ -169,8 +167,8 @@ def ablate_prompts(
     notices += _left_out(
         options.analyses,
         sizes,
-        known=min(map(len, rankings.values()), default=n_neurons(shape)),
-        total=n_neurons(shape),
+        known=min(map(len, rankings.values()), default=Shape.of(shape).total),
+        total=Shape.of(shape).total,
         has={
             "concepts": bool(concepts),
             "gain": bool(gains),

@@ -38,8 +38,8 @@ def ablate(
 ) -> Iterator[str | Printed]:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
-    from relneuron.model.clock import Clock
-    from relneuron.model.loaded import load
+    from relneuron.model.instrument import Clock
+    from relneuron.model.load import load
 
     refuse_outputs(output, force)
     check_format(output)
@@ -109,7 +109,7 @@ def nll(
 ) -> Iterator[str | Printed]:
     """How well the model reads each group's text without each set of neurons: nll.csv."""
     from relneuron.ablation.nll import nll as nll_stage
-    from relneuron.model.loaded import load
+    from relneuron.model.load import load
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)
@@ -163,7 +163,7 @@ def generate(
 ) -> Iterator[str]:
     """Greedy continuations of prompts with sets of neurons off, or set to another group's mean."""
     from relneuron.ablation.generate import generate as generate_stage
-    from relneuron.model.loaded import load
+    from relneuron.model.load import load
 
     loaded, tokenizer = load(model, load_options)
     made = generate_stage(

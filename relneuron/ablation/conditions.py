@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from relneuron.artifact.effects import Condition, main_split, own_languages, split_name
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import NeuronFile, check_neurons, site_widths
+from relneuron.artifact.neurons import NeuronFile, Shape, check_neurons
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import all_scores, n_neurons, random_neurons
+from relneuron.artifact.ranking import all_scores, random_neurons
 from relneuron.artifact.reading import open_tensors
 
 Places = NDArray[np.int64]
@@ -40,35 +40,14 @@ class Ablation:
     prompts: Sequence[int]
 
 
-def places_of(neurons: Sequence[Sequence[Any]], shape: Mapping[str, int]) -> Places:
-    """The places of (layer, site, index) triples, in their order."""
-    starts, per_layer = _starts(shape)
-    found = [la * per_layer + starts[site] + i for la, site, i, *_ in neurons]
-    return np.array(found, np.int64)
-
-
-def _starts(shape: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """At which place of a layer each site begins, and how many places a layer has."""
-    widths = site_widths(shape)
-    ends = np.cumsum([*widths.values()]).tolist()
-    return dict(zip(widths, [0, *ends], strict=False)), ends[-1]
-
-
-def site_places(site: str, shape: Mapping[str, int]) -> Places:
-    """The places of all neurons of a site, ascending."""
-    starts, per_layer = _starts(shape)
-    one = np.arange(starts[site], starts[site] + site_widths(shape)[site])
-    layers = np.arange(shape["layers"]) * per_layer
-    return (layers[:, None] + one).reshape(-1)
-
-
 def read_sets(
     neurons: NeuronFile, shape: Mapping[str, int]
 ) -> tuple[dict[str, Places], dict[str, int]]:
     """Each set's places, best first and each once; and how many doubles each set had."""
+    order = Shape.of(shape)
     sets, doubles = {}, {}
     for name, rows in neurons.sets.items():
-        sets[name] = places_of(check_neurons(rows, shape), shape)
+        sets[name] = order.places(check_neurons(rows, shape))
         if len(rows) > len(sets[name]):
             doubles[name] = len(rows) - len(sets[name])
     return sets, doubles
@@ -118,18 +97,19 @@ def _read_scores(
     """Each relation's scores (K,) and the places (K,) of the neurons that have them."""
     if not path.exists():
         return {}
-    keys = {f"ap.{site}": site for site in site_widths(shape)}
+    sites = Shape.of(shape)
+    keys = {f"ap.{site}": site for site in sites.widths}
     with open_tensors(path, "identify DIR -o DIR/neurons.json") as file:
         order = file.names_of("relations")
-        widths = {key: site_widths(shape)[site] for key, site in keys.items()}
-        widths |= {_GAIN: shape["width"]}
+        widths = {key: sites.widths[site] for key, site in keys.items()}
+        widths |= {_GAIN: sites.widths["gate"]}
         scores = {
-            name: file.get(name, (len(order), shape["layers"], width))
+            name: file.get(name, (len(order), sites.layers, width))
             for name, width in widths.items()
             if name in file.names
         }
     if scores.keys() >= keys.keys():
-        everything = np.arange(n_neurons(shape))
+        everything = np.arange(sites.total)
         return {
             name: (
                 all_scores({site: scores[key][row] for key, site in keys.items()}),
@@ -138,7 +118,7 @@ def _read_scores(
             for row, name in enumerate(order)
         }
     if _GAIN in scores:
-        gates = site_places("gate", shape)
+        gates = sites.site_places("gate")
         return {name: (scores[_GAIN][row].reshape(-1), gates) for row, name in enumerate(order)}
     return {}
 
@@ -153,17 +133,13 @@ def default_sizes(set_size: int, total: int) -> tuple[int, ...]:
 
 def matched_places(places: Places, shape: Mapping[str, int], seed: int, name: str) -> Places:
     """As many neurons of each layer and site as `places` has, drawn from all without doubles."""
-    starts, per_layer = _starts(shape)
-    begins, widths = [*starts.values()], [*site_widths(shape).values()]
-    layer, rest = np.divmod(places, per_layer)
-    site = np.searchsorted(begins, rest, side="right") - 1
-    cells, counts = np.unique(layer * len(begins) + site, return_counts=True)
+    order = Shape.of(shape)
+    cells = Counter((layer, site) for layer, site, _ in order.neurons(np.sort(places)))
     rng = random.Random(f"relneuron.matched.{seed}.{name}")
     drawn: list[int] = []
-    for cell, count in zip(cells.tolist(), counts.tolist(), strict=True):
-        one_layer, one_site = divmod(cell, len(begins))
-        start = one_layer * per_layer + begins[one_site]
-        drawn += rng.sample(range(start, start + widths[one_site]), count)
+    for (layer, site), count in cells.items():
+        span = order.span(layer, site)
+        drawn += rng.sample(range(span.start, span.stop), count)
     return np.array(sorted(drawn), np.int64)
 
 
@@ -193,6 +169,7 @@ def plan_conditions(
     main = main_split(splits)
     eva = [i for i in everything if splits[i] == main]
     plan: list[Ablation] = []
+    order = Shape.of(shape)
 
     def add(name: str, places: Places, rows: Sequence[int], kind: str, **about: Any) -> None:
         condition = Condition(name, kind, n_neurons=len(places), **about)
@@ -203,7 +180,7 @@ def plan_conditions(
         add(name, places, everything, "set", relation=name)
     largest = max(map(len, sets.values()), default=0)
     for seed in range(random_seeds):
-        drawn = places_of(random_neurons(shape, largest, seed), shape)
+        drawn = order.places(random_neurons(shape, largest, seed))
         add(f"random.{seed}", drawn, everything, "random", seed=seed)
     for name, places in sets.items():
         asked = [i for i in eva if prompts[i].relation == name]
@@ -221,11 +198,11 @@ def plan_conditions(
                 if asked:
                     add(f"{name}@{a + 1}-{b}", between, asked, "range", relation=name, **about)
         if "sites" in analyses:
-            for site in site_widths(shape):
-                inside = site_places(site, shape)
+            for site in order.widths:
+                inside = order.site_places(site)
                 best = rankings[name][np.isin(rankings[name], inside)][: len(places)]
                 # Of a ranking that is only known in part the best of a site are not known.
-                if len(rankings[name]) == n_neurons(shape):
+                if len(rankings[name]) == order.total:
                     add(f"{name}@{site}", best, eva, "site", relation=name, site=site)
     if "concepts" in analyses:
         for name, places in concepts.items():
@@ -255,7 +232,7 @@ def check_names(
 
     That is the plan of sets of `top` neurons, whichever they are.
     """
-    total = n_neurons(shape)
+    total = Shape.of(shape).total
     some, everything = np.arange(min(top, total)), np.arange(total)
     plan_conditions(
         dict.fromkeys(relations, some),

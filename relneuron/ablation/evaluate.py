@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.ablation.conditions import Ablation, site_places
+from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.manifest import Journal
-from relneuron.artifact.neurons import ATTENTION, site_widths
-from relneuron.artifact.ranking import n_neurons
+from relneuron.artifact.neurons import ATTENTION, Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
 from relneuron.model.gated import GatedMLP, model_shape
@@ -88,18 +87,15 @@ def wave_states(
     plan: Sequence[Ablation], wave: range, mlps: Sequence[GatedMLP], how: How
 ) -> list[LayerState]:
     """Per layer, what switches off the neurons of the conditions of a wave; row 0 is clean."""
-    shape = model_shape(mlps)
+    shape = Shape.of(model_shape(mlps))
     members = [plan[i] for i in wave if i < len(plan)]
-    off = np.zeros((len(members) + 1, n_neurons(shape)), bool)
+    off = np.zeros((len(members) + 1, shape.total), bool)
     for row, ablation in enumerate(members):
         off[row + 1, ablation.places] = True
     states = []
     for layer, mlp in enumerate(mlps):
         device = next(mlp.module.parameters()).device
-        chosen = {}
-        for site in site_widths(shape):
-            inside = site_places(site, shape).reshape(shape["layers"], -1)[layer]
-            chosen[site] = off[:, inside[0] : inside[-1] + 1]
+        chosen = {site: off[:, shape.span(layer, site)] for site in shape.widths}
         state = LayerState()
         if how.mode == "zero":
             # An output of gate_proj or of up_proj at zero makes the product zero.
@@ -113,7 +109,7 @@ def wave_states(
             site: Replacement(
                 torch.from_numpy(rows).to(device),
                 how.factor,
-                _shift(how, members, layer, site, shape, device),
+                _shift(how, members, shape.span(layer, site), device),
             )
             for site, rows in chosen.items()
             if rows.any()
@@ -125,15 +121,12 @@ def wave_states(
 def _shift(
     how: How,
     members: Sequence[Ablation],
-    layer: int,
-    site: str,
-    shape: Mapping[str, int],
+    inside: slice,
     device: torch.device,
 ) -> Tensor | None:
     if how.mode != "mean":
         return None
-    inside = site_places(site, shape).reshape(shape["layers"], -1)[layer]
-    rows = [np.zeros(len(inside), np.float32)]
+    rows = [np.zeros(inside.stop - inside.start, np.float32)]
     rows += [how.means[ablation.condition.name][inside] for ablation in members]
     return torch.from_numpy(np.stack(rows)).to(device)
 
@@ -152,9 +145,9 @@ class Evaluator:
     oom: str = "split"
 
     def __post_init__(self) -> None:
-        shape = model_shape(self.mlps)
+        total = Shape.of(model_shape(self.mlps)).total
         per_neuron = 1 if self.how.mode == "zero" else 5
-        self._wave_size = max(1, WAVE_BYTES // (per_neuron * n_neurons(shape)) - 1)
+        self._wave_size = max(1, WAVE_BYTES // (per_neuron * total) - 1)
         self._budget = Budget(self.batch_tokens, self.oom, self.journal)
 
     @property

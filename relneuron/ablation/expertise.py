@@ -23,7 +23,7 @@ from relneuron.artifact.files import (
     require,
 )
 from relneuron.artifact.manifest import Manifest, checked, locked
-from relneuron.artifact.neurons import ATTENTION, SITES, NeuronFile, site_widths
+from relneuron.artifact.neurons import ATTENTION, SITES, NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.artifact.writing import refuse_output, writing
@@ -85,28 +85,27 @@ def read_values(
     """(layer, site, {concept: {name: (K,) float32}}) of recorded responses, block by block."""
     path = require(checked(folder / "responses.safetensors"), "record MODEL prompts.jsonl -o DIR")
     last = max(int(part.max()) for own in rows.values() for part in own[:2])
-    for layer in range(shape["layers"]):
-        for site, width in site_widths(shape).items():
-            with open_tensors(path, "record MODEL prompts.jsonl -o DIR") as file:
-                values = file.get(f"{site}.{layer}", (None, width))
-            if last >= len(values):
-                raise RelneuronError(
-                    f"{path} has {len(values)} rows, prompts.jsonl more recorded prompts",
-                    "record these prompts again",
-                )
-            yield (
-                layer,
-                site,
-                {
-                    concept: {
-                        name: statistic(
-                            values[own.positive if name.startswith("on_") else own.negative], name
-                        )
-                        for name in names
-                    }
-                    for concept, own in rows.items()
-                },
+    for layer, site, width in Shape.of(shape).blocks():
+        with open_tensors(path, "record MODEL prompts.jsonl -o DIR") as file:
+            values = file.get(f"{site}.{layer}", (None, width))
+        if last >= len(values):
+            raise RelneuronError(
+                f"{path} has {len(values)} rows, prompts.jsonl more recorded prompts",
+                "record these prompts again",
             )
+        yield (
+            layer,
+            site,
+            {
+                concept: {
+                    name: statistic(
+                        values[own.positive if name.startswith("on_") else own.negative], name
+                    )
+                    for name in names
+                }
+                for concept, own in rows.items()
+            },
+        )
 
 
 def forced_values(folder: Path, mode: str, shape: Mapping[str, int]) -> dict[str, Array]:
@@ -196,8 +195,7 @@ def _units(
     """(response name, first unit, (layer, site)) of every block, in the authors' order."""
     units = [
         (f"{str(modules[site][0]).format(layer)}:0", int(modules[site][1]), (layer, site))
-        for layer in range(shape["layers"])
-        for site in site_widths(shape)
+        for layer, site, _ in Shape.of(shape).blocks()
     ]
     return sorted(units)
 

@@ -36,11 +36,12 @@ from relneuron.artifact.manifest import Journal, Manifest, checked, locked, prog
 from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
-from relneuron.model.ask import Asker, Questions, Step, cache_of, encode
+from relneuron.model.ask import Asker, Step, cache_of
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.patch import Patch, check_canary
+from relneuron.model.questions import Questions, encode
 from relneuron.texts.tokens import listed, whole_text, without_blanks
 
 FIELD = "{prompt}"

@@ -17,7 +17,7 @@ from relneuron.ablation.expertise import forced_values
 from relneuron.ablation.options import FORCED, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.manifest import checked, same_model
-from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
 from relneuron.model.identity import tokenizer_digest
@@ -72,10 +72,9 @@ def mean_responses(
     weights = np.stack([rows / rows.sum() for rows in groups.values()]).astype(np.float32)
     parts = []
     with open_tensors(responses, made_by) as file:
-        for layer in range(shape["layers"]):
-            for site, width in site_widths(shape).items():
-                values = file.get(f"{site}.{layer}", (len(of), width))
-                parts.append(weights @ values)
+        for layer, site, width in Shape.of(shape).blocks():
+            values = file.get(f"{site}.{layer}", (len(of), width))
+            parts.append(weights @ values)
     return dict(zip(groups, np.concatenate(parts, axis=1), strict=True))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets, site_places
+from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.options import CLEAN, NllOptions
 from relneuron.artifact.command import placed
@@ -42,7 +42,7 @@ from relneuron.artifact.manifest import (
     same_model,
     versions,
 )
-from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import find_gated_mlps, model_shape
@@ -220,7 +220,7 @@ def plan_masks(
     """
     none = np.empty(0, np.int64)
     chosen = np.concatenate([none, *sets.values()])
-    sites = [site_places(site, shape) for site in site_widths(shape)]
+    sites = [Shape.of(shape).site_places(site) for site in Shape.of(shape).widths]
     known = np.sort(np.concatenate([none, *(s for s in sites if np.isin(chosen, s).any())]))
     size = max(map(len, sets.values()), default=0)
     plan = [(CLEAN, CLEAN, none), *(("set", name, places) for name, places in sets.items())]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from relneuron.analyses import figures as draw
 from relneuron.analyses import overlap_effect
 from relneuron.analyses.study import Study
-from relneuron.artifact.neurons import SITES, Neuron, site_widths
+from relneuron.artifact.neurons import SITES, Neuron, Shape
 from relneuron.report import kit
 from relneuron.report.page import Section
 from relneuron.report.tables import NBSP, Cell, Table, label, n_of, percent, significant
@@ -22,7 +22,7 @@ SHOWN = 5  # neurons of each set in the table of neurons, before its last
 
 
 def chosen(study: Study) -> list[Section]:
-    sites = tuple(site_widths(study.neurons.model))
+    sites = tuple(Shape.of(study.neurons.model).widths)
     count = site_counts(study.sets.values(), study.neurons.model["layers"], sites)
     tables = [
         ("selection", selection_table(study, count)),
@@ -171,8 +171,9 @@ def layer_table(
 
 def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
     """How each set was cut out of the ranking, and on how many prompts the ranking rests."""
+    sites = Shape.of(study.neurons.model).widths
     columns = [
-        *("relation", "prompts", "answered_right", "neurons", *site_widths(study.neurons.model)),
+        *("relation", "prompts", "answered_right", "neurons", *sites),
         *("best_score", "score_at_cut", "ties_at_cut", "perfect"),
     ]
     rows: list[list[Cell]] = []
@@ -207,7 +208,7 @@ def neuron_table(study: Study) -> Table:
 def _layer_note(study: Study, count: NDArray[np.int64]) -> str:
     if not count.any():
         return "No neuron was chosen."
-    widths = site_widths(study.neurons.model)
+    widths = Shape.of(study.neurons.model).widths
     chosen, all_neurons = (
         ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(widths, ns, strict=True))
         for ns in (count.sum(axis=(0, 2)), np.array([*widths.values()]))

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
 from relneuron.analyses.outcomes import filled_sets
 from relneuron.analyses.uncertainty import spearman
-from relneuron.artifact import ranking
 from relneuron.artifact.effects import (
     NOT_ASKED,
     Condition,
@@ -27,7 +26,7 @@ from relneuron.artifact.effects import (
     split_order,
 )
 from relneuron.artifact.files import Json, RelneuronError, require, sha256
-from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
+from relneuron.artifact.neurons import Neuron, NeuronFile, Shape, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.report.page import Answer, Example, PageKind, opened
@@ -78,7 +77,7 @@ class Study:
 
     @property
     def n_neurons(self) -> int:
-        return ranking.n_neurons(self.neurons.model)
+        return Shape.of(self.neurons.model).total
 
     @property
     def main(self) -> Grid:

@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, require
 from relneuron.artifact.reading import read_json
@@ -103,19 +108,70 @@ def _is_neuron(row: object) -> bool:
     return _is_index(layer) and isinstance(site, str) and _is_index(index) and is_number
 
 
-def site_widths(shape: Mapping[str, Any]) -> dict[str, int]:
-    """How many neurons each site of a layer has, in the order that breaks ties.
+@dataclass(frozen=True)
+class Shape:
+    """A model's neurons in their order, by layer, then site, then index: each has a place in it.
 
-    gate, up and down, and those attention projections whose width `shape` says.
+    widths  how many neurons each site of a layer has, in the order that breaks ties
     """
-    widths = {"gate": shape["width"], "up": shape["width"], "down": shape["hidden"]}
-    widths |= {site: shape[site] for site in ATTENTION if site in shape}
-    return {site: int(width) for site, width in widths.items()}
+
+    layers: int
+    widths: dict[str, int]
+
+    @classmethod
+    def of(cls, model: Mapping[str, Any]) -> Shape:
+        """Of what a file says of a model: gate, up and down, and those of q to o that it names."""
+        widths = {"gate": model["width"], "up": model["width"], "down": model["hidden"]}
+        widths |= {site: model[site] for site in ATTENTION if site in model}
+        return cls(int(model["layers"]), {site: int(width) for site, width in widths.items()})
+
+    @property
+    def per_layer(self) -> int:
+        return sum(self.widths.values())
+
+    @property
+    def total(self) -> int:
+        """L * (2F + D), or more with attention: the outputs of all projections of all layers."""
+        return self.layers * self.per_layer
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """At which place of a layer each site begins."""
+        return dict(zip(self.widths, accumulate(self.widths.values(), initial=0), strict=False))
+
+    def blocks(self) -> Iterator[tuple[int, str, int]]:
+        """(layer, site, width) in the order of the neurons."""
+        for layer in range(self.layers):
+            for site, width in self.widths.items():
+                yield layer, site, width
+
+    def span(self, layer: int, site: str) -> slice:
+        """The places of a site in a layer."""
+        start = layer * self.per_layer + self.starts[site]
+        return slice(start, start + self.widths[site])
+
+    def site_places(self, site: str) -> NDArray[np.int64]:
+        """The places of all neurons of a site, ascending."""
+        layers = np.arange(self.layers) * self.per_layer + self.starts[site]
+        return (layers[:, None] + np.arange(self.widths[site])).reshape(-1)
+
+    def places(self, neurons: Iterable[Sequence[Any]]) -> NDArray[np.int64]:
+        """The places of (layer, site, index, ...) rows, in their order."""
+        found = [la * self.per_layer + self.starts[site] + i for la, site, i, *_ in neurons]
+        return np.array(found, np.int64)
+
+    def neurons(self, places: NDArray[np.int64]) -> list[Neuron]:
+        """The neurons that stand at some places, in their order."""
+        names, starts = list(self.widths), np.array([*self.starts.values()])
+        layer, rest = np.divmod(places, self.per_layer)
+        site = np.searchsorted(starts, rest, side="right") - 1
+        rows = zip(layer.tolist(), site.tolist(), (rest - starts[site]).tolist(), strict=True)
+        return [(la, names[s], i) for la, s, i in rows]
 
 
 def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
     """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
-    widths = site_widths(shape)
+    widths = Shape.of(shape).widths
     result: dict[Neuron, None] = {}
     for neuron in neurons:
         layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])

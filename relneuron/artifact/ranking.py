@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from relneuron.artifact.neurons import ATTENTION, SITES, Neuron, site_widths
+from relneuron.artifact.neurons import ATTENTION, SITES, Neuron, Shape
 
 Array = np.ndarray[Any, Any]
 ScoredNeuron = tuple[int, str, int, float]  # (layer, site, index, score)
@@ -26,15 +26,6 @@ class Selection(NamedTuple):
     ties_at_cut: int  # neurons with just that score, chosen or not
     ties_chosen: int
     n_perfect: int  # neurons with the score 1
-
-
-def site_of(position: Array, widths: Mapping[str, int]) -> list[Neuron]:
-    """Neurons by their place in the order (layer, site as in `widths`, index)."""
-    names, ends = list(widths), np.cumsum([*widths.values()])
-    layer, rest = np.divmod(position, ends[-1])
-    site = np.searchsorted(ends, rest, side="right")
-    index = rest - (ends - [*widths.values()])[site]
-    return [(int(la), names[int(s)], int(i)) for la, s, i in zip(layer, site, index, strict=True)]
 
 
 def all_scores(scores: Mapping[str, Array]) -> Array:
@@ -62,7 +53,7 @@ def top_k(
     k = min(k, flat.size - (0 if without is None else len(without)))
     order = np.argsort(keys, kind="stable")[:k]
     widths = {s: scores[s].shape[1] for s in (*SITES, *ATTENTION) if s in scores}
-    names = site_of(order, widths)
+    names = Shape(len(next(iter(scores.values()))), widths).neurons(order)
     chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
     cut = float(flat[order[-1]]) if k else float("nan")
     return Selection(
@@ -77,14 +68,10 @@ def top_k(
 
 def random_neurons(shape: Mapping[str, int], k: int, seed: int) -> list[Neuron]:
     """k neurons drawn without replacement from all outputs of the sites that `shape` has."""
-    total = n_neurons(shape)
-    drawn = random.Random(f"relneuron.random.{seed}").sample(range(total), min(k, total))
-    return site_of(np.array(sorted(drawn), np.int64), site_widths(shape))
-
-
-def n_neurons(shape: Mapping[str, int]) -> int:
-    """L * (2F + D), or more with attention: the outputs of all projections of all layers."""
-    return shape["layers"] * sum(site_widths(shape).values())
+    order = Shape.of(shape)
+    everything = range(order.total)
+    drawn = random.Random(f"relneuron.random.{seed}").sample(everything, min(k, len(everything)))
+    return order.neurons(np.array(sorted(drawn), np.int64))
 
 
 PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
@@ -93,4 +80,4 @@ DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small mode
 
 def default_top(shape: Mapping[str, int]) -> int:
     """3,000 neurons as in the paper, but at most a tenth of a small model's."""
-    return min(PAPER_TOP, int(DEFAULT_SHARE * n_neurons(shape)))
+    return min(PAPER_TOP, int(DEFAULT_SHARE * Shape.of(shape).total))

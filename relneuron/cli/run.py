@@ -23,7 +23,7 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
@@ -43,11 +43,12 @@ from relneuron.methods.responses.rank import (
     identify_inputs,
 )
 from relneuron.methods.responses.record import record, record_inputs
-from relneuron.model.ask import Asker, encode
-from relneuron.model.clock import Clock
+from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
+from relneuron.model.instrument import Clock
 from relneuron.model.load import describe_model, load_model, load_tokenizer
+from relneuron.model.questions import encode
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
 from relneuron.texts.concepts import concept_subjects
@@ -345,8 +346,9 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
     manifest = Manifest(folder)
     names = [name for name in files_read(PAGES) if (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names if name != "manifest.json"}
-    before = manifest.data["stages"].get("report", {}).get("inputs")
-    if resume and before == inputs and manifest.is_done("report", inputs, force=force):
+    before = manifest.data["stages"].get("report", {}).get("inputs", {})
+    has_more = before.items() < inputs.items()  # files of stages that ran since
+    if resume and not has_more and manifest.is_done("report", inputs, force=force):
         return output
 
     def finish(tables: list[Path]) -> None:
@@ -354,4 +356,4 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
             made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
             Manifest(folder).finish("report", inputs, made, reads=reads)
 
-    return write_report(folder, output, PAGES, force=force or resume, finish=finish)
+    return write_report(folder, output, PAGES, titles(), force=force or resume, finish=finish)

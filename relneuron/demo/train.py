@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from relneuron.demo import CHECKPOINT, FACTS
-from relneuron.model.ask import is_correct
+from relneuron.model.questions import is_correct
 from relneuron.texts.facts import SUFFIX as ENGLISH_SUFFIX
 from relneuron.texts.facts import Fact, read_relations
 

@@ -1,4 +1,4 @@
-"""Ask a model its prompts: tokens, the greedy answer of two tokens, and its correctness.
+"""Ask a model its prompts: the greedy answer of two tokens, and its correctness.
 
 The `record` and `ablate` stages call it, so both ask in exactly the same way.
 """
@@ -13,46 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relneuron.artifact.files import RelneuronError, fold
-from relneuron.artifact.prompts import Prompt
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
-from relneuron.texts.tokens import (
-    CHARACTER_BYTES,
-    CUT,
-    Continuation,
-    blank_notice,
-    continuations,
-    encode_texts,
-    whole_text,
-    without_blanks,
-)
-
-N_ANSWER_TOKENS = 2  # arXiv 2502.17355, section 3.2
-
-
-def is_correct(prediction: str, answer: str, *, accept_object_prefix: bool = False) -> bool:
-    """Whether a prediction is a non-empty prefix of the answer, as `artifact.files.fold` has both.
-
-    It is one, too, if it ends between a letter and the mark that the answer writes after it.
-    `accept_object_prefix` also accepts a prediction that the answer is a prefix of ("Japan." for
-    "Japan"); the paper's rule (arXiv 2502.17355, section 3.2) does not.
-    """
-    given, wanted = fold(prediction), fold(answer)
-    if not given:
-        return False
-    written = answer.strip().casefold().startswith(prediction.strip().casefold())
-    is_prefix = wanted.startswith(given) or written
-    return is_prefix or (accept_object_prefix and given.startswith(wanted))
-
-
-def begins_with(text: str, answer: str) -> bool:
-    """Whether free text begins with the answer, as `artifact.files.fold` has both."""
-    return fold(text).startswith(fold(answer))
-
-
-def given_object(text: str, objects: Sequence[str], rule: Callable[[str, str], bool]) -> str:
-    """The first of the right objects that a text gives by a rule such as `is_correct`, or ""."""
-    return next((name for name in objects if rule(text, name)), "")
+from relneuron.model.questions import N_ANSWER_TOKENS, Questions
+from relneuron.texts.tokens import CHARACTER_BYTES, CUT, whole_text
 
 
 def cache_of(out: Any) -> dict[str, Any]:
@@ -63,107 +26,6 @@ def cache_of(out: Any) -> dict[str, Any]:
     """
     name = "cache" if "cache" in out else "past_key_values"
     return {name: getattr(out, name)}
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Prompts as tokens: `ids` of each prompt and the first token that carries its answer's bytes.
-
-    starts   how a prompt goes on with each of its right objects, in their order: tokens of white
-             space alone, where the tokenizer makes some, and the object's first own token; without
-             them `answers` are the only ones
-    notices  what a reader of the results must know of how prompts became tokens
-    """
-
-    prompts: list[Prompt]
-    ids: list[list[int]]
-    answers: list[int]
-    starts: list[list[tuple[int, ...]]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    def length(self, row: int) -> int:
-        return len(self.ids[row])
-
-    def starts_of(self, row: int) -> list[tuple[int, ...]]:
-        return self.starts[row] if self.starts else [(self.answers[row],)]
-
-    def put_in(self, row: int) -> int:
-        """The token after a prompt that `ask_forced` puts in: a space, where an object has one."""
-        starts = self.starts_of(row)
-        return next((start for start in starts if len(start) > 1), starts[0])[0]
-
-
-def encode(
-    tokenizer: Any,
-    model: Any,
-    prompts: Sequence[Prompt],
-    *,
-    answers: bool = True,
-    n_tokens: int = N_ANSWER_TOKENS,
-) -> Questions:
-    """Tokenise prompts, with the special tokens that the tokenizer puts before a text (BOS).
-
-    An answer begins as `tokens.continuations` says. A prompt's space at its end is left out where
-    the tokenizer joins it to the next word. Raises RelneuronError for an empty prompt, one that
-    with `n_tokens` of answer does not fit the context, and an object without a token; without
-    `answers` objects are not looked at.
-    """
-    texts, notices = [prompt.prompt for prompt in prompts], []
-    found: list[list[Continuation]] = []
-    if answers:
-        texts, changed = without_blanks(tokenizer, texts, [prompt.object for prompt in prompts])
-        notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
-        found = object_continuations(tokenizer, prompts, texts)
-    ids = encode_texts(tokenizer, texts)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    lines = [*ids, *(one.tokens for some in found for one in some)]
-    largest = max(max(line, default=0) for line in lines)
-    if largest >= vocabulary:
-        raise RelneuronError(
-            f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
-            "give a model and a tokenizer that belong together",
-        )
-    for prompt, line in zip(prompts, ids, strict=True):
-        if not line:
-            raise RelneuronError(f"prompt {prompt.id} has no token", "remove the empty prompt")
-        if context is not None and len(line) + n_tokens > context:
-            raise RelneuronError(
-                f"prompt {prompt.id} has {len(line)} tokens; with {n_tokens} for the answer "
-                f"it is longer than the model's context of {context}",
-                "shorten or remove it" + _fewer(context - len(line), n_tokens),
-            )
-    starts = [
-        [_start(prompt, name, one) for name, one in zip(prompt.objects, some, strict=True)]
-        for prompt, some in zip(prompts, found, strict=False)
-    ]
-    return Questions(list(prompts), ids, [some[0][-1] for some in starts], starts, notices)
-
-
-def object_continuations(
-    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> list[list[Continuation]]:
-    """How the text of each prompt goes on with each of its right objects."""
-    asked = [(text, p, name) for text, p in zip(texts, prompts, strict=True) for name in p.objects]
-    languages = [prompt.language for _, prompt, _ in asked]
-    found = iter(continuations(tokenizer, [a[0] for a in asked], [a[2] for a in asked], languages))
-    return [[next(found) for _ in prompt.objects] for prompt in prompts]
-
-
-def _start(prompt: Prompt, name: str, found: Continuation) -> tuple[int, ...]:
-    if not found.tokens:
-        raise RelneuronError(
-            f"prompt {prompt.id}: its object {name!r} makes no token",
-            "give every fact an object, or remove the prompt",
-        )
-    return (*found.spaces, found.tokens[0])
-
-
-def _fewer(room: int, n_tokens: int) -> str:
-    """The other way to fit a context, where more than an answer's tokens are asked for."""
-    if room < 1 or n_tokens <= N_ANSWER_TOKENS:
-        return ""
-    return f", or ask for at most {room} tokens (--max-new-tokens, --generate)"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
-
-if TYPE_CHECKING:
-    from relneuron.model.ask import Questions
+from relneuron.model.questions import Questions
 
 Row = TypeVar("Row")
 Said = TypeVar("Said")

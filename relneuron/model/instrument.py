@@ -1,23 +1,26 @@
-"""The two context managers of the package: `instrument` counts, `ablate` switches neurons off.
+"""Context managers around a model that someone else runs: `instrument`, `ablate`, and a clock.
 
-Both act on a model that someone else runs; they are patches (model/patch.py) that say what a token
-is.
+`instrument` counts and `ablate` switches neurons off: patches (model/patch.py) that say what a
+token is. `Clock` tells how much of the time the model spends in its own matrix products, the part
+that no study can do without; `relneuron run` and `ablate` print it.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import ATTENTION, check_neurons, site_widths
+from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
@@ -141,9 +144,58 @@ def _replacing_states(
         mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
         if site not in replace:
             device = next(mlp.module.parameters()).device
-            shift = torch.zeros(1, site_widths(shape)[site], device=device)
+            shift = torch.zeros(1, Shape.of(shape).widths[site], device=device)
             replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
         replace[site].chosen[0, index] = True
         if mode == "mean":
             cast(Tensor, replace[site].shift)[0, index] = new
     return states
+
+
+# --- time ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Measures, as a context manager, its own time and that of a model's linear maps, in seconds.
+
+    `products` stays None on a GPU, whose kernels run on while Python goes ahead.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seconds = 0.0
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.products: float | None = 0.0 if on_cpu else None
+        self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if on_cpu else []
+        self._handles: list[Any] = []
+        self._began = self._entered = 0.0
+
+    def __enter__(self) -> Clock:
+        self._entered = time.perf_counter()
+        for module in self._linears:
+            self._handles.append(module.register_forward_pre_hook(self._start))
+            self._handles.append(module.register_forward_hook(self._stop))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.seconds += time.perf_counter() - self._entered
+
+    def _start(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        if self.products is not None:
+            self.products += time.perf_counter() - self._began
+
+    def __str__(self) -> str:
+        if self.products is None or not self.seconds:
+            return f"{self.seconds:.1f} s"
+        share = self.products / self.seconds
+        return f"{self.seconds:.1f} s, {share:.0%} of it in the model's matrix products"

@@ -15,6 +15,7 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.options import LoadOptions
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import first_line
@@ -115,6 +116,17 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
             "save the model's tokenizer into its folder (tokenizer.save_pretrained)",
         ) from error
     return tokenizer
+
+
+def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
+    """A model and its tokenizer, as the options say; without text to read it may lack one."""
+    model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
+    try:
+        return model, load_tokenizer(name, revision=options.revision)
+    except RelneuronError:
+        if needs_text:
+            raise
+        return model, None
 
 
 # --- describing ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.layers import Parts, Projection, has_hooks
 from relneuron.model.states import (
@@ -309,7 +309,7 @@ def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backen
     with torch.no_grad():
         clean = model(input_ids).logits
         for site, what in parts.items():
-            width = site_widths(shape)[site]
+            width = Shape.of(shape).widths[site]
             everything = [(mlp.layer, site, index) for mlp in mlps for index in range(width)]
             with Patch(mlps, mask_states([everything], mlps), backend=backend):
                 dark = model(input_ids).logits

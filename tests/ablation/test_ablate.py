@@ -31,7 +31,7 @@ from relneuron.artifact.effects import (
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import Prompt
-from relneuron.model.clock import Clock
+from relneuron.model.instrument import Clock
 from tests.conftest import tiny_model
 from tests.kit.hooked import RELATIONS, Study, read_rows, same_rows
 

@@ -18,18 +18,16 @@ from relneuron.ablation.conditions import (
     PAPER_SIZES,
     default_sizes,
     matched_places,
-    places_of,
     plan_conditions,
     read_rankings,
-    site_places,
 )
 from relneuron.ablation.options import ANALYSES, AblateOptions
 from relneuron.analyses import run_all
 from relneuron.artifact.effects import KINDS, read_conditions, read_effects
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.options import options_of, read
-from relneuron.artifact.ranking import site_of, top_k
+from relneuron.artifact.ranking import top_k
 from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
 from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, read_rows
@@ -55,7 +53,7 @@ def everything(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(study: Study, **changes: Any) -> dict[str, Any]:
-    sets = {name: places_of(chosen, SHAPE) for name, chosen in study.sets.items()}
+    sets = {name: Shape.of(SHAPE).places(chosen) for name, chosen in study.sets.items()}
     asked: dict[str, Any] = {
         "sets": sets,
         "rankings": read_rankings(study.folder / "scores.safetensors", sets, SHAPE),
@@ -108,7 +106,7 @@ def test_a_site_set_is_the_best_of_its_site(study: Study) -> None:
     for relation in RELATIONS:
         ranking = best(study, relation, N_NEURONS)
         for site in ("gate", "up", "down"):
-            names = site_of(np.array(ranking), site_widths(SHAPE))
+            names = Shape.of(SHAPE).neurons(np.array(ranking))
             inside = [p for p, name in zip(ranking, names, strict=True) if name[1] == site]
             ablation = planned[f"{relation}@{site}"]
             assert ablation.places.tolist() == sorted(inside[:TOP])
@@ -117,16 +115,17 @@ def test_a_site_set_is_the_best_of_its_site(study: Study) -> None:
 
 
 def test_site_places_are_the_sites() -> None:
-    places = {site: set(site_places(site, SHAPE).tolist()) for site in ("gate", "up", "down")}
+    order = Shape.of(SHAPE)
+    places = {site: set(order.site_places(site).tolist()) for site in ("gate", "up", "down")}
     assert [len(found) for found in places.values()] == [96, 96, 64]
     assert set.union(*places.values()) == set(range(N_NEURONS))
-    names = site_of(np.arange(N_NEURONS), site_widths(SHAPE))
+    names = Shape.of(SHAPE).neurons(np.arange(N_NEURONS))
     assert all(p in places[site] for p, (_, site, _) in enumerate(names))
-    assert places_of(names, SHAPE).tolist() == list(range(N_NEURONS))
+    assert Shape.of(SHAPE).places(names).tolist() == list(range(N_NEURONS))
 
 
 def cells(places: Any) -> Counter[tuple[int, str]]:
-    return Counter(name[:2] for name in site_of(np.asarray(places), site_widths(SHAPE)))
+    return Counter(name[:2] for name in Shape.of(SHAPE).neurons(np.asarray(places)))
 
 
 def test_matched_sets_have_the_counts_of_their_set(study: Study) -> None:
@@ -187,7 +186,7 @@ def test_analyses_are_parsed() -> None:
 
 @pytest.mark.parametrize("name", ["clean", "random.0", "works_as@5", "works_as~1"])
 def test_two_conditions_of_one_name_are_refused(study: Study, name: str) -> None:
-    sets = {n: places_of(chosen, SHAPE) for n, chosen in study.sets.items()}
+    sets = {n: Shape.of(SHAPE).places(chosen) for n, chosen in study.sets.items()}
     sets[name] = np.arange(3)
     with pytest.raises(RelneuronError, match=f"two conditions are named {name}"):
         plan(study, sets=sets, rankings=sets | {"works_as": np.arange(N_NEURONS)})
@@ -318,7 +317,7 @@ def test_without_scores_what_they_rank_is_left_out_with_a_notice(
 
 
 def test_scores_of_another_ranking_are_no_ranking(study: Study, tmp_path: Path) -> None:
-    sets = {name: places_of(chosen, SHAPE) for name, chosen in study.sets.items()}
+    sets = {name: Shape.of(SHAPE).places(chosen) for name, chosen in study.sets.items()}
     path = study.folder / "scores.safetensors"
     assert {len(r) for r in read_rankings(path, sets, SHAPE).values()} == {N_NEURONS}
     sets["works_as"] = np.append(sets["works_as"][:-1], best(study, "works_as", 99)[-1])

@@ -20,8 +20,9 @@ import relneuron.ablation.evaluate
 from relneuron.ablation.evaluate import Row, plan_rows
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.ranking import random_neurons
-from relneuron.model.ask import Asker, encode
+from relneuron.model.ask import Asker
 from relneuron.model.batches import cut
+from relneuron.model.questions import encode
 from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, read_rows, same_rows
 
 SEEDS = 9

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import relneuron
-from relneuron.ablation.conditions import Ablation, places_of
+from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.evaluate import How, wave_states
 from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.ranking import random_neurons
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.patch import Patch
@@ -170,7 +171,7 @@ def test_mean_responses_are_the_means_of_what_was_recorded(study: Study) -> None
 def test_what_changes_nothing_is_bit_equal_to_clean(study: Study, how: How, backend: str) -> None:
     """Scaled by 1, and an empty set, in a batch of rows that share its masks."""
     mlps = find_gated_mlps(study.model)
-    chosen = places_of(study.sets["works_as"], SHAPE)
+    chosen = Shape.of(SHAPE).places(study.sets["works_as"])
     empty = chosen[:0]
     plan = [Ablation(Condition(str(i), "set"), p, []) for i, p in enumerate((chosen, empty))]
     tokens = torch.randint(3, 90, (6, 9), generator=torch.Generator().manual_seed(0))

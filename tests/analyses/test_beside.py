@@ -194,7 +194,7 @@ def test_the_page_says_what_the_tables_say(tmp_path: Path) -> None:
     ]
     assert (study / "analyses" / "gain_overlap.csv").exists()
     write_scores(study)
-    assert "Rank correlation of the two scores, mean:" in section(render(build(study)))
+    assert "Rank correlation of the two scores, mean:" in section(render(build(study, {})))
 
 
 def test_names_of_relations_stay_text(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_names_of_relations_stay_text(tmp_path: Path) -> None:
         study = write_gain_study(
             tmp_path / str(place), names=names, relations=relations, right=right, own_sets=sets
         )
-        pages.append((text, Page(render(build(study)))))
+        pages.append((text, Page(render(build(study, {})))))
     for text, page in pages:
         assert page.tags == pages[0][1].tags
         assert label(text) in page.text

@@ -26,8 +26,7 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import PAGES
-from relneuron.methods.counts.authors_counts import export_counts
-from relneuron.methods.counts.merge import merge
+from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
@@ -241,13 +242,13 @@ def test_accuracies_count_the_effects(study: Path) -> None:
 
 
 def test_random_sets_are_as_large_and_all_differ(study: Path) -> None:
-    from relneuron.artifact.ranking import n_neurons, random_neurons
+    from relneuron.artifact.ranking import random_neurons
 
     shape = {"layers": 2, "width": 48, "hidden": 32}
     drawn = [random_neurons(shape, 40, seed) for seed in range(3)]
     assert all(len(set(neurons)) == 40 for neurons in drawn)
     assert len({tuple(neurons) for neurons in drawn}) == 3
-    assert len(set(random_neurons(shape, n_neurons(shape), 0))) == n_neurons(shape)
+    assert len(set(random_neurons(shape, Shape.of(shape).total, 0))) == Shape.of(shape).total
 
 
 def test_running_again_changes_nothing_and_is_quick(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from relneuron.artifact.manifest import Journal
-from relneuron.methods.counts.checkpoint import write_checkpoint
+from relneuron.methods.counts.counter import write_checkpoint
 from tests.conftest import train_model, write_facts
 
 GROUPS = ("en", "zh")

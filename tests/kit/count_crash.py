@@ -31,7 +31,7 @@ import torch
 import typer
 
 import relneuron.methods.counts.count  # noqa: F401  (before the forks, which need it)
-import relneuron.model.loaded
+import relneuron.model.load
 from relneuron.artifact.counts import Counts
 from relneuron.cli import main as cli
 from relneuron.methods.counts.counter import Counter
@@ -113,7 +113,7 @@ class Study:
         asked = ["--window", "16", "--batch-tokens", "64", "--quiet"]
         self.words = [*texts, *asked, "--checkpoint-batches", str(EVERY), *words]
         model = tiny_model("llama")
-        relneuron.model.loaded.load = lambda *_, **__: (model, Numbers())  # type: ignore[assignment]
+        relneuron.model.load.load = lambda *_, **__: (model, Numbers())  # type: ignore[assignment]
         self.log = folder / "batches"
 
     def start(self, output: Path, *words: str, before: Callable[[], object] = lambda: None) -> int:

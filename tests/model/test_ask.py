@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import n_neurons, random_neurons, top_k
+from relneuron.artifact.ranking import random_neurons, top_k
 from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
-from relneuron.model.ask import Answers, Asker, Questions, Step, encode, is_correct
+from relneuron.model.ask import Answers, Asker, Step
 from relneuron.model.batches import plan_batches
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model
 from relneuron.model.patch import Patch
+from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens, mask_states
 from tests.conftest import SHARED, tiny_model
 
@@ -156,7 +158,7 @@ def forced_is_greedy(model: Any, vocabulary: int, lengths: list[int], seed: int 
     """With random neurons off in every row; rows of all kinds are among the prompts."""
     mlps = find_gated_mlps(model)
     shape = {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
-    off = [random_neurons(shape, n_neurons(shape) // 2, seed) for seed in range(3)]
+    off = [random_neurons(shape, Shape.of(shape).total // 2, seed) for seed in range(3)]
     asked = random_questions(lengths, vocabulary, seed)
     asker, rows = Asker(model, Letters()), range(len(lengths))
     ids = torch.tensor([row % 4 for row in rows], dtype=torch.int32)
@@ -322,7 +324,7 @@ def test_top_k_breaks_ties_by_layer_site_and_index() -> None:
 
 def test_random_neurons_cover_every_site() -> None:
     shape = {"layers": 3, "width": 20, "hidden": 10}
-    everything = random_neurons(shape, n_neurons(shape), 0)
+    everything = random_neurons(shape, Shape.of(shape).total, 0)
     assert len(everything) == len(set(everything)) == 150
     sites = Counter(site for _, site, _ in random_neurons(shape, 60, 1))
     assert set(sites) == {"gate", "up", "down"}

@@ -18,11 +18,11 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
 import relneuron
-from relneuron.ablation.conditions import matched_places, places_of, site_places
+from relneuron.ablation.conditions import matched_places
 from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import NeuronFile, site_widths
-from relneuron.artifact.ranking import n_neurons, random_neurons, site_of
+from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.ranking import random_neurons
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
 from relneuron.model.states import mask_states
@@ -141,14 +141,14 @@ def test_what_is_no_attention_is_named() -> None:
 
 
 def test_places_of_all_sites() -> None:
-    assert list(site_widths(WHOLE)) == list(SITES) and n_neurons(WHOLE) == 2 * (128 + 96)
-    everything = np.arange(n_neurons(WHOLE))
-    names = site_of(everything, site_widths(WHOLE))
-    assert places_of(names, WHOLE).tolist() == everything.tolist()
-    assert sorted(p for s in SITES for p in site_places(s, WHOLE)) == everything.tolist()
-    some = places_of([(0, "k", 3), (0, "k", 4), (1, "o", 0), (1, "gate", 1)], WHOLE)
-    drawn = site_of(matched_places(some, WHOLE, 0, "x"), site_widths(WHOLE))
-    assert sorted(n[:2] for n in drawn) == sorted(n[:2] for n in site_of(some, site_widths(WHOLE)))
+    assert list(Shape.of(WHOLE).widths) == list(SITES) and Shape.of(WHOLE).total == 2 * (128 + 96)
+    everything = np.arange(Shape.of(WHOLE).total)
+    names = Shape.of(WHOLE).neurons(everything)
+    assert Shape.of(WHOLE).places(names).tolist() == everything.tolist()
+    assert sorted(p for s in SITES for p in Shape.of(WHOLE).site_places(s)) == everything.tolist()
+    some = Shape.of(WHOLE).places([(0, "k", 3), (0, "k", 4), (1, "o", 0), (1, "gate", 1)])
+    drawn = Shape.of(WHOLE).neurons(matched_places(some, WHOLE, 0, "x"))
+    assert sorted(n[:2] for n in drawn) == sorted(n[:2] for n in Shape.of(WHOLE).neurons(some))
 
 
 # --- stages ----------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
-from relneuron.model.ask import Asker, encode
+from relneuron.model.ask import Asker
+from relneuron.model.questions import encode
 from tests.kit.hooked import read_rows
 from tests.kit.speakers import byte_level, characters, sentence_piece, taught, tiny_llama
 

@@ -55,12 +55,12 @@ from relneuron.artifact.manifest import (
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.gains.comparison import Sizes, plan, run, summary
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
-from relneuron.methods.gains.score import best_neurons, mean_gains
+from relneuron.methods.gains.rank import best_neurons, mean_gains
 from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
 from relneuron.methods.gains.targets import encode_targets
-from relneuron.model.ask import Questions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.questions import Questions
 from relneuron.model.stream import read_residual_model
 from relneuron.model.stream_layers import ResidualModel
 from relneuron.model.trace import trace

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt
-from relneuron.model.ask import Asker, Questions, encode, object_continuations
+from relneuron.model.ask import Asker
+from relneuron.model.questions import Questions, encode, object_continuations
 from relneuron.texts.knowledge import TargetPrompt
 from relneuron.texts.tokens import (
     Continuation,

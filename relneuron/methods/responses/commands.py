@@ -27,7 +27,7 @@ def record(
 ) -> Iterator[str]:
     """One instrumented pass: validated.csv and responses.safetensors."""
     from relneuron.methods.responses.record import record as record_stage
-    from relneuron.model.loaded import load
+    from relneuron.model.load import load
     from relneuron.texts.prompts import concepts_beside
 
     prompts = concepts_beside(prompts, output, force=force)

@@ -14,8 +14,9 @@ from relneuron.analyses.outcomes import is_known
 from relneuron.artifact.effects import fact_numbers, own_languages
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.model.ask import Asker, Questions
+from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget, plan_batches
+from relneuron.model.questions import Questions
 
 
 def first_answers(asker: Asker, questions: Questions, batch_tokens: int) -> list[str]:

@@ -23,9 +23,9 @@ from relneuron.artifact.effects import fact_numbers
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, csv_bytes, require, sha256
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, progress_bar
-from relneuron.artifact.neurons import ATTENTION, NeuronFile, site_widths
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
-from relneuron.artifact.ranking import default_top, n_neurons
+from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.methods.responses import significance
@@ -96,7 +96,7 @@ def identify(
         )
     keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
     shape = {key: int(model[key]) for key in keys}
-    widths = site_widths(shape)
+    widths = Shape.of(shape).widths
     inputs = identify_inputs(folder, options)
 
     asked = fact_numbers([prompt.id for prompt in prompts], {p.id: p for p in prompts})
@@ -140,7 +140,7 @@ def identify(
         null = significance.noise_ap(labels[usable], noise, key, bar.update)
 
         k = top if top is not None else default_top(shape)
-        size = min(k, n_neurons(shape))
+        size = min(k, Shape.of(shape).total)
         n_lowest = {"top": 0, "bottom": size, "both": size // 2}[ends]
         selection: dict[str, Json] = {name: {"reason": reasons[name]} for name in relations}
         chosen: dict[str, significance.Significance] = {}
@@ -186,7 +186,7 @@ def identify(
             memory=recorded.get("memory", {})
             | _memory(labels, shape, permutations, bootstrap, noise),
         )
-        details = {"top": k, "share_of_neurons": k / n_neurons(shape)} if fdr is None else {}
+        details = {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),
@@ -226,7 +226,7 @@ def _read_blocks(
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
     for layer in range(shape["layers"]):
-        for site, width in site_widths(shape).items():
+        for site, width in Shape.of(shape).widths.items():
             # Opened anew for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
             with open_tensors(path, RECORD, "pt") as file:
@@ -263,9 +263,9 @@ def _memory(
 ) -> Json:
     """What the stage holds at a time, in bytes, for the manifest; the same on every machine."""
     n_relations, n_prompts = labels.shape
-    block = 4 * n_prompts * max(site_widths(shape).values())
+    block = 4 * n_prompts * max(Shape.of(shape).widths.values())
     # Scores and the noise's; a p, a q and what sorting them needs for one relation.
-    held = 4 * n_relations * (n_neurons(shape) + noise) + 48 * n_neurons(shape)
+    held = 4 * n_relations * (Shape.of(shape).total + noise) + 48 * Shape.of(shape).total
     # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.
     members = (labels >= 0).sum(1)
     drawn = int(members.sum() + 8 * members.max()) * (permutations + bootstrap)

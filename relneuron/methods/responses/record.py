@@ -37,16 +37,17 @@ from relneuron.artifact.manifest import (
     same_model,
     versions,
 )
-from relneuron.artifact.neurons import site_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.methods.responses.options import RecordOptions
-from relneuron.model.ask import Asker, Questions, Step, encode, is_correct
+from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import Patch, check_canary
+from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
 
@@ -98,15 +99,14 @@ class _Responses:
     def __init__(
         self, path: Path, shape: Json, rows: list[int], divisors: list[int], about: Json
     ) -> None:
-        self.widths = site_widths(shape)
+        self.widths = Shape.of(shape).widths
         self._row = {row: i for i, row in enumerate(rows)}
         self._divisor = dict(zip(rows, divisors, strict=True))
         self._maps = create_safetensors(
             path,
             {
                 f"{site}.{layer}": (len(rows), width)
-                for layer in range(shape["layers"])
-                for site, width in self.widths.items()
+                for layer, site, width in Shape.of(shape).blocks()
             },
             # One key only, as in every file: safetensors writes several in any order.
             {RESPONSE_ROWS: json.dumps(about, ensure_ascii=False)},

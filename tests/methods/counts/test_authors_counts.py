@@ -12,11 +12,11 @@ import torch
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.counts.authors_counts import import_counts, name_counts
 from relneuron.methods.counts.authors_files import (
     read_counts_pth,
     write_counts_pth,
 )
+from relneuron.methods.counts.folders import import_counts, name_counts
 from tests.methods.counts.test_authors_files import SMALL, save
 
 

@@ -19,8 +19,7 @@ import pytest
 
 from relneuron.artifact.manifest import Manifest
 from relneuron.cli import main as cli
-from relneuron.methods.counts.checkpoint import NAME as CHECKPOINT
-from relneuron.methods.counts.counter import Counter
+from relneuron.methods.counts.counter import CHECKPOINT, Counter
 from tests.conftest import tiny_model
 from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, check_checkpoint, files_of

@@ -14,15 +14,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from relneuron.ablation.ablate import ablate_prompts
-from relneuron.ablation.conditions import n_neurons, places_of, read_rankings
+from relneuron.ablation.conditions import read_rankings
 from relneuron.analyses.page import build
 from relneuron.analyses.study import PAGE
 from relneuron.artifact.command import commands
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
@@ -180,10 +180,10 @@ def test_gains_in_place_of_the_recorded_neurons(recorded: Path, model: Any, tmp_
     # Nothing is left that was said of the others.
     assert not {"labels.csv", "significance.csv"} & contents(folder).keys()
     with pytest.raises(RelneuronError, match="with other neurons than"):
-        build(folder)
+        build(folder, titles())
     effects, prompts = folder / "effects.csv", folder / "prompts.jsonl"
     ablate_prompts("m", *model, output, prompts, effects, random_seeds=1, force=True, quiet=True)
-    html = render(build(folder))
+    html = render(build(folder, titles()))
     assert "ranked by log-probability gain" in html
 
 
@@ -216,7 +216,7 @@ def test_the_facts_own_folder_is_no_output(model: Any, fact_folder: Path) -> Non
 
 def test_gains_rank_the_neurons_beyond_the_set(both: Path) -> None:
     sets = {
-        name: places_of(rows, SHAPE)
+        name: Shape.of(SHAPE).places(rows)
         for name, rows in NeuronFile.read(both / "gain.json").sets.items()
     }
     found = read_rankings(both / "gain.scores.safetensors", sets, SHAPE)
@@ -230,7 +230,7 @@ def test_gains_rank_the_neurons_beyond_the_set(both: Path) -> None:
             for k in range(48)
         }
         order = sorted(mean, key=lambda at: (-mean[at], at))
-        assert ranking.tolist() == places_of(order, SHAPE).tolist()
+        assert ranking.tolist() == Shape.of(SHAPE).places(order).tolist()
 
 
 def test_sizes_of_neurons_by_gain(both: Path, model: Any, tmp_path: Path) -> None:
@@ -288,4 +288,4 @@ def test_scores_of_another_kind_rank_nothing(tmp_path: Path) -> None:
     path.write_bytes(b"no safetensors")
     with pytest.raises(RelneuronError, match="damaged"):
         read_rankings(path, sets, SHAPE)
-    assert n_neurons(SHAPE) == 2 * (2 * 48 + 32)
+    assert Shape.of(SHAPE).total == 2 * (2 * 48 + 32)

@@ -15,6 +15,7 @@ from scipy.stats import kstest
 from sklearn.metrics import average_precision_score
 
 from relneuron import ops
+from relneuron.analyses.uncertainty import q_values
 from relneuron.methods.responses import significance
 from relneuron.methods.responses.significance import (
     bootstrap_interval,
@@ -22,7 +23,6 @@ from relneuron.methods.responses.significance import (
     noise_ap,
     p_values,
     permutation_p,
-    q_values,
     resamples,
     seed_of,
     shuffled_labels,
