@@ -35,6 +35,8 @@ from tests.kit.studies import (
     SETS,
     Page,
     condition_of,
+    ids,
+    text_of,
     write_study,
     write_whole_study,
 )
@@ -43,19 +45,6 @@ MAIN = ["accuracy", "drop", "interference", "layers", "scores", "overlap", "vers
 MAIN += ["resilience", "errors"]
 WHOLE = [*MAIN[:3], "perplexity", "sizes", "cumulativity", "sites", *MAIN[3:7], "concepts"]
 WHOLE += MAIN[7:]
-
-
-def ids(html: str) -> list[str]:
-    """The addresses of the page's sections, in order."""
-    return re.findall(r'<h2 id="([\w-]+)">', html)
-
-
-def text_of(html: str, section: str = "") -> str:
-    """The text of the page, or of one of its sections."""
-    if section:
-        html = html[html.index(f'<h2 id="{section}">') :]
-        html = html[: html.index("</section>")]
-    return " ".join(Page(html).text.split())
 
 
 def downloads(html: str) -> dict[str, bytes]:

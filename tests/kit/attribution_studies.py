@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from relneuron.artifact.gains import (
     Target,
     targets_bytes,
 )
-from tests.kit.studies import Page
 
 RELATIONS = ("capital_of", "color", "month")
 L, H, F, HEAD_DIM = 4, 2, 24, 3
@@ -168,19 +166,3 @@ def write_attribution(
     }
     (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
     return folder
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def ids(html: str) -> list[str]:
-    return re.findall(r'<h2 id="([\w-]+)">', html)
-
-
-def text_of(html: str, section: str = "") -> str:
-    if section:
-        html = html[html.index(f'<h2 id="{section}">') :]
-        html = html[: html.index("</section>")]
-    return " ".join(Page(html).text.split())

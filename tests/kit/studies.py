@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -187,3 +188,16 @@ PAYLOADS = [
     '<!-- ]]> <?php --> &lt;b&gt; &#60;i&#62; data:text/html,<b> id="x" url(#y) 0.12345',
     "\x1b]8;;evil\x07 \u202e \x00 $\\frac{1}{0}$ _^",
 ]
+
+
+def ids(html: str) -> list[str]:
+    """The addresses of the page's sections, in order."""
+    return re.findall(r'<h2 id="([\w-]+)">', html)
+
+
+def text_of(html: str, section: str = "") -> str:
+    """The text of the page, or of one of its sections."""
+    if section:
+        html = html[html.index(f'<h2 id="{section}">') :]
+        html = html[: html.index("</section>")]
+    return " ".join(Page(html).text.split())

@@ -13,7 +13,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 from tests.kit.speakers import byte_level, characters, save, sentence_piece, tiny_llama
 from tests.texts.test_tokens_study import QUICK
 
