@@ -1,7 +1,7 @@
 """Texts as token ids: special tokens, how a prompt goes on with an answer, tokens as whole text.
 
-`model.questions.encode` and `knowledge` call it for every stage that asks a model, `generate` for its
-prompts, and `doctor` to say what a tokenizer does.
+`model.questions.encode` and `knowledge` call it for every stage that asks a model, `generate` for
+its prompts, and `doctor` to say what a tokenizer does.
 """
 
 from __future__ import annotations
