@@ -36,9 +36,8 @@ from bench.rows import add_rows
 from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
-from relneuron.methods.counts.checkpoint import Checkpoint, Position, write_checkpoint
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.counter import Counter
+from relneuron.methods.counts.counter import Checkpoint, Counter, Position, write_checkpoint
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.load import load_tokenizer
 from relneuron.texts.options import CountOptions

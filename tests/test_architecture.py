@@ -28,20 +28,21 @@ ROOMS = {
     "report": {"artifact"},
     "ablation": {"artifact", "model", "texts"},
     "analyses": {"artifact", "report"},
-    "methods": set(),
+    "methods": {"artifact"},
     "methods.responses": _STUDY,
     "methods.counts": _STUDY,
     "methods.gains": _STUDY,
     "bench": {"ops", "testing", "artifact"},
     "demo": {"artifact", "texts", "model"},
-    "cli": _STUDY | {"bench", "demo", "methods.responses", "methods.counts", "methods.gains"},
+    "cli": _STUDY
+    | {"bench", "demo", "methods", "methods.responses", "methods.counts", "methods.gains"},
 }
 
 
 def room_of(name: str) -> str:
     """The room of `relneuron.a.b.c`: the folder, in `methods` the folder in it."""
     parts = name.split(".")[1:]
-    return ".".join(parts[: 2 if parts[0] == "methods" else 1])
+    return ".".join(parts[: 2 if ".".join(parts[:2]) in ROOMS else 1])
 
 
 def imports_of(path: Path) -> set[str]:

@@ -19,12 +19,12 @@ from relneuron.analyses.outcomes import (
     shares,
     with_q,
 )
+from relneuron.analyses.overlap import Sets
 from relneuron.analyses.uncertainty import NAN, overlap_p
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.neurons import Neuron
 from relneuron.report.tables import Share, Table
 
-Sets = Mapping[str, Sequence[Neuron]]
 Products = set[tuple[int, int]]
 
 GAIN = (

@@ -28,7 +28,7 @@ OTHERS: dict[str, Any] = {
     "mec": kit.MUTED,
     "mew": 1.3,
 }
-ERRORS = {
+ERROR_TITLES = {
     "empty": ("empty", "#b9c0c9"),
     "article": ("article or punctuation", "#66ccee"),
     "repeats_prompt": ("words of the prompt", "#4477aa"),
@@ -310,7 +310,7 @@ def errors_plot(table: Table) -> str:
     with kit.figure() as fig:
         ax = kit.rows_axes(fig, names, width=4.2)
         left = np.zeros(len(names))
-        for kind, (_, colour) in ERRORS.items():
+        for kind, (_, colour) in ERROR_TITLES.items():
             n = table.floats(kind)
             ax.barh(y, n, height=0.55, left=left, color=colour)
             left = left + n
@@ -320,7 +320,9 @@ def errors_plot(table: Table) -> str:
         notes = [f"{_quoted(text)} ×{n}" if n else "–" for text, n in said]
         kit.beside(ax, "most common", notes)
         kit.legend(
-            fig, [Patch(color=c, label=n) for n, c in ERRORS.values()], kit.ROW * len(names) + 0.4
+            fig,
+            [Patch(color=c, label=n) for n, c in ERROR_TITLES.values()],
+            kit.ROW * len(names) + 0.4,
         )
         return kit.inline(fig, "errors", "What lost answers become")
 

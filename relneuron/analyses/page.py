@@ -7,7 +7,7 @@ draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from relneuron.artifact.files import Json
 from relneuron.report.page import Page, Section, Tile
 from relneuron.report.tables import NBSP, Spread, change, label, n_of, percent, split_title
 
-METHODS = {"ap": "average precision", "logprob_gain": "log-probability gain"}
 BEFORE: dict[str, Callable[[Study], Section]] = {  # the sections on the chosen neurons
     "accuracy": sections.accuracy,
     "prompts": sections.prompts,
@@ -42,16 +41,16 @@ AFTER: dict[str, Callable[[Study], Section]] = {
 }
 
 
-def build(folder: Path) -> Page:
-    return page(read_study(folder))
+def build(folder: Path, titles: Mapping[str, str]) -> Page:
+    return page(read_study(folder), titles)
 
 
-def page(study: Study) -> Page:
+def page(study: Study, titles: Mapping[str, str]) -> Page:
     numbers, grid = headline(study.main), study.main
     sizes = sorted(len(found) for found in study.sets.values() if found)
     model = study.neurons.model.get("id", "an unnamed model")
     asked = list(dict.fromkeys(name for one in study.grids.values() for name in relations(one)))
-    method = METHODS.get(study.neurons.method, study.neurons.method)
+    method = titles.get(study.neurons.method, study.neurons.method)
     left_out = [label(name) for name in asked if name not in known(grid)]
     return Page(
         title=f"Relation-specific neurons of {model}",

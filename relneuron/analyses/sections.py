@@ -179,7 +179,7 @@ def interference(study: Study) -> Section:
 
 def errors(study: Study) -> Section:
     table = study.tables["errors"]
-    counts = {name: int(table.floats(kind).sum()) for kind, (name, _) in draw.ERRORS.items()}
+    counts = {name: int(table.floats(kind).sum()) for kind, (name, _) in draw.ERROR_TITLES.items()}
     lost = int(table.floats("n_lost").sum())
     most = max(counts, key=lambda name: counts[name])
     seen = [f"Lost: {n_of(lost, 'answer')} that were right before."]

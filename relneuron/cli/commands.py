@@ -106,8 +106,8 @@ def _methods_help() -> str:
     """What `identify --method` takes, by what it ranks."""
     by: dict[str, list[str]] = {}
     for ranking in rankings().values():
-        by.setdefault(ranking.of, []).append(f"{ranking.name} ({ranking.title})")
-    return " ".join(f"Of {of}: {', '.join(names)}." for of, names in by.items())
+        by.setdefault(ranking.of, []).append(f"{ranking.name} is {ranking.title}")
+    return " ".join(f"Of {of}, {', '.join(names)}." for of, names in by.items())
 
 
 def identify(
@@ -167,8 +167,8 @@ def export(
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked
-    from relneuron.methods.counts.authors_counts import export_counts
     from relneuron.methods.counts.authors_files import write_neuron_pth
+    from relneuron.methods.counts.folders import export_counts
 
     is_recorded = (source / "responses.safetensors").exists()
     if is_recorded or (source.is_file() and output.suffix == ".csv"):

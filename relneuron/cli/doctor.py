@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from relneuron import ops
-from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import EXTRAS, install_command, missing
 from relneuron.artifact.manifest import versions
+from relneuron.artifact.stage import load
+from relneuron.methods import methods
 from relneuron.model.gated import inspect_layers
-from relneuron.model.stream import read_residual_model
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def machine_report() -> list[tuple[str, str]]:
 
 
 def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
-    """(layer, verdict) rows of a model and one of `attribute`; whether every layer is supported."""
+    """Rows of a model's layers and of what methods say; whether every layer is supported."""
     verdicts = inspect_layers(model)
     rows = [
         (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
@@ -41,9 +41,5 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
     ]
     n_good = sum(v.mlp is not None for v in verdicts)
     rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
-    try:
-        residual = read_residual_model(model)
-        rows.append(("attribution", f"supported: {residual.n_heads} heads a layer"))
-    except RelneuronError as error:
-        rows.append(("attribution", f"not supported: {error.cause}"))
+    rows += [load(method.supports)(model) for method in methods() if method.supports]
     return rows, n_good == len(verdicts)

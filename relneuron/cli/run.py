@@ -23,7 +23,7 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.writing import writing
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
@@ -346,8 +346,9 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
     manifest = Manifest(folder)
     names = [name for name in files_read(PAGES) if (folder / name).exists()]
     inputs = {name: sha256(folder / name) for name in names if name != "manifest.json"}
-    before = manifest.data["stages"].get("report", {}).get("inputs")
-    if resume and before == inputs and manifest.is_done("report", inputs, force=force):
+    before = manifest.data["stages"].get("report", {}).get("inputs", {})
+    has_more = before.items() < inputs.items()  # files of stages that ran since
+    if resume and not has_more and manifest.is_done("report", inputs, force=force):
         return output
 
     def finish(tables: list[Path]) -> None:
@@ -355,4 +356,4 @@ def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = Fals
             made, reads = [output, *sorted(tables)], [folder / name for name in inputs]
             Manifest(folder).finish("report", inputs, made, reads=reads)
 
-    return write_report(folder, output, PAGES, force=force or resume, finish=finish)
+    return write_report(folder, output, PAGES, titles(), force=force or resume, finish=finish)

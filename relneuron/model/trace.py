@@ -1,6 +1,6 @@
 """One forward pass over a few sentences, with everything that is written into the residual stream.
 
-`methods/gains/values.py`, `methods/gains/queries.py` and the comparison of methods score what
+`methods/gains/values.py`, `methods/gains/scores.py` and the comparison of methods score what
 stands in a `Trace`; `model/stream.py` checks with it that a model adds up as they assume.
 """
 

@@ -10,7 +10,6 @@ import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from relneuron.artifact.files import Json, RelneuronError, atomic_write, require
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.stage import load
 from relneuron.artifact.writing import refuse_output, writing
 from relneuron.report.tables import Number, Table, label, show, visible
 
@@ -35,7 +35,7 @@ class PageKind:
     marks  a folder with one of these files holds such a study
     hints  ... and so does one with one of these, where no mark of any kind is
     again  what to do about files that are damaged
-    build  "module:function", called with a folder: its `Page`
+    build  "module:function", called with a folder and the titles of the rankings: its `Page`
     """
 
     name: str
@@ -113,11 +113,15 @@ def kind_of(folder: Path, kinds: Sequence[PageKind]) -> PageKind:
     return kinds[0]
 
 
-def make_page(folder: Path, kinds: Sequence[PageKind]) -> Page:
-    """The page of a study folder, as the kind of study that it holds."""
+def make_page(
+    folder: Path, kinds: Sequence[PageKind], titles: Mapping[str, str] | None = None
+) -> Page:
+    """The page of a study folder, as the kind of study that it holds.
+
+    `titles` says what each ranking of neurons is, by its name.
+    """
     need("a report", "jinja2", "matplotlib", "scipy")
-    module, _, function = kind_of(folder, kinds).build.partition(":")
-    page: Page = getattr(import_module(module), function)(folder)
+    page: Page = load(kind_of(folder, kinds).build)(folder, titles or {})
     return page
 
 
@@ -154,6 +158,7 @@ def write_report(
     study: Path,
     output: Path,
     kinds: Sequence[PageKind],
+    titles: Mapping[str, str] | None = None,
     *,
     force: bool = False,
     finish: Callable[[list[Path]], object] = lambda tables: None,
@@ -166,7 +171,7 @@ def write_report(
     refuse_output(output, "report", force)
     if output.resolve() in [(study / name).resolve() for name in files_read(kinds)]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
-    folder, page = output.parent, make_page(study, kinds)
+    folder, page = output.parent, make_page(study, kinds, titles)
     is_inside = folder.resolve() == study.resolve()
     with locked(folder, *([folder / "analyses"] if is_inside else [])):
         html = render(page)

@@ -34,7 +34,6 @@ from tests.kit.hooked import (
     Change,
     Hooked,
     Study,
-    one_thread,
     plain_means,
     read_rows,
 )
@@ -44,8 +43,7 @@ from tests.kit.hooked import (
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("modes"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("modes"))
 
 
 def scaled(factor: float) -> Change:

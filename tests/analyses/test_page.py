@@ -68,10 +68,10 @@ def downloads(html: str) -> dict[str, bytes]:
 
 
 def test_a_section_for_each_analysis_that_has_data(tmp_path: Path) -> None:
-    html = render(build(write_study(tmp_path / "main")))
+    html = render(build(write_study(tmp_path / "main"), {}))
     assert ids(html) == [*MAIN, "examples", "made"]
     splits = ("eva", "eva2", "eva.de")
-    html = render(build(write_whole_study(tmp_path / "whole", splits=splits)))
+    html = render(build(write_whole_study(tmp_path / "whole", splits=splits), {}))
     assert ids(html) == ["accuracy", "prompts", *WHOLE[1:], "examples", "made"]
     # The contents name them all, in order.
     contents = html[html.index("<nav") : html.index("</nav>")]
@@ -119,7 +119,7 @@ SAID = [
 
 
 def test_sentences_say_what_the_tables_say(tmp_path: Path) -> None:
-    html = render(build(write_whole_study(tmp_path)))
+    html = render(build(write_whole_study(tmp_path), {}))
     for key, sentence in SAID:
         assert sentence in text_of(html, key)
 
@@ -146,10 +146,10 @@ def test_what_has_no_place_on_an_axis_is_left_out() -> None:
 
 def test_matched_sets_are_drawn_where_they_were_asked(tmp_path: Path) -> None:
     splits = ("eva", "eva2")
-    html = render(build(write_whole_study(tmp_path / "whole", splits=splits)))
+    html = render(build(write_whole_study(tmp_path / "whole", splits=splits), {}))
     assert "matched neurons off" in text_of(html, "accuracy")
     assert "matched" not in text_of(html, "prompts")
-    html = render(build(write_study(tmp_path / "main", splits=splits)))
+    html = render(build(write_study(tmp_path / "main", splits=splits), {}))
     assert "matched" not in text_of(html)
 
 
@@ -205,7 +205,7 @@ def test_long_tables_are_cut_in_the_page_only(tmp_path: Path) -> None:
     right = {"clean": {}, "a": {"b": 60}, "b": {"a": 7}}
     sets = {"a": SETS["company_ceo"], "b": SETS["company_hq"]}
     study = write_study(tmp_path, relations=("a", "b"), right=right, sets=sets, n_prompts=60)
-    html = render(build(study))
+    html = render(build(study, {}))
     section = html[html.index('<h2 id="interference">') :]
     section = section[: section.index("</section>")]
     assert section.count("<tr>") == 1 + 50
@@ -244,7 +244,7 @@ def test_missing_data_leave_a_report(
     study = write_whole_study(tmp_path, **options)
     if gone:
         (study / gone).unlink()
-    html = render(build(study))
+    html = render(build(study, {}))
     assert "nan" not in text_of(html).lower()
     missing = {"perplexity.csv": "perplexity", "concepts/neurons.json": "concepts"}.get(gone or "")
     assert missing not in ids(html)
@@ -253,10 +253,10 @@ def test_missing_data_leave_a_report(
 
 def test_conditions_are_told_by_name_without_their_file(tmp_path: Path) -> None:
     study = write_study(tmp_path)
-    first = render(build(study))
+    first = render(build(study, {}))
     known = [condition_of(name) for name in RIGHT]
     (study / "conditions.csv").write_bytes(conditions_bytes(known))
-    assert render(build(study)) == first
+    assert render(build(study, {})) == first
     # A condition that the file lacks is an error, and so is one that nothing says the kind of.
     (study / "conditions.csv").write_bytes(conditions_bytes(known[:-1]))
     with pytest.raises(RelneuronError, match="conditions"):
@@ -304,7 +304,7 @@ def test_two_hundred_thousand_answers_make_a_small_page_soon(tmp_path: Path) -> 
     with (study / "effects.csv").open(encoding="utf-8", newline="") as file:
         assert sum(1 for _ in csv.DictReader(file)) > 200_000
     read = time.process_time()
-    html = render(build(study))
+    html = render(build(study, {}))
     # Of the time in which the csv module alone reads it, so that a core that is shared counts once.
     assert time.process_time() - read < 25 * (read - begun)
     assert len(html.encode()) < 2_000_000

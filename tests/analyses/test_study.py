@@ -150,7 +150,7 @@ def test_templates_of_a_fact_are_one_case(tmp_path: Path) -> None:
 
 def test_the_answer_is_of_sets_with_neurons(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path, sets=SETS | {"company_hq": []}))
-    shown = page(study)
+    shown = page(study, {})
     assert [*filled_sets(study.main)] == ["company_ceo", "star_constellation"]
     assert relations(study.main) == list(RIGHT["clean"])
     assert " · 3 neurons each, " in shown.facts

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,9 +32,8 @@ from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import PAGES
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from relneuron.methods.counts.authors_counts import export_counts
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.merge import merge
+from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
@@ -45,7 +44,6 @@ from relneuron.report.page import write_report
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts
-from tests.kit.hooked import one_thread
 
 OPTIONS = RunOptions(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
@@ -53,12 +51,6 @@ OPTIONS = RunOptions(
 KINDS = ("ffn_layer", "ffn_neuron")
 ATTRIBUTED = AttributeOptions(kinds=KINDS, top=5, random_seeds=1, batch_tokens=200)
 COUNTED = CountOptions(window=16, moments=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
 from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
-from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows, zero
+from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows, zero
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")
 WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}
@@ -37,9 +37,8 @@ WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        folder = tmp_path_factory.mktemp("attention")
-        yield Study(model_folder, fact_folder, folder, attention=True)
+    folder = tmp_path_factory.mktemp("attention")
+    yield Study(model_folder, fact_folder, folder, attention=True)
 
 
 # --- structure -------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from tests.kit.studies import RELATIONS, RIGHT, SETS, Page, write_study
 )
 def test_the_page_says_what_off_means(tmp_path: Path, inputs: dict[str, Any], note: str) -> None:
     study = write_study(tmp_path, manifest={"stages": {"ablate": {"inputs": inputs, "files": []}}})
-    page = render(build(study))
+    page = render(build(study, {}))
     assert note in page
     assert ("“Off” means" in page) == bool(note)
 
@@ -83,7 +83,7 @@ def test_the_table_of_neurons_says_how_sure_each_score_is(tmp_path: Path) -> Non
     assert neuron_table(study).rows[2] == [
         *("company_ceo", 3, "L1.down.0", 0.7, 0.8, 0.99, 0.001, 0.02)
     ]
-    text = " ".join(Page(render(page(study))).text.split())
+    text = " ".join(Page(render(page(study, {}))).text.split())
     assert "that of 1,000 bootstrap resamples" in text
     assert "the share of 200 shufflings" in text and "at most 0.001 here" in text
     assert "40 neurons, against 100,000 columns of noise); at most 0.02 here" in text
@@ -93,14 +93,14 @@ def test_the_table_of_neurons_says_how_sure_each_score_is(tmp_path: Path) -> Non
     shown = neuron_table(study).shown(1)
     assert shown.columns == ["relation", "rank", "neuron", "score (95\xa0%)"]
     assert shown.rows == [("company ceo", "1", "L0.gate.1", "0.9 (0.8 to 0.99)")]
-    text = Page(render(page(study))).text
+    text = Page(render(page(study, {}))).text
     assert "shufflings" not in text and "of noise" not in text and "bootstrap res" in text
 
 
 def test_neurons_without_significance_have_a_report(tmp_path: Path) -> None:
     study = read_study(write_study(tmp_path))
     assert np.isnan(study.significance["company_ceo"]).all()
-    assert "nothing here says how sure" in Page(render(page(study))).text
+    assert "nothing here says how sure" in Page(render(page(study, {}))).text
     # A long set shows its best and its last.
     long = [[0, "gate", i, 0.9 - i / 10] for i in range(8)]
     study = read_study(write_study(tmp_path, sets={"company_ceo": long}))
@@ -133,7 +133,7 @@ def test_an_empty_set_has_its_reason(tmp_path: Path) -> None:
     neurons = json.loads(path.read_text(encoding="utf-8"))
     neurons["selection"]["company_hq"] = {"fdr": 0.05, "reason": "none has q <= 0.05"}
     path.write_text(json.dumps(neurons), encoding="utf-8")
-    text = " ".join(Page(render(build(tmp_path))).text.split())
+    text = " ".join(Page(render(build(tmp_path, {}))).text.split())
     assert "A set is every neuron with q ≤ 0.05. No neurons: company hq (none has q" in text
 
 
@@ -146,7 +146,7 @@ def test_fifty_relations_stay_small(tmp_path: Path) -> None:
     right |= {"clean": dict.fromkeys(names, 2), "random.0": dict.fromkeys(names, 2)}
     sets = {name: [[i % 2, "gate", j, 0.5] for j in range(8)] for i, name in enumerate(names)}
     study = write_study(tmp_path, relations=names, right=right, sets=sets, n_prompts=1)
-    assert len(render(build(study))) < 5_000_000
+    assert len(render(build(study, {}))) < 5_000_000
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_fifty_relations_stay_small(tmp_path: Path) -> None:
     ids=["two", "clean only", "zero", "empty sets", "no sets", "unicode"],
 )
 def test_partial_studies_have_a_report(tmp_path: Path, options: dict[str, Any]) -> None:
-    html = render(build(write_study(tmp_path, **options)))
+    html = render(build(write_study(tmp_path, **options), {}))
     assert "nan" not in Page(html).text

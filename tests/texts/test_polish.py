@@ -160,7 +160,7 @@ def test_a_drop_of_what_is_hardly_known_is_no_finding(facts: Path, tmp_path: Pat
     folder = write_study(
         tmp_path / "s", relations=(*RELATIONS,), right=few, sets=sets, n_prompts=20
     )
-    shown = page(read_study(folder))
+    shown = page(read_study(folder), {})
     assert shown.answer == (
         "Nothing can be said: the model as it is answers 15.0\xa0% of the prompts right, at most "
         "15.0\xa0% of a relation's, too few for a drop or a rise to mean anything."
@@ -171,7 +171,7 @@ def test_a_drop_of_what_is_hardly_known_is_no_finding(facts: Path, tmp_path: Pat
     folder = write_study(
         tmp_path / "t", relations=(*RELATIONS,), right=few, sets=sets, n_prompts=20
     )
-    shown = page(read_study(folder))
+    shown = page(read_study(folder), {})
     assert "falls by 33.3\xa0% on average" in shown.answer and left_out(shown) == 5
 
 

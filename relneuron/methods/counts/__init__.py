@@ -1,6 +1,6 @@
 """Neurons of groups of text by how often they are active: LAPE (arXiv 2402.16438) and baselines.
 
-`count` is the corpus pass, `merge` adds, `rank` chooses; `authors_files` are the files of others;
+`count` is the corpus pass, `folders` adds and imports, `rank` chooses; `authors_files`: of others;
 `page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
@@ -17,10 +17,10 @@ METHOD = Method(
         Stage("import", f"{_HERE}.commands:import_files", ("transformers", "filelock")),
     ),
     rankings=(
-        Ranking("lape", "activation probability entropy", LapeOptions, **_OF),
+        Ranking("lape", "activation probability entropy (LAPE)", LapeOptions, **_OF),
         Ranking("probability", "activation probability", CountedOptions, **_OF),
         Ranking("mean", "mean activation", CountedOptions, **_OF),
-        Ranking("random", "drawn at random", RandomOptions, **_OF),
+        Ranking("random", "chance", RandomOptions, **_OF),
     ),
     page=f"{_HERE}.study:PAGE",
 )

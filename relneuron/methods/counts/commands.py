@@ -31,8 +31,8 @@ def count(
     """
     from dataclasses import replace
 
+    from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
-    from relneuron.methods.counts.ranks import local_device
     from relneuron.model.load import load
     from relneuron.texts.sources import parse_sources
 
@@ -80,7 +80,7 @@ def merge(
     force: bool = False,
 ) -> Iterator[str]:
     """Add finished counts of one model: counts.safetensors."""
-    from relneuron.methods.counts.merge import merge as merge_stage
+    from relneuron.methods.counts.folders import merge as merge_stage
 
     check_folder(output)
     total = merge_stage(folders, output, force=force)
@@ -103,8 +103,8 @@ def import_files(
     force: bool = False,
 ) -> Iterator[str]:
     """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
-    from relneuron.methods.counts.authors_counts import import_counts, import_neurons, name_counts
     from relneuron.methods.counts.authors_files import config_shape
+    from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
 
     if names and not any("=" not in text or Path(text).exists() for text in files):
         raise RelneuronError(

@@ -18,17 +18,25 @@ from typing import Any
 from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
 from relneuron.artifact.manifest import Manifest, locked, progress_bar, same_model, versions
-from relneuron.methods.counts.batches import check_vocabulary, make_batch, plan_pool, pool_windows
-from relneuron.methods.counts.checkpoint import NAME as CHECKPOINT
-from relneuron.methods.counts.checkpoint import (
+from relneuron.methods.counts.batches import (
+    Ranks,
+    check_vocabulary,
+    joined,
+    make_batch,
+    plan_pool,
+    pool_windows,
+)
+from relneuron.methods.counts.counter import (
+    CHECKPOINT,
     Checkpoint,
+    Counter,
     Position,
     Saver,
+    Speed,
+    check_boundaries,
     read_checkpoint,
     write_checkpoint,
 )
-from relneuron.methods.counts.counter import Counter, Speed, check_boundaries
-from relneuron.methods.counts.ranks import Ranks, joined
 from relneuron.model.batches import Budget, cut
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.identity import tokenizer_digest

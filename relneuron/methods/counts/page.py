@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from relneuron.analyses import figures as draw
+from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import figures as draw_groups
 from relneuron.methods.counts.study import CLEAN, GroupStudy, NllCell, read_group_study, rise
 from relneuron.methods.counts.tables import (
@@ -25,13 +26,9 @@ from relneuron.report import kit
 from relneuron.report.page import Page, Section, Tile
 from relneuron.report.tables import NBSP, Table, amount, n_of, nats, percent, significant
 
-TITLES = {  # of the methods that choose neurons
-    "lape": "activation probability entropy (LAPE)",
-    "probability": "activation probability",
-    "mean": "mean activation",
-    "random": "chance",
-    "imported": "others (imported)",
-}
+# Of the rankings that choose neurons, and where none of ours did.
+TITLES = {ranking.name: ranking.title for ranking in METHOD.rankings}
+TITLES["imported"] = "others (imported)"
 SHOWN = 10  # neurons of each set that the page shows
 MOST_CELLS = 60_000  # in the page's tables of neurons: about 1 MB
 
@@ -44,7 +41,7 @@ STYLE = """\
 Tables = Mapping[str, Table]
 
 
-def build(folder: Path) -> Page:
+def build(folder: Path, titles: Mapping[str, str]) -> Page:
     return page(read_group_study(folder))
 
 

@@ -1,6 +1,6 @@
 """Neurons by what they add to an answer's log-probability (arXiv 2312.12141).
 
-`attribute` scores sentences (`scorer`, `values`, `queries`), `comparison` switches off what was
+`attribute` scores sentences (`scorer`, `values`, `scores`), `comparison` switches off what was
 found, `rank` chooses; `page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
@@ -13,6 +13,7 @@ METHOD = Method(
     stages=(
         Stage("attribute", f"{_HERE}.commands:attribute", ("transformers", "tqdm", "filelock")),
     ),
+    supports=f"{_HERE}.commands:supports",
     rankings=(
         Ranking(
             "logprob_gain",

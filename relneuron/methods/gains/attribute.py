@@ -55,7 +55,7 @@ from relneuron.artifact.manifest import (
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.gains.comparison import Sizes, plan, run, summary
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
-from relneuron.methods.gains.score import best_neurons, mean_gains
+from relneuron.methods.gains.rank import best_neurons, mean_gains
 from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
 from relneuron.methods.gains.targets import encode_targets
 from relneuron.model.batches import SENTENCES, Budget, plan_batches

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from relneuron.artifact.files import check_folder
+from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.gains import COMPARISON, COMPARISON_COLUMNS, TARGETS, Target, read_targets
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.options import Argument, LoadOptions, Model, Output
@@ -143,3 +143,13 @@ def rank(
             f"{relation}: {len(chosen.sets[relation])} neurons, mean gain >= "
             f"{found['score_at_cut']:.3g} nats over {found['sentences']:,} sentences"
         )
+
+
+def supports(model: Any) -> tuple[str, str]:
+    """The row of `relneuron doctor`: whether what raises this model's answers can be told."""
+    from relneuron.model.stream import read_residual_model
+
+    try:
+        return "attribution", f"supported: {read_residual_model(model).n_heads} heads a layer"
+    except RelneuronError as error:
+        return "attribution", f"not supported: {error.cause}"

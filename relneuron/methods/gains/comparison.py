@@ -19,8 +19,13 @@ from torch import Tensor
 from relneuron.ablation.rows import Off, head_places, intervene, off
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Journal
-from relneuron.methods.gains.eight_scores import METHODS, TargetRanks, method_scores, traced_scores
-from relneuron.methods.gains.queries import QueryScores
+from relneuron.methods.gains.scores import (
+    METHODS,
+    QueryScores,
+    TargetRanks,
+    method_scores,
+    traced_scores,
+)
 from relneuron.methods.gains.values import ValueScores
 from relneuron.model.batches import Budget
 from relneuron.model.stream_layers import ResidualModel
@@ -29,7 +34,7 @@ from relneuron.ops.logprob_gain.op import TopGains
 
 Array = NDArray[np.float64]
 
-__all__ = ["METHODS", "TargetRanks", "method_scores"]  # of methods/gains/eight_scores.py
+__all__ = ["METHODS", "TargetRanks", "method_scores"]  # of methods/gains/scores.py
 
 N_RESAMPLES, ENDS = 1000, (0.025, 0.975)  # of a 95 % bootstrap interval
 

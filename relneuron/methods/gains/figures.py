@@ -119,7 +119,7 @@ def top_layers_plot(table: Table, titles: dict[str, str]) -> str:
         return kit.inline(fig, "toplayers", "Value and query neurons of a sentence by layer")
 
 
-VALUE_QUERY = {
+PARTS = {
     "value_only": ("value only", kit.MUTED),
     "query_value": ("both", kit.INK),
     "query_only": ("query only", kit.OFF),
@@ -132,7 +132,7 @@ def value_query_plot(table: Table) -> str:
     y, left = np.arange(len(names)), np.zeros(len(names))
     with kit.figure() as fig:
         ax = kit.rows_axes(fig, names, width=4.2)
-        for column, (_, colour) in VALUE_QUERY.items():
+        for column, (_, colour) in PARTS.items():
             n = table.floats(column)
             ax.barh(y, n, height=0.55, left=left, color=colour)
             left = left + n
@@ -140,7 +140,7 @@ def value_query_plot(table: Table) -> str:
         ax.locator_params(axis="x", nbins=5)
         notes = [percent(x) for x in table.column("share")]  # type: ignore[arg-type]
         kit.beside(ax, "value neurons in both", notes)
-        marks = [Patch(color=colour, label=title) for title, colour in VALUE_QUERY.values()]
+        marks = [Patch(color=colour, label=title) for title, colour in PARTS.values()]
         kit.legend(fig, marks, kit.ROW * len(names) + 0.4)
         return kit.inline(
             fig, "valuequery", "FFN neurons that are value neurons, query neurons, both"

@@ -45,7 +45,7 @@ ABOUT_DROPS = (
 Tables = Mapping[str, Table]
 
 
-def build(folder: Path) -> Page:
+def build(folder: Path, titles: Mapping[str, str]) -> Page:
     return page(read_attribution_study(folder))
 
 

@@ -34,10 +34,9 @@ from relneuron.artifact.manifest import (
     progress_bar,
 )
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.ranking import default_top
+from relneuron.artifact.ranking import ScoredNeuron, default_top
 from relneuron.artifact.reading import check_rows
 from relneuron.artifact.writing import refuse_output, writing
-from relneuron.methods.gains.score import best_neurons, mean_gains
 
 METHOD = "logprob_gain"
 
@@ -245,3 +244,36 @@ def _cut(scores: Array, chosen: Sequence[float], n_sentences: int) -> Json:
         "ties_at_cut": int((scores == np.float32(cut)).sum()),
         "ties_chosen": sum(score == cut for score in chosen),
     }
+
+
+# From sentences to relations
+
+
+def mean_gains(gains: Array, group: Array, n_groups: int) -> Array:
+    """The mean over each group's sentences: (G, F) float32, summed in float64.
+
+    `gains` (N, F) nats, `group` (N,) int64 the group of each sentence, -1 for none. A group
+    without sentences has NaN.
+    """
+    means = np.full((n_groups, gains.shape[1]), np.nan, np.float32)
+    for number in range(n_groups):
+        rows = gains[group == number]
+        if len(rows):
+            means[number] = rows.mean(0, dtype=np.float64)
+    return means
+
+
+def best_neurons(scores: Array, k: int) -> list[ScoredNeuron]:
+    """The k neurons with the highest scores (L, F), best first; equal ones by layer, then index.
+
+    Their site is `gate`: a neuron whose gate is zero writes zero, so it stands for the product.
+    """
+    flat = scores.reshape(-1)
+    order = np.argsort(-flat, kind="stable")[:k]
+    layers, indices = np.divmod(order, scores.shape[1])
+    return [
+        (layer, "gate", index, score)
+        for layer, index, score in zip(
+            layers.tolist(), indices.tolist(), flat[order].tolist(), strict=True
+        )
+    ]

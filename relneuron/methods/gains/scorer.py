@@ -20,7 +20,7 @@ from relneuron.artifact.gains import ENDS, Row, best_first, number, rows_text
 from relneuron.artifact.prompts import Prompt, relation_names
 from relneuron.methods.gains.comparison import Sizes, TargetRanks, choose
 from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
-from relneuron.methods.gains.queries import QueryScores, promoted_tokens, query_scores
+from relneuron.methods.gains.scores import QueryScores, promoted_tokens, query_scores
 from relneuron.methods.gains.targets import Targets, keep, type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream_layers import ResidualModel

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from relneuron.analyses.uncertainty import q_values
 from relneuron.artifact.ranking import ScoredNeuron, Selection, all_scores, top_k
 from relneuron.methods.responses import significance
 
@@ -28,7 +29,7 @@ def choose(
     facts: dict[str, Any] = {}
     q = None
     if null.size and n_lowest < k:
-        q = significance.q_values(significance.p_values(all_scores(scores), null))
+        q = q_values(significance.p_values(all_scores(scores), null))
     if fdr is not None:
         assert q is not None, "check_options refuses --fdr without noise"
         facts["fdr"] = fdr
@@ -46,7 +47,7 @@ def choose(
     below = None
     if null.size:
         p = significance.p_values(all_scores(scores), null, lowest=True)
-        below = significance.q_values(p)[lowest.places]
+        below = q_values(p)[lowest.places]
     if n_lowest == k:
         return lowest.neurons, below, facts | {"ends": "bottom"} | _cut(lowest, below)
     facts |= {"ends": "both"} | _cut(best, own)

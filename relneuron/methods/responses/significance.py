@@ -84,19 +84,6 @@ def p_values(ap: Array, null: Array, *, lowest: bool = False) -> Array:
     return result
 
 
-def q_values(p: Array) -> Array:
-    """Adjusted p-values of Benjamini and Hochberg (1995), for all neurons (M,) of a relation.
-
-    q is the least false discovery rate at which a neuron is chosen: {q <= fdr} holds a share of
-    at most fdr of neurons that carry nothing, on average. That is proved for neurons independent
-    of each other (that their p-values share one null does no harm: arXiv 2104.08279) or positively
-    dependent; for others it is the usual approximation.
-    """
-    from scipy.stats import false_discovery_control
-
-    return np.asarray(false_discovery_control(p, method="bh"))
-
-
 def fdr_resolution(n_neurons: int, n_columns: int, fdr: float) -> int:
     """The least number of neurons that can be chosen at `fdr`, with that many columns of noise.
 

@@ -15,20 +15,12 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.counts.checkpoint import NAME as CHECKPOINT
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.counter import Counter
+from relneuron.methods.counts.counter import CHECKPOINT, Counter
 from relneuron.texts.options import CountOptions
 from tests.conftest import tiny_model
 from tests.kit.count_crash import GROUPS, files_of
 from tests.kit.counted import Numbers, draw, note_batches, run, stopping, write_corpus
-from tests.kit.hooked import one_thread
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

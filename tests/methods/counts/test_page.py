@@ -34,7 +34,7 @@ from tests.kit.studies import Page
 
 def test_names_that_are_columns_of_tables_keep_their_numbers(tmp_path: Path) -> None:
     names = ("rank", "rank_low", "rank_high", "n_groups", "clean_", "مرحبا")
-    page = render(build(write_corpus_study(tmp_path, names, top=40)))
+    page = render(build(write_corpus_study(tmp_path, names, top=40), {}))
     rows = next(rows for name, rows in tables_of(page).items() if name.startswith("neurons.01"))
     assert [f"p({name})" for name in names] == list(rows[0])[-6:]
     section = page[page.index('<h2 id="neurons">') :]
@@ -56,7 +56,7 @@ def test_large_studies_make_a_small_page_soon(
     names = [f"{'a very long name of a language ' * 10}{i}" for i in range(groups)]
     study = write_corpus_study(tmp_path, names, slow_entropy=False, **options)
     begun = time.process_time()
-    page = render(build(study))
+    page = render(build(study, {}))
     assert time.process_time() - begun < seconds
     assert len(page.encode()) < size
 
@@ -99,7 +99,7 @@ def test_a_study_without_some_files_has_a_page(
 ) -> None:
     study = kept(tmp_path, *names, **options)
     assert kind_of(study, PAGES) is PAGE
-    page = render(build(study))
+    page = render(build(study, {}))
     assert sections is None or ids(page) == [*sections, "made"]
     assert not re.search(r"\b(nan|inf|None)\b", Page(page).text.split("How it was made")[0])
 
@@ -142,7 +142,7 @@ def test_a_group_without_tokens_and_a_window_without_a_number_are_said(tmp_path:
         broken = next(row for row in rows if row["mask"] == row["group"] == "fr")
         broken["nll"] = "inf"
         write_csv(study / name, list(rows[0]), [list(row.values()) for row in rows])
-    html = render(build(study))
+    html = render(build(study, {}))
     assert "1 cell without a finite NLL: left out of the means." in text_of(html, "nll")
     assert "of 2 cells" in text_of(html, "nll")
     assert [row["tokens"] for row in tables_of(html)["groups.csv"]][1] == "0"

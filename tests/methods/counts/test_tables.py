@@ -49,7 +49,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(study: Path) -> str:
-    return render(build(study))
+    return render(build(study, {}))
 
 
 # Numbers
@@ -230,14 +230,14 @@ def test_long_sets_show_their_best_and_the_page_holds_a_part(
 
 
 def test_one_window_has_no_error_and_no_test(tmp_path: Path) -> None:
-    page = render(build(write_corpus_study(tmp_path, n_windows=1)))
+    page = render(build(write_corpus_study(tmp_path, n_windows=1), {}))
     rows = [row for row in tables_of(page)["nll.csv"] if row["mask"] != "clean"]
     assert all(row["rise"] and not row["rise_se"] for row in rows)
     assert all(float(row["p_value"]) == 1 for row in rows)
 
 
 def test_without_windows_nothing_is_called_sure(tmp_path: Path) -> None:
-    page = render(build(kept(tmp_path, "counts.safetensors", "neurons.json", "nll.csv")))
+    page = render(build(kept(tmp_path, "counts.safetensors", "neurons.json", "nll.csv"), {}))
     rows = tables_of(page)["nll.csv"]
     nll = {(row["mask"], row["group"]): float(row["nll"]) for row in rows}
     for row in rows:
@@ -276,7 +276,7 @@ def read_study(folder: Path) -> Path:
     """A study whose manifest has a count, LAPE neurons and their NLL."""
     write_corpus_study(folder)
     manifest = Manifest(folder)
-    manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"])
+    manifest.finish("count", {"corpus": 1}, [folder / "counts.safetensors"], reads=[])
     rates = {"filter_rate": 0.8, "bar_ratio": 0.8}
     rank_counts(folder, folder / "neurons.json", top=30, force=True, **rates)
     finish_nll(folder)
@@ -286,12 +286,12 @@ def read_study(folder: Path) -> Path:
 def finish_nll(folder: Path) -> None:
     inputs = {"neurons": sha256(folder / "neurons.json")}
     files = [folder / "nll.csv", folder / "nll_windows.csv"]
-    Manifest(folder).finish("nll", inputs, files)
+    Manifest(folder).finish("nll", inputs, files, reads=[folder / "neurons.json"])
 
 
 def check_parts(folder: Path, *, neurons: bool, scores: bool, nll: bool) -> None:
     """Whether the study and its page have the chosen neurons, their scores and the NLL."""
-    found, page = read_group_study(folder), render(build(folder))
+    found, page = read_group_study(folder), render(build(folder, {}))
     assert found.counts is not None
     assert (found.neurons is not None) == neurons == ("neurons" in ids(page))
     assert (found.entropy is not None) == scores
@@ -314,14 +314,17 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     check_parts(second, neurons=False, scores=False, nll=False)
 
     counted = read_study(tmp_path / "counted anew")
-    Manifest(counted).finish("count", {"corpus": 2}, [counted / "counts.safetensors"])
+    path = counted / "counts.safetensors"
+    counts = Counts.read(path)
+    Counts(counts.groups, counts.tokens + 1, counts.arrays).write(path)
+    Manifest(counted).finish("count", {"corpus": 2}, [path], reads=[])
     check_parts(counted, neurons=False, scores=False, nll=False)
-    assert "no neurons are chosen yet" in text_of(render(build(counted)))
+    assert "no neurons are chosen yet" in text_of(render(build(counted, {})))
 
 
 def test_imported_neurons_are_of_no_stage_and_stay(tmp_path: Path) -> None:
     study = write_corpus_study(tmp_path, method="imported")
-    Manifest(study).finish("count", {"corpus": 1}, [study / "counts.safetensors"])
+    Manifest(study).finish("count", {"corpus": 1}, [study / "counts.safetensors"], reads=[])
     check_parts(study, neurons=True, scores=False, nll=False)
     finish_nll(study)
     check_parts(study, neurons=True, scores=False, nll=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.pages import PAGES
+from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
@@ -31,7 +30,7 @@ from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import kind_of, render
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)
@@ -43,12 +42,6 @@ NEW_BESIDE = {"gain.json", "gain.scores.safetensors"}
 def contents(folder: Path) -> dict[str, bytes]:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +180,10 @@ def test_gains_in_place_of_the_recorded_neurons(recorded: Path, model: Any, tmp_
     # Nothing is left that was said of the others.
     assert not {"labels.csv", "significance.csv"} & contents(folder).keys()
     with pytest.raises(RelneuronError, match="with other neurons than"):
-        build(folder)
+        build(folder, titles())
     effects, prompts = folder / "effects.csv", folder / "prompts.jsonl"
     ablate_prompts("m", *model, output, prompts, effects, random_seeds=1, force=True, quiet=True)
-    html = render(build(folder))
+    html = render(build(folder, titles()))
     assert "ranked by log-probability gain" in html
 
 

@@ -27,7 +27,7 @@ from relneuron.methods.gains.comparison import (
     summary,
     top_heads,
 )
-from relneuron.methods.gains.queries import query_scores
+from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream import ResidualModel, read_residual_model
 from relneuron.model.trace import Trace, trace

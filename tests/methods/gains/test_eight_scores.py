@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.methods.gains import eight_scores as scores_module
+from relneuron.methods.gains import scores as scores_module
 from relneuron.methods.gains.comparison import METHODS, TargetRanks, method_scores
-from relneuron.methods.gains.eight_scores import layer_scores, target_ranks
+from relneuron.methods.gains.scores import layer_scores, target_ranks
 from relneuron.model.stream import ResidualModel, read_residual_model
 from relneuron.model.trace import Trace, trace
 from tests.kit.attributed import (

@@ -41,7 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(study: Path) -> str:
-    return render(build(study))
+    return render(build(study, {}))
 
 
 # Numbers
@@ -173,7 +173,7 @@ def test_sentences_say_what_the_tables_say(tmp_path: Path) -> None:
     sizes = {"method": 10, "value_attention": 7, "value_ffn": 3, "query": 9, "heads": 2}
     stage = {"inputs": {"intervene": 10}, "files": [], "zeroed": sizes}
     folder = write_attribution(tmp_path, manifest={"stages": {"attribute": stage}})
-    html = render(build(folder))
+    html = render(build(folder, {}))
     for key, sentence in SAID:
         assert sentence in text_of(html, key)
 
@@ -220,7 +220,7 @@ def test_a_long_attribution_makes_a_small_page_soon(tmp_path: Path) -> None:
     names = [f"{'a very long name of a type ' * 10}{i}" for i in range(12)]
     folder = write_attribution(tmp_path, names, n=60)
     begun = time.process_time()
-    page = render(build(folder))
+    page = render(build(folder, {}))
     assert time.process_time() - begun < 15
     assert len(page.encode()) < 1_500_000
 
@@ -243,7 +243,7 @@ def test_a_long_attribution_makes_a_small_page_soon(tmp_path: Path) -> None:
 def test_what_was_not_scored_has_no_section(
     tmp_path: Path, options: dict[str, Any], sections: list[str]
 ) -> None:
-    page = render(build(write_attribution(tmp_path, **options)))
+    page = render(build(write_attribution(tmp_path, **options), {}))
     assert ids(page) == sections
     assert not re.search(r"\b(nan|inf|None)\b", Page(page).text.split("How it was made")[0])
 
@@ -254,4 +254,4 @@ def test_the_table_may_be_parquet(tmp_path: Path, html: str) -> None:
     text = (folder / "attributions.csv").read_text(encoding="utf-8").partition("\n")[2]
     (folder / "attributions.csv").unlink()
     (folder / "attributions.parquet").write_bytes(table_bytes("attributions.parquet", [text]))
-    assert render(build(folder)) == html
+    assert render(build(folder, {})) == html

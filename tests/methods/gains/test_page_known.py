@@ -96,7 +96,7 @@ def test_an_attribution_that_knows_nothing_has_a_page(tmp_path: Path) -> None:
     path = tmp_path / "targets.csv"
     path.write_text(re.sub(r",1$", ",0", path.read_text(), flags=re.M))
     write_csv(tmp_path / "attributions.csv", ATTRIBUTIONS, [])
-    html = render(build(tmp_path))
+    html = render(build(tmp_path, {}))
     assert ids(html)[:1] == ["answers"] and "0 sentences of" in text_of(html)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.methods.gains.queries import promoted_tokens, query_scores
+from relneuron.methods.gains.scores import promoted_tokens, query_scores
 from relneuron.methods.gains.values import value_scores
 from relneuron.model.stream import read_residual_model
 from relneuron.model.trace import Trace, trace
@@ -74,7 +74,7 @@ def test_neurons_in_parts_have_the_same_scores(monkeypatch: pytest.MonkeyPatch) 
     _, residual, found, values = scored("llama")
     whole = query_scores(residual, found, values.attention_top)
     monkeypatch.setattr(
-        "relneuron.methods.gains.queries._SCRATCH", 7 * max(HIDDEN, 30 * len(found.mask))
+        "relneuron.methods.gains.scores._SCRATCH", 7 * max(HIDDEN, 30 * len(found.mask))
     )
     parts = query_scores(residual, found, values.attention_top)
     torch.testing.assert_close(parts.ffn_neuron, whole.ffn_neuron, rtol=1e-6, atol=1e-9)

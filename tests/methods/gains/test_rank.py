@@ -15,8 +15,12 @@ from relneuron.artifact.gains import GAINS, TARGETS, GainFile, Target, targets_b
 from relneuron.artifact.manifest import Manifest, json_digest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.ranking import default_top
-from relneuron.methods.gains.rank import identify_gains, identify_gains_inputs
-from relneuron.methods.gains.score import best_neurons, mean_gains
+from relneuron.methods.gains.rank import (
+    best_neurons,
+    identify_gains,
+    identify_gains_inputs,
+    mean_gains,
+)
 
 MODEL = {"id": "tiny", "layers": 3, "width": 40, "hidden": 16}
 RELATIONS = ["b", "a", "c"]

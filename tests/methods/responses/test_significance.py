@@ -15,6 +15,7 @@ from scipy.stats import kstest
 from sklearn.metrics import average_precision_score
 
 from relneuron import ops
+from relneuron.analyses.uncertainty import q_values
 from relneuron.methods.responses import significance
 from relneuron.methods.responses.significance import (
     bootstrap_interval,
@@ -22,7 +23,6 @@ from relneuron.methods.responses.significance import (
     noise_ap,
     p_values,
     permutation_p,
-    q_values,
     resamples,
     seed_of,
     shuffled_labels,
@@ -191,15 +191,15 @@ def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
             bootstrap_interval(values, ROW, resamples(ROW, 50, 1)),
         ]
 
-    whole = everything()
-    n_threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
+        whole = everything()
         torch.set_num_threads(1)
         monkeypatch.setattr(significance, "BLOCK_BYTES", 5000)
         for ours, theirs in zip(everything(), whole, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(1)
     # A relation's noise is the same whatever the order of the relations.
     np.testing.assert_array_equal(noise_ap(labels[::-1], 500, 1), whole[0][::-1])
     assert noise_ap(labels, 0, 1).shape == (3, 0)
