@@ -21,7 +21,8 @@ import relneuron.ablation.nll
 from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources

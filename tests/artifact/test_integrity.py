@@ -25,7 +25,8 @@ from relneuron.ablation.generate import generate
 from relneuron.ablation.nll import nll
 from relneuron.ablation.options import ANALYSES, GenerateOptions, NllOptions
 from relneuron.artifact.files import RelneuronError, sha256
-from relneuron.artifact.manifest import Journal, Manifest, checked
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv

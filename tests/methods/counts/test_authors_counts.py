@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from relneuron.methods.counts.authors_counts import import_counts, name_counts
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
@@ -17,6 +16,7 @@ from relneuron.methods.counts.authors_files import (
     read_counts_pth,
     write_counts_pth,
 )
+from relneuron.methods.counts.folders import import_counts, name_counts
 from tests.methods.counts.test_authors_files import SMALL, save
 
 
