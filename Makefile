@@ -1,5 +1,6 @@
 # make demo: the whole study on the bundled model, ends with the path of its report.
-# make test: lint, types and tests. Both make .venv and install what they need; again is quick.
+# make test: lint, types and tests; make check: without the slow tests, for every change at the desk.
+# All make .venv and install what they need; again is quick.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 DEMO ?= relneuron-demo
 VENV := .venv
@@ -11,19 +12,25 @@ OLDEST := transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 \
           httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
 OF_TRANSFORMERS := $(addprefix tests/,model/test_ask.py model/test_patch.py model/test_patch_act.py \
                    ablation/test_generate.py texts/test_tokens.py)
-# A file's tests stay in one process, so that they share what they made; a process takes 1 GB.
-ON_ALL_CORES := -n auto --maxprocesses=8 --dist loadfile
+# Neighbours stay in one process, so that they share what they made, until another one has nothing
+# left to do. A process takes 1 GB.
+ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test clean
+.PHONY: demo check test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/relneuron demo -o $(DEMO)
 
-test: $(VENV)/.test $(VENV)/.oldest
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
+	$(BIN)/pytest $(ON_ALL_CORES) --quiet -m "not slow"
+
+test: lint $(VENV)/.oldest
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest $(ON_ALL_CORES) --quiet $(OF_TRANSFORMERS)
 	$(BIN)/pytest $(ON_ALL_CORES) --durations=10
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from filelock import FileLock
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, later
 
@@ -106,9 +109,23 @@ def write_facts(folder: Path) -> Path:
     return folder
 
 
+def shared_folder(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Path:
+    """A folder of the session that is made once, whichever of xdist's processes comes first."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.with_suffix(".made").exists():
+            folder.mkdir()
+            make(folder)
+            folder.with_suffix(".made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, fact_folder: Path) -> Path:
-    return train_model(tmp_path_factory.mktemp("model"), fact_folder)
+    return shared_folder(tmp_path_factory, "model", lambda path: train_model(path, fact_folder))
 
 
 def train_model(folder: Path, facts: Path) -> Path:
@@ -152,14 +169,11 @@ def train_model(folder: Path, facts: Path) -> Path:
     longest = max(map(len, lines))
     labels = torch.tensor([line + [-100] * (longest - len(line)) for line in lines])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that threads only wait for each other
     for _ in range(60):
         loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_num_threads(n_threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

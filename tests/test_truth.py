@@ -12,13 +12,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from bench import truth
 from bench.planted import (
@@ -39,15 +38,6 @@ SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}
 Study = Callable[..., dict[str, set[Any]]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(params=[0, 1, 2])
 def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
     """Runs the study of a fully planted model in `tmp_path / "s"`; returns the sets it found."""
@@ -65,6 +55,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
     return run
 
 
+@pytest.mark.slow
 def test_the_best_neurons_are_the_planted_ones_and_carry_only_their_relation(
     study: Study, tmp_path: Path
 ) -> None:
@@ -79,6 +70,7 @@ def test_the_best_neurons_are_the_planted_ones_and_carry_only_their_relation(
             assert accuracy[off, asked] == (0.0 if off == asked else 1.0), (off, asked)
 
 
+@pytest.mark.slow
 def test_the_false_discovery_rate_finds_the_planted_ones_without_a_number(study: Study) -> None:
     found = study(fdr=0.01)
     for relation, name in enumerate(RELATIONS):
@@ -92,6 +84,7 @@ def rows() -> list[truth.Row]:
     return list(truth.sweep([0, 0.4, 0.55, 0.75, 1], range(2)))
 
 
+@pytest.mark.slow
 def test_recall_rises_from_chance_to_one_with_the_strength(rows: list[truth.Row]) -> None:
     for method in (*truth.AP.values(), truth.COHEN, truth.LAPE):
         curve: dict[float, list[truth.Row]] = {}
@@ -105,6 +98,7 @@ def test_recall_rises_from_chance_to_one_with_the_strength(rows: list[truth.Row]
         assert min(np.diff(means)) > -0.05, (method, means)
 
 
+@pytest.mark.slow
 def test_average_precision_finds_most_where_random_choice_stays_at_chance(
     rows: list[truth.Row],
 ) -> None:
@@ -153,6 +147,7 @@ def test_what_was_not_given_to_a_relation_lowers_its_recall_but_not_its_precisio
     assert truth.judge(scores) == (2 / UNITS, 2 / 3)
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
     words = ["--strengths", "0", "1", "--seeds", "1", "-o", str(tmp_path / "out")]
     done = subprocess.run(

@@ -7,11 +7,9 @@ switching off a group's neurons must make the answers of that group less likely,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.planted import LAYER, N_WORDS, RELATIONS, make_model, make_tokenizer, planted_units
 from relneuron.ablation.nll import nll
@@ -22,15 +20,6 @@ from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def write_texts(folder: Path) -> None:
@@ -45,6 +34,7 @@ def write_texts(folder: Path) -> None:
             (folder / f"{name}.{kind}.txt").write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_groups_are_found_and_only_their_own_answers_break(
     tmp_path: Path, seed: int

@@ -33,15 +33,14 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.instrument import Clock
 from tests.conftest import tiny_model
-from tests.kit.hooked import RELATIONS, Study, one_thread, read_rows, same_rows
+from tests.kit.hooked import RELATIONS, Study, read_rows, same_rows
 
 
 @pytest.fixture(scope="module")
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("input"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("input"))
 
 
 def refused(study: Study, output: Path, match: str, **asked: Any) -> RelneuronError:

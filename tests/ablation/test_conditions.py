@@ -25,12 +25,11 @@ from relneuron.ablation.options import ANALYSES, AblateOptions
 from relneuron.analyses import run_all
 from relneuron.artifact.effects import KINDS, read_conditions, read_effects
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import Shape
+from relneuron.artifact.neurons import Shape, top_k
 from relneuron.artifact.options import options_of, read
-from relneuron.artifact.ranking import top_k
 from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
-from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, one_thread, read_rows
+from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, read_rows
 
 SIZES = (1, 5, 40, 100, 256)
 
@@ -39,8 +38,7 @@ SIZES = (1, 5, 40, 100, 256)
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("conditions"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("conditions"))
 
 
 @pytest.fixture(scope="module")

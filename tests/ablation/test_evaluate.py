@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 import relneuron.ablation.evaluate
 from relneuron.ablation.evaluate import Row, plan_rows
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import random_neurons
 from relneuron.model.ask import Asker
 from relneuron.model.batches import cut
 from relneuron.model.questions import encode
-from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, one_thread, read_rows, same_rows
+from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, read_rows, same_rows
 
 SEEDS = 9
 
@@ -32,8 +32,7 @@ SEEDS = 9
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("evaluate"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from relneuron.ablation.expertise import _MODULES, _units, export_expertise, sta
 from relneuron.ablation.options import AblateOptions
 from relneuron.analyses.page import off
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import random_neurons
 from relneuron.cli.settings import RunOptions
 from tests.kit.corpus_commands import caller
-from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows
+from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows
 
 SITES = ("gate", "up", "down")
 AUTHORS = ["ap", "off_mean", "off_p50", "on_p50", "on_p90", "layer", "unit", "uuid"]
@@ -36,8 +36,7 @@ AUTHORS += ["concept", "group"]
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("expertise"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("expertise"))
 
 
 @pytest.fixture

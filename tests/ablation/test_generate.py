@@ -22,14 +22,13 @@ from relneuron.ablation.options import GenerateOptions
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.model.patch import Patch
 from tests.conftest import tiny_model
-from tests.kit.hooked import one_thread
 
 LAYERS, WIDTH, HIDDEN = 2, 48, 32
 SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}
@@ -48,14 +47,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:empty. its set has no neuron")
 
 @pytest.fixture(scope="module")
 def loaded(model_folder: Path) -> Iterator[tuple[Any, Any]]:
-    with one_thread():
-        model = load_model(str(model_folder))
-        # So that texts are long and differ from mask to mask.
-        generator = torch.Generator().manual_seed(2)
-        for mlp in find_gated_mlps(model):
-            weight = mlp.module.down_proj.weight.data
-            weight += 0.3 * torch.randn(weight.shape, generator=generator)
-        yield model, load_tokenizer(str(model_folder))
+    model = load_model(str(model_folder))
+    # So that texts are long and differ from mask to mask.
+    generator = torch.Generator().manual_seed(2)
+    for mlp in find_gated_mlps(model):
+        weight = mlp.module.down_proj.weight.data
+        weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    yield model, load_tokenizer(str(model_folder))
 
 
 @pytest.fixture(scope="module")

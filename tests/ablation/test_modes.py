@@ -20,8 +20,7 @@ from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.evaluate import How, wave_states
 from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
-from relneuron.artifact.neurons import Shape
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import Shape, random_neurons
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states
@@ -34,7 +33,6 @@ from tests.kit.hooked import (
     Change,
     Hooked,
     Study,
-    one_thread,
     plain_means,
     read_rows,
 )
@@ -44,8 +42,7 @@ from tests.kit.hooked import (
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("modes"))
+    yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("modes"))
 
 
 def scaled(factor: float) -> Change:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,12 +21,13 @@ import relneuron.ablation.nll
 from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources
 from tests.conftest import FAMILIES, tiny_model
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 48, 32, 96
 SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}
@@ -80,12 +81,6 @@ def drawn(n: int, length: int | None = None, seed: int = 0) -> list[list[int]]:
 def text(windows: Sequence[Sequence[int]]) -> list[tuple[str, Sequence[int]]]:
     """Windows of three groups in turn."""
     return [(("en", "zh", "de")[i % 3], ids) for i, ids in enumerate(windows)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

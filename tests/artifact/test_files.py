@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 
 import relneuron.artifact.manifest
 from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
-from relneuron.artifact.manifest import Journal, Manifest, locked
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import read_csv

@@ -31,7 +31,6 @@ from tests.kit.corpus_commands import (
     sources,
     write_texts,
 )
-from tests.kit.hooked import one_thread
 
 NEEDS = {stage.name: stage.needs for stage in stages()}
 
@@ -51,6 +50,25 @@ main()
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
+
+
+# Torch is imported once for all of them; every command is a fork that can import no other package.
+FORKS = """
+import json, os, sys
+import torch
+for folder, packages, words in json.load(sys.stdin):
+    pid = os.fork()
+    if not pid:
+        for number in (1, 2):
+            os.dup2(os.open(f"{folder}/said.{number}", os.O_WRONLY | os.O_CREAT), number)
+        for name in packages:
+            sys.modules[name] = None
+        sys.argv = ["relneuron", *words]
+        from relneuron.__main__ import main
+        main()
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
 
 
 def test_each_package_is_of_its_extra() -> None:
@@ -142,12 +160,21 @@ def test_what_a_command_needs_is_checked_before_it_starts(
     assert fix == f"fix:   {install_command(EXTRAS[package])}"
 
 
-@pytest.mark.parametrize("name", ["prompts", "identify", "export", "count", "generate", "doctor"])
-def test_a_command_needs_nothing_else(command_of: Any, tmp_path: Path, name: str) -> None:
-    others = [p for p in EXTRAS if p not in (*NEEDS.get(name, ()), "typer", "rich", "pydantic")]
-    with one_thread():
-        done = without(*others, words=command_of(name, tmp_path))
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+def test_a_command_needs_nothing_else(command_of: Any, tmp_path: Path) -> None:
+    asked = []
+    for name in ("prompts", "identify", "export", "count", "generate", "doctor"):
+        needed = (*NEEDS.get(name, ()), "typer", "rich", "pydantic")
+        folder = tmp_path / name
+        folder.mkdir()
+        words = [*map(str, command_of(name, folder))]
+        asked.append((str(folder), [package for package in EXTRAS if package not in needed], words))
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(
+        command, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    for (folder, *_), code in zip(asked, done.stdout.split(), strict=True):
+        assert code == "0", (folder, (Path(folder) / "said.2").read_text())
 
 
 def test_a_model_is_only_checked_with_its_library(

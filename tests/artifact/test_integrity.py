@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,8 @@ from relneuron.ablation.generate import generate
 from relneuron.ablation.nll import nll
 from relneuron.ablation.options import ANALYSES, GenerateOptions, NllOptions
 from relneuron.artifact.files import RelneuronError, sha256
-from relneuron.artifact.manifest import Journal, Manifest, checked
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
@@ -44,7 +45,6 @@ from relneuron.report.page import write_report
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts
-from tests.kit.hooked import one_thread
 
 OPTIONS = RunOptions(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
@@ -52,12 +52,6 @@ OPTIONS = RunOptions(
 KINDS = ("ffn_layer", "ffn_neuron")
 ATTRIBUTED = AttributeOptions(kinds=KINDS, top=5, random_seeds=1, batch_tokens=200)
 COUNTED = CountOptions(window=16, moments=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,6 @@ from relneuron.cli import main as cli
 from tests.conftest import ROOT
 
 TINY = Case(dtype="bfloat16", T=48, F=65)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def fake(name: str, ms: list[float], variant: str = "count", n_bytes: int = 100) -> Contestant:
@@ -264,6 +256,7 @@ def test_the_machine_is_a_processor_not_a_host(monkeypatch: pytest.MonkeyPatch) 
     assert bench.machine("cpu") == "amd-epyc-9b45-2-3-0ghz"
 
 
+@pytest.mark.slow
 def test_the_gpu_script_goes_through_on_a_cpu(tmp_path: Path) -> None:
     """All sections in tiny sizes, in a process of its own as on the machine with a GPU."""
     command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--skip-tests", "--out", tmp_path]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,11 @@ from relneuron.methods.gains.attribute import JOURNAL
 from relneuron.methods.gains.commands import _cell
 from tests.kit.attribution_runs import files_of
 from tests.kit.corpus_commands import Result, call, caller
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.forked import command
+from tests.kit.hooked import read_rows
 
 QUICK = ["--query-units", 4, "--top", 20, "--random-seeds", 1, "--batch-tokens", 200, "--quiet"]
 RELATIONS = ("likes_fruit", "lives_in", "works_as")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +225,7 @@ def test_the_command_killed_and_run_again(
     """SIGKILL while sentences are scored; the end is an undisturbed run's."""
     output = tmp_path / "out"
     words = ["attribute", model_folder, prompts, "-o", output, "--splits", "det", *QUICK]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "relneuron", *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
+    process = command(*words)
     end = time.monotonic() + 60
     while not (output / JOURNAL).exists() and time.monotonic() < end:
         time.sleep(0.005)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ from tests.kit.corpus_commands import (
     write_texts,
 )
 from tests.kit.counted import plain_counts
-from tests.kit.hooked import one_thread
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Exit code 1 or 2, one line of cause and one of fix. test_corpus.py holds what th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,6 @@ from tests.kit.corpus_commands import (
     sources,
     write_texts,
 )
-from tests.kit.hooked import one_thread
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ def called(*words: object) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_what_a_fix_names_is_done(
     study: Path,
     model_folder: Path,

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from relneuron.cli import main as cli
+from tests.kit.forked import command
 
 RUN = ["--eva", "8", "--top", "40", "--random-seeds", "2", "--quiet"]
 
@@ -184,17 +186,23 @@ def by_stages(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> P
         + [folder / "effects.csv", "--random-seeds", "2", "--quiet"],
         ["report", folder, "-o", folder / "report.html"],
     ):
-        subprocess.run([sys.executable, "-m", "relneuron", *map(str, words)], check=True)
+        process = command(*words)
+        assert process.wait() == 0, process.said()
     return folder
 
 
-def test_single_stages_write_what_run_writes(
-    relneuron: Any, by_stages: Path, model_folder: Path, fact_folder: Path, tmp_path: Path
-) -> None:
-    whole = tmp_path / "whole"
-    code, out, _ = relneuron("run", model_folder, "--facts", fact_folder, "-o", whole, *RUN)
-    assert code == 0
-    assert out.splitlines()[-1] == f"report: {whole / 'report.html'}"
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> Path:
+    """The same study made by `python -m relneuron run`."""
+    folder: Path = tmp_path_factory.mktemp("whole") / "s"
+    words = ["-m", "relneuron", "run", model_folder, "--facts", fact_folder, "-o", folder, *RUN]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    return folder
+
+
+def test_single_stages_write_what_run_writes(by_stages: Path, whole: Path) -> None:
     assert contents(by_stages) == contents(whole)
 
 
@@ -281,32 +289,25 @@ def test_bad_prompts(
     check_refused(relneuron("record", model_folder, prompts, "-o", tmp_path / "out"), cause)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(
-    model_folder: Path, fact_folder: Path, tmp_path: Path
-) -> None:
+def limit_files(n_bytes: int) -> None:
     """Stands in for a full disk: no file may grow past the limit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
-    def limited(n_bytes: int, *words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "relneuron", *map(str, words)],
-            capture_output=True,
-            text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes)),
-        )
 
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_and_leaves_nothing_half_written(
+    model_folder: Path, fact_folder: Path, whole: Path, tmp_path: Path
+) -> None:
     study = ["run", model_folder, "--facts", fact_folder, "-o", tmp_path / "s", *RUN]
-    complete = tmp_path / "complete"
     for n_bytes in (1_000, 25_000, 60_000):
-        result = limited(n_bytes, *study)
-        assert result.returncode == 1
-        check_refused((1, "", result.stderr), "File too large")
+        process = command(*study, before=partial(limit_files, n_bytes))
+        assert process.wait() == 1
+        check_refused((1, "", process.said()[1]), "File too large")
         left = {path.name for path in (tmp_path / "s").iterdir()}
         assert not {name for name in left if name.endswith(".tmp")}
     # With space again the same command ends with the bits of an undisturbed run.
-    subprocess.run([sys.executable, "-m", "relneuron", *map(str, study)], check=True)
-    study[5] = complete
-    subprocess.run([sys.executable, "-m", "relneuron", *map(str, study)], check=True)
-    assert contents(tmp_path / "s") == contents(complete)
+    assert command(*study).wait() == 0
+    assert contents(tmp_path / "s") == contents(whole)
 
 
 def test_doctor_gives_a_verdict_per_layer(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from relneuron.ablation.options import ANALYSES
-from relneuron.artifact.effects import KINDS
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from tests.kit.forked import Forked, command
 
 OPTIONS = RunOptions(eva=8, top=40, random_seeds=3, batch_tokens=256)
 FILES = {
@@ -245,7 +242,7 @@ def test_accuracies_count_the_effects(study: Path) -> None:
 
 
 def test_random_sets_are_as_large_and_all_differ(study: Path) -> None:
-    from relneuron.artifact.ranking import random_neurons
+    from relneuron.artifact.neurons import random_neurons
 
     shape = {"layers": 2, "width": 48, "hidden": 32}
     drawn = [random_neurons(shape, 40, seed) for seed in range(3)]
@@ -314,16 +311,12 @@ def test_a_changed_file_is_noticed(
     assert contents(copy) == contents(study)
 
 
-def start(model: Path, facts: Path, folder: Path) -> subprocess.Popen[bytes]:
-    words = ["run", str(model), "--facts", str(facts), "-o", str(folder), "--eva", "8"]
-    words += ["--top", "40", "--random-seeds", "3", "--batch-tokens", "256", "--quiet"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "relneuron", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+def start(model: Path, facts: Path, folder: Path) -> Forked:
+    words = ["run", model, "--facts", facts, "-o", folder, "--eva", 8, "--top", 40]
+    return command(*words, "--random-seeds", 3, "--batch-tokens", 256, "--quiet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_again_and_again_ends_with_the_same_bits(
     study: Path,
@@ -335,7 +328,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
 ) -> None:
     """Every ninth forward raises; an interrupt loses nothing, a crash what was not yet saved."""
     import relneuron.model.ask
-    from relneuron.artifact.manifest import Journal
+    from relneuron.artifact.journal import Journal
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 10.0 if error is KeyboardInterrupt else 0.0)
     forward, calls = relneuron.model.ask.Asker._forward, []
@@ -358,6 +351,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
     assert contents(tmp_path / "s") == contents(study)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.1, 0.4, 0.8])
 def test_killed_and_started_again_gives_the_same_bits(
     study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path, wait: float
@@ -368,81 +362,7 @@ def test_killed_and_started_again_gives_the_same_bits(
         time.sleep(0.01)
     time.sleep(wait)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     again = start(model_folder, fact_folder, folder)
-    _, errors = again.communicate(timeout=120)
-    assert again.returncode == 0, errors.decode()
+    assert again.wait() == 0, again.said()
     assert contents(folder) == contents(study)
-
-
-WHOLE = RunOptions(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)
-
-
-def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answers(
-    model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import relneuron.model.ask
-    from relneuron.artifact.manifest import Journal
-
-    # Kinds of subjects: two relations about people, one about towns.
-    facts = tmp_path / "facts"
-    facts.mkdir()
-    for path in fact_folder.glob("*.json"):
-        data = json.loads(path.read_text())
-        domain = "town" if path.stem == "works_as" else "person"
-        data["properties"] = {"domain_name": domain}
-        if domain == "town":
-            data["samples"] = [s | {"subject": f"{s['subject']}ville"} for s in data["samples"]]
-        (facts / path.name).write_text(json.dumps(data))
-    study, again = tmp_path / "s", tmp_path / "again"
-    run_study(str(model_folder), facts, study, WHOLE, quiet=True)
-
-    forward, calls = relneuron.model.ask.Asker._forward, []
-
-    def failing(self: Any, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) % 11 == 0:
-            raise OSError("the disk is gone")
-        return forward(self, *args)
-
-    monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(relneuron.model.ask.Asker, "_forward", failing)
-    n_failures = 0
-    while n_failures < 60:
-        try:
-            run_study(str(model_folder), facts, again, WHOLE, quiet=True)
-            break
-        except OSError:
-            n_failures += 1
-    assert 3 < n_failures < 60
-    assert contents(again) == contents(study)
-
-    kinds = {row["condition"]: row for row in rows(study / "conditions.csv")}
-    assert {row["kind"] for row in kinds.values()} == set(KINDS)
-    right: dict[str, dict[str, int]] = {}
-    relation = {}
-    for row in rows(study / "effects.csv"):
-        if row["split"] == "eva":
-            right.setdefault(row["condition"], {})[row["id"]] = int(row["correct"])
-            relation[row["id"]] = row["relation"]
-    sets = json.loads((study / "neurons.json").read_text())["sets"]
-    chosen = {name: {tuple(neuron[:3]) for neuron in found} for name, found in sets.items()}
-    for row in rows(study / "analyses" / "drop.csv"):
-        own = [key for key in right["clean"] if relation[key] == row["relation"]]
-        before, after = (sum(right[c][key] for key in own) for c in ("clean", row["off"]))
-        n = len(own)
-        assert [int(row[c]) for c in ("n_prompts", "n_before", "n_after")] == [n, before, after]
-        assert float(row["drop"]) == (before / n - after / n) / (before / n)
-    for row in rows(study / "analyses" / "overlap.csv"):
-        assert int(row["shared"]) == len(chosen[row["relation"]] & chosen[row["other"]])
-    ranges = rows(study / "analyses" / "cumulativity.csv")
-    assert len(ranges) >= 3 * 6
-    for row in ranges:
-        name, a, b = row["relation"], int(row["from"]), int(row["to"])
-        top_a, top_b, alone = (right[f"{name}@{c}"] for c in (a, b, f"{a + 1}-{b}"))
-        lost = [key for key in alone if top_a[key] and not top_b[key]]
-        assert int(row["total"]) == len(lost)
-        assert int(row["affected"]) == sum(not alone[key] for key in lost)
-    page = (study / "report.html").read_text()
-    for section in ("sizes", "cumulativity", "sites", "concepts", "gain", "perplexity"):
-        assert f'id="{section}"' in page

@@ -17,7 +17,6 @@ from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.files import RelneuronError
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from tests.kit.hooked import one_thread
 
 OPTIONS = RunOptions(
     eva=4, top=40, random_seeds=2, batch_tokens=512, permutations=0, bootstrap=0, noise=0
@@ -83,8 +82,7 @@ def test_names_that_no_condition_has_are_kept(
 ) -> None:
     names = {"works_as": "works_as", "lives_in": "works_as@10", "likes_fruit": "random.walk"}
     facts = renamed(fact_folder, tmp_path / "facts", names)
-    with one_thread():
-        run_study(str(model_folder), facts, tmp_path / "s", OPTIONS, quiet=True)
+    run_study(str(model_folder), facts, tmp_path / "s", OPTIONS, quiet=True)
     assert (tmp_path / "s" / "report.html").exists()
 
 
@@ -111,8 +109,7 @@ def test_other_options_are_refused_before_the_concepts_study(
     model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = tmp_path / "s"
-    with one_thread():
-        run_study(str(model_folder), fact_folder, study, OPTIONS, quiet=True)
+    run_study(str(model_folder), fact_folder, study, OPTIONS, quiet=True)
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
 
     def never(*_: Any, **__: Any) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,9 @@ from tests.kit.corpus_commands import (
     sources,
     write_texts,
 )
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 IDS = torch.arange(5, 11)[None]
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from tests.fuzz.run import Ended, Mutated, crash, judge, judge_line, listing
 REFUSED = "a warning\nerror: a/b.csv is no table\nfix:   make it anew\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_no_mutated_file_and_no_odd_argument_ends_badly() -> None:
     words = ["-m", "tests.fuzz", "--runs", "500", "--seed", "1", "--quick"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.methods.counts.counter import write_checkpoint
 from tests.conftest import train_model, write_facts
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from relneuron.cli import main as cli
-from tests.kit.hooked import one_thread
 
 GROUPS = ("en", "zh", "code")
 WINDOW = 24
@@ -71,15 +70,14 @@ def sources(corpus: Path) -> list[str]:
 def make_study(model: Path, corpus: Path, folder: Path) -> Path:
     """Counted with moments, identified, its NLL read, reported."""
     texts, neurons = sources(corpus), folder / "neurons.json"
-    with one_thread():
-        for words in (
-            ["count", model, *texts, "-o", folder, *COUNT, "--moments"],
-            ["identify", folder, "-o", neurons, "--method", "lape", "--top-rate", 0.2]
-            + ["--filter-rate", 0.6, "--bar-ratio", 0.6],
-            ["nll", model, neurons, *texts, "-o", folder, "--windows", 5, *COUNT],
-            ["report", folder, "-o", folder / "report.html"],
-        ):
-            assert call(*words) == 0, words
+    for words in (
+        ["count", model, *texts, "-o", folder, *COUNT, "--moments"],
+        ["identify", folder, "-o", neurons, "--method", "lape", "--top-rate", 0.2]
+        + ["--filter-rate", 0.6, "--bar-ratio", 0.6],
+        ["nll", model, neurons, *texts, "-o", folder, "--windows", 5, *COUNT],
+        ["report", folder, "-o", folder / "report.html"],
+    ):
+        assert call(*words) == 0, words
     return folder
 
 

@@ -335,13 +335,13 @@ def check_moments(study: Study) -> None:
             assert np.array_equal(two.arrays[name], array), name
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("what", nargs="+", choices=["kill", "full", "random", "ranks"])
     parser.add_argument("--moments", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
     found: dict[str, Any] = {}
     for what in asked.what:

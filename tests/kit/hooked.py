@@ -41,15 +41,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For a model so small that threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 class Study:
     """prompts.jsonl to neurons.json in `folder`, and the model that they belong to."""
 

@@ -148,8 +148,6 @@ def train(facts: Path, folder: Path, *, steps: int = 150) -> Path:
         ]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small that threads only wait for each other
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         rows = torch.randperm(len(ids), generator=generator)[:80]
@@ -157,7 +155,6 @@ def train(facts: Path, folder: Path, *, steps: int = 150) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_num_threads(n_threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

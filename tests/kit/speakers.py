@@ -10,8 +10,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.kit.hooked import one_thread
-
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 SPECIAL = (UNK, BOS, EOS)
 AROUND = {"none": "$A", "bos": f"{BOS} $A", "both": f"{BOS} $A {EOS}", "eos": f"$A {EOS}"}
@@ -115,11 +113,10 @@ def taught(tokenizer: Any, texts: Sequence[str], steps: int = 120) -> Any:
     longest = max(map(len, lines))
     labels = torch.tensor([line + [-100] * (longest - len(line)) for line in lines])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with one_thread():
-        for _ in range(steps):
-            model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for _ in range(steps):
+        model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 artifact/test_stage_crash.py runs it, by hand:
     python -m tests.kit.stage_crash FOLDER MODEL FACTS STAGE...
-As count_crash.py, whose faults these are: one process imports torch, every run is a fork of it.
+As count_crash.py, whose faults these are: every run is a fork of a process that imported torch.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def killed(study: Study, stage: str, base: Path, stride: int) -> tuple[int, Path
     return 0, whole
 
 
-def main() -> None:
+def main(*words: str) -> None:
     torch.set_num_threads(1)
-    folder, model, facts = map(Path, sys.argv[1:4])
+    folder, model, facts = map(Path, words)
     cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
     loaded = relneuron.model.load.load_model(str(model), device="cpu")
     tokenizer = relneuron.model.load.load_tokenizer(str(model))
@@ -169,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:4])

@@ -60,7 +60,7 @@ def rank(folder, output, options, *, method, force, quiet) -> Iterator[str]:
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.artifact.prompts import read_prompts
     from relneuron.artifact.reading import open_tensors
-    from relneuron.artifact.writing import refuse_output, writing
+    from relneuron.artifact.files import refuse_output, writing
 
     refuse_output(output, "identify", force)
     responses = checked(folder / "responses.safetensors")

@@ -21,13 +21,12 @@ import relneuron
 from relneuron.ablation.conditions import matched_places
 from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import NeuronFile, Shape
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import NeuronFile, Shape, random_neurons
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
 from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
-from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, one_thread, read_rows, zero
+from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows, zero
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")
 WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}
@@ -37,9 +36,8 @@ WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}
 def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
-    with one_thread():
-        folder = tmp_path_factory.mktemp("attention")
-        yield Study(model_folder, fact_folder, folder, attention=True)
+    folder = tmp_path_factory.mktemp("attention")
+    yield Study(model_folder, fact_folder, folder, attention=True)
 
 
 # --- structure -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
@@ -24,13 +24,7 @@ from relneuron.model.batches import Budget
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
-from tests.kit.hooked import one_thread, read_rows
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
+from tests.kit.hooked import read_rows
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from relneuron.artifact.command import STUDY, command
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.stage import STUDY, command
 from relneuron.cli.pages import PAGES
 from relneuron.report.page import PageKind, kind_of, make_page, render, write_report
 from relneuron.report.tables import visible

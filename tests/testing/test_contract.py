@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -27,15 +27,6 @@ op = sys.modules["relneuron.ops.swiglu_stats.op"]
 STATUS = available_backends()
 ISAS = backends.cpu_module().isa_levels() if STATUS["cpu"].works else []
 CHECKS = {check.name: check for check in backend_checks()}
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The tensors are small: on a busy machine torch's threads would mostly wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 # --- our backends ----------------------------------------------------------------------------

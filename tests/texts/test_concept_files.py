@@ -23,7 +23,6 @@ from relneuron.methods.responses.labels import sample_labels
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.concept_files import Concept, concept_prompts, find_concepts, read_concept
 from tests.kit.corpus_commands import caller
-from tests.kit.hooked import one_thread
 
 FEW = ["--top", 20, "--permutations", 0, "--bootstrap", 0, "--noise", 0, "--quiet"]
 # As in lang_neuron, what is positive of one concept is negative of the others; some stand twice.
@@ -56,8 +55,7 @@ def concepts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def relneuron(capsys: pytest.CaptureFixture[str]) -> Any:
-    with one_thread():
-        yield caller(capsys)
+    yield caller(capsys)
 
 
 def plain_responses(model_folder: Path, texts: Iterable[str]) -> dict[str, Any]:

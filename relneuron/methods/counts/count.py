@@ -18,7 +18,8 @@ from typing import Any
 
 from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
-from relneuron.artifact.manifest import Manifest, locked, progress_bar, same_model, versions
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.manifest import Manifest, locked, same_model, versions
 from relneuron.methods.counts.batches import (
     Ranks,
     check_vocabulary,

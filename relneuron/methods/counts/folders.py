@@ -11,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.command import STUDY, command, moved, placed
 from relneuron.artifact.counts import APART, NAME, Counts
-from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    refuse_output,
+    refuse_overwrite,
+    sha256,
+    writing,
+)
 from relneuron.artifact.manifest import (
     Manifest,
     checked,
@@ -23,7 +29,7 @@ from relneuron.artifact.manifest import (
     versions,
 )
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import STUDY, command, moved, placed
 
 # Where and how a model runs: two counts of it can still be added.
 _PLACE = ("backend", "device", "attention")

@@ -36,15 +36,8 @@ from tests.kit.counted import (
     run,
     write_corpus,
 )
-from tests.kit.hooked import one_thread
 
 FIVE = ("en", "zh", "fr", "es", "vi")
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,6 @@ from relneuron.texts.options import CountOptions
 from tests.conftest import tiny_model
 from tests.kit.count_crash import GROUPS, files_of
 from tests.kit.counted import Numbers, draw, note_batches, run, stopping, write_corpus
-from tests.kit.hooked import one_thread
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

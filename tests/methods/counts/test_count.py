@@ -33,15 +33,8 @@ from tests.kit.counted import (
     split_at_bos,
     values_of,
 )
-from tests.kit.hooked import one_thread
 
 FIVE = ("en", "zh", "fr", "es", "vi")
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

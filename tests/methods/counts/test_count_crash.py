@@ -20,18 +20,11 @@ import pytest
 from relneuron.artifact.manifest import Manifest
 from relneuron.cli import main as cli
 from relneuron.methods.counts.counter import CHECKPOINT, Counter
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import tiny_model
+from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, check_checkpoint, files_of
 from tests.kit.counted import draw, note_batches, run, stopping, write_corpus
-from tests.kit.hooked import one_thread
-
-SCRIPT = ("-m", "tests.kit.count_crash")
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
+from tests.kit.forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +40,7 @@ def documents() -> dict[str, list[list[int]]]:
 # --- processes that die ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_out_of_disk_at_every_step_and_killed_at_random_moments(tmp_path: Path) -> None:
     """Every step of every write: of two checkpoints, the counters and the manifest 6 each.
 
@@ -54,11 +48,9 @@ def test_killed_and_out_of_disk_at_every_step_and_killed_at_random_moments(tmp_p
     than one interval and leaves no other file; a full disk is one line of cause and one of fix.
     """
     words = [str(tmp_path), "kill", "full", "random", "--moments", "5"]
-    result = subprocess.run(
-        [sys.executable, *SCRIPT, *words], capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    process = Forked(count_crash.main, words)
+    assert process.wait(600) == 0, process.said()
+    found = json.loads(process.said()[0])
     assert (found["kill"], found["full"]) == (24, 20) and found["random"] >= 1
 
 
@@ -80,6 +72,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_the_command_itself_interrupted_killed_and_finished(
     model_folder: Path, tmp_path: Path

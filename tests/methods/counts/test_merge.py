@@ -16,15 +16,8 @@ from relneuron.methods.counts.folders import merge
 from tests.conftest import tiny_model
 from tests.kit.count_crash import LEFT, files_of
 from tests.kit.counted import Numbers, assert_equal, draw, run
-from tests.kit.hooked import one_thread
 
 ASKED: dict[str, Any] = {"window": 16, "batch_tokens": 48}
-
-
-@pytest.fixture(autouse=True)
-def fast() -> Any:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

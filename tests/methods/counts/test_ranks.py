@@ -18,27 +18,27 @@ import torch
 from relneuron.artifact.counts import Counts
 from relneuron.cli import main as cli
 from relneuron.methods.counts.batches import Ranks, joined, local_device
-from tests.conftest import ROOT
+from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, files_of
 from tests.kit.counted import draw
-from tests.kit.hooked import one_thread
+from tests.kit.forked import Forked
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="torch.distributed with gloo is not built in",
 )
-SCRIPT = ("-m", "tests.kit.count_crash")
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_any_number_of_processes_counts_the_same_also_one_after_the_other(tmp_path: Path) -> None:
     """Two, three, and a count that was stopped and goes on with another number of processes."""
-    command = [sys.executable, *SCRIPT, str(tmp_path), "ranks"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["ranks"] == ["2", "3", "1-2", "2-1", "3-2"]
+    process = Forked(count_crash.main, [str(tmp_path), "ranks"])
+    assert process.wait(600) == 0, process.said()
+    assert json.loads(process.said()[0])["ranks"] == ["2", "3", "1-2", "2-1", "3-2"]
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_torchrun(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, lines in draw(GROUPS, 300).items():
@@ -57,7 +57,7 @@ def test_torchrun(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"-> {tmp_path / 'two'}") == 1  # one process speaks
     monkeypatch.setattr(sys, "argv", ["relneuron", *command, str(tmp_path / "one")])
-    with one_thread(), pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")

@@ -6,9 +6,8 @@ The runs are those of kit/attribution_runs.py; test_attribute.py checks what is 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,11 @@ import pytest
 
 import relneuron.artifact.manifest
 import relneuron.methods.gains.attribute
-from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import JOURNAL
-from tests.conftest import ROOT
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of
-from tests.kit.hooked import one_thread
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Attributed:
-    return Attributed("llama", tmp_path_factory.mktemp("llama"))
+from tests.kit.forked import Forked
 
 
 class Killed(BaseException):
@@ -79,6 +67,7 @@ class Points:
 SMALL = replace(OPTIONS, top=5, random_seeds=0, batch_tokens=60)
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_it_ends_with_the_same_bytes(
     llama: Attributed, tmp_path: Path
 ) -> None:
@@ -139,34 +128,27 @@ def test_ctrl_c_saves_what_is_finished(llama: Attributed, tmp_path: Path) -> Non
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-KILL = """
-import os, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from tests.kit.attribution_runs import Attributed
-from relneuron.artifact.manifest import Journal
-from tests.methods.gains.test_attribute_resume import SMALL
-Journal.SAVE_EVERY_S = 0.0
-true, n = Journal.commit, 0
-def commit(self):
-    global n
-    n += 1
-    true(self)
-    if n == int(sys.argv[2]):
-        with self.path.open("ab") as file:
-            file.write(b'{"key": "cut sh')
-        os.kill(os.getpid(), 9)
-Journal.commit = commit
-Attributed("llama", Path(sys.argv[1])).attribute(Path(sys.argv[1]) / "out", SMALL)
-"""
+def attribute_and_die(folder: Path, last: int) -> None:
+    """An attribution that is killed behind its `last` commit, with half a line in its journal."""
+    true, n = Journal.commit, 0
+
+    def commit(self: Journal) -> None:
+        nonlocal n
+        n += 1
+        true(self)
+        if n == last:
+            with self.path.open("ab") as file:
+                file.write(b'{"key": "cut sh')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.SAVE_EVERY_S = 0.0
+    Journal.commit = commit  # type: ignore[method-assign]
+    Attributed("llama", folder).attribute(folder / "out", SMALL)
 
 
 def test_a_process_that_is_killed_goes_on(llama: Attributed, tmp_path: Path) -> None:
     llama.attribute(tmp_path / "whole", SMALL)
-    words = [sys.executable, "-c", KILL, str(tmp_path)]
-    result = subprocess.run([*words, "3"], env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
-    assert result.returncode == -9
+    assert Forked(attribute_and_die, tmp_path, 3).wait() == -signal.SIGKILL
     assert (tmp_path / "out" / JOURNAL).read_bytes().endswith(b'{"key": "cut sh')
     llama.attribute(tmp_path / "out", SMALL)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import read_rankings
 from relneuron.analyses.page import build
 from relneuron.analyses.study import PAGE
-from relneuron.artifact.command import commands
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
+from relneuron.artifact.stage import commands
 from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
@@ -31,7 +30,7 @@ from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import kind_of, render
-from tests.kit.hooked import one_thread, read_rows
+from tests.kit.hooked import read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)
@@ -43,12 +42,6 @@ NEW_BESIDE = {"gain.json", "gain.scores.safetensors"}
 def contents(folder: Path) -> dict[str, bytes]:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from relneuron.artifact.files import RelneuronError, atomic_write, sha256
 from relneuron.artifact.gains import GAINS, TARGETS, GainFile, Target, targets_bytes
 from relneuron.artifact.manifest import Manifest, json_digest
-from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.ranking import default_top
+from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.methods.gains.rank import (
     best_neurons,
     identify_gains,

@@ -18,14 +18,13 @@ import pytest
 import torch
 import typer.main
 
-from relneuron.artifact.command import command, commands, moved, placed
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.options import options_of
+from relneuron.artifact.stage import command, commands, moved, placed
 from relneuron.cli import main as cli
 from relneuron.cli.run import _whole
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
-from tests.kit.hooked import one_thread
 
 # RunOptions that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
@@ -154,8 +153,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     for name in ("ids", "ids2"):
         values = torch.arange(400, dtype=torch.int32) * 7 % 90
         (folder / f"{name}.bin").write_bytes(values.numpy().tobytes())
-    with one_thread():
-        assert call("prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", 8) == 0
+    assert call("prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", 8) == 0
     suffixed = folder / "suffixed"
     suffixed.mkdir()
     for path in fact_folder.iterdir():
@@ -209,6 +207,7 @@ def run_all(script: str) -> None:
             assert call(*words[1:]) == 0, line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STUDIES)
 def test_printed_commands_make_the_study_again(
     kind: str, given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -222,16 +221,15 @@ def test_printed_commands_make_the_study_again(
             (folder / "texts").mkdir(parents=True)
             (folder / "texts" / "all.jsonl").write_bytes(Path(given["all"]).read_bytes())
     lines = [f"relneuron {line}".format(**given, d=study) for line in STUDIES[kind]]
-    with one_thread():
-        run_all("\n".join([*lines, f"relneuron report {study} -o {study}/report.html --force"]))
-        script = printed(study / "report.html")
-        assert str(study) not in script and "relneuron report STUDY" in script
-        # From any folder.
-        monkeypatch.chdir(again.parent)
-        if kind not in ("run", "run with a rate"):  # printed stage by stage
-            assert script.count("relneuron ") == len(lines) + 1, script
-        before = written(study)
-        run_all(script.replace("STUDY", str(again)).replace("report ", "report --force "))
+    run_all("\n".join([*lines, f"relneuron report {study} -o {study}/report.html --force"]))
+    script = printed(study / "report.html")
+    assert str(study) not in script and "relneuron report STUDY" in script
+    # From any folder.
+    monkeypatch.chdir(again.parent)
+    if kind not in ("run", "run with a rate"):  # printed stage by stage
+        assert script.count("relneuron ") == len(lines) + 1, script
+    before = written(study)
+    run_all(script.replace("STUDY", str(again)).replace("report ", "report --force "))
     after = written(again)
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == []
@@ -291,7 +289,6 @@ def test_the_demo_names_its_options(tmp_path: Path) -> None:
 
 def test_a_manifest_names_no_output(given: dict[str, str], tmp_path: Path) -> None:
     study = tmp_path / "study"
-    with one_thread():
-        run_all("\n".join(f"relneuron {x}".format(**given, d=study) for x in STUDIES["run"]))
+    run_all("\n".join(f"relneuron {x}".format(**given, d=study) for x in STUDIES["run"]))
     assert str(tmp_path) not in (study / "manifest.json").read_text()
     assert Manifest(study).data["stages"]["record"]["commands"][0][:2] == ["record", given["model"]]
