@@ -1,4 +1,4 @@
-"""A small attribution written file by file with numpy, and readers of its files and of its page.
+"""A small attribution written file by file with numpy.
 
 No model is needed; the tests of the report on an attribution use it.
 """
