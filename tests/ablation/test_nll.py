@@ -337,7 +337,7 @@ def test_a_counted_folder_keeps_the_model_that_was_counted(
     counted = {"id": "counted", **SHAPE, "device": "cuda", "backend": "triton"}
     manifest = Manifest(folder)
     manifest.describe(model=counted, versions={"torch": "0"})
-    manifest.finish("count", {}, [folder / "counts.safetensors"])
+    manifest.finish("count", {}, [folder / "counts.safetensors"], reads=[])
     run(model, tokenizer, study, text(drawn(6)))
     found = Manifest(folder).data
     assert found["model"] == counted and found["versions"] == {"torch": "0"}

@@ -355,7 +355,7 @@ def _finish(
         },
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path], reads=[], commands=made_by)
+    manifest.finish("count", inputs, [path], reads=[], apart=APART, commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -224,6 +224,7 @@ def attribute(
             inputs,
             files,
             reads=[folder / "prompts.jsonl"],
+            apart=("count",),
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),
