@@ -33,10 +33,9 @@ from bench.rows import add_rows
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.evaluate import Evaluator, How, Row
 from relneuron.artifact.effects import Condition
-from relneuron.artifact.manifest import Journal
-from relneuron.artifact.neurons import Shape
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.neurons import Shape, random_neurons
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import random_neurons
 from relneuron.bench.timing import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
 from relneuron.model.ask import Asker

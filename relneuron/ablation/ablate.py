@@ -27,21 +27,14 @@ from relneuron.ablation.conditions import (
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, files_beside, read_how
 from relneuron.ablation.options import AblateOptions
-from relneuron.artifact.command import command, loading, placed
 from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
 from relneuron.artifact.installed import need
-from relneuron.artifact.manifest import (
-    Journal,
-    Manifest,
-    checked,
-    is_unfinished,
-    locked,
-    progress_bar,
-    versions,
-)
+from relneuron.artifact.journal import Journal, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, is_unfinished, locked, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker, Step
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights

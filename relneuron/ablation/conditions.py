@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from relneuron.artifact.effects import Condition, main_split, own_languages, split_name
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import NeuronFile, Shape, check_neurons
+from relneuron.artifact.neurons import NeuronFile, Shape, all_scores, check_neurons, random_neurons
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import all_scores, random_neurons
 from relneuron.artifact.reading import open_tensors
 
 Places = NDArray[np.int64]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import ATTENTION, Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut

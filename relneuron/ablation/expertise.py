@@ -20,13 +20,14 @@ from relneuron.artifact.files import (
     atomic_write,
     csv_bytes,
     json_bytes,
+    refuse_output,
     require,
+    writing,
 )
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import ATTENTION, SITES, NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import open_tensors, read_csv
-from relneuron.artifact.writing import refuse_output, writing
 
 VALUES = ("off_mean", "off_p50", "on_p50", "on_p90")
 COLUMNS = ("ap", *VALUES, "layer", "unit", "uuid", "concept", "group")

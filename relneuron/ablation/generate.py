@@ -32,7 +32,8 @@ from relneuron.artifact.files import (
     require,
     sha256,
 )
-from relneuron.artifact.manifest import Journal, Manifest, checked, locked, progress_bar, same_model
+from relneuron.artifact.journal import Journal, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, locked, same_model
 from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.options import CLEAN, NllOptions
-from relneuron.artifact.command import placed
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (
     Json,
@@ -32,17 +31,17 @@ from relneuron.artifact.files import (
     refuse_overwrite,
     sha256,
 )
+from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import (
-    Journal,
     Manifest,
     checked,
     is_unfinished,
     locked,
-    progress_bar,
     same_model,
     versions,
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
+from relneuron.artifact.stage import placed
 from relneuron.model.ask import Step
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import find_gated_mlps, model_shape

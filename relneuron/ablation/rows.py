@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.model.batches import SENTENCES, Budget, cut, pad
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens

@@ -5,12 +5,16 @@ methods/__init__.py lists the methods, cli/main.py the other stages; nothing reg
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from relneuron.artifact.files import Json
 from relneuron.artifact.options import Options
+from relneuron.artifact.reading import MAX_RECORD_MIB, max_record_mib
 
 
 class Printed(NamedTuple):
@@ -73,3 +77,94 @@ class Method:
     rankings: tuple[Ranking, ...] = ()
     page: str = ""
     supports: str = ""
+
+
+# --- the command that makes a stage's files again ----------------------------------------------
+#
+# A stage builds its own from what it was given (`command`, `placed`), the manifest keeps it, and a
+# report prints it: nothing is guessed.
+
+STUDY = "STUDY"  # stands for the folder of the manifest, so that it holds no path of an output
+WHOLE = ("run", "demo")  # commands that make all of `IN_WHOLE`
+IN_WHOLE = ("prompts", "record", "identify", "ablate")
+
+Words = list[str]
+
+
+def command(name: str, *arguments: object, **options: object) -> list[Words]:
+    """The words of `relneuron NAME ARGUMENTS --option value ...`, as `Manifest.finish` takes them.
+
+    An option that is None, False or empty is left out, True is a flag, several values are joined
+    by commas. The key is `commands`: a stage of several commands has more than one.
+    """
+    words = [name, *map(str, arguments)]
+    allowed = max_record_mib()
+    options |= {"max_record_mib": None if allowed == MAX_RECORD_MIB else allowed}
+    for option, value in options.items():
+        if value is None or value is False or value == [] or value == ():
+            continue
+        words.append(f"--{option.replace('_', '-')}")
+        if isinstance(value, list | tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return [words]
+
+
+def loading(described: Json) -> Json:
+    """The options that load a model as it was: dtype, device, revision, and kernels not its own."""
+    device, backend = described["device"], described["backend"]
+    own = {"cuda": "triton", "cpu": "cpu"}.get(device)
+    return {
+        "dtype": described["dtype"],
+        "device": device,
+        "revision": described["revision"],
+        "backend": None if backend == own else backend,
+    }
+
+
+def placed(path: Path | str, folder: Path) -> str:
+    """A path as a command takes it: within the study's folder from there, else as it was given."""
+    whole, root = Path(path).resolve(), folder.resolve()
+    if not whole.is_relative_to(root):
+        return str(path)
+    return "/".join((STUDY, *whole.relative_to(root).parts))
+
+
+def moved(commands: Sequence[Words], place: str) -> list[Words]:
+    """Commands of a study that is at `place` of another."""
+
+    def word(text: str) -> str:
+        head, equals, path = text.rpartition("=")
+        is_inside = path == STUDY or path.startswith((f"{STUDY}/", f"{STUDY}."))
+        return f"{head}{equals}{place}{path[len(STUDY) :]}" if is_inside else text
+
+    return [[word(text) for text in words] for words in commands]
+
+
+def commands(manifest: Json) -> list[str]:
+    """The lines of a script that makes a study again, from what each of its stages recorded."""
+    stages: Json = manifest.get("stages", {})
+    recorded = {s: entry.get("commands") for s, entry in stages.items() if s != "report"}
+    every = [words for found in recorded.values() for words in found or ()]
+    whole = [words for words in every if words[0] in WHOLE][-1:]
+    lines = [_line(words) for words in whole]
+    for stage, found in recorded.items():
+        if not found:
+            lines.append(f"# {stage}: made from Python, or within another study")
+            continue
+        for words in found:
+            if words[0] not in WHOLE:
+                # The whole study has written these files already.
+                again = ["--force"] if whole and stage in IN_WHOLE else []
+                lines.append(_line([*words, *again]))
+    return "\n".join([*lines, f"relneuron report {STUDY} -o {STUDY}/report.html"]).split("\n")
+
+
+def _line(words: Words) -> str:
+    """A command, each option on a line of its own."""
+    line = "relneuron"
+    for number, word in enumerate(words):
+        begins = word.startswith("--") and number
+        line += (" \\\n    " if begins else " ") + shlex.quote(word)
+    return line

@@ -15,14 +15,12 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import check_names
 from relneuron.ablation.how import ablate_inputs
 from relneuron.ablation.options import AblateOptions
-from relneuron.artifact.command import IN_WHOLE, STUDY, command, placed
-from relneuron.artifact.files import RelneuronError, atomic_write, sha256
+from relneuron.artifact.files import RelneuronError, atomic_write, sha256, writing
 from relneuron.artifact.manifest import Manifest, checked, locked
-from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
-from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import read_csv
-from relneuron.artifact.writing import writing
+from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
 from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.model.questions import Questions
 
 Row = TypeVar("Row")

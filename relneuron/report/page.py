@@ -15,13 +15,18 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from relneuron.artifact.command import commands
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, require
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    refuse_output,
+    require,
+    writing,
+)
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.stage import load
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import commands, load
 from relneuron.report.tables import Number, Table, label, show, visible
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from relneuron.artifact.command import STUDY, command, loading
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import differences
 from relneuron.artifact.options import Argument, Only, OomOptions, Options, SeedOptions, option
+from relneuron.artifact.stage import STUDY, command, loading
 from relneuron.texts.sources import Source, describe_sources, source_words
 from relneuron.texts.windows import Packing, default_bos
 

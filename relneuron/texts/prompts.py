@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.command import command, placed
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, composed, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    composed,
+    refuse_output,
+    sha256,
+    writing,
+)
 from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import command, placed
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.texts.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.texts.neutral import GENERAL, NEUTRAL, Sentence, sentences_bytes

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.command import placed
 from relneuron.artifact.files import Json, RelneuronError, hashing_threads, sha256
 from relneuron.artifact.installed import need
 from relneuron.artifact.reading import max_record_mib
+from relneuron.artifact.stage import placed
 
 KINDS = {
     ".txt": "text",

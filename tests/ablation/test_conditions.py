@@ -25,9 +25,8 @@ from relneuron.ablation.options import ANALYSES, AblateOptions
 from relneuron.analyses import run_all
 from relneuron.artifact.effects import KINDS, read_conditions, read_effects
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import Shape
+from relneuron.artifact.neurons import Shape, top_k
 from relneuron.artifact.options import options_of, read
-from relneuron.artifact.ranking import top_k
 from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
 from tests.kit.files import read_rows

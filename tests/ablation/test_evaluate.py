@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import relneuron.ablation.evaluate
 from relneuron.ablation.evaluate import Row, plan_rows
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import random_neurons
 from relneuron.model.ask import Asker
 from relneuron.model.batches import cut
 from relneuron.model.questions import encode

@@ -22,7 +22,7 @@ from relneuron.ablation.options import GenerateOptions
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import find_gated_mlps

@@ -20,8 +20,7 @@ from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.evaluate import How, wave_states
 from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
-from relneuron.artifact.neurons import Shape
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import Shape, random_neurons
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states

@@ -21,7 +21,8 @@ import relneuron.ablation.nll
 from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources
@@ -336,7 +337,7 @@ def test_a_counted_folder_keeps_the_model_that_was_counted(
     counted = {"id": "counted", **SHAPE, "device": "cuda", "backend": "triton"}
     manifest = Manifest(folder)
     manifest.describe(model=counted, versions={"torch": "0"})
-    manifest.finish("count", {}, [folder / "counts.safetensors"])
+    manifest.finish("count", {}, [folder / "counts.safetensors"], reads=[])
     run(model, tokenizer, study, text(drawn(6)))
     found = Manifest(folder).data
     assert found["model"] == counted and found["versions"] == {"torch": "0"}

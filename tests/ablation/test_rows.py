@@ -18,7 +18,7 @@ import torch
 import relneuron
 from relneuron.ablation.rows import Off, head_places, intervene, off, row_states
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.model.batches import SENTENCES, Budget
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 import relneuron.cli.run
 import relneuron.methods.gains.scorer
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
@@ -87,8 +89,6 @@ def test_the_gains_survive_crashes_and_are_made_once(
     study: Path, model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """It breaks between any two files of the gains, and in the middle of the scores."""
-    from relneuron.artifact import manifest
-
     copy = tmp_path / "s"
 
     def breaking(of: Any, name: str, *, after: bool) -> None:
@@ -109,9 +109,9 @@ def test_the_gains_survive_crashes_and_are_made_once(
 
         monkeypatch.setattr(of, name, run)
 
-    monkeypatch.setattr(manifest.Journal, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
     breaking(relneuron.methods.gains.scorer.Scorer, "score", after=False)
-    breaking(manifest.Manifest, "finish", after=True)
+    breaking(Manifest, "finish", after=True)
     breaking(relneuron.cli.run, "identify_gains", after=True)
     failures: list[OSError] = []
     while len(failures) < 40:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 import relneuron.model.ask
 from relneuron.ablation.nll import nll
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.methods.counts.count import count
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record

@@ -231,7 +231,7 @@ def test_accuracies_count_the_effects(study: Path) -> None:
 
 
 def test_random_sets_are_as_large_and_all_differ(study: Path) -> None:
-    from relneuron.artifact.ranking import random_neurons
+    from relneuron.artifact.neurons import random_neurons
 
     shape = {"layers": 2, "width": 48, "hidden": 32}
     drawn = [random_neurons(shape, 40, seed) for seed in range(3)]
@@ -317,7 +317,7 @@ def test_interrupted_again_and_again_ends_with_the_same_bits(
 ) -> None:
     """Every ninth forward raises; an interrupt loses nothing, a crash what was not yet saved."""
     import relneuron.model.ask
-    from relneuron.artifact.manifest import Journal
+    from relneuron.artifact.journal import Journal
 
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 10.0 if error is KeyboardInterrupt else 0.0)
     forward, calls = relneuron.model.ask.Asker._forward, []

@@ -22,7 +22,7 @@ def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answer
     model_folder: Path, fact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import relneuron.model.ask
-    from relneuron.artifact.manifest import Journal
+    from relneuron.artifact.journal import Journal
 
     # Kinds of subjects: two relations about people, one about towns.
     facts = tmp_path / "facts"

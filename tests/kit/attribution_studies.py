@@ -1,11 +1,10 @@
-"""A small attribution written file by file with numpy, and readers of its files and of its page.
+"""A small attribution written file by file with numpy.
 
 No model is needed; the tests of the report on an attribution use it.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from relneuron.artifact.gains import (
     Target,
     targets_bytes,
 )
+from tests.kit.pages import write_csv
 
 RELATIONS = ("capital_of", "color", "month")
 L, H, F, HEAD_DIM = 4, 2, 24, 3
@@ -28,11 +28,6 @@ METHODS = (
     *("coefficient_norm", "coefficient_rank"),
 )
 Rows = list[list[Any]]
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def score_rows(rng: np.random.Generator, name: str, r: int, kinds: set[str], top: int) -> Rows:

@@ -17,7 +17,7 @@ import typer
 from relneuron import methods
 from relneuron.cli import main as cli
 from relneuron.cli import pages
-from tests.kit.studies import Page
+from tests.kit.pages import Page
 
 TOY = '''
 """Neurons by the mean absolute response of their gates to a relation's prompts."""
@@ -59,7 +59,7 @@ def rank(folder, output, options, *, method, force, quiet) -> Iterator[str]:
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.artifact.prompts import read_prompts
     from relneuron.artifact.reading import open_tensors
-    from relneuron.artifact.writing import refuse_output, writing
+    from relneuron.artifact.files import refuse_output, writing
 
     refuse_output(output, "identify", force)
     responses = checked(folder / "responses.safetensors")

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import Shape
+from relneuron.artifact.neurons import Shape, random_neurons, top_k
 from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.ranking import random_neurons, top_k
 from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
 from relneuron.model.ask import Answers, Asker, Step

@@ -21,8 +21,7 @@ import relneuron
 from relneuron.ablation.conditions import matched_places
 from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import NeuronFile, Shape
-from relneuron.artifact.ranking import random_neurons
+from relneuron.artifact.neurons import NeuronFile, Shape, random_neurons
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
 from relneuron.model.states import mask_states

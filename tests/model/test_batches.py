@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker

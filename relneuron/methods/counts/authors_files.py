@@ -19,11 +19,18 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.counts import Counts
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    refuse_output,
+    refuse_overwrite,
+    sha256,
+    writing,
+)
 from relneuron.artifact.manifest import locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import check_zip, one_line, reading
-from relneuron.artifact.writing import refuse_output, writing
 from relneuron.model.identity import check_model_folder
 
 MAX_BYTES = 1 << 30  # of a file

@@ -11,9 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.command import STUDY, command, moved, placed
 from relneuron.artifact.counts import APART, NAME, Counts
-from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    refuse_output,
+    refuse_overwrite,
+    sha256,
+    writing,
+)
 from relneuron.artifact.manifest import (
     Manifest,
     checked,
@@ -23,7 +29,7 @@ from relneuron.artifact.manifest import (
     versions,
 )
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import STUDY, command, moved, placed
 
 # Where and how a model runs: two counts of it can still be added.
 _PLACE = ("backend", "device", "attention")
@@ -88,7 +94,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
             for words in moved(made or [], place)
         ]
         made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish("count", inputs, [output / NAME], reads=[], commands=made_by)
+        manifest.finish("count", inputs, [output / NAME], reads=[], apart=APART, commands=made_by)
     return total
 
 
@@ -256,7 +262,7 @@ def import_counts(
         )
         files = [f"{name}={placed(path, folder)}" for name, path in paths.items()]
         made_by = command("import", *files, "-o", STUDY, model=model) if model else []
-        manifest.finish("count", inputs, [folder / NAME], reads=[], commands=made_by)
+        manifest.finish("count", inputs, [folder / NAME], reads=[], apart=APART, commands=made_by)
     return counts
 
 

@@ -18,12 +18,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from relneuron.artifact.command import command, placed
 from relneuron.artifact.counts import NAME, Counts
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, require, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    refuse_output,
+    require,
+    sha256,
+    writing,
+)
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import command, placed
 from relneuron.methods.counts import lape as scores
 from relneuron.methods.counts.options import CountedOptions, LapeOptions, RandomOptions
 

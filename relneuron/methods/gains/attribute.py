@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.command import STUDY, command, loading, placed
 from relneuron.artifact.effects import fact_numbers
 from relneuron.artifact.files import (
     Json,
@@ -43,16 +42,10 @@ from relneuron.artifact.gains import (
     table_bytes,
     targets_bytes,
 )
-from relneuron.artifact.manifest import (
-    Journal,
-    Manifest,
-    checked,
-    json_digest,
-    locked,
-    progress_bar,
-    versions,
-)
+from relneuron.artifact.journal import Journal, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, versions
 from relneuron.artifact.prompts import Prompt, prompts_bytes
+from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.gains.comparison import Sizes, plan, run, summary
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
 from relneuron.methods.gains.rank import best_neurons, mean_gains
@@ -231,6 +224,7 @@ def attribute(
             inputs,
             files,
             reads=[folder / "prompts.jsonl"],
+            apart=("count",),
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relneuron.ablation.rows import Off, head_places, intervene, off
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.manifest import Journal
+from relneuron.artifact.journal import Journal
 from relneuron.methods.gains.scores import (
     METHODS,
     QueryScores,

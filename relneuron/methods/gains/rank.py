@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from relneuron.artifact.command import command, placed
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, require, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    refuse_output,
+    require,
+    sha256,
+    writing,
+)
 from relneuron.artifact.gains import (
     GAIN_ROWS,
     GAINS,
@@ -25,18 +32,11 @@ from relneuron.artifact.gains import (
     read_gains,
     read_targets,
 )
-from relneuron.artifact.manifest import (
-    MODEL_KEYS,
-    Manifest,
-    checked,
-    json_digest,
-    locked,
-    progress_bar,
-)
-from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.ranking import ScoredNeuron, default_top
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.manifest import MODEL_KEYS, Manifest, checked, json_digest, locked
+from relneuron.artifact.neurons import NeuronFile, ScoredNeuron, default_top
 from relneuron.artifact.reading import check_rows
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import command, placed
 
 METHOD = "logprob_gain"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from relneuron.analyses.uncertainty import q_values
-from relneuron.artifact.ranking import ScoredNeuron, Selection, all_scores, top_k
+from relneuron.artifact.neurons import ScoredNeuron, Selection, all_scores, top_k
 from relneuron.methods.responses import significance
 
 Array = np.ndarray[Any, Any]

@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.files import atomic_write
+from relneuron.artifact.files import atomic_write, writing
 from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes
-from relneuron.artifact.writing import writing
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs

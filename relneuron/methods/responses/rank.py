@@ -18,16 +18,24 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact.command import command, placed
 from relneuron.artifact.effects import fact_numbers
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, csv_bytes, require, sha256
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_output,
+    require,
+    sha256,
+    writing,
+)
 from relneuron.artifact.installed import need
-from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, progress_bar
-from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape, default_top
 from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
-from relneuron.artifact.ranking import default_top
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
-from relneuron.artifact.writing import refuse_output, writing
+from relneuron.artifact.stage import command, placed
 from relneuron.methods.responses import significance
 from relneuron.methods.responses.choice import choose
 from relneuron.methods.responses.labels import sample_labels, why_unranked
@@ -186,7 +194,9 @@ def identify(
             memory=recorded.get("memory", {})
             | _memory(labels, shape, permutations, bootstrap, noise),
         )
-        details = {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
+        details: Json = (
+            {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
+        )
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relneuron.artifact.command import STUDY, command, loading, placed
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -27,19 +26,19 @@ from relneuron.artifact.files import (
     rows_digest,
     sha256,
 )
+from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import (
-    Journal,
     Manifest,
     checked,
     is_unfinished,
     locked,
-    progress_bar,
     same_model,
     versions,
 )
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
+from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches

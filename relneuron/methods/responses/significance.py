@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact.ranking import ScoredNeuron
+from relneuron.artifact.neurons import ScoredNeuron
 
 Array = np.ndarray[Any, Any]
 

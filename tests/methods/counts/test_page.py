@@ -19,9 +19,8 @@ from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.page import build
 from relneuron.methods.counts.study import PAGE, read_group_study
 from relneuron.report.page import kind_of, render, write_report
-from tests.kit.corpus_studies import GROUPS, kept, tables_of, write_corpus_study, write_csv
-from tests.kit.files import read_rows
-from tests.kit.studies import Page, ids, text_of
+from tests.kit.corpus_studies import GROUPS, kept, write_corpus_study
+from tests.kit.pages import Page, ids, rows_of, tables_of, text_of, write_csv
 
 
 def test_names_that_are_columns_of_tables_keep_their_numbers(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_a_group_without_tokens_and_a_window_without_a_number_are_said(tmp_path:
     counts.tokens[1] = counts.arrays["count.act"][1] = 0
     counts.write(study / "counts.safetensors")
     for name in ("nll.csv", "nll_windows.csv"):
-        rows = read_rows(study / name)
+        rows = rows_of(study / name)
         broken = next(row for row in rows if row["mask"] == row["group"] == "fr")
         broken["nll"] = "inf"
         write_csv(study / name, list(rows[0]), [list(row.values()) for row in rows])
@@ -155,7 +154,6 @@ def test_very_many_groups_make_a_small_page_soon(tmp_path: Path) -> None:
     assert "the name of every 4th" in page and "the 40 of 150 sets" in page
     # What the page leaves out is in the files beside it.
     assert (
-        "analyses/overlap.csv" in page
-        and len(read_rows(study / "analyses/overlap.csv")) == 150 * 150
+        "analyses/overlap.csv" in page and len(rows_of(study / "analyses/overlap.csv")) == 150 * 150
     )
-    assert len(read_rows(study / "analyses/nll.csv")) == 151 * 150
+    assert len(rows_of(study / "analyses/nll.csv")) == 151 * 150

@@ -23,10 +23,9 @@ from relneuron.methods.counts.study import read_group_study
 from relneuron.methods.counts.tables import group_tables
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import amount
-from tests.kit.corpus_studies import GROUPS, entropies, kept, sets_of, tables_of, write_corpus_study
+from tests.kit.corpus_studies import GROUPS, entropies, kept, sets_of, write_corpus_study
 from tests.kit.counted import rank_counts
-from tests.kit.files import read_rows
-from tests.kit.studies import Page, ids, text_of
+from tests.kit.pages import Page, ids, rows_of, tables_of, text_of
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_the_answer_and_the_tiles(study: Path, html: str) -> None:
     chosen = set().union(*sets.values())
     several = [n for n in chosen if sum(n in some for some in sets.values()) > 1]
     assert len(chosen) == 30 and several
-    nll = {(row["mask"], row["group"]): float(row["nll"]) for row in read_rows(study / "nll.csv")}
+    nll = {(row["mask"], row["group"]): float(row["nll"]) for row in rows_of(study / "nll.csv")}
     rise = {(m, g): value - nll["clean", g] for (m, g), value in nll.items() if m != "clean"}
     own = np.mean([value for (m, g), value in rise.items() if m == g])
     others = np.mean([value for (m, g), value in rise.items() if m != g])
@@ -138,7 +137,7 @@ def test_layers_and_overlaps_are_those_of_the_sets(study: Path, html: str) -> No
 
 def test_rises_are_paired_by_window_and_tested_over_the_matrix(study: Path, html: str) -> None:
     windows: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read_rows(study / "nll_windows.csv"):
+    for row in rows_of(study / "nll_windows.csv"):
         windows.setdefault((row["mask"], row["group"]), {})[row["window"]] = float(row["nll"])
     tested = [(mask, group) for mask, group in windows if mask != "clean"]
     differences = {
@@ -213,7 +212,7 @@ def test_long_sets_show_their_best_and_the_page_holds_a_part(
     sizes = {name: len(chosen) for name, chosen in sets_of(tmp_path).items()}
     assert max(sizes.values()) > 10
     assert len(tables_of(page)["neurons.01.csv"]) == 10
-    everything = read_rows(tmp_path / "analyses" / "neurons.csv")
+    everything = rows_of(tmp_path / "analyses" / "neurons.csv")
     assert len(everything) == sum(sizes.values())
     assert f"the longest set has {max(sizes.values())}" in text_of(page, "neurons")
     names = {path.name for path in (tmp_path / "analyses").iterdir()}

@@ -16,7 +16,8 @@ import pytest
 
 import relneuron.artifact.manifest
 import relneuron.methods.gains.attribute
-from relneuron.artifact.manifest import Journal, Manifest
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import JOURNAL
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of
 from tests.kit.forked import Forked

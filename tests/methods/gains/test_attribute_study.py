@@ -17,11 +17,11 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import read_rankings
 from relneuron.analyses.page import build
 from relneuron.analyses.study import PAGE
-from relneuron.artifact.command import commands
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
+from relneuron.artifact.stage import commands
 from relneuron.cli.pages import PAGES, titles
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions

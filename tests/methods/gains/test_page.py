@@ -22,8 +22,7 @@ from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables
 from relneuron.report.page import render, write_report
 from tests.kit.attribution_studies import RELATIONS, F, H, L, write_attribution
-from tests.kit.files import read_rows
-from tests.kit.studies import Page, ids, text_of
+from tests.kit.pages import Page, ids, rows_of, text_of
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def html(study: Path) -> str:
 
 def test_layers_and_heads_are_means_over_sentences(study: Path) -> None:
     tables = attribution_tables(read_attribution_study(study))
-    rows = read_rows(study / "attributions.csv")
+    rows = rows_of(study / "attributions.csv")
 
     def mean(relation: str, **where: object) -> float:
         found = [
@@ -80,7 +79,7 @@ def test_neurons_are_those_of_most_sentences(study: Path, kind: str) -> None:
     table = attribution_tables(read_attribution_study(study))[f"{kind}s"]
     for relation in RELATIONS:
         found: dict[str, list[float]] = {}
-        for row in read_rows(study / "attributions.csv"):
+        for row in rows_of(study / "attributions.csv"):
             if row["kind"] == kind and row["id"].startswith(relation) and int(row["rank"]) <= 10:
                 head = f".H{row['head']}" if row["head"] else ""
                 name = f"L{row['layer']}{head}.{row['index']}"
@@ -114,7 +113,7 @@ def test_value_and_query_neurons_are_counted_sentence_by_sentence(study: Path) -
     value: dict[str, set[tuple[str, str]]] = {}
     query: dict[str, set[tuple[str, str]]] = {}
     layers = {kind: [0] * L for kind in tables["top_layers"].columns[1:]}
-    for row in read_rows(study / "attributions.csv"):
+    for row in rows_of(study / "attributions.csv"):
         if "neuron" in row["kind"] and int(row["rank"]) <= n:
             layers[row["kind"]][int(row["layer"])] += 1
             kept = {"ffn_neuron": value, "query_ffn_neuron": query}.get(row["kind"], {})
@@ -171,7 +170,7 @@ def test_sentences_say_what_the_tables_say(tmp_path: Path) -> None:
 
 
 def test_sentences_name_the_largest(study: Path, html: str) -> None:
-    rows = read_rows(study / "attributions.csv")
+    rows = rows_of(study / "attributions.csv")
     for kind, title in (("ffn_layer", "FFN layers"), ("attention_layer", "attention layers")):
         sums = [0.0] * L
         for row in rows:
@@ -199,8 +198,8 @@ def test_tables_are_files_beside_the_page(tmp_path: Path) -> None:
     tables = attribution_tables(read_attribution_study(folder))
     files = {path.stem: path.read_bytes() for path in (folder / "analyses").iterdir()}
     assert files == {name: table.csv() for name, table in tables.items()}
-    comparison = read_rows(folder / "analyses" / "comparison.csv")
-    for ours, theirs in zip(comparison, read_rows(folder / "comparison.csv"), strict=True):
+    comparison = rows_of(folder / "analyses" / "comparison.csv")
+    for ours, theirs in zip(comparison, rows_of(folder / "comparison.csv"), strict=True):
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
             assert ours[name] == value or float(ours[name]) == float(value)

@@ -17,9 +17,8 @@ from relneuron.methods.gains.page import build, page
 from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables, heads_table
 from relneuron.report.page import render
-from tests.kit.attribution_studies import RELATIONS, write_attribution, write_csv
-from tests.kit.files import read_rows
-from tests.kit.studies import ids, text_of
+from tests.kit.attribution_studies import RELATIONS, write_attribution
+from tests.kit.pages import ids, rows_of, text_of, write_csv
 
 # Only known sentences scored
 
@@ -27,16 +26,16 @@ from tests.kit.studies import ids, text_of
 def known_only(folder: Path, relations: Sequence[str] = RELATIONS) -> Path:
     """A folder of `--keep known`: the others' rows are not there."""
     write_attribution(folder, relations, inputs={"keep": "known"}, compare=False)
-    path, targets = folder / "attributions.csv", read_rows(folder / "targets.csv")
+    path, targets = folder / "attributions.csv", rows_of(folder / "targets.csv")
     kept = {row["id"] for row in targets if row["kept"] == "1"}
-    rows = [row for row in read_rows(path) if row["id"] in kept]
+    rows = [row for row in rows_of(path) if row["id"] in kept]
     write_csv(path, ATTRIBUTIONS, [[*row.values()] for row in rows])
     return folder
 
 
 def test_means_are_over_the_sentences_that_were_scored(tmp_path: Path) -> None:
     folder = known_only(tmp_path)
-    rows = read_rows(folder / "attributions.csv")
+    rows = rows_of(folder / "attributions.csv")
     study = read_attribution_study(folder)
     tables = attribution_tables(study)
     names = {row["id"] for row in rows}
@@ -98,7 +97,7 @@ def test_an_attribution_that_knows_nothing_has_a_page(tmp_path: Path) -> None:
 def test_heads_are_in_the_order_of_the_relations(tmp_path: Path) -> None:
     relations = ("month", "capital_of", "color")
     path = write_attribution(tmp_path, relations) / "comparison.csv"
-    rows = sorted(read_rows(path), key=lambda row: row["condition"])
+    rows = sorted(rows_of(path), key=lambda row: row["condition"])
     write_csv(path, [*rows[0]], [[*row.values()] for row in rows])
     table = heads_table(read_attribution_study(tmp_path))
     assert [row[:2] for row in table.rows] == [[a, b] for a in relations for b in relations]

@@ -18,9 +18,9 @@ import pytest
 import torch
 import typer.main
 
-from relneuron.artifact.command import command, commands, moved, placed
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.options import options_of
+from relneuron.artifact.stage import command, commands, moved, placed
 from relneuron.cli import main as cli
 from relneuron.cli.run import _whole
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
