@@ -137,10 +137,10 @@ def run(
         patch.setattr(relneuron.ablation.nll, "Feed", lambda *_, **__: Windows(groups, texts))
         sources: Any = [Source(group=name) for name in groups]
         path = folder / "neurons.json"
-        force = asked.pop("force", False)
+        more = {name: asked.pop(name) for name in ("force", "backend") if name in asked}
         options = NllOptions(**{"window": 32, **asked})
         return nll(
-            "m", model, tokenizer, path, sources, folder / output, options, force=force, quiet=True
+            "m", model, tokenizer, path, sources, folder / output, options, quiet=True, **more
         )
 
 
@@ -219,7 +219,7 @@ def test_every_mask_and_window_is_the_edited_model_on_the_window_alone(
     model: Any, tokenizer: Any, study: Path, length: int | None
 ) -> None:
     windows = text(drawn(14, length))
-    cells = run(model, tokenizer, study, windows, batch_tokens=150, packing="documents")
+    cells = run(model, tokenizer, study, windows, batch_tokens=150, mode="documents")
     rows = read_rows(study / "o" / "nll_windows.csv")
     masks = ["clean", *SETS]
     groups = ["en", "zh", "de"]
@@ -442,11 +442,11 @@ def test_a_loss_that_is_not_finite_is_told(tokenizer: Any, study: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "cause"),
     [
-        ({"windows": 0}, "--windows 0"),
-        ({"random_sets": -1}, "--random-sets -1"),
+        ({"windows": 0}, "--windows must be at least 1, got 0"),
+        ({"random_sets": -1}, "--random-sets must be at least 0, got -1"),
         ({"batch_tokens": 0}, "--batch-tokens must be"),
         ({"window": 65}, "longer than the model's context of 64"),
-        ({"packing": "tight"}, "unknown --packing"),
+        ({"mode": "tight"}, "unknown --packing"),
         ({"oom": "never"}, "unknown --oom"),
         ({"backend": "metal"}, "unknown backend"),
     ],
