@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import relneuron.ablation.nll
-from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
+import relneuron.ablation.windows
+from relneuron.ablation.nll import nll, plan_masks
 from relneuron.ablation.options import NllOptions
+from relneuron.ablation.windows import Scorer, read_texts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
@@ -158,7 +160,7 @@ def test_windows_are_read_as_the_model_reads_them(
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     wanted = [plain(model, ids.tolist()) for ids in windows]
     for limit in (2**26, 5 * VOCABULARY, 1):
-        monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", limit)
+        monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", limit)
         scorer = Scorer(model, windows)
         assert scorer.notices == []
         rows = [3, 0, 1, 6, 2, 4, 5]
@@ -168,7 +170,7 @@ def test_windows_are_read_as_the_model_reads_them(
 
 
 def test_only_slices_of_the_logits_are_held(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", 10 * VOCABULARY)
     scorer = Scorer(model, [np.array(ids, np.int32) for ids in drawn(6, 12)])
     shapes: list[tuple[int, ...]] = []
     handle = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
@@ -193,7 +195,7 @@ def test_a_head_of_another_kind_is_the_models_own_forward(
     monkeypatch.setattr(model, "forward", forward)
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     longest = max(map(len, windows)) - 1
-    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 3 * longest * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", 3 * longest * VOCABULARY)
     scorer = Scorer(model, windows)
     assert len(scorer.notices) == 1
     groups: list[list[int]] = []
