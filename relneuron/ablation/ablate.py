@@ -48,7 +48,7 @@ from relneuron.model.questions import (
     given_object,
     is_correct,
 )
-from relneuron.texts.prompts import read_sentences
+from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
 
 PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")

@@ -7,10 +7,8 @@ The sentences do not ask for a fact. Of concept files: one prompt a sentence, wh
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,11 @@ from relneuron.artifact.files import (
     writing,
 )
 from relneuron.artifact.manifest import Manifest, locked
-from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes, read_records
+from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes
 from relneuron.artifact.stage import command, placed
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.texts.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
+from relneuron.texts.neutral import GENERAL, NEUTRAL, Sentence, sentences_bytes
 from relneuron.texts.options import PromptsOptions
 
 SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
@@ -115,62 +114,6 @@ def make_prompts(
         there = language.translate(eva)
         yield from ask("eva", code, there, language.templates.main)
         yield from ask("eva2", code, there, language.templates.alternative)
-
-
-# --- neutral sentences -----------------------------------------------------------------------
-#
-# One per object of a relation, none of which asks for the fact: the perplexity of a model without
-# the relation's neurons is measured on them (arXiv 2502.17355, section 5.5).
-
-GENERAL = "The crossword puzzle wanted the word {}."
-
-# By file stem; a relation that the paper and the LRE data set name differently stands twice.
-_CONTINENT = "The whole documentary was filmed in {}."
-_COUNTRY = "The postcard had a stamp from {}."
-_SPORT = "On Sundays the children next door watch {}."
-_POSITION = "The coach is still looking for a new {}."
-_PRODUCT = "The tall building across the street belongs to {}."
-NEUTRAL = {
-    "company_ceo": "The first speaker at the dinner was {}.",
-    "company_hq": "The train was three hours late when it reached {}.",
-    "landmark_continent": _CONTINENT,
-    "landmark_on_continent": _CONTINENT,
-    "landmark_country": _COUNTRY,
-    "landmark_in_country": _COUNTRY,
-    "person_father": "The letter on the table was addressed to {}.",
-    "person_mother": "The flowers at the door were for {}.",
-    "person_occupation": "The story is about an evening with a retired {}.",
-    "person_plays_instrument": "In the attic there was nothing but an old {}.",
-    "person_pro_sport": _SPORT,
-    "person_plays_pro_sport": _SPORT,
-    "person_sport_position": _POSITION,
-    "person_plays_position_in_sport": _POSITION,
-    "product_company": _PRODUCT,
-    "product_by_company": _PRODUCT,
-    "star_constellation": "Someone had painted the ceiling with the shape of {}.",
-}
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """One line of sentences.jsonl: a whole sentence, and the object that it names."""
-
-    id: str
-    relation: str
-    template: str
-    object: str
-    sentence: str
-
-
-def sentences_bytes(sentences: Iterable[Sentence]) -> bytes:
-    """sentences.jsonl: one JSON object a line."""
-    return "".join(json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in sentences).encode()
-
-
-def read_sentences(path: Path) -> list[Sentence]:
-    """The sentences of a sentences.jsonl, in the file's order."""
-    names = [field.name for field in fields(Sentence)]
-    return [Sentence(**values) for values in read_records(path, names, "sentence")]
 
 
 def neutral_template(relation: Relation) -> str | None:

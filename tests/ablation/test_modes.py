@@ -24,7 +24,7 @@ from relneuron.artifact.neurons import Shape, random_neurons
 from relneuron.model.gated import find_gated_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states
-from relneuron.texts.prompts import Sentence, read_sentences, sentences_bytes
+from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes
 from tests.kit.hooked import (
     INSIDE,
     RELATIONS,

@@ -22,14 +22,9 @@ from relneuron.texts.facts import (
     read_relations,
     split_facts,
 )
+from relneuron.texts.neutral import read_sentences
 from relneuron.texts.options import PromptsOptions
-from relneuron.texts.prompts import (
-    chat_wrap,
-    make_prompts,
-    make_sentences,
-    read_sentences,
-    write_prompts,
-)
+from relneuron.texts.prompts import chat_wrap, make_prompts, make_sentences, write_prompts
 from tests.conftest import SHARED
 
 LRE = SHARED / "lre"

@@ -13,14 +13,8 @@ import pytest
 from relneuron.artifact.files import RelneuronError
 from relneuron.demo import FACTS
 from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
-from relneuron.texts.prompts import (
-    GENERAL,
-    NEUTRAL,
-    Sentence,
-    make_sentences,
-    read_sentences,
-    sentences_bytes,
-)
+from relneuron.texts.neutral import GENERAL, NEUTRAL, Sentence, read_sentences, sentences_bytes
+from relneuron.texts.prompts import make_sentences
 
 LRE_STEMS = {
     "company_ceo",
