@@ -199,12 +199,14 @@ class Manifest:
         files: Sequence[Path],
         *,
         reads: Sequence[Path] | None = None,
+        apart: Sequence[str] = (),
         **details: object,
     ) -> None:
         """Record a finished stage: the digests of its files, and of those in this folder it read.
 
         A stage is forgotten if it read, or wrote, another file than is there now. `reads` is None
-        for one that read all that the other stages wrote.
+        for one that read all that the other stages wrote. In a folder with one of the stages
+        `apart`, of another kind of study, all that was made from its files is forgotten.
         """
         folder, known = self.path.parent, self._earlier | self.data["files"]
         names = [path.relative_to(folder).as_posix() for path in files]
@@ -215,11 +217,15 @@ class Manifest:
             if before != known[name]["sha256"]:
                 for other in [s for s in stages if s != stage and name in stages[s]["files"]]:
                     del stages[other]  # its file is no longer there
+        if stages.keys() & {*apart}:
+            made = [s for s in stages if s not in (stage, *apart) and stages[s].get("reads") != {}]
+            for other in made:
+                del stages[other]
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
-            inside = {path.resolve() for path in reads if path.is_file()}
-            places = {name: (folder / name).resolve() for name in known}
-            own = [name for name, place in places.items() if place in inside]
+            root = folder.resolve()
+            inside = [path.resolve() for path in reads if path.resolve().is_relative_to(root)]
+            own = {path.relative_to(root).as_posix() for path in inside} & known.keys()
             stages[stage]["reads"] = {name: known[name]["sha256"] for name in sorted(own)}
         kept = self._forget_stale(stage, known)
         self.data["stages"] = _in_order(stages)

@@ -26,7 +26,8 @@ from relneuron.artifact.neurons import Neuron
 from relneuron.cli.pages import PAGES
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import label
-from tests.kit.studies import PAYLOADS, RELATIONS, SETS, Page, write_study
+from tests.kit.pages import PAYLOADS, Page
+from tests.kit.studies import RELATIONS, SETS, write_study
 
 GAIN_SETS: dict[str, list[list[Any]]] = {
     "company_ceo": [[0, "gate", 1, 0.5], [1, "gate", 2, 0.4], [1, "gate", 7, 0.3]],

@@ -5,7 +5,6 @@ The studies are those of kit/studies.py; test_analyses.py has the numbers of the
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
@@ -29,39 +28,13 @@ from relneuron.report import kit
 from relneuron.report.kit import drop_heatmap
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import Share, Table, show
-from tests.kit.studies import (
-    RELATIONS,
-    RIGHT,
-    SETS,
-    Page,
-    condition_of,
-    write_study,
-    write_whole_study,
-)
+from tests.kit.pages import Page, downloads, ids, text_of
+from tests.kit.studies import RELATIONS, RIGHT, SETS, condition_of, write_study, write_whole_study
 
 MAIN = ["accuracy", "drop", "interference", "layers", "scores", "overlap", "versatility"]
 MAIN += ["resilience", "errors"]
 WHOLE = [*MAIN[:3], "perplexity", "sizes", "cumulativity", "sites", *MAIN[3:7], "concepts"]
 WHOLE += MAIN[7:]
-
-
-def ids(html: str) -> list[str]:
-    """The addresses of the page's sections, in order."""
-    return re.findall(r'<h2 id="([\w-]+)">', html)
-
-
-def text_of(html: str, section: str = "") -> str:
-    """The text of the page, or of one of its sections."""
-    if section:
-        html = html[html.index(f'<h2 id="{section}">') :]
-        html = html[: html.index("</section>")]
-    return " ".join(Page(html).text.split())
-
-
-def downloads(html: str) -> dict[str, bytes]:
-    """The csv files in the page's links."""
-    link = r'download="([^"]+)" href="data:text/csv;charset=utf-8;base64,([^"]+)"'
-    return {name: base64.b64decode(data) for name, data in re.findall(link, html)}
 
 
 # Sections

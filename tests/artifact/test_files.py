@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import relneuron.artifact.journal
 import relneuron.artifact.manifest
 from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
 from relneuron.artifact.journal import Journal
@@ -123,7 +124,7 @@ def test_a_journal_of_another_version_is_not_gone_on_with(
 ) -> None:
     with Journal(tmp_path / "journal", {}) as journal:
         journal.add("0", 7)
-    monkeypatch.setattr(relneuron.artifact.manifest, "versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(relneuron.artifact.journal, "versions", lambda: {"torch": "9"})
     with pytest.warns(match="versions.torch: .* -> 9"):
         assert Journal(tmp_path / "journal", {}).done == {}
 

@@ -96,7 +96,7 @@ def write_study(folder: Path) -> Path:
     folder.mkdir()
     (folder / "a.csv").write_text("id,correct\nx,1\ny,0\n")
     manifest = Manifest(folder)
-    manifest.finish("prompts", {}, [folder / "a.csv"])
+    manifest.finish("prompts", {}, [folder / "a.csv"], reads=[])
     return folder / "a.csv"
 
 

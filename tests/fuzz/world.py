@@ -364,7 +364,7 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
 
 def _die(n_blocks: int = 2) -> None:
     """Have this process end, as if it was killed, once a stage has noted some blocks."""
-    from relneuron.methods.counts import count
+    from relneuron.methods.counts import count, counter
 
     noted = 0
 
@@ -386,4 +386,4 @@ def _die(n_blocks: int = 2) -> None:
         step()
 
     Journal.add = add_and_die  # type: ignore[method-assign]
-    count.write_checkpoint = write_and_die
+    count.write_checkpoint = counter.write_checkpoint = write_and_die

@@ -1,13 +1,11 @@
-"""A small attribution written file by file with numpy, and readers of its files and of its page.
+"""A small attribution written file by file with numpy.
 
 No model is needed; the tests of the report on an attribution use it.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from relneuron.artifact.gains import (
     Target,
     targets_bytes,
 )
-from tests.kit.studies import Page
+from tests.kit.pages import write_csv
 
 RELATIONS = ("capital_of", "color", "month")
 L, H, F, HEAD_DIM = 4, 2, 24, 3
@@ -30,11 +28,6 @@ METHODS = (
     *("coefficient_norm", "coefficient_rank"),
 )
 Rows = list[list[Any]]
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 def score_rows(rng: np.random.Generator, name: str, r: int, kinds: set[str], top: int) -> Rows:
@@ -168,19 +161,3 @@ def write_attribution(
     }
     (folder / "manifest.json").write_text(json.dumps(head | (manifest or {})), encoding="utf-8")
     return folder
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def ids(html: str) -> list[str]:
-    return re.findall(r'<h2 id="([\w-]+)">', html)
-
-
-def text_of(html: str, section: str = "") -> str:
-    if section:
-        html = html[html.index(f'<h2 id="{section}">') :]
-        html = html[: html.index("</section>")]
-    return " ".join(Page(html).text.split())

@@ -1,16 +1,12 @@
-"""Small corpus studies written file by file with numpy, and readers of their pages.
+"""Small corpus studies written file by file with numpy.
 
 No model is needed; the tests of the report on a corpus use them. LAPE is computed from its formula.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from relneuron.artifact.counts import Counts
-from tests.kit.studies import Page
+from tests.kit.pages import write_csv
 
 GROUPS = ("en", "zh", "fr")
 
@@ -122,36 +118,6 @@ def write_corpus_study(
 
 
 NLL = ["mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity"]
-
-
-def write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-
-
-def ids(html: str) -> list[str]:
-    """The addresses of the page's sections, in order."""
-    return re.findall(r'<h2 id="([\w-]+)">', html)
-
-
-def text_of(html: str, section: str = "") -> str:
-    """The text of the page, or of one of its sections."""
-    if section:
-        html = html[html.index(f'<h2 id="{section}">') :]
-        html = html[: html.index("</section>")]
-    return " ".join(Page(html).text.split())
-
-
-def tables_of(html: str) -> dict[str, list[dict[str, str]]]:
-    """The rows of the csv files in the page's links."""
-    link = r'download="([^"]+)" href="data:text/csv;charset=utf-8;base64,([^"]+)"'
-    found = {name: base64.b64decode(data).decode() for name, data in re.findall(link, html)}
-    return {name: list(csv.DictReader(io.StringIO(text))) for name, text in found.items()}
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def sets_of(study: Path) -> dict[str, list[tuple[int, str, int]]]:

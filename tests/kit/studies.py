@@ -1,4 +1,4 @@
-"""Small studies written file by file, as the stages write theirs, and a reader of their pages.
+"""Small studies written file by file, as the stages write theirs.
 
 No model is needed; report/test_results.py and the tests of the report use them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -159,31 +158,3 @@ def write_whole_study(
                     sentence = f"{name}.neutral.{i}"
                     rows.writerow([condition, name, sentence, 8, 8 * (per_token + i / 10)])
     return study
-
-
-class Page(HTMLParser):
-    """The elements, attributes and visible text of a page."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-# Text that must never act as anything else.
-PAYLOADS = [
-    "<script>alert(1)</script></svg></details><img src=x onerror=alert(1)>",
-    "\"><a href='javascript:alert(1)'>x</a>' onmouseover='alert(1)",
-    "{{ 7 * 7 }}{% include 'x' %}${1+1}</title></style><style>*{display:none}</style>",
-    '<!-- ]]> <?php --> &lt;b&gt; &#60;i&#62; data:text/html,<b> id="x" url(#y) 0.12345',
-    "\x1b]8;;evil\x07 \u202e \x00 $\\frac{1}{0}$ _^",
-]

@@ -18,7 +18,7 @@ from relneuron import methods
 from relneuron.cli import main as cli
 from relneuron.cli import pages
 from tests.kit.corpus_commands import Result, caller
-from tests.kit.studies import Page
+from tests.kit.pages import Page
 
 TOY = '''
 """Neurons by the mean absolute response of their gates to a relation's prompts."""

@@ -21,7 +21,8 @@ from relneuron.analyses.study import read_study
 from relneuron.artifact.files import RelneuronError
 from relneuron.report.page import render
 from relneuron.report.tables import Table, visible
-from tests.kit.studies import RELATIONS, RIGHT, SETS, Page, write_study
+from tests.kit.pages import Page
+from tests.kit.studies import RELATIONS, RIGHT, SETS, write_study
 
 # Text
 

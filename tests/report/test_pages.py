@@ -26,9 +26,10 @@ from relneuron.artifact.stage import STUDY, command
 from relneuron.cli.pages import PAGES
 from relneuron.report.page import PageKind, kind_of, make_page, render, write_report
 from relneuron.report.tables import visible
-from tests.kit.attribution_studies import ids, write_attribution
+from tests.kit.attribution_studies import write_attribution
 from tests.kit.corpus_studies import write_corpus_study
-from tests.kit.studies import PAYLOADS, SETS, Page, write_study, write_whole_study
+from tests.kit.pages import PAYLOADS, Page, ids
+from tests.kit.studies import SETS, write_study, write_whole_study
 
 RELATIONS, COUNTS, GAINS = PAGES
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from relneuron.methods.counts.counter import (
     Checkpoint,
     Counter,
     Position,
+    Saver,
     Speed,
     check_boundaries,
     read_checkpoint,
@@ -52,9 +52,6 @@ from relneuron.texts.options import (
 from relneuron.texts.sources import Source, describe_sources
 from relneuron.texts.windows import Packing, Window
 
-_GO_ON, _SAVE, _STOP = 0, 1, 2
-_LOOK_EVERY = 8  # batches of each process between two looks at what the others want
-
 
 @dataclass(frozen=True)
 class Counted:
@@ -66,42 +63,6 @@ class Counted:
     share_of_bare: float | None  # of the bare forward's speed
     waiting: float  # for tokens
     saving: float  # checkpoints
-
-
-@dataclass
-class _Saver:
-    """Writes checkpoints when they are due, or when the user wants to stop."""
-
-    folder: Path
-    inputs: Json
-    ranks: Ranks
-    options: CountOptions
-    stopped: Callable[[], bool]
-    seconds: float = 0.0  # that it took
-    _last: float = field(default_factory=time.monotonic)
-    _batches: int = 0
-
-    def look(self, number: int, counts: Callable[[], Counts], position: Position) -> None:
-        """After every batch; processes tell each other what they want at fixed batches."""
-        self._batches += 1
-        every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.size
-        if (number + 1) % every:
-            return
-        if self.options.checkpoint_batches is not None:
-            due = self._batches >= self.options.checkpoint_batches
-        else:
-            due = time.monotonic() - self._last >= self.options.checkpoint_seconds
-        want = self.ranks.largest(_STOP if self.stopped() else _SAVE if due else _GO_ON)
-        if want == _GO_ON:
-            return
-        began = time.monotonic()
-        total = self.ranks.add(counts())
-        if self.ranks.rank == 0:
-            write_checkpoint(self.folder, self.inputs, Checkpoint(total, position))
-        self._last, self._batches = time.monotonic(), 0
-        self.seconds += self._last - began
-        if want == _STOP:
-            raise KeyboardInterrupt
 
 
 class _Restart(Exception):
@@ -121,7 +82,7 @@ class _Job:
     speed: Speed
     ranks: Ranks
     budget: Budget
-    saver: _Saver
+    saver: Saver
     quiet: bool
     waiting: float = 0.0  # seconds, for tokens
 
@@ -291,7 +252,7 @@ def count(
                 otherwise=", or a GPU of its own",
                 alone="use a shorter --window",
             ),
-            saver=_Saver(folder, inputs, ranks, options, stopped),
+            saver=Saver(folder, inputs, ranks, options, stopped),
             quiet=quiet,
         )
         feed = _run_in_memory(job, folder, inputs)
@@ -394,7 +355,7 @@ def _finish(
         },
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path], reads=[], commands=made_by)
+    manifest.finish("count", inputs, [path], reads=[], apart=APART, commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

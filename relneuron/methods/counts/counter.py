@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +28,11 @@ from relneuron import ops
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
-from relneuron.methods.counts.batches import Batch
+from relneuron.methods.counts.batches import Batch, Ranks
 from relneuron.model.gated import GatedMLP
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
+from relneuron.texts.options import CountOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -325,3 +326,43 @@ def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
     arrays = load(data)
     counts = Counts(described["groups"], arrays.pop("tokens"), arrays)
     return Checkpoint(counts, Position(**described["position"]))
+
+
+_GO_ON, _SAVE, _STOP = 0, 1, 2
+_LOOK_EVERY = 8  # batches of each process between two looks at what the others want
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints when they are due, or when the user wants to stop."""
+
+    folder: Path
+    inputs: Json
+    ranks: Ranks
+    options: CountOptions
+    stopped: Callable[[], bool]
+    seconds: float = 0.0  # that it took
+    _last: float = field(default_factory=time.monotonic)
+    _batches: int = 0
+
+    def look(self, number: int, counts: Callable[[], Counts], position: Position) -> None:
+        """After every batch; processes tell each other what they want at fixed batches."""
+        self._batches += 1
+        every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.size
+        if (number + 1) % every:
+            return
+        if self.options.checkpoint_batches is not None:
+            due = self._batches >= self.options.checkpoint_batches
+        else:
+            due = time.monotonic() - self._last >= self.options.checkpoint_seconds
+        want = self.ranks.largest(_STOP if self.stopped() else _SAVE if due else _GO_ON)
+        if want == _GO_ON:
+            return
+        began = time.monotonic()
+        total = self.ranks.add(counts())
+        if self.ranks.rank == 0:
+            write_checkpoint(self.folder, self.inputs, Checkpoint(total, position))
+        self._last, self._batches = time.monotonic(), 0
+        self.seconds += self._last - began
+        if want == _STOP:
+            raise KeyboardInterrupt

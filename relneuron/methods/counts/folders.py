@@ -94,7 +94,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
             for words in moved(made or [], place)
         ]
         made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish("count", inputs, [output / NAME], reads=[], commands=made_by)
+        manifest.finish("count", inputs, [output / NAME], reads=[], apart=APART, commands=made_by)
     return total
 
 
@@ -262,7 +262,7 @@ def import_counts(
         )
         files = [f"{name}={placed(path, folder)}" for name, path in paths.items()]
         made_by = command("import", *files, "-o", STUDY, model=model) if model else []
-        manifest.finish("count", inputs, [folder / NAME], reads=[], commands=made_by)
+        manifest.finish("count", inputs, [folder / NAME], reads=[], apart=APART, commands=made_by)
     return counts
 
 

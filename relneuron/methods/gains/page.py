@@ -175,7 +175,8 @@ def comparison(study: AttributionStudy, tables: Tables) -> Section | None:
 
 def interventions(study: AttributionStudy, _: Tables) -> Section | None:
     """Value neurons and query neurons, against as many random ones."""
-    known, rows, seen = study.of(), Rows(), []
+    known, seen = study.of(), []
+    rows: Rows = []
     for name in [name for name in ("value", "query") if name in known]:
         title = f"{name} neurons"
         drawn = random_of(study, f"random_{name}")

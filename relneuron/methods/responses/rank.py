@@ -194,7 +194,9 @@ def identify(
             memory=recorded.get("memory", {})
             | _memory(labels, shape, permutations, bootstrap, noise),
         )
-        details = {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
+        details: Json = (
+            {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
+        )
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),

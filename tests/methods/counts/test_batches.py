@@ -124,7 +124,9 @@ def test_groups_of_a_column_may_come_after_others_were_counted(
         files[-1].write_text("\n".join(lines), encoding="utf-8")
     read = tuple(File(str(path), "jsonl") for path in files)
     source = Source(None, read, group_column="g")
-    options = CountOptions(window=16, batch_tokens=16, moments=True, sites=("act", "down"))
+    options = CountOptions(
+        window=16, batch_tokens=16, moments=True, sites=("act", "down"), checkpoint_batches=7
+    )
     true, calls, seen = Counter.count, 0, []
 
     def dies(self: Counter, batch: Any) -> None:
@@ -140,8 +142,7 @@ def test_groups_of_a_column_may_come_after_others_were_counted(
     monkeypatch.setattr(Counter, "count", dies)
 
     def go_on() -> Any:
-        asked: dict[str, Any] = {"checkpoint_batches": 7, "quiet": True}
-        return count("m", model, Numbers(), [source], tmp_path / "o", options, **asked)
+        return count("m", model, Numbers(), [source], tmp_path / "o", options, quiet=True)
 
     for _ in range(n_runs - 1):
         with pytest.raises(KeyboardInterrupt):
@@ -281,8 +282,8 @@ def test_another_error_of_a_forward_is_no_matter_of_memory(
         ({"bos": "first"}, "unknown --bos 'first'"),
         ({"boundaries": "mask"}, "unknown --boundaries 'mask'"),
         ({"oom": "ignore"}, "unknown --oom 'ignore'"),
-        ({"sites": ()}, "unknown --sites ''"),
-        ({"sites": ("act", "act")}, "unknown --sites 'act,act'"),
+        ({"sites": ()}, "--sites names nothing"),
+        ({"sites": ("act", "act")}, "--sites names one twice"),
         ({"sites": ("attention",)}, "unknown --sites 'attention'"),
         ({"window": 0}, "--window must be at least 1"),
         ({"max_tokens": 0}, "--max-tokens must be at least 1"),
@@ -308,7 +309,9 @@ def test_what_the_model_and_tokenizer_cannot_do_is_refused(
         (Numbers(None), {"bos": "document"}, "--bos document: the tokenizer has no BOS"),
     ):
         with pytest.raises(RelneuronError, match=cause):
-            choose_packing(model, tokenizer, sources, CountOptions(**asked))
+            options = CountOptions(**asked)
+            exclude_bos = options.exclude_bos
+            choose_packing(model, tokenizer, sources, options, exclude_bos=exclude_bos)
     assert choose_packing(model, Numbers(), sources, CountOptions()).window == 64
     assert choose_packing(model, Numbers(), sources, CountOptions(bos="none")).bos_id in (None, BOS)
 

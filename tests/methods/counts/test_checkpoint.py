@@ -206,7 +206,7 @@ def test_nothing_is_counted_in_a_study_of_relations(
     for name in ("prompts.jsonl", "neurons.json"):
         (output / name).write_text("{}")
     manifest = Manifest(output)
-    manifest.finish(stage, {}, [output / "prompts.jsonl"])
+    manifest.finish(stage, {}, [output / "prompts.jsonl"], reads=[])
     manifest.finish("identify", {}, [output / "neurons.json"])
     before, seen = files_of(output), note_batches(monkeypatch)
     with pytest.raises(RelneuronError, match="o holds a study of relations") as caught:

@@ -229,7 +229,7 @@ def test_splits_of_one_data_set_are_two_texts(model: Any, documents: Any, tmp_pa
         entry = manifest.data["stages"]["count"]
         sources = {"0": {"group": "en", "text_column": "text", "files": files}}
         inputs = entry["inputs"] | {"sources": sources}
-        manifest.finish("count", inputs, [folder / "counts.safetensors"])
+        manifest.finish("count", inputs, [folder / "counts.safetensors"], reads=[])
 
     from_dataset(tmp_path / "a", "train")
     from_dataset(tmp_path / "b", "test")

@@ -19,17 +19,8 @@ from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.page import build
 from relneuron.methods.counts.study import PAGE, read_group_study
 from relneuron.report.page import kind_of, render, write_report
-from tests.kit.corpus_studies import (
-    GROUPS,
-    ids,
-    kept,
-    rows_of,
-    tables_of,
-    text_of,
-    write_corpus_study,
-    write_csv,
-)
-from tests.kit.studies import Page
+from tests.kit.corpus_studies import GROUPS, kept, write_corpus_study
+from tests.kit.pages import Page, ids, rows_of, tables_of, text_of, write_csv
 
 
 def test_names_that_are_columns_of_tables_keep_their_numbers(tmp_path: Path) -> None:

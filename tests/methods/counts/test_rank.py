@@ -44,7 +44,7 @@ def write_folder(folder: Path, counts: Counts | None = None, **facts: Any) -> Pa
     counts.write(folder / NAME)
     manifest = Manifest(folder)
     manifest.describe(**({"model": MODEL, "threshold": 0.0} | facts))
-    manifest.finish("count", {"corpus": "x"}, [folder / NAME])
+    manifest.finish("count", {"corpus": "x"}, [folder / NAME], reads=[])
     return folder
 
 

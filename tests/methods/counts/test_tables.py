@@ -23,19 +23,9 @@ from relneuron.methods.counts.study import read_group_study
 from relneuron.methods.counts.tables import group_tables
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import amount
-from tests.kit.corpus_studies import (
-    GROUPS,
-    entropies,
-    ids,
-    kept,
-    rows_of,
-    sets_of,
-    tables_of,
-    text_of,
-    write_corpus_study,
-)
+from tests.kit.corpus_studies import GROUPS, entropies, kept, sets_of, write_corpus_study
 from tests.kit.counted import rank_counts
-from tests.kit.studies import Page
+from tests.kit.pages import Page, ids, rows_of, tables_of, text_of
 
 
 @pytest.fixture(scope="module")

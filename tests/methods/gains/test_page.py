@@ -21,17 +21,8 @@ from relneuron.methods.gains.page import build
 from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables
 from relneuron.report.page import render, write_report
-from tests.kit.attribution_studies import (
-    RELATIONS,
-    F,
-    H,
-    L,
-    ids,
-    rows_of,
-    text_of,
-    write_attribution,
-)
-from tests.kit.studies import Page
+from tests.kit.attribution_studies import RELATIONS, F, H, L, write_attribution
+from tests.kit.pages import Page, ids, rows_of, text_of
 
 
 @pytest.fixture(scope="module")

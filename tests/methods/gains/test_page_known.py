@@ -17,14 +17,8 @@ from relneuron.methods.gains.page import build, page
 from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables, heads_table
 from relneuron.report.page import render
-from tests.kit.attribution_studies import (
-    RELATIONS,
-    ids,
-    rows_of,
-    text_of,
-    write_attribution,
-    write_csv,
-)
+from tests.kit.attribution_studies import RELATIONS, write_attribution
+from tests.kit.pages import ids, rows_of, text_of, write_csv
 
 # Only known sentences scored
 

@@ -56,7 +56,7 @@ def write_folder(
     manifest = Manifest(folder)
     manifest.describe(model=MODEL, dtype="float32")
     inputs = {"keep": "all", **inputs}
-    manifest.finish("attribute", inputs, [folder / TARGETS, folder / GAINS])
+    manifest.finish("attribute", inputs, [folder / TARGETS, folder / GAINS], reads=[])
     return folder
 
 
@@ -187,7 +187,7 @@ def test_folders_that_lack_something(tmp_path: Path) -> None:
         check_refused(changed, "is not the file that was written")
     none = write_folder(tmp_path / "none")
     manifest = Manifest(none)
-    manifest.finish("attribute", {"keep": "all"}, [none / TARGETS])
+    manifest.finish("attribute", {"keep": "all"}, [none / TARGETS], reads=[])
     check_refused(none, "the FFN neurons were not scored")
 
 
