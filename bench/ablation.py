@@ -36,7 +36,7 @@ from relneuron.artifact.effects import Condition
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape, random_neurons
 from relneuron.artifact.prompts import Prompt
-from relneuron.bench.timing import where
+from relneuron.bench.machine import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
 from relneuron.model.ask import Asker
 from relneuron.model.gated import find_gated_mlps, model_shape

@@ -38,7 +38,7 @@ from bench.rows import add_rows
 from relneuron import ops
 from relneuron.ablation.rows import intervene, off
 from relneuron.bench.gain import PEERS
-from relneuron.bench.timing import where
+from relneuron.bench.machine import where
 from relneuron.model.stream import read_residual_model
 from relneuron.model.trace import trace
 

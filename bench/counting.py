@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.rows import add_rows
-from relneuron.bench.timing import where
+from relneuron.bench.machine import where
 from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
 from relneuron.methods.counts.count import count

@@ -35,8 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(
     f"tests/{name}.py"
     for name in (
-        "ops/test_swiglu_stats",
-        "ops/test_swiglu_stats_triton",
+        "ops/swiglu_stats/test_cases",
+        "ops/swiglu_stats/test_h",
+        "ops/swiglu_stats/test_bits",
+        "ops/swiglu_stats/test_arguments",
+        "ops/swiglu_stats/test_triton",
         "ops/test_residual_stats",
         "ops/test_average_precision",
         "ops/test_average_precision_triton",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact.files import atomic_write, csv_bytes, json_bytes
-from relneuron.bench.timing import COLUMNS, Row, cells, where
+from relneuron.bench.machine import where
+from relneuron.bench.timing import COLUMNS, Row, cells
 
 GROUPS = 12
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.artifact.files import atomic_write, csv_bytes
 from relneuron.artifact.reading import read_csv
+from relneuron.bench.machine import where
 from relneuron.bench.ranking import draw_labels
-from relneuron.bench.timing import where
 
 SITES = (11008, 11008, 4096)  # gate, up and down of a layer of Llama-2-7B
 N_LAYERS = 32

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.options import CLEAN, NllOptions
+from relneuron.ablation.windows import Scorer, Texts, read_texts
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (
     Json,
@@ -42,8 +40,6 @@ from relneuron.artifact.manifest import (
 )
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.stage import placed
-from relneuron.model.ask import Step
-from relneuron.model.batches import is_out_of_memory
 from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
@@ -59,7 +55,6 @@ from relneuron.texts.windows import Packing
 
 COLUMNS = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
 WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
-LOGITS = 2**26  # of a slice of tokens, in float32: 256 MiB
 
 Array = np.ndarray[Any, Any]
 
@@ -79,131 +74,6 @@ class Cell(NamedTuple):
     nll: float
     nll_se: float | None
     perplexity: float
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Windows to be read, group by group: the group and the ids (n,) int32 of each; n > 1."""
-
-    groups: list[str]
-    ids: list[Array]
-
-
-def read_texts(feed: Any, windows: int) -> Texts:
-    """The first `windows` windows of each group; one of a single token has nothing to score."""
-    found: dict[int, list[Array]] = {}
-    while taken := feed.take(64):
-        for window in taken:
-            mine = found.setdefault(window.group, [])
-            if len(window.ids) > 1 and len(mine) < windows:
-                mine.append(window.ids)
-    pairs = [(feed.groups[group], ids) for group in sorted(found) for ids in found[group]]
-    if not pairs:
-        raise RelneuronError("the texts have no window of tokens", "give more text, or --window 32")
-    return Texts([group for group, _ in pairs], [ids for _, ids in pairs])
-
-
-# --- reading windows -------------------------------------------------------------------------
-
-
-class Scorer:
-    """Reads windows of text: the mean NLL of each, whatever its length."""
-
-    def __init__(self, model: Any, ids: Sequence[Array]) -> None:
-        self.model, self.ids = model, ids
-        self.device = next(model.parameters()).device
-        self.body = getattr(model, "base_model", model)
-        self.head = model.get_output_embeddings()
-        self._vocabulary = model.get_input_embeddings().num_embeddings
-        largest = max(int(x.max()) for x in ids)
-        if largest >= self._vocabulary:
-            raise RelneuronError(
-                f"the texts hold the token {largest}, the model has {self._vocabulary} tokens",
-                "give a model and a tokenizer (or token ids) that belong together",
-            )
-        self.short = torch.tensor(ids[0][None, :8], dtype=torch.int64, device=self.device)
-        self._in_slices = self._reads_in_slices()
-
-    @property
-    def notices(self) -> list[str]:
-        """What a reader of the results must know of how they came about."""
-        if self._in_slices:
-            return []
-        return ["logits of whole windows: the model does more than its lm_head, scale and softcap"]
-
-    @torch.no_grad()
-    def ask(self, rows: list[int], before_step: Callable[[Step], None]) -> list[float]:
-        """The mean NLL in nats of tokens 2 to n of each window; its last token is not run."""
-        try:
-            if self._in_slices:
-                return self._read(rows, torch.arange(len(rows)), before_step)
-            longest = max(len(self.ids[row]) - 1 for row in rows)
-            n = max(1, LOGITS // (longest * self._vocabulary))
-            parts = [range(i, min(i + n, len(rows))) for i in range(0, len(rows), n)]
-            return [
-                nll
-                for part in parts
-                for nll in self._read([rows[i] for i in part], torch.tensor(part), before_step)
-            ]
-        except (RuntimeError, MemoryError) as error:
-            if len(rows) > 1 or not is_out_of_memory(error):
-                raise
-            n_tokens = len(self.ids[rows[0]])
-            raise RelneuronError(
-                f"out of memory with one window of {n_tokens} tokens", "use a shorter --window"
-            ) from error
-
-    def _read(
-        self, rows: Sequence[int], places: Tensor, before_step: Callable[[Step], None]
-    ) -> list[float]:
-        """One forward; `places` are the rows among those that were asked."""
-        lengths = torch.tensor([len(self.ids[row]) - 1 for row in rows])
-        inside = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids, targets = torch.zeros(2, *inside.shape, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            window = torch.tensor(self.ids[row], dtype=torch.int64)
-            ids[i, : lengths[i]], targets[i, : lengths[i]] = window[:-1], window[1:]
-        mask = inside.long().to(self.device)
-        options = {} if bool(inside.all()) else {"attention_mask": mask}
-        before_step(Step(places.to(self.device), mask, 0, mask.shape[1]))
-        forward = self.body if self._in_slices else self.model
-        out = forward(input_ids=ids.to(self.device), use_cache=False, **options)
-        values = out[0] if self._in_slices else out.logits
-        flat = values[mask.bool()] if options else values.flatten(0, 1)
-        nll = self._token_nll(flat, targets[inside])
-        return [float(part.mean()) for part in torch.split(nll, lengths.tolist())]
-
-    def _token_nll(self, values: Tensor, targets: Tensor) -> Tensor:
-        """(n,) float64 on the host, from hidden states (n, D) or logits (n, V)."""
-        n = max(1, LOGITS // self._vocabulary)
-        parts = []
-        for one, wanted in zip(torch.split(values, n), torch.split(targets, n), strict=True):
-            logits = self._logits(one) if self._in_slices else one
-            wanted = wanted.to(logits.device)
-            parts.append(F.cross_entropy(logits.float(), wanted, reduction="none").cpu())
-        return torch.cat(parts).double()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """The logits (n, V) of final hidden states: lm_head, scale and softcap."""
-        config = self.model.config.get_text_config()
-        logits = self.head(hidden)
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return cast(Tensor, logits if cap is None else cap * torch.tanh(logits / cap))
-
-    @torch.no_grad()
-    def _reads_in_slices(self) -> bool:
-        """Whether the model's logits are `_logits` of its body's output, on a short text."""
-        theirs = self.model(input_ids=self.short, use_cache=False).logits.float()
-        try:
-            ours = self._logits(self.body(input_ids=self.short, use_cache=False)[0]).float()
-        except (AttributeError, TypeError, IndexError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            return False
-        tolerance = 16 * torch.finfo(self.head.weight.dtype).eps * theirs.abs().max()
-        return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)
 
 
 # --- masks -----------------------------------------------------------------------------------

@@ -223,9 +223,9 @@ class Manifest:
                 del stages[other]
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
-            inside = {path.resolve() for path in reads if path.is_file()}
-            places = {name: (folder / name).resolve() for name in known}
-            own = [name for name, place in places.items() if place in inside]
+            root = folder.resolve()
+            inside = [path.resolve() for path in reads if path.resolve().is_relative_to(root)]
+            own = {path.relative_to(root).as_posix() for path in inside} & known.keys()
             stages[stage]["reads"] = {name: known[name]["sha256"] for name in sorted(own)}
         kept = self._forget_stale(stage, known)
         self.data["stages"] = _in_order(stages)

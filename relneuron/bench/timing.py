@@ -6,11 +6,7 @@ takes part, bench/plot.py draws what came out.
 
 from __future__ import annotations
 
-import datetime
-import platform
 import random
-import re
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +18,10 @@ from typing import Any
 import torch
 
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes
-from relneuron.artifact.manifest import locked, versions
+from relneuron.artifact.manifest import locked
 from relneuron.artifact.reading import read_csv
 from relneuron.bench.case import Case, Contestant
+from relneuron.bench.machine import where
 from relneuron.bench.suite import CONTESTANTS, SUITES
 
 # (run, n_calls) -> milliseconds of each call. `run` takes the number of the call.
@@ -263,60 +260,6 @@ def _verdict(contestant: Contestant) -> tuple[bool, str]:
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else ""
-
-
-def where(device: str) -> dict[str, Any]:
-    """The columns of a row that say where and with what it was measured."""
-    found = versions()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "machine": machine(device),
-        "processor": processor(device),
-        "threads": torch.get_num_threads(),
-        "python": found["python"],
-        "torch": torch.__version__,
-        "triton": found.get("triton", "-"),
-        "relneuron": found.get("relneuron", "-"),
-        "commit": commit(),
-    }
-
-
-def processor(device: str) -> str:
-    """The name of the GPU or CPU."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(torch.device(device))
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine(device: str) -> str:
-    """The processor's name as a file name."""
-    plain = re.sub(r"\((r|tm)\)", "", processor(device).lower())
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
-def commit() -> str:
-    """The commit that the package's checkout is at, `+dirty` with changes, `-` if it is none."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        # Without optional locks nothing is written, not even git's index.
-        command = ["git", "--no-optional-locks", "-C", str(root), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return "-"  # installed inside of somebody else's checkout
-        name = git("rev-parse", "--short=12", "HEAD")
-        return name + (
-            "+dirty" if git("status", "--porcelain", "--", ".", ":!bench/results") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "-"
 
 
 # --- what is asked for, and what is told -----------------------------------------------------

@@ -32,7 +32,7 @@ from relneuron.methods.gains.rank import (
     identify_gains_inputs,
 )
 from relneuron.methods.gains.study import BEST
-from relneuron.methods.responses.concepts import concept_study
+from relneuron.methods.responses.concepts import concept_study, concept_subjects
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
 from relneuron.methods.responses.rank import (
@@ -49,7 +49,6 @@ from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.questions import encode
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
-from relneuron.texts.concepts import concept_subjects
 from relneuron.texts.facts import Relation, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (

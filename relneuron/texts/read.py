@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import pickle
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -23,7 +21,8 @@ import numpy as np
 
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.parquet import group_rows, open_parquet
-from relneuron.artifact.reading import MIB, check_zip, decoded, parse_json, too_large
+from relneuron.artifact.reading import MIB, decoded, parse_json, too_large
+from relneuron.texts.ids import open_ids
 from relneuron.texts.sources import GZIP, ID_KINDS, File, Source, split_hf
 
 PIECE_BYTES = MIB  # of one line of text; memory stays bounded in a file that is one line
@@ -121,7 +120,7 @@ def _check_all(source: Source, vocabulary: int | None) -> None:
     """Refuse what the heads of the files show to be wrong, before the first one is read."""
     for file in source.files:
         if file.kind in ID_KINDS:
-            _open_ids(source, file, vocabulary)
+            open_ids(source, file, vocabulary)
         elif file.kind == "parquet":
             _open_parquet(source, file).close()
 
@@ -344,64 +343,9 @@ def _read_dataset(source: Source, file: File, at: Any) -> Iterator[Step]:
 # --- token ids -------------------------------------------------------------------------------
 
 
-def _open_ids(source: Source, file: File, vocabulary: int | None) -> Array:
-    """The ids of a file, mapped and not read where its format allows that."""
-    try:
-        if file.kind == "bin":
-            ids = _open_bin(source, file, vocabulary)
-        elif file.kind == "npy":
-            ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
-        else:
-            ids = _open_pt(file.path)
-        if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
-            raise ValueError("no 1-D or 2-D array of integers")
-    except RelneuronError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError) or "allow_pickle" in line:
-            line = "it is no plain array, and nothing in it was run"
-        raise RelneuronError(
-            f"{file.path} is no file of token ids ({line})",
-            "give a 1-D or 2-D array of integers",
-        ) from error
-    return ids
-
-
-def _open_bin(source: Source, file: File, vocabulary: int | None) -> Array:
-    if source.ids_dtype is None and vocabulary is None:
-        raise RelneuronError(f"the dtype of {file.path} is unknown", "name it with --ids-dtype", 2)
-    dtype = np.dtype(source.ids_dtype or ("uint16" if (vocabulary or 0) <= 1 << 16 else "uint32"))
-    size = Path(file.path).stat().st_size
-    if size % dtype.itemsize:
-        raise RelneuronError(
-            f"{file.path} has {size} bytes, no multiple of {dtype.itemsize} ({dtype})",
-            "name the dtype of its ids with --ids-dtype",
-        )
-    ids = np.memmap(file.path, dtype, "r") if size else np.zeros(0, dtype)
-    head = ids[: 1 << 16]
-    if source.ids_dtype is None and len(head) > 15 and head[::2].any() and not head[1::2].any():
-        cause = f"in {file.path} every second id is 0: its ids seem to be wider than {dtype}"
-        raise RelneuronError(cause, f"name their dtype with --ids-dtype (uint32? or {dtype})")
-    return ids
-
-
-def _open_pt(path: str) -> Array:
-    torch = import_module("torch")
-    check_zip(Path(path))
-    with warnings.catch_warnings(action="ignore"):  # of the way that a pickle was written
-        try:
-            ids = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old format cannot be mapped
-            ids = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError("no tensor of int32 or int64")
-    return np.asarray(ids.detach().numpy())
-
-
 def _read_ids(source: Source, file: File, at: Any, vocabulary: int | None) -> Iterator[Step]:
     """Positions are numbers of tokens; each row of a 2-D file is a document."""
-    ids = _open_ids(source, file, vocabulary)
+    ids = open_ids(source, file, vocabulary)
     width = ids.shape[-1] or 1
     flat = ids.reshape(-1)
     offset = at or 0

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import relneuron.ablation.nll
-from relneuron.ablation.nll import Scorer, nll, plan_masks, read_texts
+import relneuron.ablation.windows
+from relneuron.ablation.nll import nll, plan_masks
 from relneuron.ablation.options import NllOptions
+from relneuron.ablation.windows import Scorer, read_texts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
@@ -137,10 +139,10 @@ def run(
         patch.setattr(relneuron.ablation.nll, "Feed", lambda *_, **__: Windows(groups, texts))
         sources: Any = [Source(group=name) for name in groups]
         path = folder / "neurons.json"
-        force = asked.pop("force", False)
+        more = {name: asked.pop(name) for name in ("force", "backend") if name in asked}
         options = NllOptions(**{"window": 32, **asked})
         return nll(
-            "m", model, tokenizer, path, sources, folder / output, options, force=force, quiet=True
+            "m", model, tokenizer, path, sources, folder / output, options, quiet=True, **more
         )
 
 
@@ -158,7 +160,7 @@ def test_windows_are_read_as_the_model_reads_them(
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     wanted = [plain(model, ids.tolist()) for ids in windows]
     for limit in (2**26, 5 * VOCABULARY, 1):
-        monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", limit)
+        monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", limit)
         scorer = Scorer(model, windows)
         assert scorer.notices == []
         rows = [3, 0, 1, 6, 2, 4, 5]
@@ -168,7 +170,7 @@ def test_windows_are_read_as_the_model_reads_them(
 
 
 def test_only_slices_of_the_logits_are_held(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", 10 * VOCABULARY)
     scorer = Scorer(model, [np.array(ids, np.int32) for ids in drawn(6, 12)])
     shapes: list[tuple[int, ...]] = []
     handle = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
@@ -193,7 +195,7 @@ def test_a_head_of_another_kind_is_the_models_own_forward(
     monkeypatch.setattr(model, "forward", forward)
     windows = [np.array(ids, np.int32) for ids in drawn(7, length)]
     longest = max(map(len, windows)) - 1
-    monkeypatch.setattr(relneuron.ablation.nll, "LOGITS", 3 * longest * VOCABULARY)
+    monkeypatch.setattr(relneuron.ablation.windows, "LOGITS", 3 * longest * VOCABULARY)
     scorer = Scorer(model, windows)
     assert len(scorer.notices) == 1
     groups: list[list[int]] = []
@@ -219,7 +221,7 @@ def test_every_mask_and_window_is_the_edited_model_on_the_window_alone(
     model: Any, tokenizer: Any, study: Path, length: int | None
 ) -> None:
     windows = text(drawn(14, length))
-    cells = run(model, tokenizer, study, windows, batch_tokens=150, packing="documents")
+    cells = run(model, tokenizer, study, windows, batch_tokens=150, mode="documents")
     rows = read_rows(study / "o" / "nll_windows.csv")
     masks = ["clean", *SETS]
     groups = ["en", "zh", "de"]
@@ -442,11 +444,11 @@ def test_a_loss_that_is_not_finite_is_told(tokenizer: Any, study: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "cause"),
     [
-        ({"windows": 0}, "--windows 0"),
-        ({"random_sets": -1}, "--random-sets -1"),
+        ({"windows": 0}, "--windows must be at least 1, got 0"),
+        ({"random_sets": -1}, "--random-sets must be at least 0, got -1"),
         ({"batch_tokens": 0}, "--batch-tokens must be"),
         ({"window": 65}, "longer than the model's context of 64"),
-        ({"packing": "tight"}, "unknown --packing"),
+        ({"mode": "tight"}, "unknown --packing"),
         ({"oom": "never"}, "unknown --oom"),
         ({"backend": "metal"}, "unknown backend"),
     ],

@@ -1,6 +1,6 @@
 """What the gate of `bench.offline` says to seeded faults; test_offline.py runs this file.
 
-Prints {name of the fault: what was found} as JSON; "none" is the kernel as it is.
+Prints {op: {name of the fault: what was found}} as JSON; "none" is the kernel as it is.
 """
 
 # What triton.jit compiles is not typed Python.
@@ -15,7 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import offline
+from bench.offline.cases import TARGETS, compile_launch, launches
+from bench.offline.code import narrow_products
+from bench.offline.rows import faults, measure
+from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 CASE = ("sm_90", "bf16", "count")
 SUM_CASE = ("sm_90", "any", "rank for 12 relations")
@@ -48,37 +51,61 @@ def _narrow_columns_kernel(out_ptr, M, F: tl.constexpr):
 def products(kernel, stride: str = "stride_ot") -> list[str]:
     out = torch.empty(4, 64, device="meta")
     args = {"out_ptr": out, stride: 64}
-    launch = offline.Launch(kernel, (1,), args, {"F": 64}, num_warps=1)
-    compiled = offline.compile_launch(launch, offline.TARGETS["sm_90"])
-    return offline.narrow_products(compiled.asm["ttir"])
+    launch = Launch(kernel, (1,), args, {"F": 64}, num_warps=1)
+    compiled = compile_launch(launch, TARGETS["sm_90"])
+    return narrow_products(compiled.asm["ttir"])
 
 
 def main() -> None:
-    launch = offline.launches(*CASE)[0]
-    row = offline.measure(*CASE, launch)
-    found = {"none": offline.faults(row, row)}
+    launch = launches(*CASE)[0]
+    row = measure(*CASE, launch)
+    found = {"none": faults(row, row)}
 
     few_registers = replace(launch, options={"maxnreg": 32})
-    found["spill"] = offline.faults(offline.measure(*CASE, few_registers), row)
+    found["spill"] = faults(measure(*CASE, few_registers), row)
 
     # 128 columns for 128 threads in 4 rows: 4 elements, 8 bytes per thread.
     narrow = replace(launch, constants={**launch.constants, "BLOCK_F": 128})
-    found["narrow load"] = offline.faults(offline.measure(*CASE, narrow), row)
+    found["narrow load"] = faults(measure(*CASE, narrow), row)
 
     # Rows of the order that begin anywhere are loaded one by one.
-    ranks = offline.launches(*SUM_CASE)[0]
+    ranks = launches(*SUM_CASE)[0]
     unaligned = replace(ranks, args={**ranks.args, "WIDTH": 4095})
-    found["narrow order"] = offline.faults(offline.measure(*SUM_CASE, unaligned), row)
+    found["narrow order"] = faults(measure(*SUM_CASE, unaligned), row)
 
-    found["budget"] = offline.faults(row, replace(row, blocks=row.blocks / 1.2))
-    found["within budget"] = offline.faults(row, replace(row, blocks=row.blocks / 1.05))
-    found["no budget"] = offline.faults(row, None)
-    found["limit"] = offline.faults(replace(row, blocks=14.1), replace(row, blocks=14.1))
+    budget = replace(row, source="")
+    found["budget"] = faults(row, replace(budget, blocks=row.blocks / 1.2))
+    found["within budget"] = faults(row, replace(budget, blocks=row.blocks / 1.05))
+    found["same code"] = faults(row, replace(row, blocks=row.blocks / 1.01))
+    found["no budget"] = faults(row, None)
+    found["limit"] = faults(replace(row, blocks=14.1), replace(row, blocks=14.1))
     found["32-bit offset"] = products(_narrow_offsets_kernel)
     found["widened too late"] = products(_late_widening_kernel)
     found["32-bit column"] = products(_narrow_columns_kernel, "M")
     found["64-bit offset"] = products(_wide_offsets_kernel)
-    print(json.dumps(found))
+    print(json.dumps({"stats": found, "gains": faults_of_gains()}))
+
+
+def faults_of_gains() -> dict[str, list[str]]:
+    """The same for the kernels of logprob_gain, whose loops are told by what is in them."""
+    case, moments = ("sm_90", "any", "gain"), ("sm_90", "any", "moments")
+    launch, product = launches(*case)[0], launches(*moments)[0]
+    row = measure(*case, launch)
+    found = {"none": faults(row, row)}
+    few_registers = replace(launch, options={"maxnreg": 64})
+    found["spill"] = faults(measure(*case, few_registers), row)
+    # Rows that begin anywhere are loaded one by one.
+    unaligned = replace(launch, args={**launch.args, "WIDTH": 32001})
+    found["narrow"] = faults(measure(*case, unaligned), row)
+    for loop in ("blocks", "rows"):
+        less = replace(row, **{loop: getattr(row, loop) / 1.2}, source="")
+        found[loop] = faults(row, less)
+    try:
+        plain = replace(product, constants={**product.constants, "PRECISION": "ieee"})
+        measure(*moments, plain)
+    except AssertionError as error:
+        found["no matrix product"] = [str(error)]
+    return found
 
 
 if __name__ == "__main__":

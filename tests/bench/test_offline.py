@@ -18,32 +18,6 @@ from relneuron.ops import available_backends
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The same for the kernels of logprob_gain, whose loops are told by what is in them.
-GAIN_FAULTS = """
-import json
-from dataclasses import replace
-from bench import offline
-
-case, moments = ("sm_90", "any", "gain"), ("sm_90", "any", "moments")
-launch, product = offline.launches(*case)[0], offline.launches(*moments)[0]
-row = offline.measure(*case, launch)
-found = {"none": offline.faults(row, row)}
-few_registers = replace(launch, options={"maxnreg": 64})
-found["spill"] = offline.faults(offline.measure(*case, few_registers), row)
-# Rows that begin anywhere are loaded one by one.
-unaligned = replace(launch, args={**launch.args, "WIDTH": 32001})
-found["narrow"] = offline.faults(offline.measure(*case, unaligned), row)
-for loop in ("blocks", "rows"):
-    less = replace(row, **{loop: getattr(row, loop) / 1.2})
-    found[loop] = offline.faults(row, less)
-try:
-    plain = replace(product, constants={**product.constants, "PRECISION": "ieee"})
-    offline.measure(*moments, plain)
-except AssertionError as error:
-    found["no matrix product"] = str(error)
-print(json.dumps(found))
-"""
-
 pytestmark = pytest.mark.skipif(
     "triton is not usable" in available_backends()["triton"].detail, reason="no triton"
 )
@@ -62,35 +36,77 @@ def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_no_kernel_has_a_fault(tmp_path: Path) -> None:
+    """What changed since `budgets.csv` was written is compiled, and `cover()`."""
     done = run("-m", "bench.offline", cache=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert f"\n{target} " in done.stdout
 
 
-def test_the_gate_can_fail(tmp_path: Path) -> None:
-    done = run("tests/bench/offline_faults.py", cache=tmp_path)
+COVERED = """
+import json
+from bench.offline.cases import cases, cover, launches
+from bench.offline.rows import label
+
+def kernels(chosen):
+    return [(case, label(l).split()[0]) for case in chosen for l in launches(*case)]
+
+found = {}
+for name, chosen in (("all", cases()), ("cover", sorted(cover()))):
+    assert name == "all" or set(chosen) <= set(cases())
+    found[name] = [[*case, kernel] for case, kernel in kernels(chosen)]
+print(json.dumps(found))
+"""
+
+
+def test_the_cover_has_every_pair(tmp_path: Path) -> None:
+    """Of target and kernel, target and dtype, dtype and kernel; on sm_90 every kind of call.
+
+    Of the sorts, of which each takes seconds, it has the smallest.
+    """
+    done = run("-c", COVERED, cache=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
+    for first, second in ((0, 3), (0, 1), (1, 3)):
+        pairs = [{(row[first], row[second]) for row in found[name]} for name in ("all", "cover")]
+        assert pairs[0] == pairs[1]
+    for rows in found.values():
+        rows[:] = [row for row in rows if row[3] != "_sort_kernel"]
+    on_sm_90 = [{row[2] for row in rows if row[0] == "sm_90"} for rows in found.values()]
+    assert on_sm_90[0] == on_sm_90[1]
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
+    done = run("tests/bench/offline_faults.py", cache=tmp_path_factory.mktemp("cache"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout)
+    return found
+
+
+def test_the_gate_can_fail(seeded: dict[str, dict[str, list[str]]]) -> None:
+    found = seeded["stats"]
     assert found["none"] == found["within budget"] == found["64-bit offset"] == []
     assert any("spills" in fault for fault in found["spill"])
     for name in ("narrow load", "narrow order"):
         assert any("narrower than 16 bytes" in fault for fault in found[name])
     assert any("budget" in fault for fault in found["budget"])
+    assert any("the same code" in fault for fault in found["same code"])
     assert any("no budget" in fault for fault in found["no budget"])
     assert any("limit 14.0" in fault for fault in found["limit"])
     assert len(found["32-bit offset"]) == 1 and len(found["widened too late"]) == 1
     assert len(found["32-bit column"]) == 1
 
 
-def test_the_gate_sees_the_loops_of_logprob_gain(tmp_path: Path) -> None:
-    done = run("-c", GAIN_FAULTS, cache=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+def test_the_gate_sees_the_loops_of_logprob_gain(
+    seeded: dict[str, dict[str, list[str]]],
+) -> None:
+    found = seeded["gains"]
     assert found["none"] == []
     assert any("spills" in fault for fault in found["spill"])
     assert any("narrower than 16 bytes" in fault for fault in found["narrow"])
     for loop in ("blocks", "rows"):
         assert len(found[loop]) == 1 and f"in loop {loop}, budget" in found[loop][0]
-    assert "_gain_moments_kernel has loops" in found["no matrix product"]
+    assert "_gain_moments_kernel has loops" in found["no matrix product"][0]

@@ -12,15 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron.ops import available_backends, average_precision, backends
+from relneuron.ops import average_precision, backends
 from relneuron.ops.average_precision.op import average_precision_reference
+from tests.kit.interpreter import IS_INTERPRETED, needs_triton
 
-STATUS = available_backends()["triton"]
-pytestmark = [
-    pytest.mark.skipif(not STATUS.works, reason=STATUS.detail),
-    # The interpreter computes with numpy, which warns about overflow.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = needs_triton
 SORTED = (torch.float32, torch.bfloat16, torch.float16)  # by our kernel; float64 is by torch's
 DTYPES = (*SORTED, torch.float64)
 
@@ -38,7 +34,7 @@ def torch_sorts(launcher: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(values: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor | None:
     launcher = backends.triton_module("average_precision")
-    if not launcher.IS_INTERPRETED:
+    if not IS_INTERPRETED:
         values = values.cuda()  # labels and weights stay on the CPU
     result: Tensor | None = launcher.average_precision_triton(values, labels, weights)
     return None if result is None else result.cpu()
@@ -218,7 +214,7 @@ def test_values_that_are_not_finite(dtype: torch.dtype, n_rows: int) -> None:
         values[row, column] = float(value)
         assert run(values, labels) is None
     with pytest.raises(ValueError, match="must be finite, got -inf"):
-        on = "cpu" if backends.triton_module("average_precision").IS_INTERPRETED else "cuda"
+        on = "cpu" if IS_INTERPRETED else "cuda"
         average_precision(values.to(on), labels, backend="triton")
 
 

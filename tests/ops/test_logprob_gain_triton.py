@@ -15,14 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron.ops import available_backends, backends
+from relneuron.ops import backends
+from tests.kit.interpreter import IS_INTERPRETED, needs_triton
 
-STATUS = available_backends()["triton"]
-pytestmark = [
-    pytest.mark.skipif(not STATUS.works, reason=STATUS.detail),
-    # The interpreter computes with numpy, which warns about overflow.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = needs_triton
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def tiles(launcher: ModuleType) -> ModuleType:
 
 def place(tensor: Tensor) -> Tensor:
     """On the device that the kernels run on."""
-    return tensor if backends.triton_module("logprob_gain").IS_INTERPRETED else tensor.cuda()
+    return tensor if IS_INTERPRETED else tensor.cuda()
 
 
 @dataclass
@@ -328,7 +324,7 @@ def test_factors_without_16_bit_products(
     case = make_case(dtype=torch.float16)
     assert tiles._factor(torch.bfloat16, case.unembed.float()).shape == case.unembed.shape
     assert tiles._factor(torch.float16, case.unembed).dtype == torch.float32
-    if launcher.IS_INTERPRETED:
+    if IS_INTERPRETED:
         case.check(launcher.gain_sums_dense(case.values, case.unembed, case.p, case.t)[0], False)
 
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron.ops import GroupStats, available_backends, backends, residual_stats
+from relneuron.ops import GroupStats, available_backends, residual_stats
 from relneuron.testing import assert_same_bits
+from tests.kit.interpreter import IS_INTERPRETED, quiet
 
 op = sys.modules["relneuron.ops.swiglu_stats.op"]
-STATUS = available_backends()
-BACKENDS = [name for name, status in STATUS.items() if status.works]
-IS_INTERPRETED = STATUS["triton"].works and backends.triton_module("swiglu_stats").IS_INTERPRETED
+BACKENDS = [name for name, status in available_backends().items() if status.works]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = quiet
 
 
 def device_of(backend: str) -> str:

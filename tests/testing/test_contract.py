@@ -18,10 +18,10 @@ from torch import Tensor
 
 from relneuron.ops import available_backends, backends, swiglu_stats
 from relneuron.testing import FEATURES, Check, ContractError, backend_checks, check_backend
+from tests.kit.interpreter import IS_INTERPRETED, quiet
 from tests.testing.mutants import FAULTS, swiglu_stats_with
 
-# The interpreter computes with numpy, which warns about overflow and NaN.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = quiet
 
 op = sys.modules["relneuron.ops.swiglu_stats.op"]
 STATUS = available_backends()
@@ -40,10 +40,10 @@ def test_the_reference_holds_the_contract(check: Check) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("check", backend_checks(), ids=str)
 def test_the_kernels_for_cpus_hold_the_contract(check: Check, isa: str) -> None:
-    forced = functools.partial(op._swiglu_stats_cpu, isa=isa, n_threads=2)
+    forced = functools.partial(op.swiglu_stats_cpu, isa=isa, n_threads=2)
     with (
-        mock.patch.object(op, "_swiglu_stats_cpu", forced),
-        mock.patch.object(op, "_ran_quickly", return_value=False),
+        mock.patch.object(op, "swiglu_stats_cpu", forced),
+        mock.patch.object(op, "ran_quickly", return_value=False),
     ):
         check(functools.partial(swiglu_stats, backend="cpu"))
 
@@ -51,8 +51,7 @@ def test_the_kernels_for_cpus_hold_the_contract(check: Check, isa: str) -> None:
 @pytest.mark.skipif(not STATUS["triton"].works, reason=STATUS["triton"].detail)
 @pytest.mark.parametrize("check", backend_checks(), ids=str)
 def test_the_kernels_for_gpus_hold_the_contract(check: Check) -> None:
-    is_interpreted = backends.triton_module("swiglu_stats").IS_INTERPRETED
-    options: dict[str, Any] = {"max_elements": 6000} if is_interpreted else {"device": "cuda"}
+    options: dict[str, Any] = {"max_elements": 6000} if IS_INTERPRETED else {"device": "cuda"}
     checks = {c.name: c for c in backend_checks(**options)}
     if check.name not in checks:
         pytest.skip("too large for the interpreter")

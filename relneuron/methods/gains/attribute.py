@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from relneuron.artifact.files import (
     atomic_write,
     csv_bytes,
     refuse_overwrite,
-    sha256,
 )
 from relneuron.artifact.gains import (
     COMPARISON,
@@ -38,7 +37,6 @@ from relneuron.artifact.gains import (
     GainFile,
     Target,
     number,
-    read_gains,
     table_bytes,
     targets_bytes,
 )
@@ -48,21 +46,25 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.gains.comparison import Sizes, plan, run, summary
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
-from relneuron.methods.gains.rank import best_neurons, mean_gains
+from relneuron.methods.gains.rank import best_by_relation
 from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
-from relneuron.methods.gains.targets import encode_targets
+from relneuron.methods.gains.targets import (
+    check_copy,
+    check_recorded,
+    encode_targets,
+    predictions,
+    write_copy,
+)
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
 from relneuron.model.stream import read_residual_model
 from relneuron.model.stream_layers import ResidualModel
-from relneuron.model.trace import trace
 from relneuron.texts.knowledge import TargetPrompt, read_knowledge
 from relneuron.texts.tokens import policy_text, target_notices, token_text
 
 JOURNAL = "attribute.journal"
 WRITTEN = (TARGETS, *TABLES, GAINS, PROMOTED, INTERVENTIONS, COMPARISON)
-N_NAMED = 5  # best neurons of a relation that the manifest names
 
 
 def refuse_outputs(folder: Path, force: bool) -> None:
@@ -139,18 +141,18 @@ def attribute(
         (folder / JOURNAL).unlink(missing_ok=True)
         return
     refuse_outputs(folder, force)
-    _check_recorded(folder, prompts_path, copy, described)
-    _check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
+    check_recorded(folder, prompts_path, copy, described)
+    check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
     sizes = Sizes.of(residual, options.intervene)
     batches = plan_batches(Questions(prompts, targets.ids, targets.targets), options.batch_tokens)
     if is_predicted:
         own = Budget(options.batch_tokens, options.oom, what=SENTENCES)
-        chosen = _predictions(residual, targets.ids, batches, own)
+        chosen = predictions(residual, targets.ids, batches, own)
         targets = replace(targets, targets=chosen, rights=[[token] for token in chosen])
     sentences = Sentences(prompts, targets)
     notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
     with locked(folder):
-        _write_copy(folder / "prompts.jsonl", prompts_path, copy)
+        write_copy(folder / "prompts.jsonl", prompts_path, copy)
         journal = Journal(folder / JOURNAL, inputs)
         gains = None
         if not journal.done:
@@ -208,7 +210,7 @@ def attribute(
             (folder / file).unlink(missing_ok=True)
         best = {}
         if gains is not None:
-            best = _best_by_relation(folder / GAINS, residual.shape, made, options.keep)
+            best = best_by_relation(folder / GAINS, residual.shape, made, options.keep)
         manifest = Manifest(folder)
         run_on = {
             "versions": versions(),
@@ -244,7 +246,11 @@ def attribute(
             memory={"scores": "of one batch of sentences; the rows of all as text"},
             **run_on,
             best=best,
-            commands=_command(name, prompts_path, folder, options, described),
+            commands=command(
+                "attribute",
+                *(name, placed(prompts_path, folder), "-o", STUDY, *options.words()),
+                **loading(described),
+            ),
         )
         journal.remove()
 
@@ -254,66 +260,6 @@ def _asked_for(prompts: Sequence[Prompt], target: str) -> str:
         return "the model's most probable token"
     n_given = sum(isinstance(prompt, TargetPrompt) for prompt in prompts)
     return "the answer's first token" + (f"; given for {n_given} sentences" if n_given else "")
-
-
-def _predictions(
-    residual: ResidualModel,
-    ids: Sequence[list[int]],
-    batches: Sequence[Sequence[int]],
-    budget: Budget,
-) -> list[int]:
-    """The model's most probable next token of each sentence, in the batches that are scored."""
-    found = [0] * len(ids)
-
-    def ask(rows: list[int]) -> list[int]:
-        best: list[int] = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
-        return best
-
-    for rows in batches:
-        for row, token in zip(rows, budget.run(rows, lambda row: len(ids[row]), ask), strict=True):
-            found[row] = token
-    return found
-
-
-def _command(
-    name: str, prompts: Path, folder: Path, options: AttributeOptions, described: Json
-) -> list[list[str]]:
-    asked = asdict(options) | {"oom": None}  # changes no score
-    switches = {f"no_{key}": not asked.pop(key) for key in ("compare", "center_keys")}
-    given = (name, placed(prompts, folder), "-o", STUDY)
-    return command("attribute", *given, **asked, **switches, **loading(described))
-
-
-# --- the prompts beside the scores -----------------------------------------------------------
-
-
-def _is_copy(copy: Path, source: Path, data: bytes) -> bool:
-    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
-
-
-def _check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
-    """Refuse the folder of a recorded study of another model or of other prompts."""
-    manifest = Manifest(folder)
-    manifest.check_model(model)
-    recorded = manifest.data["stages"].get("record", {}).get("inputs")
-    if recorded is None:
-        return
-    copy = folder / "prompts.jsonl"
-    if not _is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
-        raise RelneuronError(
-            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
-        )
-
-
-def _check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
-    """Refuse to replace other prompts than these."""
-    if not _is_copy(copy, source, data):
-        refuse_overwrite(copy, force)
-
-
-def _write_copy(copy: Path, source: Path, data: bytes) -> None:
-    if not _is_copy(copy, source, data):
-        atomic_write(copy, data)
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -358,26 +304,6 @@ def _redo_lost(journal: Journal, gains: GainFile, batches: Sequence[list[int]]) 
     }
     lost = [k for k, rows in noted.items() if journal.done[k]["gains"] != gains.digest(rows)]
     journal.redo(lost, f"rows of {GAINS} are not as they were written")
-
-
-def _best_by_relation(
-    path: Path, shape: Mapping[str, int], targets: Sequence[Target], keep: str
-) -> Json:
-    """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
-    relations = sorted({target.relation for target in targets})
-    taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
-    layers = [
-        mean_gains(gains, np.array(taken), len(relations))
-        for _, gains in read_gains(path, shape, len(targets))
-    ]
-    return {
-        name: [
-            [layer, index, float(number(score))]
-            for layer, _, index, score in best_neurons(np.stack([m[row] for m in layers]), N_NAMED)
-        ]
-        for row, name in enumerate(relations)
-        if row in taken
-    }
 
 
 def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | None) -> Json:

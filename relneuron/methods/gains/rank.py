@@ -29,6 +29,7 @@ from relneuron.artifact.gains import (
     MADE_BY,
     TARGETS,
     Target,
+    number,
     read_gains,
     read_targets,
 )
@@ -39,6 +40,7 @@ from relneuron.artifact.reading import check_rows
 from relneuron.artifact.stage import command, placed
 
 METHOD = "logprob_gain"
+N_NAMED = 5  # best neurons of a relation that the manifest names
 
 Array = np.ndarray[Any, Any]
 
@@ -256,10 +258,10 @@ def mean_gains(gains: Array, group: Array, n_groups: int) -> Array:
     without sentences has NaN.
     """
     means = np.full((n_groups, gains.shape[1]), np.nan, np.float32)
-    for number in range(n_groups):
-        rows = gains[group == number]
+    for place in range(n_groups):
+        rows = gains[group == place]
         if len(rows):
-            means[number] = rows.mean(0, dtype=np.float64)
+            means[place] = rows.mean(0, dtype=np.float64)
     return means
 
 
@@ -277,3 +279,23 @@ def best_neurons(scores: Array, k: int) -> list[ScoredNeuron]:
             layers.tolist(), indices.tolist(), flat[order].tolist(), strict=True
         )
     ]
+
+
+def best_by_relation(
+    path: Path, shape: Mapping[str, int], targets: Sequence[Target], keep: str
+) -> Json:
+    """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
+    relations = sorted({target.relation for target in targets})
+    taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
+    layers = [
+        mean_gains(gains, np.array(taken), len(relations))
+        for _, gains in read_gains(path, shape, len(targets))
+    ]
+    return {
+        name: [
+            [layer, index, float(number(score))]
+            for layer, _, index, score in best_neurons(np.stack([m[row] for m in layers]), N_NAMED)
+        ]
+        for row, name in enumerate(relations)
+        if row in taken
+    }

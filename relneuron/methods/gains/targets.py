@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite, sha256
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
+from relneuron.model.batches import Budget
 from relneuron.model.questions import Questions, encode, object_continuations
+from relneuron.model.stream import ResidualModel
+from relneuron.model.trace import trace
 from relneuron.texts.knowledge import TargetPrompt
 from relneuron.texts.tokens import (
     Continuation,
@@ -220,3 +225,54 @@ def keep(
         above = (own[rows] > logits[rows[:, None], tokens]) | is_own
         kept[rows] &= above.all(1)
     return kept
+
+
+def predictions(
+    residual: ResidualModel,
+    ids: Sequence[list[int]],
+    batches: Sequence[Sequence[int]],
+    budget: Budget,
+) -> list[int]:
+    """The model's most probable next token of each sentence, in the batches that are scored."""
+    found = [0] * len(ids)
+
+    def ask(rows: list[int]) -> list[int]:
+        best: list[int] = trace(residual, [ids[row] for row in rows]).logits.argmax(1).tolist()
+        return best
+
+    for rows in batches:
+        for row, token in zip(rows, budget.run(rows, lambda row: len(ids[row]), ask), strict=True):
+            found[row] = token
+    return found
+
+
+# --- the prompts beside the scores -----------------------------------------------------------
+
+
+def is_copy(copy: Path, source: Path, data: bytes) -> bool:
+    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
+
+
+def check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
+    """Refuse the folder of a recorded study of another model or of other prompts."""
+    manifest = Manifest(folder)
+    manifest.check_model(model)
+    recorded = manifest.data["stages"].get("record", {}).get("inputs")
+    if recorded is None:
+        return
+    copy = folder / "prompts.jsonl"
+    if not is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
+        raise RelneuronError(
+            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
+        )
+
+
+def check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
+    """Refuse to replace other prompts than these."""
+    if not is_copy(copy, source, data):
+        refuse_overwrite(copy, force)
+
+
+def write_copy(copy: Path, source: Path, data: bytes) -> None:
+    if not is_copy(copy, source, data):
+        atomic_write(copy, data)

@@ -145,7 +145,7 @@ IS_INTERPRETED = not isinstance(_sum_kernel, triton.JITFunction)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Block sizes. Not measured on any GPU; the reasons are the compiled code (bench/offline.py).
+    """Block sizes. Not measured on any GPU; the reasons are the compiled code (bench/offline).
 
     A sort has the fewest instructions with 16 rows per thread (8 take 8 to 15% more), in 64 to 128
     registers and without spills up to 8192 rows. `_sum_kernel` is one warp, so that nothing in its

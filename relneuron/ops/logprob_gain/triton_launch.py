@@ -3,7 +3,7 @@
 ops/logprob_gain/op.py calls `gain_sums` (some pairs of neuron and sentence), `gain_sums_dense` (all
 pairs) and `moment_sums`. What a neuron writes to the logits, b = values @ unembed.T, is computed by
 torch, for as many neurons at a time as the scratch holds (`ops/logprob_gain/triton_tiles.py`); a
-kernel of `ops/logprob_gain/triton_kernels.py` reads that tile for all sentences. bench/offline.py
+kernel of `ops/logprob_gain/triton_kernels.py` reads that tile for all sentences. bench/offline
 compiles what `plan_dense`, `plan_list` and `plan_moments` return.
 """
 
@@ -30,7 +30,7 @@ IS_INTERPRETED = not isinstance(kernels._gain_kernel, triton.JITFunction)
 class LaunchConfig:
     """Block sizes; `span` is a multiple of the blocks, `block` one of `moments_block`.
 
-    Not measured on any GPU; the reasons are the compiled code (bench/offline.py). Eight neurons and
+    Not measured on any GPU; the reasons are the compiled code (bench/offline). Eight neurons and
     eight sentences share what they load: one byte of b and p per pair and token, against which the
     8 to 11 instructions of each are long enough. A warp per sentence leaves 32 pairs of a token to
     a thread, all their sums in 110 to 170 registers; with tilt there is a third row to load, and

@@ -1,6 +1,7 @@
 """What the arguments of `swiglu_stats` and `residual_stats` must be: every mistake has its message.
 
-Nothing is read from the tensors here but shapes, strides and addresses, so nothing waits for a GPU.
+Only `check_ids_range` reads values and waits for a GPU; all else looks at shapes, strides and
+addresses.
 """
 
 from __future__ import annotations
@@ -272,3 +273,28 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     # Rows of both come again every `step` bytes: do they lie beside each other within it?
     offset = (other_start - start) % step if step else 0
     return max(widths) > step or not (widths[0] <= offset and offset + widths[1] <= step)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ids: the only values that are read
+
+
+def check_ids_range(call: Call) -> None:
+    """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
+    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
+    first_response = next(iter(call.responses.values()), None)
+    for name, ids, low, size, origin in (
+        ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),
+        ("prompt_ids", call.prompt_ids, -1, first_response, "N={} from responses"),
+        ("condition_ids", call.condition_ids, 0, call.keep, "C={} from keep"),
+    ):
+        if ids is None or ids.numel() == 0 or size is None:
+            continue
+        high = size.shape[0]
+        smallest, largest = (int(value) for value in torch.aminmax(ids))
+        if smallest < low or largest >= high:
+            position = int(((ids < low) | (ids >= high)).to(torch.int8).argmax())
+            raise ValueError(
+                f"{op}: {name} must be in [{low}, {high}) ({origin.format(high)}), "
+                f"got {int(ids[position])} at token {position}"
+            )

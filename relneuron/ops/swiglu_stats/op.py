@@ -1,40 +1,32 @@
 """SwiGLU with per-group activation statistics and per-token neuron masks: public op and spec.
 
 The patched MLPs of a model call it, and so can any other code. Here is the public function; the
-files `swiglu_stats_*.py` beside it and `csrc/swiglu_stats*` are the rest.
+files beside it and `csrc/swiglu_stats*` are the rest.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from relneuron.ops.backends import check_backend_name, choose_backend, cpu_module, triton_module
+from relneuron.ops.backends import check_backend_name, choose_backend, triton_module
 from relneuron.ops.swiglu_stats.checks import (
-    DTYPES,
     Names,
     check_given,
+    check_ids_range,
     check_inputs,
     check_masks,
     check_memory,
     check_statistics,
 )
+from relneuron.ops.swiglu_stats.cpu_launch import is_eager, ran_quickly, swiglu_stats_cpu
 from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
-from relneuron.ops.swiglu_stats.reference import (
-    ACTIVATIONS,
-    CODES,
-    RESIDUAL,
-    Call,
-    swiglu_stats_reference,
-)
+from relneuron.ops.swiglu_stats.reference import ACTIVATIONS, Call, swiglu_stats_reference
 
 NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
 NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
@@ -189,13 +181,15 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
-    if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and _is_eager():
+    if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and is_eager():
         given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
         h = out
         if h is None and not only_stats and gate.layout is torch.strided:
             h = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        if (h is None) == only_stats and _ran_quickly(names, activation, gate, up, h, *given):
-            return h
+        if (h is None) == only_stats:
+            with _ADDING if stats is not None or responses else _ALONE:
+                if ran_quickly(names, activation, gate, up, h, *given):
+                    return h
     others = {
         "out": out,
         "group_ids": group_ids,
@@ -233,87 +227,6 @@ def run_checked(
         backend,
     )
     return out
-
-
-# --------------------------------------------------------------------------------------------------
-# The quick way on a CPU: a call of one token takes a fifth of the time that checks in Python and
-# torch's dispatcher take
-
-
-def _is_eager() -> bool:
-    """Whether nothing of torch's wants to see the op: no compiler, mode, transform or profiler."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack()
-        or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
-
-
-@functools.cache
-def _codes(names: Names, sites: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The numbers of an op's sites in the kernels, or None if one is not the op's."""
-    numbers = {s: SITES.index(code) for s, code in zip(names.sites, names.codes, strict=True)}
-    return tuple(numbers[s] for s in sites) if set(sites) <= set(numbers) else None
-
-
-# groups, width, threshold_bits, count, tokens, sum, sum_sq, max and n_nonfinite of no statistics.
-_NO_COUNTERS: tuple[Any, ...] = (0, 0, 0, None, None, None, None, None, None)
-
-
-def _ran_quickly(
-    names: Names,
-    activation: str,
-    gate: Tensor,
-    up: Tensor,
-    h: Tensor | None,
-    stats: GroupStats | None,
-    group_ids: Tensor | None,
-    responses: Mapping[str, Tensor] | None,
-    prompt_ids: Tensor | None,
-    keep: Tensor | None,
-    condition_ids: Tensor | None,
-    ids_checked: bool,
-) -> bool:
-    """Run the call on the CPU kernel if it is plainly right; False if it is left to the checks."""
-    try:
-        quick = cpu_module().swiglu_stats_quick
-        sites: tuple[int, ...] | None = ()
-        counters = _NO_COUNTERS
-        if stats is not None:
-            stats.check_fields(names.op)
-            sites = _codes(names, stats.sites)
-            counters = (
-                *(stats.groups, stats.width, stats._threshold_bits, stats._count, stats.tokens),
-                *(stats._sum, stats._sum_sq, stats._max, stats._n_nonfinite),
-            )
-        response_sites = _codes(names, tuple(responses)) if responses else ()
-    except (ImportError, AttributeError, TypeError):  # no extension; no GroupStats, or no names
-        return False
-    if sites is None or response_sites is None:
-        return False
-    with _ADDING if stats is not None or responses else _ALONE:
-        return bool(
-            quick(
-                gate,
-                up,
-                h,
-                CODES.index(activation),
-                sites,
-                *counters,
-                group_ids,
-                response_sites,
-                tuple(responses.values()) if responses else (),
-                prompt_ids,
-                keep,
-                condition_ids,
-                ids_checked,
-                torch.is_grad_enabled(),
-                torch.get_num_threads(),
-            )
-        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,10 +277,10 @@ def _swiglu_stats_impl(
     chosen = choose_backend("swiglu_stats", backend, gate.device.type)
     check_memory(call)
     if not ids_checked:
-        _check_ids_range(call)
+        check_ids_range(call)
     with _ADDING if call.tokens is not None or call.responses else _ALONE:
         if chosen == "cpu":
-            _swiglu_stats_cpu(call)
+            swiglu_stats_cpu(call)
         elif chosen == "triton":
             triton_module("swiglu_stats").swiglu_stats_triton(call)
         else:
@@ -385,62 +298,3 @@ torch.library.define(
 torch.library.impl("relneuron::swiglu_stats", "CompositeExplicitAutograd", _swiglu_stats_impl)
 torch.library.register_fake("relneuron::swiglu_stats", lambda *args: None)
 _swiglu_stats_op = torch.ops.relneuron.swiglu_stats.default
-
-
-def _check_ids_range(call: Call) -> None:
-    """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
-    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
-    first_response = next(iter(call.responses.values()), None)
-    for name, ids, low, size, origin in (
-        ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),
-        ("prompt_ids", call.prompt_ids, -1, first_response, "N={} from responses"),
-        ("condition_ids", call.condition_ids, 0, call.keep, "C={} from keep"),
-    ):
-        if ids is None or ids.numel() == 0 or size is None:
-            continue
-        high = size.shape[0]
-        smallest, largest = (int(value) for value in torch.aminmax(ids))
-        if smallest < low or largest >= high:
-            position = int(((ids < low) | (ids >= high)).to(torch.int8).argmax())
-            raise ValueError(
-                f"{op}: {name} must be in [{low}, {high}) ({origin.format(high)}), "
-                f"got {int(ids[position])} at token {position}"
-            )
-
-
-def _swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
-    """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    cpu_module().swiglu_stats(
-        out=address(call.out),
-        gate=call.gate.data_ptr(),
-        up=call.up.data_ptr(),
-        stride_ht=0 if call.out is None else call.out.stride(0),
-        stride_gt=call.gate.stride(0),
-        stride_ut=call.up.stride(0),
-        T=call.gate.shape[0],
-        F=call.gate.shape[1],
-        dtype=DTYPES.index(call.gate.dtype),
-        activation=CODES.index(call.activation),
-        sites=[SITES.index(site) for site in call.sites],
-        G=0 if call.tokens is None else call.tokens.shape[0],
-        threshold_bits=call.threshold_bits,
-        count=address(call.count),
-        tokens=address(call.tokens),
-        sum=address(call.sum),
-        sum_sq=address(call.sum_sq),
-        max=address(call.max),
-        n_nonfinite=address(call.n_nonfinite),
-        group_ids=address(call.group_ids),
-        response_sites=[SITES.index(site) for site in call.responses],
-        responses=[tensor.data_ptr() for tensor in call.responses.values()],
-        strides_rn=[tensor.stride(0) for tensor in call.responses.values()],
-        prompt_ids=address(call.prompt_ids),
-        keep=address(call.keep),
-        condition_ids=address(call.condition_ids),
-        isa=isa,
-        n_threads=n_threads or torch.get_num_threads(),
-    )

@@ -2,7 +2,7 @@
 
 `op.py` imports this file when a GPU tensor (or backend="triton") asks for it. The kernels
 are in `ops/swiglu_stats/triton_kernels.py` (h and counts) and `ops/swiglu_stats/triton_sums.py`,
-their arithmetic in `ops/swiglu_stats/triton_math.py`. `bench/offline.py` compiles what `plan`
+their arithmetic in `ops/swiglu_stats/triton_math.py`. `bench/offline` compiles what `plan`
 returns.
 """
 
@@ -43,7 +43,7 @@ class LaunchConfig:
 
 
 # By compute capability (gfx942 has 9.4). Not measured on any GPU; the reasons are arithmetic on the
-# compiled code (bench/offline.py). A thread takes one 16-byte load each of gate and up, so a
+# compiled code (bench/offline). A thread takes one 16-byte load each of gate and up, so a
 # program of 128 threads has 4 KiB in flight; 15 to 23 KiB per multiprocessor hide the memory
 # latency of an H200. More rows per step need as many more accumulators, so fewer programs fit and
 # the sum stays the same. 128 tokens per tile are 2,752 programs at T = 8192, F = 11008, 2.6 waves
@@ -72,7 +72,7 @@ IS_INTERPRETED = not isinstance(kernels._swiglu_stats_kernel, triton.JITFunction
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `bench/offline.py` compiles it, `swiglu_stats_triton` runs it."""
+    """One kernel launch: `bench/offline` compiles it, `swiglu_stats_triton` runs it."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -20,12 +20,11 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.demo import FACTS
-from relneuron.methods.responses.concepts import concept_study
+from relneuron.methods.responses.concepts import concept_study, make_concept_prompts
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.load import load_model, load_tokenizer
-from relneuron.texts.concepts import make_concept_prompts
 from relneuron.texts.facts import Fact, Relation, Templates, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts

@@ -1,4 +1,4 @@
-"""What `bench.offline` compiles: targets, kinds of calls of each op, and their launches.
+"""What is compiled: targets, kinds of calls of each op, and their launches.
 
 A kind of call becomes the launches that its op would make (the launcher's own plan, on tensors
 without memory), and a launch becomes code for a GPU that is not here.
@@ -6,13 +6,15 @@ without memory), and a launch becomes code for a GPU that is not here.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 
 from relneuron.ops import SITES, GroupStats
 from relneuron.ops.average_precision import triton_launch as ranking
@@ -57,9 +59,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The op residual_stats, whose one site is the gate's.
     "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
 }
-# What the other targets and dtypes are asked for with --quick.
-MAIN = ("plain", "count", "all at act, conditions", "all at all sites", "responses")
-
 
 # Of average_precision: rows to sort, then (relations, rows, with weights) to sum over.
 SORTS = {f"rank {n} rows": n for n in (512, 1024, 2048, 4096, 8192)}
@@ -81,23 +80,48 @@ GAINS = {
 }
 
 
-def cases(quick: bool) -> list[tuple[str, str, str]]:
-    """(target, dtype, variant): all of them, or the main ones except for sm_90 in bfloat16."""
-    found = [("sm_90", "bf16", variant) for variant in VARIANTS]
-    for target in TARGETS:
-        for dtype in DTYPES:
-            chosen = MAIN if dtype == "bf16" else MAIN[2:4]
-            for variant in chosen if quick else VARIANTS:
-                if (case := (target, dtype, variant)) not in found:
-                    found.append(case)
+# What `cover` has of them on other targets than sm_90: each kernel once.
+SOME_GAINS = ("gain with tilt", "gain of a list", "moments")
+
+Case = tuple[str, str, str]
+
+
+def cases() -> list[Case]:
+    """(target, dtype, variant): all of them."""
+    found = [
+        (target, dtype, variant)
+        for target in sorted(TARGETS, key=lambda name: name != "sm_90")
+        for dtype in DTYPES
+        for variant in VARIANTS
+    ]
     # A sort takes seconds to compile: all of them for one target only, and of the two dtypes of 16
     # bits, which differ in one constant, one. The sums see no values.
-    sorts = [(target, dtype, "rank 4096 rows") for target in TARGETS for dtype in ("fp32", "bf16")]
-    if not quick:
-        sorts += [("sm_90", dtype, variant) for dtype in ("fp32", "bf16") for variant in SORTS]
-    sums = [(target, "any", variant) for target in TARGETS for variant in SUMS]
-    attributed = [(target, "any", variant) for target in TARGETS for variant in GAINS]
-    return found + list(dict.fromkeys(sorts[::2] if quick else sorts)) + sums + attributed
+    for dtype in ("fp32", "bf16"):
+        found += [(target, dtype, f"rank {n} rows") for target in TARGETS for n in (512, 4096)]
+        found += [("sm_90", dtype, variant) for variant in SORTS]
+    found += [(target, "any", variant) for target in TARGETS for variant in (*SUMS, *GAINS)]
+    return list(dict.fromkeys(found))
+
+
+def cover() -> set[Case]:
+    """A third of `cases()`: every kind of call on sm_90 and on one more target.
+
+    The targets and dtypes of the second time take turns. Every pair of kernel, target and dtype
+    that `cases()` has is in it.
+    """
+    found = {("sm_90", "bf16", variant) for variant in VARIANTS}
+    found |= {("sm_90", dtype, "count") for dtype in DTYPES}
+    found |= {("sm_90", "any", variant) for variant in (*SUMS, *GAINS)}
+    found |= {("sm_90", dtype, "rank 512 rows") for dtype in ("fp32", "bf16")}
+    others = [target for target in TARGETS if target != "sm_90"]
+    pairs = [(others[i % 3], list(DTYPES)[(i + i // 3) % 3]) for i in range(9)]
+    for index, variant in enumerate(VARIANTS):
+        found.add((*pairs[index % 9], variant))
+    for index, target in enumerate(others):
+        dtype = ("fp32", "bf16")[index % 2]
+        found |= {(target, dtype, name) for name in ("many groups", "responses", "rank 512 rows")}
+        found |= {(target, "any", variant) for variant in (list(SUMS)[index + 1], *SOME_GAINS)}
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,7 +235,19 @@ def gain_launch(target: str, variant: str) -> Launch:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile as Triton's own launch would: the same types, constants and alignments."""
+    return triton.compile(_source(launch), target=target, options=launch.compiler_options())
+
+
+def digest(launch: Launch, target: GPUTarget) -> str:
+    """Of all that Triton compiles it from: kernel, constants, types, options, target, Triton."""
+    backend = make_backend(target)
+    options = backend.parse_options(launch.compiler_options())
+    key = get_cache_key(_source(launch), backend, options, env_vars={})
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _source(launch: Launch) -> ASTSource:
+    """As Triton's own launch would make it: the same types, constants and alignments."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -233,5 +269,4 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not is_fixed:
                 attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=launch.compiler_options())
+    return ASTSource(kernel, signature, constants, attributes)

@@ -1,6 +1,6 @@
 """Calls of a few tokens on a CPU: the quick way runs what is plainly right, and counts directly.
 
-What it must leave alone has its messages in test_tensors.py and test_swiglu_stats.py, through
+What it must leave alone has its messages in test_tensors.py and test_arguments.py, through
 the same public function.
 """
 
@@ -64,7 +64,7 @@ def test_a_plain_call_is_quick(name: str, dtype: torch.dtype, packed: bool) -> N
     slow = mock.patch.object(op, "_swiglu_stats_op", side_effect=AssertionError("the slow way"))
     with slow:
         h = swiglu_stats(gate, up, **ours)
-    with mock.patch.object(op, "_ran_quickly", return_value=False):
+    with mock.patch.object(op, "ran_quickly", return_value=False):
         assert torch.equal(h, swiglu_stats(gate, up, **theirs))
     assert h.is_contiguous()
     if "stats" in ours:
@@ -88,10 +88,10 @@ def test_few_rows_a_group_are_counted_directly(dtype: torch.dtype, isa: str) -> 
             found = []
             for backend in ("reference", "cpu"):
                 stats = GroupStats(groups=G, width=F, sites=sites, threshold=threshold)
-                kernel = op._swiglu_stats_cpu
+                kernel = op.swiglu_stats_cpu
                 with (
-                    mock.patch.object(op, "_ran_quickly", return_value=False),
-                    mock.patch.object(op, "_swiglu_stats_cpu", lambda c, k=kernel: k(c, isa, 2)),
+                    mock.patch.object(op, "ran_quickly", return_value=False),
+                    mock.patch.object(op, "swiglu_stats_cpu", lambda c, k=kernel: k(c, isa, 2)),
                 ):
                     call = {"group_ids": ids(T, G, -1), "backend": backend}
                     swiglu_stats_only(gate, up, stats=stats, **call)

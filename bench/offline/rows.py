@@ -1,0 +1,226 @@
+"""The table of compiled kernels, `budgets.csv`, and what the gate has against a row of it."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from bench.offline.cases import TARGETS, compile_launch, digest
+from bench.offline.code import (
+    EXPONENTIAL,
+    LOAD,
+    PRODUCT,
+    STORE,
+    WIDE_LOAD,
+    amd_loops,
+    narrow_products,
+    sass,
+    sass_loops,
+)
+from relneuron.ops import SITES
+from relneuron.ops.swiglu_stats.triton_launch import Launch
+
+# Of a row: target, dtype, variant, kernel.
+Key = tuple[str, str, str, str]
+
+BUDGETS = Path(__file__).with_name("budgets.csv")
+TOLERANCE = 1.10
+# Upper limits that no `--update` moves: (target, dtype, variant, loop) -> instructions per element.
+LIMITS = {
+    ("sm_90", "bf16", "count", "blocks"): 14.0,
+    ("sm_90", "bf16", "count, one condition", "blocks"): 17.0,
+    ("sm_90", "bf16", "all at act, conditions", "rows"): 23.0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiled code of one launch says; None where the question makes no sense."""
+
+    target: str
+    dtype: str
+    variant: str
+    kernel: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    # The narrowest load of gate or up in a loop, or of the order of rows.
+    load_bytes: int | None
+    # Instructions per element of the two loops, see above.
+    blocks: float | None
+    rows: float | None
+    narrow_products: int
+    # What was compiled, see `digest`.
+    source: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.target, self.dtype, self.variant, self.kernel
+
+
+def label(launch: Launch) -> str:
+    """The kernel's name; the moments of a call are a launch per site."""
+    site = launch.constants.get("SITE")
+    return launch.kernel.__name__ + ("" if site is None else f" of {SITES[site]}")
+
+
+def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
+    kind = TARGETS[target]
+    compiled = compile_launch(launch, kind)
+    if kind.backend == "cuda":
+        code, usage = sass(compiled)
+        numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        assert numbers, f"cuobjdump says nothing of registers: {usage}"
+        registers, stack, shared, local = (int(number) for number in numbers.groups())
+        spills, (all_code, loops) = stack + local, sass_loops(code)
+    else:
+        code = compiled.asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+
+        registers, shared = number("vgpr_count"), number("group_segment_fixed_size")
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        all_code, loops = amd_loops(code)
+    name = launch.kernel.__name__
+    if name in ("_moments_kernel", "_sort_kernel"):
+        # The first has a branch around the loads, which compilers turn into loops of all shapes.
+        loops = [all_code]
+    load_bytes, per_element = _loop_numbers(name, launch, loops, kind.warp_size)
+    return Row(
+        target,
+        dtype,
+        variant,
+        label(launch),
+        registers,
+        spills,
+        shared,
+        load_bytes,
+        per_element[0],
+        per_element[1],
+        len(narrow_products(compiled.asm["ttir"])),
+        digest(launch, kind),
+    )
+
+
+def _loop_numbers(
+    name: str, launch: Launch, loops: list[list[str]], warp_size: int
+) -> tuple[int | None, tuple[float | None, float | None]]:
+    """(narrowest load, instructions per element of `blocks` and of `rows`)."""
+    if name == "_span_kernel":
+        return None, (None, None)
+    if name.startswith("_gain"):
+        return _gain_numbers(name, launch, loops, warp_size)
+    if name in ("_sort_kernel", "_sum_kernel"):
+        body = max(loops, key=len)
+        elements = launch.constants["BLOCK"] * launch.constants.get("RELATIONS", 1)
+        per_row = round(len(body) * launch.num_warps * warp_size / elements, 1)
+        if name == "_sort_kernel":
+            return None, (per_row, None)
+        return 16 if any(map(WIDE_LOAD.search, body)) else 8, (None, per_row)
+    gate = launch.args["gate_ptr"]
+    assert isinstance(gate, Tensor), "gate is a tensor"
+    n_elements = launch.constants["BLOCK_T"] * launch.constants["BLOCK_F"]
+    is_main = name == "_swiglu_stats_kernel"
+    # `_moments_kernel` reads one of gate and up for most sites.
+    n_tensors = 1 if name == "_moments_kernel" else 2
+    turn_bytes = n_tensors * n_elements // (launch.num_warps * warp_size) * gate.element_size()
+    widths, per_element = [], []
+    for body in loops:
+        wanted = STORE if is_main else WIDE_LOAD
+        if not any(wanted.search(text) for text in body):
+            continue
+        # More than one turn where the compiler has unrolled the loop.
+        wide_bytes = 16 * sum(bool(WIDE_LOAD.search(text)) for text in body)
+        widths.append(16 if wide_bytes >= turn_bytes else 8)
+        elements = max(turn_bytes, wide_bytes) / gate.element_size() / n_tensors
+        per_element.append(round(len(body) / elements, 1))
+    if name == "_moments_kernel":
+        return min(widths, default=8), (None, None)
+    expected = 2 if is_main else 1
+    # Where the compiler has made more loops of them, the shortest and the longest count.
+    assert len(per_element) >= expected, f"{name} has {len(per_element)} loops, not {expected}"
+    per_element.sort()
+    return min(widths), (per_element[0] if is_main else None, per_element[-1])
+
+
+def _gain_numbers(
+    name: str, launch: Launch, loops: list[list[str]], warp_size: int
+) -> tuple[int, tuple[float | None, float]]:
+    """`_loop_numbers` of a kernel of logprob_gain, per token of a pair."""
+    sizes = launch.constants
+    pairs = sizes.get("NEURONS", 1) * sizes["SENTENCES"]
+    elements = pairs * sizes["BLOCK"] / (launch.num_warps * warp_size)
+    bodies = sorted((body for body in loops if any(map(LOAD.search, body))), key=len)
+    loads = [text for body in bodies for text in body if LOAD.search(text)]
+    load_bytes = 16 if all(map(WIDE_LOAD.search, loads)) else 8
+    lengths = [round(len(body) / elements, 2) for body in bodies]
+    is_moments = name == "_gain_moments_kernel"
+    costs = PRODUCT if is_moments else EXPONENTIAL
+    has_costs = [any(map(costs.search, body)) for body in bodies]
+    expected = [True] if is_moments else [False, True]
+    assert has_costs == expected, f"{name} has loops with {costs.pattern}: {has_costs}"
+    return load_bytes, (None if is_moments else lengths[0], lengths[-1])
+
+
+def faults(row: Row, budget: Row | None) -> list[str]:
+    """What the gate has against a row."""
+    where = f"{', '.join(row.key)}: "
+    found = []
+    if budget is not None and budget.source == row.source and budget != row:
+        found.append(f"the same code was measured as {budget}, now as {row}")
+    if row.spills:
+        found.append(f"spills {row.spills} (bytes, on gfx942 registers)")
+    if row.load_bytes is not None and row.load_bytes < 16:
+        found.append("loads are narrower than 16 bytes")
+    if row.narrow_products:
+        found.append(f"{row.narrow_products} 32-bit products in offsets")
+    for loop in ("blocks", "rows"):
+        value = getattr(row, loop)
+        if value is None:
+            continue
+        allowed = None if budget is None else getattr(budget, loop)
+        if allowed is None:
+            found.append(f"no budget for loop {loop}, run with --update")
+        elif value > TOLERANCE * allowed:
+            found.append(f"{value} instructions per element in loop {loop}, budget {allowed}")
+        limit = LIMITS.get((row.target, row.dtype, row.variant, loop), float("inf"))
+        if row.kernel == "_swiglu_stats_kernel" and value > limit:
+            found.append(f"{value} instructions per element in loop {loop}, limit {limit}")
+    return [where + fault for fault in found]
+
+
+def read_budgets(path: Path = BUDGETS) -> dict[Key, Row]:
+    """The committed rows."""
+    if not path.exists():
+        return {}
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    with path.open(newline="") as file:
+        rows = [
+            Row(
+                *(line[name] for name in ("target", "dtype", "variant", "kernel")),
+                *(int(line[name]) for name in ("registers", "spills", "shared_bytes")),
+                int(line["load_bytes"]) if line["load_bytes"] else None,
+                number(line["blocks"]),
+                number(line["rows"]),
+                int(line["narrow_products"]),
+                line["source"],
+            )
+            for line in csv.DictReader(file)
+        ]
+    return {row.key: row for row in rows}
+
+
+def write_budgets(rows: Iterable[Row], path: Path = BUDGETS) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(astuple(row) for row in rows)
