@@ -125,7 +125,7 @@ def test_the_models_own_choice_as_target(tmp_path: Path) -> None:
     before = (tmp_path / "out" / "targets.csv").stat().st_mtime_ns
     attribute("m", model, tokenizer, path, tmp_path / "out", options, quiet=True)
     assert (tmp_path / "out" / "targets.csv").stat().st_mtime_ns == before
-    with pytest.raises(RelneuronError, match="unknown target 'guess'"):
+    with pytest.raises(RelneuronError, match="unknown --target 'guess'"):
         AttributeOptions(target="guess")
 
 
