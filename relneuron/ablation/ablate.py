@@ -30,8 +30,8 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
 from relneuron.artifact.installed import need
-from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, is_unfinished, locked, versions
+from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, locked, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.stage import command, loading, placed

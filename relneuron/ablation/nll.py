@@ -29,15 +29,8 @@ from relneuron.artifact.files import (
     refuse_overwrite,
     sha256,
 )
-from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import (
-    Manifest,
-    checked,
-    is_unfinished,
-    locked,
-    same_model,
-    versions,
-)
+from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.stage import placed
 from relneuron.model.gated import find_gated_mlps, model_shape

@@ -11,11 +11,12 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.files import Json, atomic_write
-from relneuron.artifact.manifest import differences, versions
+from relneuron.artifact.files import Json, atomic_write, sha256
+from relneuron.artifact.manifest import Manifest, differences, versions
 from relneuron.artifact.reading import parse_json
 
 
@@ -143,3 +144,22 @@ def progress_bar(
 
     off = True if quiet else None
     return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
+
+
+def is_unfinished(output: Path, stage: str) -> bool:
+    """Whether an output was left by a run of `stage` that was killed before it was done.
+
+    Its journal is still there, and no manifest knows the file as it is. The journal of a run that
+    was killed behind its manifest is removed.
+    """
+    journal = output.parent / f"{stage}.journal"
+    if not journal.exists() or not output.exists():
+        return False
+    known = Manifest(output.parent).data
+    if known["files"].get(output.name, {}).get("sha256") != sha256(output):
+        return True
+    with suppress(ValueError, KeyError):
+        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        if head["inputs"] == known["stages"][stage]["inputs"]:
+            journal.unlink()
+    return False

@@ -210,16 +210,15 @@ class Manifest:
         """
         folder, known = self.path.parent, self._earlier | self.data["files"]
         names = [path.relative_to(folder).as_posix() for path in files]
-        stages = self.data["stages"]
+        stages, changed = self.data["stages"], set()
         for name, path in zip(names, files, strict=True):
-            before = known.get(name, {}).get("sha256")
-            known[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-            if before != known[name]["sha256"]:
-                for other in [s for s in stages if s != stage and name in stages[s]["files"]]:
-                    del stages[other]  # its file is no longer there
-        if stages.keys() & {*apart}:
-            made = [s for s in stages if s not in (stage, *apart) and stages[s].get("reads") != {}]
-            for other in made:
+            noted = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            changed |= set() if known.get(name, {}).get("sha256") == noted["sha256"] else {name}
+            known[name] = noted
+        is_apart = not stages.keys().isdisjoint(apart)
+        for other in [s for s in stages if s != stage]:
+            made_here = other not in apart and stages[other].get("reads") != {}
+            if changed & {*stages[other]["files"]} or (is_apart and made_here):
                 del stages[other]
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
@@ -244,7 +243,7 @@ class Manifest:
                 for stage, entry in stages.items()
                 if stage != finished
                 and any(
-                    name not in files or known[name]["sha256"] != digest
+                    name not in files or known.get(name, {}).get("sha256") != digest
                     for name, digest in entry.get("reads", {"*": ""}).items()
                 )
             ]
@@ -352,25 +351,6 @@ def checked(path: Path) -> Path:
 def _is_manifest(path: Path) -> bool:
     """Whether a manifest.json is ours: other programs write files of that name, too."""
     return path.is_file() and b'"relneuron.study/' in path.read_bytes()
-
-
-def is_unfinished(output: Path, stage: str) -> bool:
-    """Whether an output was left by a run of `stage` that was killed before it was done.
-
-    Its journal is still there, and no manifest knows the file as it is. The journal of a run that
-    was killed behind its manifest is removed.
-    """
-    journal = output.parent / f"{stage}.journal"
-    if not journal.exists() or not output.exists():
-        return False
-    known = Manifest(output.parent).data
-    if known["files"].get(output.name, {}).get("sha256") != sha256(output):
-        return True
-    with suppress(ValueError, KeyError):
-        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
-        if head["inputs"] == known["stages"][stage]["inputs"]:
-            journal.unlink()
-    return False
 
 
 # What artifact.atomic_write calls its temporary files; others' stay.

@@ -65,13 +65,11 @@ def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
             default, base = f.default, kind.base
             if kind.many:
                 base = list[str] if says.repeats else str
-                default = None if default in (None, ()) else shown(says, kind, default)
-                if says.repeats:
-                    default = None
+                is_none = says.repeats or default in (None, ())
+                default = None if is_none else shown(says, kind, default)
             elif says.read is not None:
                 base = str
                 default = says.show(default) if says.show and default is not None else default
-            optional = default is None
             off = f"/{says.flag.replace('--', '--no-', 1)}" if f.default is True else ""
             kept = found.get(name)
             if kept is not None and kept.default != default:
@@ -81,7 +79,7 @@ def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
                 annotation=Annotated[
-                    base | None if optional else base,
+                    base | None if default is None else base,
                     typer.Option(f"{says.flag}{off}", help=says.help),
                 ],
             )
@@ -100,9 +98,10 @@ def taken(cls: type[Options], given: dict[str, Any]) -> Options:
 
 def check_only(options: Options, said: Iterable[str]) -> None:
     """Refuse options, by name, that do nothing beside the others."""
-    for name in said:
-        f, says, _ = options_of(type(options)).get(name, (None, None, None))
-        if f is None or says is None or says.only is None or says.only.holds(options):
+    known = options_of(type(options))
+    for name in [name for name in said if name in known]:
+        f, says, _ = known[name]
+        if says.only is None or says.only.holds(options):
             continue
         if says.only.clashes or getattr(options, name) != f.default:
             raise RelneuronError(

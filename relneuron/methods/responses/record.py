@@ -26,15 +26,8 @@ from relneuron.artifact.files import (
     rows_digest,
     sha256,
 )
-from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import (
-    Manifest,
-    checked,
-    is_unfinished,
-    locked,
-    same_model,
-    versions,
-)
+from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
