@@ -7,7 +7,7 @@
 demo with all analyses; a corpus in shards that are killed, resumed and merged, with files of the
 LAPE authors; an attribution with its comparison; stages one by one with options that are no
 defaults. `compare` says which files differ, and ends with 1 if any does. Not compared are
-manifest.json and, in a report, the commands and the manifest that it shows.
+manifest.json and, in a report, the commands and the manifest that it shows, and empty lines.
 """
 
 from __future__ import annotations
@@ -169,12 +169,16 @@ def make(folder: Path, package: Path) -> None:
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes; of a report without what the manifest says."""
+    """A file's bytes; of a report without what the manifest says, and as a browser shows it.
+
+    Empty lines of the page, and whether an apostrophe is written as an entity, show nowhere.
+    """
     data = path.read_bytes()
     if path.name == "report.html":
         data = re.sub(rb"(<h3>Commands</h3>.*?<pre>).*?</pre>", rb"\1</pre>", data, flags=re.DOTALL)
         whole = rb"(<summary>The whole manifest[^<]*</summary>).*?</details>\s*</section>"
         data = re.sub(whole, rb"\1", data, flags=re.DOTALL)
+        data = re.sub(rb"\n\n+", b"\n", data).replace(b"&#39;", b"'")
     return data
 
 
