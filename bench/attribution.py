@@ -177,7 +177,7 @@ def peak_rise(run: Callable[[], object]) -> int:
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
 
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
     before = bytes_of("VmRSS")
     run()
     return bytes_of("VmHWM") - before

@@ -5,7 +5,7 @@
 Needs no network and no file: the model's weights are random, made on the device. It ends within
 --minutes (what does not fit is skipped, and said so) and leaves DIR/gpu.csv (the rows of
 relneuron.bench) and DIR/gpu.json (tests, checks, sections, and each goal with what was measured),
-both written anew after every section. `--dry-run` goes through all of it on a CPU in tiny sizes.
+both written again after every section. `--dry-run` goes through all of it on a CPU in tiny sizes.
 """
 
 from __future__ import annotations

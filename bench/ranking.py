@@ -5,7 +5,7 @@
 32 layers of responses (11,008 gates, 11,008 ups, 4,096 outputs of down), float32, one block after
 the other as `identify` reads them, for twelve relations with negatives of their own. Responses are
 noise that is made once; each block is a copy of it, rolled by another number of rows and columns
-and scaled anew column by column, and the time for that is told apart. Some columns of every block
+and scaled again column by column, and the time for that is told apart. Some columns of every block
 are held to the reference, outside of both times; a difference ends the run.
 
 Memory: with the libraries loaded, noise and block written and nothing ranked, the resident memory
@@ -54,7 +54,7 @@ def widths(n_neurons: int, block: int) -> Iterator[int]:
 
 
 class Responses:
-    """A block's values (N, M), made anew in the same memory for every block."""
+    """A block's values (N, M), made again in the same memory for every block."""
 
     def __init__(self, n: int, m: int, neuron_major: bool) -> None:
         self.random = torch.Generator().manual_seed(0)

@@ -122,7 +122,7 @@ def ablate_prompts(
     if strangers and not options.any_set:
         raise RelneuronError(
             f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
-            "mend its name, or add --any-set to switch it off all the same",
+            "correct its name, or add --any-set to switch it off all the same",
         )
     notices = empty_sets(sets)
     notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)

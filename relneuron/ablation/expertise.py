@@ -58,7 +58,7 @@ def read_rows(folder: Path) -> dict[str, Rows]:
         if row is None or line["label"] not in ("0", "1"):
             raise RelneuronError(
                 f"{labels}: the prompt {line['id']} with the label {line['label']} is not recorded",
-                "identify the neurons anew",
+                "identify the neurons again",
             )
         negative, positive = found.setdefault(line["relation"], ([], []))
         (positive if line["label"] == "1" else negative).append(row)

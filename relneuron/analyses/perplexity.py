@@ -41,7 +41,7 @@ def read_perplexity(path: Path) -> list[SentenceRow]:
         rows.append(SentenceRow(*name, row.whole("n_tokens", least=1), row.finite("nll")))
     clean = {(row.relation, row.id) for row in rows if row.condition == "clean"}
     if any((row.relation, row.id) not in clean for row in rows):
-        raise RelneuronError(f"{path} has a sentence that clean lacks", "run ablate anew")
+        raise RelneuronError(f"{path} has a sentence that clean lacks", "run ablate again")
     return rows
 
 

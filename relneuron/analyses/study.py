@@ -54,7 +54,7 @@ PAGE = PageKind(
     needs=("manifest.json", "prompts.jsonl", "neurons.json", "accuracy.csv"),
     marks=("effects.csv", "effects.parquet"),
     hints=("prompts.jsonl",),
-    again="run the stages from identify on anew",
+    again="run the stages from identify on again",
     build="relneuron.analyses.page:build",
 )
 ACCURACY = ("condition", "relation", "split", "n_prompts", "n_correct")
@@ -152,7 +152,7 @@ def _other(effects: Path, what: str) -> RelneuronError:
     read = f"{effects.parent / 'neurons.json'} {effects.parent / 'prompts.jsonl'}"
     return RelneuronError(
         f"{effects} was made with other {what}",
-        f"make it anew: relneuron ablate MODEL {read} -o {effects} --force",
+        f"make it again: relneuron ablate MODEL {read} -o {effects} --force",
     )
 
 

@@ -69,7 +69,7 @@ def read_conditions(path: Path) -> dict[str, Condition]:
         n_neurons = row.whole("n_neurons")
         name = row["condition"]
         if name in found:
-            raise RelneuronError(f"{path} holds {name} twice", "run ablate anew")
+            raise RelneuronError(f"{path} holds {name} twice", "run ablate again")
         found[name] = Condition(name, kind, relation, seed, first, last, site, n_neurons)
     return found
 
@@ -175,7 +175,7 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
         if condition == "clean":
             place = places.setdefault(split, {})
             if prompt in place:
-                raise RelneuronError(f"{path} holds {prompt} twice", "run ablate anew")
+                raise RelneuronError(f"{path} holds {prompt} twice", "run ablate again")
             place[prompt] = len(place)
             relations.setdefault(split, []).append(relation)
     for split, place in places.items():
@@ -184,7 +184,7 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
         if condition not in conditions or prompt not in places.get(split, ()):
             raise RelneuronError(
                 f"{path}: conditions.csv does not know {condition}, or it asks what clean does not",
-                "run ablate anew",
+                "run ablate again",
             )
         grid = grids[split]
         if condition not in grid.conditions:
@@ -195,7 +195,7 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
             grid.prediction[condition] = [""] * n
         i = places[split][prompt]
         if grid.correct[condition][i] != NOT_ASKED:
-            raise RelneuronError(f"{path} holds {prompt} twice", "run ablate anew")
+            raise RelneuronError(f"{path} holds {prompt} twice", "run ablate again")
         grid.correct[condition][i] = correct
         grid.logprob[condition][i] = logprob
         grid.prediction[condition][i] = prediction

@@ -128,7 +128,7 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 
 def require(path: Path, made_by: str) -> Path:
-    """Return `path`, or say which command makes it: anew, where a study is that has lost it."""
+    """Return `path`, or say which command makes it: again, where a study is that has lost it."""
     if path.is_dir():
         raise RelneuronError(f"{path} is a folder, not a file", "move it, or name a file", 2)
     if not path.is_file():
@@ -283,7 +283,7 @@ def unfinished(folder: Path) -> dict[str, str]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise RelneuronError(f"{folder / NOTE} is damaged", "delete it, and make the files anew")
+        raise RelneuronError(f"{folder / NOTE} is damaged", "delete it, and make the files again")
     return found
 
 

@@ -118,7 +118,7 @@ def read_targets(path: Path) -> list[Target]:
         found.append(Target(**text, **whole, **real, kept=row.flag("kept"), answer=answer))  # type: ignore[arg-type]
     if not found:
         raise RelneuronError(
-            f"{path} has no row", f"make it anew with: relneuron {MADE_BY} --force"
+            f"{path} has no row", f"make it again with: relneuron {MADE_BY} --force"
         )
     return found
 
@@ -235,7 +235,7 @@ def read_gains(
 ) -> Iterator[tuple[int, Array]]:
     """(layer, gains (N, F) float32) of gains.safetensors, one layer at a time."""
     for layer in range(shape["layers"]):
-        # Opened anew for each layer: what was read of an open file stays in memory.
+        # Opened again for each layer: what was read of an open file stays in memory.
         with open_tensors(path, MADE_BY) as file:
             gains = file.get(f"ffn.{layer}", (n_sentences, shape["width"]))
         yield layer, gains

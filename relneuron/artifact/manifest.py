@@ -100,7 +100,7 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "manifest.json"
         self.data: Json = {"schema": SCHEMA, "stages": {}, "files": {}}
-        # Files of stages that were made anew since, and are still there.
+        # Files of stages that were made again since, and are still there.
         self._earlier: Json = {}
         if self.path.exists():
             data = read_json(self.path, "manifest")
@@ -114,7 +114,7 @@ class Manifest:
             if digest is not None and digest != json_digest(data):
                 raise RelneuronError(
                     f"{self.path} is not as it was written (its digest differs)",
-                    "restore it, or delete it and make the study anew with --force",
+                    "restore it, or delete it and make the study again with --force",
                 )
             _check_manifest(self.path, data)
             self._earlier = data.pop("earlier", {})
@@ -143,7 +143,7 @@ class Manifest:
             if not force:
                 raise RelneuronError(
                     f"{self.path.parent}: {stage} was made from other inputs: {'; '.join(changed)}",
-                    "use another output, or --force to make it and all that follows anew",
+                    "use another output, or --force to make it and all that follows again",
                 )
             return False
         return all(self.is_intact(name, force=force) for name in entry["files"])
@@ -177,7 +177,7 @@ class Manifest:
         path = self.path.parent / name
         return RelneuronError(
             f"{path} is not the file that was written by {stage} (its digest differs)",
-            f"restore it, or make it anew with {again}; what you changed on purpose is taken as it "
+            f"restore it, or make it again with {again}; what you changed on purpose is taken as it "
             "is under another name",
         )
 
@@ -260,7 +260,7 @@ class Manifest:
         (self.path.parent / name).unlink(missing_ok=True)
 
     def forget(self, stage: str) -> None:
-        """Have `stage` made anew, where a file of it that was dropped is needed again."""
+        """Have `stage` made again, where a file of it that was dropped is needed again."""
         self.data["stages"].pop(stage, None)
         self.save()
 
@@ -298,7 +298,7 @@ def _check_manifest(path: Path, data: Json) -> None:
         if not holds:
             raise RelneuronError(
                 f"{path}: {where} is not {expected}",
-                "restore it, or delete it and make the study anew with --force",
+                "restore it, or delete it and make the study again with --force",
             )
 
     parts = {key: data.get(key) or {} for key in ("stages", "files", "earlier", "model")}

@@ -65,7 +65,7 @@ class NeuronFile:
         def wrong(where: str, expected: str) -> RelneuronError:
             return RelneuronError(
                 f"{path} is no neuron file of format {NEURONS_FORMAT}: {where} is not {expected}",
-                f"make it anew with: relneuron {made_by} --force",
+                f"make it again with: relneuron {made_by} --force",
             )
 
         if not isinstance(data, dict) or data.get("format") != NEURONS_FORMAT:

@@ -151,7 +151,7 @@ def read_records(
         seen.add(values["id"])
         yield values
     if not seen:
-        fix = f"make it anew with: relneuron prompts FACTS_DIR -o {path} --force"
+        fix = f"make it again with: relneuron prompts FACTS_DIR -o {path} --force"
         raise RelneuronError(f"{path} holds no {what}", fix)
 
 

@@ -42,7 +42,7 @@ def allow_record_mib(size: int) -> int:
 
 def too_large(where: str, what: str, limit_mib: int) -> RelneuronError:
     """The error of a record, or of what a file unpacks to, above the limit."""
-    return RelneuronError(f"{where}: {what} of more than {limit_mib} MiB", f"mend it; {_RAISE}")
+    return RelneuronError(f"{where}: {what} of more than {limit_mib} MiB", f"shorten it; {_RAISE}")
 
 
 @contextmanager
@@ -121,7 +121,9 @@ def parse_json(text: str, where: str, fix: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RelneuronError(f"{where}: it holds half a surrogate pair", "mend the text") from error
+        raise RelneuronError(
+            f"{where}: it holds half a surrogate pair", "correct the text"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise RelneuronError(f"{where}: not JSON ({one_line(error)})", fix) from error
     return value
@@ -196,7 +198,7 @@ class Cells(dict[str, str]):
         )
 
 
-_AGAIN = "make the file anew with the stage that writes it"
+_AGAIN = "make the file again with the stage that writes it"
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Cells]:
@@ -302,12 +304,12 @@ def open_tensors(
     """The tensors of a safetensors file that `relneuron MADE_BY` writes.
 
     What was read of a file stays in this process's memory as long as the file is open: open it
-    anew for each block of a large one.
+    again for each block of a large one.
     """
     from safetensors import SafetensorError, safe_open
 
     again = "" if "--force" in made_by else " --force"
-    fix = f"make it anew with: relneuron {made_by}{again}"
+    fix = f"make it again with: relneuron {made_by}{again}"
     try:
         file = safe_open(require(path, made_by), framework)
     except (SafetensorError, ValueError) as error:
@@ -331,7 +333,7 @@ def check_rows(path: Path, key: str, ids: Sequence[str], made_by: str) -> None:
         if about.get("ids", list(ids)) != list(ids):
             raise RelneuronError(
                 f"the rows of {path} are of other prompts than those beside it",
-                f"make it anew with: relneuron {made_by}",
+                f"make it again with: relneuron {made_by}",
             )
 
 

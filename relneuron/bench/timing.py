@@ -140,7 +140,7 @@ def measure(
 ) -> list[list[list[float]]]:
     """Milliseconds of every call of every contestant in every round; the first is the base.
 
-    In each round everybody has its turn, in an order drawn anew, so that a drift of the machine
+    In each round everybody has its turn, in an order drawn again, so that a drift of the machine
     meets all alike. A turn opens with a call that is not timed, since whoever had the turn before
     left its own data in the caches; beyond their size that call is saved.
     """

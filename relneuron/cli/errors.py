@@ -37,7 +37,7 @@ FIXES = {
     errno.EISDIR: "it is a folder: name a file",
     errno.ENOTDIR: "a part of the path is a file: name a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "mend the links on the way to it",
+    errno.ELOOP: "correct the links on the way to it",
     errno.EMFILE: _CLOSE,
     errno.ENFILE: _CLOSE,
     errno.ENOMEM: "free memory",

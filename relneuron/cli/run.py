@@ -318,7 +318,7 @@ def gain_study(
             if not Manifest(folder).is_done("identify", inputs, force=force):
                 Manifest(folder).forget("attribute")
         # What no manifest knows is left of a run that was killed.
-        anew = force or "attribute" not in Manifest(folder).data["stages"]
+        again = force or "attribute" not in Manifest(folder).data["stages"]
         attribute(
             name,
             model,
@@ -327,7 +327,7 @@ def gain_study(
             folder,
             options,
             backend=backend,
-            force=anew,
+            force=again,
             quiet=quiet,
         )
         inputs = identify_gains_inputs(folder, **chosen)

@@ -97,7 +97,7 @@ class Feed:
         self._turn = 0
         if state is not None:
             if len(state["sources"]) != len(sources):
-                raise RelneuronError("the state is of another corpus", "begin anew with --force")
+                raise RelneuronError("the state is of another corpus", "begin again with --force")
             states, self._turn = list(state["sources"]), state["turn"]
             self.groups = list(state["groups"])
         self._places = {name: place for place, name in enumerate(self.groups)}

@@ -192,7 +192,7 @@ def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
     if changed:
         raise RelneuronError(
             f"a text changed while it was read: {'; '.join(changed)}",
-            "leave the texts as they are meanwhile, and read them anew with --force",
+            "leave the texts as they are meanwhile, and read them again with --force",
         )
 
 

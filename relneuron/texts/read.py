@@ -249,7 +249,7 @@ def _piece(source: Source, record: Any, where: str, check: _TextCheck) -> Piece:
             text.encode()
         except UnicodeEncodeError as error:
             raise RelneuronError(
-                f"{where}: the text holds half a surrogate pair", "mend the text"
+                f"{where}: the text holds half a surrogate pair", "correct the text"
             ) from error
     group = source.group
     if source.group_column is not None:
@@ -359,7 +359,7 @@ def _read_ids(source: Source, file: File, at: Any, vocabulary: int | None) -> It
             raise RelneuronError(
                 f"{file.path} holds the token {int(flat[wrong])} at position {wrong}, "
                 f"the vocabulary has {limit}",
-                "give ids of this model's tokenizer, or mend --ids-dtype",
+                "give ids of this model's tokenizer, or correct --ids-dtype",
             )
         begins = offset % width == 0
         yield Piece(source.group or "", piece.astype(np.int32), begins), end, end / len(flat)

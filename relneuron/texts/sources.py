@@ -216,7 +216,7 @@ def _files(path: str) -> list[File]:
             raise RelneuronError(f"{path} holds no file of a corpus", f"known are {_known()}", 2)
         return files
     if not place.exists():
-        raise RelneuronError(f"{path} does not exist", "mend the path of the corpus", 2)
+        raise RelneuronError(f"{path} does not exist", "correct the path of the corpus", 2)
     kind = _kind(place)
     if kind is None and place.suffix.lower() not in _NO_TEXT:
         kind = content_kind(place)

@@ -153,7 +153,7 @@ class Server:
             line = " ".join(str(error).split())
             return RelneuronError(
                 f"reading {self._names[number]} failed: {type(error).__name__}: {line}",
-                "mend the file, or report it with the text that it stopped at",
+                "correct the file, or report it with the text that it stopped at",
             )
 
 

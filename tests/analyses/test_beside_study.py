@@ -1,4 +1,4 @@
-"""Both ways to find neurons in one study: sets, effects, crashes, and what makes gains anew."""
+"""Both ways to find neurons in one study: sets, effects, crashes, and what makes gains again."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_effects_of_other_neurons_are_refused(tmp_path: Path) -> None:
     stages = {"identify": identify, "ablate": ablated(study)}
     describe(study, stages)
     assert read_study(study).n_neurons == 40
-    # Other neurons by hand, and `identify` anew: the manifest forgets the ablation.
+    # Other neurons by hand, and `identify` again: the manifest forgets the ablation.
     neurons = json.loads((study / "neurons.json").read_text(encoding="utf-8"))
     neurons["sets"]["company_ceo"].pop()
     (study / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")

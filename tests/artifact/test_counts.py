@@ -161,7 +161,7 @@ def test_another_file_of_arrays_is_no_counts(tmp_path: Path, change: Any) -> Non
     with pytest.raises(RelneuronError, match="is no file of counts") as error:
         Counts.read(path)
     assert str(path) in error.value.cause and error.value.fix.startswith(
-        "make it anew with: relneuron"
+        "make it again with: relneuron"
     )
 
 

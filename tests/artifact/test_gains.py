@@ -164,7 +164,7 @@ def test_gains_are_read_as_they_were_stored(tmp_path: Path) -> None:
     gains = np.random.default_rng(2).normal(size=(6, 3, 5)).astype(np.float32)
     path = tmp_path / GAINS
     for rows in ([4, 0], [1, 5, 2], [3]):
-        file = GainFile(path, SHAPE, {"ids": [*"abcdef"]})  # opened anew: what was stored stays
+        file = GainFile(path, SHAPE, {"ids": [*"abcdef"]})  # opened again: what was stored stays
         file.store(rows, gains[rows])
         file.flush()
     found = dict(read_gains(path, SHAPE, 6))

@@ -212,7 +212,7 @@ def test_tensors_are_checked_before_they_are_loaded(tmp_path: Path) -> None:
         ):
             with pytest.raises(RelneuronError, match=cause) as error:
                 call()
-            assert error.value.fix == "make it anew with: relneuron record MODEL --force"
+            assert error.value.fix == "make it again with: relneuron record MODEL --force"
 
 
 @pytest.mark.parametrize("size", [0, 1 << 60, (1 << 64) - 1])

@@ -56,7 +56,7 @@ def import_all() -> None:
 
 
 def warm_up(model: Path) -> None:
-    """Have done what every command does anew: the commands' own tables, transformers' patterns.
+    """Have done what every command does again: the commands' own tables, transformers' patterns.
 
     The threads that load a model end with it.
     """

@@ -20,7 +20,7 @@ from tests.fuzz.text import Mutation
 HEAVY = (binary.zip_bomb, binary.gzip_bomb, binary.parquet_bomb, text.long_line)
 # What stands at the file's place instead of it.
 PLACES = ("a folder", "a dangling link", "a link to itself", "nothing")
-# What guards a file: as it was; made anew over the mutated file; gone.
+# What guards a file: as it was; made again over the mutated file; gone.
 MODES = ("left", "left", "refreshed", "refreshed", "refreshed", "bare")
 
 _JSON = [*text.JSON, *text.JSON, *text.TEXT, *text.BYTES]

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.fuzz.mutations import mutate
 from tests.fuzz.run import Ended, Mutated, crash, judge, judge_line, listing
 
-REFUSED = "a warning\nerror: a/b.csv is no table\nfix:   make it anew\n"
+REFUSED = "a warning\nerror: a/b.csv is no table\nfix:   make it again\n"
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def judged(found: Ended, mode: str = "left", changed: dict[str, str] | None = No
         (REFUSED.replace("b.csv", "c.csv"), "refused"),  # its folder
         (REFUSED.replace("a/b.csv", "it"), "FAULT unnamed"),
         (REFUSED.replace("a/b.csv", "--sizes"), "refused"),
-        (REFUSED.replace("make it anew", "run again with --debug to see"), "FAULT raw exception"),
+        (REFUSED.replace("make it again", "run again with --debug to see"), "FAULT raw exception"),
         (REFUSED + "more\n", "FAULT form"),
         ("error: x\n" + REFUSED, "FAULT form"),
         ("", "FAULT form"),

@@ -16,7 +16,7 @@ needs_triton = [pytest.mark.skipif(not STATUS.works, reason=STATUS.detail), quie
 
 
 def _patch_once() -> None:
-    """Half of its time went into patching triton.language anew at every call within a kernel.
+    """Half of its time went into patching triton.language again at every call within a kernel.
 
     A launch patches it for our functions; the library's own ones see triton.language.core, which is
     patched here, for good.

@@ -229,7 +229,7 @@ def test_an_error_of_a_worker_arrives_with_its_cause(tmp_path: Path, tokenizer: 
             for _ in range(2):
                 with pytest.raises(RelneuronError, match="a.jsonl, line 2: it holds half") as got:
                     feed.take(1000)
-                assert got.value.fix == "mend the text"
+                assert got.value.fix == "correct the text"
     np.save(tmp_path / "a.npy", np.array([1, 2, 300]))
     with (
         Feed(parse_sources([f"en={tmp_path / 'a.npy'}"]), tokenizer, Packing(1)) as feed,

@@ -1,6 +1,6 @@
 """A study of facts that are not English, some with two right objects, from files to tables.
 
-The model has read them; what it answers is counted here anew, from the fact files themselves.
+The model has read them; what it answers is counted here again, from the fact files themselves.
 """
 
 from __future__ import annotations

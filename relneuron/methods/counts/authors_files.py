@@ -126,7 +126,7 @@ def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) ->
                 raise RelneuronError(
                     f"set {name!r}: (layer {layer}, index {index}) is not in a model with "
                     f"{n_layers} layers of width {width}",
-                    "identify the neurons anew",
+                    "identify the neurons again",
                 )
             layers[layer].add(index)
         lists.append([torch.tensor(sorted(indices), dtype=torch.int64) for indices in layers])
@@ -242,11 +242,11 @@ def _read_count(path: Path) -> tuple[int, np.ndarray[Any, Any]]:
     if low < 0:
         raise RelneuronError(
             f"{path} has the count {low}: an integer overflowed, or the file is damaged",
-            "count anew: relneuron count keeps 64 bits",
+            "count again: relneuron count keeps 64 bits",
         )
     if high > n:
         raise RelneuronError(
-            f"{path} has a count of {high} for {n} tokens", "count anew: the file is damaged"
+            f"{path} has a count of {high} for {n} tokens", "count again: the file is damaged"
         )
     return n, count.numpy()
 

@@ -72,7 +72,7 @@ def make_batch(
 ) -> Batch:
     """The arrays of a batch; tokens `not_counted` are run but not counted.
 
-    With `by_document` the positions begin anew at every document's first token.
+    With `by_document` the positions begin again at every document's first token.
     """
     lengths = np.array([len(window.ids) for window in windows])
     longest = int(lengths.max())

@@ -173,7 +173,7 @@ class Counter:
                         values[:n] = torch.from_numpy(saved)
 
     def clear(self) -> None:
-        """Begin anew, with room for one group."""
+        """Begin again, with room for one group."""
         for state in self.states:
             state.stats = state.stats_down = None
         self.grow(1)
@@ -235,7 +235,7 @@ class Speed:
 
 
 def check_boundaries(counter: Counter) -> None:
-    """Raise unless positions that begin anew keep the documents of one window apart.
+    """Raise unless positions that begin again keep the documents of one window apart.
 
     Two windows that differ in their first document must be equal in their second one.
     """
@@ -303,14 +303,14 @@ def read_checkpoint(folder: Path, inputs: Json) -> Checkpoint | None:
     if hashlib.sha256(data).hexdigest().encode() != digest:
         raise RelneuronError(
             f"{path} is not the file that was written (its digest differs)",
-            "restore it, or --force to count anew",
+            "restore it, or --force to count again",
         )
     try:
         return _read(folder, data, inputs)
     except (KeyError, TypeError, ValueError) as error:
         raise RelneuronError(
             f"{path} was written by another version of relneuron ({error!r})",
-            "go on with that version, or --force to count anew",
+            "go on with that version, or --force to count again",
         ) from error
 
 
@@ -321,7 +321,7 @@ def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
     if changed:
         raise RelneuronError(
             f"{folder} holds an unfinished count of other inputs: {'; '.join(changed)}",
-            "use another output, or --force to count anew",
+            "use another output, or --force to count again",
         )
     arrays = load(data)
     counts = Counts(described["groups"], arrays.pop("tokens"), arrays)

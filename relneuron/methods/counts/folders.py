@@ -107,7 +107,7 @@ def _finished(folder: Path) -> Json:
             f"{folder} holds no finished count", "finish it with: relneuron count ... -o DIR"
         )
     if not manifest.is_intact(NAME):
-        raise RelneuronError(f"{folder / NAME} is not there", "restore it, or count anew")
+        raise RelneuronError(f"{folder / NAME} is not there", "restore it, or count again")
     inputs: Json = entry["inputs"]
     return inputs
 
@@ -178,7 +178,7 @@ def _check_parts(folders: Sequence[Path], runs: Sequence[Json]) -> None:
         sizes = {shard.partition("/")[2] for shard in known}
         if len(sizes) > 1:
             names = ", ".join(f"{folder} ({shard})" for shard, folder in known.items())
-            raise RelneuronError(f"shards of different numbers: {names}", "count them anew")
+            raise RelneuronError(f"shards of different numbers: {names}", "count them again")
         of = int(sizes.pop())
         missing = [f"{i}/{of}" for i in range(1, of + 1) if f"{i}/{of}" not in known]
         if missing:

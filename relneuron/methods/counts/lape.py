@@ -60,7 +60,7 @@ def activation_probability(count: Array, tokens: Array, *, precision: str = "flo
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) <= n:
             raise RelneuronError(
                 f"group {group} has {n} tokens, but counts from {rows.min()} to {rows.max()}",
-                "count anew: the counts are damaged, or an integer overflowed",
+                "count again: the counts are damaged, or an integer overflowed",
             )
     dtype = np.dtype(precision)
     result: Array = count.astype(dtype)
@@ -147,7 +147,7 @@ def _kth_smallest(values: Array, k: int) -> float:
 
 def _check_finite(values: Array, what: str) -> None:
     if not np.isfinite(values).all():
-        raise RelneuronError(f"the {what} are not all finite", "count anew, with a wider --dtype")
+        raise RelneuronError(f"the {what} are not all finite", "count again, with a wider --dtype")
 
 
 # --- baselines -------------------------------------------------------------------------------

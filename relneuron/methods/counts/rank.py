@@ -180,7 +180,7 @@ def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts
     if f"count.{site}" not in counts.arrays:
         raise RelneuronError(
             f"{path} has no counts of site {site!r}, only of {', '.join(counts.sites)}",
-            f"use --site {counts.sites[0]}" if counts.sites else "count anew",
+            f"use --site {counts.sites[0]}" if counts.sites else "count again",
         )
     if method == "mean":
         _check_moments(counts, path, site)
@@ -189,7 +189,7 @@ def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts
     if shape != expected:
         raise RelneuronError(
             f"{path} has counts of the shape {shape} at site {site}, its model has {expected}",
-            "count anew: the file is of another model",
+            "count again: the file is of another model",
         )
     return counts, model
 
@@ -236,7 +236,7 @@ def _take(
             raise RelneuronError(
                 f"{folder / NAME}: group {name!r} has {n} tokens, but counts from "
                 f"{rows.min()} to {rows.max()}",
-                "count anew: the file is damaged",
+                "count again: the file is damaged",
             )
     return kept, left_out
 

@@ -39,7 +39,7 @@ PAGE = PageKind(
     needs=(),
     marks=(NAME, "nll.csv"),
     hints=("neurons.json",),
-    again="run the stages from identify on anew",
+    again="run the stages from identify on again",
     build="relneuron.methods.counts.page:build",
 )
 CLEAN = "clean"

@@ -323,7 +323,7 @@ def summary(
         if answers.keys() != asked.keys():
             raise RelneuronError(
                 f"{name} was not asked the sentences that clean was asked",
-                "make it anew with: relneuron attribute MODEL PROMPTS -o DIR --force",
+                "make it again with: relneuron attribute MODEL PROMPTS -o DIR --force",
             )
     values = np.array(
         [

@@ -49,7 +49,7 @@ class AttributeOptions(OomOptions):
     the model's own most probable one ("prediction", as in the published notebooks). `kinds`: rows
     of attributions.csv. `top`: of each sentence's neurons and positions. `mode`: FFN gains within
     `tolerance` nats ("certified") or to the last bit of float32 arithmetic ("exact"). `own_norm`:
-    the final norm's scale is taken anew for each vector, not frozen. `norm_bias`: the final norm's
+    the final norm's scale is taken again for each vector, not frozen. `norm_bias`: the final norm's
     bias and the lm_head's are in the logits. `query_units`: the value neurons whose activation the
     query scores explain, of the attention or, with `query_of` "ffn", of the FFN, whose key is then
     the row of its gate or up projection or its value vector ("down"); where the norm is a

@@ -194,7 +194,7 @@ def _read(folder: Path) -> tuple[Json, list[Target]]:
     if any(attributed.get(key) != model.get(key) for key in MODEL_KEYS):
         raise RelneuronError(
             f"{folder} holds the attribution of another model than the one it was recorded with",
-            f"make it anew in another folder: relneuron {MADE_BY}",
+            f"make it again in another folder: relneuron {MADE_BY}",
         )
     if GAINS not in entry["files"]:
         raise RelneuronError(

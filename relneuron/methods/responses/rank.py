@@ -237,7 +237,7 @@ def _read_blocks(
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
     for layer in range(shape["layers"]):
         for site, width in Shape.of(shape).widths.items():
-            # Opened anew for each block: as long as a file is open, all that was read of it stays
+            # Opened again for each block: as long as a file is open, all that was read of it stays
             # in this process's memory.
             with open_tensors(path, RECORD, "pt") as file:
                 values = file.get(f"{site}.{layer}", (n_prompts, width))

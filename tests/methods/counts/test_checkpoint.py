@@ -106,7 +106,7 @@ def test_how_it_is_saved_and_what_happens_without_memory_may_change(
 def test_a_forced_count_goes_on_where_it_was_stopped(
     model: Any, documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C says to give the same command again: with --force it must not begin anew."""
+    """Ctrl-C says to give the same command again: with --force it must not begin again."""
     run(model, documents, tmp_path / "o", window=16)
     run(model, documents, tmp_path / "whole", **ASKED)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -293,7 +293,7 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     check_parts(read_study(tmp_path / "whole"), **whole)
     check_parts(write_corpus_study(tmp_path / "no stages"), **whole)
 
-    again = read_study(tmp_path / "identified anew")
+    again = read_study(tmp_path / "identified again")
     rank_counts(again, again / "neurons.json", method="random", top=9, force=True)
     check_parts(again, **(whole | {"nll": False}))
     finish_nll(again)
@@ -303,7 +303,7 @@ def test_what_another_run_of_a_stage_made_is_left_out(tmp_path: Path) -> None:
     rank_counts(second, second / "x.json", method="random", top=9)
     check_parts(second, neurons=False, scores=False, nll=False)
 
-    counted = read_study(tmp_path / "counted anew")
+    counted = read_study(tmp_path / "counted again")
     path = counted / "counts.safetensors"
     counts = Counts.read(path)
     Counts(counts.groups, counts.tokens + 1, counts.arrays).write(path)

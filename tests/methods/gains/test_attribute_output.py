@@ -77,8 +77,8 @@ def test_other_options_need_force(llama: Attributed, tmp_path: Path) -> None:
     cause = "compare: True -> False; .*; top: 40 -> 3"
     refused(llama, output, f"attribute was made from other inputs: {cause}", other)
     llama.attribute(output, other, force=True)
-    llama.attribute(tmp_path / "anew", other)
-    assert files_of(output) == files_of(tmp_path / "anew")
+    llama.attribute(tmp_path / "again", other)
+    assert files_of(output) == files_of(tmp_path / "again")
     assert not (output / "comparison.csv").exists()
 
 
@@ -105,8 +105,8 @@ def test_forced_and_killed_it_goes_on_with_force_only(
     llama.attribute(output, other, force=True)
     n_batches = Manifest(output).data["stages"]["attribute"]["batch_plan"]["batches"]
     assert n_scored == n_batches + 1
-    llama.attribute(tmp_path / "anew", other)
-    assert files_of(output) == files_of(tmp_path / "anew")
+    llama.attribute(tmp_path / "again", other)
+    assert files_of(output) == files_of(tmp_path / "again")
 
 
 def test_a_study_of_a_corpus_is_not_overwritten(llama: Attributed, tmp_path: Path) -> None:

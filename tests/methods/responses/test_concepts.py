@@ -300,7 +300,7 @@ def test_again_is_the_same_and_does_nothing(
         raise AssertionError("a finished stage ran again")
 
     monkeypatch.setattr("relneuron.methods.responses.concepts.record", unexpected)
-    # Without the scores' file only the ranking is made anew, from the responses.
+    # Without the scores' file only the ranking is made again, from the responses.
     (tmp_path / "two" / "scores.safetensors").unlink()
     study(loaded, concepts, tmp_path / "two")
     assert contents(tmp_path / "two") == before
