@@ -177,8 +177,8 @@ class Manifest:
         path = self.path.parent / name
         return RelneuronError(
             f"{path} is not the file that was written by {stage} (its digest differs)",
-            f"restore it, or make it again with {again}; what you changed on purpose is taken as it "
-            "is under another name",
+            f"restore it, or make it again with {again}; what you changed on purpose is taken as "
+            "it is under another name",
         )
 
     def check_model(self, model: Json) -> None:
