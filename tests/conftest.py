@@ -77,6 +77,14 @@ def llama() -> Any:
     return tiny_model("llama")
 
 
+@pytest.fixture
+def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process; gives its exit code, output and errors."""
+    from tests.kit.corpus_commands import caller
+
+    return caller(capsys)
+
+
 @pytest.fixture(scope="session")
 def fact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_facts(tmp_path_factory.mktemp("facts"))

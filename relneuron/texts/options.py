@@ -37,7 +37,7 @@ def read_shard(text: str) -> tuple[int, int]:
 class PromptsOptions(SeedOptions):
     """How facts become prompts."""
 
-    eva: int = option(50, "Facts of each relation that are kept for evaluation.", least=1)
+    eva: int = option(50, "Facts of each relation that are kept for evaluation.", least=0)
     suffix: str | None = option(
         None,
         "Text that follows every template of the files' own language; default: what each file "

@@ -33,7 +33,8 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.instrument import Clock
 from tests.conftest import tiny_model
-from tests.kit.hooked import RELATIONS, Study, read_rows, same_rows
+from tests.kit.files import read_rows
+from tests.kit.hooked import RELATIONS, Study, same_rows
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,8 @@ from relneuron.artifact.neurons import Shape, top_k
 from relneuron.artifact.options import options_of, read
 from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
-from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study, read_rows
+from tests.kit.files import read_rows
+from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study
 
 SIZES = (1, 5, 40, 100, 256)
 

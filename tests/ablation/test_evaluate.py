@@ -23,7 +23,8 @@ from relneuron.artifact.neurons import random_neurons
 from relneuron.model.ask import Asker
 from relneuron.model.batches import cut
 from relneuron.model.questions import encode
-from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, read_rows, same_rows
+from tests.kit.files import read_rows
+from tests.kit.hooked import N_NEURONS, SHAPE, Hooked, Study, same_rows
 
 SEEDS = 9
 

@@ -24,8 +24,8 @@ from relneuron.analyses.page import off
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import random_neurons
 from relneuron.cli.settings import RunOptions
-from tests.kit.corpus_commands import caller
-from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows
+from tests.kit.files import read_rows
+from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study
 
 SITES = ("gate", "up", "down")
 AUTHORS = ["ap", "off_mean", "off_p50", "on_p50", "on_p90", "layer", "unit", "uuid"]
@@ -37,11 +37,6 @@ def study(
     model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Study]:
     yield Study(model_folder, fact_folder, tmp_path_factory.mktemp("expertise"))
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Any:
-    return caller(capsys)
 
 
 def labelled(study: Study) -> dict[str, tuple[list[int], list[int]]]:

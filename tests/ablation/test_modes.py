@@ -25,17 +25,8 @@ from relneuron.model.gated import find_gated_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states
 from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes
-from tests.kit.hooked import (
-    INSIDE,
-    RELATIONS,
-    SHAPE,
-    TOP,
-    Change,
-    Hooked,
-    Study,
-    plain_means,
-    read_rows,
-)
+from tests.kit.files import read_rows
+from tests.kit.hooked import INSIDE, RELATIONS, SHAPE, TOP, Change, Hooked, Study, plain_means
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.sources import Source, parse_sources
 from tests.conftest import FAMILIES, tiny_model
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 48, 32, 96
 SHAPE = {"layers": LAYERS, "width": WIDTH, "hidden": HIDDEN}

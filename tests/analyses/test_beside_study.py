@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,18 +22,9 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from tests.kit.files import contents, read_rows
 
 OPTIONS = RunOptions(eva=8, top=40, random_seeds=1, batch_tokens=256, analyses=("gain",))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +37,8 @@ def study(model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPa
 def test_sets_are_as_large_and_hold_the_largest_mean_gains(study: Path) -> None:
     neurons = json.loads((study / "attribution" / "neurons.json").read_text())
     own = json.loads((study / "neurons.json").read_text())["sets"]
-    targets = rows(study / "attribution" / "targets.csv")
-    right = {row["id"] for row in rows(study / "validated.csv") if row["correct"] == "1"}
+    targets = read_rows(study / "attribution" / "targets.csv")
+    right = {row["id"] for row in read_rows(study / "validated.csv") if row["correct"] == "1"}
     det = {p.id for p in read_prompts(study / "prompts.jsonl") if p.split == "det"}
     assert {row["id"] for row in targets} == det & right
     gains = load_file(study / "attribution" / "gains.safetensors")
@@ -71,7 +61,7 @@ def test_effects_are_those_of_zeroed_products(study: Path, model_folder: Path) -
     model, tokenizer = load_model(str(model_folder)), load_tokenizer(str(model_folder))
     prompts = {p.id: p for p in read_prompts(study / "prompts.jsonl")}
     sets = json.loads((study / "attribution" / "neurons.json").read_text())["sets"]
-    effects = [r for r in rows(study / "effects.csv") if r["condition"].startswith("gain:")]
+    effects = [r for r in read_rows(study / "effects.csv") if r["condition"].startswith("gain:")]
     assert {row["split"] for row in effects} == {"eva"}
     n_eva = sum(p.split == "eva" and p.language == "en" for p in prompts.values())
     assert len(effects) == len(sets) * n_eva and len(sets) == 3
@@ -172,7 +162,7 @@ def test_a_model_that_cannot_be_attributed_has_a_study_without(
     messages = [str(warning.message) for warning in caught]
     assert "gain left out: this model has norms behind its layers" in messages
     assert not (tmp_path / "s" / "attribution").exists()
-    assert not any("gain:" in row["condition"] for row in rows(tmp_path / "s" / "effects.csv"))
+    assert not any("gain:" in row["condition"] for row in read_rows(tmp_path / "s" / "effects.csv"))
     assert (tmp_path / "s" / "neurons.json").read_bytes() == (study / "neurons.json").read_bytes()
 
 

@@ -24,8 +24,6 @@ from relneuron.cli.main import app, stages
 from tests.conftest import ROOT
 from tests.kit.corpus_commands import (
     COUNT,
-    Result,
-    caller,
     check_refused,
     make_study,
     sources,
@@ -104,11 +102,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_study(model_folder, corpus, tmp_path_factory.mktemp("study") / "s")
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
 
 
 @pytest.fixture(scope="module")

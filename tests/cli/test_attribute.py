@@ -7,7 +7,6 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.methods.gains.attribute import JOURNAL
 from relneuron.methods.gains.commands import _cell
 from tests.kit.attribution_runs import files_of
-from tests.kit.corpus_commands import Result, call, caller
+from tests.kit.corpus_commands import Result, call
+from tests.kit.files import read_rows
 from tests.kit.forked import command
-from tests.kit.hooked import read_rows
 
 QUICK = ["--query-units", 4, "--top", 20, "--random-seeds", 1, "--batch-tokens", 200, "--quiet"]
 RELATIONS = ("likes_fruit", "lives_in", "works_as")
@@ -40,11 +39,6 @@ def folder(model_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathF
     output: Path = tmp_path_factory.mktemp("attribute") / "out"
     assert call("attribute", model_folder, prompts, "-o", output, "--splits", "det", *QUICK) == 0
     return output
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
 
 
 def check_refused(result: Result, cause: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from relneuron.artifact.stage import load
 from relneuron.cli.flags import Command
 from relneuron.cli.main import app, stages
 from relneuron.methods import rankings
-from tests.kit.corpus_commands import Result, caller, check_refused
+from tests.kit.corpus_commands import check_refused
 
 # What each `identify --method` takes.
 METHODS = {name: [*options_of(ranking.options)] for name, ranking in rankings().items()}
@@ -40,11 +39,6 @@ GIVEN = {
     "bar_ratio": 0.95,
     "precision": "float32",
 }
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
 
 
 def flag(name: str) -> list[object]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from relneuron.artifact.counts import Counts
@@ -24,28 +22,9 @@ from tests.kit.corpus_commands import (
     GROUPS,
     TEXTS,
     WINDOW,
-    Result,
-    caller,
-    make_study,
     sources,
-    write_texts,
 )
 from tests.kit.counted import plain_counts
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def study(model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_study(model_folder, corpus, tmp_path_factory.mktemp("study") / "s")
 
 
 def test_the_counts_are_plain_hooks(model_folder: Path, study: Path) -> None:

@@ -6,7 +6,6 @@ Exit code 1 or 2, one line of cause and one of fix. test_corpus.py holds what th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,10 @@ import pytest
 
 from tests.kit.corpus_commands import (
     COUNT,
-    Result,
-    caller,
     check_refused,
-    make_study,
     other_shape,
     sources,
-    write_texts,
 )
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def study(model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_study(model_folder, corpus, tmp_path_factory.mktemp("study") / "s")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from relneuron.cli import main as cli
 from tests.kit.forked import command
 
 RUN = ["--eva", "8", "--top", "40", "--random-seeds", "2", "--quiet"]
-
-
-@pytest.fixture
-def relneuron(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line in this process; gives its exit code, output and errors."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["relneuron", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def files_in(folder: Path) -> set[str]:

@@ -5,7 +5,6 @@ Plain hooks, scikit-learn and one prompt at a time must give the same answers, s
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 import time
@@ -24,6 +23,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from tests.kit.files import contents, read_rows
 from tests.kit.forked import Forked, command
 
 OPTIONS = RunOptions(eva=8, top=40, random_seeds=3, batch_tokens=256)
@@ -40,17 +40,6 @@ FILES = {
     "report.html",
     "analyses/drop.csv",
 }
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a study but its lock, by its path."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +125,7 @@ def test_every_file_is_there_and_the_manifest_knows_it(study: Path) -> None:
 
 def test_answers_before_ablation_are_those_of_the_plain_model(study: Path, plain: Plain) -> None:
     prompts = read_prompts(study / "prompts.jsonl")
-    answered = {row["id"]: row for row in rows(study / "validated.csv")}
+    answered = {row["id"]: row for row in read_rows(study / "validated.csv")}
     for prompt in prompts:
         text, _ = plain.answer(prompt.prompt, [])
         assert answered[prompt.id]["prediction"] == text
@@ -149,7 +138,7 @@ def test_scores_and_sets_are_scikit_learns(study: Path, plain: Plain) -> None:
     from sklearn.metrics import average_precision_score
 
     det = [p for p in read_prompts(study / "prompts.jsonl") if p.split == "det"]
-    valid = {row["id"] for row in rows(study / "validated.csv") if row["correct"] == "1"}
+    valid = {row["id"] for row in read_rows(study / "validated.csv") if row["correct"] == "1"}
     plainly = [plain.responses(prompt.prompt) for prompt in det]
     recorded = load_file(study / "responses.safetensors")
     for name, ours in recorded.items():
@@ -157,7 +146,7 @@ def test_scores_and_sets_are_scikit_learns(study: Path, plain: Plain) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
     scores = load_file(study / "scores.safetensors")
     sets = json.loads((study / "neurons.json").read_text())["sets"]
-    label_rows = rows(study / "labels.csv")
+    label_rows = read_rows(study / "labels.csv")
     for number, relation in enumerate(sorted(sets)):
         labels = {r["id"]: int(r["label"]) for r in label_rows if r["relation"] == relation}
         positives = [p.id for p in det if p.relation == relation and p.id in valid]
@@ -194,7 +183,7 @@ def test_neurons_chosen_by_fdr_are_ablated_and_reported(
         options = RunOptions(**{**OPTIONS.__dict__, "top": None, "fdr": fdr, "random_seeds": 1})
         run_study(str(model_folder), fact_folder, folder, options, quiet=True, force=True)
         neurons = json.loads((folder / "neurons.json").read_text())
-        table = rows(folder / "significance.csv")
+        table = read_rows(folder / "significance.csv")
         for relation, chosen in neurons["sets"].items():
             own = [row for row in table if row["relation"] == relation]
             assert [[int(r["layer"]), r["site"], int(r["index"])] for r in own] == [
@@ -212,7 +201,7 @@ def test_neurons_chosen_by_fdr_are_ablated_and_reported(
 def test_effects_are_those_of_plain_hooks(study: Path, plain: Plain) -> None:
     prompts = {p.id: p for p in read_prompts(study / "prompts.jsonl")}
     sets = json.loads((study / "neurons.json").read_text())["sets"]
-    effects = rows(study / "effects.csv")
+    effects = read_rows(study / "effects.csv")
     conditions = list(dict.fromkeys(row["condition"] for row in effects))
     assert conditions == ["clean", *sorted(sets), "random.0", "random.1", "random.2"]
     asked = [p for p in prompts.values() if p.split != "det"]
@@ -230,8 +219,8 @@ def test_effects_are_those_of_plain_hooks(study: Path, plain: Plain) -> None:
 
 
 def test_accuracies_count_the_effects(study: Path) -> None:
-    effects = rows(study / "effects.csv")
-    for row in rows(study / "accuracy.csv"):
+    effects = read_rows(study / "effects.csv")
+    for row in read_rows(study / "accuracy.csv"):
         key = ("condition", "relation", "split")
         right = [int(e["correct"]) for e in effects if all(e[k] == row[k] for k in key)]
         assert int(row["n_prompts"]) == len(right)

@@ -12,7 +12,7 @@ from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.effects import KINDS
 from relneuron.cli.run import run_study
 from relneuron.cli.settings import RunOptions
-from tests.cli.test_run import contents, rows
+from tests.kit.files import contents, read_rows
 
 WHOLE = RunOptions(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)
 
@@ -57,25 +57,25 @@ def test_the_whole_study_survives_crashes_and_its_tables_are_those_of_its_answer
     assert 3 < n_failures < 60
     assert contents(again) == contents(study)
 
-    kinds = {row["condition"]: row for row in rows(study / "conditions.csv")}
+    kinds = {row["condition"]: row for row in read_rows(study / "conditions.csv")}
     assert {row["kind"] for row in kinds.values()} == set(KINDS)
     right: dict[str, dict[str, int]] = {}
     relation = {}
-    for row in rows(study / "effects.csv"):
+    for row in read_rows(study / "effects.csv"):
         if row["split"] == "eva":
             right.setdefault(row["condition"], {})[row["id"]] = int(row["correct"])
             relation[row["id"]] = row["relation"]
     sets = json.loads((study / "neurons.json").read_text())["sets"]
     chosen = {name: {tuple(neuron[:3]) for neuron in found} for name, found in sets.items()}
-    for row in rows(study / "analyses" / "drop.csv"):
+    for row in read_rows(study / "analyses" / "drop.csv"):
         own = [key for key in right["clean"] if relation[key] == row["relation"]]
         before, after = (sum(right[c][key] for key in own) for c in ("clean", row["off"]))
         n = len(own)
         assert [int(row[c]) for c in ("n_prompts", "n_before", "n_after")] == [n, before, after]
         assert float(row["drop"]) == (before / n - after / n) / (before / n)
-    for row in rows(study / "analyses" / "overlap.csv"):
+    for row in read_rows(study / "analyses" / "overlap.csv"):
         assert int(row["shared"]) == len(chosen[row["relation"]] & chosen[row["other"]])
-    ranges = rows(study / "analyses" / "cumulativity.csv")
+    ranges = read_rows(study / "analyses" / "cumulativity.csv")
     assert len(ranges) >= 3 * 6
     for row in ranges:
         name, a, b = row["relation"], int(row["from"]), int(row["to"])

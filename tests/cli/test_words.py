@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -30,33 +29,13 @@ from relneuron.model.stream import read_residual_model
 from tests.conftest import tiny_model
 from tests.kit.corpus_commands import (
     COUNT,
-    Result,
     call,
-    caller,
     check_refused,
-    make_study,
     sources,
-    write_texts,
 )
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 IDS = torch.arange(5, 11)[None]
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_texts(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def study(model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus study whose groups have neurons."""
-    return make_study(model_folder, corpus, tmp_path_factory.mktemp("study") / "s")
 
 
 @pytest.fixture(scope="module")

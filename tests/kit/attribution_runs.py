@@ -16,7 +16,7 @@ import torch
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from tests.kit.attributed import VOCABULARY, attributed_model
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 TYPES = ("capital", "color", "number")
 # The answer is the model's choice of this rank; those of the last are not known to it.

@@ -1,6 +1,6 @@
 """Command lines run in this process, and one small study of three groups made by them.
 
-cli/test_corpus.py and cli/test_corpus_input.py read it.
+The fixtures `relneuron`, and `corpus` and `study` of cli/ are of it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ what the hooks say.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from relneuron.model.ask import cache_of
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
+from tests.kit.files import read_rows
 
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}
 N_NEURONS = 256
@@ -34,11 +34,6 @@ RELATIONS = ("likes_fruit", "lives_in", "works_as")
 
 Change = Callable[[Tensor, tuple[int, str], Tensor], Tensor]
 Inside = Callable[[int, int], bool]
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 class Study:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import typer
 from relneuron import methods
 from relneuron.cli import main as cli
 from relneuron.cli import pages
-from tests.kit.corpus_commands import Result, caller
 from tests.kit.pages import Page
 
 TOY = '''
@@ -95,11 +94,6 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cli, "app", cli.make_app())
     yield
     sys.modules.pop("relneuron.methods.toy")
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    return caller(capsys)
 
 
 def help_of(command: str) -> str:

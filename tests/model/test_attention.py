@@ -26,7 +26,8 @@ from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
 from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
-from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, read_rows, zero
+from tests.kit.files import read_rows
+from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study, zero
 
 SITES = ("gate", "up", "down", "q", "k", "v", "o")
 WHOLE = SHAPE | {"q": 32, "k": 16, "v": 16, "o": 32}

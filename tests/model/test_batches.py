@@ -24,7 +24,7 @@ from relneuron.model.batches import Budget
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

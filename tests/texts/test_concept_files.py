@@ -22,7 +22,6 @@ from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.methods.responses.labels import sample_labels
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.concept_files import Concept, concept_prompts, find_concepts, read_concept
-from tests.kit.corpus_commands import caller
 
 FEW = ["--top", 20, "--permutations", 0, "--bootstrap", 0, "--noise", 0, "--quiet"]
 # As in lang_neuron, what is positive of one concept is negative of the others; some stand twice.
@@ -51,11 +50,6 @@ def concepts(tmp_path: Path) -> Path:
     for name in SENTENCES:
         write_concept(tmp_path / "in" / "sense" / f"{name}.json", name)
     return tmp_path / "in"
-
-
-@pytest.fixture
-def relneuron(capsys: pytest.CaptureFixture[str]) -> Any:
-    yield caller(capsys)
 
 
 def plain_responses(model_folder: Path, texts: Iterable[str]) -> dict[str, Any]:

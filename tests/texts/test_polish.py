@@ -5,7 +5,6 @@ The model has read them; what it answers is counted here anew, from the fact fil
 
 from __future__ import annotations
 
-import csv
 import json
 import unicodedata
 from collections import Counter
@@ -22,15 +21,11 @@ from relneuron.cli.settings import RunOptions
 from relneuron.methods.responses.preview import warn_of_unknown
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import Page
+from tests.kit.files import read_rows
 from tests.kit.polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from tests.kit.studies import write_study
 
 OPTIONS = RunOptions(eva=12, top=60, random_seeds=2, permutations=0, bootstrap=20, noise=200)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +85,7 @@ def test_clean_accuracy_is_an_independent_count_of_every_listed_object(
         first[p.relation] += is_listed(said, {nfc(p.object).casefold()})
     clean = {
         row["relation"]: int(row["n_correct"])
-        for row in rows(study / "accuracy.csv")
+        for row in read_rows(study / "accuracy.csv")
         if (row["condition"], row["split"]) == ("clean", "eva")
     }
     assert clean == {name: counted[name] for name in RELATIONS}
@@ -101,10 +96,10 @@ def test_clean_accuracy_is_an_independent_count_of_every_listed_object(
 def test_no_true_object_in_place_of_a_true_one_is_an_improvement(study: Path, facts: Path) -> None:
     listed = right_answers(facts)
     prompts = {p.id: p for p in read_prompts(study / "prompts.jsonl")}
-    for row in rows(study / "analyses" / "interference.csv"):
+    for row in read_rows(study / "analyses" / "interference.csv"):
         right = listed[row["relation"], nfc(row["subject"])]
         assert is_listed(row["after"], right) and not is_listed(row["before"], right)
-    effects = rows(study / "effects.csv")
+    effects = read_rows(study / "effects.csv")
     clean = {row["id"]: row for row in effects if row["condition"] == "clean"}
     replaced = 0
     for row in effects:
@@ -123,7 +118,7 @@ def test_splits_and_ids_are_those_of_the_files_own_language(study: Path) -> None
     assert {p.language for p in prompts} == {"pl"}
     assert all(p.id.startswith(f"{p.relation}.{p.split}.pl.") for p in prompts)
     assert all(p.prompt.endswith(SUFFIX) and "Answer" not in p.prompt for p in prompts)
-    assert {row["split"] for row in rows(study / "effects.csv")} == {"eva", "eva2"}
+    assert {row["split"] for row in read_rows(study / "effects.csv")} == {"eva", "eva2"}
     assert not (study / "sentences.jsonl").exists()
     det, eva = ({nfc(p.subject) for p in prompts if p.split == s and p.relation == "zbiera"} for s
                 in ("det", "eva"))  # fmt: skip
@@ -133,7 +128,7 @@ def test_splits_and_ids_are_those_of_the_files_own_language(study: Path) -> None
 def test_logprob_is_of_the_most_probable_right_object(study: Path, model: Path) -> None:
     network, tokenizer = load_model(str(model)), load_tokenizer(str(model))
     prompts = {p.id: p for p in read_prompts(study / "prompts.jsonl")}
-    asked = [row for row in rows(study / "effects.csv") if row["condition"] == "clean"]
+    asked = [row for row in read_rows(study / "effects.csv") if row["condition"] == "clean"]
     several = [row for row in asked if len(prompts[row["id"]].objects) > 1][:20]
     assert several
     for row in several:
@@ -177,7 +172,7 @@ def test_a_drop_of_what_is_hardly_known_is_no_finding(facts: Path, tmp_path: Pat
 
 def test_run_warns_of_what_the_model_hardly_knows(study: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_bytes((study / "prompts.jsonl").read_bytes())
-    answered = rows(study / "validated.csv")
+    answered = read_rows(study / "validated.csv")
     right = {row["id"] for row in answered if row["correct"] == "1"}
     kept = {key for key in right if not key.startswith("gra_na.eva") or key[-6:-2] < "0003"}
     lines = ["id,correct", *(f"{row['id']},{int(row['id'] in kept)}" for row in answered)]

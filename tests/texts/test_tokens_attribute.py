@@ -13,7 +13,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 from tests.kit.speakers import byte_level, characters, save, sentence_piece, tiny_llama
 from tests.texts.test_tokens_study import QUICK
 
@@ -125,7 +125,7 @@ def test_the_models_own_choice_as_target(tmp_path: Path) -> None:
     before = (tmp_path / "out" / "targets.csv").stat().st_mtime_ns
     attribute("m", model, tokenizer, path, tmp_path / "out", options, quiet=True)
     assert (tmp_path / "out" / "targets.csv").stat().st_mtime_ns == before
-    with pytest.raises(RelneuronError, match="unknown target 'guess'"):
+    with pytest.raises(RelneuronError, match="unknown --target 'guess'"):
         AttributeOptions(target="guess")
 
 

@@ -26,7 +26,7 @@ from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.questions import encode
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 from tests.kit.speakers import byte_level, characters, sentence_piece, taught, tiny_llama
 
 CAPITALS = {

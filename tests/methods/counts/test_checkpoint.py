@@ -24,11 +24,6 @@ from tests.kit.counted import Numbers, draw, note_batches, run, stopping, write_
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def documents() -> dict[str, list[list[int]]]:
     return draw(GROUPS, 150)
 

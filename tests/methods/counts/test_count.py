@@ -38,11 +38,6 @@ FIVE = ("en", "zh", "fr", "es", "vi")
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def documents() -> dict[str, list[list[int]]]:
     return draw(FIVE, 250)
 

@@ -20,16 +20,10 @@ import pytest
 from relneuron.artifact.manifest import Manifest
 from relneuron.cli import main as cli
 from relneuron.methods.counts.counter import CHECKPOINT, Counter
-from tests.conftest import tiny_model
 from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, check_checkpoint, files_of
 from tests.kit.counted import draw, note_batches, run, stopping, write_corpus
 from tests.kit.forked import Forked
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")

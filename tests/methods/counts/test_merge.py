@@ -21,11 +21,6 @@ ASKED: dict[str, Any] = {"window": 16, "batch_tokens": 48}
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
 def documents() -> dict[str, list[list[int]]]:
     return draw(("en", "zh", "fr"), 250)
 

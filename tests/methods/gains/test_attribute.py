@@ -36,7 +36,7 @@ from tests.kit.attributed import (
     weights_of,
 )
 from tests.kit.attribution_runs import OPTIONS, Attributed, rows_by
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 FILES = {
     "manifest.json",

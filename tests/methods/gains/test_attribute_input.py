@@ -23,7 +23,7 @@ from relneuron.texts.knowledge import read_knowledge
 from tests.conftest import tiny_model
 from tests.kit.attributed import VOCABULARY
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of, word_tokenizer
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 QUICK = replace(OPTIONS, kinds=("head",), compare=False)
 

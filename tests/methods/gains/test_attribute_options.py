@@ -13,7 +13,7 @@ from relneuron.artifact.gains import read_attributions
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.options import KINDS
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of, rows_by
-from tests.kit.hooked import read_rows
+from tests.kit.files import read_rows
 
 
 def test_known_sentences_only(llama: Attributed, tmp_path: Path) -> None:

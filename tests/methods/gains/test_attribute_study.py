@@ -30,18 +30,13 @@ from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import kind_of, render
-from tests.kit.hooked import read_rows
+from tests.kit.files import contents, read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)
 ATTRIBUTED = AttributeOptions(splits=("det",), kinds=("ffn_neuron",), compare=False)
 SHAPE = {"layers": 2, "width": 48, "hidden": 32}
 NEW = {"targets.csv", "attributions.csv", "promoted.csv", "gains.safetensors"}
 NEW_BESIDE = {"gain.json", "gain.scores.safetensors"}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,38 @@
+"""Folders that the stages wrote, for tests of what happens to files between two stages."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from relneuron.ablation.options import ANALYSES, NllOptions
+from relneuron.cli.settings import RunOptions
+from relneuron.methods.counts.count import count
+from relneuron.methods.gains.attribute import attribute
+from relneuron.methods.gains.options import AttributeOptions
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import parse_sources
+
+OPTIONS = RunOptions(
+    eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
+)
+KINDS = ("ffn_layer", "ffn_neuron")
+ATTRIBUTED = AttributeOptions(kinds=KINDS, top=5, random_seeds=1, batch_tokens=200)
+NLL = NllOptions(window=16, windows=3)
+
+
+def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any) -> None:
+    attribute("m", *loaded, prompts, folder, ATTRIBUTED, quiet=True, **more)
+
+
+def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
+    options = CountOptions(window=16, moments=True, **changes)
+    count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
+
+
+def flip(path: Path, rng: random.Random, end: int | None = None) -> None:
+    """One bit of a file, anywhere (before `end`)."""
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data) if end is None else end)] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)

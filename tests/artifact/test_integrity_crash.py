@@ -1,0 +1,210 @@
+"""What a crash damaged: rows, journals and checkpoints are found and done again, or refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+import relneuron.model.ask
+from relneuron.ablation.nll import nll
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import Journal
+from relneuron.methods.counts.count import count
+from relneuron.methods.responses.options import RecordOptions
+from relneuron.methods.responses.record import record
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import parse_sources
+from tests.artifact.handed import NLL, attributed, flip
+from tests.artifact.test_integrity import ablated, generated
+
+
+class Crash(Exception):
+    """In the middle of a stage: what was finished before is in the journal."""
+
+
+def crashed(run: Callable[[], object], owner: Any, name: str, n: int) -> None:
+    """Run a stage that dies in its `n`-th call of a function, having saved all before."""
+    true, calls = getattr(owner, name), []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == n:
+            raise Crash
+        return true(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+        patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+        patch.setattr(owner, name, dying)
+        run()
+        pytest.fail("it did not die")
+
+
+def cut(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip_header(path: Path) -> None:
+    flip(path, random.Random(1), end=40)
+
+
+def flip_data(path: Path) -> None:
+    """A bit of a row that is written: of the first layer's first site."""
+    with safe_open(path, "np") as file:
+        name = min(file.keys())
+        row = next(i for i, row in enumerate(file.get_tensor(name)) if row.any())
+        n_row = file.get_slice(name).get_shape()[1]
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    begin = json.loads(data[8:header])[name]["data_offsets"][0]
+    data[header + begin + 4 * n_row * row + 7] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (cut, "rows of .* are not as they were written: [0-9]+ of [0-9]+ blocks are done again"),
+    "a bit": (flip_data, "rows of .* are not as they were written: 1 of [0-9]+ blocks"),
+    "its header": (flip_header, "rows of .* are not as they were written"),
+    "gone": (Path.unlink, "rows of .* are not as they were written"),
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+Half = tuple[Callable[..., object], Path, dict[str, bytes]]
+"""What runs a stage in a folder, a folder in which it died, the files of a whole run."""
+
+
+@pytest.fixture(scope="module")
+def recorded(made: Path, loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Half:
+    root, prompts = tmp_path_factory.mktemp("recorded"), made / "study" / "prompts.jsonl"
+    asked = {"options": RecordOptions(batch_tokens=128), "quiet": True}
+    run = partial(record, "m", *loaded, prompts, **asked)
+    run(root / "whole")
+    crashed(partial(run, root / "half"), relneuron.model.ask.Asker, "_forward", 16)
+    return run, root / "half", files(root / "whole")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("damage", [*DAMAGE, "journal"])
+def test_record_does_damaged_rows_again(
+    recorded: Half, tmp_path: Path, damage: str, force: bool
+) -> None:
+    run, half, whole = recorded
+    folder = tmp_path / "out"
+    shutil.copytree(half, folder)
+    n_lines = (folder / "record.journal").read_bytes().count(b"\n")
+    assert n_lines > 5
+    if damage == "journal":
+        lines = (folder / "record.journal").read_bytes().split(b"\n")
+        lines[2] = lines[2][:80] + b"{" + lines[2][80:]
+        (folder / "record.journal").write_bytes(b"\n".join(lines))
+        said = f"{n_lines - 2} of {n_lines} lines are not as they were written"
+    else:
+        act, said = DAMAGE[damage]
+        act(folder / "responses.safetensors")
+    with pytest.warns(match=said):
+        run(folder, force=force)
+    assert files(folder) == whole
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_attribute_does_damaged_gains_again(
+    made: Path, loaded: tuple[Any, Any], tmp_path: Path, damage: str
+) -> None:
+    from relneuron.methods.gains.scorer import Scorer
+
+    run = partial(attributed, loaded, made / "study" / "prompts.jsonl")
+    crashed(partial(run, tmp_path / "out"), Scorer, "score", 4)
+    act, said = DAMAGE[damage]
+    act(tmp_path / "out" / "gains.safetensors")
+    with pytest.warns(match=said):
+        run(tmp_path / "out")
+    before = files(made / "attribution")
+    for name, data in files(tmp_path / "out").items():
+        if name not in ("manifest.json",):
+            assert data == before[name], name
+
+
+@pytest.mark.parametrize("stage", ["ablate", "nll", "generate"])
+def test_a_flipped_bit_of_a_journal_changes_no_result(
+    made: Path,
+    loaded: tuple[Any, Any],
+    corpus: list[str],
+    tmp_path: Path,
+    stage: str,
+) -> None:
+    asked = {"ablate": {"batch_tokens": 100}, "nll": {"batch_tokens": 20}}.get(
+        stage, {"batch_tokens": 100, "max_new_tokens": 4}
+    )
+    run: Callable[[Path], object] = {
+        "ablate": lambda o: ablated(loaded, corpus, made, o, **asked),
+        "generate": lambda o: generated(loaded, corpus, made, o, **asked),
+        "nll": lambda o: nll(
+            "m",
+            *loaded,
+            made / "counts" / "neurons.json",
+            parse_sources(corpus),
+            o,
+            replace(NLL, **asked),
+            quiet=True,
+        ),
+    }[stage]
+    run(tmp_path / "whole")
+    folder, blocks = tmp_path / "out", []
+    add = Journal.add
+
+    def dying(self: Journal, *args: Any) -> None:
+        add(self, *args)
+        blocks.append(1)
+        if len(blocks) == 4:
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+        patch.setattr(Journal, "add", dying)
+        run(folder)
+    for seed in range(6):
+        place = tmp_path / str(seed)
+        shutil.copytree(folder, place)
+        (journal,) = place.glob("*.journal")
+        flip(journal, random.Random(seed), end=len(journal.read_bytes()) - 1)
+        with pytest.warns(match=r"\.journal: .* not as they were written"):
+            run(place)
+        assert files(place) == files(tmp_path / "whole")
+
+
+def test_a_flipped_checkpoint_is_refused(
+    loaded: tuple[Any, Any], corpus: list[str], tmp_path: Path
+) -> None:
+    from relneuron.methods.counts.counter import Speed
+
+    true, calls = Speed.count, []
+
+    def dying(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise Crash
+        true(*args)
+
+    options = CountOptions(window=16, batch_tokens=32)
+    run = partial(count, "m", *loaded, parse_sources(corpus), tmp_path, quiet=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Speed, "count", dying)
+        run(replace(options, checkpoint_batches=1))
+    flip(tmp_path / "count.checkpoint", random.Random(0))
+    with pytest.raises(RelneuronError, match="count.checkpoint is not the file that was written"):
+        run(options)
+    run(options, force=True)
