@@ -517,3 +517,11 @@ def test_padding_is_not_penalised(loaded: Any, study: Path) -> None:
     questions = relneuron.ablation.generate.Questions([], [[5, 6, 7, 5], [9], [0, 8]], [])
     asker.go_on(questions, [0, 1, 2], lambda step: None)
     assert [row.nonzero()[:, 0].tolist() for row in seen[0]] == [[5, 6, 7], [9], [0, 8]]
+
+
+def test_a_penalty_lowers_logits_of_either_sign(loaded: Any) -> None:
+    asker = Continuer(*loaded, GenerateOptions(repetition_penalty=2.0))
+    logits = torch.tensor([[-3.0, -2.0, -5.0], [3.0, 2.0, -5.0], [-1.0, -1.5, -5.0]])
+    seen = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
+    assert asker._choose(logits, seen).tolist() == [0, 1, 0]
+    assert seen.tolist() == [[True, True, False], [True, True, False], [True, False, False]]

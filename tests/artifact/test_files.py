@@ -24,7 +24,7 @@ import relneuron.artifact.journal
 import relneuron.artifact.manifest
 from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
 from relneuron.artifact.journal import Journal
-from relneuron.artifact.manifest import Manifest, locked
+from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import read_csv
@@ -207,6 +207,35 @@ def test_neurons_count_once() -> None:
     shape = {"layers": 1, "width": 4, "hidden": 3}
     rows: list[Any] = [[0, "up", 3, 0.5], [0, "up", 3], (0, "down", 2)]
     assert check_neurons(rows, shape) == [(0, "up", 3), (0, "down", 2)]
+
+
+def test_a_file_of_the_same_size_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1")
+    Manifest(tmp_path).finish("a", {}, [path])
+    assert checked(path) == path
+    path.write_text("2")
+    with pytest.raises(RelneuronError, match="its digest differs"):
+        checked(path)
+
+
+def test_a_stage_is_forgotten_when_what_it_read_is_another(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in "abcd"}
+
+    def finish(stage: str, text: str, reads: str) -> set[str]:
+        files[stage].write_text(text)
+        manifest = Manifest(tmp_path)
+        manifest.finish(stage, {}, [files[stage]], reads=[files[name] for name in reads])
+        return set(Manifest(tmp_path).data["stages"])
+
+    finish("a", "1", "")
+    finish("b", "1", "a")
+    finish("c", "1", "b")
+    assert finish("d", "1", "") == {*"abcd"}
+    # The same bytes again, then others: all that was made of them goes, what was not stays.
+    assert finish("a", "1", "") == {*"abcd"}
+    assert finish("a", "2", "") == {*"ad"}
+    assert set(Manifest(tmp_path).data["files"]) == {*"ad"}
 
 
 def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_accuracies_count_the_effects(study: Path) -> None:
     assert {e["split"] for e in effects} == {"eva", "eva2", "eva.de"}
 
 
-def test_random_sets_are_as_large_and_all_differ(study: Path) -> None:
+def test_random_sets_are_as_large_and_all_differ() -> None:
     from relneuron.artifact.neurons import random_neurons
 
     shape = {"layers": 2, "width": 48, "hidden": 32}

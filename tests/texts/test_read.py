@@ -135,8 +135,15 @@ def test_every_kind_is_read_and_goes_on_from_every_position(
 def test_the_files_of_a_source_follow_each_other(tmp_path: Path) -> None:
     writers = (write_jsonl, write_bin, write_txt)
     found = [write(tmp_path) for write in writers]
-    read = pieces_of(parse_sources([f"en={path}" for path, _ in found])[0], 100)
-    assert plain(read) == [piece for _, pieces in found for piece in pieces]
+    together = parse_sources([f"en={path}" for path, _ in found])[0]
+    expected = [piece for _, pieces in found for piece in pieces]
+    assert plain(pieces_of(together, 100)) == expected
+    chunks, n = list(read_chunks(together, None, 100)), 0
+    assert len(chunks) == len(writers)
+    for chunk in chunks:
+        n += len(chunk.pieces)
+        rest = [p for c in read_chunks(together, chunk.position, 100) for p in c.pieces]
+        assert plain(rest) == expected[n:]
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8, 9, 64])

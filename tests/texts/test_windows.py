@@ -211,6 +211,8 @@ def test_a_source_ends_when_its_groups_are_full() -> None:
         packing = Packing(4, mode, max_tokens=4003)
         blocks, notes = blocks_of(Source("en", dataset=Endless()), packing)
         assert len(plain(blocks)) == 1000 and notes["dropped_tokens"] == {}
+        just = Packing(4, mode, max_tokens=4000)
+        assert plain(blocks_of(Source("en", dataset=Endless()), just)[0]) == plain(blocks)
         assert blocks[-1].fraction == pytest.approx(4000 / 4003)
         source = Source(group_column="lang", groups=("en", "zh"), dataset=Endless())
         assert len(plain(blocks_of(source, packing)[0])) == 2000

@@ -1,0 +1,399 @@
+"""Faults of the pipeline's own decisions, each with a test that must find it.
+
+`python -m tests.mutants [NAMES]` puts each fault (those with one of NAMES in their name) into a
+copy of the package, alone, and runs its test: an exit code of 1 says that a fault survived.
+tests/testing/mutants.py has those of the kernels. The checkout is never changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120  # of one test, which takes a few: a fault may run forever
+PASSED, FAILED = 10, 11  # a fork's exit codes: pytest's own and 10, as Python's errors are 1
+
+
+class Mutant(NamedTuple):
+    """A text that stands once in its module, what is put there, the cheapest test to find it."""
+
+    old: str
+    new: str
+    test: str
+
+
+# "module: what is wrong" -> the fault
+MUTANTS = {
+    # texts
+    "texts.facts: the split does not depend on the seed": Mutant(
+        "relneuron.split.{seed}.",
+        "relneuron.split.",
+        "texts/test_facts.py::test_split_depends_on_seed_and_relation_only",
+    ),
+    "texts.prompts: the facts that find neurons are those that measure": Mutant(
+        'ask("eva", own, eva,',
+        'ask("eva", own, det,',
+        "texts/test_facts.py::test_prompts_of_other_languages_ask_the_same_eva_facts",
+    ),
+    "texts.tokens: a prompt that begins with BOS gets a second one": Mutant(
+        "ids if before and ids[:1] == before[:1] else before + ids",
+        "before + ids",
+        "texts/test_tokens.py::test_bos_stands_there_once_and_eos_never",
+    ),
+    "texts.windows: a window that just fits a group's tokens is left out": Mutant(
+        "self.n_tokens + next_one > limit",
+        "self.n_tokens + next_one >= limit",
+        "texts/test_windows.py::test_a_source_ends_when_its_groups_are_full",
+    ),
+    "texts.sources: a text's content is not among its inputs": Mutant(
+        '"sha256": digest}',
+        '"sha256": ""}',
+        "texts/test_sources.py::test_the_fingerprint_changes_with_the_content_and_not_with_place_or_time",
+    ),
+    "texts.read: a file that was read to its end is read again": Mutant(
+        '{"file": place + 1, "at": None}',
+        '{"file": place, "at": None}',
+        "texts/test_read.py::test_the_files_of_a_source_follow_each_other",
+    ),
+    # model
+    "model.gated: an MLP of another formula is taken": Mutant(
+        "(ours - theirs).abs().max() <= tolerance",
+        "(ours - theirs).abs().max() >= 0",
+        "model/test_gated.py::test_an_mlp_with_another_formula_is_seen_by_the_self_check",
+    ),
+    "model.patch: of nested patches the inner one alone switches off": Mutant(
+        "h = out if h is None else torch.where(out == 0, out, h)",
+        "h = out if h is None else h",
+        "model/test_patch.py::test_nested_patches_act_together",
+    ),
+    "model.states: the first prompt of a batch has no responses": Mutant(
+        "rows = (flat >= 0)",
+        "rows = (flat > 0)",
+        "model/test_ask.py::test_pooled_sums_are_those_of_plain_hooks",
+    ),
+    "model.batches: a batch may be a row too long": Mutant(
+        "(len(batches[-1]) + 1) * longest > budget",
+        "len(batches[-1]) * longest > budget",
+        "ablation/test_evaluate.py::test_every_row_once_within_the_budget",
+    ),
+    "model.ask: a wrong forced token stays in sight": Mutant(
+        "mask[:, -1] = 0",
+        "mask[:, -1] = 1",
+        "model/test_ask.py::test_the_forced_token_changes_no_answer",
+    ),
+    "model.questions: saying nothing is right": Mutant(
+        "if not given:\n        return False",
+        "if not given:\n        return True",
+        "model/test_ask.py::test_both_correctness_rules",
+    ),
+    "model.identity: the last rows of a weight do not count": Mutant(
+        "range(0, len(rows), n)]",
+        "range(0, len(rows) - n, n)]",
+        "model/test_identity.py::test_chunks_have_all_rows",
+    ),
+    # methods/responses
+    "methods.responses.record: the first token is not excluded": Mutant(
+        "chosen & (rank > 1)",
+        "chosen & (rank > 0)",
+        "model/test_ask.py::test_pooling_takes_effective_tokens_on_either_side",
+    ),
+    "methods.responses.labels: negatives are of the own relation, too": Mutant(
+        'r not in ("", relation)',
+        'r != ""',
+        "model/test_ask.py::test_labels_are_positives_and_four_times_as_many_negatives",
+    ),
+    "methods.responses.rank: prompts that were answered wrongly count": Mutant(
+        "valid,\n        negatives=",
+        "[True] * len(valid),\n        negatives=",
+        "methods/responses/test_rank.py::test_the_table_holds_what_others_compute",
+    ),
+    "methods.responses.choice: a neuron may be among the highest and the lowest": Mutant(
+        "without=best.places",
+        "without=None",
+        "methods/responses/test_rank.py::test_neurons_that_all_tie_are_chosen_once",
+    ),
+    "methods.responses.significance: noise that is equal does not count": Mutant(
+        'null.size - np.searchsorted(null, wanted, side="left")',
+        'null.size - np.searchsorted(null, wanted, side="right")',
+        "methods/responses/test_significance.py::test_p_values_count_the_score_itself_and_what_is_equal",
+    ),
+    # methods/counts
+    "methods.counts.counter: a new group takes the counts of the others away": Mutant(
+        "getattr(new, name)[site][: old.groups] = values",
+        "getattr(new, name)[site][: old.groups] = 0",
+        "methods/counts/test_batches.py::test_groups_of_a_column_may_come_after_others_were_counted[1]",
+    ),
+    "methods.counts.lape: a probability at the threshold passes": Mutant(
+        "(flat > threshold)",
+        "(flat >= threshold)",
+        "methods/counts/test_lape.py::test_sets_of_the_worked_example",
+    ),
+    "methods.counts.rank: neurons of the product are named so, not by their gate": Mutant(
+        'site if site in ("up", "down") else "gate"',
+        "site",
+        "methods/counts/test_rank.py::test_sites",
+    ),
+    "methods.counts.batches: BOS is counted": Mutant(
+        "else inside & (ids != not_counted)",
+        "else inside",
+        "methods/counts/test_batches.py::test_a_batch_is_its_windows",
+    ),
+    "methods.counts.folders: the last shard may be missing": Mutant(
+        "range(1, of + 1)",
+        "range(1, of)",
+        "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",
+    ),
+    # methods/gains
+    "methods.gains.values: an FFN is scored at the state before the attention": Mutant(
+        "_vector_gains(r, trace.ffn",
+        "_vector_gains(h, trace.ffn",
+        "methods/gains/test_values.py::test_every_score_equals_the_plain_computation",
+    ),
+    "methods.gains.scores: tokens of an equal logit stand before the target": Mutant(
+        "torch.searchsorted(logits, own, right=True)",
+        "torch.searchsorted(logits, own)",
+        "methods/gains/test_eight_scores.py::test_ranks_count_larger_logits",
+    ),
+    "methods.gains.targets: the eleventh token is among the ten most probable": Mutant(
+        "< N_MOST_PROBABLE)",
+        "<= N_MOST_PROBABLE)",
+        "texts/test_knowledge.py::test_a_type_of_one_token_asks_for_the_ten_most_probable_alone",
+    ),
+    "methods.gains.comparison: a type's heads are those of all sentences": Mutant(
+        "rows = np.array([name == kind for name in types])",
+        "rows = np.ones(len(types), bool)",
+        "methods/gains/test_comparison.py::test_heads_are_ranked_by_their_mean_over_a_type",
+    ),
+    "methods.gains.rank: what the model does not know counts": Mutant(
+        "t.kept or not kept_only",
+        "True",
+        "methods/gains/test_rank.py::test_sets_are_the_highest_means",
+    ),
+    # ablation
+    "ablation.conditions: a range of ranks has the last of the one before": Mutant(
+        "rankings[name][a:b]",
+        "rankings[name][a - 1 : b]",
+        "ablation/test_conditions.py::test_sizes_are_prefixes_of_the_ranking_and_ranges_the_differences",
+    ),
+    "ablation.evaluate: outputs of up are not switched off": Mutant(
+        'product = chosen["gate"] | chosen["up"]',
+        'product = chosen["gate"]',
+        "ablation/test_evaluate.py::test_all_conditions_at_once_are_edited_weights",
+    ),
+    "ablation.how: neurons get the mean of all prompts, not their relation's": Mutant(
+        'found.get(relation, found[""])',
+        'found[""]',
+        "ablation/test_modes.py::test_equal_sets_of_two_relations_have_the_means_of_each",
+    ),
+    "ablation.ablate: a long answer is right if the object begins with it": Mutant(
+        "if options.generate is None:\n            right",
+        "if True:\n            right",
+        "ablation/test_modes.py::test_a_longer_answer_is_right_only_if_it_begins_with_the_object",
+    ),
+    "ablation.nll: the mean is over tokens, not over windows": Mutant(
+        "mean = float(some.mean())",
+        "mean = float(np.average(some, weights=n_tokens[inside]))",
+        "ablation/test_nll.py::test_every_mask_and_window_is_the_edited_model_on_the_window_alone",
+    ),
+    "ablation.generate: the penalty raises logits below zero": Mutant(
+        "torch.where(logits < 0, logits * penalty, logits / penalty)",
+        "logits / penalty",
+        "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
+    ),
+    "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
+        "sums[row] / counts.tokens[row]",
+        "sums[row] / counts.tokens.sum()",
+        "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "ablation.rows: equal logits stand before the target": Mutant(
+        "rank = 1 + (logits > own).sum(1)",
+        "rank = (logits >= own).sum(1)",
+        "ablation/test_rows.py::test_equal_logits_share_the_better_rank",
+    ),
+    "ablation.expertise: positives and negatives are swapped": Mutant(
+        'own.positive if name.startswith("on_") else own.negative',
+        'own.negative if name.startswith("on_") else own.positive',
+        "ablation/test_expertise.py::test_expertise_is_what_others_compute",
+    ),
+    # analyses
+    "analyses.drops: own and other relations are swapped": Mutant(
+        "spread(drop[own]), spread(drop[~own])",
+        "spread(drop[~own]), spread(drop[own])",
+        "report/test_results.py::test_headline_by_hand",
+    ),
+    "analyses.outcomes: a relation is among the others": Mutant(
+        "for other in grid.relations if other != relation",
+        "for other in grid.relations",
+        "analyses/test_analyses.py::test_sizes_by_hand",
+    ),
+    "analyses.uncertainty: what is as far from zero is not as extreme": Mutant(
+        "np.abs(sums) >= abs",
+        "np.abs(sums) > abs",
+        "analyses/test_uncertainty.py::test_sign_flips_of_single_prompts_are_mcnemar_s_exact_test",
+    ),
+    "analyses.overlap: the share is of the other set": Mutant(
+        "shared[i, j] / size[i] if size[i]",
+        "shared[i, j] / size[j] if size[j]",
+        "analyses/test_analyses.py::test_overlap_by_hand",
+    ),
+    "analyses.sizes: what neurons do not break alone is affected": Mutant(
+        "(broken & ~alone)",
+        "(broken & alone)",
+        "analyses/test_analyses.py::test_cumulativity_by_hand",
+    ),
+    # artifact
+    "artifact.neurons: equal scores go to the highest index": Mutant(
+        'order = np.argsort(keys, kind="stable")[:k]',
+        'order = keys.size - 1 - np.argsort(keys[::-1], kind="stable")[:k]',
+        "model/test_ask.py::test_top_k_breaks_ties_by_layer_site_and_index",
+    ),
+    "artifact.neurons: every seed draws the same neurons": Mutant(
+        "relneuron.random.{seed}",
+        "relneuron.random.",
+        "cli/test_run.py::test_random_sets_are_as_large_and_all_differ",
+    ),
+    "artifact.manifest: a stage stays done when a file it read is another": Mutant(
+        'name not in files or known[name]["sha256"] != digest',
+        "name not in files",
+        "artifact/test_files.py::test_a_stage_is_forgotten_when_what_it_read_is_another",
+    ),
+    "artifact.manifest: a file of the same size is the same": Mutant(
+        ' and sha256(path) == known["sha256"]',
+        "",
+        "artifact/test_files.py::test_a_file_of_the_same_size_is_another",
+    ),
+    "artifact.journal: the digest of a line is not compared": Mutant(
+        '_chained(last, text) != digest.decode(errors="replace")',
+        "not digest",
+        "artifact/test_files.py::test_a_flipped_bit_of_a_journal_is_found_and_what_follows_done_again[0]",
+    ),
+    "artifact.effects: another language comes before other templates": Mutant(
+        '"." in name, name',
+        '"." not in name, name',
+        "report/test_results.py::test_splits_share_their_rows_and_eva_comes_first",
+    ),
+    "artifact.options: what an option says counts where it does nothing": Mutant(
+        "None if unused else list(value)",
+        "list(value)",
+        "artifact/test_options.py::test_what_is_recorded_and_printed",
+    ),
+    "artifact.stage: a path within the study is named as it was given": Mutant(
+        "if not whole.is_relative_to(root):",
+        "if whole != root:",
+        "artifact/test_stage.py::test_paths_within_the_study_are_named_from_there",
+    ),
+    # report
+    "report.tables: what was not measured counts as nothing": Mutant(
+        "values[np.isfinite(values)]",
+        "np.nan_to_num(values)",
+        "analyses/test_analyses.py::test_accuracy_by_hand",
+    ),
+    "report.page: a hint of a kind of study is as good as a mark": Mutant(
+        "([kind.marks for kind in kinds], [kind.hints for kind in kinds])",
+        "([(*kind.marks, *kind.hints) for kind in kinds],)",
+        "report/test_pages.py::test_the_folder_says_what_it_is",
+    ),
+}
+
+
+def module_of(name: str) -> Path:
+    """Where the module of a fault stands, from the package on."""
+    return Path("relneuron", *name.partition(":")[0].split(".")).with_suffix(".py")
+
+
+def run(folder: Path, tests: Sequence[str], module: Path | None = None) -> tuple[int, str]:
+    """The end of a fork that runs tests with the package of `folder`, and what pytest said."""
+    said = folder / "said"
+    process = get_context("fork").Process(target=_become, args=(folder, tests, module, said))
+    process.start()
+    try:
+        process.join(SECONDS * len(tests))
+    finally:  # also on Ctrl-C
+        process.kill()
+        process.join()
+    return process.exitcode or 0, said.read_text(encoding="utf-8", errors="replace")
+
+
+def _become(folder: Path, tests: Sequence[str], module: Path | None, said: Path) -> None:
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    # Before the finder of an editable install, which knows the checkout's modules.
+    sys.meta_path.insert(0, PathFinder)
+    sys.path.insert(0, str(folder))
+    import pytest
+
+    import relneuron  # noqa: F401  (now all of its modules are found beside it)
+
+    options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--basetemp", f"{folder}/tmp"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
+    code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+    files = {getattr(found, "__file__", None) for found in list(sys.modules.values())}
+    if str(folder / (module or "relneuron/__init__.py")) not in files:
+        sys.exit("the tests import another package than the copy")
+    sys.exit(PASSED + code)
+
+
+def copy_package(folder: Path) -> None:
+    """The checkout's package, with the C++ extension from where it is installed."""
+    shutil.copytree(
+        ROOT / "relneuron", folder / "relneuron", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    found = importlib.util.find_spec("relneuron._cpu")
+    if found is not None and found.origin is not None:
+        shutil.copy2(found.origin, folder / "relneuron")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "relneuron"]:
+        del sys.modules[name]
+
+
+def main(names: Sequence[str]) -> int:
+    chosen = {n: m for n, m in MUTANTS.items() if not names or any(part in n for part in names)}
+    if not chosen:
+        print(f"no fault is named so; they are:\n{chr(10).join(MUTANTS)}")
+        return 2
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pytest  # noqa: F401  (what every fork needs is imported once)
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    survived = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
+        copy_package(folder)
+        code, said = run(folder, list(dict.fromkeys(m.test for m in chosen.values())))
+        if code != PASSED:
+            print(f"{said}\nthe tests fail without a fault: {code}")
+            return 2
+        for number, (name, mutant) in enumerate(chosen.items()):
+            module, began = module_of(name), time.monotonic()
+            path = folder / module
+            whole = path.read_text(encoding="utf-8")
+            assert whole.count(mutant.old) == 1, f"{name}: its text does not stand there once"
+            path.write_text(whole.replace(mutant.old, mutant.new), encoding="utf-8")
+            os.utime(path, (number, number))  # its bytecode is told from another one's by the time
+            code, said = run(folder, [mutant.test], module)
+            path.write_text(whole, encoding="utf-8")
+            what = {PASSED: "SURVIVED", FAILED: "caught"}.get(code, f"BROKEN ({code})")
+            print(f"{what:9}{time.monotonic() - began:5.1f} s  {name}", flush=True)
+            if code != FAILED:
+                survived += 1
+                print(f"{said[-2000:]}\n{mutant.test}", flush=True)
+    n_seconds = sum(os.times()[:4])
+    print(f"{len(chosen) - survived} of {len(chosen)} faults caught, {n_seconds:.0f} CPU-seconds")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
