@@ -226,6 +226,11 @@ def _pair(flag: str, text: str) -> list[str]:
     return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
 
 
+def whole_number(text: str) -> int | None:
+    """The number of at most 15 decimal digits; None for another text ("²" is a digit, too)."""
+    return int(text) if text.isdecimal() and len(text) <= 15 else None
+
+
 def shown(says: Flag, kind: Kind, value: Any) -> str:
     """A value, not None, as the command line takes it."""
     if says.show is not None:
@@ -252,12 +257,12 @@ def read(says: Flag, kind: Kind, given: Any) -> Any:
     if says.names and not parts:
         raise RelneuronError(f"unknown {says.flag} {given!r}", f"use {_known(says)}", 2)
     if kind.base is int:
-        for part in parts:
-            if not part.isdigit():
-                raise RelneuronError(
-                    f"unknown number in {says.flag} {given!r}", "use numbers such as 10,50,200", 2
-                )
-        return tuple(map(int, parts)) or (None if kind.optional else ())
+        numbers = [whole_number(part) for part in parts]
+        if None in numbers:
+            raise RelneuronError(
+                f"unknown number in {says.flag} {given!r}", "use numbers such as 10,50,200", 2
+            )
+        return tuple(numbers) or (None if kind.optional else ())
     # A name for nothing more, beside others, adds nothing.
     chosen = tuple(part for part in parts if says.names.get(part) != ())
     return chosen or (None if kind.optional else ())

@@ -14,7 +14,15 @@ from typing import Annotated, Any
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import differences
-from relneuron.artifact.options import Argument, Only, OomOptions, Options, SeedOptions, option
+from relneuron.artifact.options import (
+    Argument,
+    Only,
+    OomOptions,
+    Options,
+    SeedOptions,
+    option,
+    whole_number,
+)
 from relneuron.artifact.stage import STUDY, command, loading
 from relneuron.texts.sources import Source, describe_sources, source_words
 from relneuron.texts.windows import Packing, default_bos
@@ -28,9 +36,10 @@ WINDOW = 4096  # at most, where the model's context is longer
 def read_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"."""
     number, _, of = text.partition("/")
-    if not (number.isdigit() and of.isdigit()):
+    place, n = whole_number(number), whole_number(of)
+    if place is None or n is None:
         raise RelneuronError(f"unknown --shard {text!r}", "use 1/3, 2/3, 3/3", 2)
-    return int(number), int(of)
+    return place, n
 
 
 @dataclass(frozen=True)

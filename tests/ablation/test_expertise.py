@@ -181,7 +181,7 @@ def test_what_has_no_value_is_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(RelneuronError, match="no positives and negatives of other: --mode p90"):
         study.ablate(tmp_path / "o", neurons=path, mode="p90", any_set=True)
     assert not (tmp_path / "o").exists()
-    with pytest.raises(RelneuronError, match="unknown mode 'p80'") as caught:
+    with pytest.raises(RelneuronError, match="unknown --mode 'p80'") as caught:
         AblateOptions(mode="p80")
     assert "p50, p90, off_mean" in caught.value.fix
     with pytest.raises(RelneuronError, match="--mode p50 takes its values from the responses"):

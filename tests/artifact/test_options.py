@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import typer
 
+from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Flag, Kind, Only, Options, like, option, options_of
+from relneuron.artifact.options import Flag, Kind, Only, Options, like, option, options_of, read
 from relneuron.artifact.stage import load
 from relneuron.cli.flags import taken
 from relneuron.cli.main import app, stages
 from relneuron.methods import rankings
+from relneuron.texts.options import read_shard
 
 TEXTS = ("en", "a b", "-x", "--top", "it's", 'say "no"', "中文", "{prompt}", "a\\b", "50 %")
 NAMES = (*TEXTS, "a,b", ",", "a\\,b")  # of what is listed with commas
@@ -140,6 +142,15 @@ def test_what_an_option_cannot_be(asked: dict[str, Any], cause: str) -> None:
     with pytest.raises(RelneuronError, match=cause) as error:
         Toy(**asked)
     assert error.value.exit_code == 2 and error.value.fix
+
+
+@pytest.mark.parametrize("text", ["²", "1,²", "-1", "1e3", "1" * 5000, "x"])
+def test_what_is_no_list_of_numbers(text: str) -> None:
+    _, says, kind = options_of(AblateOptions)["sizes"]
+    with pytest.raises(RelneuronError, match="unknown number in --sizes"):
+        read(says, kind, text)
+    with pytest.raises(RelneuronError, match="unknown --shard"):
+        read_shard(f"1/{text}")
 
 
 def test_what_is_recorded_and_printed() -> None:

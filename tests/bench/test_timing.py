@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.bench import machine as machines
 from relneuron.bench import timing as bench
 from relneuron.bench.case import Case, Contestant
 from relneuron.bench.suite import CONTESTANTS
@@ -189,7 +190,7 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_plot(
     assert "eager index_add tuned" in out
     assert "best eager counting per relation: " in out
     assert "sklearn loop" in out
-    machine = bench.machine("cpu")
+    machine = machines.machine("cpu")
     assert {path.name for path in tmp_path.glob("[!.]*")} == {f"{machine}.csv", f"{machine}.png"}
     assert (tmp_path / f"{machine}.png").read_bytes().startswith(b"\x89PNG\r\n")
     with (tmp_path / f"{machine}.csv").open(newline="") as file:
@@ -252,8 +253,9 @@ def test_an_output_that_is_a_file_is_refused_before_measuring(
 
 
 def test_the_machine_is_a_processor_not_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "processor", lambda device: "AMD EPYC(TM) 9B45 / 2 @ 3.0GHz")
-    assert bench.machine("cpu") == "amd-epyc-9b45-2-3-0ghz"
+    named = machines
+    monkeypatch.setattr(named, "processor", lambda device: "AMD EPYC(TM) 9B45 / 2 @ 3.0GHz")
+    assert named.machine("cpu") == "amd-epyc-9b45-2-3-0ghz"
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ def test_out_of_memory_halves_the_batches_and_changes_no_score(
     killed = False
 
     def small(name: str) -> Any:
-        module = relneuron.methods.gains.scorer if name == "scorer" else attribute_module
+        module = getattr(relneuron.methods.gains, name)
         true = module.trace
 
         def trace(residual: Any, ids: Any) -> Any:
@@ -225,7 +225,7 @@ def test_out_of_memory_halves_the_batches_and_changes_no_score(
         monkeypatch.setattr(module, "trace", trace)
 
     small("scorer")
-    small("attribute")
+    small("targets")
     with pytest.raises(KeyboardInterrupt):
         llama.attribute(tmp_path / "out", options)
     n_before = sum(n > 12 for n in seen)

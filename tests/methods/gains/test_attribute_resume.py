@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import relneuron.artifact.journal
 import relneuron.artifact.manifest
 import relneuron.methods.gains.attribute
+import relneuron.methods.gains.targets
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import JOURNAL
@@ -33,6 +35,8 @@ STEPS = (
     (Journal, "remove"),
     (Manifest, "save"),
     (relneuron.methods.gains.attribute, "atomic_write"),
+    (relneuron.methods.gains.targets, "atomic_write"),
+    (relneuron.artifact.journal, "atomic_write"),
     (relneuron.artifact.manifest, "atomic_write"),
 )
 
