@@ -41,15 +41,18 @@ def rows_of(rows: list[tuple[str, str]]) -> Iterator[str]:
         yield f"{name:<{width}}  {finding}"
 
 
-def bench_lines(title: str, rows: Sequence[Any]) -> Iterator[str | Printed]:
+def bench_lines(title: str, rows: Sequence[Any]) -> Iterator[str]:
     """The rows of one case; a contestant that is wrong or not here has a reason and no times."""
-    shown = []
+    table = [["task", "who", "ms", "min ms", "x ours", "GB/s", "/triad", "/copy"]]
     for row in rows:
         if row.median_ms is None:
             yield f"{row.variant}, {row.contestant}: {row.note}"
             continue
         shares = ["" if s is None else f"{s:.0%}" for s in (row.share_triad, row.share_copy)]
         times = [f"{row.median_ms:.3g}", f"{row.min_ms:.3g}", f"{row.ratio:.3g}"]
-        shown.append([row.variant, row.contestant, *times, f"{row.GB_s:.3g}", *shares])
-    names = ("task", "who", "ms", "min ms", "x ours", "GB/s", "/triad", "/copy")
-    yield Printed(names, shown, title)
+        table.append([row.variant, row.contestant, *times, f"{row.GB_s:.3g}", *shares])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    yield title
+    for cells in table:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        yield " ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in pairs).rstrip()
