@@ -57,6 +57,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Files whose tests take more than eight seconds on one core; `make check` leaves them out.
+SLOW = {
+    "ablation": "evaluate expertise modes",
+    "analyses": "beside_study page",
+    "artifact": "files integrity integrity_crash",
+    "bench": "offline",
+    "cli": "corpus corpus_input errors main",
+    "methods/counts": "batches count page",
+    "methods/gains": "attribute_resume page",
+    "model": "patch",
+    "ops/swiglu_stats": "bits cases triton",
+    "ops": "average_precision average_precision_triton",
+    "report": "page pages",
+    "testing": "contract",
+    "texts": "polish tokens_study",
+}
+_SLOW = {f"tests/{room}/test_{name}.py" for room, names in SLOW.items() for name in names.split()}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(ROOT).as_posix() in _SLOW:
+            item.add_marker("slow")
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family with 3 layers, F = 48, D = 32, in eval mode."""
     import transformers
