@@ -283,8 +283,8 @@ MUTANTS = {
         "report/test_results.py::test_splits_share_their_rows_and_eva_comes_first",
     ),
     "artifact.options: what an option says counts where it does nothing": Mutant(
-        "None if unused else list(value)",
-        "list(value)",
+        "None if self.does_nothing(says) else getattr(self, name)",
+        "getattr(self, name)",
         "artifact/test_options.py::test_what_is_recorded_and_printed",
     ),
     "artifact.stage: a path within the study is named as it was given": Mutant(

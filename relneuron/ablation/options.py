@@ -11,6 +11,7 @@ from pathlib import Path
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import Only, OomOptions, escaped, option, unescaped
+from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import PackingOptions
 
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
@@ -21,7 +22,6 @@ MODES = ("zero", "mean", "scale", *FORCED)
 FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
 POSITIONS = ("all", "prompt", "last")
-_SPLITS = ("det", "eva", "eva2")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AblateOptions(OomOptions):
     splits: Sequence[str] = option(
         ("eva", "eva2"),
         "Prompts to ask when neurons are off: eva, eva2, det, or several of them.",
-        choices=_SPLITS,
+        choices=SPLITS,
         some=True,
     )
     random_seeds: int = option(10, "Number of random neuron sets to compare with.", least=0)

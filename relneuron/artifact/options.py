@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from relneuron.artifact.files import RelneuronError
 
@@ -66,10 +66,17 @@ def option(default: Any, help: str, **says: Any) -> Any:
     return field(default=default, metadata={"flag": Flag(help, **says)})
 
 
-def like(options: type[Options], name: str, default: Any) -> Any:
-    """The option of another class with a default of its own."""
+def like(options: type[Options], name: str, default: Any = ...) -> Any:
+    """The option of another class, with its default or one of its own."""
     (found,) = (f for f in fields(options) if f.name == name)
-    return field(default=default, metadata=found.metadata)
+    return field(default=found.default if default is ... else default, metadata=found.metadata)
+
+
+def refuse_stray(flag: str, condition: str) -> NoReturn:
+    """Raise for an option that was given and does nothing without the condition."""
+    raise RelneuronError(
+        f"{flag} does something only {condition}", f"leave out {flag}, or run {condition}", 2
+    )
 
 
 @dataclass(frozen=True)
@@ -133,14 +140,17 @@ class Options:
         """Those of the options that another class has."""
         return cls(**{f.name: getattr(self, f.name) for f in fields(cls)})
 
+    def does_nothing(self, says: Flag) -> bool:
+        """Whether an option counts only beside others than these."""
+        return says.only is not None and not says.only.holds(self)
+
     def recorded(self) -> dict[str, Any]:
         """What the results depend on; None for an option that does nothing beside the others."""
         found: dict[str, Any] = {}
         for name, (_, says, _) in options_of(type(self)).items():
             if says.records:
-                value = getattr(self, name)
-                unused = says.only is not None and not says.only.holds(self)
-                found[name] = None if unused else list(value) if isinstance(value, tuple) else value
+                value = None if self.does_nothing(says) else getattr(self, name)
+                found[name] = list(value) if isinstance(value, tuple) else value
         return found
 
     def words(self, *, all: bool = False) -> list[str]:
@@ -152,9 +162,10 @@ class Options:
         words: list[str] = []
         for name, (f, says, kind) in options_of(type(self)).items():
             value = getattr(self, name)
-            unused = says.only is not None and not says.only.holds(self)
             is_none = value is None or value is False or value == ()
-            if unused or (is_none and value == f.default) or not (all or says.records):
+            if self.does_nothing(says) or (is_none and value == f.default):
+                continue
+            if not (all or says.records):
                 continue
             if kind.base is bool:
                 words.append(says.flag if value else says.flag.replace("--", "--no-", 1))
@@ -284,8 +295,7 @@ class TopOptions(Options):
 
     top: int | None = option(
         None,
-        "Neurons of each relation or group, with lape of all groups together; default: 3000, at "
-        "most a tenth of the model's, or what --top-rate says.",
+        "Neurons of each relation; default: 3000, at most a tenth of the model's.",
         least=1,
     )
 
@@ -332,6 +342,13 @@ class Named:
     help: str
     flags: tuple[str, ...] = ()
     metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """A parameter of a command that is a dictionary: the flags of several classes of options."""
+
+    classes: tuple[type[Options], ...]
 
 
 Model = Annotated[str, Argument("MODEL", "Model folder or hub name.")]

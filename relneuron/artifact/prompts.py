@@ -46,6 +46,7 @@ class Prompt:
         return " / ".join(self.objects)
 
 
+SPLITS = ("det", "eva", "eva2")  # of a relation's prompts
 RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the order of the file
 
 

@@ -13,6 +13,7 @@ from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.installed import need
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
+    AnyOf,
     Argument,
     Named,
     Only,
@@ -21,6 +22,7 @@ from relneuron.artifact.options import (
     Study,
     option,
     options_of,
+    refuse_stray,
 )
 from relneuron.artifact.stage import Printed, load
 from relneuron.cli.flags import check_only, given, taken
@@ -113,8 +115,9 @@ def _methods_help() -> str:
 def identify(
     folder: Study,
     output: Output,
-    options: dict[str, Any],
+    *,
     method: Annotated[str, Named(_methods_help())] = "ap",
+    options: Annotated[dict[str, Any], AnyOf(tuple(r.options for r in rankings().values()))],
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
@@ -196,11 +199,7 @@ def doctor(
     from relneuron.texts.tokens import policy_text
 
     if model is None and revision is not None:
-        raise RelneuronError(
-            "--revision does something only with a MODEL",
-            "leave out --revision, or run with a MODEL",
-            2,
-        )
+        refuse_stray("--revision", "with a MODEL")
     yield from rows_of(machine_report())
     if model is None:
         return
@@ -248,11 +247,7 @@ def bench(
     """The kernels against their peers on this machine, in the same rounds."""
     for flag in ("dtype", "tokens"):
         if getattr(options, flag) and op not in (None, "swiglu_stats"):
-            raise RelneuronError(
-                f"--{flag} does something only with the op swiglu_stats",
-                f"leave out --{flag}, or run with the op swiglu_stats",
-                2,
-            )
+            refuse_stray(f"--{flag}", "with the op swiglu_stats")
     import torch
 
     from relneuron.artifact.manifest import locked

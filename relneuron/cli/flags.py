@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -18,7 +18,16 @@ from typer.core import TyperCommand
 
 from relneuron.artifact.files import RelneuronError, check_place
 from relneuron.artifact.installed import need
-from relneuron.artifact.options import Argument, Named, Options, options_of, read, shown
+from relneuron.artifact.options import (
+    AnyOf,
+    Argument,
+    Named,
+    Options,
+    options_of,
+    read,
+    refuse_stray,
+    shown,
+)
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
 
 state = {"debug": False, "interrupted": False}
@@ -58,8 +67,9 @@ _LAST = [
 
 
 def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
-    """The flags of classes of options, each once."""
+    """The flags of classes of options, each once; what several say of one stands in its help."""
     found: dict[str, inspect.Parameter] = {}
+    helps: dict[str, dict[str, None]] = {}
     for cls in classes:
         for name, (f, says, kind) in options_of(cls).items():
             default, base = f.default, kind.base
@@ -71,16 +81,16 @@ def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
                 base = str
                 default = says.show(default) if says.show and default is not None else default
             off = f"/{says.flag.replace('--', '--no-', 1)}" if f.default is True else ""
-            kept = found.get(name)
-            if kept is not None and kept.default != default:
-                raise TypeError(f"{says.flag} has two defaults: {kept.default}, {default}")
-            found[name] = kept or inspect.Parameter(
+            if name in found and found[name].default != default:
+                raise TypeError(f"{says.flag} has two defaults: {found[name].default}, {default}")
+            helps.setdefault(name, {})[says.help] = None
+            found[name] = inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
                 annotation=Annotated[
                     base | None if default is None else base,
-                    typer.Option(f"{says.flag}{off}", help=says.help),
+                    typer.Option(f"{says.flag}{off}", help=" ".join(helps[name])),
                 ],
             )
     return list(found.values())
@@ -104,11 +114,7 @@ def check_only(options: Options, said: Iterable[str]) -> None:
         if says.only is None or says.only.holds(options):
             continue
         if says.only.clashes or getattr(options, name) != f.default:
-            raise RelneuronError(
-                f"{says.flag} does something only {says.only.condition}",
-                f"leave out {says.flag}, or run {says.only.condition}",
-                2,
-            )
+            refuse_stray(says.flag, says.only.condition)
 
 
 def given() -> list[str]:
@@ -116,22 +122,17 @@ def given() -> list[str]:
     return list(_given)
 
 
-def command(
-    function: Callable[..., Any],
-    show: Callable[[Any], object],
-    many: Mapping[str, Sequence[type[Options]]] | None = None,
-) -> Callable[..., None]:
-    """A function that typer takes, which calls `function` and shows what it yields.
-
-    `many` names parameters that are dictionaries of the flags of several classes of options.
-    """
+def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Callable[..., None]:
+    """A function that typer takes, which calls `function` and shows what it yields."""
     signature = inspect.signature(function, eval_str=True)
     own: dict[str, type[Options]] = {}
+    several: dict[str, list[inspect.Parameter]] = {}  # of each dictionary of flags
     parameters = []
     for name, parameter in signature.parameters.items():
-        hint = parameter.annotation
-        if name in (many or {}):
-            parameters += flags_of((many or {})[name])
+        hint, about = _parts(parameter.annotation)
+        if isinstance(about, AnyOf):
+            several[name] = flags_of(about.classes)
+            parameters += several[name]
         elif isinstance(hint, type) and issubclass(hint, Options):
             own[name] = hint
             parameters += flags_of([hint])
@@ -145,9 +146,8 @@ def command(
         for name, cls in own.items():
             found[name] = taken(cls, values)
             check_only(found[name], _given)
-        for name, classes in (many or {}).items():
-            names = {option for cls in classes for option in options_of(cls)}
-            found[name] = {option: values[option] for option in names}
+        for name, flags in several.items():
+            found[name] = {flag.name: values[flag.name] for flag in flags}
         for item in function(**found) or ():
             show(item)
 
@@ -157,11 +157,14 @@ def command(
     return run
 
 
+def _parts(hint: Any) -> tuple[Any, Any]:
+    """A parameter's type, and what is said of it."""
+    return get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+
+
 def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
     """A parameter as typer knows it."""
-    hint, about = parameter.annotation, None
-    if get_origin(hint) is Annotated:
-        hint, about = get_args(hint)[:2]
+    hint, about = _parts(parameter.annotation)
     made: Any
     if isinstance(about, Argument):
         made = typer.Argument(metavar=about.metavar, help=about.help)

@@ -16,7 +16,7 @@ from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
 from relneuron.cli.show import show
-from relneuron.methods import methods, rankings
+from relneuron.methods import methods
 
 _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
@@ -54,9 +54,7 @@ def make_app() -> Any:
         "measure what is lost.",
     )
     for stage in stages():
-        many = {"options": [r.options for r in rankings().values()]}
-        made = command(load(stage.run), show, many if stage.name == "identify" else None)
-        app.command(stage.name, cls=Command)(made)
+        app.command(stage.name, cls=Command)(command(load(stage.run), show))
     Command.needs = {stage.name: stage.needs for stage in stages()}
     return app
 

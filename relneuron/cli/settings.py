@@ -47,11 +47,11 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
 class DemoOptions(Options):
     """What the demo lets one choose of a study."""
 
-    top: int | None = like(RunOptions, "top", None)
-    fdr: float | None = like(RunOptions, "fdr", None)
-    permutations: int = like(RunOptions, "permutations", RunOptions.permutations)
-    bootstrap: int = like(RunOptions, "bootstrap", RunOptions.bootstrap)
-    noise: int = like(RunOptions, "noise", RunOptions.noise)
-    random_seeds: int = like(RunOptions, "random_seeds", RunOptions.random_seeds)
+    top: int | None = like(RunOptions, "top")
+    fdr: float | None = like(RunOptions, "fdr")
+    permutations: int = like(RunOptions, "permutations")
+    bootstrap: int = like(RunOptions, "bootstrap")
+    noise: int = like(RunOptions, "noise")
+    random_seeds: int = like(RunOptions, "random_seeds")
     analyses: Sequence[str] = like(RunOptions, "analyses", ("gain",))
-    sizes: Sequence[int] | None = like(RunOptions, "sizes", None)
+    sizes: Sequence[int] | None = like(RunOptions, "sizes")

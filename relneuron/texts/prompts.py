@@ -22,7 +22,7 @@ from relneuron.artifact.files import (
     writing,
 )
 from relneuron.artifact.manifest import Manifest, locked
-from relneuron.artifact.prompts import Prompt, distinct, prompts_bytes
+from relneuron.artifact.prompts import SPLITS, Prompt, distinct, prompts_bytes
 from relneuron.artifact.stage import command, placed
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.texts.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
@@ -181,7 +181,7 @@ def write_prompts(
     counts = {
         relation.name: {
             split: sum(p.relation == relation.name and p.split == split for p in prompts)
-            for split in ("det", "eva", "eva2")
+            for split in SPLITS
         }
         for relation in relations
     }

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from relneuron.artifact.counts import NAME
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.options import Argument, LoadOptions, Model, Named, Output, split
+from relneuron.artifact.options import (
+    Argument,
+    LoadOptions,
+    Model,
+    Named,
+    Output,
+    refuse_stray,
+    split,
+)
 from relneuron.methods.counts.options import CountedOptions
 from relneuron.texts.options import CountOptions, SourceOptions, Sources
 
@@ -29,8 +38,6 @@ def count(
 
     Goes on where it stopped. Under torchrun several processes share the work.
     """
-    from dataclasses import replace
-
     from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.model.load import load
@@ -107,11 +114,7 @@ def import_files(
     from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
 
     if names and not any("=" not in text or Path(text).exists() for text in files):
-        raise RelneuronError(
-            "--names does something only with a .neuron.pth",
-            "leave out --names, or run with a .neuron.pth",
-            2,
-        )
+        refuse_stray("--names", "with a .neuron.pth")
     if paths := name_counts(files):
         check_folder(output)
         counts = import_counts(paths, config_shape(model), output, model=model, force=force)

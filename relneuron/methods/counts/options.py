@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relneuron.artifact.counts import SITES
-from relneuron.artifact.options import Only, SeedOptions, TopOptions, option
+from relneuron.artifact.options import Only, Options, SeedOptions, option
 
 PRECISIONS = ("float32", "float64")
 TOP_RATE, FILTER_RATE, BAR_RATIO = 0.01, 0.95, 0.95
 
 
 @dataclass(frozen=True)
-class CountedOptions(TopOptions):
+class CountedOptions(Options):
     """Which neurons of which groups are ranked, and how many are chosen."""
 
+    top: int | None = option(
+        None,
+        "Of counts: neurons of each group, with lape of all groups together; default: what "
+        "--top-rate says.",
+        least=1,
+    )
     site: str = option("act", "Site of the counts: act, gate, up, product or down.", choices=SITES)
     groups: Sequence[str] | None = option(
         None, "Groups to rank in, such as en,zh; default: all that were counted."

@@ -31,6 +31,7 @@ from relneuron.artifact.files import (
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.stage import command, placed
+from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import lape as scores
 from relneuron.methods.counts.options import CountedOptions, LapeOptions, RandomOptions
 
@@ -40,12 +41,7 @@ METHODS = {
     "mean": "mean activation in the group: high is best",
     "random": "none: drawn at random",
 }
-OPTIONS = {
-    "lape": LapeOptions,
-    "probability": CountedOptions,
-    "mean": CountedOptions,
-    "random": RandomOptions,
-}
+OPTIONS: dict[str, type[Any]] = {one.name: one.options for one in METHOD.rankings}
 MADE_BY = "count MODEL GROUP=TEXT... -o DIR"
 
 Array = np.ndarray[Any, Any]

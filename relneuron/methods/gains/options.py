@@ -13,6 +13,7 @@ from relneuron.artifact.files import Json
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import same_model
 from relneuron.artifact.options import Only, OomOptions, TopOptions, option
+from relneuron.artifact.prompts import SPLITS
 
 # What a row of attributions.csv can score, in the table's order.
 VALUE_KINDS = (
@@ -31,7 +32,6 @@ QUERY_OF = ("attention", "ffn")
 KEEP = ("all", "known")
 TARGETS = ("answer", "prediction")
 FORMATS = ("csv", "parquet")
-SPLITS = ("det", "eva", "eva2")
 
 
 def _asks_queries(o: AttributeOptions) -> bool:
@@ -49,7 +49,7 @@ class AttributeOptions(OomOptions):
     the model's own most probable one ("prediction", as in the published notebooks). `kinds`: rows
     of attributions.csv. `top`: of each sentence's neurons and positions. `mode`: FFN gains within
     `tolerance` nats ("certified") or to the last bit of float32 arithmetic ("exact"). `own_norm`:
-    the final norm's scale is taken again for each vector, not frozen. `norm_bias`: the final norm's
+    the final norm's scale is computed for each vector, not frozen. `norm_bias`: the final norm's
     bias and the lm_head's are in the logits. `query_units`: the value neurons whose activation the
     query scores explain, of the attention or, with `query_of` "ffn", of the FFN, whose key is then
     the row of its gate or up projection or its value vector ("down"); where the norm is a
@@ -88,7 +88,7 @@ class AttributeOptions(OomOptions):
         only=Only("with --mode certified", lambda o: o.mode == "certified"),
     )
     own_norm: bool = option(
-        False, "Compute the final norm for each vector again, in place of freezing it."
+        False, "Compute the final norm for each vector, in place of freezing it."
     )
     norm_bias: bool = option(False, "Add the biases of the final norm and the head.")
     key: str = option(
