@@ -46,7 +46,6 @@ from relneuron.model.questions import Questions, encode
 from relneuron.texts.tokens import listed, whole_text, without_blanks
 
 FIELD = "{prompt}"
-STOPPED = ("eos", "stop string", "length")
 
 
 class Generated(NamedTuple):
@@ -58,7 +57,7 @@ class Generated(NamedTuple):
     prompt: str
     output: str  # up to the first stop string
     n_tokens: int
-    stopped: str  # of STOPPED
+    stopped: str  # by eos, a stop string, or the length
 
 
 # --- prompts ---------------------------------------------------------------------------------

@@ -65,9 +65,6 @@ class GatedMLP:
         names = (name for name in _ACTIVATION_NAMES if callable(getattr(self.module, name, None)))
         return cast(Callable[[Tensor], Tensor], getattr(self.module, next(names)))
 
-    def activate(self, gate: Tensor) -> Tensor:
-        return self.own_activation()(gate)
-
     def uncalled(self) -> list[tuple[str, nn.Module]]:
         """The modules inside that neither the projections nor the activation are made of."""
         own = cast(Any, self.module)
