@@ -45,7 +45,10 @@ def check_unwrapped(model: Any) -> None:
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The path and the `ModuleList` of the decoder layers, as long as the config says."""
+    """The path and the `ModuleList` of the decoder layers, as long as the config says.
+
+    It is looked for in what `model.get_decoder()` gives, not in an encoder or a vision tower.
+    """
     config = model.config.get_text_config() if hasattr(model, "config") else None
     n_layers = getattr(config, "num_hidden_layers", None)
     lists = [
@@ -55,6 +58,10 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         raise Unfound(f"no list of {n_layers} decoder layers")
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        inside = {id(module) for module in decoder.modules()}
+        lists = [item for item in lists if id(item[1]) in inside] or lists
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 

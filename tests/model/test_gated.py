@@ -12,6 +12,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.model.gated import find_gated_mlps, inspect_layers
 from relneuron.model.load import describe_model
 from relneuron.model.states import LayerState, mask_states
+from tests.conftest import tiny_model
 
 _SMALL = {
     "vocab_size": 64,
@@ -47,6 +48,52 @@ def test_an_mlp_with_another_formula_is_seen_by_the_self_check(llama: Any) -> No
     verdicts = inspect_layers(llama)
     assert [verdict.mlp is None for verdict in verdicts] == [False, True, False]
     assert "is not down" in verdicts[1].reason
+
+
+@pytest.mark.parametrize("limit", [7.0, 30.0])
+def test_a_clamp_of_large_numbers_is_another_formula(limit: float) -> None:
+    llama = tiny_model("llama", initializer_range=0.2)
+    module = find_gated_mlps(llama)[1].module
+
+    def clamped(x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_proj(x).clamp(max=limit), module.up_proj(x).clamp(-limit, limit)
+        return module.down_proj(torch.nn.functional.silu(gate) * up)
+
+    module.forward = clamped  # type: ignore[operator]
+    assert "is not down" in inspect_layers(llama)[1].reason
+
+
+def test_a_vision_tower_is_not_taken_for_the_language_model() -> None:
+    """It has as many layers, and more parameters."""
+    import transformers
+
+    text = _SMALL | {"num_key_value_heads": 2, "head_dim": 8}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_id=9
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    towers, layers = (
+        sum(p.numel() for p in part.parameters())
+        for part in (model.model.vision_tower, model.model.language_model.layers)
+    )
+    assert towers > layers
+    mlps = find_gated_mlps(model)
+    assert [mlp.path for mlp in mlps] == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
+
+
+def test_numbers_past_the_range_of_a_dtype_are_no_other_formula() -> None:
+    llama = tiny_model("llama", torch.float16, initializer_range=1.0)
+    module = find_gated_mlps(llama)[0].module
+    x = 100 * torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).half()
+    assert not module(x).isfinite().all()
 
 
 def test_train_mode_quantised_and_offloaded_are_refused(llama: Any) -> None:

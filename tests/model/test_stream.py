@@ -190,6 +190,15 @@ def test_families_that_change_what_layers_write(
     assert reason in why_refused(tiny_model(family, initializer_range=0.2, **changes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_write_that_is_scaled_is_seen(dtype: torch.dtype) -> None:
+    """The stream is large beside what its layers write, so it hides a factor near 1."""
+    model = tiny_model("granite", dtype, residual_multiplier=0.8, logits_scaling=1.0)
+    assert "layer 0 input + attention write = what the" in why_refused(model)
+    plain = tiny_model("granite", dtype, residual_multiplier=1.0, logits_scaling=1.0)
+    assert len(read_residual_model(plain).layers) == 3
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "reason"),
     [
