@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from relneuron.ops.swiglu_stats.repeat import Known
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
 RESIDUAL = "residual"
@@ -43,6 +45,7 @@ class Call:
     prompt_ids: Tensor | None
     keep: Tensor | None
     condition_ids: Tensor | None
+    known: Known | None = None  # of calls like it
 
 
 def swiglu_stats_reference(call: Call) -> None:
