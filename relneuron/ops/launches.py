@@ -35,12 +35,8 @@ class Form:
     constants: Mapping[str, Any]
     num_warps: int
     options: Mapping[str, Any] = field(default_factory=dict)
-    # The kernel as Triton has compiled it for a device, and by which tensors are there and aligned.
+    # What launches the kernel as compiled for a device, by which tensors are there and aligned.
     compiled: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def _grid(self) -> tuple[int, ...]:
-        return (*self.grid, 1, 1)[:3]
 
     @cached_property
     def _numbers(self) -> tuple[Any, ...]:
@@ -71,9 +67,9 @@ class Launch:
             given.device,
             *[None if t is None else t.data_ptr() % 16 == 0 for t in tensors],
         )
-        compiled = form.compiled.get(key)
-        if compiled is not None:
-            compiled[form._grid](*tensors, *form._numbers)
+        again = form.compiled.get(key)
+        if again is not None:
+            again(*tensors, *form._numbers)
             return
         compiled = form.kernel[form.grid](**self.args, **self.constants, **self.compiler_options())
         # Not so in the interpreter, and where another thread of Triton's is compiling it.
@@ -81,7 +77,7 @@ class Launch:
             assert [*self.args, *self.constants] == form.kernel.arg_names, (
                 "they stand in this order"
             )
-            form.compiled[key] = compiled
+            form.compiled[key] = compiled[(*form.grid, 1, 1)[:3]]
 
     # What the form and the tensors are together, by name.
 
