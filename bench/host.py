@@ -46,9 +46,10 @@ SLICE_S = 0.02  # of one measurement
 
 
 class Driver:
-    """A driver for Triton that has a GPU of sm_90, and launches nothing."""
+    """A driver for Triton that has a GPU of some capability, and launches nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
         self.launched: tuple[Any, ...] = ()  # as Triton called `launch` the last time
 
     @staticmethod
@@ -56,7 +57,7 @@ class Driver:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0

@@ -64,7 +64,7 @@ def average_precision(
     """
     check_backend_name("average_precision", backend)
     _check(values, labels, weights)
-    chosen = choose_backend("average_precision", backend, values.device.type)
+    chosen = choose_backend("average_precision", backend, values.device, values.dtype)
     kept = _checked(labels.cpu().numpy(), None if weights is None else weights.cpu().numpy())
     if not values.shape[1] or not labels.shape[0]:
         return torch.empty(labels.shape[0], values.shape[1], device=values.device)

@@ -342,5 +342,7 @@ class Job:
 
 @functools.cache
 def _launch_config(device: torch.device) -> LaunchConfig:
-    default = DEFAULT_LAUNCH if torch.version.hip is None else DEFAULT_HIP_LAUNCH
-    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), default)
+    if torch.version.hip is not None:
+        # gfx90a has the number of an H100.
+        return DEFAULT_HIP_LAUNCH
+    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), DEFAULT_LAUNCH)

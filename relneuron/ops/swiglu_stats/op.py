@@ -319,7 +319,7 @@ def _swiglu_stats_impl(
 
 def _run(call: Call, ids_checked: bool, backend: str) -> None:
     """Look at what the checks have not seen, addresses and values, and run the call."""
-    chosen = choose_backend("swiglu_stats", backend, call.gate.device.type)
+    chosen = choose_backend("swiglu_stats", backend, call.gate.device, call.gate.dtype)
     check_memory(call)
     if not ids_checked:
         check_ids_range(call)
