@@ -23,6 +23,8 @@ import torch
 from filelock import FileLock
 
 torch.set_num_threads(1)
+# No test cuts the power, and waiting for the disk is a third of the time that they take.
+os.fsync = lambda handle: None  # type: ignore[assignment]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, later
 

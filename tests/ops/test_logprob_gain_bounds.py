@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from relneuron.ops import TopGains, available_backends, backends, logprob_gain, logprob_gain_vectors
 from relneuron.ops.logprob_gain import base as base_module
-from relneuron.ops.logprob_gain import engine
+from relneuron.ops.logprob_gain import engine, triton_tiles
 from relneuron.ops.logprob_gain.base import Base, exact_gains, make_head
 from tests.ops.gain_problems import best, extras, naive, problem
 
+needs_triton = pytest.mark.skipif(
+    not available_backends()["triton"].works, reason="no GPU and no interpreter"
+)
 ISAS = backends.cpu_module().isa_levels() if available_backends()["cpu"].works else []
 
 
@@ -146,6 +150,73 @@ def test_few_neurons_of_a_certified_layer_need_float64() -> None:
     with mock.patch.object(engine, "exact_gains", counted):
         logprob_gain(**given, mode="certified", backend="cpu")
     assert asked < 0.01 * given["coefficients"].numel()
+
+
+# --- products of matrices on tensor cores ----------------------------------------------------
+
+
+def truncated(values: Tensor, unembed: Tensor, out: Tensor) -> None:
+    """out = values @ unembed.T of 16 bits as tensor cores compute it: eight exact products at a
+    time, every partial sum cut to float32."""
+    total = torch.zeros(out.shape, dtype=torch.float64)
+    for at in range(0, values.shape[1], 8):
+        total += values[:, at : at + 8].double() @ unembed[:, at : at + 8].double().T
+        nearest = total.float()
+        away = nearest.double().abs() > total.abs()
+        total = torch.where(away, nearest.nextafter(torch.zeros(())), nearest).double()
+    out.copy_(total)
+
+
+TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda x: x,
+    "of one sign": torch.abs,
+}
+
+
+def on_tensor_cores(hidden: int, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    given = problem((2, 1, 24, hidden, 60), size=0.5)
+    if change is torch.abs:  # b is larger by sqrt(D)
+        given["values"] = given["values"] / hidden**0.5
+    for name in ("values", "unembed"):
+        given[name] = change(given[name]).bfloat16()
+    return given
+
+
+@needs_triton
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("hidden", [256, 2048, 16384])
+def test_bounds_hold_where_partial_sums_are_truncated(hidden: int, terms: str) -> None:
+    given = on_tensor_cores(hidden, TERMS[terms])
+    truth = naive(given)
+    head = make_head(given["unembed"], given["scale"], given["targets"], None)
+    base = Base(head, given["x"], given["values"], given["coefficients"], None)
+    with mock.patch.object(triton_tiles, "_multiply", truncated):
+        gains, errors = engine.Engine("triton").gains(base, torch.arange(truth.numel()))
+        certified = logprob_gain(**given, mode="certified", tolerance=1e-6, backend="triton")
+    assert (errors > 0).all()  # none of them had to be evaluated in float64
+    assert ((gains - truth.reshape(-1)).abs() <= 0.7 * errors).all()
+    assert ((certified.double() - truth).abs() <= 1e-6 + 2.0**-24 * truth.abs()).all()
+
+
+def up_and_down(x: Tensor) -> Tensor:
+    """One sign in the first half and the other in the second: what is cut off from a large partial
+    sum is much of the rest."""
+    return torch.where(torch.arange(x.shape[1]) < x.shape[1] // 2, x.abs(), -x.abs())
+
+
+@needs_triton
+def test_products_that_are_off_by_more_than_their_bound_are_found() -> None:
+    given = on_tensor_cores(4096, torch.abs)
+    given["unembed"] = up_and_down(given["unembed"])
+    engine._warn_of_products.cache_clear()
+    with (
+        mock.patch.object(triton_tiles, "_multiply", truncated),
+        pytest.warns(RuntimeWarning, match="products of matrices are off by more"),
+    ):
+        gains = logprob_gain(**given, mode="certified", tolerance=1e-7, backend="triton")
+    truth = naive(given)
+    assert ((gains.double() - truth).abs() <= 1e-7 + 2.0**-24 * truth.abs()).all()
+    assert torch.equal(gains, truth.float().reshape(gains.shape))  # all of them are float64's
 
 
 def test_float64_gains_do_not_depend_on_their_order() -> None:

@@ -22,6 +22,29 @@ DOT_UNITS = 8
 _SCRATCH = 1 << 19
 
 
+class Units(NamedTuple):
+    """What an inner product of float32 sums over D is off by at most, in UNITs."""
+
+    apart: float  # of |a| |b|
+    coherent: float  # more, of itself: its terms may have one sign
+
+    def bound(self, norms: Tensor, products: Tensor) -> Tensor:
+        return UNIT * (self.apart * norms + self.coherent * products)
+
+
+def product_units(backend: str, hidden: int) -> Units:
+    """The bounds of a backend's inner products over `hidden` terms.
+
+    The C++ kernel adds up short pieces. A GPU's matrix product may be one long chain of roundings,
+    or of truncations: tensor cores cut off what does not fit, after every 8 terms or more of 16
+    bits, always towards zero. Emulated for D to 16,384, random walks are then off by 2 to 15 UNITs,
+    terms of one sign by 0.4 UNITs of the product a step (tests/ops/test_logprob_gain_bounds.py).
+    """
+    if backend != "triton":
+        return Units(DOT_UNITS, 0.125 * hidden**0.5)
+    return Units(DOT_UNITS + hidden / 512, 1.5 * hidden**0.5 + hidden / 8)
+
+
 class Head(NamedTuple):
     """What all layers share: the way from the residual stream to the logits."""
 
@@ -185,17 +208,15 @@ class Base:
         """What float32 may have changed in a first-order gain, or in its bound, of that reach."""
         return DOT_UNITS * self.unit * reach
 
-    def sum_rounding(self, reach: Tensor, moves: Tensor, sentence: Tensor, chain: float) -> Tensor:
+    def sum_rounding(self, reach: Tensor, moves: Tensor, sentence: Tensor, backend: str) -> Tensor:
         """What it may have changed in a gain from sums over the vocabulary.
 
-        `moves`: how much the pair's logits do move. Inner products whose terms have one sign are
-        off by `chain` units of sqrt(D) of themselves more. Probabilities are exponentials of
-        rounded logarithms, which matters as far as they change.
+        `moves`: how much the pair's logits do move. Probabilities are exponentials of rounded
+        logarithms, which matters as far as they change.
         """
-        coherent = chain * self.x.shape[1] ** 0.5 * moves
         changed = self.logp_span.to(reach.dtype)[sentence] * moves.clamp(max=1.0)
-        bound: Tensor = self.unit * (DOT_UNITS * reach + coherent + changed)
-        return bound
+        units = product_units(backend, self.x.shape[1])
+        return units.bound(reach, moves) + UNIT * changed
 
     @property
     def unit(self) -> float:

@@ -6,6 +6,8 @@ the sums over the vocabulary are the backend's kernels, all else here is plain t
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -21,9 +23,6 @@ _PAIRS = 1 << 19  # pairs at a time: bounds the memory to about 50 MB
 # On a CPU the moments of a neuron cost as much as its exact sums for so many coefficients per
 # sentence, and what they leave open costs its inner products twice.
 _WORTHWHILE_POSITIONS = 2
-# What inner products whose terms have one sign are off by more, in UNITs of sqrt(D) of themselves.
-# The C++ kernel adds up short pieces; a matrix product of a GPU may be one long chain.
-_CHAIN = {"cpu": 0.125, "triton": 1.5}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,10 +60,12 @@ class Engine:
         if tilt is not None:
             tilted = tilt.abs() * base.z_span[sentence]
             reach, moves = reach + tilted, moves + tilted
-        rounding = base.sum_rounding(reach, moves, sentence, _CHAIN[self.backend])
+        rounding = base.sum_rounding(reach, moves, sentence, self.backend)
         errors = rounding.double() + UNIT * gains.abs()
         lost = ~gains.isfinite()
         if bool(lost.any()):
+            if bool(largest.isinf().any()):
+                _warn_of_products()
             gains[lost] = exact_gains(base, pairs.place[lost])
             errors[lost] = 0.0
         back = torch.empty_like(pairs.order)
@@ -169,7 +170,7 @@ class Engine:
             remainder = x * x * y * x.exp() / 24
             sentence = torch.arange(start, start + len(t), device=t.device)[:, None, None]
             rounding = base.sum_rounding(
-                reach[some][:, :, rows].double(), x, sentence, _CHAIN[self.backend]
+                reach[some][:, :, rows].double(), x, sentence, self.backend
             )
             error = remainder / (1 + s - remainder) + rounding
             # t b_w - log(1 + S), without the cancellation of t b_w and t M_1.
@@ -179,6 +180,16 @@ class Engine:
             done = (error <= tolerance) & (1 + s > remainder) & is_open[place]
             gains[place[done]] = gain[done].to(gains.dtype)
             is_open[place[done]] = False
+
+
+@functools.cache
+def _warn_of_products() -> None:
+    warnings.warn(
+        "relneuron: logprob_gain is slow: it computes in float64 where this device's products of "
+        "matrices are off by more than their bound",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 # --------------------------------------------------------------------------------------------------

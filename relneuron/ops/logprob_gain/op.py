@@ -100,7 +100,9 @@ def logprob_gain(
 
     Base points are in float64. Rounding bounds are no worst case but twice what the worst inputs
     show: inner products off by 8 units of 2^-24 times the product of norms, and more where all
-    their terms have one sign (ops/logprob_gain/base.py).
+    their terms have one sign or tensor cores cut off what does not fit (`product_units` in
+    ops/logprob_gain/base.py). A GPU's products are compared with float64 in a sample; where they
+    are off by more, float64 takes over.
 
     Returns gains like `coefficients`, float32 (float64 for float64 inputs); with mode="top"
     `TopGains`. The sums over the vocabulary have the same bits for every number of threads.

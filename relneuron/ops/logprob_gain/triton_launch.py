@@ -332,10 +332,15 @@ class Job:
         return on_device(self.values.device)
 
     def each_tile(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(neurons, b of them (n, width), the largest |b| of each)."""
+        """(neurons, b of them (n, width), the largest |b| of each).
+
+        The largest is inf, so that no bound holds, where a sample of b is not right.
+        """
         for rows, tile in tiles.tiles(self.values, self.unembed, self.tokens.width):
             largest = self.largest[rows]
             torch.linalg.vector_norm(tile, float("inf"), dim=1, out=largest)
+            is_right = tiles.sample_is_right(self.values[rows], self.unembed, tile)
+            largest.masked_fill_(~is_right, float("inf"))
             if self.tokens.p.shape[0]:
                 yield rows, tile, largest
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from relneuron.ops.logprob_gain.base import product_units
+
 SCRATCH_BYTES = 128 << 20  # of a tile, and of the partial sums of a kernel
 
 
@@ -31,6 +33,21 @@ def tiles(values: Tensor, unembed: Tensor, width: int) -> Iterator[tuple[slice, 
         tile = scratch[: rows.stop - start]
         _multiply(values[rows], unembed, tile[:, :n_tokens])
         yield rows, tile
+
+
+def sample_is_right(values: Tensor, unembed: Tensor, tile: Tensor) -> Tensor:
+    """Whether some of a tile are within `product_units` of float64 products, a bool on the device.
+
+    Of 32 to 63 neurons and 16 to 31 tokens, evenly spread: what large partial sums that cancel, or
+    sums of less than float32, do to one token they do to most. Nothing waits for the answer.
+    """
+    (n_values, hidden), n_tokens = values.shape, unembed.shape[0]
+    row, token = max(1, n_values // 32), max(1, n_tokens // 16)
+    some, rows = values[::row].detach().double(), unembed[::token].detach().double()
+    products = some @ rows.T
+    norms = some.norm(dim=1)[:, None] * rows.norm(dim=1)
+    bound = product_units("triton", hidden).bound(norms, products.abs())
+    return ((tile[::row, :n_tokens:token] - products).abs() <= bound).all()
 
 
 def padded(tensor: Tensor, block: int) -> Tensor:
