@@ -5,16 +5,19 @@
 Needs no network and no file: the model's weights are random, made on the device. It ends within
 --minutes (what does not fit is skipped, and said so) and leaves DIR/gpu.csv (the rows of
 relneuron.bench) and DIR/gpu.json (tests, checks, sections, and each goal with what was measured),
-both written again after every section. `--dry-run` goes through all of it on a CPU in tiny sizes.
+both written again with every row and goal. `--dry-run` goes through all of it on a CPU in tiny
+sizes; `--cache` takes kernels that bench/gpu_compile.py has compiled elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,24 @@ from relneuron.bench.suite import CONTESTANTS
 from relneuron.bench.timing import Effort, Row, graph_timer, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
+# Each kernel once, in the forms that a run needs: what comes before all timings.
+FIRST_TESTS = tuple(
+    f"tests/ops/{name}"
+    for name in (
+        "swiglu_stats/test_triton.py::test_groups_in_any_order[5-mixed]",
+        "swiglu_stats/test_triton.py::test_groups_in_any_order[40-runs]",
+        "swiglu_stats/test_triton.py::test_conditions_change_between_and_within_runs[mixed]",
+        "swiglu_stats/test_triton.py::test_responses_in_any_order[runs]",
+        "swiglu_stats/test_cases.py::test_cases[triton-wide-torch.bfloat16]",
+        "test_residual_stats.py::test_sum_counts_masks_and_responses[triton-37-200-torch.bfloat16]",
+        "test_average_precision_triton.py::test_equal_to_the_reference[100-torch.float32]",
+        "test_average_precision_triton.py::test_any_number_of_relations[13]",
+        "test_logprob_gain_triton.py::test_all_pairs[9-77-1-torch.float32]",
+        "test_logprob_gain_triton.py::test_a_list_has_the_bits_of_all_pairs"
+        "[[0, 3, 0, 9, 1, 5, 0]-True]",
+        "test_logprob_gain_triton.py::test_moments[5-77-3-torch.float32-None]",
+    )
+)
 TESTS = tuple(
     f"tests/{name}.py"
     for name in (
@@ -48,15 +69,20 @@ TESTS = tuple(
         "testing/test_contract",
     )
 )
-
+# What the goals speak of, and other sizes, dtypes and layouts in the order of their value.
+GOAL_CASE = Case(dtype="bfloat16", T=8192)
+OTHER_CASES = (
+    replace(GOAL_CASE, layout="mixed"),
+    *(replace(GOAL_CASE, T=n_tokens) for n_tokens in (2048, 512, 64)),
+    *(replace(GOAL_CASE, dtype=dtype) for dtype in ("float16", "float32")),
+)
 
 # --- tests and checks ------------------------------------------------------------------------
 
 
-def run_tests(run: Run, minutes: float) -> None:
-    """The GPU tests as a process of their own; what fails is stated, and timing goes on."""
-    paths = [path for path in TESTS if (ROOT / path).is_file()]
-    command = [sys.executable, "-m", "pytest", *paths, "-q", "--maxfail=20"]
+def run_tests(run: Run, name: str, tests: Sequence[str], minutes: float) -> None:
+    """GPU tests as a process of their own; what fails is stated, and timing goes on."""
+    command = [sys.executable, "-m", "pytest", *tests, "-q", "--maxfail=20", "-p", "no:xdist"]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes
@@ -67,8 +93,8 @@ def run_tests(run: Run, minutes: float) -> None:
         so_far = so_far.decode() if isinstance(so_far, bytes) else so_far
         code, text = -1, f"{so_far}\nstopped after {error.timeout:.0f} s"
     lines = text.strip().splitlines()
-    run.json["tests"] = {"code": code, "files": paths, "end": lines[-40:]}
-    print(f"tests: {'pass' if code == 0 else 'FAIL'}: {lines[-1] if lines else 'no output'}")
+    run.json["tests"][name] = {"code": code, "tests": tests, "end": lines[-40:]}
+    print(f"{name}: {'pass' if code == 0 else 'FAIL'}: {lines[-1] if lines else 'no output'}")
 
 
 def inputs(run: Run, n_tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +174,7 @@ def check_compile(run: Run) -> None:
 def time_kernels(run: Run, case: Case, compiled: bool) -> list[Row]:
     effort = Effort(3, 1) if run.dry else Effort(9, 60)
     rows = run_case(case, device=run.device, compiled=compiled and not run.dry, effort=effort)
-    run.rows += rows
+    run.add(rows)
     for row in rows:
         if row.note:
             print(f"  {row.variant} {row.contestant}: {row.note}")
@@ -157,7 +183,7 @@ def time_kernels(run: Run, case: Case, compiled: bool) -> list[Row]:
 
 def goal_kernels(run: Run) -> None:
     """P1 to P7 from the one case that they speak of."""
-    rows = time_kernels(run, shrink(run, Case(dtype="bfloat16", T=8192)), True)
+    rows = time_kernels(run, shrink(run, GOAL_CASE), True)
     ratios = {(r.variant, r.contestant): r.ratio for r in rows if r.ratio is not None}
 
     def least(variant: str, prefix: str) -> float:
@@ -192,14 +218,8 @@ def shrink(run: Run, case: Case) -> Case:
 
 def other_kernels(run: Run) -> None:
     """Other sizes, dtypes and layouts, as far as the time goes."""
-    for case, compiled in (
-        (Case(dtype="bfloat16", T=8192, layout="mixed"), False),
-        (Case(dtype="bfloat16", T=2048), True),
-        (Case(dtype="bfloat16", T=512), False),
-        (Case(dtype="bfloat16", T=64), False),
-        (Case(dtype="float16", T=8192), False),
-        (Case(dtype="float32", T=8192), False),
-    ):
+    for case in OTHER_CASES:
+        compiled = case.T == 2048
         if run.dry and case.layout == "sorted":
             continue
         if not run.dry and run.left_s() < (120 if compiled else 30):
@@ -222,39 +242,44 @@ def graph_kernels(run: Run) -> None:
         rows = run_case(
             case, device=run.device, effort=effort, timer=graph_timer, contestants=chosen
         )
-        run.rows += rows
+        run.add(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.csv and gpu.json")
     parser.add_argument("--minutes", type=float, default=9.5, help="time for everything")
-    parser.add_argument("--test-minutes", type=float, default=3, help="of these, for the tests")
+    parser.add_argument("--cache", type=Path, help="folder that bench.gpu_compile has made")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in tiny sizes")
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU that torch can use; --dry-run goes through it on a CPU")
+    if options.cache:  # the tests' process inherits it
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
     device = "cpu" if options.dry_run else "cuda"
     run = Run(options.out, device, options.minutes, options.dry_run)
-    if not options.skip_tests:
-        run.section("tests", 60, lambda: run_tests(run, options.test_minutes))
-    # What the goals speak of comes first, the rest as far as the time goes.
-    for name, needs_s, work in (
-        ("large tensor", 20, check_large),
-        ("graph", 10, check_graph),
-        ("compile", 20, check_compile),
+    # By value: a run that is cut off has the figures of most goals.
+    sections: list[tuple[str, float, Callable[[Run], None]]] = [
         ("kernels of the goals", 60, goal_kernels),
         ("average precision", 60, rank_model),
         ("attribution", 60, time_attribution),
+        ("large tensor", 20, check_large),
+        ("graph", 10, check_graph),
         ("ablation", 60, time_ablation),
         ("model", 60, time_model),
         ("graph timings", 20, graph_kernels),
         ("other kernels", 30, other_kernels),
-    ):
-        run.section(name, needs_s, lambda work=work: work(run))  # type: ignore[misc]
-    tests_pass = options.skip_tests or run.json["tests"].get("code") == 0
-    fine = tests_pass and all(run.json["checks"].values())
+        ("compile", 20, check_compile),
+    ]
+    if not options.skip_tests:
+        first = partial(run_tests, name="first tests", tests=FIRST_TESTS, minutes=2)
+        rest = partial(run_tests, name="all tests", tests=TESTS, minutes=3)
+        sections = [("first tests", 60, first), *sections, ("all tests", 60, rest)]
+    for name, needs_s, work in sections:
+        run.section(name, needs_s, partial(work, run))
+    fine = all(tests["code"] == 0 for tests in run.json["tests"].values())
+    fine &= all(run.json["checks"].values())
     fine &= not any(s["status"] == "failed" for s in run.json["sections"].values())
     print(f"{'all fine' if fine else 'NOT all fine'} -> {run.out / 'gpu.json'}, gpu.csv")
     return 0 if fine else 1

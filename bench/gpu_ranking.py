@@ -45,7 +45,7 @@ def rank_model(run: Run) -> None:
             free_bytes, _ = torch.cuda.mem_get_info()
             case = replace(case, F=min(case.F, int(MEMORY_SHARE * free_bytes) // (4 * case.T)))
         rows = {row.contestant: row for row in time_case(run, case)}
-        run.rows += rows.values()
+        run.add(list(rows.values()))
         for name, who in goals.items():
             value = rows[who].ratio
             if value is None:

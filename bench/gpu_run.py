@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ class Run:
         if self.device != "cpu":
             torch.cuda.empty_cache()
 
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep rows, also if the run is cut off behind them."""
+        self.rows += rows
+        self.save()
+
     def save(self) -> None:
         atomic_write(self.out / "gpu.json", json_bytes(self.json))
         atomic_write(self.out / "gpu.csv", csv_bytes(COLUMNS, map(cells, self.rows)))
@@ -114,6 +119,7 @@ class Run:
             target = getattr(goal, level)
             state[f"{level}_met"] = value <= target if goal.at_most else value >= target
         state |= {"measured": round(value, 4), "note": note}
+        self.save()
         bound = "at most" if goal.at_most else "at least"
         met = "met" if state["must_met"] else "NOT met"
         met = "in tiny sizes it says nothing" if self.dry else met

@@ -19,6 +19,7 @@ from relneuron.artifact.options import LoadOptions
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import first_line
+from relneuron.ops.backends import MADE_FOR
 
 
 def _settle_arithmetic() -> None:
@@ -156,26 +157,26 @@ def describe_model(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
         "device": parameter.device.type,
-        "backend": _resolve_backend(backend, parameter.device.type),
+        "backend": _resolve_backend(backend, parameter.device.type, parameter.dtype),
         "digest": model_digest(model),
     }
 
 
 def fallbacks(described: Json) -> list[str]:
     """What was used in place of the kernels that are made for the model's device, and why."""
-    made_for = {"cuda": "triton", "cpu": "cpu"}.get(described["device"])
+    made_for = MADE_FOR.get(described["device"])
     if made_for is None or described["backend"] == made_for:
         return []
-    status = ops.available_backends()[made_for]
+    status = ops.available_backends(getattr(torch, described["dtype"]))[made_for]
     why = "asked for" if status.works else status.detail
     return [f"backend {described['backend']} in place of {made_for}: {why}"]
 
 
-def _resolve_backend(backend: str, device: str) -> str:
+def _resolve_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend that "auto" means on a device; one that is asked for must work there."""
-    status = ops.available_backends()
+    status = ops.available_backends(dtype)
     if backend == "auto":
-        made_for = {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
+        made_for = MADE_FOR.get(device, "reference")
         return made_for if status[made_for].works else "reference"
     if backend not in status:
         raise RelneuronError(

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 # The bits of torch's dispatcher say in one number all that a tensor can be beside its values in
 # memory; those in this set are known to be nothing.
-_PLAIN: set[int] = set()
-_dispatch_keys = torch._C._dispatch_keys
+PLAIN: set[int] = set()
+dispatch_keys = torch._C._dispatch_keys
 
 # Dispatch key (or how its name begins) -> what is wrong, and what to do.
 _REASONS = {
@@ -47,7 +47,7 @@ def check_tensors(
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-            if not is_compiling and _dispatch_keys(tensor).raw_repr() not in _PLAIN:
+            if not is_compiling and dispatch_keys(tensor).raw_repr() not in PLAIN:
                 _check_plain(op, name, tensor)
             if has_gradients and tensor.requires_grad:
                 raise ValueError(
@@ -67,7 +67,7 @@ def is_plain(tensor: Tensor) -> bool:
         return True
     if forward_ad._current_level >= 0 and _has_tangent(tensor):
         return False
-    return _dispatch_keys(tensor).raw_repr() in _PLAIN or _strange_key(tensor) is None
+    return dispatch_keys(tensor).raw_repr() in PLAIN or _strange_key(tensor) is None
 
 
 def _has_tangent(tensor: Tensor) -> bool:
@@ -83,11 +83,11 @@ def _strange_key(tensor: Tensor) -> str | None:
     if type(tensor).__name__ == "FakeTensor":
         return None
     dense = torch._C._dispatch_key_for_device(tensor.device.type)
-    keys = _dispatch_keys(tensor)
+    keys = dispatch_keys(tensor)
     for key in repr(keys).removeprefix("DispatchKeySet(").removesuffix(")").split(", "):
         if key not in (dense, "ADInplaceOrView") and not key.startswith(("Autograd", "Autocast")):
             return key
-    _PLAIN.add(keys.raw_repr())
+    PLAIN.add(keys.raw_repr())
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from bench.offline.cases import TARGETS, compile_launch, launches
 from bench.offline.code import narrow_products
 from bench.offline.rows import faults, measure
-from relneuron.ops.swiglu_stats.triton_launch import Launch
+from relneuron.ops.launches import Form, Launch
 
 CASE = ("sm_90", "bf16", "count")
 SUM_CASE = ("sm_90", "any", "rank for 12 relations")
@@ -50,10 +51,13 @@ def _narrow_columns_kernel(out_ptr, M, F: tl.constexpr):
 
 def products(kernel, stride: str = "stride_ot") -> list[str]:
     out = torch.empty(4, 64, device="meta")
-    args = {"out_ptr": out, stride: 64}
-    launch = Launch(kernel, (1,), args, {"F": 64}, num_warps=1)
-    compiled = compile_launch(launch, TARGETS["sm_90"])
+    form = Form(kernel, (1,), ("out_ptr",), {stride: 64}, {"F": 64}, num_warps=1)
+    compiled = compile_launch(Launch(form, (out,)), TARGETS["sm_90"])
     return narrow_products(compiled.asm["ttir"])
+
+
+def changed(launch: Launch, **fields: Any) -> Launch:
+    return replace(launch, form=replace(launch.form, **fields))
 
 
 def main() -> None:
@@ -61,16 +65,16 @@ def main() -> None:
     row = measure(*CASE, launch)
     found = {"none": faults(row, row)}
 
-    few_registers = replace(launch, options={"maxnreg": 32})
+    few_registers = changed(launch, options={"maxnreg": 32})
     found["spill"] = faults(measure(*CASE, few_registers), row)
 
     # 128 columns for 128 threads in 4 rows: 4 elements, 8 bytes per thread.
-    narrow = replace(launch, constants={**launch.constants, "BLOCK_F": 128})
+    narrow = changed(launch, constants={**launch.constants, "BLOCK_F": 128})
     found["narrow load"] = faults(measure(*CASE, narrow), row)
 
     # Rows of the order that begin anywhere are loaded one by one.
     ranks = launches(*SUM_CASE)[0]
-    unaligned = replace(ranks, args={**ranks.args, "WIDTH": 4095})
+    unaligned = changed(ranks, sizes={**ranks.form.sizes, "WIDTH": 4095})
     found["narrow order"] = faults(measure(*SUM_CASE, unaligned), row)
 
     budget = replace(row, source="")
@@ -92,16 +96,16 @@ def faults_of_gains() -> dict[str, list[str]]:
     launch, product = launches(*case)[0], launches(*moments)[0]
     row = measure(*case, launch)
     found = {"none": faults(row, row)}
-    few_registers = replace(launch, options={"maxnreg": 64})
+    few_registers = changed(launch, options={"maxnreg": 64})
     found["spill"] = faults(measure(*case, few_registers), row)
     # Rows that begin anywhere are loaded one by one.
-    unaligned = replace(launch, args={**launch.args, "WIDTH": 32001})
+    unaligned = changed(launch, sizes={**launch.form.sizes, "WIDTH": 32001})
     found["narrow"] = faults(measure(*case, unaligned), row)
     for loop in ("blocks", "rows"):
         less = replace(row, **{loop: getattr(row, loop) / 1.2}, source="")
         found[loop] = faults(row, less)
     try:
-        plain = replace(product, constants={**product.constants, "PRECISION": "ieee"})
+        plain = changed(product, constants={**product.constants, "PRECISION": "ieee"})
         measure(*moments, plain)
     except AssertionError as error:
         found["no matrix product"] = [str(error)]

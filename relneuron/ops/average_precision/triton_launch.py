@@ -1,7 +1,6 @@
 """The GPU backend of `average_precision`: two Triton kernels and their launcher.
 
-Every column of values is sorted once, then every relation's sum is taken over the sorted rows by
-`_sum_kernel`. `_sort_kernel` sorts up to MAX_SORTED_ROWS rows; torch.sort does more, and float64.
+`_sort_kernel` sorts each column once, or torch.sort does; `_sum_kernel` takes the relations' sums.
 """
 
 # What triton.jit compiles is not typed Python.
@@ -9,6 +8,7 @@ Every column of values is sorted once, then every relation's sum is taken over t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from relneuron.ops.average_precision.op import from_sums, reciprocals
-from relneuron.ops.swiglu_stats.triton_launch import Launch
+from relneuron.ops.launches import N_KEPT, Form, Launch, on_device
 
 # --------------------------------------------------------------------------------------------------
 # Kernels. Rows are in ascending order, so what lies before a tie group is known when it begins, and
@@ -203,10 +203,10 @@ class Counts:
         half = 16 if n_max < NARROW_COUNTS else 32
         own = (counted << 16) | positive
         if weights is None:
-            bits, own = own, torch.zeros_like(own[::16])
-            for place in range(min(16, len(bits))):
-                chosen = bits[place::16]
-                own[: len(chosen)] |= chosen << place
+            place = torch.arange(16, dtype=torch.int32, device=own.device)[:, None]
+            bits = torch.nn.functional.pad(own, (0, 0, 0, -len(own) % 16))
+            # No two have a bit in common: their sum is all of them.
+            own = (bits.view(-1, 16, own.shape[1]) << place).sum(1, dtype=torch.int32)
         return cls(
             own=torch.nn.functional.pad(own, (0, width - own.shape[1])).to(device),
             totals=((n << half) | n_positive).to(device, torch.int32 if half == 16 else None),
@@ -218,30 +218,46 @@ class Counts:
 
 
 def average_precision_triton(
-    values: Tensor, labels: Tensor, weights: Tensor | None
+    values: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    kept: dict[object, Counts] | None = None,
 ) -> Tensor | None:
-    """AP (R, M) of checked arguments, None if a value is not finite."""
+    """AP (R, M) of checked arguments, None if a value is not finite.
+
+    `kept` is where calls of the same labels and weights leave what they have counted of them.
+    """
+    kept = {} if kept is None else kept
     if IS_INTERPRETED:
-        return _run(values, labels, weights, INTERPRETER_LAUNCH)
-    with torch.cuda.device(values.device):
+        return _run(values, labels, weights, INTERPRETER_LAUNCH, kept)
+    with on_device(values.device):
         config = NVIDIA_LAUNCH if torch.version.hip is None else HIP_LAUNCH
-        return _run(values, labels, weights, config)
+        return _run(values, labels, weights, config, kept)
 
 
 def _run(
-    values: Tensor, labels: Tensor, weights: Tensor | None, config: LaunchConfig
+    values: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    config: LaunchConfig,
+    kept: dict[object, Counts],
 ) -> Tensor | None:
     n, m = values.shape
-    width = config.width(n)
-    counts = Counts.of(labels, weights, width, values.device)
-    high, low = (values.new_empty((len(labels), m), dtype=torch.int64) for _ in range(2))
-    bad = values.new_zeros(1, dtype=torch.int32)
+    device, width = values.device, config.width(n)
+    # On another stream they might be read before they are there.
+    stream = torch.cuda.current_stream(device).cuda_stream if values.is_cuda else 0
+    counts = kept.get((width, device, stream))
+    if counts is None:
+        counts = kept[width, device, stream] = Counts.of(labels, weights, width, device)
+    high = torch.empty((len(labels), m), dtype=torch.int64, device=device)
+    low = torch.empty_like(high)
+    bad = torch.zeros(1, dtype=torch.int32, device=device)
     # A grid has fewer than 2^31 programs: here columns * relations.
     step = min(m, max(1, _CHUNK // max(width, len(labels))))
-    scratch = values.new_empty((step, width), dtype=torch.int32)
+    scratch = torch.empty((step, width), dtype=torch.int32, device=device)
     for first in range(0, m, step):
-        columns = values[:, first : first + step]
-        order = scratch[: columns.shape[1]]
+        columns = values if step == m else values[:, first : first + step]
+        order = scratch if columns.shape[1] == step else scratch[: columns.shape[1]]
         if n <= MAX_SORTED_ROWS and values.dtype in INFINITIES:
             plan_sort(order, bad, columns, config).run()
         else:
@@ -253,21 +269,29 @@ def _run(
 
 def plan_sort(order: Tensor, bad: Tensor, values: Tensor, config: LaunchConfig) -> Launch:
     """`_sort_kernel` for some columns."""
-    bits = 8 * values.element_size()
-    block = max(triton.next_power_of_2(values.shape[0]), order.shape[1])
-    return Launch(
+    n, m = values.shape
+    form = _sort_form(n, m, values.dtype, *values.stride(), order.shape[1], config)
+    bits = torch.int16 if values.element_size() == 2 else torch.int32
+    return Launch(form, (order, bad, values.view(bits)))
+
+
+@functools.lru_cache(N_KEPT)
+def _sort_form(
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    stride_vn: int,
+    stride_vm: int,
+    width: int,
+    config: LaunchConfig,
+) -> Form:
+    block = max(triton.next_power_of_2(n), width)
+    return Form(
         _sort_kernel,
-        (values.shape[1],),
-        {
-            "order_ptr": order,
-            "bad_ptr": bad,
-            "values_ptr": values.view(torch.int16 if bits == 16 else torch.int32),
-            "stride_vn": values.stride(0),
-            "stride_vm": values.stride(1),
-            "N": values.shape[0],
-            "WIDTH": order.shape[1],
-        },
-        {"INFINITY": INFINITIES[values.dtype], "BITS": bits, "BLOCK": block},
+        (m,),
+        ("order_ptr", "bad_ptr", "values_ptr"),
+        {"stride_vn": stride_vn, "stride_vm": stride_vm, "N": n, "WIDTH": width},
+        {"INFINITY": INFINITIES[dtype], "BITS": 8 * dtype.itemsize, "BLOCK": block},
         num_warps=max(1, block // config.sort_block_per_warp),
     )
 
@@ -286,27 +310,31 @@ def plan_sum(
     high: Tensor, low: Tensor, order: Tensor, counts: Counts, first: int, config: LaunchConfig
 ) -> Launch:
     """`_sum_kernel` for the columns that `order` has, into those of high and low from `first`."""
-    n_relations, m = high.shape
-    is_shared = n_relations > 1 and not counts.is_weighted and counts.half == 16
+    form = _sum_form(*high.shape, *order.shape, first, counts.is_weighted, counts.half, config)
+    return Launch(form, (high, low, order, counts.own, counts.totals, counts.table))
+
+
+@functools.lru_cache(N_KEPT)
+def _sum_form(
+    n_relations: int,
+    m: int,
+    n_columns: int,
+    width: int,
+    first: int,
+    is_weighted: bool,
+    half: int,
+    config: LaunchConfig,
+) -> Form:
+    is_shared = n_relations > 1 and not is_weighted and half == 16
     relations = config.shared_relations if is_shared else 1
-    return Launch(
+    return Form(
         _sum_kernel,
-        (order.shape[0] * triton.cdiv(n_relations, relations),),
+        (n_columns * triton.cdiv(n_relations, relations),),
+        ("high_ptr", "low_ptr", "order_ptr", "own_ptr", "totals_ptr", "table_ptr"),
+        {"WIDTH": width, "M": m, "R": n_relations, "first": first},
         {
-            "high_ptr": high,
-            "low_ptr": low,
-            "order_ptr": order,
-            "own_ptr": counts.own,
-            "totals_ptr": counts.totals,
-            "table_ptr": counts.table,
-            "WIDTH": order.shape[1],
-            "M": m,
-            "R": n_relations,
-            "first": first,
-        },
-        {
-            "WEIGHTED": counts.is_weighted,
-            "HALF": counts.half,
+            "WEIGHTED": is_weighted,
+            "HALF": half,
             "RELATIONS": relations,
             "BLOCK": config.sum_block,
         },

@@ -219,7 +219,7 @@ def _prepare(
     _check_plain(given)
     if not isinstance(unembed, Tensor) or unembed.dim() != 2 or not unembed.numel():
         raise _error("unembed", "(V, D)", unembed)
-    chosen = choose_backend("logprob_gain", backend, unembed.device.type)
+    chosen = choose_backend("logprob_gain", backend, unembed.device)
     n_tokens, hidden = unembed.shape
     x = layers[0].x
     n_sentences = len(x) if isinstance(x, Tensor) and x.dim() else 0

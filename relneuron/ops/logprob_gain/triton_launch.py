@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
+from relneuron.ops.launches import N_KEPT, Form, Launch, on_device
 from relneuron.ops.logprob_gain import triton_kernels as kernels
 from relneuron.ops.logprob_gain import triton_tiles as tiles
-from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 IS_INTERPRETED = not isinstance(kernels._gain_kernel, triton.JITFunction)
 
@@ -170,6 +170,10 @@ class Tokens(NamedTuple):
         return self.p.shape[1]
 
 
+# What kernels call them.
+TOKENS = ("p_ptr", "z_ptr", "z_largest_ptr")
+
+
 class Pairs(NamedTuple):
     """The pairs of some neurons, see `_gain_list_kernel`."""
 
@@ -208,24 +212,33 @@ def plan_dense(
     config: LaunchConfig,
 ) -> Launch:
     """`_gain_kernel` for the neurons of a tile."""
-    n_sentences, n_neurons = t.shape
-    most = config.sentences if tilt is None else max(1, config.sentences // 2)
+    strides = (sums.stride(0), t.stride(0))
+    form = _dense_form(*t.shape, *strides, tokens.width, tilt is not None, config)
+    return Launch(form, (sums, tile, largest, *tokens, t, tilt))
+
+
+@functools.lru_cache(N_KEPT)
+def _dense_form(
+    n_sentences: int,
+    n_neurons: int,
+    stride_se: int,
+    stride_te: int,
+    width: int,
+    has_tilt: bool,
+    config: LaunchConfig,
+) -> Form:
+    most = max(1, config.sentences // 2) if has_tilt else config.sentences
     shared = min(most, triton.next_power_of_2(n_sentences))
-    return Launch(
+    return Form(
         kernels._gain_kernel,
         (triton.cdiv(n_neurons, config.neurons) * triton.cdiv(n_sentences, shared),),
+        ("sums_ptr", "b_ptr", "largest_ptr", *TOKENS, "t_ptr", "tilt_ptr"),
         {
-            "sums_ptr": sums,
-            "b_ptr": tile,
-            "largest_ptr": largest,
-            **_token_args(tokens),
-            "t_ptr": t,
-            "tilt_ptr": tilt,
-            "stride_se": sums.stride(0),
-            "stride_te": t.stride(0),
+            "stride_se": stride_se,
+            "stride_te": stride_te,
             "N": n_neurons,
             "E": n_sentences,
-            "WIDTH": tokens.width,
+            "WIDTH": width,
         },
         {"NEURONS": config.neurons, "SENTENCES": shared, **_constants(config)},
         num_warps=shared,
@@ -241,46 +254,43 @@ def plan_list(
     config: LaunchConfig,
 ) -> Launch:
     """`_gain_list_kernel` for the pairs of a tile's neurons."""
-    return Launch(
+    form = _list_form(len(pairs.row), pairs.shared, tokens.width, config)
+    return Launch(form, (sums, tile, largest, *tokens, *pairs[:-1]))
+
+
+@functools.lru_cache(N_KEPT)
+def _list_form(n_programs: int, shared: int, width: int, config: LaunchConfig) -> Form:
+    return Form(
         kernels._gain_list_kernel,
-        (len(pairs.row),),
-        {
-            "sums_ptr": sums,
-            "b_ptr": tile,
-            "largest_ptr": largest,
-            **_token_args(tokens),
-            "row_ptr": pairs.row,
-            "place_ptr": pairs.place,
-            "end_ptr": pairs.end,
-            "sentence_ptr": pairs.sentence,
-            "t_ptr": pairs.t,
-            "tilt_ptr": pairs.tilt,
-            "WIDTH": tokens.width,
-        },
-        {"SENTENCES": pairs.shared, **_constants(config)},
+        (n_programs,),
+        (
+            *("sums_ptr", "b_ptr", "largest_ptr", *TOKENS),
+            *(f"{name}_ptr" for name in Pairs._fields[:-1]),
+        ),
+        {"WIDTH": width},
+        {"SENTENCES": shared, **_constants(config)},
         num_warps=1,
     )
 
 
 def plan_moments(partial: Tensor, tile: Tensor, p: Tensor, config: LaunchConfig) -> Launch:
     """`_gain_moments_kernel` for a tile, into partial (2, spans, neurons, sentences) float32."""
-    _, n_spans, n_neurons, n_sentences = partial.shape
+    form = _moments_form(*partial.shape[1:], p.shape[1], config)
+    return Launch(form, (partial[0], partial[1], tile, p))
+
+
+@functools.lru_cache(N_KEPT)
+def _moments_form(
+    n_spans: int, n_neurons: int, n_sentences: int, width: int, config: LaunchConfig
+) -> Form:
     # With fewer than 32, a thread would load less than 16 bytes.
     shared = min(config.moments_sentences, max(32, triton.next_power_of_2(n_sentences)))
     blocks = triton.cdiv(n_neurons, config.moments_neurons) * triton.cdiv(n_sentences, shared)
-    return Launch(
+    return Form(
         kernels._gain_moments_kernel,
         (blocks * n_spans,),
-        {
-            "second_ptr": partial[0],
-            "third_ptr": partial[1],
-            "b_ptr": tile,
-            "p_ptr": p,
-            "N": n_neurons,
-            "E": n_sentences,
-            "WIDTH": p.shape[1],
-            "unit": 1,
-        },
+        ("second_ptr", "third_ptr", "b_ptr", "p_ptr"),
+        {"N": n_neurons, "E": n_sentences, "WIDTH": width, "unit": 1},
         {
             "NEURONS": config.moments_neurons,
             "SENTENCES": shared,
@@ -290,10 +300,6 @@ def plan_moments(partial: Tensor, tile: Tensor, p: Tensor, config: LaunchConfig)
         },
         num_warps=4,
     )
-
-
-def _token_args(tokens: Tokens) -> dict[str, Tensor | int | None]:
-    return {"p_ptr": tokens.p, "z_ptr": tokens.z, "z_largest_ptr": tokens.z_largest}
 
 
 def _constants(config: LaunchConfig) -> dict[str, int | bool]:
@@ -323,7 +329,7 @@ class Job:
         return cls(config, values, unembed, tokens, p.new_zeros(len(values)))
 
     def on_device(self) -> AbstractContextManager[object]:
-        return nullcontext() if IS_INTERPRETED else torch.cuda.device(self.values.device)
+        return on_device(self.values.device)
 
     def each_tile(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(neurons, b of them (n, width), the largest |b| of each).
@@ -341,5 +347,7 @@ class Job:
 
 @functools.cache
 def _launch_config(device: torch.device) -> LaunchConfig:
-    default = DEFAULT_LAUNCH if torch.version.hip is None else DEFAULT_HIP_LAUNCH
-    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), default)
+    if torch.version.hip is not None:
+        # gfx90a has the number of an H100.
+        return DEFAULT_HIP_LAUNCH
+    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), DEFAULT_LAUNCH)

@@ -150,12 +150,21 @@ class GroupStats:
 
     def check_fields(self, op: str) -> None:
         """What of `tensors` is about fields that are no tensors."""
-        now = (self.groups, self.width, self.sites, self.threshold, self.moments)
-        if now != self._made:
+        if not self._has_own_fields():
+            now = (self.groups, self.width, self.sites, self.threshold, self.moments)
             raise ValueError(
                 f"{op}: stats must have groups, width, sites, threshold and moments as it was made "
                 f"with, {self._made}, got {now}; make another GroupStats"
             )
+
+    def _has_own_fields(self) -> bool:
+        now = (self.groups, self.width, self.sites, self.threshold, self.moments)
+        return now == self._made
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Of `tensors` those that the op takes, unchecked, in its order."""
+        moments = (self._sum, self._sum_sq, self._max, self._n_nonfinite)
+        return (self._count, self.tokens, *moments)
 
     def _like(self, device: torch.device | str) -> GroupStats:
         return GroupStats(

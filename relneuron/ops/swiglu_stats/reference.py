@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+
+from relneuron.ops.swiglu_stats.repeat import Known
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 # What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
@@ -43,6 +45,7 @@ class Call:
     prompt_ids: Tensor | None
     keep: Tensor | None
     condition_ids: Tensor | None
+    known: Known | None = None  # of calls like it
 
 
 def swiglu_stats_reference(call: Call) -> None:
@@ -136,15 +139,16 @@ def site_values(
     return values
 
 
-@contextmanager
-def ieee_arithmetic() -> Iterator[None]:
+def ieee_arithmetic() -> AbstractContextManager[None]:
     """Subnormal numbers count inside the block, also under torch.set_flush_denormal(True).
 
     torch's worker threads keep the mode they were created with, so one thread does the work then.
     """
-    if _SMALLEST_NORMAL_DOUBLE * 0.5 != 0.0:
-        yield
-        return
+    return _AS_IT_IS if _SMALLEST_NORMAL_DOUBLE * 0.5 != 0.0 else _without_flush()
+
+
+@contextmanager
+def _without_flush() -> Iterator[None]:
     n_threads = torch.get_num_threads()
     torch.set_flush_denormal(False)
     torch.set_num_threads(1)
@@ -155,6 +159,7 @@ def ieee_arithmetic() -> Iterator[None]:
         torch.set_flush_denormal(True)
 
 
+_AS_IT_IS = nullcontext()
 _SMALLEST_NORMAL_DOUBLE = struct.unpack("<d", bytes(6) + b"\x10\x00")[0]
 
 

@@ -9,13 +9,14 @@ returns.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 
+from relneuron.ops.launches import N_KEPT, Form, Launch, on_device
 from relneuron.ops.swiglu_stats import reference
 from relneuron.ops.swiglu_stats import triton_kernels as kernels
 from relneuron.ops.swiglu_stats import triton_sums as sums
@@ -37,9 +38,9 @@ class LaunchConfig:
     moments_block_t: int = 16
     moments_block_f: int = 64
 
-    def block_f(self, call: Call) -> int:
+    def block_f(self, dtype: torch.dtype) -> int:
         """Columns of one step."""
-        return self.block_bytes // call.gate.element_size()
+        return self.block_bytes // dtype.itemsize
 
 
 # By compute capability (gfx942 has 9.4). Not measured on any GPU; the reasons are arithmetic on the
@@ -70,25 +71,6 @@ MAX_PARTIAL_GROUPS = 16
 IS_INTERPRETED = not isinstance(kernels._swiglu_stats_kernel, triton.JITFunction)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: `bench/offline` compiles it, `swiglu_stats_triton` runs it."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Tensor | int | None]
-    constants: dict[str, Any]
-    num_warps: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, **self.compiler_options())
-
-    def compiler_options(self) -> dict[str, Any]:
-        # No fused multiply-adds but those that are written: an exact operation rounds once.
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **self.options}
-
-
 def swiglu_stats_triton(call: Call) -> None:
     """Launch the kernels for one checked call; nothing here waits for the device."""
     if IS_INTERPRETED:
@@ -96,7 +78,7 @@ def swiglu_stats_triton(call: Call) -> None:
             for launch in plan(call, INTERPRETER_LAUNCH, is_nvidia=False):
                 launch.run()
     else:
-        with torch.cuda.device(call.gate.device):
+        with on_device(call.gate.device):
             config = _launch_config(call.gate.device)
             for launch in plan(call, config, is_nvidia=torch.version.hip is None):
                 launch.run()
@@ -104,8 +86,10 @@ def swiglu_stats_triton(call: Call) -> None:
 
 @functools.cache
 def _launch_config(device: torch.device) -> LaunchConfig:
-    default = DEFAULT_LAUNCH if torch.version.hip is None else DEFAULT_HIP_LAUNCH
-    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), default)
+    if torch.version.hip is not None:
+        # gfx90a has the number of an H100.
+        return DEFAULT_HIP_LAUNCH
+    return LAUNCH_TABLE.get(torch.cuda.get_device_capability(device), DEFAULT_LAUNCH)
 
 
 def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
@@ -113,198 +97,273 @@ def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
 
     Shapes alone decide about them, so a captured CUDA graph can be replayed with other values.
     """
-    n_tokens, width = call.gate.shape
-    if n_tokens == 0:
+    if call.gate.shape[0] == 0:
         return []
-    block_f = config.block_f(call)
-    n_tiles = triton.cdiv(n_tokens, config.tile_t)
-    # One column of tiles also without columns: it counts the tokens.
-    n_blocks = max(1, triton.cdiv(width, block_f))
-    n_groups = 0 if call.tokens is None else call.tokens.shape[0]
-    has_moments = call.sum is not None and width > 0
-    has_partials = has_moments and n_groups <= MAX_PARTIAL_GROUPS
-    limits = _gate_limits(call)
-    shared = {
-        "ACTIVATION": CODES.index(call.activation),
-        "EXACT": limits is None,
-        "PTX": is_nvidia,
-    }
-    high_bits, low_bits = limits or (0, None)
+    # The kernel always writes h.
+    out = torch.empty_like(call.gate) if call.out is None else call.out
+    forms = _kept_forms(call, out, config, is_nvidia)
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=call.gate.device)
 
-    partial, n_rows = None, None
-    if has_partials:
-        shape = (n_tiles, len(call.sites), n_groups, 4, width)
-        partial = empty(shape, torch.float32)
-        n_rows = empty((n_tiles, n_groups), torch.int32).zero_()
-    order = None
-    if call.group_ids is not None:
-        order = empty((n_tiles, n_blocks, config.tile_t), torch.int32)
+    partial = None if forms.partial is None else empty(forms.partial, torch.float32)
+    n_rows = None if forms.n_rows is None else empty(forms.n_rows, torch.int32).zero_()
+    order = None if forms.order is None else empty(forms.order, torch.int32)
+    keep = None if call.keep is None else call.keep.view(torch.uint8)
+    gate, up, ids = call.gate, call.up, call.group_ids
+    tensors = (out, call.count, call.tokens, partial, n_rows, order, gate, up, ids)
+    launches = [Launch(forms.main, (*tensors, keep, call.condition_ids))]
+    if forms.moments:
+        assert call.sum is not None and call.sum_sq is not None
+        assert call.max is not None and call.n_nonfinite is not None
+        span = None
+        if forms.group_span is not None:
+            assert ids is not None, "without ids all tokens are in one group"
+            launch, span = _plan_span(forms.group_span, ids)
+            launches.append(launch)
+        for index, form in enumerate(forms.moments):
+            own = (call.sum, call.sum_sq, call.max, call.n_nonfinite)
+            part = partial
+            if index:  # the first site begins where all of them do
+                own = (own[0][index], own[1][index], own[2][index], own[3][index])
+                part = None if partial is None else partial[:, index]
+            launches.append(Launch(form, (*own, part, n_rows, span, gate, up, ids)))
+    if forms.responses is not None and forms.prompt_span is not None:
+        assert call.prompt_ids is not None, "responses come with prompt ids"
+        launch, span = _plan_span(forms.prompt_span, call.prompt_ids)
+        pointers = (*map(call.responses.get, SITES), span, gate, up, call.prompt_ids)
+        launches += [launch, Launch(forms.responses, pointers)]
+    return launches
 
-    # The kernel always writes h.
-    out = torch.empty_like(call.gate) if call.out is None else call.out
-    rows = {f"{site.upper()}_ROW": call.sites.index(site) for site in call.sites}
-    launches = [
-        Launch(
-            kernels._swiglu_stats_kernel,
-            (n_tiles, n_blocks),
+
+def _plan_span(form: Form, ids: Tensor) -> tuple[Launch, Tensor]:
+    span = torch.full((2, form.sizes["N"]), -1, dtype=torch.int64, device=ids.device)
+    return Launch(form, (span, ids)), span
+
+
+# --------------------------------------------------------------------------------------------------
+# What shapes decide: made once for all calls of the same ones
+
+
+class Shapes(NamedTuple):
+    """All that decides about the launches of a call, but for where its tensors lie."""
+
+    n_tokens: int
+    width: int
+    dtype: torch.dtype
+    activation: str
+    sites: tuple[str, ...]
+    threshold_bits: int
+    n_groups: int  # 0: no statistics
+    has_moments: bool
+    has_group_ids: bool
+    stride_ht: int
+    stride_gt: int
+    stride_ut: int
+    stride_kc: int  # 0: no masks
+    n_prompts: int
+    strides_r: tuple[int | None, ...]  # of the responses of each site, None if it has none
+
+    @classmethod
+    def of(cls, call: Call, out: Tensor) -> Shapes:
+        gate, responses = call.gate, call.responses
+        return cls(
+            gate.shape[0],
+            gate.shape[1],
+            gate.dtype,
+            call.activation,
+            call.sites,
+            call.threshold_bits,
+            0 if call.tokens is None else call.tokens.shape[0],
+            call.sum is not None,
+            call.group_ids is not None,
+            out.stride(0),
+            gate.stride(0),
+            call.up.stride(0),
+            0 if call.keep is None else 4 * call.keep.shape[1],
+            next(iter(responses.values())).shape[0] if responses else 0,
+            tuple([responses[s].stride(0) if s in responses else None for s in SITES])
+            if responses
+            else (),
+        )
+
+
+def _kept_forms(call: Call, out: Tensor, config: LaunchConfig, is_nvidia: bool) -> Forms:
+    """`_forms`, which of a known call are at hand."""
+    known = call.known
+    if known is not None and known.kept is not None:
+        forms, made_for, made_for_nvidia = known.kept
+        if made_for is config and made_for_nvidia == is_nvidia:
+            return cast(Forms, forms)
+    forms = _forms(Shapes.of(call, out), config, is_nvidia)
+    if known is not None:
+        known.kept = forms, config, is_nvidia
+    return forms
+
+
+class Forms(NamedTuple):
+    """The launches of a call without their tensors, and the shapes of its scratch."""
+
+    main: Form
+    partial: tuple[int, ...] | None
+    n_rows: tuple[int, ...] | None
+    order: tuple[int, ...] | None
+    group_span: Form | None
+    moments: tuple[Form, ...]  # one a site
+    prompt_span: Form | None
+    responses: Form | None
+
+
+@functools.lru_cache(N_KEPT)
+def _forms(shapes: Shapes, config: LaunchConfig, is_nvidia: bool) -> Forms:
+    n_tokens, width, n_groups = shapes.n_tokens, shapes.width, shapes.n_groups
+    block_f = config.block_f(shapes.dtype)
+    n_tiles = triton.cdiv(n_tokens, config.tile_t)
+    # One column of tiles also without columns: it counts the tokens.
+    n_blocks = max(1, triton.cdiv(width, block_f))
+    has_moments = shapes.has_moments and width > 0
+    has_partials = has_moments and n_groups <= MAX_PARTIAL_GROUPS
+    limits = _gate_limits(shapes)
+    shared = {
+        "ACTIVATION": CODES.index(shapes.activation),
+        "EXACT": limits is None,
+        "PTX": is_nvidia,
+    }
+    high_bits, low_bits = limits or (0, None)
+    rows = {f"{site.upper()}_ROW": -1 for site in SITES}
+    rows |= {f"{site.upper()}_ROW": shapes.sites.index(site) for site in shapes.sites}
+    main = Form(
+        kernels._swiglu_stats_kernel,
+        (n_tiles, n_blocks),
+        (
+            *("h_ptr", "count_ptr", "tokens_ptr", "partial_ptr", "n_rows_ptr", "order_ptr"),
+            *("gate_ptr", "up_ptr", "group_ids_ptr", "keep_ptr", "condition_ids_ptr"),
+        ),
+        {
+            "stride_ht": shapes.stride_ht,
+            "stride_gt": shapes.stride_gt,
+            "stride_ut": shapes.stride_ut,
+            "stride_kc": shapes.stride_kc,
+            "T": n_tokens,
+            "F": width,
+            "G": n_groups,
+            "threshold_bits": shapes.threshold_bits,
+            "high_bits": high_bits,
+            "low_bits": low_bits or 0,
+        },
+        {
+            **rows,
+            **{name: shared[name] for name in ("ACTIVATION", "EXACT")},
+            "HAS_LOW": low_bits is not None,
+            "MOMENTS": has_partials,
+            "EVEN_F": width > 0 and width % block_f == 0,
+            "PTX": is_nvidia,
+            "TILE_T": config.tile_t,
+            "BLOCK_T": config.block_t,
+            "BLOCK_F": block_f,
+        },
+        config.num_warps,
+        # Left alone, ptxas stops at 72 registers for sm_100 and spills the next.
+        {"maxnreg": 96} if is_nvidia and shapes.activation == "gelu" and not has_partials else {},
+    )
+    has_ids = shapes.has_group_ids
+    has_group_span = has_moments and not has_partials and has_ids
+    has_responses = bool(shapes.strides_r) and width > 0
+    return Forms(
+        main,
+        (n_tiles, len(shapes.sites), n_groups, 4, width) if has_partials else None,
+        (n_tiles, n_groups) if has_partials else None,
+        (n_tiles, n_blocks, config.tile_t) if has_ids else None,
+        _span_form(n_tokens, n_groups) if has_group_span else None,
+        _moments_forms(shapes, config, shared, n_tiles if has_partials else 0)
+        if has_moments
+        else (),
+        _span_form(n_tokens, shapes.n_prompts) if has_responses else None,
+        _responses_form(shapes, config, shared) if has_responses else None,
+    )
+
+
+def _span_form(n_tokens: int, n: int) -> Form:
+    block = 1024
+    sizes, grid = {"T": n_tokens, "N": n}, (triton.cdiv(n_tokens, block),)
+    return Form(sums._span_kernel, grid, ("span_ptr", "ids_ptr"), sizes, {"BLOCK": block}, 4)
+
+
+def _moments_forms(
+    shapes: Shapes, config: LaunchConfig, shared: dict[str, Any], n_tiles: int
+) -> tuple[Form, ...]:
+    """`n_tiles` have partial sums, 0 if the rows are read again."""
+    width, n_groups, n_sites = shapes.width, shapes.n_groups, len(shapes.sites)
+    return tuple(
+        Form(
+            sums._moments_kernel,
+            (n_groups, triton.cdiv(width, config.moments_block_f)),
+            (
+                *("sum_ptr", "sum_sq_ptr", "max_ptr", "n_nonfinite_ptr", "partial_ptr"),
+                *("n_rows_ptr", "span_ptr", "gate_ptr", "up_ptr", "group_ids_ptr"),
+            ),
             {
-                "h_ptr": out,
-                "count_ptr": call.count,
-                "tokens_ptr": call.tokens,
-                "partial_ptr": partial,
-                "n_rows_ptr": n_rows,
-                "order_ptr": order,
-                "gate_ptr": call.gate,
-                "up_ptr": call.up,
-                "group_ids_ptr": call.group_ids,
-                "keep_ptr": None if call.keep is None else call.keep.view(torch.uint8),
-                "condition_ids_ptr": call.condition_ids,
-                "stride_ht": out.stride(0),
-                "stride_gt": call.gate.stride(0),
-                "stride_ut": call.up.stride(0),
-                "stride_kc": 0 if call.keep is None else 4 * call.keep.shape[1],
-                "T": n_tokens,
+                "stride_pn": n_sites * n_groups * 4 * width if n_tiles else 0,
+                "stride_gt": shapes.stride_gt,
+                "stride_ut": shapes.stride_ut,
+                "T": shapes.n_tokens,
                 "F": width,
                 "G": n_groups,
-                "threshold_bits": call.threshold_bits,
-                "high_bits": high_bits,
-                "low_bits": low_bits or 0,
+                "n_tiles": n_tiles,
             },
             {
-                **{f"{site.upper()}_ROW": -1 for site in SITES},
-                **rows,
+                "SITE": SITES.index(site),
                 **shared,
-                "HAS_LOW": low_bits is not None,
-                "MOMENTS": has_partials,
-                "EVEN_F": width > 0 and width % block_f == 0,
-                "TILE_T": config.tile_t,
-                "BLOCK_T": config.block_t,
-                "BLOCK_F": block_f,
+                "BLOCK_T": config.moments_block_t,
+                "BLOCK_F": config.moments_block_f,
             },
             config.num_warps,
-            # Left alone, ptxas stops at 72 registers for sm_100 and spills the next.
-            {"maxnreg": 96} if is_nvidia and call.activation == "gelu" and not has_partials else {},
+            # Left alone, ptxas stops at 96 registers for sm_100 and spills the next.
+            {"maxnreg": 128} if shared["PTX"] else {},
         )
-    ]
-    if has_moments:
-        launches += _plan_moments(call, config, shared, partial, n_rows)
-    if call.responses and width > 0:
-        launches += _plan_responses(call, config, shared)
-    return launches
+        for site in shapes.sites
+    )
 
 
-def _plan_moments(
-    call: Call,
-    config: LaunchConfig,
-    shared: dict[str, Any],
-    partial: Tensor | None,
-    n_rows: Tensor | None,
-) -> list[Launch]:
-    assert call.tokens is not None and call.sum is not None and call.sum_sq is not None
-    assert call.max is not None and call.n_nonfinite is not None
-    n_tokens, width = call.gate.shape
-    n_groups = call.tokens.shape[0]
-    launches, span = [], None
-    # Left alone, ptxas stops at 96 registers for sm_100 and spills the next.
-    options = {"maxnreg": 128} if shared["PTX"] else {}
-    if partial is None and call.group_ids is not None:
-        launch, span = _plan_span(call.group_ids, n_groups)
-        launches.append(launch)
-    for index, site in enumerate(call.sites):
-        launches.append(
-            Launch(
-                sums._moments_kernel,
-                (n_groups, triton.cdiv(width, config.moments_block_f)),
-                {
-                    "sum_ptr": call.sum[index],
-                    "sum_sq_ptr": call.sum_sq[index],
-                    "max_ptr": call.max[index],
-                    "n_nonfinite_ptr": call.n_nonfinite[index],
-                    "partial_ptr": None if partial is None else partial[:, index],
-                    "n_rows_ptr": n_rows,
-                    "span_ptr": span,
-                    "gate_ptr": call.gate,
-                    "up_ptr": call.up,
-                    "group_ids_ptr": call.group_ids,
-                    "stride_pn": 0 if partial is None else partial.stride(0),
-                    "stride_gt": call.gate.stride(0),
-                    "stride_ut": call.up.stride(0),
-                    "T": n_tokens,
-                    "F": width,
-                    "G": n_groups,
-                    "n_tiles": 0 if partial is None else partial.shape[0],
-                },
-                {
-                    **shared,
-                    "SITE": SITES.index(site),
-                    "BLOCK_T": config.moments_block_t,
-                    "BLOCK_F": config.moments_block_f,
-                },
-                config.num_warps,
-                options,
-            )
-        )
-    return launches
-
-
-def _plan_span(ids: Tensor, n: int) -> tuple[Launch, Tensor]:
-    span = torch.full((2, n), -1, dtype=torch.int64, device=ids.device)
-    n_tokens, block = ids.shape[0], 1024
-    args: dict[str, Tensor | int | None] = {"span_ptr": span, "ids_ptr": ids, "T": n_tokens, "N": n}
-    grid = (triton.cdiv(n_tokens, block),)
-    return Launch(sums._span_kernel, grid, args, {"BLOCK": block}, num_warps=4), span
-
-
-def _plan_responses(call: Call, config: LaunchConfig, shared: dict[str, Any]) -> list[Launch]:
-    assert call.prompt_ids is not None, "responses come with prompt ids"
-    n_tokens, width = call.gate.shape
-    block_f = config.block_f(call)
-    n_prompts = next(iter(call.responses.values())).shape[0]
-    launch, span = _plan_span(call.prompt_ids, n_prompts)
-    pointers = {f"{site}_response_ptr": call.responses.get(site) for site in SITES}
-    strides = {
-        f"stride_{site[0]}r": call.responses[site].stride(0) if site in call.responses else 0
-        for site in SITES
-    }
-    args: dict[str, Tensor | int | None] = {
-        **pointers,
-        "span_ptr": span,
-        "gate_ptr": call.gate,
-        "up_ptr": call.up,
-        "prompt_ids_ptr": call.prompt_ids,
-        **strides,
-        "stride_gt": call.gate.stride(0),
-        "stride_ut": call.up.stride(0),
-        "T": n_tokens,
-        "F": width,
-        "N": n_prompts,
-    }
-    constants = {**shared, "BLOCK_T": config.block_t, "BLOCK_F": block_f}
-    grid = (n_prompts, triton.cdiv(width, block_f))
-    return [
-        launch,
-        Launch(sums._responses_kernel, grid, args, constants, config.num_warps),
-    ]
+def _responses_form(shapes: Shapes, config: LaunchConfig, shared: dict[str, Any]) -> Form:
+    block_f = config.block_f(shapes.dtype)
+    strides = zip(SITES, shapes.strides_r, strict=True)
+    return Form(
+        sums._responses_kernel,
+        (shapes.n_prompts, triton.cdiv(shapes.width, block_f)),
+        (
+            *(f"{site}_response_ptr" for site in SITES),
+            *("span_ptr", "gate_ptr", "up_ptr", "prompt_ids_ptr"),
+        ),
+        {
+            **{f"stride_{site[0]}r": stride or 0 for site, stride in strides},
+            "stride_gt": shapes.stride_gt,
+            "stride_ut": shapes.stride_ut,
+            "T": shapes.n_tokens,
+            "F": shapes.width,
+            "N": shapes.n_prompts,
+        },
+        {**shared, "BLOCK_T": config.block_t, "BLOCK_F": block_f},
+        config.num_warps,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # Which gates are hits at the site act
 
 
-def _gate_limits(call: Call) -> tuple[int, int | None] | None:
+def _gate_limits(shapes: Shapes) -> tuple[int, int | None] | None:
     """(high, low) as float32 bits when the kernel may compute act in the fast form, else None.
 
     The exact form is needed where its bits are recorded: in float32, and for the site product. For
     the site act gate is enough: it tells hits and the maximum. relu needs no fast form.
     """
-    if call.gate.dtype == torch.float32 or call.activation == "relu" or "product" in call.sites:
+    is_exact = shapes.dtype == torch.float32 or shapes.activation == "relu"
+    if is_exact or "product" in shapes.sites:
         return None
-    if "act" not in call.sites:
+    if "act" not in shapes.sites:
         return 0, None
-    return _limits_of(call.activation, call.gate.dtype, call.threshold_bits)
+    return _limits_of(shapes.activation, shapes.dtype, shapes.threshold_bits)
 
 
 @functools.cache

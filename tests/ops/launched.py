@@ -1,0 +1,148 @@
+"""Compares what our launches launch with what Triton would; test_launches.py runs this file.
+
+A driver that launches nothing (bench/host.py) sees both: the grid, the compiled kernel, the
+arguments. Prints {what was seen: number} as JSON.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+
+import torch
+
+from bench import host
+from relneuron import ops
+from relneuron.ops import launches
+
+DRIVER = host.install()
+host.take_cpu_tensors()
+SEEN = collections.Counter()
+KERNELS = collections.defaultdict(set)
+
+
+def seen() -> tuple:
+    """Of the last launch what decides: kernel, grid, and the arguments that are not constants."""
+    x, y, z, _, function, *_ = DRIVER.launched
+    args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in DRIVER.launched[9:]]
+    return function, (x, y, z), args
+
+
+def run(launch: launches.Launch) -> None:
+    own_run(launch)
+    ours = seen()
+    form = launch.form
+    key = [k for k in form.compiled if k[1:] == tuple(is_aligned(t) for t in launch.tensors)]
+    SEEN["launches"] += 1
+    assert len(key) == 1
+    form.kernel[form.grid](**launch.args, **launch.constants, **launch.compiler_options())
+    assert ours == seen(), (form.kernel, ours, seen())
+    KERNELS[form.kernel.__name__].add(ours[0])
+    before = SEEN["by triton"]
+    own_run(launch)
+    assert ours == seen() and SEEN["by triton"] == before, "the second time Triton is not asked"
+
+
+def is_aligned(tensor: torch.Tensor | None) -> bool | None:
+    return None if tensor is None else tensor.data_ptr() % 16 == 0
+
+
+def count_triton(kernel: object) -> None:
+    own = kernel.run
+
+    def counted(*args, **kwargs):
+        SEEN["by triton"] += 1
+        return own(*args, **kwargs)
+
+    kernel.run = counted
+
+
+own_run, launches.Launch.run = launches.Launch.run, run
+dice = random.Random(0)
+
+
+def matrix(rows: int, width: int, dtype: torch.dtype, *, fill: float = 0.5) -> torch.Tensor:
+    """Rows of some stride that begin somewhere: both decide what is compiled."""
+    stride = width + dice.choice([0, 0, 3, 16])
+    start = dice.choice([0, 0, 1, 16])
+    return torch.full((start + rows * stride,), fill, dtype=dtype).as_strided(
+        (rows, width), (stride, 1), start
+    )
+
+
+def swiglu() -> None:
+    rows, width = dice.choice([1, 2, 16, 33]), dice.choice([16, 1, 48, 40])
+    dtype = dice.choice([torch.bfloat16, torch.float16, torch.float32])
+    gate, up = matrix(rows, width, dtype), matrix(rows, width, dtype)
+    groups = dice.choice([0, 1, 3, 20])
+    ids = torch.zeros(rows + 1, dtype=torch.int32)
+    options = {}
+    residual = dice.random() < 0.3
+    if groups:
+        sites = dice.choice([("act",), ("up", "gate"), ("product",)])
+        stats = ops.GroupStats(
+            groups=groups,
+            width=width,
+            sites=("down",) if residual else sites,
+            moments=dice.random() < 0.5,
+            threshold=dice.choice([0.0, -0.1]),
+        )
+        options |= {"stats": stats, "group_ids": ids[dice.choice([0, 1]) :][:rows]}
+    if dice.random() < 0.4:
+        keep = torch.full((2, (width + 31) // 32), -1, dtype=torch.int32)
+        options |= {"keep": keep, "condition_ids": ids[:rows] if dice.random() < 0.5 else None}
+    if dice.random() < 0.3:
+        site = "down" if residual else dice.choice(["gate", "act"])
+        sums = {site: matrix(dice.choice([1, 4]), width, torch.float32)}
+        options |= {"responses": sums, "prompt_ids": ids[:rows]}
+    if residual:
+        ops.residual_stats(gate, up, backend="triton", **options)
+    else:
+        activation = dice.choice(["silu", "silu", "relu"])
+        ops.swiglu_stats(gate, up, activation=activation, backend="triton", **options)
+
+
+def rank() -> None:
+    rows, columns = dice.choice([1, 2, 16, 40]), dice.choice([1, 3, 16])
+    dtype = dice.choice([torch.bfloat16, torch.float32])
+    values = matrix(rows, columns, dtype)
+    values = values if dice.random() < 0.5 else values.T.contiguous().T
+    labels = torch.ones(dice.choice([1, 2, 16]), rows, dtype=torch.int8)
+    weights = torch.ones_like(labels, dtype=torch.uint8) if dice.random() < 0.3 else None
+    ops.average_precision(values, labels, weights=weights, backend="triton")
+
+
+def gain() -> None:
+    n_sentences, n_neurons, width = dice.choice([1, 2, 8]), dice.choice([1, 5, 16]), 4
+    x, values, unembed = (torch.ones(n, width) for n in (n_sentences, n_neurons, 24))
+    coefficients = torch.ones(n_sentences, n_neurons)
+    after = torch.ones_like(coefficients) * 2 if dice.random() < 0.4 else None
+    targets = torch.zeros(n_sentences, dtype=torch.int64)
+    scale = torch.ones(n_sentences)
+    given = (x, values, coefficients, unembed, scale, targets)
+    mode = dice.choice(["exact", "certified"])
+    ops.logprob_gain(*given, mode=mode, scale_after=after, backend="triton", tolerance=1e-9)
+    if after is None:
+        ops.logprob_gain(*given, mode="top", top=1, backend="triton")
+
+
+def main() -> None:
+    from relneuron.ops.average_precision import triton_launch as ranking
+    from relneuron.ops.logprob_gain import triton_kernels as gains
+    from relneuron.ops.swiglu_stats import triton_kernels, triton_sums
+
+    for module in (ranking, gains, triton_kernels, triton_sums):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                count_triton(kernel)
+    for op, n in ((swiglu, 150), (rank, 40), (gain, 25)):
+        for _ in range(n):
+            op()
+    print(json.dumps({**SEEN, **{name: len(found) for name, found in KERNELS.items()}}))
+
+
+if __name__ == "__main__":
+    main()
