@@ -40,7 +40,7 @@ def run(launch: launches.Launch) -> None:
     dtypes = [None if t is None else t.dtype for t in launch.tensors]
     known = DTYPES.setdefault(form, dtypes)
     assert all(a is b for a, b in zip(dtypes, known, strict=True) if a and b), "a form has dtypes"
-    key = [k for k in form.compiled if k[1:] == tuple(is_aligned(t) for t in launch.tensors)]
+    key = [k for k in form.compiled if k[2:] == tuple(is_aligned(t) for t in launch.tensors)]
     SEEN["launches"] += 1
     assert len(key) == 1
     form.kernel[form.grid](**launch.args, **launch.constants, **launch.compiler_options())
