@@ -59,7 +59,8 @@ class Launch(NamedTuple):
 
         Triton chooses what it has compiled by numbers, constants and dtypes, which the form has,
         and of each tensor by whether it is there, and whether its address is a multiple of 16. On
-        an AMD GPU it also looks at the size of its memory, so it is asked each time there.
+        an AMD GPU it also looks at the size of its memory, so it is asked each time there. (Its
+        switches for debugging are read when a kernel is launched for the first time.)
         """
         form, tensors = self.form, self.tensors
         if form.compiled:
