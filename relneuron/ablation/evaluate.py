@@ -189,7 +189,7 @@ class Evaluator:
         self, patch: Patch, wave: range, ask: Ask, positions: str, part: list[Row]
     ) -> list[Any]:
         """One forward's rows, or those of a few."""
-        ids = torch.tensor([row.condition - wave.start + 1 for row in part]).int()
+        ids = torch.tensor([row.condition - wave.start + 1 for row in part], device="cpu").int()
         mark = _marker(patch, ids.to(self.asker.device), positions)
         return ask([row.prompt for row in part], mark)
 

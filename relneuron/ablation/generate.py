@@ -119,7 +119,7 @@ class Continuer(Asker):
         # Padding is no token of the prompt: it must not be penalised.
         prompt_rows, columns = mask.nonzero(as_tuple=True)
         prompt_tokens = tokens[prompt_rows, columns]
-        seen = torch.empty(0)
+        seen = torch.empty(0, device="cpu")
         made: list[list[int]] = [[] for _ in rows]
         ends = [""] * len(rows)
         going = list(range(len(rows)))

@@ -66,7 +66,7 @@ def row_states(residual: ResidualModel, offs: Sequence[Off]) -> list[LayerState]
         layers, indices = np.divmod(places, width)
         for layer in np.unique(layers).tolist():
             here = layers == layer
-            mask = torch.zeros(len(chosen), width, dtype=torch.bool)
+            mask = torch.zeros(len(chosen), width, dtype=torch.bool, device="cpu")
             mask[torch.from_numpy(rows[here]), torch.from_numpy(indices[here])] = True
             new = {site: Replacement(mask.to(residual.unembed.device))}
             found[layer].replace = (found[layer].replace or {}) | new

@@ -75,14 +75,16 @@ class Scorer:
         """The mean NLL in nats of tokens 2 to n of each window; its last token is not run."""
         try:
             if self._in_slices:
-                return self._read(rows, torch.arange(len(rows)), before_step)
+                return self._read(rows, torch.arange(len(rows), device="cpu"), before_step)
             longest = max(len(self.ids[row]) - 1 for row in rows)
             n = max(1, LOGITS // (longest * self._vocabulary))
             parts = [range(i, min(i + n, len(rows))) for i in range(0, len(rows), n)]
             return [
                 nll
                 for part in parts
-                for nll in self._read([rows[i] for i in part], torch.tensor(part), before_step)
+                for nll in self._read(
+                    [rows[i] for i in part], torch.tensor(part, device="cpu"), before_step
+                )
             ]
         except (RuntimeError, MemoryError) as error:
             if len(rows) > 1 or not is_out_of_memory(error):
@@ -96,11 +98,11 @@ class Scorer:
         self, rows: Sequence[int], places: Tensor, before_step: Callable[[Step], None]
     ) -> list[float]:
         """One forward; `places` are the rows among those that were asked."""
-        lengths = torch.tensor([len(self.ids[row]) - 1 for row in rows])
-        inside = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids, targets = torch.zeros(2, *inside.shape, dtype=torch.int64)
+        lengths = torch.tensor([len(self.ids[row]) - 1 for row in rows], device="cpu")
+        inside = torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
+        ids, targets = torch.zeros(2, *inside.shape, dtype=torch.int64, device="cpu")
         for i, row in enumerate(rows):
-            window = torch.tensor(self.ids[row], dtype=torch.int64)
+            window = torch.tensor(self.ids[row], dtype=torch.int64, device="cpu")
             ids[i, : lengths[i]], targets[i, : lengths[i]] = window[:-1], window[1:]
         mask = inside.long().to(self.device)
         options = {} if bool(inside.all()) else {"attention_mask": mask}

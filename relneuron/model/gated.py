@@ -134,7 +134,11 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
             return Verdict(number, None, "mixture of experts, not one gated MLP")
         if found:
             return Verdict(number, None, f"{len(found)} gated MLPs ({', '.join(found)}), not one")
-        maps = [name for name, m in names.items() if getattr(m, "weight", torch.ones(1)).dim() == 2]
+        maps = [
+            name
+            for name, m in names.items()
+            if getattr(m, "weight", torch.ones(1, device="cpu")).dim() == 2
+        ]
         return Verdict(number, None, f"no gated MLP (linear maps: {', '.join(maps) or 'none'})")
     module = names[found[0]]
     patched = getattr(module.__dict__.get("forward"), "mlp", None)
@@ -175,9 +179,15 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         hidden = cast(Tensor, weights[-1]).shape[0]
+<<<<<<< HEAD
         # Rows of several sizes, since a clamp acts on large numbers only.
         rows = torch.randn(3, 1, hidden, generator=generator) * _SIZES.reshape(-1, 1, 1)
         x = rows.to(weight.device, weight.dtype)
+=======
+        x = torch.randn(1, 1, hidden, generator=generator, device="cpu").to(
+            weight.device, weight.dtype
+        )
+>>>>>>> host
         width = int(cast(Any, linears[0])(x).shape[-1]) // (2 if packed else 1)
         activation = _activation(module, weight)
         if activation is None:

@@ -91,7 +91,7 @@ def instrument(
     ]
     patch = Patch(mlps, [LayerState(stats=s) for s in stats], backend=backend)
     # Until the first `batch` no shape fits: a forward without it raises instead of counting.
-    patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32))
+    patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     with patch:
         yield Probe(names, stats, patch)
 

@@ -31,7 +31,7 @@ def _settle_arithmetic() -> None:
     # one may get code of lower accuracy: cosines of rotary embeddings that were off by 4e-5 in one
     # of fifteen runs. One element is one thread.
     for function in (torch.cos, torch.sin, torch.exp, torch.tanh, torch.erf, torch.log):
-        function(torch.ones(1))
+        function(torch.ones(1, device="cpu"))
 
 
 def choose_device(asked: str | None) -> str:

@@ -143,7 +143,7 @@ def _check_sums(residual: ResidualModel) -> None:
     """Compare every sum that the scores are built on with what the model computed."""
     generator = torch.Generator().manual_seed(0)
     highest = residual.model.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, highest, (_N_CHECKED,), generator=generator).tolist()
+    ids = torch.randint(0, highest, (_N_CHECKED,), generator=generator, device="cpu").tolist()
     found = trace(residual, [ids])
     n = len(residual.layers)
     parts = (found.r, found.attention, found.ffn, found.neurons, found.weights, found.values)

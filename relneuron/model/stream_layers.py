@@ -310,7 +310,7 @@ def read_norm(module: nn.Module, hidden: int) -> Norm:
     if not isinstance(eps, float) or weight.shape != (hidden,):
         raise Unfound(f"{type(module).__name__} has no eps or not {hidden} weights")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(hidden, generator=generator, dtype=torch.float64)
+    x = torch.randn(hidden, generator=generator, dtype=torch.float64, device="cpu")
     inputs = torch.stack([x, x * eps**0.5]).to(weight.device, weight.dtype)
     with torch.no_grad():
         outputs = cast(Tensor, module(inputs)).double()

@@ -158,7 +158,9 @@ def trace(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
         return _run(residual, ids)
     # Eager attention casts a float64 model's mask to float32, where its least number is -inf; rows
     # of padding alone would be NaN, and so would be everything that sees them.
-    found = _empty(residual, torch.tensor([lengths[-1] - len(line) for line in ids]), lengths[-1])
+    found = _empty(
+        residual, torch.tensor([lengths[-1] - len(line) for line in ids], device="cpu"), lengths[-1]
+    )
     for length in lengths:
         rows = [row for row, line in enumerate(ids) if len(line) == length]
         _put(found, _run(residual, [ids[row] for row in rows]), rows)

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 # Forms that a launcher keeps of each kind; a study has batches of a few hundred lengths.
 N_KEPT = 2048
@@ -35,7 +36,7 @@ class Form:
     constants: Mapping[str, Any]
     num_warps: int
     options: Mapping[str, Any] = field(default_factory=dict)
-    # What launches the kernel as compiled for a device, by which tensors are there and aligned.
+    # What launches the kernel as it was compiled for tensors of some `_likeness`.
     compiled: dict[tuple[object, ...], Any] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -47,8 +48,7 @@ class Form:
         return {"num_warps": self.num_warps, "enable_fp_fusion": False, **self.options}
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel launch: `bench/offline` compiles it, the ops run it."""
 
     form: Form
@@ -59,25 +59,21 @@ class Launch:
 
         Triton chooses what it has compiled by numbers, constants and dtypes, which the form has,
         and of each tensor by whether it is there, and whether its address is a multiple of 16. On
-        an AMD GPU it also looks at the size of its memory, so it is asked each time there.
+        an AMD GPU it also looks at the size of its memory, so it is asked each time there. (Its
+        switches for debugging are read when a kernel is launched for the first time.)
         """
         form, tensors = self.form, self.tensors
-        given = tensors[0] if tensors[0] is not None else next(t for t in tensors if t is not None)
-        key = (
-            given.device,
-            *[None if t is None else t.data_ptr() % 16 == 0 for t in tensors],
-        )
-        again = form.compiled.get(key)
-        if again is not None:
-            again(*tensors, *form._numbers)
-            return
+        if form.compiled:
+            again = form.compiled.get(_likeness(tensors))
+            if again is not None:
+                again(*tensors, *form._numbers)
+                return
         compiled = form.kernel[form.grid](**self.args, **self.constants, **self.compiler_options())
         # Not so in the interpreter, and where another thread of Triton's is compiling it.
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
-            assert [*self.args, *self.constants] == form.kernel.arg_names, (
-                "they stand in this order"
-            )
-            form.compiled[key] = compiled[(*form.grid, 1, 1)[:3]]
+            names = [*self.args, *self.constants]
+            assert names == form.kernel.arg_names, "they stand in the kernel's order"
+            form.compiled[_likeness(tensors)] = compiled[(*form.grid, 1, 1)[:3]]
 
     # What the form and the tensors are together, by name.
 
@@ -103,6 +99,13 @@ class Launch:
 
     def compiler_options(self) -> dict[str, Any]:
         return self.form.compiler_options()
+
+
+def _likeness(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...]:
+    """What Triton looks at beside a form: the device, and each tensor's alignment."""
+    active = driver.active
+    aligned = [None if t is None else t.data_ptr() % 16 == 0 for t in tensors]
+    return (active, active.get_current_device(), *aligned)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

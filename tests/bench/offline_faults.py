@@ -57,7 +57,7 @@ def products(kernel, stride: str = "stride_ot") -> list[str]:
 
 
 def changed(launch: Launch, **fields: Any) -> Launch:
-    return replace(launch, form=replace(launch.form, **fields))
+    return launch._replace(form=replace(launch.form, **fields))
 
 
 def main() -> None:

@@ -110,6 +110,26 @@ def results(dtype: torch.dtype, backend: str, is_broken: bool) -> list[torch.Ten
     return found
 
 
+def forward() -> dict[str, object]:
+    """Of a model in bfloat16 with neurons off, and how the manifest of a stage describes it."""
+    from relneuron.model.gated import find_gated_mlps
+    from relneuron.model.instrument import ablate
+    from tests.conftest import tiny_model
+
+    model = tiny_model("llama", torch.bfloat16)
+    ids, neurons = torch.tensor([[3, 4, 5, 6]]), [(0, "gate", 1), (1, "up", 2), (2, "down", 3)]
+    logits = []
+    for backend in ("auto", "reference"):
+        with torch.no_grad(), ablate(model, neurons, backend=backend):
+            logits.append(model(ids).logits)
+    described = load.describe_model("tiny", model, find_gated_mlps(model), "auto")
+    return {
+        "same": torch.equal(*logits),
+        "backend": described["backend"],
+        "fallbacks": load.fallbacks(described),
+    }
+
+
 def main(setting: str) -> None:
     set_up(setting)
     seen = {}
@@ -137,7 +157,8 @@ def main(setting: str) -> None:
             "fallbacks": load.fallbacks(described),
         }
     doctor = dict(machine_report())["backend triton"]
-    print(json.dumps({"doctor": doctor, **seen}))
+    model = forward() if "sm_75" in setting else None
+    print(json.dumps({"doctor": doctor, "model": model, **seen}))
 
 
 if __name__ == "__main__":

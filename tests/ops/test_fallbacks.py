@@ -79,6 +79,9 @@ def test_auto_is_plain_torch_and_says_why_once(setting: str, tmp_path: Path) -> 
         assert reason in seen["doctor"] and str(tmp_path) not in reason
     assert seen["doctor"].startswith("works" if len(broken) == 1 else "does not work")
     assert ("not for bfloat16" in seen["doctor"]) == (len(broken) == 1)
+    if seen["model"] is not None:
+        own = {name: seen["bfloat16"][name] for name in ("same", "backend", "fallbacks")}
+        assert seen["model"] == own
     # A warning for each op that was called with what is broken: twice or more, in up to 3 dtypes.
     ops = ["swiglu_stats", "average_precision", *(["logprob_gain"] if len(broken) == 3 else [])]
     assert [text.split()[1] for text in said] == ops
@@ -87,7 +90,7 @@ def test_auto_is_plain_torch_and_says_why_once(setting: str, tmp_path: Path) -> 
 
 def test_where_launches_work_nothing_is_said(tmp_path: Path) -> None:
     seen = run("none", tmp_path)
-    assert seen.pop("doctor") == "works: kernels for a GPU"
+    assert seen.pop("doctor") == "works: kernels for a GPU" and seen.pop("model") is None
     for found in seen.values():
         assert found["same"] and found["backend"] == "triton"
         assert not found["warnings"] + found["raised"] + found["fallbacks"]

@@ -34,7 +34,9 @@ def test_launches_are_those_that_triton_would_make() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout)
-    assert seen["launches"] > 400 and seen["_swiglu_stats_kernel"] > 100
+    assert (
+        seen["launches"] > 1000 and seen["known calls"] > 50 and seen["_swiglu_stats_kernel"] > 100
+    )
     # Each launch was made once by Triton for the comparison, and at most once to begin with.
     assert seen["launches"] <= seen["by triton"] < 2 * seen["launches"]
     kernels = {name for name in seen if name.endswith("_kernel")}

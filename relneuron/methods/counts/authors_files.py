@@ -129,7 +129,9 @@ def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) ->
                     "identify the neurons again",
                 )
             layers[layer].add(index)
-        lists.append([torch.tensor(sorted(indices), dtype=torch.int64) for indices in layers])
+        lists.append(
+            [torch.tensor(sorted(indices), dtype=torch.int64, device="cpu") for indices in layers]
+        )
     with locked(path.parent):
         atomic_write(path, _saved(lists))
 

@@ -196,7 +196,7 @@ def type_tokens(targets: Sequence[int], types: Sequence[str]) -> dict[str, Tenso
     found: dict[str, set[int]] = {}
     for target, kind in zip(targets, types, strict=True):
         found.setdefault(kind, set()).add(target)
-    return {kind: torch.tensor(sorted(tokens)) for kind, tokens in found.items()}
+    return {kind: torch.tensor(sorted(tokens), device="cpu") for kind, tokens in found.items()}
 
 
 def keep(
@@ -217,7 +217,7 @@ def keep(
     own = logits.gather(1, targets[:, None])
     kept = ((logits > own).sum(1) < N_MOST_PROBABLE) & own[:, 0].isfinite()
     for kind in dict.fromkeys(types):
-        rows = torch.tensor([i for i, name in enumerate(types) if name == kind])
+        rows = torch.tensor([i for i, name in enumerate(types) if name == kind], device="cpu")
         rows, tokens = rows.to(logits.device), type_tokens[kind].to(logits.device)
         is_own = tokens == targets[rows, None]
         for i, row in enumerate(rows.tolist() if rights else ()):

@@ -113,7 +113,7 @@ class _Responses:
 
     def store(self, layer: int, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
         """Write a batch's means of one layer: sums over pooled tokens by their number."""
-        divisors = torch.tensor([self._divisor[row] for row in rows]).unsqueeze(1)
+        divisors = torch.tensor([self._divisor[row] for row in rows], device="cpu").unsqueeze(1)
         places = [self._row[row] for row in rows]
         for site, values in sums.items():
             self._maps[f"{site}.{layer}"][places] = (values.cpu() / divisors).numpy()

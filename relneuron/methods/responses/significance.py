@@ -218,7 +218,7 @@ class Significance:
         places = self.places[layer, site]
         if not places:
             return
-        columns = torch.tensor([self.neurons[place][2] for place in places])
+        columns = torch.tensor([self.neurons[place][2] for place in places], device="cpu")
         own = values[torch.from_numpy(self.members)[:, None], columns]
         self._waiting.append((places, own))
         if sum(waiting.nbytes for _, waiting in self._waiting) >= WAITING_BYTES:

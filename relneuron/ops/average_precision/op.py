@@ -243,7 +243,7 @@ def average_precision_cpu(
 ) -> Tensor | None:
     """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
     n, m = values.shape
-    ap = torch.empty(len(labels), m)
+    ap = torch.empty(len(labels), m, device="cpu")
     labels = labels.contiguous()
     weights = weights.contiguous() if weights is not None else None
     is_finite = cpu_module().average_precision(

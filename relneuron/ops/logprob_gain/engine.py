@@ -208,7 +208,7 @@ def _call_cpu(base: Base, rows: Tensor, **given: Any) -> Tensor:
     unembed = base.head.unembed
     if unembed.stride(1) != 1:
         unembed = unembed.contiguous()
-    largest = torch.empty(len(rows))
+    largest = torch.empty(len(rows), device="cpu")
     cpu_module().logprob_gain(
         values=base.values.data_ptr(),
         stride_vk=base.values.stride(0),
@@ -231,7 +231,7 @@ def _call_cpu(base: Base, rows: Tensor, **given: Any) -> Tensor:
 
 def _cpu_sums(base: Base, pairs: Pairs, t: Tensor, tilt: Tensor | None) -> tuple[Tensor, Tensor]:
     """`Engine._log_sums` by the C++ kernel."""
-    log_sums = torch.empty(len(t), dtype=torch.float64)
+    log_sums = torch.empty(len(t), dtype=torch.float64, device="cpu")
     largest = _call_cpu(
         base,
         pairs.rows,
@@ -247,7 +247,7 @@ def _cpu_sums(base: Base, pairs: Pairs, t: Tensor, tilt: Tensor | None) -> tuple
 
 def _cpu_moments(base: Base, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """E_p b^2 and E_p b^3 (U, E) float64 and the largest |b| (U,) of some neurons."""
-    second = torch.empty(len(rows), len(base.x), dtype=torch.float64)
+    second = torch.empty(len(rows), len(base.x), dtype=torch.float64, device="cpu")
     third = torch.empty_like(second)
     largest = _call_cpu(base, rows, second=second.data_ptr(), third=third.data_ptr())
     return second, third, largest

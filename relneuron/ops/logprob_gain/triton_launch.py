@@ -188,7 +188,7 @@ class Pairs(NamedTuple):
 
 def _are_all_pairs(starts: Tensor, sentence: Tensor, shape: tuple[int, int]) -> bool:
     """Whether every neuron (of K) has every sentence (of E), in order."""
-    if not torch.equal(starts, torch.arange(shape[0] + 1) * shape[1]):
+    if not torch.equal(starts, torch.arange(shape[0] + 1, device="cpu") * shape[1]):
         return False
     order = torch.arange(shape[1], device=sentence.device)
     return bool((sentence.reshape(shape) == order).all())
@@ -198,7 +198,7 @@ def _list_programs(starts: Tensor, shared: int) -> tuple[Tensor, Tensor]:
     """Of every program the neuron, and its first pair: `shared` of them each, from row starts."""
     n_programs = (starts.diff() + shared - 1) // shared
     row = torch.repeat_interleave(n_programs)
-    number = torch.arange(len(row)) - (n_programs.cumsum(0) - n_programs)[row]
+    number = torch.arange(len(row), device="cpu") - (n_programs.cumsum(0) - n_programs)[row]
     return row, starts[row] + shared * number
 
 

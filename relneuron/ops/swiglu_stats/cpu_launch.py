@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from relneuron.ops.backends import cpu_module
 from relneuron.ops.swiglu_stats.checks import DTYPES, Names
@@ -63,11 +64,17 @@ def is_eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
+        or (torch._C._is_torch_function_mode_enabled() and not _is_default_device_all())
         or torch._C._functorch.peek_interpreter_stack()
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
+
+
+def _is_default_device_all() -> bool:
+    """Whether the only mode is `torch.set_default_device`: nothing here asks for that device."""
+    n_modes = torch._C._len_torch_function_stack()
+    return n_modes == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext
 
 
 @functools.cache

@@ -71,7 +71,8 @@ def swiglu_stats(
         out            (T, F) tensor for h; like all that is written (stats, responses) it may share
                        memory with no other argument
         ids_checked    True: the caller promises that all ids are in range (saves one look at them)
-        backend        auto | reference | cpu | triton; a backend that cannot run here raises
+        backend        auto | reference | cpu | triton; a backend that cannot run here raises; auto
+                       is the reference where no kernel can run, and warns once why
 
     Values. The sites of token t and neuron f are, each rounded to the dtype of gate,
         gate, up, act = activation(gate), product = act * up
@@ -198,7 +199,7 @@ def run_checked(
         found = known(key)
         if found is not None:
             if out is None and not only_stats:
-                out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+                out = torch.empty_like(gate, memory_format=torch.contiguous_format)
             count, tokens, sum, sum_sq, max, n_nonfinite = (
                 (None,) * 6 if stats is None else stats._tensors()
             )
