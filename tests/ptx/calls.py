@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,6 +156,19 @@ def ranking(
     results = [
         average_precision(values.to(dtype), labels, weights=weights, backend=backend)
         for backend in ("triton", "reference")
+    ]
+    assert_same_bits(*results, "average precision")
+
+
+def ranking_of_far_columns() -> None:
+    """Columns 2^29 numbers apart: the last one is 2^31 from the first."""
+    # numpy's zeros take no memory until something is written there.
+    room = torch.from_numpy(np.zeros(5 << 29, np.int16)).view(torch.bfloat16)
+    values = room.as_strided((40, 5), (1, 1 << 29))
+    values.copy_(normal(40, 5, dtype=torch.bfloat16))
+    labels = integers(0, 2, 2, 40).to(torch.int8)
+    results = [
+        average_precision(each, labels, backend="triton") for each in (values, values.clone())
     ]
     assert_same_bits(*results, "average precision")
 

@@ -97,13 +97,14 @@ class Stand:
         # Two that Triton adds: scratch in global memory, which no kernel of ours has.
         values += [0] * (len(machine.kernel.parameters) - len(values))
         start = time.perf_counter()
-        before = machine.hits.total()
-        reports = machine.run(grid, values, memory, compiled.metadata.shared, self.options)
-        self.log.seconds += time.perf_counter() - start
-        self.log.launches[compiled.name] += 1
-        self.log.instructions += machine.hits.total() - before
-        for text, n in reports.items():
-            self.log.reports[f"{compiled.name}: {text}"] += n
+        try:
+            machine.run(grid, values, memory, compiled.metadata.shared, self.options)
+        finally:
+            self.log.seconds += time.perf_counter() - start
+            self.log.launches[compiled.name] += 1
+            self.log.instructions += machine.n_instructions
+            for text, n in machine.reports.items():
+                self.log.reports[f"{compiled.name}: {text}"] += n
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Stand]:

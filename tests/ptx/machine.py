@@ -37,8 +37,8 @@ class Machine(Code):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
         self._granule = shared_granule(kernel)
-        # How often each block has run.
-        self.hits: Counter[int] = Counter()
+        # Of the last launch, each counted once for all threads that are together.
+        self.n_instructions = 0
         # The first time finds how each register is read, the second uses it where it is written.
         for _ in range(2):
             self._blocks = [self._compile(number) for number in range(len(kernel.blocks))]
@@ -66,8 +66,9 @@ class Machine(Code):
         memory: GlobalMemory,
         shared_bytes: int,
         options: Options,
-    ) -> Counter[str]:
-        """One launch; what is reported without ending it, by how often."""
+    ) -> None:
+        """One launch; `reports` has what was found without ending it, by how often."""
+        self.n_instructions = 0
         self.grid = (*grid, 1, 1)[:3]
         self.memory, self.options = memory, options
         self.reports = Counter()
@@ -82,7 +83,6 @@ class Machine(Code):
                 programs = np.arange(first, min(first + batch, n_programs))
                 self.start(programs, shared_bytes, self._granule)
                 self._schedule()
-        return self.reports
 
     def _schedule(self) -> None:
         pending: dict[int, Mask] = {0: None}
@@ -95,7 +95,7 @@ class Machine(Code):
                 raise Fault(f"{self.kernel.name}: runs past its end")
             code = self._blocks[at]
             self._steps(code, mask)
-            self.hits[at] += 1
+            self.n_instructions += len(code.steps)
             op = None if code.end is None else code.end.op
             if op in ("ret", "exit"):
                 ended = ended | (np.True_ if mask is None else mask)

@@ -254,8 +254,9 @@ def launch(
         memory.add(array.ctypes.data, array.nbytes, name, 1)
     memory.finish(True)
     addresses = [given.ctypes.data, wanted.ctypes.data, -7]
-    reports = Machine(parse(text)).run((grid,), addresses, memory, shared, options or Options())
-    return wanted, list(reports)
+    machine = Machine(parse(text))
+    machine.run((grid,), addresses, memory, shared, options or Options())
+    return wanted, list(machine.reports)
 
 
 _REGISTERS = {1: "%p", 2: "%rs", 4: "%r", 8: "%rd"}

@@ -6,18 +6,19 @@ each flag, against the reference. By hand, for longer: python -m tests.ptx --lon
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, shared_folder
+from tests.ptx.__main__ import FAULTS
 from tests.ptx.parse import Fault
 from tests.ptx.test_forms import FORMS, launch
 
@@ -359,17 +360,11 @@ def test_programs_race_with_each_other() -> None:
 # --- the kernels ---------------------------------------------------------------------------------
 
 
-@functools.cache
 def asked(*words: str) -> dict[str, Any]:
     """What `python -m tests.ptx` says as JSON."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ptx", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tests.ptx", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -380,5 +375,18 @@ def test_every_kernel_and_flag(capability: str) -> None:
     known = {key if isinstance(key, str) else key[0] for key in FORMS} | WHOLE
     assert set(found.pop("forms")) <= known
     assert len(found) >= (7 if capability == "80" else 25)
-    wrong = {name: said for name, said in found.items() if isinstance(said, str)}
-    assert not wrong
+    assert not {name: said for name, said in found.items() if isinstance(said, str)}
+
+
+@pytest.fixture(scope="session")
+def said_of_faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    def make(folder: Path) -> None:
+        (folder / "said.json").write_text(json.dumps(asked("--faults")))
+
+    folder = shared_folder(tmp_path_factory, "ptx_faults", make)
+    return json.loads((folder / "said.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_a_kernel_is_found(name: str, said_of_faults: dict[str, str]) -> None:
+    assert re.search(FAULTS[name].said, said_of_faults[name]), said_of_faults[name]
