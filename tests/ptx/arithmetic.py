@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx import rounding
-from tests.ptx.code import Code, Step, form
+from tests.ptx.code import Code, Mask, Step, form
 from tests.ptx.parse import Fault, Instruction, Operand
 from tests.ptx.rounding import TYPES, UNSIGNED
 
@@ -31,6 +31,9 @@ def apply(
     R = code.R
     slots = [code.use(source, kind) for source, kind in zip(sources, types, strict=True)]
     put = code.put(destination, result, instruction)
+    only = code.temporary(destination, result, instruction)
+    if only is not None:
+        return _direct(R, only, function, slots)
     if len(slots) == 1:
         (a,) = slots
         return lambda mask: put(function(R[a]), mask)
@@ -39,6 +42,22 @@ def apply(
         return lambda mask: put(function(R[a], R[b]), mask)
     a, b, c = slots
     return lambda mask: put(function(R[a], R[b], R[c]), mask)
+
+
+def _direct(R: list[Any], only: int, function: Function, slots: list[int]) -> Step:
+    """The same where the result stands in one place, whatever the mask."""
+    a, b, c = (*slots, 0, 0)[:3]
+
+    def one(mask: Mask) -> None:
+        R[only] = function(R[a])
+
+    def two(mask: Mask) -> None:
+        R[only] = function(R[a], R[b])
+
+    def three(mask: Mask) -> None:
+        R[only] = function(R[a], R[b], R[c])
+
+    return (one, two, three)[len(slots) - 1]
 
 
 def parts_of(instruction: Instruction) -> list[str]:

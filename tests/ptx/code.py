@@ -98,39 +98,42 @@ class Groups:
 
 
 class Products(Groups):
-    """Sums that nobody may read yet: register -> (what writes it, value, group of each program)."""
+    """Sums that nobody may read yet: their registers -> (what writes them, sums, groups)."""
 
     def __init__(self, n_programs: int) -> None:
         super().__init__(n_programs)
-        self.sums: dict[str, tuple[Put, Array, Array]] = {}
+        self.sums: dict[tuple[str, ...], tuple[Callable[[Array, Mask], None], Array, Array]] = {}
 
-    def now(self, name: str, value: Any) -> Array:
-        """The sum as a product sees it: the one held back, or the register's value."""
-        if name not in self.sums:
-            return value  # type: ignore[no-any-return]
-        _, held, group = self.sums[name]
-        return held if value is NEVER else np.where((group >= 0)[:, None], held, value)
+    def now(self, names: tuple[str, ...], read: Callable[[], Array]) -> Array:
+        """The sums as a product sees them: those held back, or what `read` finds in registers."""
+        if names not in self.sums:
+            return read()
+        _, held, group = self.sums[names]
+        is_held = (group >= 0)[:, None, None, None]
+        return held if is_held.all() else np.where(is_held, held, read())
 
-    def hold(self, name: str, put: Put, value: Array, mask: Mask) -> None:
+    def hold(
+        self, names: tuple[str, ...], put: Callable[[Array, Mask], None], value: Array, mask: Mask
+    ) -> None:
+        """Keep sums [programs, ...] of the programs of a mask."""
         group = self.opened.copy()
         if mask is not None:
-            here = np.broadcast_to(mask, value.shape)
-            _, held, before = self.sums.get(name, (put, value, np.full_like(group, -1)))
-            value, group = np.where(here, value, held), np.where(here.any(1), group, before)
-        self.sums[name] = put, value, group
+            here = np.broadcast_to(mask.any(1), group.shape)
+            _, held, before = self.sums.get(names, (put, value, np.full_like(group, -1)))
+            value = np.where(here[:, None, None, None], value, held)
+            group = np.where(here, group, before)
+        self.sums[names] = put, value, group
 
     def release(self, mask: Mask, n: int) -> None:
         """Write the sums of all groups but the last n."""
         done = self.done(mask, n)
-        for name, (put, value, group) in list(self.sums.items()):
+        for names, (put, value, group) in list(self.sums.items()):
             now = (group >= 0) & (group < done)
             if now.any():
                 put(value, None if now.all() else now[:, None])
-                rest = np.where(now, -1, group)
-                if (rest >= 0).any():
-                    self.sums[name] = put, value, rest
-                else:
-                    del self.sums[name]
+                self.sums[names] = put, value, np.where(now, -1, group)
+                if (self.sums[names][2] < 0).all():
+                    del self.sums[names]
 
 
 class Code:
@@ -165,6 +168,7 @@ class Code:
         self._constants: dict[int, Array] = {}
         self._views: dict[str, list[tuple[int, type[np.generic]]]] = {}
         self._written: set[str] = set()
+        self._temporaries = kernel.temporaries()
         self._user: Array | None = None
         self._noise = np.zeros(0, np.uint8)
 
@@ -217,35 +221,51 @@ class Code:
             (slot, conversion(TYPES[kind], width, dtype))
             for slot, dtype in self._views.get(operand, ())
         ]
+        # Of a temporary nobody ever sees what it holds for other threads.
+        is_kept = operand not in self._temporaries
         if instruction.predicate is not None:
-            return self._put_if(views, instruction)
+            return self._put_if(views, instruction, is_kept)
         if len(views) == 1 and views[0][1] is None:
             only = views[0][0]
+
+            def put_temporary(value: Array, mask: Mask) -> None:
+                R[only] = value
 
             def put_one(value: Array, mask: Mask) -> None:
                 R[only] = value if mask is None else merge(mask, value, R[only])
 
-            return put_one
+            return put_one if is_kept else put_temporary
 
         def put_views(value: Array, mask: Mask) -> None:
             for slot, convert in views:
                 each = value if convert is None else convert(value)
-                R[slot] = each if mask is None else merge(mask, each, R[slot])
+                R[slot] = merge(mask, each, R[slot]) if mask is not None and is_kept else each
 
         return put_views
 
     def _put_if(
-        self, views: list[tuple[int, Callable[[Array], Array] | None]], instruction: Instruction
+        self,
+        views: list[tuple[int, Callable[[Array], Array] | None]],
+        instruction: Instruction,
+        is_kept: bool,
     ) -> Put:
         R, merge, chosen = self.R, self.merge, self.chosen(instruction)
 
         def put(value: Array, mask: Mask) -> None:
-            mask = chosen(mask)
+            mask = chosen(mask if is_kept else None)
             for slot, convert in views:
                 each = value if convert is None else convert(value)
                 R[slot] = merge(mask, each, R[slot])
 
         return put
+
+    def temporary(self, operand: Operand, kind: str, instruction: Instruction) -> int | None:
+        """Where `put` of a temporary would store values just as they are."""
+        if not isinstance(operand, str) or operand not in self._temporaries:
+            return None
+        views = self._views.get(operand, [])
+        is_plain = instruction.predicate is None and [each[1] for each in views] == [TYPES[kind]]
+        return views[0][0] if is_plain else None
 
     def chosen(self, instruction: Instruction) -> Callable[[Mask], Mask]:
         """What narrows a mask to the threads whose predicate holds."""
@@ -348,18 +368,6 @@ class Code:
 
     def never_written(self, names: list[str]) -> list[str]:
         return [n for n in names if n in self._views and self.R[self._views[n][0][0]] is NEVER]
-
-
-def shared_granule(kernel: Kernel) -> int:
-    """The size of the smallest access to shared memory."""
-    found = [16]
-    for instruction in kernel.instructions():
-        parts = instruction.op.split(".")
-        if parts[0] in ("ld", "st") and parts[1].startswith("shared"):
-            found.append(np.dtype(TYPES[parts[-1]]).itemsize)
-        elif parts[0] == "wgmma":
-            found.append(4)
-    return min(found)
 
 
 def _ids(divisor: Callable[[tuple[int, ...]], tuple[int, int]]) -> Callable[[Code], Array]:

@@ -7,15 +7,17 @@ they meet again.
 from __future__ import annotations
 
 import functools
+import gc
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tests.ptx.code import NEVER, Code, Mask, Options, Step, builder, shared_granule
+from tests.ptx.code import NEVER, Code, Mask, Options, Step, builder
 from tests.ptx.memory import GlobalMemory
-from tests.ptx.parse import Address, Fault, Instruction, Kernel
+from tests.ptx.parse import Fault, Instruction, Kernel
+from tests.ptx.rounding import TYPES
 
 Array = np.ndarray[Any, Any]
 # Threads at a time: their registers stay in the caches, and numpy's own cost per call is small.
@@ -36,12 +38,17 @@ class Machine(Code):
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(kernel)
-        self._granule = shared_granule(kernel)
+        self._granule = _shared_granule(kernel)
         # Of the last launch, each counted once for all threads that are together.
         self.n_instructions = 0
+        # Thousands of functions are made, none of which is garbage.
+        was_enabled = gc.isenabled()
+        gc.disable()
         # The first time finds how each register is read, the second uses it where it is written.
         for _ in range(2):
             self._blocks = [self._compile(number) for number in range(len(kernel.blocks))]
+        if was_enabled:
+            gc.enable()
 
     def _compile(self, number: int) -> _Steps:
         block = self.kernel.blocks[number]
@@ -124,7 +131,7 @@ class Machine(Code):
         except (TypeError, AttributeError) as error:
             assert step is not None
             instruction = code.instructions[code.steps.index(step)]
-            never = self.never_written(_sources(instruction))
+            never = self.never_written(instruction.sources())
             if not never:
                 raise
             raise Fault(
@@ -188,13 +195,13 @@ def _join(pending: dict[int, Mask], at: int, mask: Mask) -> None:
     pending[at] = mask
 
 
-def _sources(instruction: Instruction) -> list[str]:
-    found: list[str] = [] if instruction.predicate is None else [instruction.predicate]
-    operands = instruction.operands
-    is_kept = isinstance(operands[0], Address) or instruction.op.startswith("wgmma")
-    for operand in operands if is_kept else operands[1:]:
-        if isinstance(operand, Address):
-            found.append(operand.base)
-        else:
-            found += operand if isinstance(operand, list) else operand.split("|")
-    return found
+def _shared_granule(kernel: Kernel) -> int:
+    """The size of the smallest access to shared memory."""
+    found = [16]
+    for instruction in kernel.instructions():
+        parts = instruction.op.split(".")
+        if parts[0] in ("ld", "st") and parts[1].startswith("shared"):
+            found.append(np.dtype(TYPES[parts[-1]]).itemsize)
+        elif parts[0] == "wgmma":
+            found.append(4)
+    return min(found)

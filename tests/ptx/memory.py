@@ -35,8 +35,11 @@ def users(program: Array, epoch: Array, warp: Array | int) -> Array:
 def _may_race(before: Array, now: Array) -> Array:
     """Whether nothing orders the two users: other programs, or other warps without a barrier."""
     differs = before ^ now
-    is_other_warp = (differs != 0) & (differs >> _EPOCH_BIT == 0)
-    return (before != 0) & ((differs >> _PROGRAM_BIT != 0) | is_other_warp)
+    # From 1 on below what an epoch counts for: only the warp is another one.
+    raced: Array = (differs - 1).view(np.uint64) < MANY
+    if int(differs.max(initial=0)) >> _PROGRAM_BIT:
+        raced |= (differs >> _PROGRAM_BIT != 0) & (before != 0)
+    return raced
 
 
 class Marks:
@@ -143,9 +146,11 @@ def _set(marks: Array, n: int, rows: Array, user: Array) -> None:
 
 def _joined(before: Array, now: Array) -> Array:
     """One user that stands for both, where nothing orders them; else the later one."""
-    differs = before ^ now
-    both = np.where(differs >> _PROGRAM_BIT != 0, ANYBODY, now | MANY)
-    return np.where(_may_race(before, now), both, now)
+    raced = _may_race(before, now)
+    if not raced.any():
+        return np.broadcast_to(now, before.shape)
+    both = np.where((before ^ now) >> _PROGRAM_BIT != 0, ANYBODY, now | MANY)
+    return np.where(raced, both, now)
 
 
 class GlobalMemory:

@@ -37,6 +37,27 @@ class Instruction:
     def where(self) -> str:
         return f"{self.source}: {self.op}"
 
+    def destinations(self) -> list[str]:
+        """What it writes, if these are registers."""
+        first = self.operands[:1]
+        return [] if first and isinstance(first[0], Address) else _names(first)
+
+    def sources(self) -> list[str]:
+        """What it reads, likewise."""
+        is_kept = self.op.startswith("wgmma") or not self.destinations()
+        found = _names(self.operands if is_kept else self.operands[1:])
+        return found if self.predicate is None else [self.predicate, *found]
+
+
+def _names(operands: list[Operand]) -> list[str]:
+    found: list[str] = []
+    for operand in operands:
+        if isinstance(operand, Address):
+            found.append(operand.base)
+        else:
+            found += operand if isinstance(operand, list) else operand.split("|")
+    return found
+
 
 @dataclass
 class Block:
@@ -68,6 +89,22 @@ class Kernel:
 
     def forms(self) -> set[str]:
         return {instruction.op for instruction in self.instructions()}
+
+    def temporaries(self) -> set[str]:
+        """Registers that live within one block: written by all that run it before it is read."""
+        blocks: dict[str, int] = {}
+        found, others = set(), set()
+        for number, block in enumerate(self.blocks):
+            for each in block.instructions + ([] if block.end is None else [block.end]):
+                written = set(each.destinations()) if each.predicate is None else set()
+                for name in {*each.sources(), *each.destinations()} & self.registers.keys():
+                    if name not in blocks:
+                        blocks[name] = number
+                        is_new = name in written and name not in each.sources()
+                        (found if is_new else others).add(name)
+                    elif blocks[name] != number:
+                        others.add(name)
+        return found - others
 
 
 # u32, s32, f32 and b32 are registers of one kind.

@@ -111,24 +111,21 @@ def _set_last_bit(value: Array, error: Array) -> Array:
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of float32, rounded once."""
-    total = a.astype(np.float64) * b.astype(np.float64)
-    total = np.add(total, c.astype(np.float64))
+    product = a.astype(np.float64) * b.astype(np.float64)
+    c = c.astype(np.float64)
+    total = product + c
+    result = total.astype(np.float32)
     # Rounding twice can only differ half-way between two numbers, or below the normal ones.
     doubtful = (total.view(np.int64) & _BELOW) == _HALF_WAY
-    is_small = np.abs(total) < _SMALLEST_NORMAL
+    is_small = np.abs(result) < _SMALLEST_NORMAL
     if is_small.any():
         doubtful |= is_small & (total != 0)
-    result = total.astype(np.float32)
     if doubtful.any():
-        at = np.flatnonzero(doubtful)
-        x, y, z = (_at(each, total.shape, at).astype(np.float64) for each in (a, b, c))
-        result.reshape(-1)[at] = round_to_odd(x, y, z).astype(np.float32)
+        other = total - product
+        error = (product - (total - other)) + (c - other)
+        if (doubtful & (error != 0)).any():
+            return _set_last_bit(total, error).astype(np.float32)
     return result
-
-
-def _at(x: Array, shape: tuple[int, ...], at: Array) -> Array:
-    """Some elements of x in a shape that it is repeated to."""
-    return x.reshape(-1) if x.size == 1 else np.broadcast_to(x, shape).reshape(-1)[at]
 
 
 def fma_f16x2(a: Array, b: Array, c: Array) -> Array:
@@ -139,12 +136,20 @@ def fma_f16x2(a: Array, b: Array, c: Array) -> Array:
 
 def fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
     """And for pairs of bfloat16."""
-    if c.size == 1 and int(c.flat[0]) == 0x80008000:
-        # Plus -0: a product, which float32 holds exactly unless it is small.
-        low = (a << _16).view(np.float32) * (b << _16).view(np.float32)
-        high = (a & _HIGH).view(np.float32) * (b & _HIGH).view(np.float32)
-        if not (_is_small(low) | _is_small(high)).any():
-            return (bf16_of(high).astype(np.uint32) << _16) | bf16_of(low)
+    if c.size != 1 or int(c.flat[0]) != 0x80008000:
+        return _fma_bf16x2(a, b, c)
+    # Plus -0: a product, which float32 holds exactly unless it is small.
+    low = (a << _16).view(np.float32) * (b << _16).view(np.float32)
+    high = (a & _HIGH).view(np.float32) * (b & _HIGH).view(np.float32)
+    result = (bf16_of(high).astype(np.uint32) << _16) | bf16_of(low)
+    is_small = _is_small(low) | _is_small(high)
+    if is_small.any():
+        words = (np.broadcast_to(each, result.shape)[is_small] for each in (a, b, c))
+        result[is_small] = _fma_bf16x2(*words)
+    return result
+
+
+def _fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
     halves = (f32_of_bf16(halves_of(each)).astype(np.float64) for each in (a, b, c))
     return words_of(bf16_of_odd(round_to_odd(*halves)))
 

@@ -277,13 +277,21 @@ def _multiply_later(code: Code, instruction: Instruction) -> Step:
     d, a, descriptor, is_added, *signs = instruction.operands
     if signs != ["1", "1"] or not isinstance(a, list):
         raise Fault(f"{instruction.where}: {instruction.text}")
-    names = _names(d, n // 2, instruction.where)
+    names = tuple(_names(d, n // 2, instruction.where))
     R = code.R
     left = [code.use(name, "b32") for name in _names(a, 4, instruction.where)]
     sums = [code.use(name, "f32") for name in names]
     place_slot, added = code.use(descriptor, "u64"), code.use(is_added, "pred")
     puts = [code.put(name, "f32", instruction) for name in names]
     place = Place(code, instruction, 4, 4)
+
+    def read() -> Array:
+        return _gather(_words(code, [R[slot] for slot in sums]), n)
+
+    def write(matrix: Array, mask: Mask) -> None:
+        for put, value in zip(puts, _scatter(code, matrix), strict=True):
+            put(value, mask)
+
     row, k = np.arange(n)[:, None], np.arange(8)[None, :]
 
     def multiply(mask: Mask) -> None:
@@ -300,19 +308,16 @@ def _multiply_later(code: Code, instruction: Instruction) -> Step:
         linear = start[..., None] + row // 8 * stride[..., None] + row % 8 * 128 + k * 4
         address = linear ^ (((linear >> 7) & 7) << 4)
         right = _tile(code, place, address, mask)
-        products = code.products
         total = _left(_words(code, [R[slot] for slot in left])) @ right.swapaxes(2, 3)
         if _any(R[added], mask):
-            values = [products.now(name, R[slot]) for name, slot in zip(names, sums, strict=True)]
-            before = _gather(_words(code, values), n)
             is_kept = _warps(code, R[added])[:, :, :1, None]
-            total = total + np.where(is_kept, before, 0.0)
-        for name, put, value in zip(names, puts, _scatter(code, truncated(total)), strict=True):
-            products.hold(name, put, value, mask)
+            total = total + np.where(is_kept, code.products.now(names, read), 0.0)
+        code.products.hold(names, write, truncated(total), mask)
+        for name, put in zip(names, puts, strict=True):
             if mask is None:
                 code.forget(name)
             else:
-                put(code.rubbish(code.shape, value.dtype), mask)
+                put(code.rubbish(code.shape, np.dtype(np.float32)), mask)
 
     return multiply
 
