@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -235,6 +235,96 @@ def with_source(fault: Seeded) -> Iterator[None]:
         become(before)
 
 
+# --- the long mode -------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What the long mode has done so far."""
+
+    tests: int = 0
+    calls: int = 0
+    start: float = field(default_factory=time.perf_counter)
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, text: str) -> None:
+        self.faults.append(text)
+        print(f"FAULT {text}", flush=True)
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.start
+        return (
+            f"{self.tests} tests passed, {self.calls} calls compared, {seconds:.0f} seconds, "
+            f"{len(self.faults)} faults"
+        )
+
+    # As a plugin of pytest.
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.fault(f"{report.nodeid} ({report.when})")
+        elif report.when == "call" and report.passed:
+            self.tests += 1
+
+
+def long_tests(capability: int, words: list[str], tally: Tally) -> None:
+    """All of tests/ops that has triton in its name, as it is."""
+    import pytest
+
+    from tests.ptx.driver import Stand
+
+    stand = Stand(capability)
+    with stand.installed():
+        given = ["tests/ops", "-k", "triton", "-q", "-p", "no:cacheprovider", *words]
+        pytest.main(given, plugins=[tally])
+    for text, n in stand.log.reports.items():
+        tally.fault(f"sm_{capability}: {text} ({n} times)")
+    print(f"sm_{capability}: {dict(stand.log.launches)}, {stand.log.instructions} instructions")
+    print(tally, flush=True)
+
+
+def long_calls(capability: int, seeds: range, ops: list[str], tally: Tally) -> None:
+    """Random calls, with approximate instructions off by up to two units in the last place."""
+    from tests.ptx.code import Options
+    from tests.ptx.driver import Stand
+
+    stand = Stand(capability)
+    with stand.installed():
+        from tests.ptx import calls
+
+        for op in ops or calls.OPS:
+            for number, seed in enumerate(seeds):
+                stand.options = Options(ulps=seed % 3, seed=seed)
+                wrong = outcome(stand, calls.random_call(op, seed))
+                tally.calls += 1
+                if wrong:
+                    tally.fault(f"sm_{capability} {op} {seed}: {wrong[:500]}")
+                if number % 100 == 99:
+                    print(f"sm_{capability} {op} {number + 1}: {tally}", flush=True)
+
+
+def long_forms(tally: Tally) -> None:
+    """Every form that the launches of bench/offline emit is known."""
+    from bench.offline.cases import TARGETS, cases, compile_launch, launches
+    from tests.ptx.driver import Stand
+    from tests.ptx.machine import Machine
+    from tests.ptx.parse import Fault, parse
+
+    forms: set[str] = set()
+    with Stand(90).installed():
+        for case in cases():
+            if case[0] not in ("sm_80", "sm_90"):
+                continue
+            for launch in launches(*case):
+                try:
+                    compiled = compile_launch(launch, TARGETS[case[0]])
+                    forms |= Machine(parse(compiled.asm["ptx"])).kernel.forms()
+                except Fault as fault:
+                    tally.fault(f"{', '.join(case)}: {fault}")
+    print(
+        f"{len(forms)} forms of instructions in the launches of bench/offline; {tally}", flush=True
+    )
+
+
 def main() -> int:
     # Read when triton is imported: this is about the compiler, never about the interpreter.
     os.environ["TRITON_INTERPRET"] = "0"
@@ -245,12 +335,31 @@ def main() -> int:
     )
     parser.add_argument("--quick", type=int, metavar="CAPABILITY")
     parser.add_argument("--faults", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--long", nargs="*", choices=["forms", "tests", "calls"], metavar="PART")
+    parser.add_argument("--capability", type=int, nargs="*", default=[90, 80])
+    parser.add_argument("--calls", type=int, default=2000, help="of each op, half on each GPU")
+    parser.add_argument("--seed", type=int, default=0, help="of the first call")
+    parser.add_argument("--op", nargs="*", default=[], help="only these")
+    options, words = parser.parse_known_args()
     if options.quick:
         json.dump(quick(options.quick), sys.stdout, indent=1)
     if options.faults:
         json.dump(faults(), sys.stdout, indent=1)
-    return 0
+    if options.long is None:
+        return 0
+    parts, tally = options.long or ["forms", "tests", "calls"], Tally()
+    if "forms" in parts:
+        long_forms(tally)
+    for number, capability in enumerate(options.capability):
+        if "tests" in parts:
+            long_tests(capability, words, tally)
+        if "calls" in parts:
+            seeds = range(options.seed, options.seed + options.calls)[
+                number :: len(options.capability)
+            ]
+            long_calls(capability, seeds, options.op, tally)
+    print(tally)
+    return bool(tally.faults)
 
 
 if __name__ == "__main__":
