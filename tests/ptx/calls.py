@@ -1,0 +1,391 @@
+"""Calls of every op with a kernel, through PTX and through the reference: named and random ones.
+
+Integers must be equal, floats obey the accuracy rule (`relneuron/testing/accuracy.py`). All of it
+runs within `Stand.installed`; a call that is wrong raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relneuron.ops import (
+    ACTIVATIONS,
+    SITES,
+    GroupStats,
+    average_precision,
+    backends,
+    logprob_gain,
+    residual_stats,
+)
+from relneuron.testing import assert_accurate, assert_same_bits
+from relneuron.testing.oracle import assert_h, integers, keep_mask, normal
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+# What Triton compiles a kernel for: sizes that 16 divides, and others.
+TOKENS, WIDTHS = (144, 48), (512, 272)
+Draw = Callable[..., Any]
+
+
+def _ids(n_tokens: int, groups: int, order: str, seed: int) -> Tensor:
+    ids = integers(-1, groups, n_tokens, seed=seed)
+    if order == "sorted":
+        return ids.sort().values
+    return ids if order == "mixed" else torch.full_like(ids, groups - 1)
+
+
+def _words(n: int, width: int, seed: int) -> Tensor:
+    return integers(-(2**31), 2**31 - 1, n, (width + 31) // 32, seed=seed)
+
+
+# --- swiglu_stats and residual_stats -------------------------------------------------------------
+
+
+def swiglu(
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = (144, 512),
+    *,
+    sites: tuple[str, ...] = (),
+    moments: bool = False,
+    groups: int = 3,
+    order: str = "sorted",
+    threshold: float = 0.0,
+    activation: str = "silu",
+    responses: tuple[str, ...] = (),
+    mask: bool = False,
+    conditions: int = 0,
+    bad: bool = False,
+    seed: int = 0,
+) -> None:
+    """One call; `bad` puts values into gate and up that are not finite."""
+    from tests.ops.swiglu_stats.runs import assert_same, run
+
+    n_tokens, width = shape
+    gate, up = (normal(*shape, dtype=dtype, seed=seed + at) for at in (1, 2))
+    if bad:
+        gate[n_tokens // 2, width // 3], up[n_tokens // 3, width // 2] = torch.nan, torch.inf
+    kwargs: dict[str, Any] = {"activation": activation}
+    if sites:
+        kwargs["stats"] = {
+            "groups": groups,
+            "sites": sites,
+            "moments": moments,
+            "threshold": threshold,
+        }
+        kwargs["group_ids"] = _ids(n_tokens, groups, order, seed + 3)
+    if responses:
+        kwargs |= {"response_sites": responses, "n_prompts": 5}
+        kwargs["prompt_ids"] = _ids(n_tokens, 5, order, seed + 4)
+    if mask or conditions:
+        kwargs["keep"] = _words(max(1, conditions), width, seed + 5)
+    if conditions:
+        kwargs["condition_ids"] = _ids(n_tokens, conditions, order, seed + 6).clamp(min=0)
+    result = run("triton", gate, up, **kwargs)
+    assert_same(result, run("reference", gate, up, **kwargs))
+    kept = None
+    if "keep" in kwargs:
+        kept = keep_mask(kwargs["keep"], kwargs.get("condition_ids"), *shape)
+    if not bad:
+        assert_h(result.h, gate, up, activation, kept)
+
+
+def residual(
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = (144, 512),
+    *,
+    moments: bool = False,
+    order: str = "sorted",
+    conditions: int = 2,
+    seed: int = 0,
+) -> None:
+    n_tokens, width = shape
+    x, rest = (normal(*shape, dtype=dtype, seed=seed + at) for at in (1, 2))
+    stats = GroupStats(groups=3, width=width, sites=("down",), threshold=0.1, moments=moments)
+    ids = _ids(n_tokens, 3, order, seed + 3)
+    masks: dict[str, Tensor] = {}
+    expected = rest + x
+    if conditions:
+        masks["keep"] = _words(conditions, width, seed + 5)
+        masks["condition_ids"] = _ids(n_tokens, conditions, order, seed + 6).clamp(min=0)
+        kept = keep_mask(masks["keep"], masks["condition_ids"], *shape)
+        expected = torch.where(kept, expected, rest)
+    y = residual_stats(x, rest, stats=stats, group_ids=ids, backend="triton", **masks)
+    assert_same_bits(y, expected, "y")
+    wide = x.double()
+    rows = [wide[ids == group] for group in range(3)]
+    hits = torch.stack([(r > torch.tensor(0.1)).sum(0) for r in rows])
+    assert_same_bits(stats.count["down"], hits, "count")
+    assert stats.tokens.tolist() == [len(r) for r in rows]
+    if moments:
+        for name, terms in (("sum", rows), ("sum_sq", [r**2 for r in rows])):
+            truth = torch.stack([r.sum(0) for r in terms])
+            baseline = torch.stack([r.float().sum(0) for r in terms])
+            scale = torch.stack([r.abs().sum(0) * max(1, len(r)) ** 0.5 for r in terms])
+            assert_accurate(getattr(stats, name)["down"].float(), truth, baseline, scale)
+
+
+# --- average_precision ---------------------------------------------------------------------------
+
+
+def ranking(
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int] = (300, 3),
+    *,
+    relations: int = 12,
+    most: int = 0,
+    seed: int = 0,
+) -> None:
+    """With weights up to `most`; the result has the reference's bits."""
+    n, m = shape
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, m, generator=generator, dtype=torch.float64)
+    # Columns without ties, with some, and with two values and zeros of both signs.
+    values[:, 1::3] = (2 * values[:, 1::3]).round()
+    values[:, 2::3] = torch.where(values[:, 2::3] > 0.5, 0.25, values[:, 2::3].sign() * 0.0)
+    labels = torch.randint(-1, 2, (relations, n), generator=generator, dtype=torch.int8)
+    labels[:, n // 2], labels[:, -1] = 1, 0
+    weights = None
+    if most:
+        weights = torch.randint(0, most + 1, labels.shape, generator=generator, dtype=torch.uint8)
+        weights[:, n // 2] = most
+    results = [
+        average_precision(values.to(dtype), labels, weights=weights, backend=backend)
+        for backend in ("triton", "reference")
+    ]
+    assert_same_bits(*results, "average precision")
+
+
+def ranking_of_far_columns() -> None:
+    """Columns 2^29 numbers apart: the last one is 2^31 from the first."""
+    # numpy's zeros take no memory until something is written there.
+    room = torch.from_numpy(np.zeros(5 << 29, np.int16)).view(torch.bfloat16)
+    values = room.as_strided((40, 5), (1, 1 << 29))
+    values.copy_(normal(40, 5, dtype=torch.bfloat16))
+    labels = integers(0, 2, 2, 40).to(torch.int8)
+    results = [
+        average_precision(each, labels, backend="triton") for each in (values, values.clone())
+    ]
+    assert_same_bits(*results, "average precision")
+
+
+# --- logprob_gain --------------------------------------------------------------------------------
+
+
+def gain(
+    shape: tuple[int, int, int, int] = (16, 600, 16, 12),
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: float = 0.3,
+    is_tilted: bool = False,
+    is_listed: bool = False,
+    seed: int = 0,
+) -> None:
+    """Sums over the vocabulary of all pairs, or of a list: (neurons, tokens, sentences, hidden)."""
+    n_neurons, n_tokens, n_sentences, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    values, unembed = draw(n_neurons, hidden).to(dtype), draw(n_tokens, hidden).to(dtype)
+    p, z = draw(n_sentences, n_tokens).softmax(1), draw(n_sentences, n_tokens)
+    t, tilt = size * draw(n_sentences, n_neurons), 0.1 * draw(n_sentences, n_neurons)
+    launcher = backends.triton_module("logprob_gain")
+    more: tuple[Tensor, ...] = (tilt, z) if is_tilted else ()
+    if is_listed:
+        counts = torch.randint(0, 4, (n_neurons,), generator=generator)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        of = torch.randint(n_sentences, (int(starts[-1]),), generator=generator)
+        neuron = torch.repeat_interleave(counts)
+        more = (tilt[of, neuron], z) if is_tilted else ()
+        pairs = starts, of.int(), t[of, neuron]
+        sums, _ = launcher.gain_sums(values, unembed, p, *pairs, *more)
+    else:
+        of, neuron = (
+            each.flatten()
+            for each in torch.meshgrid(
+                torch.arange(n_sentences), torch.arange(n_neurons), indexing="ij"
+            )
+        )
+        sums, _ = launcher.gain_sums_dense(values, unembed, p, t, *more)
+        sums = sums.flatten()
+
+    def terms(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        b = (values.to(kind) @ unembed.to(kind).T)[neuron]
+        y = t.to(kind)[of, neuron][:, None] * b
+        if is_tilted:
+            y = y + tilt.to(kind)[of, neuron][:, None] * z.to(kind)[of]
+        return p.to(kind)[of] * torch.expm1(y), y
+
+    truth, y = terms(torch.float64)
+    norms = values.double().norm(dim=1)[neuron][:, None] * unembed.double().norm(dim=1)
+    reach = t.double()[of, neuron].abs()[:, None] * norms
+    if is_tilted:
+        reach = reach + (tilt.double()[of, neuron][:, None] * z.double()[of]).abs()
+    # Inner products may be off by 8 units of 2^-24 times the product of norms, see the op.
+    scale = truth.abs() + 4 * p.double()[of] * y.abs().exp() * reach
+    baseline = terms(torch.float32)[0].sum(1)
+    assert_accurate(sums.float(), truth.sum(1), baseline, scale.sum(1))
+
+
+def moments(shape: tuple[int, int, int, int] = (20, 600, 9, 6), *, seed: int = 0) -> None:
+    """The second and third moments; of integers, so that the products behind them are exact."""
+    n_neurons, n_tokens, n_sentences, hidden = shape
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-3, 4, (n_neurons, hidden), generator=generator).float()
+    values[-1] *= 2**-9
+    unembed = torch.randint(-3, 4, (n_tokens, hidden), generator=generator).float()
+    p = torch.randn(n_sentences, n_tokens, generator=generator).softmax(1)
+    b = values.double() @ unembed.double().T
+    *found, _ = backends.triton_module("logprob_gain").moment_sums(values, unembed, p)
+    for n, sums in zip((2, 3), found, strict=True):
+        truth = b**n @ p.double().T
+        baseline = b.float() ** n @ p.T
+        # Three products of tf32 have two bits less than float32.
+        scale = 4 * (b.abs() ** n @ p.double().T)
+        assert_accurate(sums.float(), truth, baseline, scale)
+
+
+def certified(shape: tuple[int, int, int, int, int], *, size: float, seed: int = 0) -> None:
+    """The public op within its own tolerance of the definition in float64."""
+    from tests.ops.gain_problems import naive, problem
+
+    given = problem(shape, size=size, seed=seed)
+    found = logprob_gain(**given, mode="certified", tolerance=1e-5, backend="triton")
+    truth = naive(given)
+    allowed = 1e-5 + 2.0**-24 * truth.abs()
+    worst = float(((found.double() - truth).abs() - allowed).max())
+    assert worst <= 0, f"{worst} above the tolerance"
+
+
+# --- which ones ----------------------------------------------------------------------------------
+
+# By name, what `make test` runs: every kernel, and each of its flags that a user can ask for. The
+# two shapes of a call are of one specialisation, so it is compiled once.
+_STATS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "count": {"sites": ("act",)},
+    "all at act, conditions": {"sites": ("act",), "moments": True, "conditions": 3},
+    "one mask": {"mask": True},
+    "all at all sites": {"sites": SITES, "moments": True, "conditions": 2, "order": "mixed"},
+    "threshold -0.1": {"sites": ("act",), "threshold": -0.1},
+    "ragged width": {"sites": ("act",), "conditions": 2, "order": "mixed"},
+    "many groups": {"sites": ("act",), "moments": True, "groups": 20, "order": "mixed"},
+    "responses": {"responses": ("gate", "up", "product")},
+    "gelu": {"sites": ("act",), "activation": "gelu"},
+    "gelu_tanh": {"sites": ("act",), "activation": "gelu_tanh"},
+    "relu": {"sites": ("act",), "activation": "relu", "moments": True, "bad": True},
+}
+
+
+def _twice(call: Draw, *shapes: tuple[int, ...], **given: Any) -> None:
+    for seed, shape in enumerate(shapes):
+        call(shape=shape, seed=10 * seed, **given)
+
+
+def _stats(name: str, dtype: torch.dtype) -> Callable[[], None]:
+    width = 272 if name == "ragged width" else 512
+    shapes = [(n, width) for n in TOKENS]
+    return lambda: _twice(swiglu, *shapes, dtype=dtype, **_STATS[name])
+
+
+def quick(capability: int) -> dict[str, Callable[[], None]]:
+    """The calls of `make test` on one GPU; on sm_80 what differs there."""
+    found = {name: _stats(name, torch.bfloat16) for name in _STATS}
+    if capability == 80:
+        found = {name: found[name] for name in ("all at act, conditions", "responses")}
+    found["all at act, conditions, fp32"] = _stats("all at act, conditions", torch.float32)
+    found["many groups, fp16"] = _stats("many groups", torch.float16)
+    found["residual"] = lambda: _twice(residual, (144, 512), (48, 512), moments=True)
+    found["moments"] = lambda: _twice(moments, (20, 600, 9, 6), (70, 1100, 40, 6))
+    found["gain"] = lambda: _twice(gain, (16, 600, 16, 12), (19, 90, 13, 5))
+    if capability == 80:
+        return found
+    for dtype in (torch.float32, torch.bfloat16):
+        found[f"rank, {dtype}"] = lambda dtype=dtype: _twice(  # type: ignore[misc]
+            ranking, (300, 3), (500, 4), dtype=dtype
+        )
+    found["rank with weights"] = lambda: _twice(ranking, (300, 3), (500, 4), most=3)
+    found["rank for 1 relation"] = lambda: _twice(ranking, (300, 3), (500, 4), relations=1)
+    found["rank, wide counts"] = lambda: _twice(ranking, (300, 3), (500, 4), most=255)
+    found["gain with tilt"] = lambda: _twice(
+        gain, (16, 600, 16, 12), (19, 90, 13, 5), is_tilted=True
+    )
+    for is_tilted in (False, True):
+        found[f"gain of a list{', with tilt' * is_tilted}"] = lambda is_tilted=is_tilted: _twice(  # type: ignore[misc]
+            gain, (16, 600, 16, 12), (19, 90, 13, 5), is_tilted=is_tilted, is_listed=True
+        )
+    return found
+
+
+def random_call(op: str, seed: int) -> Callable[[], None]:
+    """A call of an op, drawn from a seed; sizes are from a few, so that Triton compiles few."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    return {
+        "swiglu_stats": _random_swiglu,
+        "residual_stats": _random_residual,
+        "average_precision": _random_ranking,
+        "logprob_gain": _random_gain,
+    }[op](one, below, seed)
+
+
+OPS = ("swiglu_stats", "residual_stats", "average_precision", "logprob_gain")
+
+
+def _random_swiglu(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    given = dict(one(*_STATS.values()))
+    if "sites" in given:
+        given |= {"order": one("sorted", "mixed", "one"), "bad": one(False, False, True)}
+        if given.get("groups", 3) == 3:
+            given["groups"] = 2 + below(6)
+    if given.get("conditions"):
+        given["conditions"] = 1 + below(4)
+    given.setdefault("activation", one(*ACTIVATIONS[:1], "silu"))
+    # 16 divides both sizes, or neither.
+    shape = one(
+        (16 * (1 + below(17)), 16 * (1 + below(40))), (1 + 2 * below(150), 3 + 2 * below(300))
+    )
+    dtype = one(*DTYPES)
+    return lambda: swiglu(dtype, shape, seed=seed, **given)
+
+
+def _random_residual(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    given = {"moments": one(False, True), "order": one("sorted", "mixed"), "conditions": below(4)}
+    shape = one(
+        (16 * (1 + below(17)), 16 * (1 + below(40))), (1 + 2 * below(150), 3 + 2 * below(300))
+    )
+    dtype = one(*DTYPES)
+    return lambda: residual(dtype, shape, seed=seed, **given)
+
+
+def _random_ranking(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    n = one(2 + below(40), 100 + below(400), 500 + below(500))
+    given = {"relations": one(1, 2, 4, 1 + below(20)), "most": one(0, 0, 3, 255)}
+    dtype, m = one(*DTYPES), 2 + below(5)
+    return lambda: ranking(dtype, (n, m), seed=seed, **given)
+
+
+def _random_gain(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    kind = one("sums", "sums", "moments", "certified")
+    sentences, neurons, tokens = 1 + below(20), 2 + below(40), 2 + below(900)
+    size = one(1e-3, 0.03, 0.3, 1.0)
+    if kind == "moments":
+        return lambda: moments((neurons, tokens, sentences, 6), seed=seed)
+    if kind == "certified":
+        shape = (1 + below(4), 1 + below(3), 2 + below(20), 8, 20 + below(300))
+        return lambda: certified(shape, size=size, seed=seed)
+    given = {"is_tilted": one(False, True), "is_listed": one(False, True), "size": size}
+    dtype = one(torch.float32, *HALF)
+    return lambda: gain((neurons, tokens, sentences, 1 + below(30)), dtype, seed=seed, **given)
