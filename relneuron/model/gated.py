@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-_SIZES = torch.tensor([1.0, 10.0, 100.0])  # of the self-check's rows
+_SIZES = (1.0, 10.0, 100.0)  # of the self-check's rows
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
 
@@ -179,15 +179,10 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         hidden = cast(Tensor, weights[-1]).shape[0]
-<<<<<<< HEAD
         # Rows of several sizes, since a clamp acts on large numbers only.
-        rows = torch.randn(3, 1, hidden, generator=generator) * _SIZES.reshape(-1, 1, 1)
+        rows = torch.randn(len(_SIZES), 1, hidden, generator=generator, device="cpu")
+        rows *= torch.tensor(_SIZES, device="cpu").reshape(-1, 1, 1)
         x = rows.to(weight.device, weight.dtype)
-=======
-        x = torch.randn(1, 1, hidden, generator=generator, device="cpu").to(
-            weight.device, weight.dtype
-        )
->>>>>>> host
         width = int(cast(Any, linears[0])(x).shape[-1]) // (2 if packed else 1)
         activation = _activation(module, weight)
         if activation is None:
