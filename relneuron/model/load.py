@@ -5,6 +5,7 @@ The stages and the command line call it; `model/gated.py` finds the neurons in w
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -66,13 +67,11 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
 ) -> Any:
-    """A causal language model, by anything `from_pretrained` takes.
+    """A causal language model, by anything `from_pretrained` takes, or one with pictures.
 
     `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
     checkpoint's own on a GPU. The model comes in eval mode.
     """
-    from transformers import AutoModelForCausalLM
-
     device = choose_device(device)
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -87,9 +86,15 @@ def load_model(
         becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
         warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _kind_of(name, revision).from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True
         )
+    except ImportError as error:
+        package = re.search(r"pip install ([\w.-]+)", str(error))
+        raise RelneuronError(
+            f"{name} needs a package that is not here: {first_line(error)}",
+            package[0] if package else "install it",
+        ) from error
     except Exception as error:  # a damaged config or weight raises whatever it leads to
         raise RelneuronError(
             f"{name} could not be loaded as a causal language model: {first_line(error)}",
@@ -101,6 +106,17 @@ def load_model(
             "give the whole checkpoint",
         )
     return model.to(device).eval()
+
+
+def _kind_of(name: str, revision: str | None) -> Any:
+    """The class that loads a checkpoint: with pictures, if it has no causal language model."""
+    import transformers as hf
+
+    config = type(hf.AutoConfig.from_pretrained(name, revision=revision))
+    has_pictures = config in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if has_pictures and config not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf.AutoModelForImageTextToText
+    return hf.AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
