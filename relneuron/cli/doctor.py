@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from relneuron import ops
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import EXTRAS, install_command, missing
 from relneuron.artifact.manifest import versions
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
-from relneuron.model.gated import inspect_layers
+from relneuron.model.ask import cache_of
+from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.layers import first_line
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -33,7 +36,7 @@ def machine_report() -> list[tuple[str, str]]:
 
 
 def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
-    """Rows of a model's layers and of what methods say; whether every layer is supported."""
+    """Rows of a model's layers and of what methods say; whether stages take the model."""
     verdicts = inspect_layers(model)
     rows = [
         (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
@@ -41,5 +44,34 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
     ]
     n_good = sum(v.mlp is not None for v in verdicts)
     rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
+    fault = None
+    if n_good == len(verdicts):
+        fault = _fault(model)
+        rows += [("model", f"not supported: {fault}")] if fault else []
     rows += [load(method.supports)(model) for method in methods() if method.supports]
-    return rows, n_good == len(verdicts)
+    return rows, n_good == len(verdicts) and fault is None
+
+
+def _fault(model: Any) -> str | None:
+    """Why stages refuse a model all of whose layers are supported, or None."""
+    try:
+        mlps = find_gated_mlps(model)
+    except RelneuronError as error:
+        return error.cause
+    called: set[int] = set()
+    hooks = [
+        mlp.module.register_forward_hook(lambda *_, layer=mlp.layer: called.add(layer))
+        for mlp in mlps
+    ]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            out = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=True)
+        cache_of(out)
+    except Exception as error:
+        return f"a forward of two tokens fails: {first_line(error)}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    left = [str(mlp.layer) for mlp in mlps if mlp.layer not in called]
+    return f"text alone does not run the layers {', '.join(left)}" if left else None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions
 from relneuron.texts.tokens import CHARACTER_BYTES, CUT, whole_text
@@ -22,10 +23,16 @@ def cache_of(out: Any) -> dict[str, Any]:
     """The cache that a forward left, as the keyword argument by which the next one takes it.
 
     A model's output calls it as its forward does: `cache` from transformers 5.24 on,
-    `past_key_values` before and in code of a model's own.
+    `past_key_values` before and in code of a model's own. Raises RelneuronError if there is none.
     """
     name = "cache" if "cache" in out else "past_key_values"
-    return {name: getattr(out, name)}
+    cache = getattr(out, name, None)
+    if cache is None:
+        raise RelneuronError(
+            f"the model's forward gives a {type(out).__name__} without a cache of keys and values",
+            "give a causal language model that transformers' generate() runs with a cache",
+        )
+    return {name: cache}
 
 
 @dataclass(frozen=True)
