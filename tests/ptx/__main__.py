@@ -3,6 +3,7 @@
 python -m tests.ptx --quick 90    what make test runs, as JSON: {call: seconds, or what is wrong}
 python -m tests.ptx --faults      what is said of each of FAULTS, as JSON
 python -m tests.ptx --long        all Triton tests, and 2,000 random calls of each op, in hours
+python -m tests.ptx --long tests -- tests/ops -k triton     other tests, by pytest's own words
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ FAULTS = {
         "span_ptr + N + ids", "span_ptr + ids", "responses|off by|differ", given=_RESPONSES,
         source=_SUMS + "_span_kernel",
     ),
+    "a read of sums that no tile has written": Seeded(
+        "mask = (n_rows > 0)[:, None]", "mask = (offs_n < n_tiles)[:, None]",
+        "reads what nothing has written of partial_ptr", given=_COUNT,
+        source=_SUMS + "_moments_kernel",
+    ),
     "a store past the end of shared memory": Seeded(
         r"(st\.shared\S+ \t\[%r\d+)\]", r"\1+65536]", "shared memory of", given=_COUNT
     ),
@@ -168,15 +174,38 @@ def quick(capability: int) -> dict[str, Any]:
     from tests.ptx.driver import Stand
 
     stand = Stand(capability)
-    found = {}
+    found: dict[str, Any] = {}
+    before = what_is_patched()
     with stand.installed():
         from tests.ptx import calls
 
+        assert what_is_patched() != before
         for name, call in calls.quick(capability).items():
-            start = time.perf_counter()
+            start = time.process_time()
             wrong = outcome(stand, call)
-            found[name] = wrong or round(time.perf_counter() - start, 2)
+            found[name] = wrong or round(time.process_time() - start, 2)
+    if what_is_patched() != before:
+        found["afterwards"] = "something is still patched"
     return found | {"forms": sorted(stand.log.forms)}
+
+
+def what_is_patched() -> list[Any]:
+    """All that the stand-in driver replaces for a time."""
+    import torch
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from relneuron.ops import backends
+
+    found: list[Any] = [driver._active, knobs.cache.dir, torch.empty, torch.empty_like]
+    found += [torch.Tensor.new_empty, torch.cuda.device, torch.cuda.get_device_capability]
+    found += [CompiledKernel._init_handles, CUDABackend.make_cubin]
+    for op in ("swiglu_stats", "average_precision", "logprob_gain"):
+        module = backends.triton_module(op)
+        found += [module.IS_INTERPRETED, module.INTERPRETER_LAUNCH, getattr(module, "plan", None)]
+    return found
 
 
 def faults() -> dict[str, str]:
@@ -267,15 +296,15 @@ class Tally:
 
 
 def long_tests(capability: int, words: list[str], tally: Tally) -> None:
-    """All of tests/ops that has triton in its name, as it is."""
+    """The tests of Triton as they are, or others."""
     import pytest
 
-    from tests.ptx.driver import Stand
+    from tests.ptx.driver import ROOT, Stand
 
     stand = Stand(capability)
     with stand.installed():
-        given = ["tests/ops", "-k", "triton", "-q", "-p", "no:cacheprovider", *words]
-        pytest.main(given, plugins=[tally])
+        words = words or sorted(map(str, ROOT.glob("tests/ops/**/test_*triton.py")))
+        pytest.main([*words, "-q", "-p", "no:cacheprovider"], plugins=[tally])
     for text, n in stand.log.reports.items():
         tally.fault(f"sm_{capability}: {text} ({n} times)")
     print(f"sm_{capability}: {dict(stand.log.launches)}, {stand.log.instructions} instructions")
@@ -339,8 +368,10 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="*", default=[90, 80])
     parser.add_argument("--calls", type=int, default=2000, help="of each op, half on each GPU")
     parser.add_argument("--seed", type=int, default=0, help="of the first call")
-    parser.add_argument("--op", nargs="*", default=[], help="only these")
-    options, words = parser.parse_known_args()
+    parser.add_argument("--op", nargs="*", default=[], help="only of these ops")
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:split])
     if options.quick:
         json.dump(quick(options.quick), sys.stdout, indent=1)
     if options.faults:
@@ -352,7 +383,7 @@ def main() -> int:
         long_forms(tally)
     for number, capability in enumerate(options.capability):
         if "tests" in parts:
-            long_tests(capability, words, tally)
+            long_tests(capability, words[split + 1 :], tally)
         if "calls" in parts:
             seeds = range(options.seed, options.seed + options.calls)[
                 number :: len(options.capability)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.ptx.arithmetic import parts_of
 from tests.ptx.code import Code, Mask, Step, form
-from tests.ptx.memory import BITS
+from tests.ptx.memory import BITS, differ, spread
 from tests.ptx.parse import Address, Fault, Instruction, Operand
 from tests.ptx.rounding import TYPES, UNSIGNED
 
@@ -30,24 +30,13 @@ def _as_list(operand: Operand) -> list[str]:
     return operand if isinstance(operand, list) else [operand]
 
 
-def _spread(mask: Mask, *values: Array) -> tuple[tuple[int, ...], Array | None, list[Array]]:
-    """The common shape; which of it is asked for (None = all), and the values there, flat."""
-    if mask is None or mask.all():
-        shape = np.broadcast_shapes(*(value.shape for value in values))
-        return shape, None, [np.broadcast_to(value, shape).ravel() for value in values]
-    shape = np.broadcast_shapes(mask.shape, *(value.shape for value in values))
-    chosen = np.broadcast_to(mask, shape)
-    return shape, chosen, [np.broadcast_to(value, shape)[chosen] for value in values]
-
-
 def _users(code: Code, shape: tuple[int, ...], chosen: Array | None) -> Array:
     """(k, 1): who makes each access of a shape; one for all threads is of many warps."""
     user = code.user() if shape[1] > 1 else code.user_of_many()
-    user = np.broadcast_to(user, (code.shape[0], max(1, shape[1])))
     if shape[0] == 1:
         # One access for all programs: by the first, and then by the last.
         user = user[:1] if code.shape[0] == 1 else user[-1:]
-    return (user.ravel() if chosen is None else user[chosen])[:, None]
+    return (user.reshape(-1) if chosen is None else user[chosen])[:, None]
 
 
 class Place:
@@ -64,9 +53,13 @@ class Place:
     def find(self, address: Array, mask: Mask) -> tuple[tuple[int, ...], Array | None, Array]:
         """(shape, chosen, flat addresses), within bounds; those of shared memory in all of it."""
         if not self.is_shared:
-            shape, chosen, (flat,) = _spread(mask, address)
+            shape, chosen, (flat,) = spread(mask, address)
             return shape, chosen, flat
-        shape, chosen, (flat, base) = _spread(mask, address, self.code.shared_base)
+        if mask is None:
+            self.code.shared.check(address, self.size, self.alignment, self.where)
+            shape, chosen, (flat,) = spread(None, address + self.code.shared_base)
+            return shape, chosen, flat
+        shape, chosen, (flat, base) = spread(mask, address, self.code.shared_base)
         if flat.size:
             self.code.shared.check(flat, self.size, self.alignment, self.where)
         return shape, chosen, flat + base
@@ -97,9 +90,9 @@ class Place:
         if not code.options.races:
             code.memory.store(place, value, self.size)
             return
-        earlier = _differ(code.memory.load(place, self.size), value)
+        earlier = differ(code.memory.load(place, self.size), value)
         code.memory.store(place, value, self.size)
-        now = _differ(code.memory.load(place, self.size), value)
+        now = differ(code.memory.load(place, self.size), value)
         for which, part in self._each():
             at = place[part] - int(code.memory.bases[which])
             user = _users(code, shape, chosen)[part]
@@ -113,9 +106,9 @@ class Place:
             words[at] = value
             return
         n = self.code.n_checked(place)
-        earlier = _differ(words[at[:n]], value[:n])
+        earlier = differ(words[at[:n]], value[:n])
         words[at] = value
-        now = _differ(words[at[:n]], value[:n])
+        now = differ(words[at[:n]], value[:n])
         place, user = place[:n], user[:n]
         if shared.is_pending[place // 16].any():
             self.code.report(f"{self.where} writes where an asynchronous copy is still to write")
@@ -204,14 +197,6 @@ class Place:
 _WHO = {True: "warp", False: "warp or program"}
 
 
-def _differ(a: Array, b: Array) -> Array:
-    if a.dtype == np.complex128:
-        pairs = np.ascontiguousarray(a).view(np.uint64) != np.ascontiguousarray(b).view(np.uint64)
-        result: Array = pairs.reshape(-1, 2).any(1)
-        return result
-    return a != b
-
-
 # --- loads and stores ----------------------------------------------------------------------------
 
 
@@ -288,13 +273,15 @@ def _store(code: Code, instruction: Instruction) -> Step:
         for number, value in enumerate(values):
             block[..., number] = value
         where = address()
-        full, chosen, at = place.find(
-            np.broadcast_to(where, np.broadcast_shapes(where.shape, shape)), narrow(mask)
-        )
+        if where.shape != shape:
+            where = np.broadcast_to(where, np.broadcast_shapes(where.shape, shape))
+        full, chosen, at = place.find(where, narrow(mask))
         if not at.size:
             return
-        words = np.broadcast_to(block.view(whole)[..., 0], full)
-        place.store(at, words.ravel() if chosen is None else words[chosen], full, chosen)
+        words = block.view(whole)[..., 0]
+        if words.shape != full:
+            words = np.broadcast_to(words, full)
+        place.store(at, words.reshape(-1) if chosen is None else words[chosen], full, chosen)
         if place.is_shared:
             code.is_unfenced = True
 

@@ -252,6 +252,9 @@ def _shift(code: Code, instruction: Instruction) -> Step:
     is_signed = kind[0] == "s"
 
     def shift(x: Array, n: Array) -> Array:
+        if n.size == 1 and int(n.flat[0]) < bits:
+            one = x.dtype.type(n.flat[0])
+            return x << one if name == "shl" else x >> one
         # More than all bits is as much as all.
         limited = np.minimum(n, bits - 1).astype(x.dtype)
         result = x << limited if name == "shl" else x >> limited

@@ -272,7 +272,12 @@ _STATS: dict[str, dict[str, Any]] = {
     "count": {"sites": ("act",)},
     "all at act, conditions": {"sites": ("act",), "moments": True, "conditions": 3},
     "one mask": {"mask": True},
-    "all at all sites": {"sites": SITES, "moments": True, "conditions": 2, "order": "mixed"},
+    "all at two sites": {
+        "sites": ("up", "product"),
+        "moments": True,
+        "conditions": 2,
+        "order": "mixed",
+    },
     "threshold -0.1": {"sites": ("act",), "threshold": -0.1},
     "ragged width": {"sites": ("act",), "conditions": 2, "order": "mixed"},
     "many groups": {"sites": ("act",), "moments": True, "groups": 20, "order": "mixed"},
@@ -298,9 +303,10 @@ def quick(capability: int) -> dict[str, Callable[[], None]]:
     """The calls of `make test` on one GPU; on sm_80 what differs there."""
     found = {name: _stats(name, torch.bfloat16) for name in _STATS}
     if capability == 80:
-        found = {name: found[name] for name in ("all at act, conditions", "responses")}
-    found["all at act, conditions, fp32"] = _stats("all at act, conditions", torch.float32)
-    found["many groups, fp16"] = _stats("many groups", torch.float16)
+        found = {"all at act, conditions": found["all at act, conditions"]}
+    else:
+        found["all at act, conditions, fp32"] = _stats("all at act, conditions", torch.float32)
+        found["many groups, fp16"] = _stats("many groups", torch.float16)
     found["residual"] = lambda: _twice(residual, (144, 512), (48, 512), moments=True)
     found["moments"] = lambda: _twice(moments, (20, 600, 9, 6), (70, 1100, 40, 6))
     found["gain"] = lambda: _twice(gain, (16, 600, 16, 12), (19, 90, 13, 5))
@@ -347,6 +353,7 @@ OPS = ("swiglu_stats", "residual_stats", "average_precision", "logprob_gain")
 def _random_swiglu(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
     given = dict(one(*_STATS.values()))
     if "sites" in given:
+        given["sites"] = one(given["sites"], given["sites"], SITES, ("gate",))
         given |= {"order": one("sorted", "mixed", "one"), "bad": one(False, False, True)}
         if given.get("groups", 3) == 3:
             given["groups"] = 2 + below(6)

@@ -361,6 +361,11 @@ class Code:
             if name in _SPECIAL:
                 self.R[slot] = _SPECIAL[name](self).astype(np.uint32).view(dtype)
 
+    def stop(self) -> None:
+        """Nothing is kept of a launch: registers of many threads are large."""
+        self.R[:] = [NEVER] * len(self.R)
+        del self.memory, self.shared, self.copies, self.products
+
     def forget(self, name: str) -> None:
         """A register holds nothing again."""
         for slot, _ in self._views.get(name, ()):

@@ -85,11 +85,14 @@ class Machine(Code):
         self.arguments = dict(zip(names, arguments, strict=False))
         n_programs = int(np.prod(self.grid))
         batch = max(1, _THREADS // self.n_threads)
-        with np.errstate(all="ignore"):
-            for first in range(0, n_programs, batch):
-                programs = np.arange(first, min(first + batch, n_programs))
-                self.start(programs, shared_bytes, self._granule)
-                self._schedule()
+        try:
+            with np.errstate(all="ignore"):
+                for first in range(0, n_programs, batch):
+                    programs = np.arange(first, min(first + batch, n_programs))
+                    self.start(programs, shared_bytes, self._granule)
+                    self._schedule()
+        finally:
+            self.stop()
 
     def _schedule(self) -> None:
         pending: dict[int, Mask] = {0: None}

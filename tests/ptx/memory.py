@@ -239,3 +239,24 @@ class SharedMemory:
             )
         if alignment > 1 and int(np.bitwise_or.reduce(address, axis=None)) & (alignment - 1):
             raise Fault(f"{where}: misaligned access of {size} bytes of shared memory")
+
+
+def spread(mask: Array | None, *values: Array) -> tuple[tuple[int, ...], Array | None, list[Array]]:
+    """The common shape; which of it is asked for (None = all), and the values there, flat."""
+    if mask is not None and mask.all():
+        mask = None
+    shapes = [value.shape for value in values] + ([] if mask is None else [mask.shape])
+    shape = shapes[0] if len(set(shapes)) == 1 else np.broadcast_shapes(*shapes)
+    wide = [each if each.shape == shape else np.broadcast_to(each, shape) for each in values]
+    if mask is None:
+        return shape, None, [each.reshape(-1) for each in wide]
+    chosen = np.broadcast_to(mask, shape)
+    return shape, chosen, [each[chosen] for each in wide]
+
+
+def differ(a: Array, b: Array) -> Array:
+    if a.dtype == np.complex128:
+        pairs = np.ascontiguousarray(a).view(np.uint64) != np.ascontiguousarray(b).view(np.uint64)
+        result: Array = pairs.reshape(-1, 2).any(1)
+        return result
+    return a != b

@@ -222,20 +222,25 @@ def truncated(x: Array) -> Array:
 
 def flushed(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign."""
-    return np.where(np.abs(x) < np.float32(_SMALLEST_NORMAL), np.copysign(np.float32(0), x), x)
+    is_small = np.abs(x) < np.float32(_SMALLEST_NORMAL)
+    return np.where(is_small, np.copysign(np.float32(0), x), x) if is_small.any() else x
 
 
 def largest(a: Array, b: Array) -> Array:
     """max of a GPU: of a number and a NaN the number, +0 above -0."""
     result = np.fmax(a, b)
-    zeros = (a == 0) & (b == 0)
-    return np.where(zeros, np.where(np.signbit(a), b, a), result) if zeros.any() else result
+    zeros = result == 0
+    return (
+        np.where(zeros & (a == b), np.where(np.signbit(a), b, a), result) if zeros.any() else result
+    )
 
 
 def smallest(a: Array, b: Array) -> Array:
     result = np.fmin(a, b)
-    zeros = (a == 0) & (b == 0)
-    return np.where(zeros, np.where(np.signbit(a), a, b), result) if zeros.any() else result
+    zeros = result == 0
+    return (
+        np.where(zeros & (a == b), np.where(np.signbit(a), a, b), result) if zeros.any() else result
+    )
 
 
 # exact functions of float64 behind the instructions that approximate them in float32
