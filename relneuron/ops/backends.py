@@ -161,7 +161,7 @@ _FAULTS: dict[tuple[torch.device, torch.dtype], str | None] = {}
 
 
 def _probe(device: torch.device, dtype: torch.dtype) -> str | None:
-    probe = importlib.import_module("relneuron.ops.swiglu_stats.triton_probe")
+    probe = importlib.import_module("relneuron.ops.probe")
     printed = io.StringIO()
     try:
         # Triton prints all the code that an assembler has refused.
