@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -160,15 +161,17 @@ _FAULTS: dict[tuple[torch.device, torch.dtype], str | None] = {}
 
 
 def _probe(device: torch.device, dtype: torch.dtype) -> str | None:
-    probe = importlib.import_module("relneuron.ops.swiglu_stats.triton_probe")
+    probe = importlib.import_module("relneuron.ops.probe")
+    printed = io.StringIO()
     try:
         # Triton prints all the code that an assembler has refused.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(printed):
             probe.try_out(device, dtype)
     except torch.OutOfMemoryError:
         raise  # says nothing of the next launch
     except Exception as error:
         return f"a launch failed: {type(error).__name__}: {_in_a_line(str(error))}"
+    sys.stdout.write(printed.getvalue())  # of other threads
     return None
 
 

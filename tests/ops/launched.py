@@ -1,5 +1,7 @@
 """Compares what our launches launch with what Triton would; test_launches.py runs this file.
 
+With the name of one of FAULTS that is put in first, and an assertion fails.
+
 A driver that launches nothing (bench/host.py) sees both: the grid, the compiled kernel, the
 arguments. Prints {what was seen: number} as JSON.
 """
@@ -11,12 +13,14 @@ from __future__ import annotations
 import collections
 import json
 import random
+import sys
 
 import torch
 
 from bench import host
 from relneuron import ops
 from relneuron.ops import launches
+from relneuron.ops.swiglu_stats import repeat
 from relneuron.ops.swiglu_stats import triton_launch as swiglu_launch
 
 DRIVER = host.install()
@@ -40,19 +44,13 @@ def run(launch: launches.Launch) -> None:
     dtypes = [None if t is None else t.dtype for t in launch.tensors]
     known = DTYPES.setdefault(form, dtypes)
     assert all(a is b for a, b in zip(dtypes, known, strict=True) if a and b), "a form has dtypes"
-    key = [k for k in form.compiled if k[2:] == tuple(is_aligned(t) for t in launch.tensors)]
     SEEN["launches"] += 1
-    assert len(key) == 1
     form.kernel[form.grid](**launch.args, **launch.constants, **launch.compiler_options())
     assert ours == seen(), (form.kernel, ours, seen())
     KERNELS[form.kernel.__name__].add(ours[0])
     before = SEEN["by triton"]
     own_run(launch)
     assert ours == seen() and SEEN["by triton"] == before, "the second time Triton is not asked"
-
-
-def is_aligned(tensor: torch.Tensor | None) -> bool | None:
-    return None if tensor is None else tensor.data_ptr() % 16 == 0
 
 
 def count_triton(kernel: object) -> None:
@@ -112,11 +110,13 @@ def swiglu() -> None:
         site = "down" if residual else dice.choice(["gate", "act"])
         sums = {site: matrix(dice.choice([1, 4]), width, torch.float32)}
         options |= {"responses": sums, "prompt_ids": ids[:rows]}
-    if residual:
-        ops.residual_stats(gate, up, backend="triton", **options)
-    else:
-        activation = dice.choice(["silu", "silu", "relu"])
-        ops.swiglu_stats(gate, up, activation=activation, backend="triton", **options)
+    if not residual:
+        options["activation"] = dice.choice(["silu", "silu", "relu"])
+    run_op = ops.residual_stats if residual else ops.swiglu_stats
+    run_op(gate, up, backend="triton", **options)
+    if "keep" in options:  # the same numbers, with and without a tensor
+        options["condition_ids"] = None if options["condition_ids"] is not None else ids[:rows]
+        run_op(gate, up, backend="triton", **options)
 
 
 def rank() -> None:
@@ -143,7 +143,28 @@ def gain() -> None:
         ops.logprob_gain(*given, mode="top", top=1, backend="triton")
 
 
-def main() -> None:
+def without_strides(*given: object) -> object:
+    """Two matrices of a shape are alike, whatever is between their rows."""
+    key = own_likeness(*given)
+    return key and tuple(part for part in key if type(part) is not tuple or len(part) != 2)
+
+
+op = sys.modules["relneuron.ops.swiglu_stats.op"]
+own_likeness = repeat.likeness
+FAULTS = {
+    "alignment": (launches, "_likeness", lambda tensors: tuple(t is None for t in tensors)),
+    "None": (launches, "_likeness", lambda tensors: tuple(is_aligned(t) for t in tensors)),
+    "strides": (op, "likeness", without_strides),
+}
+
+
+def is_aligned(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.data_ptr() % 16 == 0
+
+
+def main(fault: str | None = None) -> None:
+    if fault is not None:
+        setattr(*FAULTS[fault])
     from relneuron.ops.average_precision import triton_launch as ranking
     from relneuron.ops.logprob_gain import triton_kernels as gains
     from relneuron.ops.swiglu_stats import triton_kernels, triton_sums
@@ -164,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -129,7 +129,7 @@ def test_the_probe_passes_where_the_numbers_are_right(
 
 
 def test_wrong_numbers_are_a_fault(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = pytest.importorskip("relneuron.ops.swiglu_stats.triton_probe")
+    probe = pytest.importorskip("relneuron.ops.probe")
     monkeypatch.setattr(probe, "swiglu_stats_triton", lambda call: call.out.fill_(1.0))
     with pytest.warns(RuntimeWarning, match="because a launch failed: RuntimeError: it gave wrong"):
         assert choose(gpu) == "reference"
@@ -137,7 +137,7 @@ def test_wrong_numbers_are_a_fault(gpu: torch.device, monkeypatch: pytest.Monkey
 
 
 def test_a_full_device_is_no_fault(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = pytest.importorskip("relneuron.ops.swiglu_stats.triton_probe")
+    probe = pytest.importorskip("relneuron.ops.probe")
 
     def full(call: object) -> None:
         raise torch.OutOfMemoryError("full")

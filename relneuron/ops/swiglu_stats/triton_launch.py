@@ -123,9 +123,8 @@ def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
             launch, span = _plan_span(forms.group_span, ids)
             launches.append(launch)
         for index, form in enumerate(forms.moments):
-            own = (call.sum, call.sum_sq, call.max, call.n_nonfinite)
-            part = partial
-            if index:  # the first site begins where all of them do
+            own, part = (call.sum, call.sum_sq, call.max, call.n_nonfinite), partial
+            if len(forms.moments) > 1:  # an index takes as long as a launch
                 own = (own[0][index], own[1][index], own[2][index], own[3][index])
                 part = None if partial is None else partial[:, index]
             launches.append(Launch(form, (*own, part, n_rows, span, gate, up, ids)))

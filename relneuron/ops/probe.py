@@ -1,4 +1,4 @@
-"""One tiny call of the main Triton kernel: `ops/backends.py` asks by it whether launches work."""
+"""One tiny call of a Triton kernel: `ops/backends.py` asks by it whether launches work at all."""
 
 from __future__ import annotations
 
