@@ -68,7 +68,7 @@ SLOW = {
     "methods/gains": "attribute_resume page",
     "model": "patch",
     "ops/swiglu_stats": "bits cases triton",
-    "ops": "average_precision average_precision_triton fallbacks",
+    "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",
     "testing": "contract",
     "texts": "polish tokens_study",
