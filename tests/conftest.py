@@ -70,7 +70,7 @@ SLOW = {
     "methods/gains": "attribute_resume page",
     "model": "patch",
     "ops/swiglu_stats": "bits cases triton",
-    "ops": "average_precision average_precision_triton fallbacks",
+    "ops": "average_precision average_precision_triton fallbacks launches",
     "ptx": "kernels",
     "report": "page pages",
     "testing": "contract",
