@@ -69,7 +69,6 @@ SLOW = {
     "model": "patch",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton",
-    "ptx": "kernels",
     "report": "page pages",
     "testing": "contract",
     "texts": "polish tokens_study",

@@ -369,6 +369,7 @@ def asked(*words: str) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["90", "80"])
 def test_every_kernel_and_flag(capability: str) -> None:
     found = asked("--quick", capability)
@@ -387,6 +388,7 @@ def said_of_faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return json.loads((folder / "said.json").read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_a_kernel_is_found(name: str, said_of_faults: dict[str, str]) -> None:
     assert re.search(FAULTS[name].said, said_of_faults[name]), said_of_faults[name]
