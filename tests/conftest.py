@@ -71,7 +71,6 @@ SLOW = {
     "model": "patch",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
-    "ptx": "kernels",
     "report": "page pages",
     "testing": "contract",
     "texts": "polish tokens_study",

@@ -49,7 +49,9 @@ _MOMENTS = (("shape", (70, 1100, 40, 6)),)
 _RANKS = (("shape", (900, 4)),)
 _BARRIER = r"\tbar\.sync \t0;"
 FAULTS = {
-    "the first barrier removed": Seeded(_BARRIER, "", "race: .*shared memory", given=_COUNT),
+    "the first barrier removed": Seeded(
+        _BARRIER, "", r"race: triton_kernels\.py:\d+ .*shared memory", given=_COUNT
+    ),
     "every barrier of the moments removed": Seeded(
         _BARRIER, "", "race: .*shared memory", given=_COUNT, places=0, kernel="_moments_kernel"
     ),

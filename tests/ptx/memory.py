@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 # All addresses of a process as one array; what is read and written has been checked before.
 _FIRST = 1 << 16
-_SPACE = np.frombuffer((ctypes.c_uint8 * ((1 << 47) - (1 << 17))).from_address(_FIRST), np.uint8)
+_SPACE = np.frombuffer((ctypes.c_uint8 * ((1 << 48) - (1 << 17))).from_address(_FIRST), np.uint8)
 _WORDS = {size: _SPACE.view(kind) for size, kind in BITS.items()}
 # What fresh memory is filled with, in words of 32 bits: no float, id or count of the tests.
 UNWRITTEN = np.uint32(0xA5C3E1F7)

@@ -216,6 +216,25 @@ FORMS: dict[str | tuple[str, str], tuple[str, Rows]] = {
     "xor.b32": ("b32 b32 > b32", [(0xFF00, 0x0FF0, 0xF0F0)]),
     "xor.b64": ("b64 b64 > b64", [(2**40 + 1, 2**40, 1)]),
     "xor.pred": ("pred pred > pred", [(T, T, F), (T, F, T)]),
+    # No kernel of today emits these, but others like them.
+    "cvt.f32.bf16": ("b16 > f32", [(0x3F81, 1 + 2.0**-7), (0xFF80, -INF)]),
+    "cvt.rn.f32.f64": ("f64 > f32", [(1 + 2.0**-24, 1.0), (1 + 3 * 2.0**-24, 1 + 2 * _EPS)]),
+    "fma.rn.f16x2": ("b32 b32 b32 > b32", [(0x3C004000, 0x3C014000, 0x00003C00, 0x3C014500)]),
+    ("lop3.b32", "{d}, {0}, {1}, {2}, 0x96"): ("b32 b32 b32 > b32", [(0xF0, 0xCC, 0xAA, 0x96)]),
+    "lg2.approx.f32": ("f32 > f32", [(8.0, 3.0), (0.0, -INF)]),
+    "min.f16x2": ("b32 b32 > b32", [(0x3C004000, 0x40003C00, 0x3C003C00)]),
+    "mul.hi.u32": ("u32 u32 > u32", [(2**31, 6, 3)]),
+    "mul.hi.s32": ("s32 s32 > s32", [(-(2**31), 4, -2)]),
+    "not.pred": ("pred > pred", [(T, F), (F, T)]),
+    "rcp.rn.f32": ("f32 > f32", [(3.0, 11184811 * 2.0**-25)]),
+    "rem.s32": ("s32 s32 > s32", [(7, 2, 1), (-7, 2, -1), (7, -2, 1)]),
+    "rsqrt.approx.f32": ("f32 > f32", [(0.25, 2.0)]),
+    "setp.ltu.f32": ("f32 f32 > pred", [*_LESS, (NAN, 1.0, T)]),
+    "setp.nan.f32": ("f32 f32 > pred", [(1.0, 2.0, F), (NAN, 1.0, T)]),
+    "shf.l.wrap.b32": ("b32 b32 u32 > b32", [(0xF0000000, 0x1, 4, 0x1F), (1, 2, 32, 2)]),
+    "shf.r.clamp.b32": ("b32 b32 u32 > b32", [(0x0, 0x1, 4, 0x10000000), (1, 2, 40, 2)]),
+    "sqrt.rn.f32": ("f32 > f32", [(2.25, 1.5), (-1.0, NAN)]),
+    "tanh.approx.f32": ("f32 > f32", [(0.0, 0.0), (INF, 1.0)]),
 }
 
 
@@ -333,3 +352,18 @@ def test_form(key: str | tuple[str, str]) -> None:
     found = compute(form, operands, types, rows)
     for row, result in zip(rows, found, strict=True):
         assert all(map(same, result, row[-n_results:])), (row, result)
+
+
+def test_approximations_are_off_by_as_much_as_asked() -> None:
+    body = """cvt.rn.f32.u32 %r4, %r0; mul.rn.f32 %r5, %r4, 0f3D000000; ex2.approx.ftz.f32 %r9, %r5;
+    mad.wide.u32 %rd9, %r0, 4, %rd1; st.global.b32 [%rd9 + 0], %r9;"""
+    exact = np.exp2(np.arange(32) / 32).astype(np.float32).view(np.int32)
+    seen = set()
+    for seed in range(20):
+        for ulps in (0, 2):
+            options = Options(ulps=ulps, seed=seed)
+            out, _ = launch(body, np.zeros(1), n_out=128, options=options)
+            apart = out.view(np.int32) - exact
+            assert np.abs(apart).max() <= ulps
+            seen |= set(apart.tolist())
+    assert seen == {-2, -1, 0, 1, 2}
