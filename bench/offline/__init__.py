@@ -1,9 +1,13 @@
 """`python -m bench.offline` compiles the Triton kernels for GPUs that are not here, and gates them.
 
 For every target and every kind of call (`cases.py`) it compiles the launches that the op would make
-and reads the machine code: registers, spills, shared memory, the width of loads, and instructions
-per element. It fails on a spill, a load narrower than 16 bytes, a 32-bit product in an offset, and
-more than 110% of an instruction budget in `budgets.csv`.
+and reads the machine code: registers, spills, shared memory, the width of loads, how often a turn
+of a loop waits for them, and instructions per element. It fails on a spill, a load narrower than 16
+bytes, a second wait for what one turn loads, loads that stand apart, a 32-bit product in an offset,
+more than 110% of an instruction budget, less bytes under way while a multiprocessor waits, and
+another limiter of the predicted time (`model.py`) than `budgets/<version of Triton>.csv` has.
+
+`--predict` prints the predicted times and what they are assumed from (`predict.py`).
 
 That file says of each kernel what was measured, and the digest of what it was compiled from. What
 has another digest is compiled: a change of a kernel, of a launch or of Triton is measured wherever

@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, fields
 
 from bench import offline
 from bench.offline.cases import TARGETS, Case, cases, cover, digest, launches
+from bench.offline.predict import report
 from bench.offline.rows import Key, Row, faults, label, measure, read_budgets, write_budgets
 
 # A launch by its place: a case and a number.
@@ -50,18 +52,31 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.offline", description=offline.__doc__)
-    parser.add_argument("--all", action="store_true", help="compile also what did not change")
-    parser.add_argument("--update", action="store_true", help="all, and rewrite budgets.csv")
-    options = parser.parse_args(arguments)
-    budgets = read_budgets()
-    known, chosen = to_compile(budgets, options.all or options.update)
-    # A cache of its own, so that nothing compiled earlier is measured.
+@contextmanager
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    """Processes with a cache of their own, so that nothing compiled earlier is measured."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor() as pool:
-            measured = list(pool.map(measure_place, chosen))
+            yield pool
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.offline", description=offline.__doc__)
+    parser.add_argument("--all", action="store_true", help="compile also what did not change")
+    parser.add_argument(
+        "--update", action="store_true", help="all, and rewrite the file of this Triton"
+    )
+    parser.add_argument("--predict", action="store_true", help="predicted times, nothing else")
+    options = parser.parse_args(arguments)
+    if options.predict:
+        with compiling() as pool:
+            print(report(pool))
+        return 0
+    budgets = read_budgets()
+    known, chosen = to_compile(budgets, options.all or options.update)
+    with compiling() as pool:
+        measured = list(pool.map(measure_place, chosen))
     if options.update:
         write_budgets(measured)
         budgets = read_budgets()

@@ -246,6 +246,30 @@ def digest(launch: Launch, target: GPUTarget) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+def code_digest(launch: Launch, target: GPUTarget) -> str:
+    """Of what is compiled as far as it is ours: kernel, constants, types, options, target."""
+    source = _source(launch)
+    kernels: dict[str, str] = {}
+    _collect(launch.kernel, kernels)
+    constants = {name: str(value) for name, value in source.constants.items()}
+    parts = (kernels, source.signature, constants, source.attrs, launch.compiler_options(), target)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _collect(kernel: Any, found: dict[str, str]) -> None:
+    """Add the source of a kernel, of our functions that it calls, and their constants."""
+    name = f"{kernel.__module__}.{kernel.__name__}"
+    if name in found:
+        return
+    found[name] = kernel.src
+    for used in kernel.fn.__code__.co_names:
+        value = kernel.fn.__globals__.get(used)
+        if isinstance(value, triton.language.constexpr):
+            found[f"{name}: {used}"] = repr(value.value)
+        elif getattr(value, "__module__", "").startswith("relneuron"):
+            _collect(value, found)
+
+
 def _source(launch: Launch) -> ASTSource:
     """As Triton's own launch would make it: the same types, constants and alignments."""
     kernel = launch.kernel

@@ -1,16 +1,17 @@
-"""The table of compiled kernels, `budgets.csv`, and what the gate has against a row of it."""
+"""The tables of compiled kernels, `budgets/`, and what the gate has against a row of it."""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
+import triton
 from torch import Tensor
 
-from bench.offline.cases import TARGETS, compile_launch, digest
+from bench.offline.cases import TARGETS, code_digest, compile_launch, digest
 from bench.offline.code import (
     EXPONENTIAL,
     LOAD,
@@ -18,24 +19,48 @@ from bench.offline.code import (
     STORE,
     WIDE_LOAD,
     amd_loops,
+    amd_waits,
+    distance,
     narrow_products,
     sass,
     sass_loops,
+    waits,
 )
+from bench.offline.model import GATED, GPUS, predict
+from bench.offline.work import work_of
 from relneuron.ops import SITES
 from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 # Of a row: target, dtype, variant, kernel.
 Key = tuple[str, str, str, str]
 
-BUDGETS = Path(__file__).with_name("budgets.csv")
+# A file for each version of Triton that the rows were measured with.
+BUDGETS = Path(__file__).with_name("budgets")
+VERSION = ".".join(triton.__version__.split(".")[:2])
 TOLERANCE = 1.10
 # Upper limits that no `--update` moves: (target, dtype, variant, loop) -> instructions per element.
 LIMITS = {
     ("sm_90", "bf16", "count", "blocks"): 14.0,
     ("sm_90", "bf16", "count, one condition", "blocks"): 17.0,
-    ("sm_90", "bf16", "all at act, conditions", "rows"): 23.0,
+    # With the copies ahead; 21.6 without them, and three times the waiting.
+    ("sm_90", "bf16", "all at act, conditions", "rows"): 28.0,
 }
+# How often a turn of a loop may wait for loads of 16 bytes: once for all that it needs. The second
+# stage of moments first looks whose the rows are.
+WAITS = {
+    "_swiglu_stats_kernel": 1,
+    "_responses_kernel": 1,
+    "_moments_kernel": 2,
+    "_sum_kernel": 1,
+    "_gain_kernel": 2,
+    "_gain_list_kernel": 4,
+    "_gain_moments_kernel": 1,
+}
+# Kernels that a case launches for a few columns or neurons: the limiter is that of so many of it.
+SMALL = ("_sort_kernel", "_sum_kernel", "_gain_kernel", "_gain_list_kernel", "_gain_moments_kernel")
+SMALL_TIMES = 1000
+# Instructions from the first load of a turn to its last, for each load.
+APART = 10
 
 
 @dataclass(frozen=True)
@@ -51,11 +76,21 @@ class Row:
     shared_bytes: int
     # The narrowest load of gate or up in a loop, or of the order of rows.
     load_bytes: int | None
+    # Of the loop that does so most: waits for loads of 16 bytes in a turn, and instructions from
+    # the first of them to the last, for each; asynchronous copies are not counted.
+    waits: int | None
+    apart: float | None
+    # KiB of a multiprocessor that are under way while it waits, and what is predicted to limit the
+    # kernel, see `model.py`; of targets in GATED.
+    in_flight: float | None
+    limiter: str
     # Instructions per element of the two loops, see above.
     blocks: float | None
     rows: float | None
     narrow_products: int
-    # What was compiled, see `digest`.
+    # What was compiled: our part of it, which every version of Triton sees (see `code_digest`), and
+    # all of it (see `digest`).
+    code: str = ""
     source: str = ""
 
     @property
@@ -76,7 +111,8 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
         code, usage = sass(compiled)
         numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
         assert numbers, f"cuobjdump says nothing of registers: {usage}"
-        registers, stack, shared, local = (int(number) for number in numbers.groups())
+        registers, stack, _, local = (int(number) for number in numbers.groups())
+        shared = compiled.metadata.shared
         spills, (all_code, loops) = stack + local, sass_loops(code)
     else:
         code = compiled.asm["amdgcn"]
@@ -88,6 +124,19 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
         all_code, loops = amd_loops(code)
     name = launch.kernel.__name__
+    of_loads = [body for body in loops if any(map(WIDE_LOAD.search, body))]
+    n_waits, apart, in_flight, limiter = None, None, None, ""
+    if of_loads:
+        is_nvidia = kind.backend == "cuda"
+        n_waits = max((waits if is_nvidia else amd_waits)(body).n for body in of_loads)
+        apart = max(_apart(body) for body in of_loads)
+    if target in GATED:
+        work = work_of(launch, code, registers, shared)
+        if name in SMALL:
+            n = SMALL_TIMES
+            work = replace(work, n_programs=n * work.n_programs, memory_bytes=n * work.memory_bytes)
+        prediction = predict(work, GPUS[GATED[target]])
+        in_flight, limiter = prediction.in_flight / 1024, prediction.limiter
     if name in ("_moments_kernel", "_sort_kernel"):
         # The first has a branch around the loads, which compilers turn into loops of all shapes.
         loops = [all_code]
@@ -101,11 +150,21 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
         spills,
         shared,
         load_bytes,
+        n_waits,
+        apart,
+        in_flight,
+        limiter,
         per_element[0],
         per_element[1],
         len(narrow_products(compiled.asm["ttir"])),
+        code_digest(launch, kind),
         digest(launch, kind),
     )
+
+
+def _apart(body: list[str]) -> float:
+    n_loads = sum(bool(WIDE_LOAD.search(text)) for text in body)
+    return round(distance(body) / n_loads, 1)
 
 
 def _loop_numbers(
@@ -178,6 +237,17 @@ def faults(row: Row, budget: Row | None) -> list[str]:
         found.append(f"spills {row.spills} (bytes, on gfx942 registers)")
     if row.load_bytes is not None and row.load_bytes < 16:
         found.append("loads are narrower than 16 bytes")
+    name = row.kernel.split()[0]
+    if row.waits is not None and row.waits > WAITS[name]:
+        found.append(f"a turn waits {row.waits} times for what it loads")
+    # What logprob_gain loads, other programs have loaded: it waits for L2, while others work.
+    if row.apart is not None and row.apart > APART and not name.startswith("_gain"):
+        found.append(f"loads are {row.apart} instructions apart")
+    if budget is not None and row.in_flight is not None and budget.in_flight is not None:
+        if row.in_flight < budget.in_flight / TOLERANCE:
+            found.append(f"{row.in_flight} KiB under way, before {budget.in_flight}")
+        if row.limiter != budget.limiter:
+            found.append(f"limited by {row.limiter}, before by {budget.limiter}")
     if row.narrow_products:
         found.append(f"{row.narrow_products} 32-bit products in offsets")
     for loop in ("blocks", "rows"):
@@ -195,8 +265,9 @@ def faults(row: Row, budget: Row | None) -> list[str]:
     return [where + fault for fault in found]
 
 
-def read_budgets(path: Path = BUDGETS) -> dict[Key, Row]:
-    """The committed rows."""
+def read_budgets(version: str = VERSION) -> dict[Key, Row]:
+    """The committed rows of a version of Triton, none if it has none."""
+    path = BUDGETS / f"{version}.csv"
     if not path.exists():
         return {}
 
@@ -209,9 +280,14 @@ def read_budgets(path: Path = BUDGETS) -> dict[Key, Row]:
                 *(line[name] for name in ("target", "dtype", "variant", "kernel")),
                 *(int(line[name]) for name in ("registers", "spills", "shared_bytes")),
                 int(line["load_bytes"]) if line["load_bytes"] else None,
+                int(line["waits"]) if line["waits"] else None,
+                number(line["apart"]),
+                number(line["in_flight"]),
+                line["limiter"],
                 number(line["blocks"]),
                 number(line["rows"]),
                 int(line["narrow_products"]),
+                line["code"],
                 line["source"],
             )
             for line in csv.DictReader(file)
@@ -219,8 +295,9 @@ def read_budgets(path: Path = BUDGETS) -> dict[Key, Row]:
     return {row.key: row for row in rows}
 
 
-def write_budgets(rows: Iterable[Row], path: Path = BUDGETS) -> None:
-    with path.open("w", newline="") as file:
+def write_budgets(rows: Iterable[Row]) -> None:
+    BUDGETS.mkdir(exist_ok=True)
+    with (BUDGETS / f"{VERSION}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Row))
         writer.writerows(astuple(row) for row in rows)

@@ -20,6 +20,7 @@ from bench.offline.cases import TARGETS, compile_launch, launches
 from bench.offline.code import narrow_products
 from bench.offline.rows import faults, measure
 from relneuron.ops.launches import Form, Launch
+from relneuron.ops.swiglu_stats import triton_kernels
 
 CASE = ("sm_90", "bf16", "count")
 SUM_CASE = ("sm_90", "any", "rank for 12 relations")
@@ -47,6 +48,11 @@ def _wide_offsets_kernel(out_ptr, stride_ot, F: tl.constexpr):
 def _narrow_columns_kernel(out_ptr, M, F: tl.constexpr):
     column = (tl.arange(0, F) * M).to(tl.int64)
     tl.store(out_ptr + column, 0.0)
+
+
+@triton.jit
+def _as_it_is(gate, up, zero, PTX: tl.constexpr):
+    return gate
 
 
 def products(kernel, stride: str = "stride_ot") -> list[str]:
@@ -83,6 +89,16 @@ def main() -> None:
     found["same code"] = faults(row, replace(row, blocks=row.blocks / 1.01))
     found["no budget"] = faults(row, None)
     found["limit"] = faults(replace(row, blocks=14.1), replace(row, blocks=14.1))
+    plain = ("sm_90", "bf16", "plain")
+    launch = launches(*plain)[0]
+    found["none, plain"] = faults(measure(*plain, launch), None)
+    triton_kernels._after = _as_it_is
+    # Another tile, as Triton keeps what it has compiled.
+    other = changed(launch, constants={**launch.constants, "TILE_T": 64})
+    found["up loaded late"] = faults(measure(*plain, other), None)
+    found["apart"] = faults(replace(row, apart=11.0), budget)
+    found["under way"] = faults(replace(row, in_flight=row.in_flight / 1.2), budget)
+    found["limiter"] = faults(replace(row, limiter="latency"), budget)
     found["32-bit offset"] = products(_narrow_offsets_kernel)
     found["widened too late"] = products(_late_widening_kernel)
     found["32-bit column"] = products(_narrow_columns_kernel, "M")

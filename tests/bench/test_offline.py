@@ -1,7 +1,8 @@
 """The Triton kernels as a GPU would run them, compiled here without one: `bench.offline` is green.
 
-Its checks must be able to fail: offline_faults.py seeds a spill, a narrow load, an exceeded budget
-and 32-bit offsets. Both run in their own process, because this one may use the interpreter.
+Its checks must be able to fail: offline_faults.py seeds a spill, a narrow load, a load behind the
+arithmetic, an exceeded budget and 32-bit offsets. Both run in their own process, because this one
+may use the interpreter.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def run(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_no_kernel_has_a_fault(tmp_path: Path) -> None:
-    """What changed since `budgets.csv` was written is compiled, and `cover()`."""
+    """What changed since the table of budgets was written is compiled, and `cover()`."""
     done = run("-m", "bench.offline", cache=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
@@ -89,6 +90,10 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list
 def test_the_gate_can_fail(seeded: dict[str, dict[str, list[str]]]) -> None:
     found = seeded["stats"]
     assert found["none"] == found["within budget"] == found["64-bit offset"] == []
+    assert not any("waits" in fault for fault in found["none, plain"])
+    assert any("waits 2 times" in fault for fault in found["up loaded late"])
+    for name, words in (("apart", "apart"), ("under way", "under way"), ("limiter", "limited by")):
+        assert len(found[name]) == 1 and words in found[name][0]
     assert any("spills" in fault for fault in found["spill"])
     for name in ("narrow load", "narrow order"):
         assert any("narrower than 16 bytes" in fault for fault in found[name])

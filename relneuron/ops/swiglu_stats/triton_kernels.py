@@ -1,7 +1,8 @@
 """The main Triton kernel of `swiglu_stats`, which `triton_launch.py` launches.
 
 It reads gate and up once, writes h, adds the counts, and leaves the moments of every tile for
-`_moments_kernel` in `ops/swiglu_stats/triton_sums.py`. Only integers are added atomically.
+`_moments_kernel` in `ops/swiglu_stats/triton_sums.py`. Only integers are added atomically. How a
+site is recorded on the way is in `triton_records.py`.
 """
 
 # What triton.jit compiles is not typed Python.
@@ -20,10 +21,19 @@ from relneuron.ops.swiglu_stats.triton_math import (
     SITE_UP,
     _act,
     _add,
+    _after,
     _is_above,
     _multiply,
     _spread_bits,
     _widen,
+)
+from relneuron.ops.swiglu_stats.triton_records import (
+    SECOND,
+    _count,
+    _flush,
+    _hits_of_two,
+    _nothing,
+    _record,
 )
 
 # Larger than every id.
@@ -36,55 +46,6 @@ def _load(ptr, mask):
     return tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is recorded of one site, as a tuple of five [BLOCK_T, BLOCK_F]: the number of hits (float32,
-# exact below 2^24), sum, sum of squares, largest and smallest. They stay in registers for a whole
-# run of rows; only `_flush` adds up over the rows of the block.
-
-
-@triton.jit
-def _nothing(BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
-    zero = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    return zero, zero, zero, zero - float("inf"), zero + float("inf")
-
-
-@triton.jit
-def _record(record, is_hit, value, extreme, weight, value_weight, MOMENTS: tl.constexpr):
-    """Add a block. A weight [BLOCK_T, 1] is 0.0 for a row that only repeats another of its run."""
-    hits, total, total_sq, highest, lowest = record
-    if weight is None:
-        hits += is_hit
-    else:
-        hits = tl.fma(is_hit, weight, hits)
-    if MOMENTS:
-        weighted = value
-        if value_weight is not None:
-            weighted = value * value_weight
-        total += weighted
-        total_sq = tl.fma(weighted, value, total_sq)
-        # Of a number and a NaN these give the number.
-        highest = tl.maximum(highest, extreme)
-        lowest = tl.minimum(lowest, extreme)
-    return hits, total, total_sq, highest, lowest
-
-
-@triton.jit
-def _flush(record, count_cells, partial_cells, mask_f, F, MOMENTS: tl.constexpr):
-    """Add the hits of a run to its group, and store its moments (4, F) for `_moments_kernel`."""
-    hits, total, total_sq, highest, lowest = record
-    n_hits = tl.sum(hits, axis=0).to(tl.int64)
-    # Integer addition commutes, so the atomics give the same counts in any order.
-    tl.atomic_add(count_cells, n_hits, mask=mask_f & (n_hits > 0), sem="relaxed")
-    if MOMENTS:
-        tl.store(partial_cells, tl.sum(total, axis=0), mask=mask_f)
-        partial_cells += F
-        tl.store(partial_cells, tl.sum(total_sq, axis=0), mask=mask_f)
-        partial_cells += F
-        tl.store(partial_cells, tl.max(highest, axis=0), mask=mask_f)
-        partial_cells += F
-        tl.store(partial_cells, tl.min(lowest, axis=0), mask=mask_f)
-
-
 @triton.jit
 def _step(
     records,  # one per site
@@ -93,6 +54,7 @@ def _step(
     mask,  # of the loads, None = all
     live,  # of the store, None = all
     weight,
+    zero,  # see `_after`; None where both come at once
     limits,  # threshold, high, low: see `_swiglu_stats_kernel`
     ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -107,6 +69,7 @@ def _step(
     gate_record, up_record, act_record, product_record = records
     gate = _load(gate_cells, mask)
     up = _load(up_cells, mask)
+    gate = _after(gate, up, zero, PTX)
     if ACTIVATION == RESIDUAL:
         tl.store(h_cells, _add(up, gate, kept, PTX), mask=live)
     else:
@@ -115,27 +78,37 @@ def _step(
 
     x = _widen(gate, PTX)
     if ROWS[SITE_GATE] >= 0:
-        is_hit = _is_above(x, threshold, PTX)
-        gate_record = _record(gate_record, is_hit, x, x, weight, weight, MOMENTS)
+        gate_record = _count(gate_record, _is_above(x, threshold, PTX), weight, 1.0)
+        gate_record = _record(gate_record, x, x, weight, MOMENTS)
     if ROWS[SITE_UP] >= 0:
         y = _widen(up, PTX)
         is_hit = _is_above(y, threshold, PTX)
-        up_record = _record(up_record, is_hit, y, y, weight, weight, MOMENTS)
+        if ROWS[SITE_GATE] >= 0:
+            gate_record = _count(gate_record, is_hit, weight, SECOND)
+        else:
+            up_record = _count(up_record, is_hit, weight, 1.0)
+        up_record = _record(up_record, y, y, weight, MOMENTS)
     if ROWS[SITE_ACT] >= 0:
         a = _widen(act, PTX)
         if EXACT:
-            is_hit = _is_above(a, threshold, PTX)
-            act_record = _record(act_record, is_hit, a, a, weight, weight, MOMENTS)
+            act_record = _count(act_record, _is_above(a, threshold, PTX), weight, 1.0)
+            act_record = _record(act_record, a, a, weight, MOMENTS)
         else:
             is_hit = _is_above(x, high, PTX)
             if HAS_LOW:
                 is_hit += _is_above(low, x, PTX) * _is_above(x, float("-inf"), PTX)
-            # The weight is in act already.
-            act_record = _record(act_record, is_hit, a, x, weight, None, MOMENTS)
+            act_record = _count(act_record, is_hit, weight, 1.0)
+            # The weight is in act already. The extremes are those of gate, which keeps its highest.
+            HIGHEST: tl.constexpr = ROWS[SITE_GATE] < 0
+            act_record = _record(act_record, a, x, None, MOMENTS, HIGHEST, True)
     if ROWS[SITE_PRODUCT] >= 0:
         p = _widen(_multiply(act, up, None, PTX), PTX)
         is_hit = _is_above(p, threshold, PTX)
-        product_record = _record(product_record, is_hit, p, p, weight, weight, MOMENTS)
+        if ROWS[SITE_ACT] >= 0:
+            act_record = _count(act_record, is_hit, weight, SECOND)
+        else:
+            product_record = _count(product_record, is_hit, weight, 1.0)
+        product_record = _record(product_record, p, p, weight, MOMENTS)
     return gate_record, up_record, act_record, product_record
 
 
@@ -173,6 +146,7 @@ def _swiglu_stats_kernel(
     MOMENTS: tl.constexpr,
     EVEN_F: tl.constexpr,  # F is a multiple of BLOCK_F
     PTX: tl.constexpr,
+    STAGES: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -215,7 +189,7 @@ def _swiglu_stats_kernel(
     order_tile = order_ptr
     condition_ids_tile = condition_ids_ptr
 
-    is_ordered = True
+    zero = (T < 0).to(tl.int32)  # see `_after`
     group = tl.full([], 0, tl.int32)
     if group_ids_ptr is not None:
         group_ids_tile += first
@@ -223,9 +197,10 @@ def _swiglu_stats_kernel(
         has_previous = (offs_p > 0) & (offs_p < n_rows)
         previous = tl.load(group_ids_tile + offs_p - 1, mask=has_previous, other=-1)
         group = tl.min(gid, axis=0)
-        is_ordered = tl.max((previous > gid).to(tl.int32), axis=0) == 0
+        is_mixed = tl.max((previous > gid).to(tl.int32), axis=0) > 0
         order_tile += (pid_t * tl.num_programs(1) + pid_f) * TILE_T
-        if not is_ordered:
+        n_sorted = tl.where(is_mixed, n_rows, 0)
+        if is_mixed:
             key = tl.sort((gid.to(tl.int64) << 16) | offs_p)
             tl.store(order_tile + offs_p, (key & 0xFFFF).to(tl.int32))
             # Other threads of this program read it.
@@ -241,7 +216,7 @@ def _swiglu_stats_kernel(
             stop = begin + tl.sum((gid == group).to(tl.int32), axis=0)
         n_blocks = (stop - begin) // BLOCK_T
         if group_ids_ptr is not None:
-            n_blocks = tl.where(is_ordered, n_blocks, 0)
+            n_blocks = tl.where(is_mixed, 0, n_blocks)
         kept = None
         if keep_ptr is not None:
             condition_row = tl.zeros([1, 1], tl.int64)
@@ -261,7 +236,7 @@ def _swiglu_stats_kernel(
         at = (begin + offs_t).to(tl.int64)[:, None]  # [BLOCK_T, 1]
         cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt, up_tile + at * stride_ut)
         block = tl.full([], BLOCK_T, tl.int64)
-        for _ in range(n_blocks):
+        for _ in tl.range(n_blocks, num_stages=STAGES):
             records = _step(
                 records,
                 cells,
@@ -269,6 +244,7 @@ def _swiglu_stats_kernel(
                 mask,
                 mask,
                 None,
+                zero if STAGES == 1 else None,
                 limits,
                 ROWS,
                 ACTIVATION,
@@ -284,12 +260,16 @@ def _swiglu_stats_kernel(
             )
 
         # The other rows. Past the end of the run its last row is repeated, with weight 0.
-        for position in range(begin + n_blocks * BLOCK_T, stop, BLOCK_T):
+        for position in tl.range(begin + n_blocks * BLOCK_T, stop, BLOCK_T, num_stages=STAGES):
             is_row = (position + offs_t < stop)[:, None]
+            weight = None
+            if BLOCK_T > 1:
+                weight = is_row.to(tl.float32)
             place = tl.minimum(position + offs_t, stop - 1)  # [BLOCK_T]
-            if group_ids_ptr is not None:  # noqa: SIM102  known to the compiler, and not
-                if not is_ordered:
-                    place = tl.load(order_tile + place)
+            if group_ids_ptr is not None:
+                # Without a branch, so that loads of later steps can be under way.
+                ordered = tl.load(order_tile + place, mask=place < n_sorted, other=0)
+                place = tl.where(is_mixed, ordered, place)
             # Places are not negative: the conversion of an unsigned number takes no instruction.
             at = place.to(tl.uint32).to(tl.int64)[:, None]
             kept_rows = kept
@@ -305,7 +285,8 @@ def _swiglu_stats_kernel(
                 kept_rows,
                 mask,
                 live,
-                is_row.to(tl.float32),
+                weight,
+                zero,
                 limits,
                 ROWS,
                 ACTIVATION,
@@ -321,6 +302,9 @@ def _swiglu_stats_kernel(
                     tl.atomic_add(tokens_ptr + group, (stop - begin).to(tl.int64), sem="relaxed")
                     if MOMENTS:
                         tl.store(n_rows_ptr + pid_t * G + group, stop - begin)
+                gate_hits, up_hits = _hits_of_two(records[0], records[1], GATE_ROW, UP_ROW)
+                act_hits, product_hits = _hits_of_two(records[2], records[3], ACT_ROW, PRODUCT_ROW)
+                n_hits = (gate_hits, up_hits, act_hits, product_hits)
                 for site in tl.static_range(len(ROWS)):
                     if ROWS[site] >= 0:
                         cell = (ROWS[site] * G.to(tl.int64) + group) * F
@@ -328,7 +312,19 @@ def _swiglu_stats_kernel(
                         if MOMENTS:
                             partial_cells += (pid_t * S * G * F + cell) * 4 + offs_f
                         count_cells = count_ptr + cell + offs_f
-                        _flush(records[site], count_cells, partial_cells, mask_f, F, MOMENTS)
+                        hits, total, total_sq, high_end, low_end = records[site]
+                        if site == SITE_ACT and not EXACT and GATE_ROW >= 0:
+                            high_end = records[SITE_GATE][3]
+                        _flush(
+                            (hits, total, total_sq, high_end, low_end),
+                            n_hits[site],
+                            count_cells,
+                            partial_cells,
+                            mask_f,
+                            F,
+                            MOMENTS,
+                            site == SITE_ACT and not EXACT,
+                        )
         begin = stop
         if group_ids_ptr is not None:
             group = tl.min(tl.where(gid > group, gid, NO_ID), axis=0)

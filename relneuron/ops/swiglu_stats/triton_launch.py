@@ -36,29 +36,52 @@ class LaunchConfig:
     block_bytes: int
     num_warps: int
     # Likewise for the second stage of the moments: tiles (or tokens) and columns of one step.
-    moments_block_t: int = 16
+    moments_block_t: int = 8
     moments_block_f: int = 64
+    moments_warps: int = 2
+    # With partial sums: steps whose gate and up are under way at a time, and one; 1 = one step's.
+    stages: int = 1
+    # With partial sums, instead of all this where there are MIN_PROGRAMS of them.
+    long: LaunchConfig | None = None
 
     def block_f(self, dtype: torch.dtype) -> int:
         """Columns of one step."""
         return self.block_bytes // dtype.itemsize
 
+    def with_partials(self, n_tokens: int, row_bytes: int) -> LaunchConfig:
+        """What a call with partial sums takes, of rows of so many bytes of gate."""
+        long = self.long
+        if long is None:
+            return self
+        n_blocks = triton.cdiv(row_bytes, long.block_bytes)
+        return long if triton.cdiv(n_tokens, long.tile_t) * n_blocks >= MIN_PROGRAMS else self
+
+
+# Eight warps for nearly every multiprocessor of an H200.
+MIN_PROGRAMS = 1024
 
 # By compute capability (gfx942 has 9.4). Not measured on any GPU; the reasons are arithmetic on the
-# compiled code (bench/offline). A thread takes one 16-byte load each of gate and up, so a
-# program of 128 threads has 4 KiB in flight; 15 to 23 KiB per multiprocessor hide the memory
-# latency of an H200. More rows per step need as many more accumulators, so fewer programs fit and
-# the sum stays the same. 128 tokens per tile are 2,752 programs at T = 8192, F = 11008, 2.6 waves
-# or more of an H200; what a run does once (flush) is then 7% of the instructions with counts, 12%
-# with all statistics.
+# compiled code (bench/offline, which predicts times). A thread takes one 16-byte load each of gate
+# and up, both before it waits for one, so a program of 128 threads has 4 KiB in flight; 15 to 23
+# KiB per multiprocessor hide the memory latency of an H200. 128 tokens per tile are 2,752 programs
+# at T = 8192, F = 11008, 2.6 waves or more of an H200; what a run does once (flush) is then 7% of
+# the instructions with counts.
+#
+# All statistics leave room for 8 to 13 warps, so the loads of three steps are under way at a time,
+# as asynchronous copies. To flush them, four rows of a step are added up through shared memory, 16
+# us of an H200 for each group more that a tile has: where tokens are many, a program is one warp
+# and a step one row, so that each thread has its columns for itself, and groups may be mixed.
+_LONG = LaunchConfig(128, 1, 512, 1, stages=4)
+_NVIDIA = LaunchConfig(128, 4, 512, 4, stages=4, long=_LONG)
 LAUNCH_TABLE: dict[tuple[int, int], LaunchConfig] = {
-    # Of 65,536 registers h alone takes 32 per thread (16 programs), counts 64 to 72 (7, 28 KiB in
-    # flight), all statistics of one site 128 (4, 16 KiB).
-    (8, 0): LaunchConfig(128, 4, 512, 4),
-    (9, 0): LaunchConfig(128, 4, 512, 4),
-    (10, 0): LaunchConfig(128, 4, 512, 4),
+    # Of 65,536 registers h alone takes 32 per thread (16 programs), counts 56 (9, 36 KiB in
+    # flight), all statistics of one site 153 (36 KiB), of four 254 (24 KiB).
+    (8, 0): _NVIDIA,
+    (9, 0): _NVIDIA,
+    # Of four sites in one warp, sm_100 spills 16 bytes.
+    (10, 0): LaunchConfig(128, 4, 512, 4, stages=4),
     # Wavefronts have 64 threads: two of them for the same 16 bytes per thread.
-    (9, 4): LaunchConfig(128, 4, 512, 2),
+    (9, 4): LaunchConfig(128, 4, 512, 2, 16, 64, 2),
 }
 DEFAULT_LAUNCH = LAUNCH_TABLE[9, 0]
 DEFAULT_HIP_LAUNCH = LAUNCH_TABLE[9, 4]
@@ -217,12 +240,14 @@ class Forms(NamedTuple):
 @functools.lru_cache(N_KEPT)
 def _forms(shapes: Shapes, config: LaunchConfig, is_nvidia: bool) -> Forms:
     n_tokens, width, n_groups = shapes.n_tokens, shapes.width, shapes.n_groups
+    has_moments = shapes.has_moments and width > 0
+    has_partials = has_moments and n_groups <= MAX_PARTIAL_GROUPS
+    if has_partials:
+        config = config.with_partials(n_tokens, width * shapes.dtype.itemsize)
     block_f = config.block_f(shapes.dtype)
     n_tiles = triton.cdiv(n_tokens, config.tile_t)
     # One column of tiles also without columns: it counts the tokens.
     n_blocks = max(1, triton.cdiv(width, block_f))
-    has_moments = shapes.has_moments and width > 0
-    has_partials = has_moments and n_groups <= MAX_PARTIAL_GROUPS
     limits = _gate_limits(shapes)
     shared = {
         "ACTIVATION": CODES.index(shapes.activation),
@@ -258,6 +283,7 @@ def _forms(shapes: Shapes, config: LaunchConfig, is_nvidia: bool) -> Forms:
             "MOMENTS": has_partials,
             "EVEN_F": width > 0 and width % block_f == 0,
             "PTX": is_nvidia,
+            "STAGES": config.stages if has_partials else 1,
             "TILE_T": config.tile_t,
             "BLOCK_T": config.block_t,
             "BLOCK_F": block_f,
@@ -317,7 +343,7 @@ def _moments_forms(
                 "BLOCK_T": config.moments_block_t,
                 "BLOCK_F": config.moments_block_f,
             },
-            config.num_warps,
+            config.moments_warps,
             # Left alone, ptxas stops at 96 registers for sm_100 and spills the next.
             {"maxnreg": 128} if shared["PTX"] else {},
         )

@@ -18,6 +18,7 @@ from relneuron.ops.swiglu_stats.triton_math import (
     SITE_PRODUCT,
     SITE_UP,
     _act,
+    _after,
     _exact_activation,
     _multiply,
     _narrow,
@@ -89,26 +90,38 @@ def _moments_kernel(
     is_finite = False
 
     if partial_ptr is not None:
-        smallest = tl.full([BLOCK_F], float("inf"), tl.float32)
+        acc_sum = tl.zeros([BLOCK_T, BLOCK_F], tl.float64)
+        acc_sum_sq = tl.zeros([BLOCK_T, BLOCK_F], tl.float64)
+        acc_max = tl.full([BLOCK_T, BLOCK_F], float("-inf"), tl.float32)
+        acc_min = tl.full([BLOCK_T, BLOCK_F], float("inf"), tl.float32)
         for tile in range(0, n_tiles, BLOCK_T):
             offs_n = (tile + offs_t).to(tl.int64)
             n_rows = tl.load(n_rows_ptr + offs_n * G + group, mask=offs_n < n_tiles, other=0)
-            mask = (n_rows > 0)[:, None] & mask_f[None, :]
-            cells = partial_ptr + offs_n[:, None] * stride_pn + (group * 4 * F + offs_f)[None, :]
-            part = tl.load(cells, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_F]
-            total += tl.sum(part.to(tl.float64), axis=0)
-            cells += F
-            part = tl.load(cells, mask=mask, other=0.0)
-            total_sq += tl.sum(part.to(tl.float64), axis=0)
-            cells += F
-            part = tl.load(cells, mask=mask, other=float("-inf"))
-            largest = tl.maximum(largest, tl.max(part, axis=0))
-            cells += F
-            part = tl.load(cells, mask=mask, other=float("inf"))
-            smallest = tl.minimum(smallest, tl.min(part, axis=0))
+            # Of sorted groups, most tiles have no rows.
+            if tl.max(n_rows, axis=0) > 0:
+                mask = (n_rows > 0)[:, None] & mask_f[None, :]
+                cells = partial_ptr + offs_n[:, None] * stride_pn
+                cells += (group * 4 * F + offs_f)[None, :]
+                # All loads before the first sum, so that they wait for memory once.
+                part_sum = tl.load(cells, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_F]
+                cells += F
+                part_sum_sq = tl.load(cells, mask=mask, other=0.0)
+                cells += F
+                part_max = tl.load(cells, mask=mask, other=float("-inf"))
+                if SITE == SITE_ACT and not EXACT:
+                    cells += F
+                    part_min = tl.load(cells, mask=mask, other=float("inf"))
+                    acc_min = tl.minimum(acc_min, part_min)
+                acc_sum += part_sum.to(tl.float64)
+                acc_sum_sq += part_sum_sq.to(tl.float64)
+                acc_max = tl.maximum(acc_max, part_max)
+        total = tl.sum(acc_sum, axis=0)
+        total_sq = tl.sum(acc_sum_sq, axis=0)
+        largest = tl.max(acc_max, axis=0)
         if SITE == SITE_ACT and not EXACT:
             # They are of gate. act falls and then rises with gate, so its largest value is at one
             # of the two ends; the launcher has checked that for all gates.
+            smallest = tl.min(acc_min, axis=0)
             right = _widen(_narrow(_exact_activation(largest, ACTIVATION), dtype, PTX), PTX)
             left = _widen(_narrow(_exact_activation(smallest, ACTIVATION), dtype, PTX), PTX)
             largest = tl.where(largest >= smallest, tl.maximum(right, left), float("-inf"))
@@ -197,8 +210,9 @@ def _responses_kernel(
     mask_f = offs_f < F
     offs_t = tl.arange(0, BLOCK_T)
     first, end = _span(span_ptr, prompt, T, N)
-    zero = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    gate_sum, up_sum, act_sum, product_sum = zero, zero, zero, zero
+    nothing = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
+    gate_sum, up_sum, act_sum, product_sum = nothing, nothing, nothing, nothing
+    zero = (T < 0).to(tl.int32)  # see `_after`
     for row in range(first, end, BLOCK_T):
         at = row + offs_t  # [BLOCK_T]
         is_mine = tl.load(prompt_ids_ptr + at, mask=at < end, other=-1) == prompt
@@ -208,6 +222,7 @@ def _responses_kernel(
         up_cells = up_ptr + at[:, None] * stride_ut + offs_f[None, :]
         gate = tl.load(gate_cells, mask=mask, other=0.0)
         up = tl.load(up_cells, mask=mask, other=0.0)
+        gate = _after(gate, up, zero, PTX)
         if gate_response_ptr is not None:
             gate_sum += _widen(gate, PTX)
         if up_response_ptr is not None:

@@ -74,6 +74,35 @@ def test_groups_in_any_order(order: str, groups: int) -> None:
         )
 
 
+@pytest.mark.parametrize("sites", [SITES, ("gate", "up", "act"), ("act",), ("up", "product")])
+def test_one_row_a_step(sites: tuple[str, ...]) -> None:
+    """As long calls with moments are tiled on NVIDIA GPUs; sites share what counts their hits."""
+    n_tokens, width = 21, 24
+    kwargs: dict[str, Any] = {
+        "stats": {"groups": 3, "sites": sites, "moments": True, "threshold": 0.25},
+        "group_ids": ORDERS["mixed"](n_tokens, 3),
+        "keep": integers(-(2**31), 2**31 - 1, 3, 1, seed=3),
+        "condition_ids": ORDERS["runs"](n_tokens, 2).clamp(min=0),
+    }
+    gate = normal(n_tokens, width, dtype=torch.bfloat16, seed=1)
+    up = normal(n_tokens, width, dtype=torch.bfloat16, seed=2)
+    expected = runs.run("reference", gate, up, **kwargs)
+    assert_same(
+        runs.run("triton", gate, up, launch=runs.tiles(gate.dtype, 16, 1, 32), **kwargs), expected
+    )
+
+
+def test_long_calls_have_tiles_of_their_own() -> None:
+    """Where there are MIN_PROGRAMS of them, and partial sums."""
+    launcher = backends.triton_module("swiglu_stats")
+    config = launcher.LAUNCH_TABLE[9, 0]
+    assert config.long is not None
+    row_bytes = 11008 * 2
+    assert config.with_partials(8192, row_bytes) is config.long
+    assert config.with_partials(2048, row_bytes) is config
+    assert launcher.LAUNCH_TABLE[9, 4].with_partials(8192, row_bytes).long is None
+
+
 @pytest.mark.parametrize("condition_order", ["sorted", "mixed", "one"])
 def test_conditions_change_between_and_within_runs(condition_order: str) -> None:
     gate, up = normal(64, 64, dtype=torch.float16), normal(64, 64, dtype=torch.float16, seed=1)
@@ -283,6 +312,7 @@ def test_the_plan_needs_shapes_only() -> None:
 
 def test_tiles_are_short_enough_for_float32_sums() -> None:
     launcher = backends.triton_module("swiglu_stats")
-    for config in [*launcher.LAUNCH_TABLE.values(), launcher.INTERPRETER_LAUNCH]:
+    table = [*launcher.LAUNCH_TABLE.values(), launcher.INTERPRETER_LAUNCH]
+    for config in [*table, *(config.long for config in table if config.long)]:
         assert config.tile_t <= 256 and config.tile_t % config.block_t == 0
     assert IS_INTERPRETED or torch.cuda.is_available()
