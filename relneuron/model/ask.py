@@ -26,13 +26,12 @@ def cache_of(out: Any) -> dict[str, Any]:
     `past_key_values` before and in code of a model's own. Raises RelneuronError if there is none.
     """
     name = "cache" if "cache" in out else "past_key_values"
-    cache = getattr(out, name, None)
-    if cache is None:
+    if not hasattr(out, name):
         raise RelneuronError(
             f"the model's forward gives a {type(out).__name__} without a cache of keys and values",
             "give a causal language model that transformers' generate() runs with a cache",
         )
-    return {name: cache}
+    return {name: getattr(out, name)}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ WHOLE = {
     *(f"{way}.{place}.{kind}" for way in ("ld", "st") for place in ("global", "shared")
       for kind in ("b8", "b16", "b32", "b64", "v2.b8", "v2.b16", "v2.b32", "v2.b64", "v4.b32")),
     "ld.shared.s32", "red.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.max.s64",
-    "cp.async.cg.shared.global", "cp.async.commit_group", "cp.async.wait_group",
+    *(f"cp.async.{name}" for name in (
+        "cg.shared.global", "ca.shared.global", "commit_group", "wait_group")),
     *(f"{way}matrix.sync.aligned.m8n8.{n}{trans}.shared.b16" for way in ("ld", "st")
       for n in ("x1", "x2", "x4") for trans in ("", ".trans")),
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "fence.proxy.async.shared::cta",
@@ -151,22 +152,23 @@ _COPY = (
     _AT.format(n=16)
     + """
     mul.lo.s32 %r2, %r0, 16; setp.lt.s32 %p0, %r0, 30; selp.b32 %r3, 16, 0, %p0;
-    cp.async.cg.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x10, %r3;
+    cp.async.{kind}.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x10, %r3;
     cp.async.commit_group; {wait} bar.sync 0;
     xor.b32 %r4, %r2, 16; ld.shared.v4.b32 {{%r5, %r6, %r7, %r8}}, [%r4];
     st.global.v4.b32 [ %rd3 + 0 ], {{ %r5, %r6, %r7, %r8 }};"""
 )
 
 
-def test_asynchronous_copies() -> None:
+@pytest.mark.parametrize("kind", ["cg", "ca"])
+def test_asynchronous_copies(kind: str) -> None:
     data = np.arange(1, 129, dtype=np.uint32)
-    body = _COPY.format(wait="cp.async.wait_group 0;")
+    body = _COPY.format(kind=kind, wait="cp.async.wait_group 0;")
     out, reports = launch(body, data, n_out=512, shared=512)
     data[120:] = 0
     expected = data.reshape(16, 2, 4)[:, ::-1]
     assert (out.view(np.uint32).reshape(16, 2, 4) == expected).all() and not reports
     for wait in ("", "cp.async.wait_group 1;"):
-        out, reports = launch(_COPY.format(wait=wait), data, n_out=512, shared=512)
+        out, reports = launch(_COPY.format(kind=kind, wait=wait), data, n_out=512, shared=512)
         assert (
             "still to write" in reports[0]
             and not (out.view(np.uint32).reshape(16, 2, 4) == expected).all()
