@@ -110,7 +110,7 @@ class Place:
         words[at] = value
         now = differ(words[at[:n]], value[:n])
         place, user = place[:n], user[:n]
-        if shared.is_pending[place // 16].any():
+        if np.count_nonzero(shared.is_pending[place // 16]):
             self.code.report(f"{self.where} writes where an asynchronous copy is still to write")
         self._report(shared.marks.write(place, self.size, user), earlier, now, None)
 
@@ -118,10 +118,10 @@ class Place:
         self, raced: tuple[Array, Array], earlier: Array, now: Array, which: int | None
     ) -> None:
         """Writing what is there already is no race, nor is the same value from all."""
-        if (raced[0] & earlier).any():
+        if np.count_nonzero(raced[0] & earlier):
             other = f"another {_WHO[which is None]} has read or written"
             self.code.report(f"race: {self.where} writes {self._name(which)} where {other}")
-        if (raced[1] & now).any():
+        if np.count_nonzero(raced[1] & now):
             other = f"{_WHO[which is None]}s write several values at once"
             self.code.report(f"race: {self.where}, where {other} ({self._name(which)})")
 
@@ -135,7 +135,7 @@ class Place:
         place, user = place[:n], user[:n]
         if code.shared.marks.read(place, self.size, user):
             code.report(f"race: {self.where} reads shared memory where another warp wrote")
-        if code.shared.is_pending[place // 16].any():
+        if np.count_nonzero(code.shared.is_pending[place // 16]):
             code.report(f"{self.where} reads what an asynchronous copy is still to write")
         elif not code.shared.marks.is_written(place, self.size):
             code.report(f"{self.where} reads shared memory that nothing has written")
@@ -344,7 +344,7 @@ def _copy(code: Code, instruction: Instruction) -> Step:
         n = np.broadcast_to(np.uint32(size) if length is None else R[length], shape)
         data = np.zeros(shape, BITS[size])
         is_read = n == size if mask is None else (n == size) & mask
-        if is_read.any():
+        if np.count_nonzero(is_read):
             full, taken, at = outside.find(np.broadcast_to(of(), shape), is_read)
             loaded = outside.load(at, full, taken)
             data[...] = loaded.reshape(shape) if taken is None else 0
@@ -373,7 +373,7 @@ def _wait_for_copies(code: Code, instruction: Instruction) -> Step:
         held, code.copies.held = code.copies.held, []
         for inside, place, data, thread, group in held:
             now = group < done[thread // code.n_threads]
-            if now.any():
+            if np.count_nonzero(now):
                 inside.finish_copy(place[now], data[now], thread[now])
             if not now.all():
                 rest = (each[~now] for each in (place, data, thread, group))

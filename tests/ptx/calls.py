@@ -152,7 +152,7 @@ def ranking(
     weights = None
     if most:
         weights = torch.randint(0, most + 1, labels.shape, generator=generator, dtype=torch.uint8)
-        weights[:, n // 2] = most
+        weights[:, n // 2], weights[:, -1] = most, most
     results = [
         average_precision(values.to(dtype), labels, weights=weights, backend=backend)
         for backend in ("triton", "reference")
@@ -378,7 +378,7 @@ def _random_residual(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
 
 
 def _random_ranking(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
-    n = one(2 + below(40), 100 + below(400), 500 + below(500))
+    n = one(3 + below(40), 100 + below(400), 500 + below(500))
     given = {"relations": one(1, 2, 4, 1 + below(20)), "most": one(0, 0, 3, 255)}
     dtype, m = one(*DTYPES), 2 + below(5)
     return lambda: ranking(dtype, (n, m), seed=seed, **given)

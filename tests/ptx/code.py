@@ -129,7 +129,7 @@ class Products(Groups):
         done = self.done(mask, n)
         for names, (put, value, group) in list(self.sums.items()):
             now = (group >= 0) & (group < done)
-            if now.any():
+            if np.count_nonzero(now):
                 put(value, None if now.all() else now[:, None])
                 self.sums[names] = put, value, np.where(now, -1, group)
                 if (self.sums[names][2] < 0).all():

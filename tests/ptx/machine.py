@@ -156,10 +156,10 @@ class Machine(Code):
             goes, stays = taken, ~taken
         else:
             goes, stays = mask & taken, mask & ~taken
-            if not stays.any():
+            if not np.count_nonzero(stays):
                 _join(pending, code.target, mask)
                 return
-            if not goes.any():
+            if not np.count_nonzero(goes):
                 _join(pending, at + 1, mask)
                 return
         _join(pending, code.target, goes)
@@ -171,7 +171,7 @@ class Machine(Code):
         n_waiting = np.broadcast_to(arrived, self.shape).sum(1)
         n_ended = np.broadcast_to(ended, self.shape).sum(1)
         done = (n_waiting > 0) & (n_waiting + n_ended == self.n_threads)
-        if not done.any():
+        if not np.count_nonzero(done):
             return
         for at, mask in list(waiting.items()):
             end = self._blocks[at].end
@@ -180,9 +180,9 @@ class Machine(Code):
             if ((n_here > 0) & (n_here != self.n_threads))[done].any():
                 raise Fault(f"{end.where}: a barrier that not all threads of a program reach")
             goes, stays = mask & done[:, None], mask & ~done[:, None]
-            if goes.any():
+            if np.count_nonzero(goes):
                 _join(pending, at + 1, goes)
-            if stays.any():
+            if np.count_nonzero(stays):
                 waiting[at] = stays
             else:
                 del waiting[at]

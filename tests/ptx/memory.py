@@ -63,7 +63,7 @@ class Marks:
     def _rows(self, place: Array, size: int) -> tuple[int, Array]:
         """(granules of a row, the rows), or (1, single granules) where an access is not one row."""
         n = max(1, size // self.granule)
-        if n > 1 and (place & (size - 1)).any():
+        if n > 1 and int(np.bitwise_or.reduce(place, initial=0)) & (size - 1):
             return 1, place[:, None] // self.granule + np.arange(n)
         return n, place // (n * self.granule)
 
@@ -73,7 +73,7 @@ class Marks:
             self._log.append((place, size, user))
             return False
         n, rows = self._rows(place, size)
-        raced = bool(_may_race(_take(self._writer, n, rows), user).any())
+        raced = np.count_nonzero(_may_race(_take(self._writer, n, rows), user)) > 0
         self._join(n, rows, user)
         return raced
 
@@ -106,7 +106,7 @@ class Marks:
     def is_written(self, place: Array, size: int) -> bool:
         if self._writer is None:
             return False
-        return bool((_take(self._writer, *self._rows(place, size)) != 0).all())
+        return bool(np.all(_take(self._writer, *self._rows(place, size))))
 
     def _open(self) -> Array:
         if self._writer is None:
@@ -124,7 +124,7 @@ class Marks:
         # Of several in this instruction the last one stands there.
         other = _take(self._reader, n, rows)
         clash = other != joined
-        if clash.any():
+        if np.count_nonzero(clash):
             single = rows if rows.ndim == 2 else rows[:, None] * n + np.arange(n)
             at, other, joined = single[clash], other[clash], joined[clash]
             if self.has_copies and bool(((other ^ joined) >> _EPOCH_BIT == 0).all()):
@@ -147,7 +147,7 @@ def _set(marks: Array, n: int, rows: Array, user: Array) -> None:
 def _joined(before: Array, now: Array) -> Array:
     """One user that stands for both, where nothing orders them; else the later one."""
     raced = _may_race(before, now)
-    if not raced.any():
+    if not np.count_nonzero(raced):
         return np.broadcast_to(now, before.shape)
     both = np.where((before ^ now) >> _PROGRAM_BIT != 0, ANYBODY, now | MANY)
     return np.where(raced, both, now)
@@ -186,7 +186,7 @@ class GlobalMemory:
             return hint
         which = np.searchsorted(self.bases, address, side="right") - 1
         outside = (which < 0) | (address + size > self.ends[np.maximum(which, 0)])
-        if outside.any():
+        if np.count_nonzero(outside):
             at = int(address[outside].flat[0])
             raise Fault(
                 f"{where}: {int(outside.sum())} accesses of {size} bytes out of bounds, the first "
@@ -213,7 +213,7 @@ class GlobalMemory:
 
     def is_unwritten(self, which: int, data: Array) -> bool:
         """Whether some of what was read is as it was allocated."""
-        return self.is_fresh[which] and bool((data.view(np.uint32) == UNWRITTEN).any())
+        return self.is_fresh[which] and bool(np.count_nonzero(data.view(np.uint32) == UNWRITTEN))
 
 
 class SharedMemory:

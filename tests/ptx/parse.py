@@ -151,12 +151,15 @@ class _Reader:
         self.registers: dict[str, str] = {}
         self.blocks = [Block()]
         self.labels: dict[str, int] = {}
+        # Labels that something jumps to; the others are for debuggers.
+        self.targets: set[str] = set()
         self.source = "?"
         # Names that are local to braces, and what they are called here.
         self.scopes: list[dict[str, str]] = []
         self.n_scopes = 0
 
     def read(self, body: str) -> None:
+        self.targets = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", body))
         depth = 1
         rest = ""
         for line in body.splitlines():
@@ -169,8 +172,9 @@ class _Reader:
             while rest := rest.lstrip():
                 label = _LABEL.match(rest)
                 if label:
-                    self._start_block()
-                    self.labels[label[1]] = len(self.blocks) - 1
+                    if label[1] in self.targets:
+                        self._start_block()
+                        self.labels[label[1]] = len(self.blocks) - 1
                     rest = rest[label.end() :]
                 elif rest[0] in "{}":
                     depth += 1 if rest[0] == "{" else -1

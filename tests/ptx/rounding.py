@@ -118,12 +118,12 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     # Rounding twice can only differ half-way between two numbers, or below the normal ones.
     doubtful = (total.view(np.int64) & _BELOW) == _HALF_WAY
     is_small = np.abs(result) < _SMALLEST_NORMAL
-    if is_small.any():
+    if np.count_nonzero(is_small):
         doubtful |= is_small & (total != 0)
-    if doubtful.any():
+    if np.count_nonzero(doubtful):
         other = total - product
         error = (product - (total - other)) + (c - other)
-        if (doubtful & (error != 0)).any():
+        if np.count_nonzero(doubtful & (error != 0)):
             return _set_last_bit(total, error).astype(np.float32)
     return result
 
@@ -143,7 +143,7 @@ def fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
     high = (a & _HIGH).view(np.float32) * (b & _HIGH).view(np.float32)
     result = (bf16_of(high).astype(np.uint32) << _16) | bf16_of(low)
     is_small = _is_small(low) | _is_small(high)
-    if is_small.any():
+    if np.count_nonzero(is_small):
         words = (np.broadcast_to(each, result.shape)[is_small] for each in (a, b, c))
         result[is_small] = _fma_bf16x2(*words)
     return result
@@ -181,7 +181,7 @@ def bf16_of(x: Array) -> Array:
     )
     rounded = rounded.astype(np.uint16)
     is_nan = np.isnan(x)
-    return np.where(is_nan, np.uint16(0x7FFF), rounded) if is_nan.any() else rounded
+    return np.where(is_nan, np.uint16(0x7FFF), rounded) if np.count_nonzero(is_nan) else rounded
 
 
 def bf16_of_odd(x: Array) -> Array:
@@ -223,7 +223,7 @@ def truncated(x: Array) -> Array:
 def flushed(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign."""
     is_small = np.abs(x) < np.float32(_SMALLEST_NORMAL)
-    return np.where(is_small, np.copysign(np.float32(0), x), x) if is_small.any() else x
+    return np.where(is_small, np.copysign(np.float32(0), x), x) if np.count_nonzero(is_small) else x
 
 
 def largest(a: Array, b: Array) -> Array:
@@ -231,7 +231,9 @@ def largest(a: Array, b: Array) -> Array:
     result = np.fmax(a, b)
     zeros = result == 0
     return (
-        np.where(zeros & (a == b), np.where(np.signbit(a), b, a), result) if zeros.any() else result
+        np.where(zeros & (a == b), np.where(np.signbit(a), b, a), result)
+        if np.count_nonzero(zeros)
+        else result
     )
 
 
@@ -239,7 +241,9 @@ def smallest(a: Array, b: Array) -> Array:
     result = np.fmin(a, b)
     zeros = result == 0
     return (
-        np.where(zeros & (a == b), np.where(np.signbit(a), a, b), result) if zeros.any() else result
+        np.where(zeros & (a == b), np.where(np.signbit(a), a, b), result)
+        if np.count_nonzero(zeros)
+        else result
     )
 
 
