@@ -334,11 +334,12 @@ def long_calls(capability: int, seeds: range, ops: list[str], tally: Tally) -> N
 
 
 def long_forms(tally: Tally) -> None:
-    """Every form that the launches of bench/offline emit is known."""
+    """Every form that the launches of bench/offline emit is known, and has its test."""
     from bench.offline.cases import TARGETS, cases, compile_launch, launches
     from tests.ptx.driver import Stand
     from tests.ptx.machine import Machine
     from tests.ptx.parse import Fault, parse
+    from tests.ptx.test_kernels import KNOWN
 
     forms: set[str] = set()
     with Stand(90).installed():
@@ -351,9 +352,9 @@ def long_forms(tally: Tally) -> None:
                     forms |= Machine(parse(compiled.asm["ptx"])).kernel.forms()
                 except Fault as fault:
                     tally.fault(f"{', '.join(case)}: {fault}")
-    print(
-        f"{len(forms)} forms of instructions in the launches of bench/offline; {tally}", flush=True
-    )
+    for form in forms - KNOWN:
+        tally.fault(f"{form} has no test")
+    print(f"{len(forms)} forms in the launches of bench/offline; {tally}", flush=True)
 
 
 def main() -> int:
@@ -387,10 +388,8 @@ def main() -> int:
         if "tests" in parts:
             long_tests(capability, words[split + 1 :], tally)
         if "calls" in parts:
-            seeds = range(options.seed, options.seed + options.calls)[
-                number :: len(options.capability)
-            ]
-            long_calls(capability, seeds, options.op, tally)
+            seeds = range(options.seed, options.seed + options.calls)
+            long_calls(capability, seeds[number :: len(options.capability)], options.op, tally)
     print(tally)
     return bool(tally.faults)
 
