@@ -34,9 +34,9 @@ class LaunchConfig:
     block_bytes: int
     num_warps: int
     # Likewise for the second stage of the moments: tiles (or tokens) and columns of one step.
-    moments_block_t: int = 8
+    moments_block_t: int = 4
     moments_block_f: int = 64
-    moments_warps: int = 2
+    moments_warps: int = 1
     # With partial sums: steps whose gate and up are under way at a time, and one; 1 = one step's.
     stages: int = 1
     # With partial sums, instead of all this where there are MIN_PROGRAMS of them.
@@ -235,7 +235,7 @@ def _plan_moments(
     n_groups = call.tokens.shape[0]
     launches, span = [], None
     # Left alone, ptxas stops at 96 registers for sm_100 and spills the next.
-    options = {"maxnreg": 128} if shared["PTX"] else {}
+    options = {"maxnreg": 144} if shared["PTX"] else {}
     if partial is None and call.group_ids is not None:
         launch, span = _plan_span(call.group_ids, n_groups)
         launches.append(launch)
