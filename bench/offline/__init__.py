@@ -13,8 +13,11 @@ That file says of each kernel what was measured, and the digest of what it was c
 has another digest is compiled: a change of a kernel, of a launch or of Triton is measured wherever
 it reaches. What has the same one is the same code, so the file's row is gated as it stands. That
 the file tells the truth is seen on `cover()`, a third of all cases: they are compiled each time,
-and must give the rows of the file to the last digit. `--all` compiles everything, `--update` also
-rewrites the file.
+and must give the rows of the file to the last digit. `--update` also rewrites the file, `--all`
+compiles everything, which a change of what is measured needs.
+
+Each version of Triton has a file of its own, as it makes other code. Those of versions that are not
+here are gated as they stand, and must be of the kernels that are here.
 
 Instructions per element are all instructions from the head of a loop to its backward branch,
 predicated or not, divided by the elements one thread handles in one turn. The kernels of

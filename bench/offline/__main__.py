@@ -12,9 +12,19 @@ from contextlib import contextmanager
 from dataclasses import astuple, fields
 
 from bench import offline
-from bench.offline.cases import TARGETS, Case, cases, cover, digest, launches
+from bench.offline.cases import TARGETS, Case, cases, code_digest, cover, digest, launches
 from bench.offline.predict import report
-from bench.offline.rows import Key, Row, faults, label, measure, read_budgets, write_budgets
+from bench.offline.rows import (
+    Key,
+    Row,
+    faults,
+    faults_of_others,
+    label,
+    measure,
+    read_budgets,
+    versions,
+    write_budgets,
+)
 
 # A launch by its place: a case and a number.
 Place = tuple[Case, int]
@@ -42,6 +52,13 @@ def to_compile(budgets: dict[Key, Row], everything: bool) -> tuple[list[Row], li
     return list(known.values()), list(chosen.values())
 
 
+def all_launches() -> Iterator[tuple[Key, str]]:
+    """(key, digest of our code) of every launch."""
+    for case in cases():
+        for launch in launches(*case):
+            yield (*case, label(launch)), code_digest(launch, TARGETS[case[0]])
+
+
 def table(rows: Iterable[Row]) -> str:
     header = [field.name for field in fields(Row)]
     lines = [header] + [["-" if v is None else str(v) for v in astuple(row)] for row in rows]
@@ -65,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.offline", description=offline.__doc__)
     parser.add_argument("--all", action="store_true", help="compile also what did not change")
     parser.add_argument(
-        "--update", action="store_true", help="all, and rewrite the file of this Triton"
+        "--update", action="store_true", help="also rewrite the file of this Triton"
     )
     parser.add_argument("--predict", action="store_true", help="predicted times, nothing else")
     options = parser.parse_args(arguments)
@@ -73,16 +90,20 @@ def main(arguments: list[str] | None = None) -> int:
         with compiling() as pool:
             print(report(pool))
         return 0
-    budgets = read_budgets()
-    known, chosen = to_compile(budgets, options.all or options.update)
+    # Of a version without a file, all is compiled and held to the newest one.
+    budgets = read_budgets() or read_budgets(versions()[-1])
+    known, chosen = to_compile(budgets, options.all)
     with compiling() as pool:
         measured = list(pool.map(measure_place, chosen))
     if options.update:
-        write_budgets(measured)
+        order = {case: place for place, case in enumerate(cases())}
+        write_budgets(sorted(measured + known, key=lambda row: order[row.key[:3]]))
         budgets = read_budgets()
     rows = measured + known
     print(table(rows))
     found = [fault for row in rows for fault in faults(row, budgets.get(row.key))]
+    if not options.update:
+        found += faults_of_others(all_launches())
     for fault in found:
         print(fault, file=sys.stderr)
     counts = f"{len(rows)} kernels, {len(measured)} compiled, {len(found)} faults"

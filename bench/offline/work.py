@@ -9,15 +9,26 @@ from torch import Tensor
 
 from bench.offline.code import EXPONENTIAL, LOAD, STORE, WIDE_LOAD, sass_around, sass_loops, waits
 from bench.offline.model import Part, Work
+from relneuron.ops import SITES
 from relneuron.ops.swiglu_stats.triton_launch import Launch
 
 N_GROUPS = 12  # of a call that does not say
 
 
 def work_of(
-    launch: Launch, code: str, registers: int, shared_bytes: int, *, is_mixed: bool = False
+    launch: Launch,
+    code: str,
+    registers: int,
+    shared_bytes: int,
+    *,
+    is_mixed: bool = False,
+    is_small: bool = False,
 ) -> Work:
-    """The work of one launch; `is_mixed`: every tile of tokens has rows of every group."""
+    """The work of one launch, where values decide about it.
+
+    `is_mixed`: every tile of tokens has rows of every group. `is_small`: no pair of logprob_gain
+    needs an exponential.
+    """
     inner = [body for body in sass_loops(code)[1] if any(map(LOAD.search, body))]
     outside, around = sass_around(code)
     name = launch.kernel.__name__
@@ -30,7 +41,7 @@ def work_of(
     elif name == "_sum_kernel":
         parts, n_bytes = _sums(launch, inner)
     elif name.startswith("_gain"):
-        parts, n_bytes = _gains(launch, inner, around)
+        parts, n_bytes = _gains(launch, inner, around, is_small)
     else:
         parts, n_bytes = [], _bytes(*launch.args.values())
     # What is in no loop waits for something at least once.
@@ -76,7 +87,10 @@ def _stats(
     parts = [_part(loops[0], blocks, 2), _part(loops[-1], rows, 2), Part(around, runs)]
     n_bytes = _bytes(args["h_ptr"], args["gate_ptr"], args["up_ptr"])
     if (partial := args["partial_ptr"]) is not None:
-        n_bytes += _bytes(partial) * runs / partial.shape[2]  # type: ignore[union-attr]
+        assert isinstance(partial, Tensor), "partial sums are a tensor"
+        # Of four rows, the smallest is kept of act alone, in the fast form.
+        n_rows = 3 * partial.shape[1] + (sizes["ACT_ROW"] >= 0 and not sizes["EXACT"])
+        n_bytes += _bytes(partial) * runs / partial.shape[2] * n_rows / (4 * partial.shape[1])
     return parts, n_bytes
 
 
@@ -91,7 +105,9 @@ def _moments(
     if not isinstance(partial, Tensor):
         # The rows of the group, if they stand together.
         turns = len(gate) / n_groups / sizes["BLOCK_T"]
-        return [_part(by_loads[-1], turns, 1), Part(around, 1)], _bytes(gate)
+        body = by_loads[-1]
+        n_wide = sum(bool(WIDE_LOAD.search(text)) for text in body)
+        return [_part(body, turns, n_wide), Part(around, 1)], _bytes(gate)
     n_tiles = partial.shape[0]
     tiles = _n_runs(launch, n_tiles, is_mixed) * n_tiles / n_groups
     turns = n_tiles / sizes["BLOCK_T"]
@@ -99,7 +115,8 @@ def _moments(
     body = by_loads[-1]
     n_wide = sum(bool(WIDE_LOAD.search(text)) for text in body)
     empty = Part(body[:40], turns - with_rows, waits(body[:40]), is_cached=True)
-    share = tiles / n_tiles * (4 if "ACT" in str(sizes.get("SITE")) else 3) / 4
+    has_smallest = SITES[sizes["SITE"]] == "act" and not sizes["EXACT"]
+    share = tiles / n_tiles * (4 if has_smallest else 3) / 4
     return [_part(body, with_rows, n_wide), empty, Part(around, 1)], _bytes(partial) * share
 
 
@@ -122,7 +139,9 @@ def _sums(launch: Launch, inner: list[list[str]]) -> tuple[list[Part], float]:
     return [part], 0.0
 
 
-def _gains(launch: Launch, inner: list[list[str]], around: list[str]) -> tuple[list[Part], float]:
+def _gains(
+    launch: Launch, inner: list[list[str]], around: list[str], is_small: bool
+) -> tuple[list[Part], float]:
     args, sizes = launch.args, launch.constants
     width = args["WIDTH"]
     assert isinstance(width, int), "a number of tokens"
@@ -132,8 +151,7 @@ def _gains(launch: Launch, inner: list[list[str]], around: list[str]) -> tuple[l
         body = max(inner, key=len)
         n_wide = sum(bool(WIDE_LOAD.search(text)) for text in body)
         return [_part(body, turns, n_wide, is_cached=True)], n_bytes
-    # All with exponentials: the other loop is shorter.
-    body = max((b for b in inner if any(map(EXPONENTIAL.search, b))), key=len)
+    body = max((b for b in inner if any(map(EXPONENTIAL.search, b)) != is_small), key=len)
     n_wide = sum(bool(WIDE_LOAD.search(text)) for text in body)
     turns, spans = width / sizes["BLOCK"], width / sizes["SPAN"]
     # One of the two nests of loops.

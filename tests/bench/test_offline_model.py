@@ -79,7 +79,18 @@ predicted = {
 }
 sizes = [h200.resident(*of) for of in ((32, 4, 0), (56, 4, 0), (255, 4, 0), (32, 1, 0),
                                        (32, 4, 100 << 10))]
-print(json.dumps([found, units, predicted, sizes]))
+
+from bench.offline.__main__ import all_launches
+from bench.offline.rows import VERSION, faults_of_others, versions
+
+known = list(all_launches())
+others = {
+    "versions": [VERSION, *versions()],
+    "as they are": faults_of_others(known),
+    "another kernel": faults_of_others([(key, "0") for key, _ in known[:1]]),
+    "another case": faults_of_others([(("sm_90", "bf16", "new", "_new_kernel"), "0")]),
+}
+print(json.dumps([found, units, predicted, sizes, others]))
 """
 
 
@@ -167,3 +178,14 @@ def test_times(said: list[dict[str, list[object]]]) -> None:
 def test_programs_that_fit(said: list[dict[str, list[object]]]) -> None:
     """Limited by threads, by registers (twice), by the number of programs, by shared memory."""
     assert said[3] == [16, 9, 2, 32, 2]  # type: ignore[comparison-overlap]
+
+
+def test_other_versions_of_triton_are_of_this_code(said: list[dict[str, list[object]]]) -> None:
+    """The oldest that pyproject.toml allows has rows, which are of the kernels that are here."""
+    here, *all_versions = said[4]["versions"]
+    assert here in all_versions and "3.6" in all_versions
+    assert said[4]["as they are"] == []
+    n_others = len(all_versions) - 1
+    for name in ("another kernel", "another case"):
+        assert len(said[4][name]) == n_others
+        assert all("not measured with Triton" in str(fault) for fault in said[4][name])

@@ -59,10 +59,14 @@ def _add_tokens(
         span = tl.zeros([t.shape[0], t.shape[1], BLOCK], tl.float32)
         for first in range(start, tl.minimum(start + SPAN, WIDTH), BLOCK):
             token = first + tl.arange(0, BLOCK)[None, None, :]
+            # All loads before the first use, so that they wait once.
+            p = tl.load(p_ptr + token)
+            if z_ptr is not None:
+                z = tl.load(z_ptr + token)
             y = t * tl.load(b_ptr + token)
             if z_ptr is not None:
-                y = tl.fma(tilt, tl.load(z_ptr + token), y)
-            span = tl.fma(tl.load(p_ptr + token), _exp2_less_1(y, IS_SMALL, PTX), span)
+                y = tl.fma(tilt, z, y)
+            span = tl.fma(p, _exp2_less_1(y, IS_SMALL, PTX), span)
         total += tl.sum(span, axis=2).to(tl.float64)
     return total
 

@@ -36,9 +36,9 @@ class LaunchConfig:
     block_bytes: int
     num_warps: int
     # Likewise for the second stage of the moments: tiles (or tokens) and columns of one step.
-    moments_block_t: int = 8
+    moments_block_t: int = 4
     moments_block_f: int = 64
-    moments_warps: int = 2
+    moments_warps: int = 1
     # With partial sums: steps whose gate and up are under way at a time, and one; 1 = one step's.
     stages: int = 1
     # With partial sums, instead of all this where there are MIN_PROGRAMS of them.
@@ -345,7 +345,7 @@ def _moments_forms(
             },
             config.moments_warps,
             # Left alone, ptxas stops at 96 registers for sm_100 and spills the next.
-            {"maxnreg": 128} if shared["PTX"] else {},
+            {"maxnreg": 144} if shared["PTX"] else {},
         )
         for site in shapes.sites
     )

@@ -90,10 +90,7 @@ def _moments_kernel(
     is_finite = False
 
     if partial_ptr is not None:
-        acc_sum = tl.zeros([BLOCK_T, BLOCK_F], tl.float64)
-        acc_sum_sq = tl.zeros([BLOCK_T, BLOCK_F], tl.float64)
-        acc_max = tl.full([BLOCK_T, BLOCK_F], float("-inf"), tl.float32)
-        acc_min = tl.full([BLOCK_T, BLOCK_F], float("inf"), tl.float32)
+        smallest = tl.full([BLOCK_F], float("inf"), tl.float32)
         for tile in range(0, n_tiles, BLOCK_T):
             offs_n = (tile + offs_t).to(tl.int64)
             n_rows = tl.load(n_rows_ptr + offs_n * G + group, mask=offs_n < n_tiles, other=0)
@@ -111,17 +108,13 @@ def _moments_kernel(
                 if SITE == SITE_ACT and not EXACT:
                     cells += F
                     part_min = tl.load(cells, mask=mask, other=float("inf"))
-                    acc_min = tl.minimum(acc_min, part_min)
-                acc_sum += part_sum.to(tl.float64)
-                acc_sum_sq += part_sum_sq.to(tl.float64)
-                acc_max = tl.maximum(acc_max, part_max)
-        total = tl.sum(acc_sum, axis=0)
-        total_sq = tl.sum(acc_sum_sq, axis=0)
-        largest = tl.max(acc_max, axis=0)
+                    smallest = tl.minimum(smallest, tl.min(part_min, axis=0))
+                total += tl.sum(part_sum.to(tl.float64), axis=0)
+                total_sq += tl.sum(part_sum_sq.to(tl.float64), axis=0)
+                largest = tl.maximum(largest, tl.max(part_max, axis=0))
         if SITE == SITE_ACT and not EXACT:
             # They are of gate. act falls and then rises with gate, so its largest value is at one
             # of the two ends; the launcher has checked that for all gates.
-            smallest = tl.min(acc_min, axis=0)
             right = _widen(_narrow(_exact_activation(largest, ACTIVATION), dtype, PTX), PTX)
             left = _widen(_narrow(_exact_activation(smallest, ACTIVATION), dtype, PTX), PTX)
             largest = tl.where(largest >= smallest, tl.maximum(right, left), float("-inf"))
