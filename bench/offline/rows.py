@@ -62,6 +62,15 @@ SMALL = ("_sort_kernel", "_sum_kernel", "_gain_kernel", "_gain_list_kernel", "_g
 SMALL_TIMES = 1000
 # Instructions from the first load of a turn to its last, for each load.
 APART = 12
+# Spills that are known, none of them in a loop; on gfx942 of scalar registers, which are cheap.
+SPILLS = {
+    # More registers would cost half the programs with newer versions.
+    ("3.6", "sm_90", "fp32", "residual"): 8,
+    ("3.6", "sm_100", "fp32", "residual"): 8,
+    ("3.6", "sm_100", "fp16", "responses"): 8,
+    ("3.6", "gfx942", "bf16", "all at all sites"): 3,
+    ("3.6", "gfx942", "fp16", "all at all sites"): 2,
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,14 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
         all_code, loops = amd_loops(code)
     name = launch.kernel.__name__
-    of_loads = [body for body in loops if any(map(WIDE_LOAD.search, body))]
+    # Only the main kernel stores in a loop: else it is code that was moved behind the end, which
+    # jumps back.
+    of_loads = [
+        body
+        for body in loops
+        if any(map(WIDE_LOAD.search, body))
+        and (name == "_swiglu_stats_kernel" or not any(map(STORE.search, body)))
+    ]
     n_waits, apart, in_flight, limiter = None, None, None, ""
     if of_loads:
         is_nvidia = kind.backend == "cuda"
@@ -237,13 +253,13 @@ def _gain_numbers(
     return load_bytes, (None if is_moments else lengths[0], lengths[-1])
 
 
-def faults(row: Row, budget: Row | None) -> list[str]:
+def faults(row: Row, budget: Row | None, version: str = VERSION) -> list[str]:
     """What the gate has against a row."""
     where = f"{', '.join(row.key)}: "
     found = []
     if budget is not None and budget.source == row.source and budget != row:
         found.append(f"the same code was measured as {budget}, now as {row}")
-    if row.spills:
+    if row.spills > SPILLS.get((version, *row.key[:3]), 0):
         found.append(f"spills {row.spills} (bytes, on gfx942 registers)")
     if row.load_bytes is not None and row.load_bytes < 16:
         found.append("loads are narrower than 16 bytes")
@@ -333,7 +349,7 @@ def faults_of_others(launches: Iterable[tuple[Key, str]]) -> list[str]:
                     f"{', '.join(key)}: not measured with Triton {version}, see CONTRIBUTING"
                 )
             else:
-                found += [f"Triton {version}: {fault}" for fault in faults(row, row)]
+                found += [f"Triton {version}: {fault}" for fault in faults(row, row, version)]
     return found
 
 

@@ -32,6 +32,9 @@ def work_of(
     inner = [body for body in sass_loops(code)[1] if any(map(LOAD.search, body))]
     outside, around = sass_around(code)
     name = launch.kernel.__name__
+    if name != "_swiglu_stats_kernel":
+        # See `rows.measure`.
+        inner = [body for body in inner if not any(map(STORE.search, body))]
     if name == "_swiglu_stats_kernel":
         parts, n_bytes = _stats(launch, inner, around, is_mixed)
     elif name == "_moments_kernel":

@@ -96,7 +96,7 @@ def main() -> None:
     # Another tile, as Triton keeps what it has compiled.
     other = changed(launch, constants={**launch.constants, "TILE_T": 64})
     found["up loaded late"] = faults(measure(*plain, other), None)
-    found["apart"] = faults(replace(row, apart=11.0), budget)
+    found["apart"] = faults(replace(row, apart=13.0), budget)
     found["under way"] = faults(replace(row, in_flight=row.in_flight / 1.2), budget)
     found["limiter"] = faults(replace(row, limiter="latency"), budget)
     found["32-bit offset"] = products(_narrow_offsets_kernel)

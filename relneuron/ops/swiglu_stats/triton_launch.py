@@ -39,7 +39,7 @@ class LaunchConfig:
     moments_block_t: int = 4
     moments_block_f: int = 64
     moments_warps: int = 1
-    # With partial sums: steps whose gate and up are under way at a time, and one; 1 = one step's.
+    # With partial sums: n stages have n - 1 steps' gate and up under way at a time.
     stages: int = 1
     # With partial sums, instead of all this where there are MIN_PROGRAMS of them.
     long: LaunchConfig | None = None
