@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.memory import MANY, GlobalMemory, SharedMemory, users
+from tests.ptx.memory import MANY, GlobalMemory, Groups, Products, SharedMemory, users
 from tests.ptx.parse import Address, Fault, Instruction, Kernel, Operand
 from tests.ptx.rounding import TYPES, constant, conversion, symbol
 
@@ -81,61 +81,6 @@ class Options:
     seed: int = 0
 
 
-class Groups:
-    """What was started and is not waited for: groups of asynchronous work of each program."""
-
-    def __init__(self, n_programs: int) -> None:
-        # The number of the group that takes what is started now, and what is held back.
-        self.opened = np.zeros(n_programs, np.int64)
-        self.held: list[Any] = []
-
-    def commit(self, mask: Mask) -> None:
-        self.opened += 1 if mask is None else mask.any(1)
-
-    def done(self, mask: Mask, n: int) -> Array:
-        """For each program, the groups below this number are done once all but n of them are."""
-        return np.where(True if mask is None else mask.any(1), self.opened - n, -1)
-
-
-class Products(Groups):
-    """Sums that nobody may read yet: their registers -> (what writes them, sums, groups)."""
-
-    def __init__(self, n_programs: int) -> None:
-        super().__init__(n_programs)
-        self.sums: dict[tuple[str, ...], tuple[Callable[[Array, Mask], None], Array, Array]] = {}
-
-    def now(self, names: tuple[str, ...], read: Callable[[], Array]) -> Array:
-        """The sums as a product sees them: those held back, or what `read` finds in registers."""
-        if names not in self.sums:
-            return read()
-        _, held, group = self.sums[names]
-        is_held = (group >= 0)[:, None, None, None]
-        return held if is_held.all() else np.where(is_held, held, read())
-
-    def hold(
-        self, names: tuple[str, ...], put: Callable[[Array, Mask], None], value: Array, mask: Mask
-    ) -> None:
-        """Keep sums [programs, ...] of the programs of a mask."""
-        group = self.opened.copy()
-        if mask is not None:
-            here = np.broadcast_to(mask.any(1), group.shape)
-            _, held, before = self.sums.get(names, (put, value, np.full_like(group, -1)))
-            value = np.where(here[:, None, None, None], value, held)
-            group = np.where(here, group, before)
-        self.sums[names] = put, value, group
-
-    def release(self, mask: Mask, n: int) -> None:
-        """Write the sums of all groups but the last n."""
-        done = self.done(mask, n)
-        for names, (put, value, group) in list(self.sums.items()):
-            now = (group >= 0) & (group < done)
-            if np.count_nonzero(now):
-                put(value, None if now.all() else now[:, None])
-                self.sums[names] = put, value, np.where(now, -1, group)
-                if (self.sums[names][2] < 0).all():
-                    del self.sums[names]
-
-
 class Code:
     """A kernel's registers, and of the launch that runs what instructions see."""
 
@@ -169,6 +114,8 @@ class Code:
         self._views: dict[str, list[tuple[int, type[np.generic]]]] = {}
         self._written: set[str] = set()
         self._temporaries = kernel.temporaries()
+        # Of registers that only some threads have written, which ones.
+        self.partial: dict[str, Array] = {}
         self._user: Array | None = None
         self._noise = np.zeros(0, np.uint8)
 
@@ -215,7 +162,7 @@ class Code:
         if not isinstance(operand, str) or operand not in self.kernel.registers:
             raise Fault(f"{instruction.where}: writes {operand}")
         self._written.add(operand)
-        R, merge = self.R, self.merge
+        R, merge, note, partial = self.R, self.merge, self._note, self.partial
         width = TYPES[self.kernel.registers[operand]]
         views = [
             (slot, conversion(TYPES[kind], width, dtype))
@@ -232,11 +179,15 @@ class Code:
                 R[only] = value
 
             def put_one(value: Array, mask: Mask) -> None:
+                if mask is not None or partial:
+                    note(operand, mask, R[only] is NEVER)
                 R[only] = value if mask is None else merge(mask, value, R[only])
 
             return put_one if is_kept else put_temporary
 
         def put_views(value: Array, mask: Mask) -> None:
+            if views and is_kept and (mask is not None or partial):
+                note(operand, mask, R[views[0][0]] is NEVER)
             for slot, convert in views:
                 each = value if convert is None else convert(value)
                 R[slot] = merge(mask, each, R[slot]) if mask is not None and is_kept else each
@@ -289,6 +240,13 @@ class Code:
             shape = np.broadcast_shapes(mask.shape, value.shape)
             old = self.rubbish(shape, value.dtype)
         return np.where(mask, value, old)
+
+    def _note(self, name: str, mask: Mask, is_first: bool) -> None:
+        """Who has written a register, as long as not all have."""
+        if mask is not None and (is_first or name in self.partial):
+            self.partial[name] = mask | self.partial.get(name, np.zeros((1, 1), np.bool_))
+        if self.partial and (mask is None or np.all(self.partial.get(name, False))):
+            self.partial.pop(name, None)
 
     def rubbish(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """What a register or shared memory holds that nobody wrote."""
@@ -351,6 +309,7 @@ class Code:
         self.copies, self.products = Groups(len(programs)), Products(len(programs))
         self.is_unfenced = False
         self.R[:] = [NEVER] * len(self.R)
+        self.partial.clear()
         for slot, value in self._constants.items():
             self.R[slot] = value
         # What no instruction writes the compiler has left open: any value must do.

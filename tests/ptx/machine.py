@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.ptx.code import NEVER, Code, Mask, Options, Step, builder
 from tests.ptx.memory import GlobalMemory
-from tests.ptx.parse import Fault, Instruction, Kernel
+from tests.ptx.parse import Block, Fault, Instruction, Kernel
 from tests.ptx.rounding import TYPES
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +31,8 @@ class _Steps:
     end: Instruction | None
     predicate: int | None
     target: int
+    # Registers of other blocks that decide here what is stored, where, and which way to go.
+    decisive: list[tuple[str, str]]
 
 
 class Machine(Code):
@@ -64,7 +66,7 @@ class Machine(Code):
                 target = self.kernel.labels[str(end.operands[0])]
             if end.op == "bar.sync" and end.operands != ["0"]:
                 raise Fault(f"{end.where}: another barrier than 0: {end.text}")
-        return _Steps(steps, block.instructions, end, predicate, target)
+        return _Steps(steps, block.instructions, end, predicate, target, _decisive(block))
 
     def run(
         self,
@@ -127,6 +129,8 @@ class Machine(Code):
         assert not waiting, "threads that wait go on or are a fault"
 
     def _steps(self, code: _Steps, mask: Mask) -> None:
+        if self.partial:
+            self._check(code, mask)
         step: Step | None = None
         try:
             for step in code.steps:
@@ -140,6 +144,14 @@ class Machine(Code):
             raise Fault(
                 f"{instruction.where} reads {never[0]}, which nothing has written"
             ) from error
+
+    def _check(self, code: _Steps, mask: Mask) -> None:
+        """What decides something must be written by all threads that are here."""
+        for where, name in code.decisive:
+            if name in self.partial:
+                missing = ~self.partial[name] if mask is None else mask & ~self.partial[name]
+                if missing.any():
+                    self.report(f"{where} reads {name}, which not all threads have written")
 
     def _branch(self, pending: dict[int, Mask], code: _Steps, at: int, mask: Mask) -> None:
         assert code.end is not None and code.predicate is not None
@@ -187,6 +199,17 @@ class Machine(Code):
             else:
                 del waiting[at]
         self.pass_barrier(done[:, None])
+
+
+def _decisive(block: Block) -> list[tuple[str, str]]:
+    found, written = [], set()
+    for each in block.instructions + ([] if block.end is None else [block.end]):
+        names = each.sources() if each.predicate is None else [each.predicate]
+        is_decisive = each.op.startswith(("st.", "ld.", "red.", "cp.async.c", "bra"))
+        if is_decisive or each.predicate is not None:
+            found += [(each.where, name) for name in names if name not in written]
+        written |= set(each.destinations())
+    return found
 
 
 def _join(pending: dict[int, Mask], at: int, mask: Mask) -> None:

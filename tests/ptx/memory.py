@@ -1,8 +1,9 @@
-"""Memory of a launch: tensors by their addresses, shared memory, and who used which bytes last."""
+"""Memory of a launch: tensors, shared memory, who used it last, and what is still to come."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,67 @@ class SharedMemory:
             )
         if alignment > 1 and int(np.bitwise_or.reduce(address, axis=None)) & (alignment - 1):
             raise Fault(f"{where}: misaligned access of {size} bytes of shared memory")
+
+
+# --- asynchronous work ---------------------------------------------------------------------------
+
+Write = Callable[[Array, Array | None], None]
+
+
+class Groups:
+    """What was started and is not waited for: groups of asynchronous work of each program."""
+
+    def __init__(self, n_programs: int) -> None:
+        # The number of the group that takes what is started now, and what is held back.
+        self.opened = np.zeros(n_programs, np.int64)
+        self.held: list[Any] = []
+
+    def commit(self, mask: Array | None) -> None:
+        self.opened += 1 if mask is None else mask.any(1)
+
+    def done(self, mask: Array | None, n: int) -> Array:
+        """For each program, the groups below this number are done once all but n of them are."""
+        return np.where(True if mask is None else mask.any(1), self.opened - n, -1)
+
+
+class Products(Groups):
+    """Sums that nobody may read yet: their registers -> (what writes them, sums, groups)."""
+
+    def __init__(self, n_programs: int) -> None:
+        super().__init__(n_programs)
+        self.sums: dict[tuple[str, ...], tuple[Write, Array, Array]] = {}
+
+    def now(self, names: tuple[str, ...], read: Callable[[], Array]) -> Array:
+        """The sums as a product sees them: those held back, or what `read` finds in registers."""
+        if names not in self.sums:
+            return read()
+        _, held, group = self.sums[names]
+        is_held = (group >= 0)[:, None, None, None]
+        return held if is_held.all() else np.where(is_held, held, read())
+
+    def hold(self, names: tuple[str, ...], put: Write, value: Array, mask: Array | None) -> None:
+        """Keep sums [programs, ...] of the programs of a mask."""
+        group = self.opened.copy()
+        if mask is not None:
+            here = np.broadcast_to(mask.any(1), group.shape)
+            _, held, before = self.sums.get(names, (put, value, np.full_like(group, -1)))
+            value = np.where(here[:, None, None, None], value, held)
+            group = np.where(here, group, before)
+        self.sums[names] = put, value, group
+
+    def release(self, mask: Array | None, n: int) -> None:
+        """Write the sums of all groups but the last n."""
+        done = self.done(mask, n)
+        for names, (put, value, group) in list(self.sums.items()):
+            now = (group >= 0) & (group < done)
+            if np.count_nonzero(now):
+                put(value, None if now.all() else now[:, None])
+                self.sums[names] = put, value, np.where(now, -1, group)
+                if (self.sums[names][2] < 0).all():
+                    del self.sums[names]
+
+
+# --- accesses ------------------------------------------------------------------------------------
 
 
 def spread(mask: Array | None, *values: Array) -> tuple[tuple[int, ...], Array | None, list[Array]]:

@@ -29,13 +29,14 @@ Array = np.ndarray[Any, Any]
 
 _LANE = np.arange(32, dtype=np.uint32)
 _AT = "mad.wide.u32 %rd2, %r0, {n}, %rd0; mad.wide.u32 %rd3, %r0, {n}, %rd1;"
+KINDS = ["b8", "b16", "b32", "b64", "v2.b8", "v2.b16", "v2.b32", "v2.b64", "v4.b32"]
 # The forms that a program below is about, and no table of numbers.
 WHOLE = {
     "bar.sync", "bar.warp.sync", "bra", "bra.uni", "ret", "ld.param.b64",
     *(f"shfl.sync.{mode}.b32" for mode in ("bfly", "up", "idx")),
     *(f"redux.sync.{name}" for name in ("add.s32", "max.s32", "max.u32", "min.s32")),
     *(f"{way}.{place}.{kind}" for way in ("ld", "st") for place in ("global", "shared")
-      for kind in ("b8", "b16", "b32", "b64", "v2.b8", "v2.b16", "v2.b32", "v2.b64", "v4.b32")),
+      for kind in KINDS),
     "ld.shared.s32", "red.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.max.s64",
     *(f"cp.async.{name}" for name in (
         "cg.shared.global", "ca.shared.global", "commit_group", "wait_group")),
@@ -45,7 +46,6 @@ WHOLE = {
     *(f"wgmma.{name}.sync.aligned" for name in ("fence", "commit_group", "wait_group")),
     *(f"wgmma.mma_async.sync.aligned.m64n{n}k8.f32.tf32.tf32" for n in (32, 64)),
 }  # fmt: skip
-
 KNOWN = {key if isinstance(key, str) else key[0] for key in FORMS} | WHOLE
 
 
@@ -101,9 +101,6 @@ _EXCHANGE = """shl.b32 %r2, %r0, 2; st.shared.b32 [%r2], %r0; {barrier}
 def test_threads_meet_at_a_barrier() -> None:
     found, reports = numbers(_EXCHANGE.format(barrier="bar.sync 0;"), 64, shared=256)
     assert found == [63 - t for t in range(64)] and not reports
-
-
-KINDS = ["b8", "b16", "b32", "b64", "v2.b8", "v2.b16", "v2.b32", "v2.b64", "v4.b32"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,6 +323,8 @@ REPORTED = {
     "reads shared memory where another warp wrote": _EXCHANGE.format(barrier=""),
     "writes shared memory where another warp has": f"{_SWAP} st.shared.b32 [%r2], %r9;",
     "reads shared memory that nothing has written": "ld.shared.b32 %r9, [global_smem];",
+    "reads %r8, which not all threads": f"""{_BY_WARP} @%p0 bra $END; mov.b32 %r8, 8;
+        $END: st.shared.b32 [global_smem], %r8;""",
     "several values at once": "st.global.b32 [%rd1 + 0], %r0;",
     "reads wanted where another": f"""{_AT.format(n=4)} st.global.b32 [%rd3 + 64], %r0;
         xor.b32 %r4, %r0, 32; mad.wide.u32 %rd5, %r4, 4, %rd1; ld.global.b32 %r9, [%rd5 + 64];""",
@@ -346,8 +345,8 @@ def test_a_race_is_reported(said: str) -> None:
 
 def test_what_is_no_race() -> None:
     """The same value from all; other threads' numbers behind a barrier; updates of updates."""
-    same = "mov.b32 %r9, 0; st.global.b32 [%rd1 + 8], 5;"
-    for body in (same, f"{_ADD} {_ADD}", _SWAP, _SWAP + "bar.sync 0; st.shared.b32 [%r2], 7;"):
+    same, later = "st.global.b32 [%rd1 + 8], 5;", _SWAP + "bar.sync 0; st.shared.b32 [%r2], 7;"
+    for body in (same, f"{_ADD} {_ADD}", _SWAP, later):
         assert not launch(body, np.zeros(1), n_out=64, n_threads=64, shared=256)[1]
 
 
@@ -370,8 +369,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton
 
 def asked(*words: str) -> dict[str, Any]:
     """What `python -m tests.ptx` says as JSON."""
-    command = [sys.executable, "-m", "tests.ptx", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words = (sys.executable, "-m", "tests.ptx", *words)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
