@@ -12,8 +12,8 @@ another limiter of the predicted time (`model.py`) than `budgets/<version of Tri
 That file says of each kernel what was measured, and the digest of what it was compiled from. What
 has another digest is compiled: a change of a kernel, of a launch or of Triton is measured wherever
 it reaches. What has the same one is the same code, so the file's row is gated as it stands. That
-the file tells the truth is seen on `cover()`, a third of all cases: they are compiled each time,
-and must give the rows of the file to the last digit. `--update` also rewrites the file, `--all`
+the file tells the truth is seen on `cover()`, each kernel once: they are compiled each time, and
+must give the rows of the file to the last digit. `--update` also rewrites the file, `--all`
 compiles everything, which a change of what is measured needs.
 
 Each version of Triton has a file of its own, as it makes other code. Those of versions that are not
