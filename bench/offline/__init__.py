@@ -33,3 +33,5 @@ import os
 
 # Read when triton is imported: this is about the compiler, never about the interpreter.
 os.environ["TRITON_INTERPRET"] = "0"
+# Read when torch is imported: no thread of OpenMP may be there before processes are forked.
+os.environ["OMP_NUM_THREADS"] = "1"

@@ -76,6 +76,29 @@ def test_the_cover_has_every_kernel(tmp_path: Path) -> None:
     assert {row[1] for row in found["cover"]} == {row[1] for row in found["all"]}
 
 
+ONES = """
+import torch
+from bench.offline.cases import TARGETS, compile_launch, example_call
+from relneuron.ops import SITES
+from relneuron.ops.swiglu_stats import triton_launch as launcher
+
+for n_tokens, width in ((1, 11008), (8192, 1)):
+    for sites in (("act",), SITES):
+        given = {"sites": sites, "moments": len(sites) == 1, "conditions": True}
+        given |= {"responses": ("gate", "up", "product")}
+        call = example_call(torch.bfloat16, n_tokens=n_tokens, width=width, **given)
+        for launch in launcher.plan(call, launcher.LAUNCH_TABLE[9, 0], is_nvidia=True):
+            compile_launch(launch, TARGETS["sm_90"])
+"""
+
+
+@pytest.mark.slow
+def test_a_size_of_one_compiles(tmp_path: Path) -> None:
+    """Triton takes it for a constant, of which a kernel must ask nothing else than of a number."""
+    done = run("-c", ONES, cache=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
     done = run("tests/bench/offline_faults.py", cache=tmp_path_factory.mktemp("cache"))

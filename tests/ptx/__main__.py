@@ -54,8 +54,9 @@ FAULTS = {
     "the first barrier removed": Seeded(
         _BARRIER, "", r"race: triton_kernels\.py:\d+ .*shared memory", given=_COUNT
     ),
-    "every barrier of the moments removed": Seeded(
-        _BARRIER, "", "race: .*shared memory", given=_COUNT, places=0, kernel="_moments_kernel"
+    "every barrier of the responses removed": Seeded(
+        _BARRIER, "", "race: .*shared memory", given=_RESPONSES, places=0,
+        kernel="_responses_kernel",
     ),
     "every barrier of a sort removed": Seeded(
         _BARRIER, "", "race: .*shared memory", "ranking", _RANKS, places=0, kernel="_sort_kernel"

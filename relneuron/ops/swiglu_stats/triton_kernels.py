@@ -189,7 +189,7 @@ def _swiglu_stats_kernel(
     order_tile = order_ptr
     condition_ids_tile = condition_ids_ptr
 
-    zero = (T < 0).to(tl.int32)  # see `_after`
+    zero = (G < 0).to(tl.int32)  # see `_after`; never a constant, as T of one token is
     group = tl.full([], 0, tl.int32)
     if group_ids_ptr is not None:
         group_ids_tile += first

@@ -172,7 +172,7 @@ def _moments_kernel(
     tl.store(n_nonfinite_ptr + cells, n_nonfinite, mask=mask_f)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _responses_kernel(
     gate_response_ptr,  # (N, F) float32, None = not asked; likewise the next three
     up_response_ptr,
@@ -205,7 +205,7 @@ def _responses_kernel(
     first, end = _span(span_ptr, prompt, T, N)
     nothing = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
     gate_sum, up_sum, act_sum, product_sum = nothing, nothing, nothing, nothing
-    zero = (T < 0).to(tl.int32)  # see `_after`
+    zero = (N < 0).to(tl.int32)  # see `_after`
     for row in range(first, end, BLOCK_T):
         at = row + offs_t  # [BLOCK_T]
         is_mine = tl.load(prompt_ids_ptr + at, mask=at < end, other=-1) == prompt
