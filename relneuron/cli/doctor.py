@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from relneuron.artifact.manifest import versions
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
-from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.gated import GatedMLP, check_same_shape, inspect_layers
 from relneuron.model.layers import first_line
 
 
@@ -42,20 +43,19 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
         (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
         for v in verdicts
     ]
-    n_good = sum(v.mlp is not None for v in verdicts)
-    rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
-    fault = None
-    if n_good == len(verdicts):
-        fault = _fault(model)
+    mlps, fault = [v.mlp for v in verdicts if v.mlp is not None], None
+    rows.append(("summary", f"supported: {len(mlps)} of {len(verdicts)} layers"))
+    if len(mlps) == len(verdicts):
+        fault = _fault(model, mlps)
         rows += [("model", f"not supported: {fault}")] if fault else []
     rows += [load(method.supports)(model) for method in methods() if method.supports]
-    return rows, n_good == len(verdicts) and fault is None
+    return rows, len(mlps) == len(verdicts) and fault is None
 
 
-def _fault(model: Any) -> str | None:
+def _fault(model: Any, mlps: Sequence[GatedMLP]) -> str | None:
     """Why stages refuse a model all of whose layers are supported, or None."""
     try:
-        mlps = find_gated_mlps(model)
+        check_same_shape(mlps)
     except RelneuronError as error:
         return error.cause
     called: set[int] = set()

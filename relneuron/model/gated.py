@@ -238,6 +238,12 @@ def find_gated_mlps(model: Any, *, attention: bool = False) -> list[GatedMLP]:
             replace(mlp, projections=find_projections(f"{path}.{mlp.layer}", layers[mlp.layer]))
             for mlp in mlps
         ]
+    check_same_shape(mlps)
+    return mlps
+
+
+def check_same_shape(mlps: Sequence[GatedMLP]) -> None:
+    """Raise RelneuronError unless every layer has as many neurons of each site as the others."""
     shapes = {
         (mlp.width, mlp.hidden, mlp.activation, *(part.width for part in mlp.projections))
         for mlp in mlps
@@ -247,7 +253,6 @@ def find_gated_mlps(model: Any, *, attention: bool = False) -> list[GatedMLP]:
             f"the layers differ in width, hidden size, activation or attention: {sorted(shapes)}",
             "relneuron needs the same shape in every layer",
         )
-    return mlps
 
 
 def _ranges(numbers: Sequence[int]) -> str:

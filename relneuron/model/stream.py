@@ -6,6 +6,7 @@ the scores made of a trace and to the interventions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,10 +30,6 @@ __all__ = ["QUERY_KEYS", "Norm", "ResidualLayer", "ResidualModel", "read_residua
 
 _N_CHECKED = 6  # tokens of the sentence of the self-check
 _ROUNDINGS = 8  # units of the dtype's eps that a sum of the self-check may be off by, and at least
-_ADDITIONS = (
-    "input + attention write = what the norm in front of the MLP reads",
-    "that + FFN write = the next layer's input",
-)
 _FLOAT32_SUMS = 2.0**-16  # what float32 sums over thousands of terms may; all norms are float32
 
 
@@ -150,9 +147,7 @@ def _check_sums(residual: ResidualModel) -> None:
     if len(found.h) != n + 1 or any(len(part) != n for part in parts):
         raise unsupported(residual.model, "a forward does not call every part of a layer once")
     for layer in residual.layers:
-        for what, ours, theirs in _sums(residual, layer, found):
-            # A write is small beside the stream: a sum of two is right number by number.
-            agree = _is_rounded if what in _ADDITIONS else _agree
+        for what, ours, theirs, agree in _sums(residual, layer, found):
             if not agree(ours, theirs):
                 raise unsupported(residual.model, f"in layer {layer.layer} {what} does not hold")
     y = found.h[-1][:, -1].to(residual.unembed.dtype)
@@ -167,8 +162,11 @@ def _check_sums(residual: ResidualModel) -> None:
 
 def _sums(
     residual: ResidualModel, layer: ResidualLayer, found: Trace
-) -> list[tuple[str, Tensor, Tensor]]:
-    """(equation, its left side, its right side) for one layer, in float64 on the left."""
+) -> list[tuple[str, Tensor, Tensor, Callable[[Tensor, Tensor], bool]]]:
+    """(equation, its left side in float64, its right side, how they agree) for one layer.
+
+    A write is small beside the stream, so a sum of the two is looked at number by number.
+    """
     i = layer.layer
     heads = found.coefficients(i).double().sum(1)
     repeats = residual.n_heads // residual.n_kv_heads
@@ -178,26 +176,31 @@ def _sums(
             "value map @ norm(input) + bias = the heads' values",
             normed + layer.value.of(_bias(layer.value.module)),
             found.values[i][:, :, ::repeats].flatten(2),
+            _agree,
         ),
         (
-            _ADDITIONS[0],
+            "input + attention write = what the norm in front of the MLP reads",
             found.h[i].double() + found.attention[i].double(),
             found.r[i],
+            _is_rounded,
         ),
         (
-            _ADDITIONS[1],
+            "that + FFN write = the next layer's input",
             found.r[i].double() + found.ffn[i].double(),
             found.h[i + 1],
+            _is_rounded,
         ),
         (
             "neurons @ value vectors + bias = FFN write",
             found.neurons[i].double() @ layer.ffn_values().double() + _bias(layer.down),
             found.ffn[i],
+            _agree,
         ),
         (
             "the sum of attention weight * value @ value vectors + bias = attention write",
             heads @ layer.attention_values().double() + _bias(layer.out),
             found.attention[i][:, -1],
+            _agree,
         ),
     ]
 

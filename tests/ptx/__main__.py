@@ -55,8 +55,7 @@ FAULTS = {
         _BARRIER, "", r"race: triton_kernels\.py:\d+ .*shared memory", given=_COUNT
     ),
     "every barrier of the responses removed": Seeded(
-        _BARRIER, "", "race: .*shared memory", given=_RESPONSES, places=0,
-        kernel="_responses_kernel",
+        _BARRIER, "", "race: .*shared memory", given=_RESPONSES, places=0, kernel="_responses"
     ),
     "every barrier of a sort removed": Seeded(
         _BARRIER, "", "race: .*shared memory", "ranking", _RANKS, places=0, kernel="_sort_kernel"

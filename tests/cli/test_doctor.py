@@ -1,0 +1,49 @@
+"""`relneuron doctor` says yes where every stage takes a model, and else why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from relneuron.cli.doctor import model_report
+from tests.conftest import tiny_model
+
+
+def unsupported_models() -> dict[str, Any]:
+    """Models all of whose layers have a supported MLP, and which no stage takes."""
+    import transformers as hf
+
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    own = {"lru_width": 16, "block_types": ["recurrent", "attention"], "head_dim": 8}
+    recurrent = hf.RecurrentGemmaConfig(**size, **own)
+    crossed = hf.models.mllama.MllamaTextConfig(**size, cross_attention_layers=[1])
+    uneven = tiny_model("llama")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = torch.nn.Linear(*((40, 32) if name == "down_proj" else (32, 40)), bias=False)
+        setattr(uneven.model.layers[1].mlp, name, linear)
+    uneven.eval()
+    return {
+        "without a cache of keys and values": hf.RecurrentGemmaForCausalLM(recurrent).eval(),
+        "text alone does not run the layers 1": hf.MllamaForCausalLM(crossed).eval(),
+        "the layers differ in width": uneven,
+    }
+
+
+def test_doctor_says_no_where_stages_do() -> None:
+    for why, model in unsupported_models().items():
+        rows, supported = model_report(model)
+        assert not supported and why in dict(rows)["model"]
+        assert dict(rows)["summary"] == "supported: 3 of 3 layers"
+    rows, supported = model_report(tiny_model("llama"))
+    assert supported and "model" not in dict(rows)
