@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import find_gated_mlps, inspect_layers
 from relneuron.model.load import describe_model
+from relneuron.model.mlps import find_mlps, inspect_layers
 from relneuron.model.states import LayerState, mask_states
 from tests.conftest import tiny_model
 
@@ -38,12 +38,12 @@ def test_unsupported_layers_say_why(config: str, extra: dict[str, int], reason: 
     model = transformers.AutoModelForCausalLM.from_config(made).eval()
     assert [verdict.mlp for verdict in inspect_layers(model)] == [None, None]
     with pytest.raises(RelneuronError, match=reason) as caught:
-        find_gated_mlps(model)
+        find_mlps(model)
     assert "0 of 2 layers" in caught.value.cause
 
 
 def test_an_mlp_with_another_formula_is_seen_by_the_self_check(llama: Any) -> None:
-    module = find_gated_mlps(llama)[1].module
+    module = find_mlps(llama)[1].module
     module.forward = lambda x: 2 * type(module).forward(module, x)  # type: ignore[operator]
     verdicts = inspect_layers(llama)
     assert [verdict.mlp is None for verdict in verdicts] == [False, True, False]
@@ -53,7 +53,7 @@ def test_an_mlp_with_another_formula_is_seen_by_the_self_check(llama: Any) -> No
 @pytest.mark.parametrize("limit", [7.0, 30.0])
 def test_a_clamp_of_large_numbers_is_another_formula(limit: float) -> None:
     llama = tiny_model("llama", initializer_range=0.2)
-    module = find_gated_mlps(llama)[1].module
+    module = find_mlps(llama)[1].module
 
     def clamped(x: torch.Tensor) -> torch.Tensor:
         gate, up = module.gate_proj(x).clamp(max=limit), module.up_proj(x).clamp(-limit, limit)
@@ -85,13 +85,13 @@ def test_a_vision_tower_is_not_taken_for_the_language_model() -> None:
         for part in (model.model.vision_tower, model.model.language_model.layers)
     )
     assert towers > layers
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     assert [mlp.path for mlp in mlps] == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
 
 
 def test_numbers_past_the_range_of_a_dtype_are_no_other_formula() -> None:
     llama = tiny_model("llama", torch.float16, initializer_range=1.0)
-    module = find_gated_mlps(llama)[0].module
+    module = find_mlps(llama)[0].module
     x = 100 * torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0)).half()
     assert not module(x).isfinite().all()
 
@@ -107,13 +107,13 @@ def test_train_mode_quantised_and_offloaded_are_refused(llama: Any) -> None:
 
 
 def test_states_without_neurons_have_no_masks(llama: Any) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     assert mask_states([[]], mlps) == [LayerState()] * 3
 
 
 def test_another_weight_or_config_is_another_model(llama: Any) -> None:
     def digest() -> object:
-        return describe_model("any name", llama, find_gated_mlps(llama), "auto")["digest"]
+        return describe_model("any name", llama, find_mlps(llama), "auto")["digest"]
 
     before = digest()
     llama.config.name_or_path = "elsewhere"
