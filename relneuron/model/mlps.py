@@ -246,20 +246,17 @@ def _prove(seen: Mapping[int, list[Seen]], run: Run) -> dict[int, list[Candidate
                 loose[number].insert(0, replace(chosen[number], act=None, activation=None))
     for chosen in _rounds(loose, held, many=False):
         gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, run)
-        gated = {number: one for number, one in chosen.items() if one.up}
-        ups = proof.put(gated, _numbers(proof.one_up, seen), others, run) if gated else {}
+        ups = proof.put(chosen, _numbers(proof.one_up, seen), others, run)
         for number, one in chosen.items():
-            h = gates[number].h
-            if h is None or not proof.only_there(h):
-                continue
-            act = proof.activation_module(gates[number])
-            h = ups[number].h if number in ups else h
-            if act is not None and h is not None and proof.only_there(h):
+            act = proof.keeps_the_place(one, gates[number], ups[number])
+            if act is not None:
                 held[number].append(replace(one, act=act))
     return held
 
 
-def _numbers(make: Callable[[int], tuple[Tensor, Tensor]], seen: Mapping[int, list[Seen]]) -> Any:
+def _numbers(
+    make: Callable[[int, int], tuple[Tensor, Tensor]], seen: Mapping[int, list[Seen]]
+) -> Any:
     like = next(one.output for calls in seen.values() for one in calls if one.is_linear)
     return proof.Numbers(make, like)
 
@@ -339,7 +336,8 @@ def _verdict(
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
     odd = _odd_mlp(layer)
     if odd is not None:
-        return Verdict(number, (), f"{path}.{odd} is not down(activation(gate(x)) * up(x))")
+        why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
+        return Verdict(number, (), f"{why}, and calls no module for its activation")
     return Verdict(number, (), f"no MLP (linear maps: {maps})", passed=True)
 
 

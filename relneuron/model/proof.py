@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-N_TOKENS = 6  # of each forward: two of each size
+N_TOKENS = 6  # of each forward
 # Of the numbers that are put in: a clamp acts on large ones only.
 SIZES = (1.0, 10.0, 100.0)
 # Maps of the right width that a `down` is tried with, those called last before it.
@@ -262,11 +262,11 @@ def is_close(ours: Tensor, theirs: Tensor) -> bool:
 
 def put(
     chosen: Mapping[int, Candidate],
-    numbers: Callable[[int], tuple[Tensor, Tensor]],
+    numbers: Numbers,
     others: Mapping[int, Sequence[nn.Module]],
     run: Run,
 ) -> dict[int, Got]:
-    """What comes of other outputs of gate and up: those of `numbers(width)`, (N, width) each.
+    """What comes of other outputs of gate and up: those of `numbers`, (N, width) each.
 
     All layers at once; what their MLPs write becomes zero, so that no layer changes another one.
     """
@@ -276,9 +276,7 @@ def put(
     def give(parts: Sequence[Projection], _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
         new = output.reshape(-1, output.shape[-1]).clone()
         for part in parts:
-            values = numbers(part.width)[part.site == "up"]
-            if len(values) == len(new):
-                part.of(new).copy_(values)
+            part.of(new).copy_(numbers(len(new), part.width)[part.site == "up"])
         return new.reshape(output.shape)
 
     def take(to: Got, _module: Any, args: Any, kwargs: Any) -> None:
@@ -306,17 +304,17 @@ def put(
 
 
 class Numbers:
-    """What is put in the place of gate and up, the same for every layer of a width."""
+    """What is put in the place of gate and up (N, width), the same for every layer of a width."""
 
-    def __init__(self, make: Callable[[int], tuple[Tensor, Tensor]], like: Tensor) -> None:
+    def __init__(self, make: Callable[[int, int], tuple[Tensor, Tensor]], like: Tensor) -> None:
         self._make, self._like = make, like
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, width: int) -> tuple[Tensor, Tensor]:
-        if width not in self._made:
-            gate, up = self._make(width)
-            self._made[width] = gate.to(self._like), up.to(self._like)
-        return self._made[width]
+    def __call__(self, n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
+        if (n_tokens, width) not in self._made:
+            gate, up = self._make(n_tokens, width)
+            self._made[n_tokens, width] = gate.to(self._like), up.to(self._like)
+        return self._made[n_tokens, width]
 
 
 def _random(*shape: int) -> Tensor:
@@ -324,44 +322,44 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, device="cpu")
 
 
-def of_all_sizes(width: int) -> tuple[Tensor, Tensor]:
-    """Normal numbers, two tokens of each size."""
-    gate, up = _random(2, N_TOKENS, width)
-    sizes = torch.tensor(SIZES, device="cpu").repeat_interleave(N_TOKENS // len(SIZES))[:, None]
+def of_all_sizes(n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """Normal numbers, the tokens in turn of each size."""
+    gate, up = _random(2, n_tokens, width)
+    sizes = torch.tensor(SIZES, device="cpu").repeat(n_tokens)[:n_tokens, None]
     return gate * sizes, up * sizes
 
 
-def places(width: int) -> Tensor:
-    """Of each token the one neuron that is not at zero."""
-    return torch.arange(N_TOKENS, device="cpu") * (width - 1) // max(1, N_TOKENS - 1)
+def _one(n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """The place of one neuron for each token, spread over all of them."""
+    tokens = torch.arange(n_tokens, device="cpu")
+    return tokens, tokens * (width - 1) // max(1, n_tokens - 1)
 
 
-def one_gate(width: int) -> tuple[Tensor, Tensor]:
+def one_gate(n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
     """Each token has one gate that is not zero, another one than the others; all of up are 1."""
-    gate = torch.zeros(N_TOKENS, width, device="cpu")
-    gate[torch.arange(N_TOKENS, device="cpu"), places(width)] = 4.0
-    return gate, torch.ones(N_TOKENS, width, device="cpu")
+    gate = torch.zeros(n_tokens, width, device="cpu")
+    gate[_one(n_tokens, width)] = 4.0
+    return gate, torch.ones(n_tokens, width, device="cpu")
 
 
-def one_up(width: int) -> tuple[Tensor, Tensor]:
+def one_up(n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
     """Likewise one of up; its gate is the largest of its token."""
-    one, _ = one_gate(width)
-    return torch.where(one > 0, 10.0, _random(N_TOKENS, width)), one
+    one, _ = one_gate(n_tokens, width)
+    return torch.where(one > 0, 10.0, _random(n_tokens, width)), one
 
 
 def only_there(values: Tensor) -> bool:
     """Whether nothing but the one neuron of each token is different from zero."""
-    there = values.new_zeros(values.shape, dtype=torch.bool)
-    rows = torch.arange(len(values), device=values.device)
-    there[rows, places(values.shape[1]).to(values.device)] = True
-    return len(values) == N_TOKENS and torch.equal(values != 0, there)
+    there = torch.zeros(values.shape, dtype=torch.bool, device="cpu")
+    there[_one(*there.shape)] = True
+    return torch.equal((values != 0).cpu(), there)
 
 
 def keeps_the_formula(candidate: Candidate, got: Got, numbers: Numbers) -> bool:
     """Whether h is activation(gate) * up of the numbers that were put in, of every size."""
-    gate, up = numbers(candidate.gate.width)
     if got.h is None or candidate.activation is None:
         return False
+    gate, up = numbers(len(got.h), candidate.gate.width)
     given, act = gate, ACTIVATIONS[candidate.activation](gate)
     if candidate.act is not None:
         given, act = got.others.get(candidate.act, (got.h, act))
@@ -370,9 +368,19 @@ def keeps_the_formula(candidate: Candidate, got: Got, numbers: Numbers) -> bool:
     return is_close(act if candidate.up is None else act * up, got.h)
 
 
-def activation_module(got: Got) -> nn.Module | None:
-    """The first module that changed a token's one gate, and no other neuron's."""
-    for module, (given, made) in got.others.items():
-        if made.shape == given.shape and only_there(made) and not torch.equal(given, made):
-            return module
+def keeps_the_place(candidate: Candidate, gates: Got, ups: Got) -> nn.Module | None:
+    """The activation's module of a candidate each of whose gates and ups reaches one product.
+
+    `gates` came of `one_gate`, `ups` of `one_up`. The activation is the first module that kept a
+    token's one gate apart, and did not pass all numbers as they were.
+    """
+    if gates.h is None or ups.h is None or not only_there(gates.h):
+        return None
+    if candidate.up is not None and not only_there(ups.h):
+        return None
+    for module, (given, made) in gates.others.items():
+        if made.shape == given.shape == gates.h.shape and only_there(made):
+            other_given, other_made = ups.others.get(module, (given, given))
+            if not torch.equal(other_given, other_made):
+                return module
     return None
