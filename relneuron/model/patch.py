@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
+from relneuron.model.experts import Experts
 from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.layers import Parts, Projection, has_hooks
 from relneuron.model.states import (
@@ -57,7 +58,7 @@ class Patch:
 
     def __init__(
         self,
-        layers: Sequence[GatedMLP | Parts],
+        layers: Sequence[GatedMLP | Experts | Parts],
         states: Sequence[LayerState],
         *,
         backend: str = "auto",
@@ -69,6 +70,9 @@ class Patch:
         self.tokens = Tokens()
         self.thread = 0  # that entered
         self._saved: list[tuple[nn.Module, object, _Patched]] = []
+        # Of two parts of the last layer either may come first, so that none of them is the last.
+        numbers = [getattr(layer, "layer", None) for layer in layers[-2:]]
+        self.has_two_last = len(numbers) == 2 and None is not numbers[0] == numbers[1]
         if len(self.states) != len(layers):
             raise ValueError(
                 f"Patch: {len(layers)} states (from the layers) are expected, got {len(states)}"
@@ -100,6 +104,10 @@ class Patch:
                 before = layer.module.__dict__.get("forward", _ABSENT)
                 if isinstance(layer, GatedMLP):
                     self._put_on(layer.module, before, _Forward(self, number, layer, before))
+                elif isinstance(layer, Experts):
+                    from relneuron.model.experts_forward import ExpertsForward  # made of this file
+
+                    self._put_on(layer.module, before, ExpertsForward(self, number, layer, before))
                 else:
                     self._put_on(layer.module, before, _Patched(self, number, layer.module, before))
                 parts: dict[nn.Module, list[Projection]] = {}
@@ -175,7 +183,7 @@ class _Patched:
         self.below: list[Patch] = [patch, *(before.below if isinstance(before, _Patched) else [])]
         own = before if callable(before) else partial(type(module).forward, module)
         self.plain: Callable[[Tensor], Tensor] = outer.plain if outer else own
-        self.is_last = layer == len(patch.layers) - 1
+        self.is_last = layer == len(patch.layers) - 1 and not patch.has_two_last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RelneuronError("a patched model cannot be copied", "copy it outside the context")

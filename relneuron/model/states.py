@@ -16,6 +16,7 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, check_neurons
+from relneuron.model.experts import Experts
 from relneuron.model.gated import GatedMLP, model_shape
 
 
@@ -31,6 +32,7 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
+    routing: Tensor | None = None  # of experts, (E * G,) float64: sums of the router's weights
 
 
 @dataclass
@@ -56,20 +58,26 @@ class Tokens:
 
     `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
     output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
-    not None, are the layers that have counted the tokens: each may do it once.
+    not None, are the parts that have counted the tokens, by their paths: each may do it once.
     """
 
     group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
     conditions: Tensor | None = None
     n_needed: int | None = None
-    counted: set[int] | None = None
+    counted: set[str] | None = None
 
     def rows(self, shape: torch.Size) -> Tensor | None:
-        """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1)."""
+        """The conditions of the tokens of an input: of (B, T, D) as (B, T) or (B, 1).
+
+        Of (B * T, D), as experts get it, as (B * T,).
+        """
         rows = self.conditions
         if rows is None:
             return None
+        if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
+            whole = torch.Size((len(rows), shape[0] // len(rows), shape[1]))
+            return cast(Tensor, self.rows(whole)).expand(whole[:2]).reshape(-1)
         if len(rows) != shape[0]:
             raise ValueError(
                 f"a batch of {len(rows)} rows (from the masks) is expected, got an input of shape "
@@ -138,10 +146,10 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
+def flat_ids(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     if ids is None:
         return None
-    if ids.shape != shape[:-1]:
+    if ids.shape != shape[:-1] and (len(shape) > 2 or ids.numel() != shape[0]):
         raise ValueError(
             f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}: "
             "call probe.batch before each forward; generate makes many, so generate outside of "
@@ -151,18 +159,18 @@ def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
 
 
 def _recording(
-    mlp: GatedMLP, state: LayerState, tokens: Tokens, shape: torch.Size
+    mlp: GatedMLP | Experts, state: LayerState, tokens: Tokens, shape: torch.Size
 ) -> dict[str, Any] | None:
     """What the op records of a forward, as its arguments; `None` for nothing."""
     if is_recomputing():
         return None
     counted = tokens.counted if state.stats is not None else None
-    if counted is not None and mlp.layer in counted:
+    if counted is not None and mlp.path in counted:
         raise RelneuronError(
             "the tokens of the last probe.batch() were counted already",
             "call it before each forward; generate() makes many: count its text by one forward",
         )
-    prompt_ids = _flat(tokens.prompt_ids, shape, "prompt_ids")
+    prompt_ids = flat_ids(tokens.prompt_ids, shape, "prompt_ids")
     sums = None
     if state.responses is not None and prompt_ids is not None:
         others = ("down", *ATTENTION)
@@ -170,9 +178,9 @@ def _recording(
     has_stats = state.stats is not None
     if not (has_stats or sums):
         return None
-    group_ids = _flat(tokens.group_ids, shape, "group_ids") if has_stats else None
+    group_ids = flat_ids(tokens.group_ids, shape, "group_ids") if has_stats else None
     if counted is not None:
-        counted.add(mlp.layer)
+        counted.add(mlp.path)
     return {
         "stats": state.stats,
         "group_ids": group_ids,
@@ -181,13 +189,14 @@ def _recording(
     }
 
 
-def _op(mlp: GatedMLP, backend: str) -> dict[str, Any]:
+def _op(mlp: GatedMLP | Experts, backend: str) -> dict[str, Any]:
     # Ids are made or checked where they enter the patch.
-    return {"activation": mlp.activation, "ids_checked": True, "backend": backend}
+    # Without one, h is not the op's: it only takes what needs no activation.
+    return {"activation": mlp.activation or "silu", "ids_checked": True, "backend": backend}
 
 
 def statistics_only(
-    mlp: GatedMLP,
+    mlp: GatedMLP | Experts,
     sites: dict[str, Tensor],
     state: LayerState,
     tokens: Tokens,
@@ -233,7 +242,7 @@ def _record_values(
 
 
 def hidden(
-    mlp: GatedMLP,
+    mlp: GatedMLP | Experts,
     sites: dict[str, Tensor],
     act: Tensor | None,
     state: LayerState,
@@ -283,7 +292,7 @@ def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> N
             flat_y,
             torch.zeros_like(flat_y),
             stats=state.stats_down,
-            group_ids=_flat(tokens.group_ids, y.shape, "group_ids"),
+            group_ids=flat_ids(tokens.group_ids, y.shape, "group_ids"),
             ids_checked=True,
             backend=backend,
         )
@@ -295,7 +304,7 @@ def record_outputs(y: Tensor, site: str, state: LayerState, tokens: Tokens) -> N
     ids = tokens.prompt_ids
     if is_recomputing() or state.responses is None or site not in state.responses or ids is None:
         return
-    flat = cast(Tensor, _flat(ids, y.shape, "prompt_ids"))
+    flat = cast(Tensor, flat_ids(ids, y.shape, "prompt_ids"))
     rows = (flat >= 0).nonzero().squeeze(1)
     values = y.detach().reshape(-1, y.shape[-1])[rows].float()
     state.responses[site].index_add_(0, flat[rows].long(), values)
