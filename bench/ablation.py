@@ -40,7 +40,8 @@ from relneuron.bench.machine import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
 from relneuron.model.ask import Asker
 from relneuron.model.load import load_model, load_tokenizer
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, encode
 from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts

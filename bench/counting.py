@@ -39,7 +39,8 @@ from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Checkpoint, Counter, Position, write_checkpoint
 from relneuron.model.load import load_tokenizer
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window

@@ -14,7 +14,8 @@ from bench.gpu_run import Run, check
 from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import Questions
 
 LENGTH = 20  # tokens of a prompt, as those of the method's relations

@@ -41,7 +41,8 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.bench.ranking import draw_labels
 from relneuron.bench.suite import CONTESTANTS
 from relneuron.model.ask import Asker
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import Questions
 from relneuron.ops import backends
 from relneuron.ops.average_precision import triton_launch as ranking

@@ -20,7 +20,7 @@ from relneuron.bench.case import Contestant
 from relneuron.bench.timing import Effort, event_timer, measure, ratio, wall_timer
 from relneuron.methods.counts.batches import make_batch
 from relneuron.methods.counts.counter import Counter
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.windows import Window
 
 LLAMA_2_7B = {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.model.instrument import ablate, instrument
-    from relneuron.model.mlps import find_mlps
+    from relneuron.model.mlps.find import find_mlps
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _HOMES = {
     "RelneuronError": "artifact.files",
     "ablate": "model.instrument",
     "ablate_prompts": "ablation.ablate",
-    "find_mlps": "model.mlps",
+    "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
 }
 

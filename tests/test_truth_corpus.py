@@ -16,7 +16,8 @@ from relneuron.ablation.nll import nll
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.counts.count import count
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts

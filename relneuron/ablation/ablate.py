@@ -38,7 +38,8 @@ from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker, Step
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.patch import check_canary
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,

@@ -20,7 +20,7 @@ from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
-from relneuron.model.mlps import MLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, of_mlp, off_state
 
@@ -84,9 +84,9 @@ def plan_rows(
 
 
 def wave_states(
-    plan: Sequence[Ablation], wave: range, mlps: Sequence[MLP], how: How
+    plan: Sequence[Ablation], wave: range, mlps: Sequence[Part], how: How
 ) -> list[LayerState]:
-    """Per MLP, what switches off the neurons of the conditions of a wave; row 0 is clean."""
+    """Per Part, what switches off the neurons of the conditions of a wave; row 0 is clean."""
     shape = Shape.of(model_shape(mlps))
     members = [plan[i] for i in wave if i < len(plan)]
     off = np.zeros((len(members) + 1, shape.total), bool)
@@ -127,7 +127,7 @@ class Evaluator:
     """Runs rows through the model; what is finished stands in the journal under the batch's key."""
 
     asker: Answering
-    mlps: Sequence[MLP]
+    mlps: Sequence[Part]
     plan: Sequence[Ablation]
     journal: Journal
     how: How

@@ -40,7 +40,8 @@ from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Step, cache_of
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
-from relneuron.model.mlps import MLP, find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode
 from relneuron.texts.tokens import listed, whole_text, without_blanks
@@ -298,7 +299,7 @@ def generate(
 
 
 def steering_patch(
-    mlps: Sequence[MLP], neurons: NeuronFile, name: str, counts: Path, backend: str
+    mlps: Sequence[Part], neurons: NeuronFile, name: str, counts: Path, backend: str
 ) -> Patch:
     """A patch that sets the neurons of a set to their mean activation."""
     check_set(name, neurons.sets)

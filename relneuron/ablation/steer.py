@@ -16,7 +16,7 @@ from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import check_neurons
-from relneuron.model.mlps import MLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.states import LayerState, Replacement, mask_states
 
 Array = np.ndarray[Any, Any]
@@ -54,12 +54,12 @@ def mean_activations(folder: Path, group: str, shape: dict[str, int]) -> Array:
 
 
 def steering_states(
-    mlps: Sequence[MLP],
+    mlps: Sequence[Part],
     off: Sequence[Iterable[Sequence[Any]]],
     set_to: Iterable[Sequence[Any]] = (),
     means: Array | None = None,
 ) -> list[LayerState]:
-    """Per MLP, what a patch needs to steer: C conditions that differ in what is off.
+    """Per Part, what a patch needs to steer: C conditions that differ in what is off.
 
     off       of each condition the (layer, site, index) of the neurons at zero
     set_to    the neurons, at site gate, whose activation becomes their mean in every condition:

@@ -18,7 +18,8 @@ from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
 from relneuron.model.layers import first_line
-from relneuron.model.mlps import MLP, inspect_layers, model_shape
+from relneuron.model.mlps.find import inspect_layers
+from relneuron.model.mlps.shape import Part, model_shape
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -55,7 +56,7 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
     return rows, is_whole and fault is None
 
 
-def _fault(model: Any, mlps: Sequence[MLP]) -> str | None:
+def _fault(model: Any, mlps: Sequence[Part]) -> str | None:
     """Why stages refuse a model all of whose layers are supported, or None."""
     try:
         model_shape(mlps)

@@ -45,7 +45,8 @@ from relneuron.model.ask import Asker
 from relneuron.model.identity import held
 from relneuron.model.instrument import Clock
 from relneuron.model.load import describe_model, load_model, load_tokenizer
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
-from relneuron.model.mlps import MLP, check_sites, find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, mask_states, of_mlp
 
@@ -134,7 +135,7 @@ def ablate(
 
 
 def _replacing_states(
-    neurons: Sequence[Sequence[Any]], mlps: Sequence[MLP], mode: str, value: Any
+    neurons: Sequence[Sequence[Any]], mlps: Sequence[Part], mode: str, value: Any
 ) -> list[LayerState]:
     shape = model_shape(mlps)
     check_neurons(neurons, shape)

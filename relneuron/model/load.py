@@ -20,7 +20,7 @@ from relneuron.artifact.neurons import shape_of
 from relneuron.artifact.options import LoadOptions
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import first_line
-from relneuron.model.mlps import MLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.ops.backends import MADE_FOR
 
 
@@ -151,7 +151,7 @@ def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[A
 
 
 def describe_model(
-    name: str, model: Any, mlps: Sequence[MLP] | Mapping[str, int], backend: str
+    name: str, model: Any, mlps: Sequence[Part] | Mapping[str, int], backend: str
 ) -> Json:
     """What the manifest says of a model; `digest` is `identity.model_digest`.
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
 from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
-from relneuron.model.mlps import MLP, model_shape
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.mlp import MLP
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import (
     LayerState,
     Tokens,
@@ -60,7 +62,7 @@ class Patch:
 
     def __init__(
         self,
-        layers: Sequence[MLP | Parts],
+        layers: Sequence[MLP | Experts | Parts],
         states: Sequence[LayerState],
         *,
         backend: str = "auto",
@@ -74,6 +76,9 @@ class Patch:
         # Of each MLP whose forward stays as it is: what its maps gave in the forward that runs.
         self.values: list[dict[str, Tensor]] = [{} for _ in layers]
         self._saved: list[tuple[nn.Module, object, _Patched]] = []
+        # Of two parts of the last layer either may come first, so that none of them is the last.
+        numbers = [getattr(layer, "layer", None) for layer in layers[-2:]]
+        self.has_two_last = len(numbers) == 2 and None is not numbers[0] == numbers[1]
         if len(self.states) != len(layers):
             raise ValueError(
                 f"Patch: {len(layers)} states (from the layers) are expected, got {len(states)}"
@@ -103,7 +108,11 @@ class Patch:
                     before.check_thread()
             self.thread = threading.get_ident()
             for number, layer in enumerate(self.layers):
-                if not isinstance(layer, MLP):
+                if isinstance(layer, Experts):
+                    from relneuron.model.patch_experts import ExpertsForward  # made of this file
+
+                    self._put_on(layer.module, partial(ExpertsForward, self, number, layer))
+                elif not isinstance(layer, MLP):
                     self._put_on(layer.module, partial(_Patched, self, number, layer.module))
                 elif layer.is_whole:
                     self._put_on(layer.module, partial(_Forward, self, number, layer))
@@ -154,10 +163,8 @@ class Patch:
             )
 
     def is_done(self) -> bool:
-        """Whether nothing is wanted behind the products of the last layer, which has one MLP."""
-        last = [getattr(layer, "layer", None) for layer in self.layers[-2:]]
-        is_alone = len(set(last)) == len(last)
-        return self.only_statistics and is_alone and self.states[-1].stats_down is None
+        """Whether nothing is wanted behind the products of the last layer."""
+        return self.only_statistics and self.states[-1].stats_down is None
 
     def replaced(self, layer: int, site: str, x: Tensor, shape: torch.Size) -> Tensor:
         """The outputs of a site, flat or (B, T, .), with the chosen ones replaced."""
@@ -190,7 +197,7 @@ class _Patched:
         self.below: list[Patch] = [patch, *(before.below if isinstance(before, _Patched) else [])]
         own = before if callable(before) else partial(type(module).forward, module)
         self.plain: Callable[[Tensor], Tensor] = outer.plain if outer else own
-        self.is_last = layer == len(patch.layers) - 1
+        self.is_last = layer == len(patch.layers) - 1 and not patch.has_two_last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RelneuronError("a patched model cannot be copied", "copy it outside the context")

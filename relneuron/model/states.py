@@ -16,7 +16,7 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
-from relneuron.model.mlps import MLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +33,7 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
+    routing: Tensor | None = None  # of experts, (E * G,) float64: sums of the router's weights
 
 
 @dataclass
@@ -68,27 +69,22 @@ class Tokens:
     counted: set[tuple[int, int]] | None = None
 
     def rows(self, shape: torch.Size) -> Tensor | None:
-        """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1)."""
+        """The conditions of the tokens of an input: of (B, T, D) as (B, T) or (B, 1).
+
+        Of (B * T, D), as experts get it, as (B * T,).
+        """
         rows = self.conditions
         if rows is None:
             return None
-        if len(shape) == 2:  # the tokens of all rows, one after the other
-            return rows.reshape(-1) if rows.dim() == 2 else _spread(rows, shape[0])
+        if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
+            whole = torch.Size((len(rows), shape[0] // len(rows), shape[1]))
+            return cast(Tensor, self.rows(whole)).expand(whole[:2]).reshape(-1)
         if len(rows) != shape[0]:
             raise ValueError(
                 f"a batch of {len(rows)} rows (from the masks) is expected, got an input of shape "
                 f"{tuple(shape)}"
             )
         return rows[:, -shape[1] :] if rows.dim() == 2 else rows.unsqueeze(1)
-
-
-def _spread(rows: Tensor, n_tokens: int) -> Tensor:
-    """One condition a row as one a token."""
-    if n_tokens % len(rows):
-        raise ValueError(
-            f"tokens of {len(rows)} rows (from the masks) are expected, got {n_tokens} tokens"
-        )
-    return rows.repeat_interleave(n_tokens // len(rows))
 
 
 def rows_of(y: Tensor) -> Tensor:
@@ -112,7 +108,7 @@ def unpack_keep(keep: Tensor, width: int) -> Tensor:
 
 
 def mask_states(
-    conditions: Sequence[Iterable[Sequence[Any]]], mlps: Sequence[MLP]
+    conditions: Sequence[Iterable[Sequence[Any]]], mlps: Sequence[Part]
 ) -> list[LayerState]:
     """Per MLP, the masks that switch off the neurons of each condition."""
     shape = model_shape(mlps)
@@ -128,7 +124,7 @@ def mask_states(
     ]
 
 
-def off_state(mlp: MLP, off: Mapping[str, Array]) -> LayerState:
+def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
     """What switches neurons of an MLP off: `off` has (C, .) bool of the layer by site.
 
     Where h is activation(gate) * up, zeroing the output k of gate or of up both make product k
@@ -154,7 +150,7 @@ def off_state(mlp: MLP, off: Mapping[str, Array]) -> LayerState:
     return state
 
 
-def of_mlp(mlp: MLP, rows: Mapping[str, Array]) -> dict[str, Array]:
+def of_mlp(mlp: Part, rows: Mapping[str, Array]) -> dict[str, Array]:
     """What belongs to an MLP of (C, .) arrays of its layer, by site."""
     own = {part.site for part in mlp.projections}
     return {
@@ -172,12 +168,10 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
+def flat_ids(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     if ids is None:
         return None
-    if len(shape) == 2 and ids.numel() == shape[0]:
-        return ids.reshape(-1)
-    if ids.shape != shape[:-1]:
+    if ids.shape != shape[:-1] and (len(shape) > 2 or ids.numel() != shape[0]):
         raise ValueError(
             f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}: "
             "call probe.batch before each forward; generate makes many, so generate outside of "
@@ -187,7 +181,7 @@ def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
 
 
 def _recording(
-    mlp: MLP, state: LayerState, tokens: Tokens, shape: torch.Size
+    mlp: Part, state: LayerState, tokens: Tokens, shape: torch.Size
 ) -> dict[str, Any] | None:
     """What the op records of a forward, as its arguments; `None` for nothing."""
     if is_recomputing():
@@ -199,7 +193,7 @@ def _recording(
             "the tokens of the last probe.batch() were counted already",
             "call it before each forward; generate() makes many: count its text by one forward",
         )
-    prompt_ids = _flat(tokens.prompt_ids, shape, "prompt_ids")
+    prompt_ids = flat_ids(tokens.prompt_ids, shape, "prompt_ids")
     sums = None
     if state.responses is not None and prompt_ids is not None:
         others = ("down", *ATTENTION)
@@ -207,7 +201,7 @@ def _recording(
     has_stats = state.stats is not None
     if not (has_stats or sums):
         return None
-    group_ids = _flat(tokens.group_ids, shape, "group_ids") if has_stats else None
+    group_ids = flat_ids(tokens.group_ids, shape, "group_ids") if has_stats else None
     if counted is not None:
         counted.add(place)
     return {
@@ -218,13 +212,14 @@ def _recording(
     }
 
 
-def _op(mlp: MLP, backend: str) -> dict[str, Any]:
+def _op(mlp: Part, backend: str) -> dict[str, Any]:
     # Ids are made or checked where they enter the patch.
-    return {"activation": mlp.activation, "ids_checked": True, "backend": backend}
+    # Without one, h is not the op's: it only takes what needs no activation.
+    return {"activation": mlp.activation or "silu", "ids_checked": True, "backend": backend}
 
 
 def statistics_only(
-    mlp: MLP,
+    mlp: Part,
     sites: dict[str, Tensor],
     state: LayerState,
     tokens: Tokens,
@@ -236,7 +231,7 @@ def statistics_only(
     if recording is None:
         return
     sites = {site: values.detach() for site, values in sites.items()}
-    if "act" in sites:
+    if not {"act", "product"}.isdisjoint(sites):
         stats = recording["stats"]
         for site in stats.sites if stats is not None else ():
             _count_values(stats, site, sites[site], recording["group_ids"], backend)
@@ -277,7 +272,7 @@ def _count_values(
 
 
 def hidden(
-    mlp: MLP,
+    mlp: Part,
     sites: dict[str, Tensor],
     act: Tensor | None,
     state: LayerState,
@@ -336,7 +331,7 @@ def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> N
             flat_y,
             torch.zeros_like(flat_y),
             stats=state.stats_down,
-            group_ids=_flat(tokens.group_ids, y.shape, "group_ids"),
+            group_ids=flat_ids(tokens.group_ids, y.shape, "group_ids"),
             ids_checked=True,
             backend=backend,
         )
@@ -348,7 +343,7 @@ def record_outputs(y: Tensor, site: str, state: LayerState, tokens: Tokens) -> N
     ids = tokens.prompt_ids
     if is_recomputing() or state.responses is None or site not in state.responses or ids is None:
         return
-    flat = cast(Tensor, _flat(ids, y.shape, "prompt_ids"))
+    flat = cast(Tensor, flat_ids(ids, y.shape, "prompt_ids"))
     rows = (flat >= 0).nonzero().squeeze(1)
     values = y.detach().reshape(-1, y.shape[-1])[rows].float()
     state.responses[site].index_add_(0, flat[rows].long(), values)

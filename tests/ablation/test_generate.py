@@ -26,7 +26,7 @@ from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.load import load_model, load_tokenizer
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from tests.conftest import tiny_model
 

@@ -21,7 +21,7 @@ from relneuron.ablation.evaluate import How, wave_states
 from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.neurons import Shape, random_neurons
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states
 from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes

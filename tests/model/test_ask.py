@@ -21,7 +21,7 @@ from relneuron.methods.responses.record import pooled_tokens
 from relneuron.model.ask import Answers, Asker, Step
 from relneuron.model.batches import plan_batches
 from relneuron.model.load import load_model
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens, mask_states

@@ -23,7 +23,8 @@ from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile, Shape, random_neurons
 from relneuron.model.layers import find_projections
-from relneuron.model.mlps import find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
 from tests.kit.files import read_rows

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.mlps import find_mlps, inspect_layers
+from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
 from tests.conftest import tiny_model

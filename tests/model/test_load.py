@@ -12,7 +12,7 @@ import torch
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.load import load_model
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 
 TEXT = {
     "model_type": "llama",

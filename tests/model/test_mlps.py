@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.load import describe_model
-from relneuron.model.mlps import find_mlps, inspect_layers, model_shape
+from relneuron.model.mlps.find import find_mlps, inspect_layers
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import LayerState, mask_states
 from tests.conftest import tiny_model
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.mlps import MLP, find_mlps
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.states import mask_states, pack_keep, unpack_keep
 from tests.conftest import tiny_model

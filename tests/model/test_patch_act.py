@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.model.ask import cache_of
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 from tests.conftest import tiny_model

@@ -113,7 +113,7 @@ def results(dtype: torch.dtype, backend: str, is_broken: bool) -> list[torch.Ten
 def forward() -> dict[str, object]:
     """Of a model in bfloat16 with neurons off, and how the manifest of a stage describes it."""
     from relneuron.model.instrument import ablate
-    from relneuron.model.mlps import find_mlps
+    from relneuron.model.mlps.find import find_mlps
     from tests.conftest import tiny_model
 
     model = tiny_model("llama", torch.bfloat16)

@@ -41,7 +41,7 @@ from relneuron.methods.counts.counter import (
 from relneuron.model.batches import Budget, cut
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,

@@ -29,7 +29,7 @@ from relneuron.artifact.counts import DTYPES, RAN, Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch, Ranks
-from relneuron.model.mlps import MLP, check_sites, model_shape
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.options import CountOptions
@@ -49,7 +49,7 @@ class Counter:
     def __init__(
         self,
         model: Any,
-        mlps: Sequence[MLP],
+        mlps: Sequence[Part],
         *,
         sites: Sequence[str] = ("act",),
         threshold: float = 0.0,
@@ -163,8 +163,8 @@ class Counter:
         is_even = (ran[:, has_mlp] == tokens[:, None]).all()
         return Counts(list(groups), tokens, arrays, None if is_even else ran)
 
-    def _parts(self) -> Iterator[tuple[MLP, str, str, Tensor]]:
-        """(MLP, statistic, site, counter) of all that is counted."""
+    def _parts(self) -> Iterator[tuple[Part, str, str, Tensor]]:
+        """(Part, statistic, site, counter) of all that is counted."""
         for mlp, state in zip(self.mlps, self.states, strict=True):
             for stats in (state.stats, state.stats_down):
                 for name in _STATISTICS if stats is not None else ():
@@ -191,7 +191,7 @@ class Counter:
         self.grow(1)
 
 
-def _inside(mlp: MLP, site: str) -> slice:
+def _inside(mlp: Part, site: str) -> slice:
     return slice(None) if site == "down" else mlp.inside
 
 

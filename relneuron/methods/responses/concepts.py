@@ -22,7 +22,7 @@ from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.load import describe_model
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.facts import ENGLISH, Relation, split_facts
 
 TEMPLATES = ("{} can", "{} has a")  # in English (arXiv 2502.17355, section 5.4)

@@ -37,7 +37,8 @@ from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.mlps import MLP, check_sites, find_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
@@ -70,7 +71,7 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
     return chosen
 
 
-def _modules(mlp: MLP) -> Json:
+def _modules(mlp: Part) -> Json:
     """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
     parts = [part for part in (mlp.gate, mlp.up, mlp.down_map) if part is not None]
     return {
@@ -98,7 +99,7 @@ class _Responses:
     def wants(self, rows: Sequence[int]) -> bool:
         return rows[0] in self._row
 
-    def new_sums(self, mlp: MLP, n_rows: int, device: torch.device) -> dict[str, Tensor] | None:
+    def new_sums(self, mlp: Part, n_rows: int, device: torch.device) -> dict[str, Tensor] | None:
         """Zeros (n_rows, .) for one MLP and batch, by site; None where text runs none of it."""
         if not mlp.runs:
             return None
@@ -110,7 +111,7 @@ class _Responses:
             if site in widths
         }
 
-    def store(self, mlp: MLP, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
+    def store(self, mlp: Part, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
         """Write a batch's means at one MLP: sums over pooled tokens by their number."""
         divisors = torch.tensor([self._divisor[row] for row in rows], device="cpu").unsqueeze(1)
         places = [self._row[row] for row in rows]
@@ -135,7 +136,7 @@ class _Responses:
 
 def _ask_all(
     asker: Asker,
-    mlps: Sequence[MLP],
+    mlps: Sequence[Part],
     questions: Questions,
     responses: _Responses,
     journal: Journal,

@@ -17,7 +17,7 @@ from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import make_batch
 from relneuron.methods.counts.counter import Counter, Speed
-from relneuron.model.mlps import find_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.windows import Window
 from tests.conftest import tiny_model
 from tests.kit.counted import (

@@ -12,16 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model import proof
 from relneuron.model.layers import (
     TRAINING,
-    Projection,
     Unfound,
     check_unwrapped,
     decoder_layers,
@@ -31,118 +29,28 @@ from relneuron.model.layers import (
     unreadable,
     without_hooks,
 )
-from relneuron.model.proof import ACTIVATIONS, Candidate, Run, Seen
-
-
-@dataclass(frozen=True)
-class MLP:
-    """One MLP of a layer: down(h), where h = activation(gate) * up, or activation(gate).
-
-    is_whole    its module computes this and nothing else: a patch puts the kernels in its place.
-                The forward of another one stays as it is, and a patch acts on `sites`
-    activation  by name; None where no known one fits, `act` gives its values then
-    act         the module of the activation, None where the forward calls a function
-    runs        whether a forward of text calls it
-    """
-
-    layer: int
-    path: str
-    module: nn.Module
-    width: int  # F
-    hidden: int  # D
-    gate: Projection
-    up: Projection | None
-    down_map: Projection
-    product: Projection
-    activation: str | None
-    act: nn.Module | None
-    n_layers: int  # of the model
-    is_whole: bool = False
-    runs: bool = True
-    offset: int = 0  # of its neurons among those of the layer
-    projections: tuple[Projection, ...] = ()  # of the layer's attention, where they were asked for
-
-    @property
-    def is_gated(self) -> bool:
-        return self.up is not None
-
-    @property
-    def inside(self) -> slice:
-        """Where its neurons stand among those of the layer."""
-        return slice(self.offset, self.offset + self.width)
-
-    @property
-    def sites(self) -> tuple[Projection, ...]:
-        """What a patch changes where the module is not whole, in the order of the forward."""
-        act = self.act and Projection("act", f"{self.path} (activation)", self.act, 0, self.width)
-        parts = (self.gate, self.up, act, self.product, self.down_map)
-        return tuple(part for part in parts if part)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """gate and up (T, F) of x (..., D); parts of one tensor where the weights are packed."""
-        out = _rows(self.gate.module(x))
-        gate = _dense(self.gate.of(out))
-        if self.up is None:
-            return gate, None
-        if self.up.module is not self.gate.module:
-            out = _rows(self.up.module(x))
-        return gate, _dense(self.up.of(out))
-
-    def own_activation(self) -> Callable[[Tensor], Tensor]:
-        """The module's own activation, as its own forward calls it."""
-        if self.act is not None:
-            return self.act
-        assert self.activation is not None, "an MLP has its activation's module or name"
-        return ACTIVATIONS[self.activation]
-
-    def uncalled(self) -> list[tuple[str, nn.Module]]:
-        """The modules inside that neither the projections nor the activation are made of."""
-        maps = (self.gate, self.up, self.down_map)
-        roots = [part.module for part in maps if part is not None]
-        roots += [self.act] if self.act is not None else []
-        called = {id(m) for root in roots for m in root.modules()}
-        return [
-            (name, m)
-            for name, m in self.module.named_modules()
-            if m is not self.module
-            and id(m) not in called
-            and not any(part is root for part in m.modules() for root in roots)
-        ]
-
-    def down(self, h: Tensor) -> Tensor:
-        return cast(Tensor, self.down_map.module(h))
-
-    def formula(self, x: Tensor) -> Tensor:
-        """The MLP's output by the formula, in torch: what the self-check compares with."""
-        gate, up = self.project(x)
-        act = self.own_activation()(gate)
-        h = act if up is None else act * up
-        return self.down(h.reshape(*x.shape[:-1], self.width))
-
-
-def _rows(y: Tensor) -> Tensor:
-    return y.reshape(-1, y.shape[-1])
-
-
-def _dense(part: Tensor) -> Tensor:
-    """What the kernels take: neighbours in memory."""
-    return part if part.stride(-1) == 1 else part.contiguous()
+from relneuron.model.mlps import proof
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
+from relneuron.model.mlps.mlp import MLP
+from relneuron.model.mlps.proof import Candidate, Run, Seen
+from relneuron.model.mlps.shape import Part
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The MLPs of a layer, and why it has none that is supported.
+    """The MLPs of a layer, experts first, and why it has none that is supported.
 
     A layer without any MLP, attention or a state space alone, is `passed` over.
     """
 
     layer: int
-    mlps: tuple[MLP, ...]
+    mlps: tuple[Part, ...]
     reason: str
     passed: bool = False
 
     @property
-    def mlp(self) -> MLP | None:
+    def mlp(self) -> Part | None:
         return self.mlps[0] if self.mlps else None
 
 
@@ -194,10 +102,12 @@ def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 def _known(number: int, layer: nn.Module) -> Verdict | None:
     """The verdict of a layer that need not be looked at, or cannot be."""
-    patched = (m.__dict__.get("forward") for m in layer.modules())
-    mlps = {id(mlp): mlp for p in patched if isinstance(mlp := getattr(p, "mlp", None), MLP)}
-    if mlps:
-        return Verdict(number, tuple(mlps.values()), "patched already, checked before that")
+    patched = [m.__dict__.get("forward") for m in layer.modules()]
+    parts = [getattr(p, name, None) for p in patched for name in ("mlp", "experts")]
+    found = {part.offset: part for part in parts if isinstance(part, MLP | Experts)}
+    if found:
+        mlps = tuple(found[offset] for offset in sorted(found))
+        return Verdict(number, mlps, "patched already, checked before that")
     compiled = [name for name, m in layer.named_modules() if hasattr(m, "_orig_mod")]
     if compiled:
         why = f"{compiled[0]} is compiled by itself: compile the whole model, or no part of it"
@@ -319,15 +229,22 @@ def _verdict(
     failed: str,
 ) -> Verdict:
     names = dict(layer.named_modules())
-    if any("expert" in name for name in names):
-        return Verdict(number, (), "mixture of experts, not one gated MLP")
-    mlps: list[MLP] = []
-    for one in sorted(chosen, key=lambda one: one.down.path):
-        mlp = _mlp(number, n_layers, path, names, one)
-        mlps.append(replace(mlp, runs=runs, offset=sum(before.width for before in mlps)))
+    experts, said = find_experts(number, path, layer)
+    if experts is None and said != NO_EXPERTS:
+        return Verdict(number, (), said)
+    found = [_mlp(number, n_layers, path, names, one) for one in chosen]
+    why = next(filter(None, map(_unusable, found)), None)
+    if why:
+        return Verdict(number, (), why)
+    parts: list[Part] = [] if experts is None else [replace(experts, n_layers=n_layers)]
+    parts += sorted(found, key=lambda mlp: mlp.path)
+    mlps: list[Part] = []
+    for part in parts:
+        offset = sum(before.width for before in mlps)
+        mlps.append(replace(part, runs=runs, offset=offset))
     if mlps:
-        why = next(filter(None, map(_unusable, mlps)), None)
-        return Verdict(number, () if why else tuple(mlps), why or "; ".join(map(_words, mlps)))
+        words = [_words(mlp) if isinstance(mlp, MLP) else said for mlp in mlps]
+        return Verdict(number, tuple(mlps), "; ".join(words))
     maps = ", ".join(proof.linear_maps(layer)) or "none"
     weights = [w for w in layer.parameters() if unreadable(w)]
     if weights:
@@ -420,11 +337,13 @@ def _words(mlp: MLP) -> str:
     return f"{mlp.path}: {name}, F={mlp.width}, D={mlp.hidden}{kind}{own}{text}"
 
 
-def find_mlps(model: Any, *, attention: bool = False) -> list[MLP]:
+def find_mlps(model: Any, *, attention: bool = False) -> list[Part]:
     """The MLPs of every layer, or an error with the reasons of the layers that are not supported.
 
-    In the order of the layers; one without any MLP is passed over. With `attention` the first of
-    each layer comes with the projections of its attention.
+    In the order of the layers; one without any MLP is passed over. A layer may have several: routed
+    experts (`experts.py`) come before the others, and the neurons of each begin
+    behind those before it, at its `offset`. With `attention` the first of each layer comes with the
+    projections of its attention.
     """
     verdicts = inspect_layers(model)
     reasons: dict[str, list[int]] = {}
@@ -463,48 +382,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def model_shape(mlps: Sequence[MLP]) -> dict[str, Any]:
-    """What files say of a model's neurons, as `artifact.neurons.Shape` reads it.
-
-    layers, width (F, the largest) and hidden (D); `widths` of the layers where they differ, 0 where
-    text runs no MLP; `gated` where it is false; q, k, v and o where they were asked for.
-    """
-    widths = [0] * mlps[0].n_layers
-    for mlp in mlps:
-        if mlp.runs:
-            widths[mlp.layer] = max(widths[mlp.layer], mlp.inside.stop)
-    width = max(mlp.inside.stop for mlp in mlps)
-    hidden = {mlp.hidden for mlp in mlps}
-    kinds = {mlp.is_gated for mlp in mlps}
-    firsts = {mlp.layer: mlp for mlp in reversed(mlps)}.values()
-    attention = {tuple((part.site, part.width) for part in mlp.projections) for mlp in firsts}
-    if len(hidden) > 1 or len(kinds) > 1 or len(attention) > 1:
-        raise RelneuronError(
-            "the layers differ in hidden size, attention, or in whether their MLPs are gated",
-            "give a model whose layers are alike in these",
-        )
-    shape: dict[str, Any] = {"layers": len(widths), "width": width, "hidden": hidden.pop()}
-    if min(widths) < width:
-        shape["widths"] = widths
-    if False in kinds:
-        shape["gated"] = False
-    return shape | dict(attention.pop())
-
-
-def check_sites(mlps: Sequence[MLP], sites: Iterable[str]) -> None:
-    """Refuse sites that the MLPs do not have."""
-    missing = {"up", "product"} if not all(mlp.is_gated for mlp in mlps) else set()
-    for site in sites:
-        if site in missing:
-            raise RelneuronError(
-                f"the model's MLPs are not gated: they have no site {site}",
-                "use gate, before the activation, or act, which is what down reads",
-            )
-    layers = [mlp.layer for mlp in mlps]
-    if "down" in sites and len(set(layers)) < len(layers):
-        raise RelneuronError(
-            "layers of the model have several MLPs: what they write is no one site down",
-            "leave out the site down",
-        )
