@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
 
 from relneuron.model.layers import Projection
 from relneuron.model.mlps.proof import ACTIVATIONS
@@ -40,11 +41,22 @@ class Maps:
             weight = weight.view(n_experts, -1, weight.shape[1])
         return weight if self.transposed else weight.transpose(1, 2)
 
-    def apply(self, module: nn.Module, x: Tensor, bounds: Sequence[int]) -> Tensor:
-        """(R, out) of x (R, in), of which expert e has the rows bounds[e] to bounds[e + 1]."""
+    def apply(
+        self, module: nn.Module, x: Tensor, bounds: Sequence[int], is_grouped: bool
+    ) -> Tensor:
+        """(R, out) of x (R, in), of which expert e has the rows bounds[e] to bounds[e + 1].
+
+        By one grouped product where the module makes one, otherwise by one product an expert.
+        """
         weights = self.weights(module, len(bounds) - 1)
         bias = None if self.bias is None else cast(Tensor, attrgetter(self.bias)(module))
         spans = [(e, slice(*span)) for e, span in enumerate(pairwise(bounds)) if span[0] < span[1]]
+        if is_grouped and spans and weights.data_ptr() % 16 == 0:
+            ends = torch.tensor(bounds[1:], dtype=torch.int32, device=x.device)
+            out = grouped_mm(x.to(weights.dtype), weights, offs=ends)
+            for e, rows in spans if bias is not None else ():
+                out[rows] += cast(Tensor, bias)[e]
+            return out
         has_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
         is_cast = torch.is_autocast_enabled(x.device.type) or x.dtype != weights.dtype
         if has_grad or is_cast or not (is_plain(x) and is_plain(weights)) or not spans:
@@ -152,7 +164,9 @@ class Experts:
 
     def project(self, x: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """gate and up (R, F) of x (R, D); views of one tensor where the weights are packed."""
-        first, *rest = (maps.apply(self.module, x, bounds) for maps in self.inputs)
+        first, *rest = (
+            maps.apply(self.module, x, bounds, self.is_grouped()) for maps in self.inputs
+        )
         if rest:
             return first, rest[0]
         if not self.gated:
@@ -217,7 +231,7 @@ class Experts:
 
     def end(self, h: Tensor, rows: Rows, x: Tensor, *routing: Tensor) -> Tensor:
         """What the module returns, of h (R, F), its pairs and the module's arguments."""
-        y = self.output.apply(self.module, h, rows.bounds)
+        y = self.output.apply(self.module, h, rows.bounds, self.is_grouped())
         module = cast(Any, self.module)
         flat = x.reshape(-1, self.hidden)
         if rows.weight is None:
@@ -231,7 +245,7 @@ class Experts:
         others = None
         if rows.beyond is not None and self.n_numbers() > self.n_experts:
             others = flat[rows.beyond[0]] * rows.beyond[2].unsqueeze(1)
-        if self.sums_by_token():
+        if self.implementation() != "eager":
             k = routing[0].shape[-1]
             places = y.new_zeros if rows.beyond is not None else y.new_empty
             each = places(len(flat) * k, y.shape[1]).index_copy(0, rows.place, y)
@@ -256,10 +270,16 @@ class Experts:
         h = self.own_h(gate, up) if plain is None else plain(gate) * up
         return self.end(h, rows, *given)
 
-    def sums_by_token(self) -> bool:
-        """Whether the module's forward now sums each token's outputs at once."""
+    def implementation(self) -> str:
+        """How transformers' experts interface runs the module now; without it, eager."""
         name = getattr(getattr(self.module, "config", None), "_experts_implementation", None)
-        return hasattr(self.module, "has_gate") and name not in (None, "eager")
+        return name if hasattr(self.module, "has_gate") and name is not None else "eager"
+
+    def is_grouped(self) -> bool:
+        """Whether the module makes grouped products, as torch does on this device."""
+        device = next(self.module.parameters()).device
+        can = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+        return self.implementation() == "grouped_mm" and can and not torch.compiler.is_compiling()
 
     def n_numbers(self) -> int:
         """How many numbers a router may give; those from E on mean the token itself (LongCat)."""

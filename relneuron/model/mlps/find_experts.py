@@ -155,8 +155,8 @@ def _with_formula(experts: Experts, device: torch.device) -> Experts | str:
         for name, formula in ACTIVATIONS.items():
             for size in _SIZES:
                 a, b = size * gate, size * up if experts.gated else up
-                near = {"rtol": 1e-5, "atol": 4e-6 * size}
-                if not torch.allclose(way.own_h(a, b), formula(a) * b, **near):
+                near = 4e-6 * size
+                if not torch.allclose(way.own_h(a, b), formula(a) * b, rtol=1e-5, atol=near):
                     break
             else:
                 return replace(way, activation=name)
@@ -172,7 +172,11 @@ def _proved(experts: Experts) -> Experts | None:
     """The description, with the dtype of its eager sum, if it gives what the module gives."""
     weight = experts.output.weights(experts.module, experts.n_experts)
     ways = [experts]
-    if weight.dtype.itemsize == 2 and experts.call == "routed" and not experts.sums_by_token():
+    if (
+        weight.dtype.itemsize == 2
+        and experts.call == "routed"
+        and experts.implementation() == "eager"
+    ):
         ways.append(replace(experts, sums_in=torch.float32))
     errors = torch.zeros(len(ways), device="cpu")
     for size in _SIZES:
