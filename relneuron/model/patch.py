@@ -20,7 +20,7 @@ from relneuron.artifact.neurons import Shape
 from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.mlp import MLP
-from relneuron.model.mlps.shape import model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.states import (
     LayerState,
     Tokens,
@@ -62,7 +62,7 @@ class Patch:
 
     def __init__(
         self,
-        layers: Sequence[MLP | Experts | Parts],
+        layers: Sequence[Part | Parts],
         states: Sequence[LayerState],
         *,
         backend: str = "auto",
@@ -378,7 +378,7 @@ class _Inside(_Patched):
         return h.reshape(x.shape)
 
 
-def check_canary(model: Any, mlps: Sequence[MLP], input_ids: Tensor, backend: str) -> None:
+def check_canary(model: Any, mlps: Sequence[Part], input_ids: Tensor, backend: str) -> None:
     """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
 
     Likewise all attentions, where their projections are patched.

@@ -325,7 +325,7 @@ def _odd_mlp(layer: nn.Module) -> str | None:
             other[:, 0] = -x[:, 0]
             ours, theirs = module(x), module(other)
             if isinstance(ours, Tensor) and torch.equal(ours[:, 1:], theirs[:, 1:]):
-                return name
+                return str(name)
     return None
 
 
