@@ -21,6 +21,7 @@ from relneuron.artifact.neurons import ATTENTION, Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
 from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.layers import device_of
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 
@@ -94,7 +95,7 @@ def wave_states(
         off[row + 1, ablation.places] = True
     states = []
     for layer, mlp in enumerate(mlps):
-        device = next(mlp.module.parameters()).device
+        device = device_of(mlp.module)
         chosen = {site: off[:, shape.span(layer, site)] for site in shape.widths}
         state = LayerState()
         if how.mode == "zero":

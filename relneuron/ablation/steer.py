@@ -17,6 +17,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import check_neurons
 from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.layers import device_of
 from relneuron.model.states import LayerState, Replacement, mask_states
 
 Array = np.ndarray[Any, Any]
@@ -87,7 +88,7 @@ def steering_states(
     for layer, (mlp, state) in enumerate(zip(mlps, states, strict=True)):
         if not chosen[layer].any():
             continue
-        device = next(mlp.module.parameters()).device
+        device = device_of(mlp.module)
         rows = torch.from_numpy(np.tile(chosen[layer], (len(off), 1)))
         values = torch.from_numpy(np.tile(means[layer].astype(np.float32), (len(off), 1)))
         new = Replacement(rows.to(device), shift=values.to(device))

@@ -18,7 +18,7 @@ from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
 from relneuron.model.gated import GatedMLP, check_same_shape, inspect_layers
-from relneuron.model.layers import first_line
+from relneuron.model.layers import first_line, input_device
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def _fault(model: Any, mlps: Sequence[GatedMLP]) -> str | None:
         mlp.module.register_forward_hook(lambda *_, layer=mlp.layer: called.add(layer))
         for mlp in mlps
     ]
-    device = next(model.parameters()).device
+    device = input_device(model)
     try:
         with torch.no_grad():
             out = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=True)

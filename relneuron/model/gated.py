@@ -19,11 +19,15 @@ from relneuron.model.layers import (
     Projection,
     Unfound,
     check_unwrapped,
+    compute_dtype,
     decoder_layers,
+    device_of,
+    features,
     find_projections,
     first_line,
+    is_float,
     is_training,
-    unreadable,
+    uncallable,
     without_hooks,
 )
 
@@ -106,7 +110,8 @@ def inspect_layers(model: Any) -> list[Verdict]:
     """
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
-    return [_inspect_layer(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
+    dtype = compute_dtype(model)
+    return [_inspect_layer(i, f"{path}.{i}", layer, dtype) for i, layer in enumerate(layers)]
 
 
 def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -119,7 +124,7 @@ def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         ) from None
 
 
-def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
+def _inspect_layer(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> Verdict:
     names = {name: module for name, module in layer.named_modules()}
     found = [
         name
@@ -148,12 +153,12 @@ def _inspect_layer(number: int, path: str, layer: nn.Module) -> Verdict:
         return Verdict(number, patched, "patched already, checked before that")
     try:
         with without_hooks(module):
-            return _inspect_mlp(number, f"{path}.{found[0]}", module)
+            return _inspect_mlp(number, f"{path}.{found[0]}", module, dtype)
     except Exception as error:
         return Verdict(number, None, f"its MLP cannot be run alone: {first_line(error)}")
 
 
-def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
+def _inspect_mlp(number: int, path: str, module: nn.Module, dtype: torch.dtype) -> Verdict:
     packed = hasattr(module, "gate_up_proj")
     needed = ("gate_up_proj", "down_proj") if packed else ("gate_proj", "up_proj", "down_proj")
     parts = [getattr(module, name, None) for name in needed]
@@ -164,27 +169,28 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
         return Verdict(number, None, "mixture of experts, not one gated MLP")
     linears = [part for part in parts if isinstance(part, nn.Module)]
     weights = [getattr(part, "weight", None) for part in linears]
-    if len(linears) < len(needed) or not all(isinstance(w, Tensor) for w in weights):
+    try:
+        hidden = [features(part)[1] for part in linears][len(needed) - 1]
+    except (IndexError, Unfound):
         return Verdict(number, None, f"{', '.join(needed)} are not all linear maps")
-    dtypes = {cast(Tensor, weight).dtype for weight in weights}
-    why = next(filter(None, (unreadable(cast(Tensor, weight)) for weight in weights)), None)
+    why = uncallable(module)
     if why is not None:
         return Verdict(number, None, f"its weights are {why}")
+    # A quantised weight takes what the model computes in.
+    dtypes = [w.dtype for w in weights if isinstance(w, Tensor) and is_float(w)] or [dtype]
     if torch.float64 in dtypes:
         return Verdict(
             number, None, "float64 weights, the kernels take float32, bfloat16 and float16"
         )
-    weight = cast(Tensor, weights[0])
     if is_training(module):
         return Verdict(number, None, f"in {TRAINING}")
     # Shapes are read from outputs, so wrapped linear maps (LoRA, say) need no special case.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        hidden = cast(Tensor, weights[-1]).shape[0]
         row = torch.randn(1, 1, hidden, generator=generator, device="cpu")
-        x = row.to(weight.device, weight.dtype)
+        x = row.to(device_of(module), dtypes[0])
         width = int(cast(Any, linears[0])(x).shape[-1]) // (2 if packed else 1)
-        activation = _activation(module, weight)
+        activation = _activation(module, x)
         if activation is None:
             return Verdict(number, None, f"its activation is none of {', '.join(ACTIVATIONS)}")
         mlp = GatedMLP(number, path, module, activation, width, hidden, packed)
@@ -194,7 +200,7 @@ def _inspect_mlp(number: int, path: str, module: nn.Module) -> Verdict:
                 return Verdict(number, None, "its MLP does not return one tensor like its input")
             if size > 1 and not bool(theirs.isfinite().all()):
                 break  # past what float16 holds
-            tolerance = 16 * torch.finfo(weight.dtype).eps * float(theirs.abs().max())
+            tolerance = 16 * torch.finfo(x.dtype).eps * float(theirs.abs().max())
             if not bool((ours - theirs).abs().max() <= tolerance):
                 return Verdict(number, None, "its MLP is not down(activation(gate(x)) * up(x))")
     return Verdict(number, mlp, f"{path}: {activation}, F={width}, D={hidden}")

@@ -22,6 +22,7 @@ from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
+from relneuron.model.layers import device_of, input_device
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
 
@@ -85,7 +86,7 @@ def instrument(
             sites=tuple(sites),
             threshold=threshold,
             moments=moments,
-            device=next(mlp.module.parameters()).device,
+            device=device_of(mlp.module),
         )
         for mlp in mlps
     ]
@@ -143,7 +144,7 @@ def _replacing_states(
     for (layer, site, index, *_), new in zip(neurons, values, strict=True):
         mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
         if site not in replace:
-            device = next(mlp.module.parameters()).device
+            device = device_of(mlp.module)
             shift = torch.zeros(1, Shape.of(shape).widths[site], device=device)
             replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
         replace[site].chosen[0, index] = True
@@ -163,7 +164,7 @@ class Clock:
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        on_cpu = input_device(model).type == "cpu"
         self.products: float | None = 0.0 if on_cpu else None
         self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if on_cpu else []
         self._handles: list[Any] = []

@@ -156,7 +156,7 @@ class Patch:
         replace = (self.states[layer].replace or {}).get(site)
         if replace is None:
             return x
-        rows = self.tokens.rows(shape)
+        rows = self.tokens.on(x.device).rows(shape)
         return replace.apply(x.reshape(*shape[:-1], -1), rows).reshape(x.shape)
 
 
@@ -227,7 +227,8 @@ class _Linear(_Patched):
         for part in parts:
             inside = slice(part.start, part.start + part.width)
             for patch in self.patches:
-                record_outputs(y[..., inside], part.site, patch.states[self.layer], patch.tokens)
+                tokens = patch.tokens.on(y.device)
+                record_outputs(y[..., inside], part.site, patch.states[self.layer], tokens)
             for patch in self.patches:
                 if part.site in (patch.states[self.layer].replace or {}):
                     new = patch.replaced(self.layer, part.site, y[..., inside], y.shape)
@@ -260,7 +261,7 @@ class _Forward(_Patched):
         sites = {"gate": gate, "up": up}
         if is_hooked and act is not None:
             sites |= {"act": act, "product": act * up}
-        acting = [(p.states[self.layer], p.tokens, p.backend) for p in self.patches]
+        acting = [(p.states[self.layer], p.tokens.on(gate.device), p.backend) for p in self.patches]
         if self.is_last and all(patch.is_done() for patch in self.patches):
             for state, tokens, backend in acting:
                 statistics_only(self.mlp, sites, state, tokens, x.shape, backend)
@@ -279,7 +280,7 @@ class _Forward(_Patched):
         for patch in self.patches:
             keep = patch.states[self.layer].keep_down
             if keep is not None:
-                rows = patch.tokens.rows(x.shape)
+                rows = patch.tokens.on(y.device).rows(x.shape)
                 y = torch.where(keep[0] if rows is None else keep[rows.long()], y, y.new_zeros(()))
             y = patch.replaced(self.layer, "down", y, x.shape)
         return y

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, check_neurons
 from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.layers import device_of
 
 
 @dataclass
@@ -64,6 +65,17 @@ class Tokens:
     conditions: Tensor | None = None
     n_needed: int | None = None
     counted: set[int] | None = None
+    _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same tokens where a layer computes; the ids are sent there once."""
+        every = (self.group_ids, self.prompt_ids, self.conditions)
+        if all(ids is None or ids.device == device for ids in every):
+            return self
+        if device not in self._elsewhere:
+            groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
+            self._elsewhere[device] = Tokens(groups, prompts, rows, self.n_needed, self.counted)
+        return self._elsewhere[device]
 
     def rows(self, shape: torch.Size) -> Tensor | None:
         """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1)."""
@@ -115,7 +127,7 @@ def mask_states(
             (downs if site == "down" else products)[layer, number, index] = False
     states = []
     for layer, mlp in enumerate(mlps):
-        device = next(mlp.module.parameters()).device
+        device = device_of(mlp.module)
         state = LayerState()
         if not products[layer].all():
             state.keep = pack_keep(products[layer]).to(device)

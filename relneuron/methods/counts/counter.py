@@ -30,6 +30,7 @@ from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch, Ranks
 from relneuron.model.gated import GatedMLP
+from relneuron.model.layers import device_of, input_device
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.options import CountOptions
@@ -59,7 +60,7 @@ class Counter:
         self.model, self.mlps = model, list(mlps)
         # The forward without the lm_head, where the model has one.
         self.body = getattr(model, "base_model", model)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.sites = tuple(sites)
         self.threshold, self.moments = threshold, moments
         self.states = [LayerState() for _ in self.mlps]
@@ -84,7 +85,7 @@ class Counter:
         """Make room for so many groups; what was counted stays."""
         inner = tuple(site for site in self.sites if site != "down")
         for mlp, state in zip(self.mlps, self.states, strict=True):
-            device = next(mlp.module.parameters()).device
+            device = device_of(mlp.module)
             if inner:
                 state.stats = self._grown(state.stats, n_groups, mlp.width, inner, device)
             if "down" in self.sites:

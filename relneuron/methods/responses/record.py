@@ -37,6 +37,7 @@ from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.layers import device_of
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode, is_correct
@@ -161,8 +162,9 @@ def _ask_all(
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
         def ask(rows: list[int]) -> list[str]:
-            for state in patch.states if responses.wants(rows) else []:
-                state.responses = responses.new_sums(len(rows), asker.device)
+            wanted = zip(mlps, patch.states, strict=True) if responses.wants(rows) else ()
+            for mlp, state in wanted:
+                state.responses = responses.new_sums(len(rows), device_of(mlp.module))
             try:
                 if validate:
                     said = asker.ask(asked, rows, pool_the_prompt).predictions
