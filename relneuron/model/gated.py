@@ -27,6 +27,7 @@ from relneuron.model.layers import (
     first_line,
     is_float,
     is_training,
+    settle,
     uncallable,
     without_hooks,
 )
@@ -110,6 +111,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
     """
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
+    settle(model)
     dtype = compute_dtype(model)
     return [_inspect_layer(i, f"{path}.{i}", layer, dtype) for i, layer in enumerate(layers)]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import Json, RelneuronError, hashing_threads
 from relneuron.artifact.reading import read_json
-from relneuron.model.layers import compute_dtype, is_sharded, offloaded_weights, without_hooks
+from relneuron.model.layers import is_sharded, offloaded_weights, settle
 
 CHUNK_BYTES = 1 << 26  # of a tensor, on the host at a time for each thread
 
@@ -85,6 +85,7 @@ def model_digest(model: Any) -> str:
     """
     if model in _HELD:
         return _HELD[model]
+    settle(model)
     digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     read: dict[tuple[object, ...], list[Any]] = {}
     elsewhere = offloaded_weights(model)
@@ -152,19 +153,10 @@ def _as_they_lie(model: Any) -> Iterator[None]:
 
     On some CPUs their first forward packs them in another way, with scales rounded to bfloat16.
     `state_dict` (0.50) undoes that in the model, but not the rounding and not the order of the
-    scales, so that the model computes something else from then on. Here each is packed already, as
-    the forward would do it: the digest does not depend on whether there was one.
+    scales, so that the model computes something else from then on.
     """
-    weights: list[Any] = []
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if getattr(module, "support_avx512bf16_for_cpu", False) and weight is not None:
-            if weight.device.type == "cpu" and not _is_packed(weight):
-                x = torch.zeros(1, module.in_features, dtype=compute_dtype(model), device="cpu")
-                with torch.no_grad(), without_hooks(module):
-                    module(x)
-            weights.append(weight)
-    packed = [weight.quant_state for weight in weights if _is_packed(weight)]
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    packed = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
     try:
         for state in packed:
             state.packing_format_for_cpu = False
@@ -172,10 +164,6 @@ def _as_they_lie(model: Any) -> Iterator[None]:
     finally:
         for state in packed:
             state.packing_format_for_cpu = True
-
-
-def _is_packed(weight: Any) -> bool:
-    return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
 def _hash_rows(name: str, value: Tensor, pool: Executor) -> list[Any]:

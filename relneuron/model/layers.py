@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,15 @@ def unreadable(weight: Tensor) -> str | None:
         return "offloaded (on the meta device)"
     if is_sharded(weight):
         return "sharded over devices (a DTensor)"
-    if not is_float(weight):
-        return f"quantised ({weight.dtype})"
-    if hasattr(weight, "__tensor_flatten__"):  # made of other tensors: torchao's, quanto's
-        return f"quantised ({type(weight).__name__})"
+    if _is_quantised(weight):
+        kind = type(weight).__name__ if is_float(weight) else weight.dtype
+        return f"quantised ({kind})"
     return None
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is packed numbers, or made of other tensors (torchao's, quanto's)."""
+    return not is_float(weight) or hasattr(weight, "__tensor_flatten__")
 
 
 def uncallable(module: nn.Module) -> str | None:
@@ -132,6 +137,28 @@ def features(linear: nn.Module) -> tuple[int, int]:
     if None in sizes:
         raise Unfound("it is no linear map")
     return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+
+
+_SETTLED: WeakSet[Any] = WeakSet()
+
+
+def settle(model: Any) -> None:
+    """Run one token through a quantised model, once, before anything looks at its weights.
+
+    In their first forward bitsandbytes packs them in another way (4 bits on some CPUs), and
+    compressed-tensors unpacks them.
+    """
+    if model in _SETTLED or not any(map(_is_quantised, model.parameters())):
+        return
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), use_cache=False)
+    except Exception as error:
+        raise RelneuronError(
+            f"the quantised model cannot run one token: {first_line(error)}",
+            "give the model as it was before, or run it where its package can",
+        ) from error
+    _SETTLED.add(model)
 
 
 def is_training(module: nn.Module) -> bool:

@@ -127,11 +127,12 @@ def load_model(
             model, info = _read_model(name, revision, dtype, device, places, stack)
             finalize(model, stack.pop_all().close)
     except Exception as error:  # a damaged config or weight raises whatever it leads to
-        package = re.search(r"pip install (?:-\S+ )*'?(\w[\w.-]*)", str(error))
+        told = re.search(r"pip install (?:-\S+ )*'?(\w[\w.-]*)", str(error))
+        package = told[1] if told else error.name if isinstance(error, ImportError) else None
         if package or isinstance(error, ImportError):
             raise RelneuronError(
                 f"{name} needs a package that is not here: {first_line(error)}",
-                f"pip install {package[1]}" if package else "install what it asks for",
+                f"pip install {package}" if package else "install what it asks for",
             ) from error
         raise RelneuronError(
             f"{name} could not be loaded as a causal language model: {first_line(error)}",

@@ -61,6 +61,9 @@ class Counter:
         # The forward without the lm_head, where the model has one.
         self.body = getattr(model, "base_model", model)
         self.device = input_device(model)
+        # A weight that is made of others (quanto's 4 bits) may not be read in inference mode.
+        made = any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters())
+        self._without_grad = torch.no_grad if made else torch.inference_mode
         self.sites = tuple(sites)
         self.threshold, self.moments = threshold, moments
         self.states = [LayerState() for _ in self.mlps]
@@ -133,7 +136,7 @@ class Counter:
             arguments["attention_mask"] = self._sent(place < batch.lengths[:, None]).long()
         if batch.positions is not None:
             arguments["position_ids"] = self._sent(batch.positions).long()
-        with torch.inference_mode():
+        with self._without_grad():
             self.body(input_ids=self._sent(batch.ids).long(), use_cache=False, **arguments)
 
     def _sent(self, array: Array) -> Tensor:
