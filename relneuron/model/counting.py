@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from relneuron import ops
+from relneuron.model.layers import device_of
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.shape import Part
 from relneuron.model.states import LayerState
@@ -33,7 +34,7 @@ def counting_state(
     Of experts `stats` has E * G groups of F neurons, group g of expert e in the row e * G + g; they
     also count the G groups' tokens and, where the router says them, sum its weights.
     """
-    device = next(part.module.parameters()).device
+    device = device_of(part.module)
 
     def new(n_groups: int, width: int, own: tuple[str, ...]) -> ops.GroupStats | None:
         if not own:

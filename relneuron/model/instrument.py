@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
 from relneuron.model.counting import ROUTED, TOKENS, WEIGHT, counting_state, tables
+from relneuron.model.layers import input_device
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
@@ -210,7 +211,7 @@ class Clock:
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        on_cpu = input_device(model).type == "cpu"
         self.products: float | None = 0.0 if on_cpu else None
         self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if on_cpu else []
         self._handles: list[Any] = []

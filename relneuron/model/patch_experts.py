@@ -70,10 +70,10 @@ class ExpertsForward(_Patched):
             shape = torch.Size((len(x) // experts.n_experts, experts.hidden))
         flat = torch.Size((1, *inputs.shape))
         states = [patch.states[self.layer] for patch in self.patches]
-        acting = [
-            (state, _row_tokens(experts, rows, state, patch.tokens, shape), patch.backend)
-            for state, patch in zip(states, self.patches, strict=True)
-        ]
+        acting = []
+        for state, patch in zip(states, self.patches, strict=True):
+            tokens = _row_tokens(experts, rows, state, patch.tokens.on(x.device), shape)
+            acting.append((state, tokens, patch.backend))
         for state, tokens, _ in acting:
             gate = _replaced(gate, "gate", state, tokens, flat)
             up = _replaced(up, "up", state, tokens, flat)
@@ -89,7 +89,7 @@ class ExpertsForward(_Patched):
                 h = out if h is None else torch.where(out == 0, out, h)
             _record_routing(rows, state, tokens)
         for patch in self.patches:
-            _record_seen(patch.states[self.layer], patch.tokens, shape)
+            _record_seen(patch.states[self.layer], patch.tokens.on(x.device), shape)
         if is_done:
             raise StatisticsDone
         h = cast(Tensor, h)
@@ -127,10 +127,10 @@ class ExpertsForward(_Patched):
         is_apart = self.experts.call == "dense"
         total = new = y.view(self.experts.n_experts, *shape).sum(0) if is_apart else y
         for state, patch in zip(states, self.patches, strict=True):
-            record_down(total, state, patch.tokens, patch.backend)
+            record_down(total, state, patch.tokens.on(y.device), patch.backend)
         for state, patch in zip(states, self.patches, strict=True):
             if state.keep_down is not None:
-                rows = patch.tokens.rows(shape)
+                rows = patch.tokens.on(y.device).rows(shape)
                 keep = state.keep_down[0] if rows is None else state.keep_down[rows.long()]
                 new = torch.where(keep, new, new.new_zeros(()))
             new = patch.replaced(self.layer, "down", new, shape)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
+from relneuron.model.layers import device_of
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.shape import Part, model_shape
 
@@ -70,6 +71,17 @@ class Tokens:
     conditions: Tensor | None = None
     n_needed: int | None = None
     counted: set[tuple[int, int]] | None = None
+    _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same tokens where a layer computes; the ids are sent there once."""
+        every = (self.group_ids, self.prompt_ids, self.conditions)
+        if all(ids is None or ids.device == device for ids in every):
+            return self
+        if device not in self._elsewhere:
+            groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
+            self._elsewhere[device] = Tokens(groups, prompts, rows, self.n_needed, self.counted)
+        return self._elsewhere[device]
 
     def rows(self, shape: torch.Size) -> Tensor | None:
         """The conditions of the tokens of an input: of (B, T, D) as (B, T) or (B, 1).
@@ -135,7 +147,7 @@ def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
     in experts, whatever their formula. Of another MLP gate's and up's outputs become zero
     themselves, as those of the attention's projections do.
     """
-    device = next(mlp.module.parameters()).device
+    device = device_of(mlp.module)
     state, rest = LayerState(), dict(off)
     if isinstance(mlp, Experts) or mlp.activation is not None:
         products = [rest.pop(site)[:, mlp.inside] for site in ("gate", "up") if site in rest]
@@ -159,7 +171,7 @@ def replacements(
 
     Both are (C, .) arrays of the whole layer by site, of the MLP's own and of the attention's.
     """
-    device = next(mlp.module.parameters()).device
+    device = device_of(mlp.module)
 
     def own(site: str, rows: Array) -> Tensor:
         if site not in ("gate", "up", "act"):

@@ -29,6 +29,7 @@ from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch, Ranks
 from relneuron.model.counting import TOKENS, counting_state, fill, tables
+from relneuron.model.layers import input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
@@ -59,7 +60,10 @@ class Counter:
         self.model, self.mlps = model, list(mlps)
         # The forward without the lm_head, where the model has one.
         self.body = getattr(model, "base_model", model)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
+        # A weight that is made of others (quanto's 4 bits) may not be read in inference mode.
+        made = any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters())
+        self._without_grad = torch.no_grad if made else torch.inference_mode
         self.sites = tuple(sites)
         self._width = max(mlp.inside.stop for mlp in self.mlps)
         check_sites(self.mlps, self.sites)
@@ -110,7 +114,7 @@ class Counter:
             arguments["attention_mask"] = self._sent(place < batch.lengths[:, None]).long()
         if batch.positions is not None:
             arguments["position_ids"] = self._sent(batch.positions).long()
-        with torch.inference_mode():
+        with self._without_grad():
             self.body(input_ids=self._sent(batch.ids).long(), use_cache=False, **arguments)
 
     def _sent(self, array: Array) -> Tensor:

@@ -36,6 +36,7 @@ from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.layers import device_of
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find import find_mlps
@@ -173,7 +174,7 @@ def _ask_all(
         def ask(rows: list[int]) -> list[str]:
             downs: dict[int, Tensor] = {}
             for mlp, state in zip(mlps, patch.states, strict=True):
-                sums = responses.new_sums(mlp, len(rows), asker.device)
+                sums = responses.new_sums(mlp, len(rows), device_of(mlp.module))
                 if responses.wants(rows) and sums is not None:
                     # The MLPs of a layer write into one stream: their down is what they sum to.
                     sums["down"] = downs.setdefault(mlp.layer, sums["down"])

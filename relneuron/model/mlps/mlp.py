@@ -37,7 +37,7 @@ class MLP:
     product: Projection
     activation: str | None
     act: nn.Module | None
-    n_layers: int  # of the model
+    n_layers: int = 0  # of the model
     is_whole: bool = False
     runs: bool = True
     offset: int = 0  # of its neurons among those of the layer
