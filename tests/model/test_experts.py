@@ -249,6 +249,9 @@ def test_other_kinds_of_experts_are_named() -> None:
     assert reason(model) == "its experts cannot be run alone: division by zero"
     model.model.layers[0].mlp = nn.Linear(HIDDEN, HIDDEN)
     assert reason(model) == "no experts"
+    model = expert_model("llama4")
+    del model.model.layers[0].feed_forward.experts.act_fn
+    assert reason(model) == "its experts have no activation of a known name"
 
 
 @pytest.mark.parametrize(
