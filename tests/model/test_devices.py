@@ -24,9 +24,10 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import Batch
 from relneuron.methods.counts.counter import Counter
 from relneuron.model.identity import model_digest
-from relneuron.model.layers import device_of, input_device, offloaded_weights
+from relneuron.model.layers import Projection, device_of, input_device, offloaded_weights
 from relneuron.model.load import describe_model, load_model
 from relneuron.model.mlps.find import find_mlps, inspect_layers
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.patch import Patch
 from relneuron.model.states import Replacement, Tokens, mask_states
 from relneuron.ops import GroupStats
