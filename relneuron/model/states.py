@@ -174,18 +174,19 @@ def replacements(
     Both are (C, .) arrays of the whole layer by site, of the MLP's own and of the attention's.
     """
     device = device_of(mlp.module)
-
-    def own(site: str, rows: Array) -> Tensor:
-        if site not in ("gate", "up", "act"):
-            return torch.from_numpy(rows).to(device)
-        return torch.from_numpy(np.ascontiguousarray(mlp.fold(rows[:, mlp.inside]))).to(device)
-
     here = {"gate", "up", "act", "down", *(part.site for part in mlp.projections)}
+
+    def own(site: str, rows: Array) -> Array:
+        is_inner = site in ("gate", "up", "act")
+        return np.ascontiguousarray(mlp.fold(rows[:, mlp.inside]) if is_inner else rows)
+
     found = {}
     for site, rows in chosen.items():
-        if site in here and own(site, rows).any():
-            shift = None if shifts is None else own(site, shifts[site])
-            found[site] = Replacement(own(site, rows), factor, shift)
+        if site in here and (mask := own(site, rows)).any():
+            shift = None
+            if shifts is not None:
+                shift = torch.from_numpy(own(site, shifts[site])).to(device)
+            found[site] = Replacement(torch.from_numpy(mask).to(device), factor, shift)
     return found
 
 
