@@ -76,6 +76,17 @@ MUTANTS = {
         "h = out if h is None else h",
         "model/test_patch.py::test_nested_patches_act_together",
     ),
+    "model.experts_find: experts of another formula are taken": Mutant(
+        "if not bool(error.max() <= tolerance):",
+        "if False:",
+        "model/test_experts.py::test_another_forward_is_seen_by_the_self_check",
+    ),
+    "model.experts_forward: all experts have the same counters": Mutant(
+        "apart = rows.expert.int() * n + own",
+        "apart = own",
+        "model/test_experts_count.py::"
+        "test_counters_are_those_of_every_token_that_an_expert_sees[qwen3-eager-0.0]",
+    ),
     "model.states: the first prompt of a batch has no responses": Mutant(
         "rows = (flat >= 0)",
         "rows = (flat > 0)",
