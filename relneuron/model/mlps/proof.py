@@ -303,37 +303,40 @@ def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run
 
     Other outputs y of `down`, large ones, move the layer's output by something that is odd in y,
     through norms and factors, too: the mean of the outputs at y and at -y is the same for any y.
-    The layers behind see what they saw before.
+    And those of one token move no other token. The layers behind see what they saw before.
     """
     outputs: dict[int, list[Any]] = {number: [] for number in chosen}
 
-    def put_in(kind: int, sign: float, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
+    def put_in(kind: int, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
         width = output.shape[-1]
-        rows = _random(2, output.numel() // width, width)[kind]
-        rows = 1e3 * sign * (rows - rows.mean(1, keepdim=True))
-        return rows.to(output).reshape(output.shape)
+        y, z = _random(2, output.numel() // width, width) * 1e3
+        first = torch.arange(len(y), device="cpu")[:, None] == 0
+        rows = (y, -y, z, -z, torch.where(first, z, y))[kind]
+        return (rows - rows.mean(1, keepdim=True)).to(output).reshape(output.shape)
 
     def keep(number: int, _module: Any, _args: Any, _: Any, output: Any) -> Any:
         outputs[number].append(output)
         return outputs[number][0]
 
-    for kind, sign in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
+    for kind in range(5):
         hooks = _Hooks()
         for number, candidate in chosen.items():
-            hooks.after(candidate.down.module, partial(put_in, kind, sign))
+            hooks.after(candidate.down.module, partial(put_in, kind))
             hooks.after(layers[number], partial(keep, number))
         hooks.run(run)
-    return {number for number in chosen if _are_odd(outputs[number])}
+    return {number for number in chosen if _are_written(outputs[number])}
 
 
-def _are_odd(outputs: Sequence[Any]) -> bool:
-    """Whether a layer's outputs at y, -y, z and -z are odd, but for a part that is no y's."""
+def _are_written(outputs: Sequence[Any]) -> bool:
+    """Whether a layer's outputs are those of y, -y, z, -z and y but for its first token's z."""
     found = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    if len(found) != 4 or not all(isinstance(x, Tensor) for x in found):
+    if len(found) != 5 or not all(isinstance(x, Tensor) for x in found):
         return False
-    y, minus_y, z, minus_z = (x.detach().double() for x in found)
+    y, minus_y, z, minus_z, mixed = (x.detach().double().flatten(0, -2) for x in found)
     odd, even, other = (y - minus_y) / 2, (y + minus_y) / 2, (z + minus_z) / 2
-    return bool((even - other).abs().mean() <= 0.05 * odd.abs().mean())
+    near = 0.05 * odd.abs().mean()
+    is_local = len(y) > N_TOKENS or (mixed - y)[1:].abs().mean() <= near
+    return bool(is_local and (even - other).abs().mean() <= near)
 
 
 class Numbers:
