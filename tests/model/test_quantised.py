@@ -291,6 +291,16 @@ def test_a_package_that_is_missing_is_named(
     assert caught.value.fix.startswith(f"pip install {package}")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_method_that_needs_a_gpu_says_so(plain: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    said = {"quantization_config": {"quant_method": "fbgemm_fp8"}}
+    (folder / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(RelneuronError, match="needs what is not here: .*GPU"):
+        load_model(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("said", "found"),
     [
