@@ -127,9 +127,9 @@ MUTANTS = {
         "break",
         "model/test_devices.py::test_counters_and_logits_are_those_of_the_model_in_memory",
     ),
-    "model.identity: two weights on the disk are taken for one": Mutant(
-        "parts = _hash_rows(name, elsewhere[name](), pool)",
-        "parts = read.setdefault((), _hash_rows(name, elsewhere[name](), pool))",
+    "model.identity: of an offloaded weight the shape alone counts": Mutant(
+        "hashes = _hash_rows(part, tensor, pool)\n                    wait",
+        "hashes = []\n                    wait",
         "model/test_devices.py::test_the_digest_is_that_of_the_model_in_memory",
     ),
     "model.identity: the last rows of a weight do not count": Mutant(
