@@ -164,9 +164,9 @@ MUTANTS = {
         "methods/responses/test_significance.py::test_p_values_count_the_score_itself_and_what_is_equal",
     ),
     # methods/counts
-    "methods.counts.counter: a new group takes the counts of the others away": Mutant(
-        "getattr(new, name)[site][: old.groups] = values",
-        "getattr(new, name)[site][: old.groups] = 0",
+    "model.counting: a new group takes the counts of the others away": Mutant(
+        "table[: len(given[name])] = given[name]",
+        "table[: len(given[name])] = 0",
         "methods/counts/test_batches.py::test_groups_of_a_column_may_come_after_others_were_counted[1]",
     ),
     "methods.counts.lape: a probability at the threshold passes": Mutant(
@@ -221,9 +221,9 @@ MUTANTS = {
         "rankings[name][a - 1 : b]",
         "ablation/test_conditions.py::test_sizes_are_prefixes_of_the_ranking_and_ranges_the_differences",
     ),
-    "ablation.evaluate: outputs of up are not switched off": Mutant(
-        'XX',
-        'product = chosen["gate"]',
+    "model.states: outputs of up are not switched off": Mutant(
+        "on = ~np.logical_or.reduce(products)",
+        "on = ~products[0]",
         "ablation/test_evaluate.py::test_all_conditions_at_once_are_edited_weights",
     ),
     "ablation.how: neurons get the mean of all prompts, not their relation's": Mutant(
@@ -289,8 +289,8 @@ MUTANTS = {
     ),
     # artifact
     "artifact.neurons: equal scores go to the highest index": Mutant(
-        'order = np.argsort(keys, kind="stable")[:k]',
-        'order = keys.size - 1 - np.argsort(keys[::-1], kind="stable")[:k]',
+        'places = np.argsort(keys, kind="stable")[:k]',
+        'places = keys.size - 1 - np.argsort(keys[::-1], kind="stable")[:k]',
         "model/test_ask.py::test_top_k_breaks_ties_by_layer_site_and_index",
     ),
     "artifact.neurons: every seed draws the same neurons": Mutant(
