@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from relneuron.model.layers import Projection, device_of
+from relneuron.model.mlps.candidates import ACTIVATIONS
 from relneuron.model.mlps.mlp import AnyArray
-from relneuron.model.mlps.proof import ACTIVATIONS
 from relneuron.ops.tensors import is_plain
 
 # Values that a gate of its own is given at a time on a CPU.

@@ -20,8 +20,8 @@ from relneuron.model.layers import (
     unreadable,
     without_hooks,
 )
+from relneuron.model.mlps.candidates import ACTIVATIONS
 from relneuron.model.mlps.experts import Experts, Maps
-from relneuron.model.mlps.proof import ACTIVATIONS
 
 NO_EXPERTS = "no experts"  # of a layer that has nothing of the kind
 # Of the self-check's rows: a clamp acts on large numbers only.
