@@ -266,8 +266,8 @@ def mask_experts(experts: Experts, conditions: Sequence[Iterable[Sequence[Any]]]
     """The masks that switch off, under each condition, its neurons in these experts.
 
     Neurons are (layer, site, index); those of other layers and other parts of the layer are left
-    out. Zeroing gate or up of a neuron both make its product zero; `down` are the D outputs that
-    the experts have together.
+    out. A neuron that is off at gate or up has the product 0, also where the module's own function
+    adds to up (gpt-oss); `down` are the D outputs that the experts have together.
     """
     products = np.ones((len(conditions), experts.width), bool)
     downs = np.ones((len(conditions), experts.hidden), bool)
