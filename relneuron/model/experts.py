@@ -104,7 +104,7 @@ class Experts:
             by token (transformers' config._experts_implementation)
     dense   forward(x (E * T, D)): every expert's inputs one below the other, times its weights,
             zero at the tokens that it does not get; gives all their outputs (Llama 4)
-    router  forward(x (B, T, D)): routes by itself (JetMoE)
+    router  forward(x (B, T, D)): routes by itself (JetMoE, and GraniteMoe of transformers 5.0)
     shared  forward(x (..., D), weights (T, E)): every token goes to every expert, whose h is
             multiplied by its weight before down; summed in float32 (Inkling's shared experts)
 
@@ -262,7 +262,8 @@ class Experts:
             y *= rows.weight.unsqueeze(1)  # large memory that is new costs more than the product
         if self.call == "router":
             total = torch.zeros_like(flat, dtype=y.dtype).index_add(0, rows.token, y)
-            return cast(Tensor, total.view(x.shape) + module.bias)
+            bias = getattr(module, "bias", None)
+            return total.view(x.shape) if bias is None else total.view(x.shape) + bias
         others = None
         if rows.beyond is not None and self.n_numbers() > self.n_experts:
             others = flat[rows.beyond[0]] * rows.beyond[2].unsqueeze(1)
@@ -294,7 +295,7 @@ class Experts:
     def implementation(self) -> str:
         """How transformers' experts interface runs the module now; without it, eager."""
         name = getattr(getattr(self.module, "config", None), "_experts_implementation", None)
-        return name if hasattr(self.module, "has_gate") and name is not None else "eager"
+        return name if hasattr(self.module, "is_transposed") and name is not None else "eager"
 
     def is_grouped(self) -> bool:
         """Whether the module makes grouped products, as torch does on this device."""
