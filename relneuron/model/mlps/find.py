@@ -231,20 +231,25 @@ def _verdict(
     dtype: torch.dtype,
     failed: str,
 ) -> Verdict:
-    experts, said = find_experts(number, path, layer)
-    if experts is None and said != NO_EXPERTS:
-        return Verdict(number, (), said)
+    parts: list[Part] = []
+    experts: dict[str, str] = {}  # what is said of each
+    for is_shared in (False, True):
+        one, said = find_experts(number, path, layer, shared=is_shared)
+        if one is None and said != NO_EXPERTS:
+            return Verdict(number, (), said)
+        if one is not None:
+            parts.append(one)
+            experts[one.path] = said
     if chosen and dtype not in _DTYPES:
         name = str(dtype).removeprefix("torch.")
         why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
     found = [_mlp(number, path, layer, one, dtype) for one in chosen]
-    parts: list[Part] = [] if experts is None else [experts]
     parts += sorted(found, key=lambda mlp: mlp.path)
     if parts:
         offsets = accumulate((part.width for part in parts), initial=0)
         mlps = tuple(replace(part, offset=o) for part, o in zip(parts, offsets, strict=False))
-        words = [_words(mlp) if isinstance(mlp, MLP) else said for mlp in mlps]
+        words = [_words(mlp) if isinstance(mlp, MLP) else experts[mlp.path] for mlp in mlps]
         return Verdict(number, mlps, "; ".join(words))
     if failed:
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
