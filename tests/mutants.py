@@ -72,8 +72,8 @@ MUTANTS = {
         "model/test_mlps.py::test_every_shape_is_found_counted_and_switched_off[dtype0-Clamped]",
     ),
     "model.mlps.proof: a norm is an activation": Mutant(
-        "if torch.equal(other_given, other_made) or not is_elementwise(module, other_given):",
-        "if torch.equal(other_given, other_made):",
+        "if not torch.equal(other_given, other_made) and is_elementwise(module, other_given):",
+        "if not torch.equal(other_given, other_made):",
         "model/test_mlps.py::test_a_norm_is_no_activation",
     ),
     "model.mlps.proof: what a norm is multiplied by is an MLP": Mutant(

@@ -121,14 +121,15 @@ def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def watch(layers: Mapping[int, tuple[str, nn.Module]], run: Run) -> dict[int, list[Seen]]:
-    """What every layer called while `run` ran, in the order of the ends of the calls."""
+    """What every layer called while `run` ran, in the order of the ends of their first calls."""
     seen: dict[int, list[Seen]] = {number: [] for number in layers}
     hooks = Hooks()
 
     def note(to: list[Seen], path: str, is_linear: bool, module: nn.Module, *call: Any) -> None:
         args, kwargs, output = call
         given, made = flat(first(args, kwargs)), flat(output)
-        if given is not None and made is not None:
+        is_first = all(module is not one.module for one in to)
+        if is_first and given is not None and made is not None:
             to.append(Seen(path, module, given, made, is_linear))
 
     for number, (path, layer) in layers.items():
@@ -147,7 +148,7 @@ def candidates(seen: Sequence[Seen]) -> Iterator[Candidate]:
     """Maps whose widths and numbers fit together, those first that fit a formula.
 
     At least nine in ten of the numbers that another one reads must be act * up, or act, of an
-    activation that was called.
+    activation that was called, but for a factor of each neuron.
     """
     maps = [one for one in seen if one.is_linear]
     others = [one for one in seen if not one.is_linear]
@@ -176,10 +177,13 @@ def _is_activation(one: Seen) -> bool:
 
 
 def _share(act: Tensor, up: Tensor | None, h: Tensor) -> float:
-    """The share of h that is act * up, or act."""
+    """The share of h that is act * up, or act, times a number for each neuron."""
     if act.shape != h.shape:
         return 0.0
-    return float(close(act if up is None else act * up, h).double().mean())
+    product = (act if up is None else act * up).double()
+    factor = (h.double() / product).nanmedian(0).values.nan_to_num(1.0)
+    off = (factor * product - h.double()).abs()
+    return float((off <= 16 * torch.finfo(h.dtype).eps * h.double().abs()).double().mean())
 
 
 def _before(

@@ -122,7 +122,7 @@ def _are_written(outputs: Sequence[Any], width: int) -> bool:
         return False
     y, minus_y, z, minus_z, mixed = (x.detach().double().flatten(0, -2) for x in found)
     odd, even, other = (y - minus_y) / 2, (y + minus_y) / 2, (z + minus_z) / 2
-    near = 0.05 * odd.abs().mean()
+    near = 0.5 * odd.abs().mean()
     is_local = len(y) > N_TOKENS or (mixed - y)[1:].abs().mean() <= near
     return bool(is_local and (even - other).abs().mean() <= near)
 
@@ -209,9 +209,6 @@ def keeps_the_place(candidate: Candidate, gates: Got, ups: Got) -> nn.Module | N
     for module, (given, made) in gates.others.items():
         if made.shape == given.shape == gates.h.shape and only_there(made):
             other_given, other_made = ups.others.get(module, (given, given))
-            if torch.equal(other_given, other_made) or not is_elementwise(module, other_given):
-                continue
-            # Without up nothing else may come in between.
-            if candidate.up is not None or is_close(other_made, ups.h):
+            if not torch.equal(other_given, other_made) and is_elementwise(module, other_given):
                 return module
     return None
