@@ -158,6 +158,8 @@ def candidates(seen: Sequence[Seen]) -> Iterator[Candidate]:
     for place in reversed(range(len(maps))):
         down = maps[place]
         for candidate, h in _before(down, maps[:place], others):
+            if not h.any():
+                continue  # which anything fits
             gate = candidate.gate.of(outputs[candidate.gate.module])
             up = candidate.up.of(outputs[candidate.up.module]) if candidate.up else None
             fitting = None
