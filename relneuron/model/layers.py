@@ -67,10 +67,15 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
         inside = {id(module) for module in decoder.modules()}
         every = [item for item in every if id(item[1]) in inside] or every
     lists = [item for item in every if len(item[1]) == n_layers]
-    if len(lists) != 1:
-        lists = _run_by_text(model, lists or every) or lists
-    if not lists:
-        raise Unfound(f"no list of {n_layers} decoder layers")
+    if len(lists) > 1:
+        lists = _run_by_text(model, lists) or lists
+    elif not lists:
+        lists = _run_by_text(model, every)
+        inner = [path for path, _ in lists if any(path.startswith(f"{p}.") for p, _ in lists)]
+        lists = [item for item in lists if item[0] not in inner]
+        if len(lists) != 1:
+            found = f", but {', '.join(path for path, _ in lists)}" if lists else ""
+            raise Unfound(f"no list of {n_layers} decoder layers{found}")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
