@@ -56,6 +56,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu", "sites": ("act",)},
     "gelu_tanh": {"activation": "gelu_tanh", "sites": ("act",)},
     "relu": {"activation": "relu", "sites": ("act",)},
+    # Without up, as most models have these activations.
+    "ungated": {"gated": False, "sites": ("act",)},
+    "ungated, all, conditions": {
+        "gated": False,
+        "sites": ("act",),
+        "moments": True,
+        "conditions": True,
+    },
+    "ungated, responses": {"gated": False, "responses": ("gate", "act")},
+    "relu2": {"gated": False, "activation": "relu2", "sites": ("act",), "mask": True},
+    "quick_gelu": {"gated": False, "activation": "quick_gelu", "sites": ("act",)},
+    "tanh": {"gated": False, "activation": "tanh", "sites": ("act",)},
     # The op residual_stats, whose one site is the gate's.
     "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
 }
@@ -131,6 +143,7 @@ def example_call(
     mask: bool = False,
     conditions: bool = False,
     activation: str = "silu",
+    gated: bool = True,
     width: int = 11008,
     n_tokens: int = 8192,
 ) -> Call:
@@ -151,7 +164,7 @@ def example_call(
         )
     return Call(
         gate=tensor(n_tokens, width, of=dtype),
-        up=tensor(n_tokens, width, of=dtype),
+        up=tensor(n_tokens, width, of=dtype) if gated else None,
         out=tensor(n_tokens, width, of=dtype),
         activation=activation,
         sites=sites,

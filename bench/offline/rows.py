@@ -27,7 +27,7 @@ from bench.offline.code import (
     waits,
 )
 from bench.offline.model import GATED, GPUS, predict
-from bench.offline.work import work_of
+from bench.offline.work import n_inputs, work_of
 from relneuron.ops import SITES
 from relneuron.ops.swiglu_stats.triton_launch import Launch
 
@@ -147,7 +147,7 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
     if of_loads:
         is_nvidia = kind.backend == "cuda"
         n_waits = max(
-            (waits if is_nvidia else amd_waits)(body).n // _turns(name, body) for body in of_loads
+            (waits if is_nvidia else amd_waits)(body).n // _turns(launch, body) for body in of_loads
         )
         apart = max(_apart(body) for body in of_loads)
     if target in GATED:
@@ -182,10 +182,12 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
     )
 
 
-def _turns(name: str, body: list[str]) -> int:
+def _turns(launch: Launch, body: list[str]) -> int:
     """How many turns of the source's loop the compiler has made one: a short one, in float32."""
+    if launch.kernel.__name__ != "_swiglu_stats_kernel":
+        return 1
     n_loads = sum(bool(WIDE_LOAD.search(text)) for text in body)
-    return max(1, n_loads // 2) if name == "_swiglu_stats_kernel" else 1
+    return max(1, n_loads // n_inputs(launch))
 
 
 def _apart(body: list[str]) -> float:
@@ -213,7 +215,7 @@ def _loop_numbers(
     n_elements = launch.constants["BLOCK_T"] * launch.constants["BLOCK_F"]
     is_main = name == "_swiglu_stats_kernel"
     # `_moments_kernel` reads one of gate and up for most sites.
-    n_tensors = 1 if name == "_moments_kernel" else 2
+    n_tensors = 1 if name == "_moments_kernel" else n_inputs(launch)
     turn_bytes = n_tensors * n_elements // (launch.num_warps * warp_size) * gate.element_size()
     widths, per_element = [], []
     for body in loops:

@@ -57,6 +57,11 @@ def _bytes(*tensors: Tensor | int | None) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)))
 
 
+def n_inputs(launch: Launch) -> int:
+    """How many matrices a kernel of swiglu_stats reads: gate, and up if there is one."""
+    return 1 if launch.args["up_ptr"] is None else 2
+
+
 def _part(body: Sequence[str], turns: float, n_wide: int, *, is_cached: bool = False) -> Part:
     """A loop whose turn has n_wide loads of 16 bytes by each thread."""
     per_turn = 16 * n_wide
@@ -87,7 +92,8 @@ def _stats(
         blocks, rows = 0.0, n_steps + 0.375 * runs
     else:
         blocks, rows = n_steps - (runs - 1), 2 * (runs - 1)
-    parts = [_part(loops[0], blocks, 2), _part(loops[-1], rows, 2), Part(around, runs)]
+    n_wide = n_inputs(launch)
+    parts = [_part(loops[0], blocks, n_wide), _part(loops[-1], rows, n_wide), Part(around, runs)]
     n_bytes = _bytes(args["h_ptr"], args["gate_ptr"], args["up_ptr"])
     if (partial := args["partial_ptr"]) is not None:
         assert isinstance(partial, Tensor), "partial sums are a tensor"
@@ -131,7 +137,7 @@ def _responses(launch: Launch, inner: list[list[str]]) -> tuple[list[Part], floa
     sums = [args[name] for name in args if name.endswith("_response_ptr")]
     # Every row is read and written.
     n_bytes = _bytes(gate, args["up_ptr"]) + 2 * _bytes(*sums)
-    return [_part(max(inner, key=len), turns, 2)], n_bytes
+    return [_part(max(inner, key=len), turns, n_inputs(launch))], n_bytes
 
 
 def _sums(launch: Launch, inner: list[list[str]]) -> tuple[list[Part], float]:

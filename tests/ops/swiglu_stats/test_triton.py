@@ -165,7 +165,9 @@ def test_hits_are_two_intervals_of_gate(activation: str, dtype: torch.dtype) -> 
     for threshold in THRESHOLDS[::2] + (-0.1, -math.inf):
         bits = threshold_bits(threshold)
         limits = backends.triton_module("swiglu_stats")._limits_of(activation, dtype, bits)
-        assert limits is not None
+        if limits is None:  # of tanh below -1 there is no miss, and the kernel takes the exact form
+            assert activation == "tanh" and bool((act > threshold)[~gate.isnan()].all())
+            continue
         high, low = (
             math.inf if x is None else torch.tensor(x, dtype=torch.int32).view(torch.float32)
             for x in limits
