@@ -46,6 +46,7 @@ class Candidate:
     product     what reads h: `down`, or a norm before it
     act         the module of the activation; None where the forward calls a function
     activation  the known activation that fits, by name
+    writes      whether `down` writes into the stream, once that was looked at
     """
 
     gate: Projection
@@ -54,6 +55,7 @@ class Candidate:
     down: Projection
     act: nn.Module | None = None
     activation: str | None = None
+    writes: bool = False
 
     @property
     def maps(self) -> set[nn.Module]:

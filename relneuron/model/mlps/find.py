@@ -147,8 +147,9 @@ def _prove(
     held: dict[int, list[Candidate]] = {number: [] for number in seen}
 
     def hold(found: Mapping[int, Candidate]) -> None:
-        for number in proof.writes(found, layers, run) if found else ():
-            held[number].append(found[number])
+        written = proof.writes(found, layers, run) if found else set()
+        for number, one in found.items():
+            held[number].append(replace(one, writes=number in written))
 
     for chosen in _rounds(fitting, held, many=True):
         numbers, found = _numbers(proof.of_all_sizes, seen), {}
@@ -185,7 +186,7 @@ def _rounds(
         chosen = {}
         for number, some in waiting.items():
             taken = {module for one in held[number] for module in one.maps}
-            if held[number] and not many:
+            if any(one.writes for one in held[number]) and not many:
                 continue
             while some:
                 one = some.pop(0)
@@ -244,7 +245,7 @@ def _verdict(
         name = str(dtype).removeprefix("torch.")
         why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
-    found = [_mlp(number, path, layer, one, dtype) for one in chosen]
+    found = [_mlp(number, path, layer, one, dtype) for one in chosen if one.writes]
     parts += sorted(found, key=lambda mlp: mlp.path)
     if parts:
         offsets = accumulate((part.width for part in parts), initial=0)
@@ -253,6 +254,9 @@ def _verdict(
         return Verdict(number, mlps, "; ".join(words))
     if failed:
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
+    if chosen:
+        why = f"what {chosen[0].down.path} gives is not added to the layer's output"
+        return Verdict(number, (), f"{why}, but goes through more of the layer")
     odd = _odd_mlp(layer, dtype)
     if odd is not None:
         why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
