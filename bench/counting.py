@@ -11,7 +11,8 @@ alternating rounds of one run:
 - `hooks`: what the LAPE authors' code does per layer, written for this library: SiLU, a comparison
   in float32, a sum, one group's windows a batch; here without the lm_head, too.
 
-All must give the same counters, or the run ends. `--documents` pads windows of different lengths.
+All must give the same counters, or the run ends. `--documents` pads windows of different lengths;
+`--experts N` is a mixture of N experts of `--width`, two a token, whose neurons no hook sees.
 Then the stage itself counts text files, and says how much of its time it waited for tokens and what
 a checkpoint costs.
 """
@@ -49,21 +50,27 @@ GROUPS = ("en", "zh", "fr", "es", "vi")
 EVERY_S = 30.0  # between two checkpoints of `relneuron count`
 
 
-def make_model(vocabulary: int, hidden: int, width: int, layers: int, context: int) -> Any:
-    """A Llama of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(
+    vocabulary: int, hidden: int, width: int, layers: int, context: int, experts: int = 0
+) -> Any:
+    """A Llama of random weights, or with experts a Qwen3-MoE."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=context,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": context,
+    }
+    config: Any = LlamaConfig(**sizes)
+    if experts:
+        own = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": width}
+        config = Qwen3MoeConfig(**sizes, **own, head_dim=hidden // 4)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def make_batches(
@@ -116,12 +123,12 @@ class Race:
         self.shape = model_shape(self.counter.mlps)
 
     def contestants(self) -> dict[str, Callable[[], torch.Tensor | None]]:
-        return {
+        found: dict[str, Callable[[], torch.Tensor | None]] = {
             "bare forward": self.bare,
             "relneuron": self.ours,
             "with the lm_head": self.whole,
-            "hooks": self.hooked,
         }
+        return found if "experts" in self.shape else found | {"hooks": self.hooked}
 
     def bare(self) -> None:
         for batch in self.mixed:
@@ -208,11 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--layers", type=int, default=4)
     add("--hidden", type=int, default=256)
     add("--width", type=int, default=688)
+    add("--experts", type=int, default=0)
     add("--vocabulary", type=int, default=4096)
     add("--rounds", type=int, default=5)
     add("-o", "--output", type=Path, metavar="FILE.csv", help="add rows to this file")
     o = parser.parse_args(arguments)
-    model = make_model(o.vocabulary, o.hidden, o.width, o.layers, o.window)
+    model = make_model(o.vocabulary, o.hidden, o.width, o.layers, o.window, o.experts)
     batches = [
         make_batches(
             o.tokens, o.window, o.batch_tokens, o.vocabulary, documents=o.documents, mixed=mixed
@@ -223,7 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = race(runner, o.rounds)
     n_tokens = sum(batch.n_tokens for batch in batches[0])
     stage = time_stage(model, n_tokens, o.window)
-    shape = {"tokens": n_tokens, "window": o.window, "documents": int(o.documents), **runner.shape}
+    shape = {"tokens": n_tokens, "window": o.window, "documents": int(o.documents)}
+    shape |= {"layers": o.layers, "width": o.width, "hidden": o.hidden}
+    shape |= {"experts": o.experts} if o.experts else {}
     rows = []
     for name, times in seconds.items():
         ratios = [t / bare for t, bare in zip(times, seconds["bare forward"], strict=True)]
