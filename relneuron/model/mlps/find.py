@@ -1,7 +1,7 @@
 """The MLPs of a model, gated or not: found by structure, confirmed by numbers.
 
-The stages and `relneuron doctor` call it; `model/patch.py` acts on the MLPs that it finds, and
-`proof.py` does the finding in one layer.
+The stages and `relneuron doctor` call it; `model/patch.py` acts on the MLPs that it finds. What may
+be one in a layer `candidates.py` sees, and `proof.py` proves.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ def keeps_the_formula(candidate: Candidate, got: Got, numbers: Numbers) -> bool:
     """Whether h is activation(gate) * up of the numbers that were put in, of every size."""
     if got.h is None or candidate.activation is None:
         return False
-    gate, up = numbers(len(got.h), candidate.gate.width)
+    both = numbers(len(got.h), candidate.gate.width)
+    gate, up = (values.to(got.h.device) for values in both)
     given, act = gate, ACTIVATIONS[candidate.activation](gate)
     if candidate.act is not None:
         given, act = got.others.get(candidate.act, (got.h, act))
