@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.stream_layers import QUERY_KEYS, ResidualModel
-from relneuron.model.trace import Trace
+from relneuron.model.stream.parts import QUERY_KEYS, ResidualModel
+from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains, logprob_gain
 
 UNIT_KINDS = ("attention", "ffn")
@@ -75,6 +75,7 @@ def query_scores(
       components are h^0 and A^l', F^l' of the layers l' < l;
     - kind `ffn`: unit (l, k), q = `key` of neuron k (gate | up row, or down: the value vector, as
       the authors' Llama notebook has it), h = r^l at the last position; A^l is a component, too.
+      In a parallel block the FFN reads h^l, and A^l is none.
 
     FFN neuron n of layer l' < l is the component m^l'_n W_down^l'[:, n], its coefficient taken at
     the unit's position. `units` are `ValueScores.attention_top` or `ffn_top`, of which the first
@@ -106,7 +107,9 @@ def query_scores(
     for layer in residual.layers:
         i = layer.layer
         above = chosen.above(i)
-        reads_attention = chosen.above(i - 1) if kind == "ffn" else above
+        reads_attention = above
+        if kind == "ffn" and not layer.is_parallel:
+            reads_attention = chosen.above(i - 1)
         add(2 * i + 1, trace.attention[i], reads_attention)
         add(2 * i + 2, trace.ffn[i], above)
         n_readers = above.sentence.bincount(minlength=n_sentences).clamp(min=1)[:, None]
@@ -115,6 +118,8 @@ def query_scores(
             some = slice(start, start + step)
             products = above.keys @ values[some].double().T
             written = above.read(trace.neurons[i][..., some])
+            if (scale := trace.ffn_scale[i]) is not None:
+                written *= above.read(scale)[:, None]
             coefficients[:, i, some].index_add_(
                 0, above.sentence, written / n_readers[above.sentence]
             )
@@ -138,12 +143,10 @@ def _read_units(
     sentence, _ = (layer >= 0).nonzero(as_tuple=True)
     gain, layer, index = (part[layer >= 0] for part in (gain.double(), layer, index))
     last = trace.mask.shape[1] - 1
-    column = torch.full_like(index, last)
-    unit, residuals = index, trace.r
+    column, unit = torch.full_like(index, last), index
     if kind == "attention":
         width = residual.n_heads * residual.head_dim
         column, unit = index // width + trace.n_pad[sentence], index % width
-        residuals = trace.h
     chosen = _Units(sentence, layer, column, gain.new_zeros(len(gain), residual.hidden))
     for number in sorted(set(layer.tolist())):
         rows = (layer == number).nonzero()[:, 0]
@@ -153,7 +156,9 @@ def _read_units(
             if kind == "attention"
             else of.ffn_keys(key, read, center=center)
         )
-        total = (chosen.at(rows).read(residuals[number]) * keys).sum(1)
+        reads_h = kind == "attention" or of.is_parallel
+        stream = (trace.h if reads_h else trace.r)[number]
+        total = (chosen.at(rows).read(stream) * keys).sum(1)
         weight = torch.where(total == 0, 0.0, gain[rows] / total)
         chosen.keys[rows] = keys * weight[:, None]
     return chosen
@@ -337,7 +342,7 @@ def traced_scores(
     return layer_scores(
         trace.r[layer][:, -1],
         residual.layers[layer].ffn_values(),
-        trace.neurons[layer][:, -1],
+        trace.ffn_coefficients(layer),
         *(residual.unembed, trace.scale, targets),
         methods=methods,
         gain=gain,
