@@ -196,7 +196,7 @@ class _Patched:
         self.check_thread()
         self.is_used = True
         needed = [patch.tokens.n_needed for patch in self.patches]
-        if not self.is_last or None in needed:
+        if not self.is_last or None in needed or x.dim() < 3:
             return self.compute(x)
         # What the last layer writes is looked at by no other token.
         n = max(cast(list[int], needed))

@@ -66,10 +66,17 @@ class Tokens:
     counted: set[int] | None = None
 
     def rows(self, shape: torch.Size) -> Tensor | None:
-        """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1)."""
+        """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1).
+
+        Of a flat one (B * T, D), as OPT's MLP reads it, (B * T,).
+        """
         rows = self.conditions
         if rows is None:
             return None
+        if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
+            n_tokens = shape[0] // len(rows)
+            whole = rows if rows.dim() == 2 else rows.unsqueeze(1).expand(-1, n_tokens)
+            return whole[:, -n_tokens:].flatten()
         if len(rows) != shape[0]:
             raise ValueError(
                 f"a batch of {len(rows)} rows (from the masks) is expected, got an input of shape "

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from relneuron.ablation.rows import intervene, off, widths
+from relneuron.artifact.files import RelneuronError
+from relneuron.cli.pages import PAGES
 from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import Trace, trace
+from relneuron.report.page import write_report
+from tests.kit.attribution_runs import OPTIONS, Attributed, rows_by
 from tests.kit.darkened import log_p, state_before, written
+from tests.kit.files import read_rows
 
 _SIZES = {
     "vocab_size": 90,
@@ -181,3 +190,60 @@ def test_half_precision_is_proved_as_well(kind: str, dtype: torch.dtype) -> None
     )
     error = (ours.ffn_neuron.double() - want.ffn_neuron).abs().max()
     assert float(error) < 40 * torch.finfo(dtype).eps * float(want.ffn_neuron.abs().max())
+
+
+def columns_zeroed(residual: ResidualModel, layer: int, part: str, places: list[int]) -> Any:
+    """A copy of the model without these inputs of a part's last map (GPT-2's Conv1D: rows)."""
+    model = copy.deepcopy(residual.model)
+    names = {id(module): name for name, module in residual.model.named_modules()}
+    map_ = model.get_submodule(names[id(getattr(residual.layers[layer], part).linear)])
+    with torch.no_grad():
+        map_.weight[:, places] = 0
+    return model
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_neurons_off_in_rows_of_a_batch_are_those_of_weights_at_zero(kind: str) -> None:
+    residual = read_residual_model(model_of(kind, torch.float32))
+    lines = [IDS, IDS[:3], IDS[::-1]]
+    offs, models = [off()] * 3, [residual.model]
+    conditions = [offs]
+    for part, width in widths(residual).items():
+        for layer in (0, 1):
+            places = [3, 7, width - 1] if width else []
+            one = {part: [layer * width + place for place in places]}
+            conditions.append([off(**one)] * 3)
+            models.append(columns_zeroed(residual, layer, part, places))
+    found = intervene(residual, lines, [5, 6, 7], conditions, batch_tokens=200)
+    for c, model in enumerate(models):
+        for s, line in enumerate(lines):
+            with torch.no_grad():
+                logits = model(torch.tensor([line]), use_cache=False).logits[0, -1].double()
+            want = float(logits.log_softmax(0)[5 + s])
+            assert abs(found.logprob[c, s] - want) < 1e-5
+    assert len({tuple(row) for row in found.logprob.round(6).tolist()}) >= 3
+
+
+def test_a_model_without_heads_is_attributed_and_says_what_is_left_out(tmp_path: Path) -> None:
+    run = Attributed("llama", tmp_path, model=model_of("attention whose heads are subtracted"))
+    with pytest.raises(RelneuronError, match="no scores of head, position, attention_neu") as error:
+        run.attribute(tmp_path / "out")
+    assert "piece of a linear map" in error.value.cause
+    words = error.value.fix.removeprefix("use ").split()
+    assert (words[0], words[2], words[3]) == ("--kinds", "--query-of", "ffn")
+    options = replace(OPTIONS, kinds=tuple(words[1].split(",")), query_of="ffn")
+    out = run.attribute(tmp_path / "out", options)
+    rows = rows_by(out / "attributions.csv", "kind")
+    assert set(rows) == {(kind,) for kind in options.kinds}
+    conditions = {row["condition"] for row in read_rows(out / "interventions.csv")}
+    assert {"clean", "value", "query", "log_prob_gain"} <= conditions
+    assert not any("head" in name for name in conditions)
+    residual = read_residual_model(run.model)
+    scores = value_scores(
+        residual, trace(residual, run.ids), torch.tensor(run.targets), ffn="exact", attention=None
+    )
+    best = float(scores.ffn_neuron[0].max())
+    assert abs(float(rows["ffn_neuron",][0]["score"]) - best) < 2e-5
+    write_report(out, tmp_path / "report.html", PAGES)
+    text = (tmp_path / "report.html").read_text()
+    assert "Value neurons and query neurons off" in text and "Attention heads off" not in text
