@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "norms without weights": ("OlmoConfig", {}, False),
     "side by side, one LayerNorm, scaled logits": ("CohereConfig", {"logit_scale": 0.5}, True),
     "side by side, packed by heads, biases": ("GPTNeoXConfig", {}, True),
-    "side by side, added in place": ("FalconConfig", {}, True),
+    "added in place": ("FalconConfig", {}, True),
     "factors": ("GraniteConfig", {"residual_multiplier": 0.3, "logits_scaling": 3.0}, False),
     "latent attention": ("DeepseekV3Config", _LATENT, False),
     "latent attention, factors": ("MiniCPM3Config", _LATENT | {"dim_model_base": 16}, False),
@@ -165,6 +165,7 @@ def scale_of(found: Trace, layer: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_padding_changes_no_number(kind: str) -> None:
     residual = read_residual_model(model_of(kind, torch.float32))
+    assert residual.pads and bool(residual.no_heads) == (kind in WITHOUT_HEADS)
     heads = None if residual.no_heads else "exact"
     asked: dict[str, Any] = {"ffn": "exact", "attention": heads}
     together = trace(residual, [IDS[:2], IDS])
