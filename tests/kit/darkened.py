@@ -101,15 +101,19 @@ def log_p(residual: ResidualModel, y: Tensor, end: Tensor, own: Tensor, target: 
     """(N,) log p(target) of states y (N, D) by the model's own norm and head.
 
     The norm's scale is that of the state `end` (D,) with which the model itself ends; the logits
-    are multiplied with what makes those of `end` the model's `own` (V,).
+    are multiplied with what makes those of `end` the model's `own` (V,), and capped by Gemma 2.
     """
+    cap = getattr(residual.model.config, "final_logit_softcapping", None)
     norm, head = residual.final_norm, residual.model.get_output_embeddings()
     dtype = next(residual.model.parameters()).dtype
 
     def logits(states: Tensor) -> Tensor:
         return head(frozen(norm, states.to(dtype), end).to(dtype)).double()
 
+    def capped(z: Tensor) -> Tensor:
+        return z if cap is None else cap * (z / cap).tanh()
+
     at_end = logits(end[None])[0]
-    factor = (own.double() @ at_end) / (at_end @ at_end)
-    torch.testing.assert_close(at_end * factor, own.double(), rtol=0, atol=1e-5)
-    return (logits(y) * factor).log_softmax(-1)[:, target]
+    factor = 1.0 if cap is not None else (own.double() @ at_end) / (at_end @ at_end)
+    torch.testing.assert_close(capped(at_end * factor), own.double(), rtol=0, atol=1e-5)
+    return capped(logits(y) * factor).log_softmax(-1)[:, target]

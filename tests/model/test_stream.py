@@ -65,6 +65,8 @@ def assert_logits_follow(model: Any) -> None:
     logits = found.scale[:, None] * (found.h[-1][:, -1].to(residual.unembed) @ residual.unembed.T)
     if residual.offset is not None:
         logits = logits + residual.offset
+    if residual.cap is not None:
+        logits = residual.cap * torch.tanh(logits / residual.cap)
     with torch.no_grad():
         own = model(torch.tensor(ids)).logits[:, -1].float()
     eps = torch.finfo(next(model.parameters()).dtype).eps
@@ -88,7 +90,7 @@ def test_both_kinds_of_models_in_every_dtype(family: str, dtype: torch.dtype) ->
     assert residual.unembed.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
-SANDWICHED = ("gemma3", "glm4", "olmo2")
+SANDWICHED = ("gemma2", "gemma3", "glm4", "olmo2")
 BESIDE = ("mistral", "qwen2", "qwen3", "phi3", "granite")
 
 
@@ -198,7 +200,6 @@ def test_the_eps_is_the_models_own() -> None:
         ("MixtralConfig", {"num_local_experts": 2, "num_key_value_heads": 2}, "mixture of experts"),
         ("BertConfig", {"is_decoder": True}, "layer 0: a norm at its end scales the whole stream"),
         ("MambaConfig", {}, "layer 0: no MLP down(activation"),
-        ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 8}, "capped softly at 30"),
         ("RobertaPreLayerNormConfig", {"is_decoder": True}, "its logits are not"),
     ],
 )
@@ -214,6 +215,9 @@ class Hidden:
 
     def __rmul__(self, x: Tensor) -> Tensor:
         return x * self.factor
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        return x / self.factor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,10 +272,18 @@ def test_changed_logits_are_refused() -> None:
     own = model.lm_head.forward
     model.lm_head.forward = lambda x: 2.0 * torch.tanh(own(x) / 2.0)
     assert "its logits are not" in why_refused(model)
-    model = attributed_model("llama")
-    own = model.lm_head.forward
-    model.lm_head.forward = lambda x: 1.7 * own(x)
-    assert "its logits are those of its lm_head times 1.7" in why_refused(model)
+    model = tiny_model("granite")
+    model.config.__dict__["logits_scaling"] = Hidden(1.6)
+    assert "its logits are its lm_head's times 0.625, a number that it" in why_refused(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_soft_cap_is_seen_however_small_the_logits_are(dtype: torch.dtype) -> None:
+    for cap in (30.0, 7.5, None):
+        model = tiny_model("gemma2", dtype, final_logit_softcapping=cap)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-2)
+        assert read_residual_model(model).cap == cap
 
 
 class DTensor(Tensor):

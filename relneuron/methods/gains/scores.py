@@ -255,13 +255,15 @@ def layer_scores(
     gain: Tensor | None = None,
     ranks: Tensor | None = None,
     offset: Tensor | None = None,
+    cap: float | None = None,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
     """The scores (E, F) of one layer's FFN neurons by some of the METHODS.
 
     `x` (E, D) base points, `values` (F, D), `coefficients` (E, F) = m, `unembed` (V, D), `scale`
-    (E,), `targets` (E,) int64, `offset` (V,). `gain` (E, F) and `ranks` (E, F) are taken where
-    they are known. In `unembed`'s dtype: float32 with gains certified to 1e-5, float64 exact.
+    (E,), `targets` (E,) int64, `offset` (V,), the `cap` of the logits. `gain` (E, F) and `ranks`
+    (E, F) are taken where they are known. In `unembed`'s dtype: float32 with gains certified to
+    1e-5, float64 exact.
     """
     wanted = unembed.dtype
     x, m = (t.to(unembed.device, wanted) for t in (x, coefficients))
@@ -272,12 +274,14 @@ def layer_scores(
             *(base, values.to(wanted), m, unembed, scale, targets),
             mode=mode,
             offset=offset,
+            cap=cap,
             backend=backend,
         )
         return cast(Tensor, found)  # tops come of mode="top" alone
 
     def logprob_of(base: Tensor) -> Tensor:
         logits = scale.to(wanted)[:, None] * (base @ unembed.T) + (0 if offset is None else offset)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return logits.log_softmax(-1).gather(1, targets[:, None])
 
     if gain is None and any(method in _OF_GAIN for method in methods):
@@ -348,5 +352,6 @@ def traced_scores(
         gain=gain,
         ranks=None if ranks is None else ranks.get(layer, targets),
         offset=residual.offset if norm_bias else None,
+        cap=residual.cap,
         backend=backend,
     )

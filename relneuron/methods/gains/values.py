@@ -56,7 +56,7 @@ class _Setting(NamedTuple):
     frozen: Tensor  # (E,) float64: scale of the final norm at the last layer's output
     targets: Tensor
     own_norm: Norm | None  # recompute the scale with it; None: `frozen` everywhere
-    shared: dict[str, Any]  # offset and backend
+    shared: dict[str, Any]  # offset, cap and backend
 
     def scale(self, x: Tensor) -> Tensor:
         """(E,): the scale at the base points x (E, D)."""
@@ -91,7 +91,7 @@ def value_scores(
     up from h^0 to h^L. Where a norm stands behind W_O or W_down, v is what this norm makes of the
     column with its scale frozen at position T: s g (.) W_down[:, k] (columns centred under a
     LayerNorm), so the neurons of a layer add up to its write. A constant that writes are multiplied
-    with is part of v, one of the logits of `residual.unembed`.
+    with is part of v, one of the logits of `residual.unembed`; a soft cap is put on the logits.
 
     log p(w | y) = log_softmax(s * y @ unembed.T)[w] with the scale s of the final norm frozen at
     the last layer's output; `own_norm` recomputes it at x and at x + v. `norm_bias` adds what the
@@ -118,7 +118,11 @@ def value_scores(
         frozen=trace.scale,
         targets=targets.to(residual.unembed.device),
         own_norm=residual.final_norm if own_norm else None,
-        shared={"offset": residual.offset if norm_bias else None, "backend": backend},
+        shared={
+            "offset": residual.offset if norm_bias else None,
+            "cap": residual.cap,
+            "backend": backend,
+        },
     )
     scores = ValueScores(*[None] * 8)
     if writes:

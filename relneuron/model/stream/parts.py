@@ -280,6 +280,7 @@ class ResidualModel:
     eps: float
     unembed: Tensor  # (V, D) float32
     offset: Tensor | None  # (V,): what the final norm's bias and the lm_head's add to the logits
+    cap: float | None = None  # logits are cap * tanh(logits / cap), the offset included
     pads: bool = True  # whether a sentence has the same numbers behind padding
 
     @property

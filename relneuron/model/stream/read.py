@@ -32,6 +32,7 @@ from relneuron.model.stream.find import (
     is_rounded,
     shape_of,
 )
+from relneuron.model.stream.head import fold_head, with_tail
 from relneuron.model.stream.norms import Norm, read_norm
 from relneuron.model.stream.parts import (
     Heads,
@@ -161,7 +162,7 @@ def _assemble(model: Any) -> ResidualModel:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden:
         raise unsupported(model, f"it has no lm_head with a matrix (V, {hidden})")
-    unembed, offset = _fold_head(weight.detach(), getattr(head, "bias", None), norm)
+    unembed, offset = fold_head(weight.detach(), getattr(head, "bias", None), norm)
     return ResidualModel(
         model=model,
         layers=[replace(layer, heads=None) for layer in layers] if no_heads else layers,
@@ -178,22 +179,6 @@ def _assemble(model: Any) -> ResidualModel:
         unembed=unembed,
         offset=offset,
     )
-
-
-def _fold_head(
-    weight: Tensor, head_bias: nn.Parameter | None, norm: Norm
-) -> tuple[Tensor, Tensor | None]:
-    """unembed (V, D) = W_U (.) gain, rows centred under a LayerNorm; offset = W_U beta + bias."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    unembed = weight.to(dtype) * norm.gain.to(dtype)
-    if norm.centred:
-        unembed = unembed - unembed.mean(1, keepdim=True)
-    offset = None
-    if norm.bias is not None:
-        offset = weight.to(dtype) @ norm.bias.to(dtype)
-    if head_bias is not None:
-        offset = head_bias.detach().to(dtype) + (0 if offset is None else offset)
-    return unembed, offset
 
 
 # --- the self-check --------------------------------------------------------------------------
@@ -225,7 +210,7 @@ def _checked(residual: ResidualModel) -> ResidualModel:
         ]
         if failed:
             residual = without_heads(residual, failed[0])
-    residual = _scaled(residual, found)
+    residual = with_tail(residual, ids, found)
     return replace(residual, pads=_pads(residual, ids[0]))
 
 
@@ -265,44 +250,6 @@ def _head_sums(layer: ResidualLayer, found: Trace) -> Iterator[tuple[str, bool]]
 
 def _scale(scale: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like[..., 0], dtype=torch.float64) if scale is None else scale
-
-
-def _scaled(residual: ResidualModel, found: Trace) -> ResidualModel:
-    """The model with the factor of its logits in `unembed`, if they are lm_head's times one."""
-    y = found.h[-1][:, -1].to(residual.unembed.dtype)
-    logits = found.scale[:, None] * (y @ residual.unembed.T)
-    if residual.offset is not None:
-        logits = logits + residual.offset
-    dtype = found.h[-1].dtype
-    config = residual.model.config.get_text_config()
-    for factor in _factors(held_numbers(residual.model, config), config):
-        if agree(logits * factor, found.logits, dtype):
-            if factor == 1:
-                return residual
-            offset = None if residual.offset is None else residual.offset * factor
-            return replace(residual, unembed=residual.unembed * factor, offset=offset)
-    raise unsupported(
-        residual.model, _other_logits(logits[0], found.logits[0], held_numbers(config))
-    )
-
-
-def _factors(numbers: list[float], config: Any) -> list[float]:
-    """What logits may be multiplied with: a number that is held, or one divided by it."""
-    own = [v for v in vars(config).values() if type(v) is int and v > 1]
-    hidden = getattr(config, "hidden_size", None)
-    ratios = [v / hidden for v in own] if isinstance(hidden, int) else []
-    return list(dict.fromkeys((1.0, *numbers, *(1 / n for n in numbers if n), *ratios)))
-
-
-def _other_logits(ours: Tensor, theirs: Tensor, numbers: list[float]) -> str:
-    """Why logits are not those of the formula."""
-    for cap in (n for n in numbers if n > 1):
-        if agree(cap * torch.tanh(ours.double() / cap), theirs):
-            return f"its logits are capped softly at {cap:g}, so they are not linear in the stream"
-    factor = float((ours.double() @ theirs.double()) / ours.double().square().sum())
-    if agree(ours * factor, theirs):
-        return f"its logits are those of its lm_head times {factor:.4g}, which no config says"
-    return "its logits are not lm_head(final norm(last layer's output))"
 
 
 def _pads(residual: ResidualModel, line: list[int]) -> bool:

@@ -48,6 +48,7 @@ _MAMBA = {
 KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "norms in front and behind": ("Gemma3TextConfig", {}, False),
     "norms behind alone": ("Olmo2Config", {}, False),
+    "a soft cap": ("Gemma2Config", {"final_logit_softcapping": 2.0}, False),
     "norms without weights": ("OlmoConfig", {}, False),
     "side by side, one LayerNorm, scaled logits": ("CohereConfig", {"logit_scale": 0.5}, True),
     "side by side, packed by heads, biases": ("GPTNeoXConfig", {}, True),
