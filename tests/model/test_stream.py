@@ -316,8 +316,8 @@ def test_weights_that_cannot_be_read() -> None:
 
 def test_a_model_without_its_parts() -> None:
     model = attributed_model("llama")
-    model.config.num_hidden_layers = 7
-    assert "no list of 7 decoder layers" in why_refused(model)
+    model.model.layers = nn.Sequential(*model.model.layers).eval()
+    assert "no list of 3 decoder layers" in why_refused(model)
     model = attributed_model("llama")
     down = model.model.layers[2].mlp.down_proj
     model.model.layers[2].mlp.down_proj = nn.Identity().eval()

@@ -105,7 +105,9 @@ def _tail(residual: ResidualModel, ids: list[list[int]], size: float) -> _Tail:
     if "read" not in seen:
         raise unsupported(model, "a forward does not call its lm_head")
     last = {name: x.reshape(-1, x.shape[-1])[-1].double() for name, x in seen.items()}
-    return _Tail(**last, logits=logits[0].double(), dtype=seen["given"].dtype)
+    # Some models cast their logits.
+    dtype = max((seen["given"].dtype, logits.dtype), key=lambda kind: torch.finfo(kind).eps)
+    return _Tail(**last, logits=logits[0].double(), dtype=dtype)
 
 
 def _first_factor(
