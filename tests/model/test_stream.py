@@ -200,6 +200,7 @@ def test_the_eps_is_the_models_own() -> None:
         ("MixtralConfig", {"num_local_experts": 2, "num_key_value_heads": 2}, "mixture of experts"),
         ("BertConfig", {"is_decoder": True}, "layer 0: a norm at its end scales the whole stream"),
         ("MambaConfig", {}, "layer 0: no MLP down(activation"),
+        ("GPTNeoXJapaneseConfig", {}, "layer 1: what is added before its MLP is not what one"),
         ("RobertaPreLayerNormConfig", {"is_decoder": True}, "its logits are not"),
     ],
 )
@@ -239,6 +240,14 @@ def test_writes_are_scaled_by_what_the_model_says(dtype: torch.dtype) -> None:
             assert "and the MLP's write is scaled by 0." in why_refused(model)
         else:
             assert read_residual_model(model).layers[0].ffn.factor == 1
+
+
+def test_a_stream_that_is_scaled_itself_is_named() -> None:
+    model = attributed_model("llama")
+    layer = model.model.layers[1]
+    own = layer.forward
+    layer.forward = lambda h, *args, **kwargs: own(h, *args, **kwargs) - 0.25 * h
+    assert "layer 1: it scales the stream by 0.75 before it adds to it" in why_refused(model)
 
 
 def explains(part: str) -> Any:

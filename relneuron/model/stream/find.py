@@ -174,7 +174,7 @@ def _sum(calls: Calls, mlp: _MLP, h: Tensor, after: Tensor, numbers: list[float]
                     if is_rounded(added_up(parts, order), after):
                         return _Sum(attention, ffn, (first, second), order)
             scaled = scaled or _said(fitted)
-    raise Unfound(scaled or _why_no_sum(calls, after))
+    raise Unfound(scaled or _why_no_sum(calls, h, ffns[0].y, after))
 
 
 class _Factor(NamedTuple):
@@ -220,10 +220,20 @@ def _said(fitted: tuple[_Factor, _Factor]) -> str:
     return " and ".join(parts)
 
 
-def _why_no_sum(calls: Calls, after: Tensor) -> str:
+def _why_no_sum(calls: Calls, h: Tensor, ffn: Tensor, after: Tensor) -> str:
     """The reason for a layer whose output is no sum of its input and two writes."""
     if calls.norm_giving(after) is not None:
         return "a norm at its end scales the whole stream, so what was written before is not kept"
+    for call in calls:
+        if call.y.shape == h.shape and not same(call.y, ffn) and not same(call.y, after):
+            columns = torch.stack([t.double().flatten() for t in (h, call.y, ffn)], 1).cpu()
+            total = after.double().flatten().cpu()
+            factors = torch.linalg.lstsq(columns, total[:, None]).solution[:, 0]
+            left = float((columns @ factors - total).norm())
+            if abs(float(factors[0]) - 1) > _NEAR and left < 1e-3 * float(total.norm()):
+                return f"it scales the stream by {float(factors[0]):.3g} before it adds to it"
+    if any(call.x.shape == h.shape and is_rounded(call.x + ffn, after) for call in calls):
+        return "what is added before its MLP is not what one module gives, nor a multiple of it"
     return "its output is not its input + what its attention and its MLP give"
 
 
