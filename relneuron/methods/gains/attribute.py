@@ -324,6 +324,8 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
             "eps": residual.eps,
             "bias": options.norm_bias,
         },
+        **({"soft_cap": residual.cap} if residual.cap is not None else {}),
+        **({"heads": f"not told apart: {residual.no_heads}"} if residual.no_heads else {}),
         "query": query,
         "attention": "eager, where it is traced",
         **({"zeroed": asdict(sizes)} if options.compare and sizes else {}),

@@ -178,9 +178,11 @@ def promoted_tokens(
     if kind not in ("ffn_neuron", "attention_neuron"):
         raise ValueError(f"promoted_tokens: {kind!r} is no kind of neuron")
     part = residual.layers[layer]
-    values = part.ffn_values() if kind == "ffn_neuron" else part.attention_values()
-    place = index if kind == "ffn_neuron" else index % len(values)
-    logits = residual.unembed @ values[place].to(residual.unembed.dtype)
+    if kind == "ffn_neuron":
+        value = part.ffn.values(index)
+    else:
+        value = part.attention.values(index % (residual.n_heads * residual.head_dim))
+    logits = residual.unembed @ value.to(residual.unembed.dtype)
     order = (sign * logits).argsort(descending=True, stable=True)[:n]
     return list(zip(order.tolist(), logits[order].tolist(), strict=True))
 

@@ -137,13 +137,14 @@ class Write:
         """What is added where the source gives `output`, in the model's own arithmetic."""
         return output if self.factor == 1 else output * self.factor
 
-    def values(self) -> Tensor:
-        """(K, D): the value vector of each neuron, but for the `scale`.
+    def values(self, index: Tensor | int | None = None) -> Tensor:
+        """(K, D): the value vector of each neuron, or of some (..., D), but for the `scale`.
 
         A column of the linear map, a view of its weight; behind a norm gain (.) column (centred
         under a LayerNorm), made anew in float32 at least.
         """
         columns = matrix(cast(nn.Module, self.linear)).T
+        columns = columns if index is None else columns[index]
         return columns if self.norm is None else self.norm.linear(columns)
 
     @property
@@ -239,7 +240,7 @@ class ResidualLayer:
             raise RelneuronError(f"unknown key {key!r}", f"use {', '.join(QUERY_KEYS)}", 2)
         if key != "down":
             return (self.gate if key == "gate" else self.up).keys(index, center)
-        rows, norm = self.ffn_values()[index], self.gate.steps[0][0]
+        rows, norm = self.ffn.values(index), self.gate.steps[0][0]
         return rows.double() if norm is None else norm.keys(rows, center)
 
     def attention_keys(self, index: Tensor, *, center: bool = True) -> Tensor:
