@@ -39,8 +39,8 @@ from relneuron import ops
 from relneuron.ablation.rows import intervene, off
 from relneuron.bench.gain import PEERS
 from relneuron.bench.machine import where
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import trace
 
 
 def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:

@@ -67,7 +67,7 @@ SLOW = {
     "bench": "offline",
     "cli": "corpus corpus_input errors main",
     "methods/counts": "batches count page",
-    "methods/gains": "attribute_resume page",
+    "methods/gains": "attribute_resume kinds page",
     "model": "count_experts devices find_experts patch patch_experts",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",

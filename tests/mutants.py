@@ -137,6 +137,21 @@ MUTANTS = {
         "range(0, len(rows) - n, n)]",
         "model/test_identity.py::test_chunks_have_all_rows",
     ),
+    "model.stream.find: a sum need not hold number by number": Mutant(
+        "if is_rounded(added_up(parts, order), after):",
+        "if True:",
+        "model/test_stream.py::test_a_part_with_another_formula_is_named[mlp]",
+    ),
+    "model.stream.parts: the factor of a write is left out of its neurons": Mutant(
+        "torch.full_like(y[..., 0], self.factor, dtype=torch.float64)",
+        "torch.ones_like(y[..., 0], dtype=torch.float64)",
+        "methods/gains/test_kinds.py::test_padding_changes_no_number[factors]",
+    ),
+    "model.stream.trace: the norm behind an attention has the first token's scale": Mutant(
+        "heads * scale[:, -1:, None].to(wide)",
+        "heads * scale[:, :1, None].to(wide)",
+        "methods/gains/test_kinds.py::test_padding_changes_no_number[norms behind alone]",
+    ),
     # methods/responses
     "methods.responses.record: the first token is not excluded": Mutant(
         "chosen & (rank > 1)",
@@ -199,6 +214,11 @@ MUTANTS = {
         "torch.searchsorted(logits, own, right=True)",
         "torch.searchsorted(logits, own)",
         "methods/gains/test_eight_scores.py::test_ranks_count_larger_logits",
+    ),
+    "methods.gains.scores: beside an attention the FFN reads what it writes": Mutant(
+        'if kind == "ffn" and not layer.is_parallel:',
+        'if kind == "ffn":',
+        "methods/gains/test_kinds.py::test_units_read_all_of_the_stream[added in place]",
     ),
     "methods.gains.targets: the eleventh token is among the ten most probable": Mutant(
         "< N_MOST_PROBABLE)",

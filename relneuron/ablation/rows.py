@@ -6,7 +6,6 @@ section 4).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +20,8 @@ from relneuron.artifact.journal import Journal
 from relneuron.model.batches import SENTENCES, Budget, cut, pad
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens
-from relneuron.model.stream_layers import ResidualModel
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.trace import last_logits
 
 Places = NDArray[np.int64]
 
@@ -177,7 +177,15 @@ def _ask(
     targets: Sequence[int],
     offs: Sequence[Off],
 ) -> list[list[float]]:
-    """[rank, prob, logprob] of each row of one forward."""
+    """[rank, prob, logprob] of each row of a forward, or one a length where padding is seen."""
+    lengths = sorted({len(line) for line in ids})
+    if len(lengths) > 1 and not residual.pads:
+        found: dict[int, list[float]] = {}
+        for length in lengths:
+            rows = [row for row, line in enumerate(ids) if len(line) == length]
+            parts = ([every[row] for row in rows] for every in (ids, targets, offs))
+            found |= dict(zip(rows, _ask(residual, *parts), strict=True))  # type: ignore[arg-type]
+        return [found[row] for row in range(len(ids))]
     logits = _last_logits(residual, ids, offs)
     wanted = torch.tensor(targets, device=logits.device)[:, None]
     own = logits.gather(1, wanted)
@@ -195,18 +203,10 @@ def _last_logits(
     residual: ResidualModel, ids: Sequence[Sequence[int]], offs: Sequence[Off]
 ) -> Tensor:
     """(E, V) float32 (float64 of a float64 model) logits of the last position, neurons off."""
-    model, device = residual.model, residual.unembed.device
+    device = residual.unembed.device
     tokens, mask = pad(ids, device)
-    takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     with Patch([layer.parts() for layer in residual.layers], row_states(residual, offs)) as patch:
         patch.tokens = Tokens(conditions=torch.arange(len(offs), device=device), n_needed=1)
-        out = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            **({"logits_to_keep": 1} if takes_keep else {}),
-        )
+        logits = last_logits(residual.model, tokens, mask)
         patch.check_used()
-    logits: Tensor = out.logits[:, -1]
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -48,7 +48,7 @@ from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
-from relneuron.model.stream import read_residual_model
+from relneuron.model.stream.read import read_residual_model
 from relneuron.report.page import files_read, write_report
 from relneuron.texts.facts import Relation, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions

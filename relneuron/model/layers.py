@@ -1,6 +1,6 @@
 """What is read of any decoder layers: their list, weights, places, hooks and projections.
 
-`model/mlps.py` and `model/stream.py` read layers by it, each in its way; `model/patch.py` changes
+`model/mlps/` and `model/stream/` read layers by it, each in its way; `model/patch.py` changes
 the projections.
 """
 

@@ -1,6 +1,6 @@
 """Load a model with its tokenizer, and say which one it is and what it runs on.
 
-The stages and the command line call it; `model/gated.py` finds the neurons in what it loads.
+The stages and the command line call it; `model/mlps/` finds the neurons in what it loads.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from relneuron.artifact.journal import Journal
 from relneuron.model.batches import SENTENCES, Budget
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens
-from relneuron.model.stream import ResidualModel, read_residual_model
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.read import read_residual_model
 from tests.conftest import tiny_model
 
 VOCABULARY, WIDTH, HEADS_WIDTH, N_LAYERS = 96, 48, 32, 3

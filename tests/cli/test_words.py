@@ -25,7 +25,7 @@ from relneuron.artifact.reading import read_csv
 from relneuron.cli.doctor import model_report
 from relneuron.model.load import choose_device
 from relneuron.model.mlps.find import find_mlps, inspect_layers
-from relneuron.model.stream import read_residual_model
+from relneuron.model.stream.read import read_residual_model
 from tests.conftest import tiny_model
 from tests.kit.corpus_commands import (
     COUNT,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relneuron.model.stream import Norm, ResidualLayer, ResidualModel
-from relneuron.model.stream_layers import Rows
-from relneuron.model.trace import Trace
+from relneuron.model.stream.norms import Norm
+from relneuron.model.stream.parts import Heads, Read, ResidualLayer, ResidualModel, Rows, Write
+from relneuron.model.stream.trace import Trace
 
 FAMILIES = ("llama", "gpt2")
 N_LAYERS, WIDTH, HIDDEN, N_HEADS, N_KV_HEADS, HEAD_DIM, VOCABULARY = 3, 128, 32, 4, 2, 8, 90
@@ -297,11 +297,15 @@ def stream_of_vectors(
         module.weight.data = rows
         return module
 
-    def keys(n: int) -> Rows:
+    def keys(n: int) -> Read:
         rows = torch.ones(n, hidden, dtype=torch.float64)
         if key is not None:
             rows[0] = key
-        return Rows(linear(rows), 0, n)
+        return Read(((norm, Rows(linear(rows), (0,), n)),))
+
+    def write(values: Tensor) -> Write:
+        module = linear(values.T)
+        return Write(module, module, None, 1.0)
 
     ones = torch.ones(hidden, dtype=torch.float64)
     none = nn.Identity()
@@ -311,16 +315,14 @@ def stream_of_vectors(
             layer=i,
             path=f"layers.{i}",
             module=none,
-            attention_norm=norm,
-            attention=none,
-            value=keys(head_dim),
-            out=linear(attention_values.T),
-            ffn_norm=norm,
-            mlp=none,
+            attention=write(attention_values),
+            heads=Heads(none, 1, keys(head_dim)),
+            ffn=write(ffn_values),
             gate=keys(width),
             up=keys(width),
-            down=linear(ffn_values.T),
-            n_heads=1,
+            mlp=none,
+            is_parallel=False,
+            order=0,
         )
         for i in range(n_layers)
     ]
@@ -329,8 +331,8 @@ def stream_of_vectors(
         layers=layers,
         final_norm=Norm(none, gain, None, False, 1e-6),
         n_heads=1,
-        n_kv_heads=1,
         head_dim=head_dim,
+        no_heads=None,
         width=width,
         hidden=hidden,
         vocabulary=len(unembed),

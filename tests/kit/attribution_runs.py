@@ -39,9 +39,11 @@ def word_tokenizer() -> Any:
 class Attributed:
     """A tiny model of a family, and a table of twelve sentences of three types."""
 
-    def __init__(self, family: str, folder: Path, *, ranks: Sequence[int] = RANKS) -> None:
+    def __init__(
+        self, family: str, folder: Path, *, ranks: Sequence[int] = RANKS, model: Any = None
+    ) -> None:
         self.family, self.folder = family, folder
-        self.model, self.tokenizer = attributed_model(family), word_tokenizer()
+        self.model, self.tokenizer = model or attributed_model(family), word_tokenizer()
         generator = torch.Generator().manual_seed(5)
         self.ids = [
             torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS

@@ -26,7 +26,7 @@ from relneuron.model.load import describe_model, load_model, quantisation
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.states import mask_states
-from relneuron.model.stream import read_residual_model
+from relneuron.model.stream.read import read_residual_model
 from tests.kit.files import read_rows
 from tests.kit.hooked import Hooked, Study
 from tests.kit.quantised import CHECKPOINTS, METHODS

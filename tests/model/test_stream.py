@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import trace
 from tests.conftest import tiny_model
 from tests.kit.attributed import (
     FAMILIES,
@@ -65,6 +65,8 @@ def assert_logits_follow(model: Any) -> None:
     logits = found.scale[:, None] * (found.h[-1][:, -1].to(residual.unembed) @ residual.unembed.T)
     if residual.offset is not None:
         logits = logits + residual.offset
+    if residual.cap is not None:
+        logits = residual.cap * torch.tanh(logits / residual.cap)
     with torch.no_grad():
         own = model(torch.tensor(ids)).logits[:, -1].float()
     eps = torch.finfo(next(model.parameters()).dtype).eps
@@ -79,14 +81,20 @@ def test_both_kinds_of_models_in_every_dtype(family: str, dtype: torch.dtype) ->
     residual = read_residual_model(model)
     assert residual.shape == {"layers": N_LAYERS, "width": WIDTH, "hidden": HIDDEN}
     assert (residual.n_heads, residual.head_dim, residual.vocabulary) == (4, 8, VOCABULARY)
-    assert residual.n_kv_heads == (2 if family == "llama" else 4)
+    heads = residual.layers[0].heads
+    assert residual.no_heads is None and heads is not None
+    assert len(set(heads.value.rows.starts)) == (2 if family == "llama" else 4)
     assert residual.is_gated == (family == "llama")
     assert residual.centred == (family == "gpt2") and residual.eps == 1e-5
     assert (residual.offset is not None) == (family == "gpt2")
     assert residual.unembed.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "granite"])
+SANDWICHED = ("gemma2", "gemma3", "glm4", "olmo2")
+BESIDE = ("mistral", "qwen2", "qwen3", "phi3", "granite")
+
+
+@pytest.mark.parametrize("family", [*BESIDE, *SANDWICHED])
 def test_gated_families_add_up(family: str) -> None:
     assert_logits_follow(tiny_model(family, initializer_range=0.2))
 
@@ -99,10 +107,23 @@ def test_gated_families_add_up(family: str) -> None:
         ("StableLmConfig", {"num_key_value_heads": 2}),
         ("GPTBigCodeConfig", {}),
         ("SmolLM3Config", {"num_key_value_heads": 2}),
+        ("GPTBigCodeConfig", {"multi_query": False}),
+        ("GPTNeoXConfig", {}),
+        ("GPTNeoXConfig", {"use_parallel_residual": False}),
+        ("CohereConfig", {"logit_scale": 0.0625}),
+        ("OlmoConfig", {}),
+        ("StableLmConfig", {"use_parallel_residual": True, "num_key_value_heads": 2}),
+        ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+        ("FalconConfig", {}),
+        ("PhiConfig", {}),
+        ("NemotronConfig", {"head_dim": 8, "num_key_value_heads": 2}),
     ],
 )
-def test_other_families_with_such_layers_add_up(config: str, changes: dict[str, int]) -> None:
-    assert_logits_follow(other_model(config, **changes))
+def test_other_families_with_such_layers_add_up(config: str, changes: dict[str, Any]) -> None:
+    model = other_model(config, **changes)
+    assert_logits_follow(model)
+    assert read_residual_model(model).no_heads is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,7 +176,7 @@ def test_large_gains_do_not_hide_the_one_that_is_added(dtype: torch.dtype) -> No
         with torch.no_grad():
             model.model.norm.weight.uniform_(4, 60)
         gain = read_residual_model(model).final_norm.gain
-        assert torch.equal(gain, model.model.norm.weight + added)
+        assert torch.equal(gain.float(), model.model.norm.weight.float() + added)
 
 
 def test_the_eps_is_the_models_own() -> None:
@@ -174,64 +195,85 @@ def test_the_eps_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "reason"),
-    [
-        ("gemma2", {}, "layer 0: 4 norms"),
-        ("gemma3", {}, "layer 0: 4 norms"),
-        ("glm4", {}, "layer 0: 4 norms"),
-        ("olmo2", {}, "in layer 0 "),
-        ("granite", {"residual_multiplier": 0.22}, "layer 0 input + attention write = what the"),
-        ("granite", {"logits_scaling": 8.0}, "its logits are not"),
-    ],
-)
-def test_families_that_change_what_layers_write(
-    family: str, changes: dict[str, float], reason: str
-) -> None:
-    assert reason in why_refused(tiny_model(family, initializer_range=0.2, **changes))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_write_that_is_scaled_is_seen(dtype: torch.dtype) -> None:
-    """The stream is large beside what its layers write, so it hides a factor near 1."""
-    model = tiny_model("granite", dtype, residual_multiplier=0.8, logits_scaling=1.0)
-    assert "layer 0 input + attention write = what the" in why_refused(model)
-    plain = tiny_model("granite", dtype, residual_multiplier=1.0, logits_scaling=1.0)
-    assert len(read_residual_model(plain).layers) == 3
-
-
-@pytest.mark.parametrize(
     ("config", "changes", "reason"),
     [
-        ("GPTNeoXConfig", {}, "0 modules with v_proj + o_proj"),
-        ("CohereConfig", {}, "layer 0: 1 norms"),
-        ("MixtralConfig", {"num_local_experts": 2}, "mixture of experts"),
-        ("OlmoConfig", {}, "layer 0: 0 norms"),
-        ("GPTBigCodeConfig", {"multi_query": False}, "the sum of attention weight * value"),
-        ("StableLmConfig", {"use_parallel_residual": True}, "layer 0"),
+        ("MixtralConfig", {"num_local_experts": 2, "num_key_value_heads": 2}, "mixture of experts"),
+        ("BertConfig", {"is_decoder": True}, "layer 0: a norm at its end scales the whole stream"),
+        ("MambaConfig", {}, "layer 0: no MLP down(activation"),
+        ("GPTNeoXJapaneseConfig", {}, "layer 1: what is added before its MLP is not what one"),
+        ("RobertaPreLayerNormConfig", {"is_decoder": True}, "its logits are not"),
     ],
 )
 def test_other_architectures(config: str, changes: dict[str, Any], reason: str) -> None:
     assert reason in why_refused(other_model(config, **changes))
 
 
+class Hidden:
+    """A factor that no config and no module names."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        return x / self.factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_are_scaled_by_what_the_model_says(dtype: torch.dtype) -> None:
+    """The stream is large beside what its layers write, so it hides a factor near 1."""
+    for factor in (1.0, 0.8, 0.22):
+        sizes = {"residual_multiplier": factor, "logits_scaling": 4.0}
+        model = tiny_model("granite", dtype, **sizes)
+        residual = read_residual_model(model)
+        writes = [w for layer in residual.layers for w in (layer.attention, layer.ffn)]
+        assert [write.factor for write in writes] == [factor] * 6
+        want = model.lm_head.weight.float() * model.model.norm.weight.float() / 4
+        assert torch.equal(residual.unembed, want)
+        for layer in model.model.layers:
+            layer.residual_multiplier = Hidden(factor)
+        model.config.residual_multiplier = 1
+        if factor < 1:
+            assert "layer 0: the attention's write is scaled by 0." in why_refused(model)
+            assert "and the MLP's write is scaled by 0." in why_refused(model)
+        else:
+            assert read_residual_model(model).layers[0].ffn.factor == 1
+
+
+def test_a_stream_that_is_scaled_itself_is_named() -> None:
+    model = attributed_model("llama")
+    layer = model.model.layers[1]
+    own = layer.forward
+    layer.forward = lambda h, *args, **kwargs: own(h, *args, **kwargs) - 0.25 * h
+    assert "layer 1: it scales the stream by 0.75 before it adds to it" in why_refused(model)
+
+
 def explains(part: str) -> Any:
     """(how to break a Llama's layer 1 or head, the reason that is given)."""
     return {
-        "mlp": ("layers.1.mlp", "in layer 1 that + FFN write = the next layer's input"),
+        "mlp": ("layers.1.mlp", "layer 1: the MLP's write is scaled by 1.01 before it is added"),
         "down": ("layers.1.mlp.down_proj", "in layer 1 neurons @ value vectors + bias"),
         "attention": ("layers.1.self_attn.o_proj", "in layer 1 the sum of attention weight"),
         "value": ("layers.1.self_attn.v_proj", "in layer 1 value map @ norm(input)"),
+        "gate": ("layers.1.mlp.gate_proj", "layer 1: what its MLP reads is not a linear map"),
     }[part]
 
 
-@pytest.mark.parametrize("part", ["mlp", "down", "attention", "value"])
+@pytest.mark.parametrize("part", ["mlp", "down", "gate", "attention", "value"])
 def test_a_part_with_another_formula_is_named(part: str) -> None:
     model = attributed_model("llama")
     path, reason = explains(part)
     module = model.model.get_submodule(path)
     own = module.forward
     module.forward = lambda x: own(x) * 1.01
-    assert reason in why_refused(model)
+    if part in ("attention", "value"):
+        residual = read_residual_model(model)
+        assert reason in str(residual.no_heads) and residual.n_heads == 0
+        assert all(layer.heads is None for layer in residual.layers)
+    else:
+        assert reason in why_refused(model)
 
 
 def test_changed_logits_are_refused() -> None:
@@ -239,6 +281,18 @@ def test_changed_logits_are_refused() -> None:
     own = model.lm_head.forward
     model.lm_head.forward = lambda x: 2.0 * torch.tanh(own(x) / 2.0)
     assert "its logits are not" in why_refused(model)
+    model = tiny_model("granite")
+    model.config.__dict__["logits_scaling"] = Hidden(1.6)
+    assert "its logits are its lm_head's times 0.625, a number that it" in why_refused(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_soft_cap_is_seen_however_small_the_logits_are(dtype: torch.dtype) -> None:
+    for cap in (30.0, 7.5, None):
+        model = tiny_model("gemma2", dtype, final_logit_softcapping=cap)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1e-2)
+        assert read_residual_model(model).cap == cap
 
 
 class DTensor(Tensor):
@@ -271,12 +325,12 @@ def test_weights_that_cannot_be_read() -> None:
 
 def test_a_model_without_its_parts() -> None:
     model = attributed_model("llama")
-    model.config.num_hidden_layers = 7
-    assert "no list of 7 decoder layers" in why_refused(model)
+    model.model.layers = nn.Sequential(*model.model.layers).eval()
+    assert "no list of 3 decoder layers" in why_refused(model)
     model = attributed_model("llama")
     down = model.model.layers[2].mlp.down_proj
     model.model.layers[2].mlp.down_proj = nn.Identity().eval()
-    assert "layer 2: down_proj is no linear map" in why_refused(model)
+    assert "a forward of 24 tokens fails: The size of tensor" in why_refused(model)
     model.model.layers[2].mlp.down_proj = down
-    del model.model.norm
-    assert "no norm after its decoder layers" in why_refused(model)
+    model.model.norm = nn.Identity().eval()
+    assert "its final norm: Identity is neither" in why_refused(model)

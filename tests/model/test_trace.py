@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import Trace, eager_attention, trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import Trace, eager_attention, trace
 from tests.conftest import tiny_model
 from tests.kit.attributed import FAMILIES, HEAD_DIM, N_HEADS, attributed_model, scale_of, sentences
 
@@ -169,8 +169,10 @@ def test_sentences_without_tokens_are_refused(ids: list[list[int]]) -> None:
 
 def test_attention_without_weights_is_refused() -> None:
     model = attributed_model("llama")
+    residual = read_residual_model(model)
     module = model.model.layers[1].self_attn
     own = module.forward
     module.forward = lambda *args, **kwargs: (own(*args, **kwargs)[0], None)
+    assert read_residual_model(model).no_heads == "layer 1: its attention gives no weights"
     with pytest.raises(RelneuronError, match="no attention weights"):
-        read_residual_model(model)
+        trace(residual, sentences())

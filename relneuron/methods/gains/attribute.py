@@ -45,7 +45,7 @@ from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, 
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.gains.comparison import Sizes, plan, run, summary
-from relneuron.methods.gains.options import AttributeOptions, attribute_inputs
+from relneuron.methods.gains.options import AttributeOptions, attribute_inputs, check_heads
 from relneuron.methods.gains.rank import best_by_relation
 from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
 from relneuron.methods.gains.targets import (
@@ -58,8 +58,8 @@ from relneuron.methods.gains.targets import (
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
-from relneuron.model.stream import read_residual_model
-from relneuron.model.stream_layers import ResidualModel
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.read import read_residual_model
 from relneuron.texts.knowledge import TargetPrompt, read_knowledge
 from relneuron.texts.tokens import policy_text, target_notices, token_text
 
@@ -120,6 +120,7 @@ def attribute(
             2,
         )
     residual = read_residual_model(model)
+    check_heads(type(model).__name__, residual.no_heads, options)
     targets = encode_targets(
         tokenizer,
         model,
@@ -323,6 +324,8 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
             "eps": residual.eps,
             "bias": options.norm_bias,
         },
+        **({"soft_cap": residual.cap} if residual.cap is not None else {}),
+        **({"heads": f"not told apart: {residual.no_heads}"} if residual.no_heads else {}),
         "query": query,
         "attention": "eager, where it is traced",
         **({"zeroed": asdict(sizes)} if options.compare and sizes else {}),

@@ -147,9 +147,12 @@ def rank(
 
 def supports(model: Any) -> tuple[str, str]:
     """The row of `relneuron doctor`: whether what raises this model's answers can be told."""
-    from relneuron.model.stream import read_residual_model
+    from relneuron.model.stream.read import read_residual_model
 
     try:
-        return "attribution", f"supported: {read_residual_model(model).n_heads} heads a layer"
+        found = read_residual_model(model)
     except RelneuronError as error:
         return "attribution", f"not supported: {error.cause}"
+    if found.no_heads:
+        return "attribution", f"supported but for heads: {found.no_heads}"
+    return "attribution", f"supported: {found.n_heads} heads a layer"

@@ -28,8 +28,8 @@ from relneuron.methods.gains.scores import (
 )
 from relneuron.methods.gains.values import ValueScores
 from relneuron.model.batches import Budget
-from relneuron.model.stream_layers import ResidualModel
-from relneuron.model.trace import Trace
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains
 
 Array = NDArray[np.float64]
@@ -57,19 +57,19 @@ class Sizes:
         """The paper's 200, 100 and 1000 neurons and 1 % of the heads.
 
         Of FFN or attention neurons fewer than 30,000, in proportion. At most a tenth of them, and
-        at least one.
+        at least one; none of heads that are not told apart.
         """
         layers, n_heads = len(residual.layers), residual.n_heads
         ffn, attention = layers * residual.width, layers * n_heads * residual.head_dim
 
         def scaled(n: int, total: int) -> int:
             share = min(1.0, total / 30_000)
-            return max(1, min(round(n * share), total // 10))
+            return min(total, max(1, min(round(n * share), total // 10)))
 
         return cls(
             max(1, min(method, ffn // 10)),
             *(scaled(200, attention), scaled(100, ffn), scaled(1000, ffn)),
-            max(1, layers * n_heads // 100),
+            min(layers * n_heads, max(1, layers * n_heads // 100)),
         )
 
 
@@ -96,7 +96,8 @@ def choose(
     """What each sentence of a batch has off, as places (see interventions.Off), best first.
 
     Keys: METHODS and `value_ffn`, `query` (FFN neurons; `query` with query scores only),
-    `value_attention` (each coordinate once, whatever its position). Plain lists, for a journal.
+    `value_attention` (each coordinate once, whatever its position; not without heads). Plain
+    lists, for a journal.
     Neurons whose query score is 0, which no value unit reads, are not among `query`.
     `gains` (E, L, F) are the FFN neurons' where they are known with the frozen norm and the same
     `norm_bias`. Tops of `value` that are shorter than `sizes` give fewer neurons.
@@ -120,7 +121,8 @@ def choose(
         columns[name] = torch.cat(places_of, 1).gather(1, order)
     heads_width = residual.n_heads * residual.head_dim
     columns["value_ffn"] = _top_ffn(value, residual.width, sizes.value_ffn)
-    columns["value_attention"] = _top_attention(value, heads_width, sizes.value_attention)
+    if not residual.no_heads:
+        columns["value_attention"] = _top_attention(value, heads_width, sizes.value_attention)
     if query is not None:
         scores = query.ffn_neuron.flatten(1)
         places = best(scores, sizes.query)
@@ -183,7 +185,8 @@ def plan(
 
     `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. Random sets are
     drawn from all neurons, as many as the condition they stand beside has in the sentence. If no
-    sentence has a query neuron, as in models of one layer, there is no condition `query`.
+    sentence has a query neuron, as in models of one layer, there is no condition `query`; where
+    heads are not told apart, none of heads.
     """
     n_layers = len(residual.layers)
     n_ffn, n_heads = n_layers * residual.width, n_layers * residual.n_heads
@@ -198,7 +201,7 @@ def plan(
     for seed in range(n_seeds):
         sets = [drawn("random", seed, i, n_ffn, sizes.method) for i in ids]
         conditions.append(Condition(f"random.{seed}", [off(ffn) for ffn in sets]))
-    wholes = {"value": [(row["value_ffn"], row["value_attention"]) for row in chosen]}
+    wholes = {"value": [(row["value_ffn"], row.get("value_attention", ())) for row in chosen]}
     if any(row.get("query") for row in chosen):
         wholes["query"] = [(row.get("query", ()), ()) for row in chosen]
     for name, both in wholes.items():
@@ -212,8 +215,11 @@ def plan(
                 for i, (ffn, attention) in zip(ids, both, strict=True)
             ]
             conditions.append(Condition(f"random_{name}.{seed}", offs))
-    sets_of_heads = {f"heads:{kind}": top for kind, top in top_heads(heads, types, sizes).items()}
-    for seed in range(n_seeds):
+    sets_of_heads = {}
+    if n_heads:
+        best_heads = top_heads(heads, types, sizes)
+        sets_of_heads = {f"heads:{kind}": top for kind, top in best_heads.items()}
+    for seed in range(n_seeds if n_heads else 0):
         some = drawn("random_heads", seed, "all", n_heads, sizes.heads)
         sets_of_heads[f"random_heads.{seed}"] = some
     for name, some in sets_of_heads.items():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relneuron.artifact.files import Json
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import same_model
 from relneuron.artifact.options import Only, OomOptions, TopOptions, option
@@ -148,6 +148,20 @@ class GainRankOptions(TopOptions):
     """Over which sentences a neuron's gain is averaged."""
 
     kept_only: bool = option(False, "Only sentences whose answer the model knows.")
+
+
+def check_heads(model: str, why: str | None, options: AttributeOptions) -> None:
+    """Refuse what needs heads of a model where they are not told apart, for the reason `why`."""
+    by_heads = ("head", "position", "attention_neuron")
+    asked = [kind for kind in options.kinds if kind in by_heads]
+    if _asks_queries(options) and options.query_of == "attention":
+        asked.append("query scores of attention neurons")
+    if why is not None and asked:
+        rest = ",".join(kind for kind in KINDS if kind not in by_heads)
+        raise RelneuronError(
+            f"{model} has no scores of {', '.join(asked)}: {why}",
+            f"use --kinds {rest} --query-of ffn",
+        )
 
 
 def attribute_inputs(

@@ -23,8 +23,8 @@ from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
 from relneuron.methods.gains.scores import QueryScores, promoted_tokens, query_scores
 from relneuron.methods.gains.targets import Targets, keep, type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
-from relneuron.model.stream_layers import ResidualModel
-from relneuron.model.trace import Trace, trace
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.trace import Trace, trace
 from relneuron.ops.logprob_gain.op import TopGains
 from relneuron.texts.tokens import token_text
 
@@ -83,7 +83,8 @@ class Scorer:
             self.has_query and options.query_of == n for n in ("ffn", "attention")
         )
         self.has_ffn = compare or of_ffn or "ffn_neuron" in asked
-        self.has_attention = compare or of_attention or "attention_neuron" in asked
+        has_heads = not residual.no_heads
+        self.has_attention = has_heads and (compare or of_attention) or "attention_neuron" in asked
         self._ranks: TargetRanks | None = None
         # The comparison is of gains under the frozen norm, certified to GAIN_TOLERANCE.
         is_close = options.mode == "exact" or options.tolerance <= GAIN_TOLERANCE
@@ -185,7 +186,7 @@ class Scorer:
             rows = table.rows(e, self.sentences.prompts[row].id, self.options)
             part: Json = {"text": rows_text(rows), "best": table.best(e, rows)}
             if e in chosen:
-                heads = table.arrays["head"][e]
+                heads = table.arrays["head"][e] if "head" in table.arrays else np.empty(0)
                 off = {name: pack(np.array(places, "<i4")) for name, places in chosen[e].items()}
                 part |= {"off": off, "heads": pack(heads.astype("<f4"))}
             yield part
@@ -323,11 +324,15 @@ class _Table:
         if kind == "attention_neuron":
             column = position + self.n_pad[e]
             weight = traced.weights[layer][e, head, column].float()
-            return float(weight * traced.values[layer][e, column, head, index])
+            value = float(weight * traced.values[layer][e, column, head, index])
+            scale = traced.attention_scale[layer]
+            return value if scale is None else value * float(scale[e, -1])
         if kind == "query_ffn_neuron":
             assert self.query is not None
             return float(self.query.coefficient[e, layer, index])
-        return float(traced.neurons[layer][e, -1, index])
+        scale = traced.ffn_scale[layer]
+        value = float(traced.neurons[layer][e, -1, index])
+        return value if scale is None else value * float(scale[e, -1])
 
 
 # --- promoted tokens -------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.stream_layers import QUERY_KEYS, ResidualModel
-from relneuron.model.trace import Trace
+from relneuron.model.stream.parts import QUERY_KEYS, ResidualModel
+from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains, logprob_gain
 
 UNIT_KINDS = ("attention", "ffn")
@@ -75,6 +75,7 @@ def query_scores(
       components are h^0 and A^l', F^l' of the layers l' < l;
     - kind `ffn`: unit (l, k), q = `key` of neuron k (gate | up row, or down: the value vector, as
       the authors' Llama notebook has it), h = r^l at the last position; A^l is a component, too.
+      In a parallel block the FFN reads h^l, and A^l is none.
 
     FFN neuron n of layer l' < l is the component m^l'_n W_down^l'[:, n], its coefficient taken at
     the unit's position. `units` are `ValueScores.attention_top` or `ffn_top`, of which the first
@@ -106,7 +107,9 @@ def query_scores(
     for layer in residual.layers:
         i = layer.layer
         above = chosen.above(i)
-        reads_attention = chosen.above(i - 1) if kind == "ffn" else above
+        reads_attention = above
+        if kind == "ffn" and not layer.is_parallel:
+            reads_attention = chosen.above(i - 1)
         add(2 * i + 1, trace.attention[i], reads_attention)
         add(2 * i + 2, trace.ffn[i], above)
         n_readers = above.sentence.bincount(minlength=n_sentences).clamp(min=1)[:, None]
@@ -115,6 +118,8 @@ def query_scores(
             some = slice(start, start + step)
             products = above.keys @ values[some].double().T
             written = above.read(trace.neurons[i][..., some])
+            if (scale := trace.ffn_scale[i]) is not None:
+                written *= above.read(scale)[:, None]
             coefficients[:, i, some].index_add_(
                 0, above.sentence, written / n_readers[above.sentence]
             )
@@ -138,12 +143,10 @@ def _read_units(
     sentence, _ = (layer >= 0).nonzero(as_tuple=True)
     gain, layer, index = (part[layer >= 0] for part in (gain.double(), layer, index))
     last = trace.mask.shape[1] - 1
-    column = torch.full_like(index, last)
-    unit, residuals = index, trace.r
+    column, unit = torch.full_like(index, last), index
     if kind == "attention":
         width = residual.n_heads * residual.head_dim
         column, unit = index // width + trace.n_pad[sentence], index % width
-        residuals = trace.h
     chosen = _Units(sentence, layer, column, gain.new_zeros(len(gain), residual.hidden))
     for number in sorted(set(layer.tolist())):
         rows = (layer == number).nonzero()[:, 0]
@@ -153,7 +156,9 @@ def _read_units(
             if kind == "attention"
             else of.ffn_keys(key, read, center=center)
         )
-        total = (chosen.at(rows).read(residuals[number]) * keys).sum(1)
+        reads_h = kind == "attention" or of.is_parallel
+        stream = (trace.h if reads_h else trace.r)[number]
+        total = (chosen.at(rows).read(stream) * keys).sum(1)
         weight = torch.where(total == 0, 0.0, gain[rows] / total)
         chosen.keys[rows] = keys * weight[:, None]
     return chosen
@@ -173,9 +178,11 @@ def promoted_tokens(
     if kind not in ("ffn_neuron", "attention_neuron"):
         raise ValueError(f"promoted_tokens: {kind!r} is no kind of neuron")
     part = residual.layers[layer]
-    values = part.ffn_values() if kind == "ffn_neuron" else part.attention_values()
-    place = index if kind == "ffn_neuron" else index % len(values)
-    logits = residual.unembed @ values[place].to(residual.unembed.dtype)
+    if kind == "ffn_neuron":
+        value = part.ffn.values(index)
+    else:
+        value = part.attention.values(index % (residual.n_heads * residual.head_dim))
+    logits = residual.unembed @ value.to(residual.unembed.dtype)
     order = (sign * logits).argsort(descending=True, stable=True)[:n]
     return list(zip(order.tolist(), logits[order].tolist(), strict=True))
 
@@ -250,13 +257,15 @@ def layer_scores(
     gain: Tensor | None = None,
     ranks: Tensor | None = None,
     offset: Tensor | None = None,
+    cap: float | None = None,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
     """The scores (E, F) of one layer's FFN neurons by some of the METHODS.
 
     `x` (E, D) base points, `values` (F, D), `coefficients` (E, F) = m, `unembed` (V, D), `scale`
-    (E,), `targets` (E,) int64, `offset` (V,). `gain` (E, F) and `ranks` (E, F) are taken where
-    they are known. In `unembed`'s dtype: float32 with gains certified to 1e-5, float64 exact.
+    (E,), `targets` (E,) int64, `offset` (V,), the `cap` of the logits. `gain` (E, F) and `ranks`
+    (E, F) are taken where they are known. In `unembed`'s dtype: float32 with gains certified to
+    1e-5, float64 exact.
     """
     wanted = unembed.dtype
     x, m = (t.to(unembed.device, wanted) for t in (x, coefficients))
@@ -267,12 +276,14 @@ def layer_scores(
             *(base, values.to(wanted), m, unembed, scale, targets),
             mode=mode,
             offset=offset,
+            cap=cap,
             backend=backend,
         )
         return cast(Tensor, found)  # tops come of mode="top" alone
 
     def logprob_of(base: Tensor) -> Tensor:
         logits = scale.to(wanted)[:, None] * (base @ unembed.T) + (0 if offset is None else offset)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         return logits.log_softmax(-1).gather(1, targets[:, None])
 
     if gain is None and any(method in _OF_GAIN for method in methods):
@@ -337,11 +348,12 @@ def traced_scores(
     return layer_scores(
         trace.r[layer][:, -1],
         residual.layers[layer].ffn_values(),
-        trace.neurons[layer][:, -1],
+        trace.ffn_coefficients(layer),
         *(residual.unembed, trace.scale, targets),
         methods=methods,
         gain=gain,
         ranks=None if ranks is None else ranks.get(layer, targets),
         offset=residual.offset if norm_bias else None,
+        cap=residual.cap,
         backend=backend,
     )

@@ -19,8 +19,8 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget
 from relneuron.model.questions import Questions, encode, object_continuations
-from relneuron.model.stream import ResidualModel
-from relneuron.model.trace import trace
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.trace import trace
 from relneuron.texts.knowledge import TargetPrompt
 from relneuron.texts.tokens import (
     Continuation,

@@ -6,15 +6,17 @@ layers, heads, positions within heads, FFN neurons and attention neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from relneuron.model.stream_layers import Norm, ResidualLayer, ResidualModel
-from relneuron.model.trace import Trace
+from relneuron.model.stream.norms import Norm
+from relneuron.model.stream.parts import ResidualLayer, ResidualModel
+from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import (
     GainLayer,
     TopGains,
@@ -54,7 +56,7 @@ class _Setting(NamedTuple):
     frozen: Tensor  # (E,) float64: scale of the final norm at the last layer's output
     targets: Tensor
     own_norm: Norm | None  # recompute the scale with it; None: `frozen` everywhere
-    shared: dict[str, Any]  # offset and backend
+    shared: dict[str, Any]  # offset, cap and backend
 
     def scale(self, x: Tensor) -> Tensor:
         """(E,): the scale at the base points x (E, D)."""
@@ -85,6 +87,12 @@ def value_scores(
     | FFN neuron (l, k)        | m_k W_down[:, k]                              | r^l |
     | attention neuron (l, j, k, p) | alpha_{T,p} val_{p,k}^j W_O[:, j d_h + k] | h^l |
 
+    r^l = h^l + A^l, of a parallel block (whose FFN reads h^l), too, so that the layers' gains add
+    up from h^0 to h^L. Where a norm stands behind W_O or W_down, v is what this norm makes of the
+    column with its scale frozen at position T: s g (.) W_down[:, k] (columns centred under a
+    LayerNorm), so the neurons of a layer add up to its write. A constant that writes are multiplied
+    with is part of v, one of the logits of `residual.unembed`; a soft cap is put on the logits.
+
     log p(w | y) = log_softmax(s * y @ unembed.T)[w] with the scale s of the final norm frozen at
     the last layer's output; `own_norm` recomputes it at x and at x + v. `norm_bias` adds what the
     final norm's bias and the lm_head's give to the logits, which the method drops.
@@ -110,22 +118,30 @@ def value_scores(
         frozen=trace.scale,
         targets=targets.to(residual.unembed.device),
         own_norm=residual.final_norm if own_norm else None,
-        shared={"offset": residual.offset if norm_bias else None, "backend": backend},
+        shared={
+            "offset": residual.offset if norm_bias else None,
+            "cap": residual.cap,
+            "backend": backend,
+        },
     )
     scores = ValueScores(*[None] * 8)
     if writes:
         found = [_writes(residual, trace, layer, setting) for layer in residual.layers]
-        scores.ffn_layer, scores.attention_layer, scores.head, scores.position = map(
-            _stack, zip(*found, strict=True)
-        )
+        stacked = list(map(_stack, zip(*found, strict=True)))
+        scores.ffn_layer, scores.attention_layer = stacked[:2]
+        if not residual.no_heads:
+            scores.head, scores.position = stacked[2:]
     if ffn is not None:
-        layers = [_ffn_neurons(trace, layer, setting) for layer in residual.layers]
-        scores.ffn_top = _top(layers, setting, top)
+        layers = [partial(_ffn_neurons, trace, layer, setting) for layer in residual.layers]
+        scores.ffn_top = _top(layers, setting, top, any(x.ffn.norm for x in residual.layers))
         scores.ffn_neuron = _all(layers, setting, ffn, tolerance)
     if attention is not None:
-        layers = [_attention_neurons(trace, layer, setting) for layer in residual.layers]
+        if residual.no_heads:
+            raise ValueError(f"value_scores: attention neurons of {residual.no_heads}")
+        layers = [partial(_attention_neurons, trace, layer, setting) for layer in residual.layers]
+        is_made = any(x.attention.norm for x in residual.layers)
         scores.attention_top = _without_padding(
-            _top(layers, setting, top), trace.n_pad, residual.n_heads * residual.head_dim
+            _top(layers, setting, top, is_made), trace.n_pad, residual.n_heads * residual.head_dim
         )
         full = _all(layers, setting, attention, tolerance)
         if full is not None:
@@ -155,29 +171,34 @@ def _vector_gains(x: Tensor, vectors: Tensor, setting: _Setting, rows: slice) ->
 
 def _writes(
     residual: ResidualModel, trace: Trace, layer: ResidualLayer, setting: _Setting
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gains of one layer's FFN write (E,), attention write (E,), heads (E, H), positions (E, H, T).
 
-    Sentences go in blocks, for all vectors of positions are as many as H * T * D numbers each.
+    Without the last two where heads are not told apart. Sentences go in blocks, for all vectors of
+    positions are as many as H * T * D numbers each.
     """
     i, dtype = layer.layer, setting.unembed.dtype
     n_sentences, n_tokens = trace.mask.shape
     n_heads, head_dim = residual.n_heads, residual.head_dim
-    values = layer.attention_values().to(dtype).reshape(n_heads, head_dim, -1)
-    size = max(1, _VECTORS // (n_tokens * n_heads * residual.hidden))
+    if n_heads:
+        values = layer.attention_values().to(dtype).reshape(n_heads, head_dim, -1)
+    size = max(1, _VECTORS // (n_tokens * max(1, n_heads) * residual.hidden))
     found = []
     for start in range(0, n_sentences, size):
         rows = slice(start, start + size)
         h, r = trace.h[i][rows, -1].to(dtype), trace.r[i][rows, -1].to(dtype)
-        coefficients = trace.coefficients(i)[rows].to(dtype)
-        coefficients = coefficients.reshape(-1, n_tokens, n_heads, head_dim)
-        positions = torch.einsum("epjk,jkd->ejpd", coefficients, values)
-        attention = trace.attention[i][rows, -1:].to(dtype)
-        vectors = torch.cat([attention, positions.sum(2), positions.flatten(1, 2)], 1)
+        vectors = trace.attention[i][rows, -1:].to(dtype)
+        if n_heads:
+            coefficients = trace.coefficients(i)[rows].to(dtype)
+            coefficients = coefficients.reshape(-1, n_tokens, n_heads, head_dim)
+            positions = torch.einsum("epjk,jkd->ejpd", coefficients, values)
+            vectors = torch.cat([vectors, positions.sum(2), positions.flatten(1, 2)], 1)
         gains = _vector_gains(h, vectors, setting, rows)
         ffn = _vector_gains(r, trace.ffn[i][rows, -1:].to(dtype), setting, rows)
         found.append(torch.cat([ffn, gains], 1))
     gains = torch.cat(found)
+    if not n_heads:
+        return gains[:, 0], gains[:, 1]
     position = gains[:, 2 + n_heads :].reshape(n_sentences, n_heads, n_tokens)
     position = position.masked_fill(~trace.mask[:, None], torch.nan)
     return gains[:, 0], gains[:, 1], gains[:, 2 : 2 + n_heads], position
@@ -187,7 +208,7 @@ def _writes(
 
 
 def _ffn_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> GainLayer:
-    x, coefficients = trace.r[layer.layer][:, -1], trace.neurons[layer.layer][:, -1]
+    x, coefficients = trace.r[layer.layer][:, -1], trace.ffn_coefficients(layer.layer)
     return _gain_layer(x, layer.ffn_values(), coefficients, setting, None)
 
 
@@ -224,7 +245,7 @@ def scale_after(norm: Norm, x: Tensor, values: Tensor, coefficients: Tensor) -> 
 
 
 def _all(
-    layers: Sequence[GainLayer], setting: _Setting, mode: str, tolerance: float
+    layers: Sequence[Callable[[], GainLayer]], setting: _Setting, mode: str, tolerance: float
 ) -> Tensor | None:
     """Gains of all neurons like their coefficients, layers in dimension 1; None for mode `top`."""
     if mode not in FULL_MODES:
@@ -246,19 +267,27 @@ def _all(
                     **setting.shared,
                 ),
             )
-            for layer in layers
+            for layer in (make() for make in layers)
         ]
     )
 
 
-def _top(layers: Sequence[GainLayer], setting: _Setting, top: int) -> TopGains:
-    """The largest gains over all layers; where each has its own scale, merged from its largest."""
-    if setting.own_norm is None:
+def _top(
+    layers: Sequence[Callable[[], GainLayer]], setting: _Setting, top: int, is_made: bool
+) -> TopGains:
+    """The largest gains over all layers.
+
+    Merged from each layer's largest where it has its own scale, or where its value vectors
+    (`is_made`) are not its weight but made of it, so that those of one layer are held at a time.
+    """
+    if setting.own_norm is None and not is_made:
         return logprob_gain_top(
-            layers, setting.unembed, setting.frozen, setting.targets, top=top, **setting.shared
+            *([make() for make in layers], setting.unembed, setting.frozen, setting.targets),
+            top=top,
+            **setting.shared,
         )
     found = []
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(make() for make in layers):
         scale = setting.scale(layer.x)
         best = logprob_gain_top(
             [layer], setting.unembed, scale, setting.targets, top=top, **setting.shared

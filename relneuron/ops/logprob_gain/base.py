@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Head(NamedTuple):
     targets: Tensor  # (E,) int64
     offset: Tensor | None  # (V,)
     norm: float  # the largest norm of a row of `unembed`
+    cap: float | None = None  # logits are cap * tanh(logits / cap), the offset included
+
+    @property
+    def bend(self) -> float:
+        """The largest second derivative of a logit in what the cap is put on, 0 without one."""
+        return 0.0 if self.cap is None else 4 / 27**0.5 / self.cap
 
 
 class Pairs(NamedTuple):
@@ -77,9 +83,15 @@ def blocks(n: int, width: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
-def make_head(unembed: Tensor, scale: Tensor, targets: Tensor, offset: Tensor | None) -> Head:
+def make_head(
+    unembed: Tensor,
+    scale: Tensor,
+    targets: Tensor,
+    offset: Tensor | None,
+    cap: float | None = None,
+) -> Head:
     """The head, its longest row found."""
-    return Head(unembed, scale.double(), targets, offset, _largest_norm(unembed))
+    return Head(unembed, scale.double(), targets, offset, _largest_norm(unembed), cap)
 
 
 # The norm of the last unembed: (its storage, its place and version there, the norm). One object, so
@@ -109,7 +121,8 @@ class Base:
 
     With b = unembed @ v of a neuron and the factors t = scale * c, tilt = scale_after / scale - 1
     (t = scale_after * c where the norm is recomputed), the logits at x + c v are those at x, plus
-    t b + tilt z with z = scale * unembed @ x. `z` is kept relative to the target's.
+    t b + tilt z with z = scale * unembed @ x. `z` is kept relative to the target's, under a cap as
+    it is. A cap is put on what that gives: all that is linear here is its tangent at x then.
     """
 
     def __init__(
@@ -130,29 +143,47 @@ class Base:
         # In float64, which for E rows costs little: what is off here is off in every neuron's gain.
         self._total = logsumexp(head, x)
         mean = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        self._read(mean)
+        mean_z, span = self._read(mean)
         self.logp_span = -self.logp.amin(1)
+        target = tangent = head.unembed[head.targets].double()
+        if head.cap is not None:
+            # What the cap is put on, at the target.
+            z = target_logits(head, x)
+            self.at_target = uncapped(head, z, head.targets[:, None])
+            self.at_span = span / head.cap
+            slope = slope_of(head, self.at_target)
+            tangent, mean_z = target * slope, mean_z - (slope * z)[:, 0]
         if self.z is not None:
-            self.z_span, self.mean_z = self.z.abs().amax(1), (self.p() * self.z).sum(1)
-        target = head.unembed[head.targets].double()
-        norm, dots = _dots(values, torch.cat([target, target - mean]))
+            self.z_span, self.mean_z = self.z.abs().amax(1), mean_z.to(kind)
+        norm, dots = _dots(values, torch.cat([target, tangent - mean]))
         self.value_norm, dots = norm.to(kind), dots.to(kind)
         self.target_dot, self.direction_dot = dots[: len(x)], dots[len(x) :]  # (E, K) each
 
-    def _read(self, mean: Tensor | None = None) -> None:
+    def _read(self, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log p of all tokens (E, V), where the scale changes z less the target's, and into `mean`
-        E_p of the unembedding's rows."""
+        E_p of the unembedding's rows. Returns E_p of z (E,) float64, both times the slope, and the
+        largest of what a cap is put on."""
         head, kind, shape = self.head, self.t.dtype, (len(self.x), len(self.head.unembed))
         self._logp: Tensor | None = torch.empty(shape, dtype=kind, device=self.x.device)
         self._z = torch.empty_like(self._logp) if self.tilt is not None else None
         target = target_logits(head, self.x)
+        mean_z = torch.zeros_like(target[:, 0])
+        span = torch.zeros_like(mean_z)
         for tokens, rows, z in base_logits(head, self.x):
-            logp = add_offset(head, z, tokens) - self._total
+            logp = finished(head, z, tokens) - self._total
             self._logp[:, tokens] = logp
+            if head.cap is None:
+                z = z - target
             if self._z is not None:
-                self._z[:, tokens] = z - target
+                self._z[:, tokens] = z
             if mean is not None:
-                mean += logp.exp() @ rows
+                p = logp.exp()
+                if head.cap is not None:
+                    at = uncapped(head, z, tokens)
+                    p, span = p * slope_of(head, at), torch.maximum(span, at.abs().amax(1))
+                mean += p @ rows
+                mean_z += (p * z).sum(1)
+        return mean_z, span
 
     def rest(self) -> None:
         """Forget what has E x V numbers, until it is asked for again, unless it `is_held`."""
@@ -197,7 +228,9 @@ class Base:
     def first_order(self) -> Tensor:
         """The gain's first-order part (E, P, K): no gain is larger, as log p(w) is concave.
 
-        t (b_w - E_p b) + tilt (z_w - E_p z), z_w = 0; rounding aside, see `rounding`.
+        t (b_w - E_p b) + tilt (z_w - E_p z), z_w = 0; rounding aside, see `rounding`. Of a capped
+        head b and z are times the slope of each logit at x, and a gain may be larger by `bend` *
+        reach^2.
         """
         gain = self.t * self.direction_dot[:, None, :]
         if self.tilt is not None:
@@ -240,16 +273,27 @@ def target_logits(head: Head, x: Tensor) -> Tensor:
     return (x.double() * head.scale[:, None] * rows).sum(1, keepdim=True)
 
 
-def add_offset(head: Head, logits: Tensor, tokens: slice | Tensor) -> Tensor:
-    """Logits with the offset of those tokens."""
+def finished(head: Head, logits: Tensor, tokens: slice | Tensor) -> Tensor:
+    """Logits with the offset of those tokens, and capped."""
+    logits = uncapped(head, logits, tokens)
+    return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
+def uncapped(head: Head, logits: Tensor, tokens: slice | Tensor) -> Tensor:
+    """Logits with the offset of those tokens: what a cap is put on."""
     return logits if head.offset is None else logits + head.offset[tokens].double()
 
 
+def slope_of(head: Head, logits: Tensor) -> Tensor:
+    """The derivative of capped logits in what the cap is put on, `logits` of it."""
+    return torch.cosh(logits / cast(float, head.cap)).reciprocal().square()
+
+
 def logsumexp(head: Head, x: Tensor) -> Tensor:
-    """log of the sum of exp(logits at x with the offset), (E, 1) float64."""
+    """log of the sum of exp(logits at x, finished), (E, 1) float64."""
     total = torch.full((len(x), 1), -torch.inf, dtype=torch.float64, device=x.device)
     for tokens, _, z in base_logits(head, x):
-        part = add_offset(head, z, tokens).logsumexp(1, keepdim=True)
+        part = finished(head, z, tokens).logsumexp(1, keepdim=True)
         total = torch.logaddexp(total, part)
     return total
 
@@ -293,7 +337,7 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
     few = head._replace(scale=head.scale[used], targets=head.targets[used])
     x = base.x[used]
     z_target = target_logits(few, x)
-    at_target = add_offset(few, z_target, few.targets[:, None])
+    at_target = finished(few, z_target, few.targets[:, None])
     before = (at_target - logsumexp(few, x))[:, 0]
     t, tilt = base.factors(place)
     neuron = place % base.shape[2]
@@ -308,11 +352,19 @@ def exact_gains(base: Base, place: Tensor) -> Tensor:
         total = torch.full((len(chosen),), -torch.inf, dtype=wide, device=place.device)
         for tokens, vectors, z in base_logits(few, x):
             moved = (values @ vectors.T)[own_row] * t_own
-            if tilt is not None:
-                moved += tilt[chosen, None] * (z - z_target)[sentence]
-            moved += add_offset(few, z, tokens)[sentence]
+            if head.cap is not None:
+                grown = 1 if tilt is None else 1 + tilt[chosen, None]
+                moved = finished(head, moved + grown * z[sentence], tokens)
+            else:
+                if tilt is not None:
+                    moved += tilt[chosen, None] * (z - z_target)[sentence]
+                moved += finished(few, z, tokens)[sentence]
             total = torch.logaddexp(total, moved.logsumexp(1))
         target = (values[own_row] * head.unembed[few.targets[sentence]].to(wide)).sum(1)
         moved_target = at_target[sentence, 0] + target * t[chosen]
+        if head.cap is not None:
+            grown = 1 if tilt is None else 1 + tilt[chosen]
+            moved_target = target * t[chosen] + grown * z_target[sentence, 0]
+            moved_target = finished(few, moved_target, few.targets[sentence])
         result[chosen] = moved_target - total - before[sentence]
     return result

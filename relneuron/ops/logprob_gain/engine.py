@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relneuron.ops.backends import cpu_module, triton_module
 from relneuron.ops.logprob_gain.base import UNIT, Base, Pairs, exact_gains, make_pairs
+from relneuron.ops.logprob_gain.capped import capped_move, capped_rounding, capped_sums
 
 # The Triton kernels' sums hold while logits move by at most this; what moves further is settled in
 # float64.
@@ -54,13 +55,20 @@ class Engine:
         log_sums, largest = self._log_sums(base, pairs, t, tilt)
         neuron = pairs.place % base.shape[2]
         sentence = pairs.sentence.long()
-        gains = t.double() * base.target_dot[sentence, neuron] - log_sums
+        moved = t.double() * base.target_dot[sentence, neuron]
+        if base.head.cap is not None:
+            moved = capped_move(base, moved, tilt, sentence)
+        gains = moved - log_sums
         reach = t.abs() * base.value_norm[neuron] * base.head.norm
         moves = t.abs() * largest.repeat_interleave(pairs.row_start.diff())
         if tilt is not None:
             tilted = tilt.abs() * base.z_span[sentence]
             reach, moves = reach + tilted, moves + tilted
-        rounding = base.sum_rounding(reach, moves, sentence, self.backend)
+        # A cap is taken off and put on by plain torch, whose products may be one long chain.
+        products = self.backend if base.head.cap is None else "triton"
+        rounding = base.sum_rounding(reach, moves, sentence, products)
+        if base.head.cap is not None:
+            rounding = rounding + capped_rounding(base, moves, sentence)
         errors = rounding.double() + UNIT * gains.abs()
         lost = ~gains.isfinite()
         if bool(lost.any()):
@@ -77,6 +85,8 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """log of the sum over tokens of p exp(t b + tilt z) (n,) float64, NaN where float32 fails,
         and the largest |b| of each neuron (U,)."""
+        if base.head.cap is not None:
+            return capped_sums(base, pairs, t, tilt)
         if self.backend == "cpu":
             return _cpu_sums(base, pairs, t, tilt)
         kernels = triton_module("logprob_gain")
@@ -118,9 +128,11 @@ class Engine:
         reach = base.reach()
         rounding = base.rounding(reach)
         # The variance of what moves by at most `reach` is at most reach^2, and half of it is what
-        # the first-order gain can be too large by; its middle is taken.
-        beyond = reach * reach / 4
-        gains = base.first_order() - beyond
+        # the first-order gain can be too large by; its middle is taken. A cap bends both of the
+        # target's logit and of the others' mean, by at most bend / 2 * reach^2 to either side.
+        square = reach * reach
+        gains = base.first_order() - square / 4
+        beyond = square / 4 + base.head.bend * square
         is_open = (beyond + rounding > tolerance).reshape(-1)
         flat = gains.reshape(-1)
         if self._wants_moments(base, is_open):
@@ -133,7 +145,7 @@ class Engine:
         return gains
 
     def _wants_moments(self, base: Base, is_open: Tensor) -> bool:
-        if base.tilt is not None or not bool(is_open.any()):
+        if base.tilt is not None or base.head.cap is not None or not bool(is_open.any()):
             return False
         if self.backend == "triton":
             return True

@@ -2,7 +2,8 @@
 
 ops/logprob_gain/op.py calls it. Neurons are visited by the upper bound of their gain, first-order
 plus rounding, until the bound of the next is below the worst gain of a full list (arXiv 2312.12141
-has no such search; log p(w) is concave along a value vector, so its tangent is above it).
+has no such search; log p(w) is concave along a value vector, so its tangent is above it, and with a
+soft cap on the logits is at most `bend` * reach^2 below).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Search:
         self.engine, self.bases, self.top = engine, bases, top
         bounds, sizes = [], []
         for base, usable in zip(bases, valid, strict=True):
-            bound = base.first_order() + base.rounding(base.reach())
+            reach = base.reach()
+            bound = base.first_order() + base.rounding(reach) + base.head.bend * reach * reach
             if usable is not None:
                 bound = bound.masked_fill(~usable[:, :, None], -torch.inf)
             bounds.append(bound.reshape(len(base.x), -1))

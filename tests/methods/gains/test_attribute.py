@@ -21,8 +21,8 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import read_prompts
 from relneuron.methods.gains.comparison import METHODS, Sizes
 from relneuron.methods.gains.options import KINDS
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import trace
 from relneuron.ops.logprob_gain.op import TopGains
 from tests.kit.attributed import (
     FAMILIES,

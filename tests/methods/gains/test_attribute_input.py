@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import relneuron.methods.gains.attribute as attribute_module
 import relneuron.methods.gains.scorer
@@ -162,10 +163,12 @@ def test_models_that_cannot_be_attributed(llama: Attributed, tmp_path: Path) -> 
     offloaded = tiny_model("llama")
     offloaded.lm_head.weight = torch.nn.Parameter(offloaded.lm_head.weight.to("meta"))
     training = tiny_model("llama").train()
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    recurrent = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
     for model, cause in (
         (offloaded, "lm_head.weight is offloaded"),
         (training, "train mode"),
-        (tiny_model("gemma2"), "Gemma2ForCausalLM cannot be attributed"),
+        (recurrent, "MambaForCausalLM cannot be attributed"),
     ):
         with pytest.raises(RelneuronError, match=cause):
             attribute("m", model, llama.tokenizer, llama.path, tmp_path / "out", QUICK)

@@ -29,8 +29,9 @@ from relneuron.methods.gains.comparison import (
 )
 from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import ValueScores, value_scores
-from relneuron.model.stream import ResidualModel, read_residual_model
-from relneuron.model.trace import Trace, trace
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import Trace, trace
 from relneuron.ops.logprob_gain.op import TopGains
 from tests.kit.attributed import (
     FAMILIES,

@@ -12,8 +12,9 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.methods.gains import scores as scores_module
 from relneuron.methods.gains.comparison import METHODS, TargetRanks, method_scores
 from relneuron.methods.gains.scores import layer_scores, target_ranks
-from relneuron.model.stream import ResidualModel, read_residual_model
-from relneuron.model.trace import Trace, trace
+from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import Trace, trace
 from tests.kit.attributed import (
     FAMILIES,
     N_LAYERS,

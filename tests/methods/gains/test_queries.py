@@ -11,8 +11,8 @@ from torch import Tensor
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.gains.scores import promoted_tokens, query_scores
 from relneuron.methods.gains.values import value_scores
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import Trace, trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import Trace, trace
 from relneuron.ops.logprob_gain.op import TopGains
 from tests.kit.attributed import (
     FAMILIES,
@@ -191,6 +191,8 @@ def published_stream(kind: str) -> tuple[Any, Trace, TopGains]:
         attention=attention[:n_layers],
         ffn=ffn[:n_layers],
         neurons=[torch.tensor([[[0.3, -1.2]]], dtype=torch.float64), off, off],
+        ffn_scale=[None] * 3,
+        attention_scale=[None] * 3,
     )
     one = torch.ones(1, 1, dtype=torch.int64)
     units = TopGains(0.04 * one.double(), one * (n_layers - 1), 0 * one)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from relneuron.methods.gains.values import KINDS, ValueScores, value_scores
-from relneuron.model.stream import read_residual_model
-from relneuron.model.trace import Trace, trace
+from relneuron.model.stream.read import read_residual_model
+from relneuron.model.stream.trace import Trace, trace
 from relneuron.ops.logprob_gain.op import TopGains
 from tests.kit.attributed import (
     FAMILIES,
@@ -278,6 +278,8 @@ def ffn_stream() -> tuple[Any, Trace]:
         attention=[torch.zeros_like(x)],
         ffn=[y - x],
         neurons=[vector(2, -0.5)],
+        ffn_scale=[None] * 1,
+        attention_scale=[None] * 1,
         weights=[torch.zeros(1, 1, 1, dtype=torch.float64)],
         values=[torch.zeros(1, 1, 1, 2, dtype=torch.float64)],
     )
@@ -317,6 +319,8 @@ def test_published_vector_of_attention_neurons() -> None:
         attention=[write],
         ffn=[torch.zeros_like(h)],
         neurons=[torch.zeros(1, 2, 2, dtype=torch.float64)],
+        ffn_scale=[None] * 1,
+        attention_scale=[None] * 1,
         weights=[torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)],
         values=[torch.tensor([[[[0.5, 1]], [[-1, 0.25]]]], dtype=torch.float64)],
     )

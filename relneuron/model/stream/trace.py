@@ -1,7 +1,7 @@
 """One forward pass over a few sentences, with everything that is written into the residual stream.
 
 `methods/gains/values.py`, `methods/gains/scores.py` and the comparison of methods score what
-stands in a `Trace`; `model/stream.py` checks with it that a model adds up as they assume.
+stands in a `Trace`; `read.py` checks with it that a model adds up as they assume.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,12 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import pad
-from relneuron.model.stream_layers import ResidualLayer, ResidualModel
+from relneuron.model.stream.parts import Heads, ResidualLayer, ResidualModel, Write
 
-_PARTS = ("h", "r", "attention", "ffn", "neurons", "weights", "values")
+_PARTS = (
+    *("h", "r", "attention", "ffn", "neurons", "ffn_scale", "attention_scale"),
+    *("weights", "values"),
+)
 
 
 @dataclass
@@ -40,18 +42,35 @@ class Trace:
     attention: list[Tensor] = field(default_factory=list)  # (E, T, D): the attention write
     ffn: list[Tensor] = field(default_factory=list)  # (E, T, D): the FFN write
     neurons: list[Tensor] = field(default_factory=list)  # (E, T, F): inputs of `down`
+    # (E, T) float64: what neurons are multiplied with behind their maps; None: 1 everywhere
+    ffn_scale: list[Tensor | None] = field(default_factory=list)
+    attention_scale: list[Tensor | None] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)  # (E, H, T): of the last position
     values: list[Tensor] = field(default_factory=list)  # (E, T, H, d_h), value heads repeated
 
     def coefficients(self, layer: int) -> Tensor:
         """(E, T, H * d_h): what position p and coordinate k of head j give to the last position.
 
-        alpha_{T,p} * val_{p,k}, the factor of the value vector W_O[:, j d_h + k]; in float32 for
-        models of 16 bits.
+        alpha_{T,p} * val_{p,k}, the factor of the value vector of coordinate j d_h + k, times the
+        scale of the attention's write at T, if it has one; in float32 for models of 16 bits.
         """
         weights = self.weights[layer].transpose(1, 2).unsqueeze(-1)
         wide = torch.promote_types(weights.dtype, torch.float32)
-        return (weights.to(wide) * self.values[layer].to(wide)).flatten(2)
+        heads = (weights.to(wide) * self.values[layer].to(wide)).flatten(2)
+        scale = self.attention_scale[layer]
+        return heads if scale is None else heads * scale[:, -1:, None].to(wide)
+
+    def ffn_coefficients(self, layer: int) -> Tensor:
+        """(E, F): the factor of each FFN neuron's value vector at the last position.
+
+        The neuron, times the scale of the FFN's write there, if it has one; then in float32 for
+        models of 16 bits.
+        """
+        neurons, scale = self.neurons[layer][:, -1], self.ffn_scale[layer]
+        if scale is None:
+            return neurons
+        wide = torch.promote_types(neurons.dtype, torch.float32)
+        return neurons.to(wide) * scale[:, -1:].to(wide)
 
 
 @contextmanager
@@ -73,34 +92,25 @@ def eager_attention(model: Any) -> Iterator[None]:
             setattr(config, name, implementation)
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A module's first input, however its caller passed it."""
-    found = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the first input is a {type(found).__name__}, not a tensor")
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's first tensor, however its caller passed it."""
+    found = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    if found is None:
+        raise TypeError("a module reads no tensor")
     return found
 
 
-def _append_input(to: list[Tensor], _: Any, args: Any, kwargs: Any) -> None:
-    to.append(_input(args, kwargs).detach())
-
-
-def _append_output(to: list[Tensor], _module: Any, _args: Any, output: Tensor) -> None:
-    to.append(output.detach())
-
-
-def _append_weights(to: list[Tensor], module: Any, _args: Any, output: Any) -> None:
-    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-    if not isinstance(weights, Tensor) or weights.dim() != 4:
-        raise RelneuronError(
-            f"{type(module).__name__} gives no attention weights, not even when eager",
-            "give a model with the attention functions of transformers 5 or newer",
-        )
-    to.append(weights[:, :, -1].detach().clone())
+def _tensor(output: Any) -> Tensor:
+    """What a module gives, the first part of it where there are several."""
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found.detach()
 
 
 class _Reading:
-    """The hooks that fill a trace; a context manager, so that none of them stays."""
+    """The hooks that fill a trace; a context manager, so that none of them stays.
+
+    What is added to the stream is copied, as some models add in place.
+    """
 
     def __init__(self, residual: ResidualModel, found: Trace) -> None:
         self.residual, self.found, self._stack = residual, found, ExitStack()
@@ -109,38 +119,73 @@ class _Reading:
         with ExitStack() as stack:
             for layer in self.residual.layers:
                 self._read_layer(stack, layer)
-            self._read_input(stack, self.residual.final_norm.module, self.found.h)
+            last = self.residual.layers[-1].module
+            self._read_output(stack, last, lambda y: self.found.h.append(_tensor(y).clone()))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _shaped(self, tensor: Tensor) -> Tensor:
+        """(E, T, n), also of what a model has flattened to (E * T, n)."""
+        return tensor.detach().reshape(*self.found.mask.shape, -1)
+
     def _read_input(self, stack: ExitStack, module: nn.Module, to: list[Tensor]) -> None:
-        hook = module.register_forward_pre_hook(partial(_append_input, to), with_kwargs=True)
-        stack.callback(hook.remove)
+        def read(_: Any, args: Any, kwargs: Any) -> None:
+            to.append(self._shaped(_first(args, kwargs)).clone())
+
+        stack.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
 
     def _read_output(
-        self, stack: ExitStack, module: nn.Module, read: Callable[..., None], to: list[Tensor]
+        self, stack: ExitStack, module: nn.Module, read: Callable[[Any], None]
     ) -> None:
-        stack.callback(module.register_forward_hook(partial(read, to)).remove)
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            read(output)
+
+        stack.callback(module.register_forward_hook(hook).remove)
 
     def _read_layer(self, stack: ExitStack, layer: ResidualLayer) -> None:
-        found, heads = self.found, self.residual.n_heads
-        repeats = heads // self.residual.n_kv_heads
-
-        def append_values(to: list[Tensor], _module: Any, _args: Any, output: Tensor) -> None:
-            values = layer.value.of(output.detach())
-            values = values.reshape(*values.shape[:2], heads // repeats, -1)
-            to.append(values.repeat_interleave(repeats, dim=2))
-
-        self._read_input(stack, layer.attention_norm.module, found.h)
-        self._read_output(stack, layer.value.module, append_values, found.values)
-        self._read_output(stack, layer.attention, _append_weights, found.weights)
-        self._read_output(stack, layer.out, _append_output, found.attention)
-        self._read_input(stack, layer.ffn_norm.module, found.r)
+        found = self.found
+        self._read_input(stack, layer.module, found.h)
         self._read_input(stack, layer.down, found.neurons)
-        self._read_output(stack, layer.down, _append_output, found.ffn)
+        self._read_write(stack, layer.ffn, found.ffn, found.ffn_scale)
+        self._read_write(stack, layer.attention, found.attention, found.attention_scale)
+        if layer.heads is not None:
+            self._read_heads(stack, layer.heads)
+
+    def _read_write(
+        self, stack: ExitStack, write: Write, to: list[Tensor], scales: list[Tensor | None]
+    ) -> None:
+        def read(output: Any) -> None:
+            to.append(write.added(self._shaped(_tensor(output))).clone())
+
+        def read_scale(output: Any) -> None:
+            y = self._shaped(_tensor(output))
+            scales.append(write.scale(y) if write.is_scaled else None)
+
+        # In this order, should both be one module.
+        self._read_output(stack, write.linear or write.source, read_scale)
+        self._read_output(stack, write.source, read)
+
+    def _read_heads(self, stack: ExitStack, heads: Heads) -> None:
+        def read_values(output: Any) -> None:
+            values = heads.value.rows.of(self._shaped(_tensor(output)))
+            self.found.values.append(values.reshape(*values.shape[:2], heads.n, -1))
+
+        def read_weights(output: Any) -> None:
+            parts = output[1:] if isinstance(output, tuple) else ()
+            weights = [v for v in parts if isinstance(v, Tensor) and v.dim() == 4]
+            if not weights:
+                raise RelneuronError(
+                    f"{type(heads.module).__name__} gives no attention weights, not even when "
+                    "eager",
+                    "give a model with the attention functions of transformers 5 or newer",
+                )
+            self.found.weights.append(weights[0][:, :, -1].detach().clone())
+
+        self._read_output(stack, heads.value.rows.module, read_values)
+        self._read_output(stack, heads.module, read_weights)
 
 
 @torch.no_grad()
@@ -154,10 +199,11 @@ def trace(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
     if not ids or not all(ids):
         raise RelneuronError("there is a sentence without a token", "remove empty sentences")
     lengths = sorted({len(line) for line in ids})
-    if residual.unembed.dtype != torch.float64 or len(lengths) == 1:
+    if len(lengths) == 1 or (residual.pads and residual.unembed.dtype != torch.float64):
         return _run(residual, ids)
-    # Eager attention casts a float64 model's mask to float32, where its least number is -inf; rows
-    # of padding alone would be NaN, and so would be everything that sees them.
+    # Some models see padding, as a recurrence does. And eager attention casts a float64 model's
+    # mask to float32, where its least number is -inf; rows of padding alone would be NaN, and so
+    # would be everything that sees them.
     found = _empty(
         residual, torch.tensor([lengths[-1] - len(line) for line in ids], device="cpu"), lengths[-1]
     )
@@ -185,6 +231,9 @@ def _put(whole: Trace, part: Trace, rows: list[int]) -> None:
         ours, theirs = getattr(whole, name), getattr(part, name)
         dim = 2 if name == "weights" else 1
         for layer, tensor in enumerate(theirs):
+            if tensor is None:
+                ours += [None] * (layer == len(ours))
+                continue
             if len(ours) == layer:
                 shape = list(tensor.shape)
                 shape[0], shape[dim] = len(whole.mask), n_tokens
@@ -198,15 +247,28 @@ def _run(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
     model, unembed = residual.model, residual.unembed
     tokens, mask = pad(ids, unembed.device)
     found = _empty(residual, tokens.shape[1] - mask.sum(1), tokens.shape[1])
-    keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     with eager_attention(model), _Reading(residual, found):
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            **({"logits_to_keep": 1} if keep else {}),
-        )
-    found.logits = output.logits[:, -1].float()
+        logits = last_logits(model, tokens, mask)
+    found.logits = logits.float()
     found.scale = residual.final_norm.scale(found.h[-1][:, -1])
+    pairs = zip(found.h, found.attention, strict=False)  # h has one more
+    found.r = [h + attention for h, attention in pairs]
     return found
+
+
+def last_logits(model: Any, tokens: Tensor, mask: Tensor) -> Tensor:
+    """(E, V): the logits of the last of left-padded tokens (E, T), with explicit positions.
+
+    A model that takes no positions counts them itself.
+    """
+    known = inspect.signature(model.forward).parameters
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        use_cache=False,
+        **({"position_ids": positions} if "position_ids" in known else {}),
+        **({"logits_to_keep": 1} if "logits_to_keep" in known else {}),
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits

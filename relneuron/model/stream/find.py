@@ -1,0 +1,370 @@
+"""What every part of a decoder layer does, told from one recorded forward and not from names.
+
+`read.py` calls it for each layer, and proves what is found here on other sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relneuron.model.layers import Unfound
+from relneuron.model.stream.norms import Norm
+from relneuron.model.stream.parts import (
+    ORDERS,
+    Heads,
+    Read,
+    ResidualLayer,
+    Rows,
+    Write,
+    added_up,
+    matrix,
+)
+from relneuron.model.stream.probe import N_TOKENS, Call, Calls, as_norm, same
+
+_ROUNDINGS = 8  # units of the dtype's eps that a sum of the self-check may be off by, and at least
+_FLOAT32_SUMS = 2.0**-16  # what float32 sums over thousands of terms may; all norms are float32
+_NEAR = 0.02  # how far a fitted factor may be from the number that the model holds
+# Activations that some MLPs call as plain functions.
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    F.relu,
+    F.silu,
+    F.gelu,
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: F.relu(x).square(),
+)
+
+
+def is_rounded(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether every number of theirs is that of ours, rounded to their dtype and a little more."""
+    if ours.shape != theirs.shape:
+        return False
+    limit = torch.finfo(theirs.dtype).eps * theirs.double().abs()
+    tiny = torch.finfo(theirs.dtype).tiny
+    return bool(((ours.double() - theirs.double()).abs() <= limit + tiny).all())
+
+
+def agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Equal up to the rounding of `dtype`, by default theirs, relative to the largest number."""
+    if ours.shape != theirs.shape:
+        return False
+    limit = max(_ROUNDINGS * torch.finfo(dtype or theirs.dtype).eps, _FLOAT32_SUMS)
+    largest = theirs.double().abs().max()
+    return bool((ours.double() - theirs.double()).abs().max() <= limit * largest)
+
+
+def held_numbers(*holders: Any) -> list[float]:
+    """The fractions that modules and configs hold, plain or as tensors of one number, each once."""
+    found: list[float] = [1.0]
+    for holder in holders:
+        values = list(vars(holder).values())
+        if isinstance(holder, nn.Module):
+            values += [*holder._buffers.values(), *holder._parameters.values()]
+        for value in values:
+            if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+                value = float(value)
+            if isinstance(value, float) and value == value and value not in (0.0, *found):
+                found.append(value)
+    return found
+
+
+# --- the MLP ---------------------------------------------------------------------------------
+
+
+class _MLP(NamedTuple):
+    down: Call
+    gate: tuple[Rows, Call]
+    up: tuple[Rows, Call]
+
+
+def _mlps(calls: Calls, hidden: int) -> Iterator[_MLP]:
+    """Linear maps to the stream whose input is activation(gate) * up or activation(up)."""
+    for down in reversed([call for call in calls.linears() if call.y.shape[1] == hidden]):
+        found = _inputs(calls, down.x)
+        if found is not None:
+            yield _MLP(down, *found)
+
+
+def _inputs(calls: Calls, neurons: Tensor) -> tuple[tuple[Rows, Call], tuple[Rows, Call]] | None:
+    """The rows of linear maps that the neurons (N, F) are made of; gate and up, maybe the same."""
+    normed = calls.norm_giving(neurons)
+    if normed is not None:
+        neurons = normed[1].x
+    width = neurons.shape[1]
+    ups = [
+        (Rows(call.module, (start,), width), call)
+        for call in calls.linears()
+        if call.y.shape[1] in (width, 2 * width)
+        for start in range(0, call.y.shape[1], width)
+    ]
+    for act, gate in _activated(calls, ups, width):
+        if act.dtype != neurons.dtype:
+            continue
+        if torch.equal(act, neurons):
+            return gate, gate
+        for up in ups:
+            if is_rounded(act * up[0].of(up[1].y), neurons):
+                return gate, up
+    return None
+
+
+def _activated(
+    calls: Calls, maps: list[tuple[Rows, Call]], width: int
+) -> Iterator[tuple[Tensor, tuple[Rows, Call]]]:
+    """Tensors (N, F) that are a function of a map's outputs, number by number, and these."""
+    for call in calls:
+        is_function = call.is_leaf and not call.is_linear and not same(call.x, call.y)
+        if is_function and call.x.shape[1] == call.y.shape[1] == width:
+            gate = calls.made(call.x)
+            if gate is not None and as_norm(call) is None:
+                yield call.y, gate
+    for gate in maps:
+        for function in _FUNCTIONS:
+            yield function(gate[0].of(gate[1].y)), gate
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def _write(calls: Calls, source: Call, factor: float) -> Write:
+    """The write whose source is a call: a linear map, a norm behind one, or neither."""
+    norm: Norm | None = None
+    y = source.y
+    behind = calls.norm_giving(y)
+    if behind is not None:
+        norm, call = behind
+        y = call.x
+        source = call
+    linear = next((call.module for call in calls.linears() if same(call.y, y)), None)
+    return Write(source.module, linear, norm if linear is not None else None, factor)
+
+
+class _Sum(NamedTuple):
+    attention: Call
+    ffn: Call
+    factors: tuple[float, float]
+    order: int
+
+
+def _sum(calls: Calls, mlp: _MLP, h: Tensor, after: Tensor, numbers: list[float]) -> _Sum:
+    """The two calls whose outputs, times factors, make the layer's output of its input."""
+    behind = calls.norm_reading(mlp.down.y)
+    ffns = [mlp.down] if behind is None else [behind[1], mlp.down]
+    scaled = ""
+    for ffn in ffns:
+        for attention in calls:
+            y = attention.y
+            if y.shape != h.shape or y.dtype != h.dtype:
+                continue
+            if any(same(y, other) for other in (h, after, mlp.down.y, ffn.y)):
+                continue
+            fitted = _fit(h, after, y, ffn.y)
+            if fitted is None:
+                continue
+            for factors in product(*(_near(one, numbers) for one in fitted)):
+                first, second = factors
+                writes = (y if first == 1 else y * first, ffn.y if second == 1 else ffn.y * second)
+                parts = (h, *writes)
+                for order in range(len(ORDERS)):
+                    if is_rounded(added_up(parts, order), after):
+                        return _Sum(attention, ffn, (first, second), order)
+            scaled = scaled or _said(fitted)
+    raise Unfound(scaled or _why_no_sum(calls, h, ffns[0].y, after))
+
+
+class _Factor(NamedTuple):
+    """A fitted factor, and how far from it the true one may be."""
+
+    value: float
+    error: float
+
+
+def _fit(
+    h: Tensor, after: Tensor, attention: Tensor, ffn: Tensor
+) -> tuple[_Factor, _Factor] | None:
+    """The factors with which two writes make `after` of `h`, if they do but for rounding."""
+    total = (after.double() - h.double()).flatten().cpu()
+    both = torch.stack([attention.double().flatten(), ffn.double().flatten()], 1).cpu()
+    if not bool(both.isfinite().all() & total.isfinite().all()):
+        return None
+    factors = torch.linalg.lstsq(both, total[:, None]).solution[:, 0]
+    left = float((both @ factors - total).norm())
+    rounding = torch.finfo(h.dtype).eps * float(h.double().norm() + after.double().norm())
+    if not left <= 0.01 * float(total.norm()) + rounding:
+        return None
+    errors = 4 * left / len(total) ** 0.5 / both.norm(dim=0)
+    one, two = zip(factors.tolist(), errors.tolist(), strict=True)
+    return _Factor(*one), _Factor(*two)
+
+
+def _near(factor: _Factor, numbers: Iterable[float]) -> list[float]:
+    """The numbers that a fitted factor may be, the nearest first."""
+    limit = factor.error + _NEAR * abs(factor.value)
+    found = [n for n in numbers if abs(n - factor.value) <= limit]
+    return sorted(found, key=lambda n: abs(n - factor.value))
+
+
+def _said(fitted: tuple[_Factor, _Factor]) -> str:
+    """The reason for factors that the model does not hold."""
+    names = ("the attention's write", "the MLP's write")
+    parts = [
+        f"{name} is scaled by {factor.value:.3g} before it is added"
+        for name, factor in zip(names, fitted, strict=True)
+        if abs(factor.value - 1) > factor.error + 1e-3
+    ]
+    return " and ".join(parts)
+
+
+def _why_no_sum(calls: Calls, h: Tensor, ffn: Tensor, after: Tensor) -> str:
+    """The reason for a layer whose output is no sum of its input and two writes."""
+    if calls.norm_giving(after) is not None:
+        return "a norm at its end scales the whole stream, so what was written before is not kept"
+    for call in calls:
+        if call.y.shape == h.shape and not same(call.y, ffn) and not same(call.y, after):
+            columns = torch.stack([t.double().flatten() for t in (h, call.y, ffn)], 1).cpu()
+            total = after.double().flatten().cpu()
+            factors = torch.linalg.lstsq(columns, total[:, None]).solution[:, 0]
+            left = float((columns @ factors - total).norm())
+            if abs(float(factors[0]) - 1) > _NEAR and left < 1e-3 * float(total.norm()):
+                return f"it scales the stream by {float(factors[0]):.3g} before it adds to it"
+    if any(call.x.shape == h.shape and is_rounded(call.x + ffn, after) for call in calls):
+        return "what is added before its MLP is not what one module gives, nor a multiple of it"
+    return "its output is not its input + what its attention and its MLP give"
+
+
+# --- heads -----------------------------------------------------------------------------------
+
+
+def _heads(calls: Calls, attention: Call, write: Write, h: Tensor) -> Heads:
+    """The heads of an attention; Unfound says why they cannot be told apart.
+
+    At a sentence's first token a head looks at nothing else, so it gives the value of this token,
+    times its weight: outputs of a linear map, wherever they lie in it.
+    """
+    outs = [call for call in calls.linears() if call.module is write.linear]
+    giving = [call for call in calls if call.weights is not None]
+    if not outs:
+        raise Unfound("what its attention writes is not the output of a linear map")
+    if not giving:
+        raise Unfound("its attention gives no weights")
+    out, weights = outs[-1], _weights(giving[0])
+    n_heads = weights.shape[1]
+    if out.x.shape[1] % n_heads:
+        raise Unfound(f"{out.x.shape[1]} numbers a token are not those of {n_heads} heads")
+    size = out.x.shape[1] // n_heads
+    starts, found = [], None
+    for head in range(n_heads):
+        part = out.x[::N_TOKENS, head * size : (head + 1) * size]
+        made = calls.made(part, weights[:, head, 0, 0].to(part.dtype))
+        if made is None or made[1].module is out.module or found not in (None, made[1]):
+            raise Unfound(
+                "what a head gives at the first token is not a piece of a linear map's outputs"
+            )
+        starts.append(made[0].starts[0])
+        found = made[1]
+    call = cast(Call, found)
+    read = calls.read(Rows(call.module, tuple(starts), size), call.x, {"h": h})
+    if read is None:
+        raise Unfound("its heads' values are not those of a linear map behind a norm of the stream")
+    return Heads(giving[0].module, n_heads, read[1])
+
+
+def _weights(call: Call) -> Tensor:
+    return cast(Tensor, call.weights)
+
+
+# --- the layer -------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A layer, and why its heads are not told apart (or None)."""
+
+    layer: ResidualLayer
+    no_heads: str | None
+
+
+def find_layer(
+    number: int, path: str, module: nn.Module, whole: Call, calls: Calls, numbers: list[float]
+) -> Found:
+    """The parts of a decoder layer; Unfound says what is not there or is another.
+
+    `whole` is the layer's own call, `calls` those of the modules inside, `numbers` the factors that
+    the model may scale with.
+    """
+    if any("expert" in name for name, _ in module.named_modules()):
+        raise Unfound("a mixture of experts, not one MLP")
+    h, after = whole.x, whole.y
+    if h.shape != after.shape or h.dtype != after.dtype:
+        raise Unfound("it does not give a state like the one that it reads")
+    reasons = []
+    for mlp in _mlps(calls, h.shape[1]):
+        try:
+            return _assembled(number, path, calls, mlp, whole, numbers)
+        except Unfound as error:
+            reasons.append(str(error))
+    raise Unfound(reasons[0] if reasons else "no MLP down(activation(gate(x)) * up(x)) or "
+                  "down(activation(up(x)))")  # fmt: skip
+
+
+def _assembled(
+    number: int, path: str, calls: Calls, mlp: _MLP, whole: Call, numbers: list[float]
+) -> Found:
+    h = whole.x
+    total = _sum(calls, mlp, h, whole.y, numbers)
+    attention = _write(calls, total.attention, total.factors[0])
+    ffn = _write(calls, total.ffn, total.factors[1])
+    if ffn.linear is not mlp.down.module:
+        raise Unfound("what its MLP writes is not the output of its last map")
+    r = h + attention.added(total.attention.y)
+    streams = {"r": r, "h": h}
+    gate, up = (calls.read(rows, call.x, streams) for rows, call in (mlp.gate, mlp.up))
+    if gate is None or up is None or gate[0] != up[0]:
+        raise Unfound("its MLP reads neither the stream nor a norm of it")
+    for (rows, call), (base, read) in ((mlp.gate, gate), (mlp.up, up)):
+        if not agree(read.apply(streams[base]), rows.of(call.y)):
+            raise Unfound("what its MLP reads is not a linear map behind a norm of the stream")
+    heads, no_heads = None, None
+    try:
+        heads = _heads(calls, total.attention, attention, h)
+    except Unfound as error:
+        no_heads = str(error)
+    layer = ResidualLayer(
+        layer=number,
+        path=path,
+        module=whole.module,
+        attention=attention,
+        heads=heads,
+        ffn=ffn,
+        gate=gate[1],
+        up=up[1],
+        mlp=_called_with_one(calls, mlp),
+        is_parallel=gate[0] == "h",
+        order=total.order,
+    )
+    return Found(layer, no_heads)
+
+
+def _called_with_one(calls: Calls, mlp: _MLP) -> nn.Module:
+    """The smallest module that is called with one tensor and makes the neurons in it."""
+    for call in calls:
+        inside = {id(part) for part in call.module.modules()} - {id(call.module)}
+        parts = (mlp.down.module, mlp.gate[0].module, mlp.up[0].module)
+        if call.is_alone and all(id(part) in inside for part in parts):
+            return call.module
+    return mlp.gate[0].module
+
+
+def shape_of(layer: ResidualLayer) -> tuple[int, ...]:
+    """F and D; layers of one model have the same."""
+    return (matrix(layer.down).shape[1], matrix(layer.down).shape[0])
+
+
+def heads_of(layer: ResidualLayer) -> tuple[int, int]:
+    """H and d_h of a layer whose heads are told apart."""
+    value: Read = cast(Heads, layer.heads).value
+    return cast(Heads, layer.heads).n, value.rows.n // cast(Heads, layer.heads).n
