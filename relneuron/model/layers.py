@@ -103,11 +103,15 @@ def _run_by_text(
 def text_run(model: Any, n_tokens: int) -> Callable[[], object]:
     """A forward of a few tokens of text, without a cache, uncompiled."""
     inner = getattr(model, "_orig_mod", model)
-    n_ids = inner.get_input_embeddings().num_embeddings
-    ids = torch.arange(1, 1 + n_tokens, device="cpu")[None] * 7 % n_ids
     takes = inspect.signature(inner.forward).parameters
     options = {"use_cache": False} if "use_cache" in takes else {}
-    return lambda: inner.forward(input_ids=ids.to(input_device(inner)), **options)
+
+    def run() -> object:
+        n_ids = inner.get_input_embeddings().num_embeddings
+        ids = torch.arange(1, 1 + n_tokens, device=input_device(inner))[None] * 7 % n_ids
+        return inner.forward(input_ids=ids, **options)
+
+    return run
 
 
 def unreadable(weight: Tensor) -> str | None:

@@ -136,7 +136,7 @@ class Patch:
         trace: TracebackType | None,
     ) -> None:
         in_order = True
-        for module, before, ours in self._saved:
+        for module, before, ours in reversed(self._saved):
             current = module.__dict__.get("forward")
             in_order &= current is ours
             # Not ours and not on top of ours: an outer patch has taken this one off already, and

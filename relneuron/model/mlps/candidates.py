@@ -46,6 +46,7 @@ class Candidate:
     product     what reads h: `down`, or a norm before it
     act         the module of the activation; None where the forward calls a function
     activation  the known activation that fits, by name
+    width       of what gate reads
     writes      whether `down` writes into the stream, once that was looked at
     """
 
@@ -53,6 +54,7 @@ class Candidate:
     up: Projection | None
     product: Projection
     down: Projection
+    width: int
     act: nn.Module | None = None
     activation: str | None = None
     writes: bool = False
@@ -87,11 +89,22 @@ def linear_maps(root: nn.Module) -> dict[str, nn.Module]:
 
 
 class Hooks:
-    """Hooks for one forward; a forward of another thread meanwhile passes them unchanged."""
+    """Hooks for one forward; a forward of another thread meanwhile passes them unchanged.
 
-    def __init__(self) -> None:
+    `running` is the layer that runs, of those that are called as modules: others may share a
+    module, as an activation.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
+        self.running: int | None = None
+        for number, layer in layers.items():
+            self.before(layer, partial(self._enter, number))
+            self.after(layer, partial(self._enter, None))
+
+    def _enter(self, number: int | None, *_: Any) -> None:
+        self.running = number
 
     def _own(self, hook: Callable[..., Any], *call: Any) -> Any:
         return hook(*call) if threading.get_ident() == self._thread else None
@@ -125,10 +138,12 @@ def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def watch(layers: Mapping[int, tuple[str, nn.Module]], run: Run) -> dict[int, list[Seen]]:
     """What every layer called while `run` ran, in the order of the ends of their first calls."""
     seen: dict[int, list[Seen]] = {number: [] for number in layers}
-    hooks = Hooks()
+    hooks = Hooks({number: layer for number, (_, layer) in layers.items()})
 
-    def note(to: list[Seen], path: str, is_linear: bool, module: nn.Module, *call: Any) -> None:
-        args, kwargs, output = call
+    def note(number: int, path: str, is_linear: bool, module: nn.Module, *call: Any) -> None:
+        if hooks.running not in (None, number):
+            return
+        (args, kwargs, output), to = call, seen[number]
         given, made = flat(first(args, kwargs)), flat(output)
         is_first = all(module is not one.module for one in to)
         if is_first and given is not None and made is not None:
@@ -141,7 +156,7 @@ def watch(layers: Mapping[int, tuple[str, nn.Module]], run: Run) -> dict[int, li
         for name, module in layer.named_modules():
             is_linear = any(module is one for one in maps.values())
             if is_linear or not (id(module) in inside or id(module) in holders):
-                hooks.after(module, partial(note, seen[number], f"{path}.{name}", is_linear))
+                hooks.after(module, partial(note, number, f"{path}.{name}", is_linear))
     hooks.run(run)
     return seen
 
@@ -205,25 +220,30 @@ def _before(
         and torch.equal(one.output, down.input)
         and not torch.equal(one.input, one.output)
     ]
-    rows = len(down.input)
-    near = [one for one in reversed(maps) if len(one.output) == rows]
+    near = [one for one in reversed(maps) if len(one.output) == len(down.input)]
+    for reader in (*reads, down):
+        read = Projection("product", reader.path, reader.module, 0, width, of_input=True)
+        for gate, up, n_read in _ways(near, width):
+            yield Candidate(gate, up, read, out, n_read), reader.input
+
+
+def _ways(near: Sequence[Seen], width: int) -> Iterator[tuple[Projection, Projection | None, int]]:
+    """Gate, up and how many numbers gate reads: of one map that gives both, of two, or no up."""
     single = [one for one in near if one.output.shape[1] == width][:_NEAREST]
     double = [one for one in near if one.output.shape[1] == 2 * width][:_NEAREST]
 
     def part(site: str, one: Seen, start: int = 0, step: int = 1) -> Projection:
         return Projection(site, one.path, one.module, start, width, step=step)
 
-    for reader in (*reads, down):
-        read = Projection("product", reader.path, reader.module, 0, width, of_input=True)
-        for one in double:
-            for starts, step in (((0, width), 1), ((0, 1), 2)):
-                for gate, up in permutations(starts):
-                    ups = part("up", one, up, step)
-                    yield Candidate(part("gate", one, gate, step), ups, read, out), reader.input
-        for one, other in permutations(single, 2):
-            yield Candidate(part("gate", one), part("up", other), read, out), reader.input
-        for one in single:
-            yield Candidate(part("gate", one), None, read, out), reader.input
+    for one in double:
+        for starts, step in (((0, width), 1), ((0, 1), 2)):
+            for gate, up in permutations(starts):
+                ups = part("up", one, up, step)
+                yield part("gate", one, gate, step), ups, one.input.shape[1]
+    for one, other in permutations(single, 2):
+        yield part("gate", one), part("up", other), one.input.shape[1]
+    for one in single:
+        yield part("gate", one), None, one.input.shape[1]
 
 
 def _fit(

@@ -153,15 +153,15 @@ def _prove(
 
     for chosen in _rounds(fitting, held, many=True):
         numbers, found = _numbers(proof.of_all_sizes, seen), {}
-        for number, got in proof.put(chosen, numbers, others, run).items():
+        for number, got in proof.put(chosen, numbers, others, layers, run).items():
             if proof.keeps_the_formula(chosen[number], got, numbers):
                 found[number] = chosen[number]
             else:
                 loose[number].insert(0, replace(chosen[number], act=None, activation=None))
         hold(found)
     for chosen in _rounds(loose, held, many=False):
-        gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, run)
-        ups = proof.put(chosen, _numbers(proof.one_up, seen), others, run)
+        gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, layers, run)
+        ups = proof.put(chosen, _numbers(proof.one_up, seen), others, layers, run)
         acts = {n: proof.keeps_the_place(one, gates[n], ups[n]) for n, one in chosen.items()}
         hold({n: replace(one, act=acts[n]) for n, one in chosen.items() if acts[n] is not None})
     return held
@@ -245,6 +245,9 @@ def _verdict(
         name = str(dtype).removeprefix("torch.")
         why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
+    lost = [one.down.path for one in chosen if not one.writes and "expert" in one.down.path]
+    if experts and lost:
+        return Verdict(number, (), f"{_unwritten(lost[0])} beside its experts")
     found = [_mlp(number, path, layer, one, dtype) for one in chosen if one.writes]
     parts += sorted(found, key=lambda mlp: mlp.path)
     if parts:
@@ -255,14 +258,17 @@ def _verdict(
     if failed:
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
     if chosen:
-        why = f"what {chosen[0].down.path} gives is not added to the layer's output"
-        return Verdict(number, (), f"{why}, but goes through more of the layer")
+        return Verdict(number, (), _unwritten(chosen[0].down.path))
     odd = _odd_mlp(layer, dtype)
     if odd is not None:
         why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
         return Verdict(number, (), f"{why}, and calls no module for its activation")
     maps = ", ".join(linear_maps(layer)) or "none"
     return Verdict(number, (), f"no MLP (linear maps: {maps})", passed=True)
+
+
+def _unwritten(path: str) -> str:
+    return f"what {path} gives is not added to the layer's output, but goes through more of it"
 
 
 def _mlp(number: int, path: str, layer: nn.Module, one: Candidate, dtype: torch.dtype) -> MLP:

@@ -65,8 +65,13 @@ class MLP:
 
     @property
     def sites(self) -> tuple[Projection, ...]:
-        """What a patch changes where the module is not whole, in the order of the forward."""
-        act = self.act and Projection("act", f"{self.path} (activation)", self.act, 0, self.width)
+        """What a patch changes where the module is not whole, in the order of the forward.
+
+        Where the activation is known, its module is left alone: layers may share it.
+        """
+        act = None
+        if self.act is not None and self.activation is None:
+            act = Projection("act", f"{self.path} (activation)", self.act, 0, self.width)
         parts = (self.gate, self.up, act, self.product, self.down_map)
         return tuple(part for part in parts if part)
 

@@ -44,6 +44,7 @@ def put(
     chosen: Mapping[int, Candidate],
     numbers: Numbers,
     others: Mapping[int, Sequence[nn.Module]],
+    layers: Mapping[int, nn.Module],
     run: Run,
 ) -> dict[int, Got]:
     """What comes of other outputs of gate and up: those of `numbers`, (N, width) each.
@@ -51,7 +52,7 @@ def put(
     All layers at once; what their MLPs write becomes zero, so that no layer changes another one.
     """
     got = {number: Got() for number in chosen}
-    hooks = Hooks()
+    hooks = Hooks(layers)
 
     def give(parts: Sequence[Projection], _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
         new = output.reshape(-1, output.shape[-1]).clone()
@@ -62,10 +63,11 @@ def put(
     def take(to: Got, _module: Any, args: Any, kwargs: Any) -> None:
         to.h = flat(first(args, kwargs)) if to.h is None else to.h
 
-    def look(to: Got, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def look(number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given, made = flat(first(args, kwargs)), flat(output)
-        if given is not None and made is not None and to.h is None:
-            to.others.setdefault(module, (given, made))
+        is_own = hooks.running in (None, number) and got[number].h is None
+        if is_own and given is not None and made is not None:
+            got[number].others.setdefault(module, (given, made))
 
     def silence(_module: Any, _args: Any, _: Any, output: Tensor) -> Tensor:
         return torch.zeros_like(output)
@@ -77,7 +79,7 @@ def put(
             hooks.after(module, partial(give, own))
         hooks.before(candidate.product.module, partial(take, got[number]))
         for module in others.get(number, ()):
-            hooks.after(module, partial(look, got[number]))
+            hooks.after(module, partial(look, number))
         hooks.after(candidate.down.module, silence)
     hooks.run(run)
     return got
@@ -106,19 +108,30 @@ def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run
 
     for kind in range(5):
         runs.append({number: [] for number in chosen})
-        hooks = Hooks()
+        hooks = Hooks({})
         for number, candidate in chosen.items():
             hooks.after(candidate.down.module, partial(put_in, kind))
             hooks.after(layers[number], partial(keep, number))
         hooks.run(run)
     firsts = {number: [run[number][0] for run in runs if run[number]] for number in chosen}
-    return {n for n, one in chosen.items() if _are_written(firsts[n], one.down.width)}
+    return {n for n, one in chosen.items() if _are_written(firsts[n], one)}
 
 
-def _are_written(outputs: Sequence[Any], width: int) -> bool:
+def _stream(output: Any) -> Any:
+    """The hidden states among what a layer returns: the first tensor."""
+    while isinstance(output, tuple | list | dict) and output:
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
+
+
+def _are_written(outputs: Sequence[Any], candidate: Candidate) -> bool:
     """Whether a layer's outputs are those of y, -y, z, -z and y but for its first token's z."""
-    found = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    if not all(isinstance(x, Tensor) and x.shape[-1] == width for x in found):
+    found, width = list(map(_stream, outputs)), candidate.down.width
+    if not all(isinstance(x, Tensor) for x in found):
+        return False
+    # As wide as the stream, or as one of several streams side by side that gate reads, too.
+    is_one = candidate.width == width and found[0].shape[-1] % width == 0
+    if found[0].shape[-1] != width and not is_one:
         return False
     y, minus_y, z, minus_z, mixed = (x.detach().double().flatten(0, -2) for x in found)
     odd, even, other = (y - minus_y) / 2, (y + minus_y) / 2, (z + minus_z) / 2
