@@ -1,0 +1,111 @@
+"""Sweep the model types of transformers: a line a type, and a csv.
+
+    python -m bench.zoo [TYPES...] [--image-text] [-n WORKERS] [-o FILE.csv]
+
+Every type is checked in a fork of this process, with a limit of time and memory; a type that hangs,
+eats memory or dies has its row, too. Without TYPES all types of the mapping: causal language
+models, with --image-text the models that read images (given text alone), with --all both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers
+
+from bench.zoo.build import KINDS, types
+from bench.zoo.check import NONE, Row, check
+from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.bench.machine import where
+
+LIMIT_S, LIMIT_BYTES = 120.0, 12 << 30
+
+
+def _child(kind: str, model_type: str, answers: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    answers.send(tuple(check(kind, model_type)))
+
+
+def sweep(asked: Sequence[tuple[str, str]], workers: int = 1) -> Iterator[tuple[Row, float]]:
+    """The row of each (mapping, type), and the seconds it took, in the order in which they end."""
+    context = multiprocessing.get_context("fork")
+    waiting, running = list(asked), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(*waiting[0], theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running.append((*waiting.pop(0), process, ours, time.monotonic()))
+        ready = multiprocessing.connection.wait([entry[3] for entry in running], timeout=0.5)
+        for entry in list(running):
+            kind, model_type, process, ours, began = entry
+            seconds = time.monotonic() - began
+            why = ""
+            if ours in ready:
+                try:
+                    row = Row(*ours.recv())
+                except EOFError:
+                    process.join()
+                    why = f"its process ended with {process.exitcode}"
+            elif seconds > LIMIT_S:
+                process.kill()
+                why = f"it takes more than {LIMIT_S:.0f} s"
+            else:
+                continue
+            if why:
+                row = Row(model_type, kind, "", 0, 0, "ended", *[NONE] * 6, why)
+            process.join()
+            running.remove(entry)
+            yield row, seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.zoo", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("types", nargs="*", metavar="TYPE", help="model types, as transformers names them")
+    add("--image-text", action="store_true", help="models that read images, given text alone")
+    add("--all", action="store_true", help="both mappings")
+    add("-n", "--workers", type=int, default=1, help="processes at a time")
+    add("-o", "--output", type=Path, metavar="FILE", help="a csv that is written anew")
+    options = parser.parse_args(arguments)
+    kinds = list(KINDS) if options.all else ["image-text" if options.image_text else "causal"]
+    asked = [(kind, one) for kind in kinds for one in types(kind)]
+    unknown = set(options.types) - {one for _, one in asked}
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: no such type in {' or '.join(kinds)}")
+    asked = [(kind, one) for kind, one in asked if not options.types or one in options.types]
+    torch.set_num_threads(1)  # models so small that threads only wait for each other
+    about = where("cpu") | {"transformers": transformers.__version__}
+    check("causal", "llama")  # imports what all need, before the first fork
+    rows = []
+    for row, seconds in sweep(asked, options.workers):
+        rows.append(row)
+        checks = " / ".join(x or "-" for x in row[7:11])
+        print(f"{row.model_type}: {row.verdict} {row.supported}/{row.layers} [{row.oracle}] {checks}"
+              f" | {row.attribution} | {row.reason} ({seconds:.1f} s)", flush=True)
+        if options.output:
+            lines = [[*one, *about.values()] for one in sorted(rows, key=lambda r: (r.mapping, r.model_type))]
+            atomic_write(options.output, csv_bytes([*Row._fields, *about], lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
