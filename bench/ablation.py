@@ -39,8 +39,9 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.bench.machine import where
 from relneuron.demo import CHECKPOINT, FACTS, TOP
 from relneuron.model.ask import Asker
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, encode
 from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts
@@ -62,7 +63,7 @@ def ask_together(
     asker: Asker, plan: Sequence[Ablation], questions: Questions, batch_tokens: int
 ) -> Predictions:
     """All conditions in common batches, each batch one forward and a step for the open answers."""
-    mlps = find_gated_mlps(asker.model)
+    mlps = find_mlps(asker.model)
     rows = [Row(c, p) for c, ablation in enumerate(plan) for p in ablation.prompts]
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal", {})
@@ -80,7 +81,7 @@ def ask_together(
 @contextmanager
 def hooks(model: Any, ablation: Ablation) -> Iterator[None]:
     """Forward hooks that overwrite the outputs of the chosen neurons with zero."""
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     off: dict[Any, list[int]] = {}
     for layer, site, index in Shape.of(model_shape(mlps)).neurons(ablation.places):
         off.setdefault(getattr(mlps[layer].module, f"{site}_proj"), []).append(index)
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, tokenizer = load_model(options.model), load_tokenizer(options.model)
     questions = encode(tokenizer, model, eva_prompts(options.facts, options.prompts))
     asker = Asker(model, tokenizer)
-    shape = model_shape(find_gated_mlps(model))
+    shape = model_shape(find_mlps(model))
     plan = make_plan(shape, options.sets, options.size, len(questions.ids))
     seconds = race(
         {

@@ -38,8 +38,9 @@ from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Checkpoint, Counter, Position, write_checkpoint
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.load import load_tokenizer
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window
@@ -90,7 +91,7 @@ def hooks(model: Any, over_zero: torch.Tensor) -> Iterator[dict[str, Any]]:
     """Counts in (G, L, F) with forward hooks; the caller says which group and tokens come next."""
     now: dict[str, Any] = {}
     handles = []
-    for layer, mlp in enumerate(find_gated_mlps(model)):
+    for layer, mlp in enumerate(find_mlps(model)):
 
         def hook(_module: Any, _inputs: Any, gate: Any, layer: int = layer) -> None:
             active = (F.silu(gate).float() > 0) & now["mask"].unsqueeze(-1)
@@ -109,7 +110,7 @@ class Race:
 
     def __init__(self, model: Any, mixed: list[Batch], apart: list[Batch]) -> None:
         self.model, self.mixed, self.apart = model, mixed, apart
-        self.counter = Counter(model, find_gated_mlps(model))
+        self.counter = Counter(model, find_mlps(model))
         self.all_of_it = Counter(model, self.counter.mlps)
         self.all_of_it.body = model
         self.shape = model_shape(self.counter.mlps)

@@ -14,7 +14,8 @@ from bench.gpu_run import Run, check
 from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
-from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import Questions
 
 LENGTH = 20  # tokens of a prompt, as those of the method's relations
@@ -47,7 +48,7 @@ def time_ablation(run: Run) -> None:
     ids = torch.randint(shape["vocab_size"], (n_prompts, LENGTH), generator=random).tolist()
     prompts = [Prompt(str(i), "", "eva", "en", "", "", "", "") for i in range(n_prompts)]
     questions = Questions(prompts, ids, [row[0] for row in ids])
-    plan = make_plan(model_shape(find_gated_mlps(model)), 12, size, n_prompts)
+    plan = make_plan(model_shape(find_mlps(model)), 12, size, n_prompts)
     few = Questions(prompts[:n_alone], ids[:n_alone], questions.answers[:n_alone])
     few_plan = [Ablation(a.condition, a.places, range(n_alone)) for a in plan]
 
@@ -78,7 +79,7 @@ def time_ablation(run: Run) -> None:
     run.reached("P9b", loop / seconds, f"(the loop on {len(plan) * n_alone} of them)")
 
     n_own = 4 if run.dry else 256
-    own = make_plan(model_shape(find_gated_mlps(model)), n_own, size // 10, n_prompts)[1:]
+    own = make_plan(model_shape(find_mlps(model)), n_own, size // 10, n_prompts)[1:]
     own = [Ablation(a.condition, a.places, [i]) for i, a in enumerate(own)]
     texts = Questions(prompts[:n_own], ids[:n_own], questions.answers[:n_own])
     together, _ = _timed(run, lambda: ask_together(asker, own, texts, BATCH_TOKENS))

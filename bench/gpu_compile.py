@@ -41,7 +41,8 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.bench.ranking import draw_labels
 from relneuron.bench.suite import CONTESTANTS
 from relneuron.model.ask import Asker
-from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import Questions
 from relneuron.ops import backends
 from relneuron.ops.average_precision import triton_launch as ranking
@@ -129,7 +130,7 @@ def model() -> None:
             llama(tokens, use_cache=False)
         with relneuron.ablate(llama, [(0, "gate", 1)]):
             llama(tokens, use_cache=False)
-    shape = model_shape(find_gated_mlps(llama))
+    shape = model_shape(find_mlps(llama))
     for n_prompts in (1, BATCH_TOKENS // LENGTH):
         ids = [[1] * LENGTH] * n_prompts
         prompts = [Prompt(str(i), "", "eva", "en", "", "", "", "") for i in range(n_prompts)]

@@ -20,7 +20,7 @@ from relneuron.bench.case import Contestant
 from relneuron.bench.timing import Effort, event_timer, measure, ratio, wall_timer
 from relneuron.methods.counts.batches import make_batch
 from relneuron.methods.counts.counter import Counter
-from relneuron.model.gated import find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.windows import Window
 
 LLAMA_2_7B = {
@@ -118,7 +118,7 @@ def time_corpus(run: Run, model: Any, plain: Contestant, tokens: Tensor) -> None
             for row, ids in enumerate(tokens.cpu().numpy().astype(np.int32))
         ]
     )
-    counter = Counter(model, find_gated_mlps(model))
+    counter = Counter(model, find_mlps(model))
     counter.grow(len(LANGUAGES))
     shape = (len(LANGUAGES), len(counter.mlps), counter.mlps[0].width)
     counts = torch.zeros(shape, dtype=torch.int64, device=run.device)
@@ -163,7 +163,7 @@ def _measure_models(
 
 def check_model(run: Run, model: Any, forward: Any, counting: Any, groups: Tensor) -> None:
     """Counts of the first layer against the reference on the gates that the plain model makes."""
-    first = find_gated_mlps(model)[0]
+    first = find_mlps(model)[0]
     seen: list[Tensor] = []
     hook = first.module.gate_proj.register_forward_hook(lambda *call: seen.append(call[2]))
     with torch.no_grad():

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from relneuron.ablation.ablate import ablate_prompts
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
-    from relneuron.model.gated import find_gated_mlps
     from relneuron.model.instrument import ablate, instrument
+    from relneuron.model.mlps.find import find_mlps
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ __all__ = [
     "__version__",
     "ablate",
     "ablate_prompts",
-    "find_gated_mlps",
+    "find_mlps",
     "instrument",
     "ops",
 ]
@@ -36,7 +36,7 @@ _HOMES = {
     "RelneuronError": "artifact.files",
     "ablate": "model.instrument",
     "ablate_prompts": "ablation.ablate",
-    "find_gated_mlps": "model.gated",
+    "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
 }
 

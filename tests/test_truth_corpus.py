@@ -16,7 +16,8 @@ from relneuron.ablation.nll import nll
 from relneuron.ablation.options import NllOptions
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.counts.count import count
-from relneuron.model.gated import find_gated_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.counted import rank_counts
@@ -41,7 +42,7 @@ def test_planted_groups_are_found_and_only_their_own_answers_break(
 ) -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed=seed)
-    shape = model_shape(find_gated_mlps(model))
+    shape = model_shape(find_mlps(model))
     write_texts(tmp_path)
     study = tmp_path / "study"
 

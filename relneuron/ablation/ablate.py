@@ -36,9 +36,10 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker, Step
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.patch import check_canary
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
@@ -111,7 +112,7 @@ def ablate_prompts(
             "name others with --splits",
             2,
         )
-    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
+    mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     described = describe_model(name, model, mlps, backend)

@@ -111,14 +111,18 @@ def _read_scores(
         everything = np.arange(sites.total)
         return {
             name: (
-                all_scores({site: scores[key][row] for key, site in keys.items()}),
+                all_scores({site: scores[key][row] for key, site in keys.items()}, sites),
                 everything,
             )
             for row, name in enumerate(order)
         }
     if _GAIN in scores:
-        gates = sites.site_places("gate")
-        return {name: (scores[_GAIN][row].reshape(-1), gates) for row, name in enumerate(order)}
+        gates = Shape(sites.layers, {"gate": sites.widths["gate"]}, sites.inner)
+        places = sites.site_places("gate")
+        return {
+            name: (gates.flat({"gate": scores[_GAIN][row]}), places)
+            for row, name in enumerate(order)
+        }
     return {}
 
 

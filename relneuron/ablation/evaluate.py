@@ -17,12 +17,12 @@ from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.journal import Journal
-from relneuron.artifact.neurons import ATTENTION, Shape
+from relneuron.artifact.neurons import Shape
 from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
-from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
+from relneuron.model.states import LayerState, Replacement, Tokens, of_mlp, off_state
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 
@@ -84,51 +84,42 @@ def plan_rows(
 
 
 def wave_states(
-    plan: Sequence[Ablation], wave: range, mlps: Sequence[GatedMLP], how: How
+    plan: Sequence[Ablation], wave: range, mlps: Sequence[Part], how: How
 ) -> list[LayerState]:
-    """Per layer, what switches off the neurons of the conditions of a wave; row 0 is clean."""
+    """Per Part, what switches off the neurons of the conditions of a wave; row 0 is clean."""
     shape = Shape.of(model_shape(mlps))
     members = [plan[i] for i in wave if i < len(plan)]
     off = np.zeros((len(members) + 1, shape.total), bool)
     for row, ablation in enumerate(members):
         off[row + 1, ablation.places] = True
     states = []
-    for layer, mlp in enumerate(mlps):
-        device = next(mlp.module.parameters()).device
-        chosen = {site: off[:, shape.span(layer, site)] for site in shape.widths}
-        state = LayerState()
+    for mlp in mlps:
+        spans = {site: shape.span(mlp.layer, site) for site in shape.widths}
+        chosen = {site: off[:, span] for site, span in spans.items() if off[:, span].any()}
         if how.mode == "zero":
-            # An output of gate_proj or of up_proj at zero makes the product zero.
-            product = chosen["gate"] | chosen["up"]
-            if product.any():
-                state.keep = pack_keep(~product).to(device)
-            if chosen["down"].any():
-                state.keep_down = torch.from_numpy(~chosen["down"]).to(device)
-            chosen = {site: rows for site, rows in chosen.items() if site in ATTENTION}
-        state.replace = {
-            site: Replacement(
-                torch.from_numpy(rows).to(device),
-                how.factor,
-                _shift(how, members, shape.span(layer, site), device),
-            )
-            for site, rows in chosen.items()
-            if rows.any()
-        }
-        states.append(state)
+            states.append(off_state(mlp, chosen))
+            continue
+        device = next(mlp.module.parameters()).device
+        shifts: dict[str, Any] = {}
+        if how.mode == "mean":
+            shifts = of_mlp(mlp, {site: _means(how, members, spans[site]) for site in chosen})
+        replace = {}
+        for site, rows in of_mlp(mlp, chosen).items():
+            shift = _sent(shifts[site], device) if shifts else None
+            replace[site] = Replacement(_sent(rows, device), how.factor, shift)
+        states.append(LayerState(replace=replace))
     return states
 
 
-def _shift(
-    how: How,
-    members: Sequence[Ablation],
-    inside: slice,
-    device: torch.device,
-) -> Tensor | None:
-    if how.mode != "mean":
-        return None
+def _sent(rows: Any, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+
+
+def _means(how: How, members: Sequence[Ablation], inside: slice) -> Any:
+    """(C, .) float32, what the neurons of a site become under each condition; row 0 is clean."""
     rows = [np.zeros(inside.stop - inside.start, np.float32)]
     rows += [how.means[ablation.condition.name][inside] for ablation in members]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    return np.stack(rows)
 
 
 @dataclass
@@ -136,7 +127,7 @@ class Evaluator:
     """Runs rows through the model; what is finished stands in the journal under the batch's key."""
 
     asker: Answering
-    mlps: Sequence[GatedMLP]
+    mlps: Sequence[Part]
     plan: Sequence[Ablation]
     journal: Journal
     how: How

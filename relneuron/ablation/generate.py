@@ -38,9 +38,10 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Step, cache_of
-from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode
 from relneuron.texts.tokens import listed, whole_text, without_blanks
@@ -245,7 +246,7 @@ def generate(
     refuse_overwrite(output, force or journal_path.exists())
     neurons = NeuronFile.read(checked(neurons_path))
     prompts = read_questions(checked(prompts_path), options.template)
-    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
+    mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     plan = plan_masks(neurons, options.off, shape, len(prompts))
@@ -298,7 +299,7 @@ def generate(
 
 
 def steering_patch(
-    mlps: Sequence[GatedMLP], neurons: NeuronFile, name: str, counts: Path, backend: str
+    mlps: Sequence[Part], neurons: NeuronFile, name: str, counts: Path, backend: str
 ) -> Patch:
     """A patch that sets the neurons of a set to their mean activation."""
     check_set(name, neurons.sets)

@@ -33,9 +33,10 @@ from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.stage import placed
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.patch import check_canary
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
@@ -149,7 +150,7 @@ def nll(
     output = folder / "nll.csv"
     refuse_overwrite(output, force or is_unfinished(output, "nll"))
     neurons = NeuronFile.read(checked(neurons_path))
-    mlps = find_gated_mlps(model, attention=ATTENTION[0] in neurons.model)
+    mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     sets, doubles = read_sets(neurons, shape)

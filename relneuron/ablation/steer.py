@@ -16,7 +16,7 @@ from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import check_neurons
-from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.states import LayerState, Replacement, mask_states
 
 Array = np.ndarray[Any, Any]
@@ -54,12 +54,12 @@ def mean_activations(folder: Path, group: str, shape: dict[str, int]) -> Array:
 
 
 def steering_states(
-    mlps: Sequence[GatedMLP],
+    mlps: Sequence[Part],
     off: Sequence[Iterable[Sequence[Any]]],
     set_to: Iterable[Sequence[Any]] = (),
     means: Array | None = None,
 ) -> list[LayerState]:
-    """Per layer, what a patch needs to steer: C conditions that differ in what is off.
+    """Per Part, what a patch needs to steer: C conditions that differ in what is off.
 
     off       of each condition the (layer, site, index) of the neurons at zero
     set_to    the neurons, at site gate, whose activation becomes their mean in every condition:
@@ -84,12 +84,14 @@ def steering_states(
         raise RelneuronError(
             f"the means are not (layers, width) = {chosen.shape}", "count on this model"
         )
-    for layer, (mlp, state) in enumerate(zip(mlps, states, strict=True)):
-        if not chosen[layer].any():
+    for mlp, state in zip(mlps, states, strict=True):
+        own = chosen[mlp.layer, mlp.inside]
+        if not own.any():
             continue
         device = next(mlp.module.parameters()).device
-        rows = torch.from_numpy(np.tile(chosen[layer], (len(off), 1)))
-        values = torch.from_numpy(np.tile(means[layer].astype(np.float32), (len(off), 1)))
+        rows = torch.from_numpy(np.tile(own, (len(off), 1)))
+        mean = means[mlp.layer, mlp.inside].astype(np.float32)
+        values = torch.from_numpy(np.tile(mean, (len(off), 1)))
         new = Replacement(rows.to(device), shift=values.to(device))
         state.replace = (state.replace or {}) | {"act": new}
     return states

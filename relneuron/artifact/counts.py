@@ -18,6 +18,7 @@ from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.reading import open_tensors
 
 NAME = "counts.safetensors"
+RAN = "tokens.layer"
 # Stages of a study of relations, in whose folder no counts are begun.
 APART = ("prompts", "record", "attribute")
 SITES = ("gate", "up", "act", "product", "down")
@@ -35,6 +36,9 @@ class Counts:
 
     groups     G names
     tokens     (G,) int64, the tokens that were counted
+    ran        (G, L) int64, how many of them each layer ran, None where all ran them all: text
+               does not run every layer of a model that reads pictures, and where none ran, a
+               neuron was not inactive: it never ran
     arrays     `count.<site>` (G, L, F) int64, the tokens whose value at the site passed the
                threshold; with moments also `sum.<site>` and `sum_sq.<site>` float64 (of the finite
                values), `max.<site>` float32 and `n_nonfinite.<site>` int64. F is D at site down
@@ -43,6 +47,12 @@ class Counts:
     groups: list[str]
     tokens: Array
     arrays: dict[str, Array]
+    ran: Array | None = None
+
+    def tokens_at(self) -> Array:
+        """(G, L) int64, the tokens that each layer ran."""
+        layers = next(iter(self.arrays.values())).shape[1]
+        return np.tile(self.tokens[:, None], layers) if self.ran is None else self.ran
 
     @property
     def sites(self) -> list[str]:
@@ -67,7 +77,8 @@ class Counts:
             else array + theirs.arrays[name]
             for name, array in mine.arrays.items()
         }
-        return Counts(groups, mine.tokens + theirs.tokens, arrays)
+        ran = None if self.ran is other.ran is None else mine.tokens_at() + theirs.tokens_at()
+        return Counts(groups, mine.tokens + theirs.tokens, arrays, ran)
 
     def take(self, groups: Sequence[str]) -> Counts:
         """These groups only, in this order; one that is not here has no token."""
@@ -84,14 +95,19 @@ class Counts:
             name: pick(array, -np.inf if name.startswith("max.") else 0)
             for name, array in self.arrays.items()
         }
-        return Counts(list(groups), pick(self.tokens, 0), arrays)
+        ran = None if self.ran is None else pick(self.ran, 0)
+        return Counts(list(groups), pick(self.tokens, 0), arrays, ran)
 
     def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
         """The file's bytes; `metadata` is kept beside the groups."""
         # One key only: safetensors writes several in an order that changes from run to run.
         text = json.dumps({"groups": self.groups, **(metadata or {})}, ensure_ascii=False)
-        data: bytes = save({"tokens": self.tokens, **self.arrays}, {"relneuron.counts": text})
+        data: bytes = save({**self.tensors(), **self.arrays}, {"relneuron.counts": text})
         return data
+
+    def tensors(self) -> dict[str, Array]:
+        """tokens, and tokens.layer (G, L) where layers ran others."""
+        return {"tokens": self.tokens} | ({} if self.ran is None else {RAN: self.ran})
 
     def write(self, path: Path) -> None:
         atomic_write(path, self.to_bytes())
@@ -109,9 +125,11 @@ class Counts:
             arrays = {}
             for name in file.names:
                 kind = DTYPES.get(name.partition(".")[0], np.int64)
-                shape = (len(groups),) if name == "tokens" else (len(groups), None, None)
+                n_dims = {"tokens": 1, RAN: 2}.get(name, 3)
+                shape = (len(groups), None, None)[:n_dims]
                 arrays[name] = file.get(name, shape, _TYPES[kind])
-            counts = cls(groups, arrays.pop("tokens"), arrays)
+            ran = arrays.pop(RAN, None)
+            counts = cls(groups, arrays.pop("tokens"), arrays, ran)
             try:
                 counts._check()
             except ValueError as error:
@@ -133,6 +151,14 @@ class Counts:
                 raise ValueError(f"{name} is below 0")
         if not self.sites:
             raise ValueError("there is no count")
+        if self.ran is not None:
+            layers = next(iter(self.arrays.values())).shape[1]
+            if self.ran.shape[1] != layers or not ((self.ran >= 0).all() and self._fits()):
+                raise ValueError(f"{RAN} is not (G, L) numbers of tokens, up to those of the group")
+
+    def _fits(self) -> bool:
+        assert self.ran is not None, "asked only where layers ran other tokens"
+        return bool((self.ran <= self.tokens[:, None]).all())
 
 
 def _are_names(groups: object) -> bool:

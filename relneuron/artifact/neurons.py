@@ -77,6 +77,8 @@ class NeuronFile:
         for key in ("layers", "width", "hidden", *(a for a in ATTENTION if a in data["model"])):
             if not _is_index(data["model"].get(key)):
                 raise wrong(f"model.{key}", "a number of neurons or layers")
+        if not _are_widths(data["model"]):
+            raise wrong("model.widths", "a number of neurons for each layer")
         sets = {}
         for name, rows in data["sets"].items():
             if not isinstance(rows, list):
@@ -88,14 +90,34 @@ class NeuronFile:
         return cls(data["model"], data["method"], sets, data.get("selection", {}))
 
     def check_model(self, shape: Mapping[str, object]) -> None:
-        """Refuse neurons of another model: layers, width and hidden must be the same."""
-        ours = {key: self.model.get(key) for key in ("layers", "width", "hidden")}
-        theirs = {key: shape.get(key) for key in ours}
+        """Refuse neurons of another model: the shape (`shape_of`) must be the same."""
+        ours, theirs = shape_of(self.model), shape_of(shape)
         if ours != theirs:
             raise RelneuronError(
                 f"the neurons are of a model of shape {ours}, this model has {theirs}",
                 "identify the neurons on this model, or give the model they come from",
             )
+
+
+SHAPE = ("layers", "width", "hidden")
+UNEVEN = ("widths", "gated")  # of a model whose layers differ, or whose MLPs are not gated
+
+
+def shape_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a model's MLPs: what `Shape.of` needs, without the attention's."""
+    uneven = {key: model[key] for key in UNEVEN if key in model}
+    return {key: model.get(key) for key in SHAPE} | uneven
+
+
+def _are_widths(model: Mapping[str, Any]) -> bool:
+    widths = model.get("widths")
+    if not isinstance(model.get("gated", True), bool):
+        return False
+    return widths is None or (
+        isinstance(widths, list)
+        and len(widths) == model["layers"]
+        and all(_is_index(width) and width <= model["width"] for width in widths)
+    )
 
 
 def _is_index(value: object) -> bool:
@@ -115,74 +137,106 @@ def _is_neuron(row: object) -> bool:
 class Shape:
     """A model's neurons in their order, by layer, then site, then index: each has a place in it.
 
-    widths  how many neurons each site of a layer has, in the order that breaks ties
+    widths  how many neurons each site of a layer has at most, in the order that breaks ties
+    inner   how many gate and up have in each layer, where the layers differ; 0: no MLP, or none
+            that text runs, and so no neuron of any site
     """
 
     layers: int
     widths: dict[str, int]
+    inner: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Shape:
-        """Of what a file says of a model: gate, up and down, and those of q to o that it names."""
-        widths = {"gate": model["width"], "up": model["width"], "down": model["hidden"]}
-        widths |= {site: model[site] for site in ATTENTION if site in model}
-        return cls(int(model["layers"]), {site: int(width) for site, width in widths.items()})
+        """Of what a file says of a model: gate, up and down, and those of q to o that it names.
 
-    @property
-    def per_layer(self) -> int:
-        return sum(self.widths.values())
+        `gated` false: there is no up. `widths`: those of the layers.
+        """
+        widths = {"gate": model["width"], "up": model["width"], "down": model["hidden"]}
+        if not model.get("gated", True):
+            del widths["up"]
+        widths |= {site: model[site] for site in ATTENTION if site in model}
+        inner = model.get("widths")
+        return cls(
+            int(model["layers"]),
+            {site: int(width) for site, width in widths.items()},
+            None if inner is None else tuple(map(int, inner)),
+        )
+
+    def width(self, layer: int, site: str) -> int:
+        """How many neurons a site of a layer has."""
+        most = self.widths[site]
+        if self.inner is None:
+            return most
+        return self.inner[layer] if site in ("gate", "up") else most * bool(self.inner[layer])
 
     @property
     def total(self) -> int:
         """L * (2F + D), or more with attention: the outputs of all projections of all layers."""
-        return self.layers * self.per_layer
+        return int(self._starts[-1])
 
     @cached_property
-    def starts(self) -> dict[str, int]:
-        """At which place of a layer each site begins."""
-        return dict(zip(self.widths, accumulate(self.widths.values(), initial=0), strict=False))
+    def _starts(self) -> NDArray[np.int64]:
+        """The place at which each site of each layer begins, and the end of them all."""
+        widths = [self.width(la, site) for la in range(self.layers) for site in self.widths]
+        return np.array([0, *accumulate(widths)], np.int64)
+
+    @cached_property
+    def _number(self) -> dict[str, int]:
+        return {site: number for number, site in enumerate(self.widths)}
 
     def blocks(self) -> Iterator[tuple[int, str, int]]:
-        """(layer, site, width) in the order of the neurons."""
+        """(layer, site, width) in the order of the neurons, without those that have none."""
         for layer in range(self.layers):
-            for site, width in self.widths.items():
-                yield layer, site, width
+            for site in self.widths:
+                if width := self.width(layer, site):
+                    yield layer, site, width
 
     def span(self, layer: int, site: str) -> slice:
         """The places of a site in a layer."""
-        start = layer * self.per_layer + self.starts[site]
-        return slice(start, start + self.widths[site])
+        block = layer * len(self.widths) + self._number[site]
+        return slice(int(self._starts[block]), int(self._starts[block + 1]))
 
     def site_places(self, site: str) -> NDArray[np.int64]:
         """The places of all neurons of a site, ascending."""
-        layers = np.arange(self.layers) * self.per_layer + self.starts[site]
-        return (layers[:, None] + np.arange(self.widths[site])).reshape(-1)
+        spans = (self.span(layer, site) for layer in range(self.layers))
+        return np.concatenate([np.arange(span.start, span.stop) for span in spans])
 
     def places(self, neurons: Iterable[Sequence[Any]]) -> NDArray[np.int64]:
         """The places of (layer, site, index, ...) rows, in their order."""
-        found = [la * self.per_layer + self.starts[site] + i for la, site, i, *_ in neurons]
+        found = [self.span(layer, site).start + i for layer, site, i, *_ in neurons]
         return np.array(found, np.int64)
 
     def neurons(self, places: NDArray[np.int64]) -> list[Neuron]:
         """The neurons that stand at some places, in their order."""
-        names, starts = list(self.widths), np.array([*self.starts.values()])
-        layer, rest = np.divmod(places, self.per_layer)
-        site = np.searchsorted(starts, rest, side="right") - 1
-        rows = zip(layer.tolist(), site.tolist(), (rest - starts[site]).tolist(), strict=True)
+        names = list(self.widths)
+        block = np.searchsorted(self._starts, places, side="right") - 1
+        layer, site = np.divmod(block, len(names))
+        index = places - self._starts[block]
+        rows = zip(layer.tolist(), site.tolist(), index.tolist(), strict=True)
         return [(la, names[s], i) for la, s, i in rows]
 
+    def flat(self, values: Mapping[str, Array]) -> Array:
+        """(L, width) arrays by site as one (total,): each neuron's value at its place."""
+        parts = [values[site][layer, :width] for layer, site, width in self.blocks()]
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, int]) -> list[Neuron]:
+
+def check_neurons(neurons: Iterable[Sequence[Any]], shape: Mapping[str, Any]) -> list[Neuron]:
     """Neurons as (layer, site, index), each once, in order; out of the model's range raises."""
-    widths = Shape.of(shape).widths
+    order = Shape.of(shape)
     result: dict[Neuron, None] = {}
     for neuron in neurons:
         layer, site, index = int(neuron[0]), str(neuron[1]), int(neuron[2])
-        if site not in widths or not 0 <= layer < shape["layers"] or not 0 <= index < widths[site]:
+        is_there = site in order.widths and 0 <= layer < order.layers
+        if not (is_there and 0 <= index < order.width(layer, site)):
+            only = ""
+            if is_there and index < order.widths[site]:
+                only = f", {order.width(layer, site)} of them in this layer"
             raise RelneuronError(
                 f"neuron (layer {layer}, site {site!r}, index {index}) is not in a model with "
-                f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}",
-                f"layers and indices count from zero; sites are {', '.join(widths)}",
+                f"{shape['layers']} layers, width {shape['width']}, hidden {shape['hidden']}{only}",
+                f"layers and indices count from zero; sites are {', '.join(order.widths)}",
             )
         result[layer, site, index] = None
     return list(result)
@@ -204,45 +258,56 @@ class Selection(NamedTuple):
     n_perfect: int  # neurons with the score 1
 
 
-def all_scores(scores: Mapping[str, Array]) -> Array:
+def all_scores(scores: Mapping[str, Array], order: Shape | None = None) -> Array:
     """The scores of all neurons (M,) float32, in the order (layer, site, index).
 
-    The sites are gate < up < down < q < k < v < o, those that `scores` has.
+    The sites are gate < up < down < q < k < v < o, those that `scores` has. `order` is of layers
+    that differ in width: what is beyond it are no neurons.
     """
-    blocks = [np.asarray(scores[s], np.float32) for s in (*SITES, *ATTENTION) if s in scores]
-    return np.concatenate(blocks, axis=1).reshape(-1)
+    order = order or _whole(scores)
+    return order.flat({site: np.asarray(scores[site], np.float32) for site in order.widths})
+
+
+def _whole(scores: Mapping[str, Array]) -> Shape:
+    widths = {site: scores[site].shape[1] for site in (*SITES, *ATTENTION) if site in scores}
+    return Shape(len(next(iter(scores.values()))), widths)
 
 
 def top_k(
-    scores: Mapping[str, Array], k: int, *, lowest: bool = False, without: Array | None = None
+    scores: Mapping[str, Array],
+    k: int,
+    *,
+    lowest: bool = False,
+    without: Array | None = None,
+    order: Shape | None = None,
 ) -> Selection:
     """The k neurons with the highest scores of `{gate: (L, F), up: (L, F), down: (L, D)}`.
 
     Scores are compared as float32; equal ones are ordered by layer, then gate < up < down, then
     index (methods A8). With `lowest` those with the lowest scores, the lowest first; `without`
-    these places.
+    these places. `order` is that of `all_scores`.
     """
-    flat = all_scores(scores)
+    order = order or _whole(scores)
+    flat = all_scores(scores, order)
     keys = flat.copy() if lowest else -flat
     if without is not None:
         keys[without] = np.inf
     k = min(k, flat.size - (0 if without is None else len(without)))
-    order = np.argsort(keys, kind="stable")[:k]
-    widths = {s: scores[s].shape[1] for s in (*SITES, *ATTENTION) if s in scores}
-    names = Shape(len(next(iter(scores.values()))), widths).neurons(order)
-    chosen = [(*name, float(flat[i])) for name, i in zip(names, order, strict=True)]
-    cut = float(flat[order[-1]]) if k else float("nan")
+    places = np.argsort(keys, kind="stable")[:k]
+    names = order.neurons(places)
+    chosen = [(*name, float(flat[i])) for name, i in zip(names, places, strict=True)]
+    cut = float(flat[places[-1]]) if k else float("nan")
     return Selection(
         chosen,
-        order,
+        places,
         cut,
         int((flat == cut).sum()),
-        int((flat[order] == cut).sum()),
+        int((flat[places] == cut).sum()),
         int((flat == 1).sum()),
     )
 
 
-def random_neurons(shape: Mapping[str, int], k: int, seed: int) -> list[Neuron]:
+def random_neurons(shape: Mapping[str, Any], k: int, seed: int) -> list[Neuron]:
     """k neurons drawn without replacement from all outputs of the sites that `shape` has."""
     order = Shape.of(shape)
     everything = range(order.total)
@@ -254,6 +319,6 @@ PAPER_TOP = 3000  # arXiv 2502.17355, section 3.2
 DEFAULT_SHARE = 0.1  # without --top, never more than this share of a small model's neurons
 
 
-def default_top(shape: Mapping[str, int]) -> int:
+def default_top(shape: Mapping[str, Any]) -> int:
     """3,000 neurons as in the paper, but at most a tenth of a small model's."""
     return min(PAPER_TOP, int(DEFAULT_SHARE * Shape.of(shape).total))

@@ -17,8 +17,9 @@ from relneuron.artifact.manifest import versions
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
-from relneuron.model.gated import GatedMLP, check_same_shape, inspect_layers
 from relneuron.model.layers import first_line
+from relneuron.model.mlps.find import inspect_layers
+from relneuron.model.mlps.shape import Part, model_shape
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -39,30 +40,28 @@ def machine_report() -> list[tuple[str, str]]:
 def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
     """Rows of a model's layers and of what methods say; whether stages take the model."""
     verdicts = inspect_layers(model)
+    words = {True: "supported", False: "not supported"}
     rows = [
-        (f"layer {v.layer}", f"{'supported' if v.mlp else 'not supported'}: {v.reason}")
+        (f"layer {v.layer}", f"{'passed over' if v.passed else words[bool(v.mlps)]}: {v.reason}")
         for v in verdicts
     ]
-    mlps, fault = [v.mlp for v in verdicts if v.mlp is not None], None
-    rows.append(("summary", f"supported: {len(mlps)} of {len(verdicts)} layers"))
-    if len(mlps) == len(verdicts):
+    mlps, fault = [mlp for v in verdicts for mlp in v.mlps], None
+    n_good = sum(bool(v.mlps) for v in verdicts)
+    rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
+    is_whole = bool(mlps) and all(v.mlps or v.passed for v in verdicts)
+    if is_whole:
         fault = _fault(model, mlps)
         rows += [("model", f"not supported: {fault}")] if fault else []
     rows += [load(method.supports)(model) for method in methods() if method.supports]
-    return rows, len(mlps) == len(verdicts) and fault is None
+    return rows, is_whole and fault is None
 
 
-def _fault(model: Any, mlps: Sequence[GatedMLP]) -> str | None:
+def _fault(model: Any, mlps: Sequence[Part]) -> str | None:
     """Why stages refuse a model all of whose layers are supported, or None."""
     try:
-        check_same_shape(mlps)
+        model_shape(mlps)
     except RelneuronError as error:
         return error.cause
-    called: set[int] = set()
-    hooks = [
-        mlp.module.register_forward_hook(lambda *_, layer=mlp.layer: called.add(layer))
-        for mlp in mlps
-    ]
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
@@ -70,8 +69,4 @@ def _fault(model: Any, mlps: Sequence[GatedMLP]) -> str | None:
         cache_of(out)
     except Exception as error:
         return f"a forward of two tokens fails: {first_line(error)}"
-    finally:
-        for hook in hooks:
-            hook.remove()
-    left = [str(mlp.layer) for mlp in mlps if mlp.layer not in called]
-    return f"text alone does not run the layers {', '.join(left)}" if left else None
+    return None

@@ -42,10 +42,11 @@ from relneuron.methods.responses.rank import (
 )
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.ask import Asker
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.identity import held
 from relneuron.model.instrument import Clock
 from relneuron.model.load import describe_model, load_model, load_tokenizer
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
 from relneuron.model.stream import read_residual_model
 from relneuron.report.page import files_read, write_report
@@ -133,7 +134,7 @@ def run_study(
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
     model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
-    mlps = find_gated_mlps(model, attention=o.attention)
+    mlps = find_mlps(model, attention=o.attention)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     chat = tokenizer if o.chat_template else None
     wrap = chat_wrap(chat) if chat else str

@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
-from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
+from relneuron.model.states import LayerState, Replacement, Tokens, mask_states, of_mlp
 
 
 @dataclass
@@ -77,7 +79,8 @@ def instrument(
     backward() inside the context, as it runs the forward again.
     """
     names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
+    check_sites(mlps, sites)
     stats = [
         ops.GroupStats(
             groups=len(names),
@@ -116,7 +119,7 @@ def ablate(
     chosen = list(neurons)
     if not chosen:
         warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
-    mlps = find_gated_mlps(model, attention=any(site in ATTENTION for _, site, *_ in chosen))
+    mlps = find_mlps(model, attention=any(site in ATTENTION for _, site, *_ in chosen))
     if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
         raise RelneuronError(
             f"mode {mode!r} with the value {value}",
@@ -132,7 +135,7 @@ def ablate(
 
 
 def _replacing_states(
-    neurons: Sequence[Sequence[Any]], mlps: Sequence[GatedMLP], mode: str, value: Any
+    neurons: Sequence[Sequence[Any]], mlps: Sequence[Part], mode: str, value: Any
 ) -> list[LayerState]:
     shape = model_shape(mlps)
     check_neurons(neurons, shape)
@@ -140,15 +143,18 @@ def _replacing_states(
     if mode == "scale" and len(set(values)) > 1:
         raise RelneuronError("scale takes one value for all neurons", "give a number", 2)
     states = [LayerState(replace={}) for _ in mlps]
+    widths = Shape.of(shape).widths
+    chosen: dict[int, dict[str, Any]] = {}
     for (layer, site, index, *_), new in zip(neurons, values, strict=True):
-        mlp, replace = mlps[layer], cast(dict[str, Replacement], states[layer].replace)
-        if site not in replace:
-            device = next(mlp.module.parameters()).device
-            shift = torch.zeros(1, Shape.of(shape).widths[site], device=device)
-            replace[site] = Replacement(shift.bool(), values[0], None if mode == "scale" else shift)
-        replace[site].chosen[0, index] = True
-        if mode == "mean":
-            cast(Tensor, replace[site].shift)[0, index] = new
+        empty = np.full((1, widths[site]), np.nan, np.float32)
+        chosen.setdefault(layer, {}).setdefault(site, empty)[0, index] = new
+    for mlp, state in zip(mlps, states, strict=True):
+        device = next(mlp.module.parameters()).device
+        for site, rows in of_mlp(mlp, chosen.get(mlp.layer, {})).items():
+            new = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+            shift = None if mode == "scale" else new.nan_to_num()
+            own = Replacement(~new.isnan(), values[0], shift)
+            cast(dict[str, Replacement], state.replace)[site] = own
     return states
 
 

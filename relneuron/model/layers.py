@@ -1,11 +1,12 @@
 """What is read of any decoder layers: their list, weights, hooks set on them and projections.
 
-`model/gated.py` and `model/stream.py` read layers by it, each in its way; `model/patch.py` changes
+`model/mlps.py` and `model/stream.py` read layers by it, each in its way; `model/patch.py` changes
 the projections.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,9 @@ def is_training(module: nn.Module) -> bool:
 
 # --- hooks -----------------------------------------------------------------------------------
 
+# Two threads that put back each other's hooks would lose some, and what is patched by another
+# thread while it is looked at is not the model.
+CHANGING = threading.RLock()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -98,18 +102,19 @@ def has_hooks(module: nn.Module) -> bool:
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Within it, a module and what is in it run no hook, not even those set for all modules."""
-    held: list[tuple[dict[str, Any], str, Any]] = []
     everywhere = vars(torch.nn.modules.module)
-    for name in _HOOKS:
-        held.append((everywhere, f"_global{name}", everywhere[f"_global{name}"]))
-        held += [(m.__dict__, name, m.__dict__[name]) for m in module.modules()]
-    try:
-        for where, name, _ in held:
-            where[name] = OrderedDict()
-        yield
-    finally:
-        for where, name, hooks in held:
-            where[name] = hooks
+    with CHANGING:
+        held: list[tuple[dict[str, Any], str, Any]] = []
+        for name in _HOOKS:
+            held.append((everywhere, f"_global{name}", everywhere[f"_global{name}"]))
+            held += [(m.__dict__, name, m.__dict__[name]) for m in module.modules()]
+        try:
+            for where, name, _ in held:
+                where[name] = OrderedDict()
+            yield
+        finally:
+            for where, name, hooks in held:
+                where[name] = hooks
 
 
 # --- projections -----------------------------------------------------------------------------
@@ -117,7 +122,10 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Projection:
-    """A site: the outputs `start` to `start + width` of a linear map, or as many of its inputs."""
+    """A site: `width` outputs of a linear map from `start` on, or as many of its inputs.
+
+    With `step` 2 every other one.
+    """
 
     site: str
     path: str
@@ -125,6 +133,13 @@ class Projection:
     start: int
     width: int
     of_input: bool = False
+    step: int = 1
+
+    def of(self, y: Tensor) -> Tensor:
+        """The site's part (..., width) of the whole output or input."""
+        if y.shape[-1] == self.width:
+            return y
+        return y[..., self.start : self.start + self.step * self.width : self.step]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.neurons import shape_of
 from relneuron.artifact.options import LoadOptions
-from relneuron.model.gated import GatedMLP, model_shape
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import first_line
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.ops.backends import MADE_FOR
 
 
@@ -150,20 +151,21 @@ def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[A
 
 
 def describe_model(
-    name: str, model: Any, mlps: Sequence[GatedMLP] | Mapping[str, int], backend: str
+    name: str, model: Any, mlps: Sequence[Part] | Mapping[str, int], backend: str
 ) -> Json:
     """What the manifest says of a model; `digest` is `identity.model_digest`.
 
-    A model whose MLPs are not gated gives its shape (layers, width and hidden) in their place.
+    A model whose MLPs were not looked for gives its shape (layers, width, hidden) in their place.
     """
     parameter = next(model.parameters())
     if isinstance(mlps, Mapping):
         text = model.config.get_text_config()
         names = ("hidden_act", "hidden_activation", "activation_function")
         activation = next((getattr(text, name) for name in names if hasattr(text, name)), None)
-        shape = {key: mlps[key] for key in ("layers", "width", "hidden")}
+        shape = shape_of(mlps)
     else:
-        activation, shape = mlps[0].activation, model_shape(mlps)
+        own = dict.fromkeys(mlp.activation or type(mlp.act).__name__ for mlp in mlps)
+        activation, shape = ", ".join(own), model_shape(mlps)
     return {
         "id": name,
         "revision": getattr(model.config, "_commit_hash", None),

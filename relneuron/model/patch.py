@@ -11,28 +11,32 @@ from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
-from relneuron.model.gated import GatedMLP, model_shape
-from relneuron.model.layers import Parts, Projection, has_hooks
+from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.mlp import MLP
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import (
     LayerState,
     Tokens,
     hidden,
     is_recomputing,
     mask_states,
+    masked,
     record_down,
     record_outputs,
     replace_act,
+    rows_of,
     statistics_only,
 )
 from relneuron.ops.tensors import is_plain
 
 _ABSENT = object()
-_PATCHING = threading.Lock()
 
 
 class StatisticsDone(Exception):
@@ -42,8 +46,9 @@ class StatisticsDone(Exception):
 class Patch:
     """Replaces `forward` of modules in every layer on the instance, and puts back what was there.
 
-    They are those of a layer's gated MLP and of the attention's projections that come with it; of a
-    `Parts` the linear maps whose inputs or outputs are neurons.
+    They are those of an MLP that is whole, or of the maps and the activation of one whose forward
+    stays as it is, and of the attention's projections that come with it; of a `Parts` the linear
+    maps whose inputs or outputs are neurons.
 
     A context manager. Class-level overrides and hooks are ignored by a model that was compiled
     before; an instance's own `forward` is not. Inside another patch both act: statistics of
@@ -57,7 +62,7 @@ class Patch:
 
     def __init__(
         self,
-        layers: Sequence[GatedMLP | Parts],
+        layers: Sequence[MLP | Experts | Parts],
         states: Sequence[LayerState],
         *,
         backend: str = "auto",
@@ -68,7 +73,12 @@ class Patch:
         self.only_statistics, self.own_activation = only_statistics, own_activation
         self.tokens = Tokens()
         self.thread = 0  # that entered
+        # Of each MLP whose forward stays as it is: what its maps gave in the forward that runs.
+        self.values: list[dict[str, Tensor]] = [{} for _ in layers]
         self._saved: list[tuple[nn.Module, object, _Patched]] = []
+        # Of two parts of the last layer either may come first, so that none of them is the last.
+        numbers = [getattr(layer, "layer", None) for layer in layers[-2:]]
+        self.has_two_last = len(numbers) == 2 and None is not numbers[0] == numbers[1]
         if len(self.states) != len(layers):
             raise ValueError(
                 f"Patch: {len(layers)} states (from the layers) are expected, got {len(states)}"
@@ -85,34 +95,39 @@ class Patch:
     def __enter__(self) -> Patch:
         if self._saved:
             raise RelneuronError("this patch is active already", "make a second one to nest")
-        if len({id(layer.module) for layer in self.layers}) < len(self.layers):
+        downs = [getattr(layer, "down_map", layer).module for layer in self.layers]
+        if len(set(map(id, downs))) < len(downs):
             raise RelneuronError(
                 "layers of the model share one MLP, whose neurons would be counted in each of them",
                 "give a model with an MLP of its own in every layer",
             )
-        with _PATCHING:
-            for layer in self.layers:
-                before = layer.module.__dict__.get("forward")
+        with CHANGING:
+            for module in [layer.module for layer in self.layers] + downs:
+                before = module.__dict__.get("forward")
                 if isinstance(before, _Patched):
                     before.check_thread()
             self.thread = threading.get_ident()
             for number, layer in enumerate(self.layers):
-                before = layer.module.__dict__.get("forward", _ABSENT)
-                if isinstance(layer, GatedMLP):
-                    self._put_on(layer.module, before, _Forward(self, number, layer, before))
+                if isinstance(layer, Experts):
+                    from relneuron.model.patch_experts import ExpertsForward  # made of this file
+
+                    self._put_on(layer.module, partial(ExpertsForward, self, number, layer))
+                elif not isinstance(layer, MLP):
+                    self._put_on(layer.module, partial(_Patched, self, number, layer.module))
+                elif layer.is_whole:
+                    self._put_on(layer.module, partial(_Forward, self, number, layer))
                 else:
-                    self._put_on(layer.module, before, _Patched(self, number, layer.module, before))
-                parts: dict[nn.Module, list[Projection]] = {}
-                for part in layer.projections:
-                    parts.setdefault(part.module, []).append(part)
-                for module, own in parts.items():
-                    before = module.__dict__.get("forward", _ABSENT)
-                    self._put_on(module, before, _Linear(self, number, own, before))
+                    for module, own in _by_module(layer.sites).items():
+                        self._put_on(module, partial(_Inside, self, number, layer, own))
+                for module, own in _by_module(layer.projections).items():
+                    self._put_on(module, partial(_Linear, self, number, own))
         return self
 
-    def _put_on(self, module: nn.Module, before: object, forward: _Patched) -> None:
-        self._saved.append((module, before, forward))
-        module.__dict__["forward"] = forward
+    def _put_on(self, module: nn.Module, forward: Callable[[object], _Patched]) -> None:
+        before = module.__dict__.get("forward", _ABSENT)
+        patched = forward(before)
+        self._saved.append((module, before, patched))
+        module.__dict__["forward"] = patched
 
     def __exit__(
         self,
@@ -160,6 +175,13 @@ class Patch:
         return replace.apply(x.reshape(*shape[:-1], -1), rows).reshape(x.shape)
 
 
+def _by_module(parts: Sequence[Projection]) -> dict[nn.Module, list[Projection]]:
+    found: dict[nn.Module, list[Projection]] = {}
+    for part in parts:
+        found.setdefault(part.module, []).append(part)
+    return found
+
+
 class _Patched:
     """A patched forward. A plain callable, so nothing of it is copied or saved.
 
@@ -175,7 +197,7 @@ class _Patched:
         self.below: list[Patch] = [patch, *(before.below if isinstance(before, _Patched) else [])]
         own = before if callable(before) else partial(type(module).forward, module)
         self.plain: Callable[[Tensor], Tensor] = outer.plain if outer else own
-        self.is_last = layer == len(patch.layers) - 1
+        self.is_last = layer == len(patch.layers) - 1 and not patch.has_two_last
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise RelneuronError("a patched model cannot be copied", "copy it outside the context")
@@ -196,7 +218,7 @@ class _Patched:
         self.check_thread()
         self.is_used = True
         needed = [patch.tokens.n_needed for patch in self.patches]
-        if not self.is_last or None in needed:
+        if not self.is_last or None in needed or x.dim() < 3:
             return self.compute(x)
         # What the last layer writes is looked at by no other token.
         n = max(cast(list[int], needed))
@@ -207,6 +229,30 @@ class _Patched:
 
     def compute(self, x: Tensor) -> Tensor:
         return self.plain(x)
+
+    def _written(self, y: Tensor) -> Tensor:
+        """y (..., D) of a down map, recorded, with what is off at zero and the rest replaced."""
+        for patch in self.patches:
+            record_down(y, patch.states[self.layer], patch.tokens, patch.backend)
+        for patch in self.patches:
+            keep = patch.states[self.layer].keep_down
+            if keep is not None:
+                rows = patch.tokens.rows(y.shape)
+                y = torch.where(keep[0] if rows is None else keep[rows.long()], y, y.new_zeros(()))
+            y = patch.replaced(self.layer, "down", y, y.shape)
+        return y
+
+    def _replaced(self, y: Tensor, part: Projection) -> Tensor:
+        """y, inputs or outputs of a map, with the chosen ones of a site replaced."""
+        for patch in self.patches:
+            if part.site in (patch.states[self.layer].replace or {}):
+                new = patch.replaced(self.layer, part.site, part.of(y), y.shape)
+                if new.shape == y.shape:
+                    y = new
+                else:
+                    y = y.clone()
+                    part.of(y).copy_(new)
+        return y
 
 
 class _Linear(_Patched):
@@ -225,22 +271,16 @@ class _Linear(_Patched):
 
     def _changed(self, y: Tensor, parts: Sequence[Projection]) -> Tensor:
         for part in parts:
-            inside = slice(part.start, part.start + part.width)
             for patch in self.patches:
-                record_outputs(y[..., inside], part.site, patch.states[self.layer], patch.tokens)
-            for patch in self.patches:
-                if part.site in (patch.states[self.layer].replace or {}):
-                    new = patch.replaced(self.layer, part.site, y[..., inside], y.shape)
-                    whole = new.shape == y.shape
-                    rest = (y[..., : part.start], new, y[..., inside.stop :])
-                    y = new if whole else torch.cat(rest, dim=-1)
+                record_outputs(part.of(y), part.site, patch.states[self.layer], patch.tokens)
+            y = self._replaced(y, part)
         return y
 
 
 class _Forward(_Patched):
-    """The patched forward of one gated MLP."""
+    """The patched forward of one MLP that is whole: the kernels in place of its activation."""
 
-    def __init__(self, patch: Patch, layer: int, mlp: GatedMLP, before: object) -> None:
+    def __init__(self, patch: Patch, layer: int, mlp: MLP, before: object) -> None:
         super().__init__(patch, layer, mlp.module, before)
         self.mlp = mlp
         self._uncalled = mlp.uncalled()
@@ -255,11 +295,12 @@ class _Forward(_Patched):
         gate, up = self.mlp.project(x)
         for patch in self.patches:
             gate = patch.replaced(self.layer, "gate", gate, x.shape)
-            up = patch.replaced(self.layer, "up", up, x.shape)
+            if up is not None:
+                up = patch.replaced(self.layer, "up", up, x.shape)
         act, is_hooked = self._act(gate, up, x.shape)
-        sites = {"gate": gate, "up": up}
+        sites = {"gate": gate} | ({} if up is None else {"up": up})
         if is_hooked and act is not None:
-            sites |= {"act": act, "product": act * up}
+            sites |= {"act": act} | ({} if up is None else {"product": act * up})
         acting = [(p.states[self.layer], p.tokens, p.backend) for p in self.patches]
         if self.is_last and all(patch.is_done() for patch in self.patches):
             for state, tokens, backend in acting:
@@ -273,18 +314,11 @@ class _Forward(_Patched):
         h = cast(Tensor, h)
         for state, tokens, _ in acting:
             h = replace_act(h, up, state, tokens, x.shape)
-        y = self.mlp.down(h.reshape(*x.shape[:-1], self.mlp.width))
-        for state, tokens, backend in acting:
-            record_down(y, state, tokens, backend)
-        for patch in self.patches:
-            keep = patch.states[self.layer].keep_down
-            if keep is not None:
-                rows = patch.tokens.rows(x.shape)
-                y = torch.where(keep[0] if rows is None else keep[rows.long()], y, y.new_zeros(()))
-            y = patch.replaced(self.layer, "down", y, x.shape)
-        return y
+        return self._written(self.mlp.down(h.reshape(*x.shape[:-1], self.mlp.width)))
 
-    def _act(self, gate: Tensor, up: Tensor, shape: torch.Size) -> tuple[Tensor | None, bool]:
+    def _act(
+        self, gate: Tensor, up: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor | None, bool]:
         """The model's own activation (T, F), called once, or None where the kernels' is taken.
 
         And whether hooks have seen it, in the shape that they know, and may have changed it.
@@ -292,13 +326,59 @@ class _Forward(_Patched):
         own = self.mlp.own_activation()
         if isinstance(own, nn.Module) and has_hooks(own):
             return own(gate.reshape(*shape[:-1], -1)).reshape(gate.shape), True
-        has_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+        both = [gate] if up is None else [gate, up]
+        has_grad = torch.is_grad_enabled() and any(x.requires_grad for x in both)
         is_own = any(p.own_activation for p in self.patches) or has_grad
-        is_own = is_own or not (is_plain(gate) and is_plain(up))
+        is_own = is_own or not all(map(is_plain, both))
         return (own(gate) if is_own else None), False
 
 
-def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backend: str) -> None:
+class _Inside(_Patched):
+    """The patched forward of one map of an MLP whose own forward stays as it is.
+
+    Gate, up and the activation leave their numbers in the patch; what reads h takes statistics of
+    them and switches neurons off; down is as that of any other MLP.
+    """
+
+    def __init__(
+        self, patch: Patch, layer: int, mlp: MLP, parts: Sequence[Projection], before: object
+    ) -> None:
+        super().__init__(patch, layer, parts[0].module, before)
+        self.mlp, self.ends, self.is_last = mlp, self.is_last, False
+        self.sites = {part.site: part for part in parts}
+
+    def compute(self, x: Tensor) -> Tensor:
+        if "product" in self.sites:
+            x = self._product(x)
+        y = self.plain(x)
+        for site, part in self.sites.items():
+            if site == "down":
+                y = self._written(y)
+            elif site != "product":
+                y = self._replaced(y, part)
+                self.patches[0].values[self.layer][site] = rows_of(part.of(y))
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        values = self.patches[0].values[self.layer]
+        self.patches[0].values[self.layer] = {}
+        sites, h = values | {"product": rows_of(x)}, rows_of(x)
+        if self.mlp.activation is not None:
+            sites = {site: values[site] for site in ("gate", "up") if site in values}
+        for patch in self.patches:
+            state, tokens = patch.states[self.layer], patch.tokens
+            statistics_only(self.mlp, sites, state, tokens, x.shape, patch.backend)
+        if self.ends and all(patch.is_done() for patch in self.patches):
+            raise StatisticsDone
+        for patch in self.patches:
+            state, tokens = patch.states[self.layer], patch.tokens
+            h = masked(h, state, tokens, x.shape)
+            if "act" not in values:
+                h = replace_act(h, values.get("up"), state, tokens, x.shape)
+        return h.reshape(x.shape)
+
+
+def check_canary(model: Any, mlps: Sequence[MLP], input_ids: Tensor, backend: str) -> None:
     """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
 
     Likewise all attentions, where their projections are patched.
@@ -309,8 +389,12 @@ def check_canary(model: Any, mlps: Sequence[GatedMLP], input_ids: Tensor, backen
     with torch.no_grad():
         clean = model(input_ids).logits
         for site, what in parts.items():
-            width = Shape.of(shape).widths[site]
-            everything = [(mlp.layer, site, index) for mlp in mlps for index in range(width)]
+            order = Shape.of(shape)
+            everything = [
+                neuron
+                for layer in range(order.layers)
+                for neuron in order.neurons(np.r_[order.span(layer, site)])
+            ]
             with Patch(mlps, mask_states([everything], mlps), backend=backend):
                 dark = model(input_ids).logits
             if torch.equal(clean, dark):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import ATTENTION, check_neurons
-from relneuron.model.gated import GatedMLP, model_shape
+from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
+from relneuron.model.mlps.shape import Part, model_shape
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class LayerState:
-    """What a patch does in one layer; every field is optional."""
+    """What a patch does at one MLP; every field is optional."""
 
     stats: ops.GroupStats | None = None
     stats_down: ops.GroupStats | None = None  # of width D, sites=("down",)
@@ -31,6 +33,7 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
+    routing: Tensor | None = None  # of experts, (E * G,) float64: sums of the router's weights
 
 
 @dataclass
@@ -56,26 +59,37 @@ class Tokens:
 
     `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
     output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
-    not None, are the layers that have counted the tokens: each may do it once.
+    not None, are the MLPs that have counted the tokens: each may do it once.
     """
 
     group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
     conditions: Tensor | None = None
     n_needed: int | None = None
-    counted: set[int] | None = None
+    counted: set[tuple[int, int]] | None = None
 
     def rows(self, shape: torch.Size) -> Tensor | None:
-        """The conditions of the tokens of an input (B, T, D), as (B, T) or (B, 1)."""
+        """The conditions of the tokens of an input: of (B, T, D) as (B, T) or (B, 1).
+
+        Of (B * T, D), as experts get it, as (B * T,).
+        """
         rows = self.conditions
         if rows is None:
             return None
+        if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
+            whole = torch.Size((len(rows), shape[0] // len(rows), shape[1]))
+            return cast(Tensor, self.rows(whole)).expand(whole[:2]).reshape(-1)
         if len(rows) != shape[0]:
             raise ValueError(
                 f"a batch of {len(rows)} rows (from the masks) is expected, got an input of shape "
                 f"{tuple(shape)}"
             )
         return rows[:, -shape[1] :] if rows.dim() == 2 else rows.unsqueeze(1)
+
+
+def rows_of(y: Tensor) -> Tensor:
+    """y (..., F) as (T, F)."""
+    return y.reshape(-1, y.shape[-1])
 
 
 # --- masks -----------------------------------------------------------------------------------
@@ -94,40 +108,56 @@ def unpack_keep(keep: Tensor, width: int) -> Tensor:
 
 
 def mask_states(
-    conditions: Sequence[Iterable[Sequence[Any]]], mlps: Sequence[GatedMLP]
+    conditions: Sequence[Iterable[Sequence[Any]]], mlps: Sequence[Part]
 ) -> list[LayerState]:
-    """Per layer, the masks that switch off the neurons of each condition.
-
-    Zeroing the output k of gate_proj or of up_proj both make product k zero, so a condition is
-    two masks a layer: over the F products and over the D outputs of down_proj. Outputs of the
-    attention's projections become zero one by one.
-    """
+    """Per MLP, the masks that switch off the neurons of each condition."""
     shape = model_shape(mlps)
-    attention: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
-    products = np.ones((shape["layers"], len(conditions), shape["width"]), bool)
-    downs = np.ones((shape["layers"], len(conditions), shape["hidden"]), bool)
+    widths = Shape.of(shape).widths
+    off: dict[tuple[int, str], Array] = {}
     for number, neurons in enumerate(conditions):
         for layer, site, index in check_neurons(neurons, shape):
-            if site in ATTENTION:
-                empty = np.zeros((len(conditions), shape[site]), bool)
-                attention.setdefault((layer, site), empty)[number, index] = True
-                continue
-            (downs if site == "down" else products)[layer, number, index] = False
-    states = []
-    for layer, mlp in enumerate(mlps):
-        device = next(mlp.module.parameters()).device
-        state = LayerState()
-        if not products[layer].all():
-            state.keep = pack_keep(products[layer]).to(device)
-        if not downs[layer].all():
-            state.keep_down = torch.from_numpy(downs[layer]).to(device)
-        off = {site: rows for (where, site), rows in attention.items() if where == layer}
-        if off:
-            state.replace = {
-                site: Replacement(torch.from_numpy(rows).to(device)) for site, rows in off.items()
-            }
-        states.append(state)
-    return states
+            empty = np.zeros((len(conditions), widths[site]), bool)
+            off.setdefault((layer, site), empty)[number, index] = True
+    return [
+        off_state(mlp, {site: rows for (layer, site), rows in off.items() if layer == mlp.layer})
+        for mlp in mlps
+    ]
+
+
+def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
+    """What switches neurons of an MLP off: `off` has (C, .) bool of the layer by site.
+
+    Where h is activation(gate) * up, zeroing the output k of gate or of up both make product k
+    zero, so a condition is two masks: over the F products and over the D outputs of down. Of
+    another MLP gate's and up's outputs become zero themselves, as those of the attention's
+    projections do.
+    """
+    device = next(mlp.module.parameters()).device
+    state, rest = LayerState(), dict(off)
+    if mlp.activation is not None:
+        products = [rest.pop(site)[:, mlp.inside] for site in ("gate", "up") if site in rest]
+        if products and np.logical_or.reduce(products).any():
+            state.keep = pack_keep(~np.logical_or.reduce(products)).to(device)
+    down = rest.pop("down", None)
+    if down is not None and down.any():
+        state.keep_down = torch.from_numpy(~down).to(device)
+    replace = {
+        site: Replacement(torch.from_numpy(np.ascontiguousarray(rows)).to(device))
+        for site, rows in of_mlp(mlp, rest).items()
+        if rows.any()
+    }
+    state.replace = replace or None
+    return state
+
+
+def of_mlp(mlp: Part, rows: Mapping[str, Array]) -> dict[str, Array]:
+    """What belongs to an MLP of (C, .) arrays of its layer, by site."""
+    own = {part.site for part in mlp.projections}
+    return {
+        site: values[:, mlp.inside] if site in ("gate", "up", "act") else values
+        for site, values in rows.items()
+        if site not in ATTENTION or site in own
+    }
 
 
 # --- statistics, and the values of neurons ---------------------------------------------------
@@ -138,10 +168,10 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
+def flat_ids(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     if ids is None:
         return None
-    if ids.shape != shape[:-1]:
+    if ids.shape != shape[:-1] and (len(shape) > 2 or ids.numel() != shape[0]):
         raise ValueError(
             f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}: "
             "call probe.batch before each forward; generate makes many, so generate outside of "
@@ -151,18 +181,19 @@ def _flat(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
 
 
 def _recording(
-    mlp: GatedMLP, state: LayerState, tokens: Tokens, shape: torch.Size
+    mlp: Part, state: LayerState, tokens: Tokens, shape: torch.Size
 ) -> dict[str, Any] | None:
     """What the op records of a forward, as its arguments; `None` for nothing."""
     if is_recomputing():
         return None
     counted = tokens.counted if state.stats is not None else None
-    if counted is not None and mlp.layer in counted:
+    place = (mlp.layer, mlp.offset)
+    if counted is not None and place in counted:
         raise RelneuronError(
             "the tokens of the last probe.batch() were counted already",
             "call it before each forward; generate() makes many: count its text by one forward",
         )
-    prompt_ids = _flat(tokens.prompt_ids, shape, "prompt_ids")
+    prompt_ids = flat_ids(tokens.prompt_ids, shape, "prompt_ids")
     sums = None
     if state.responses is not None and prompt_ids is not None:
         others = ("down", *ATTENTION)
@@ -170,9 +201,9 @@ def _recording(
     has_stats = state.stats is not None
     if not (has_stats or sums):
         return None
-    group_ids = _flat(tokens.group_ids, shape, "group_ids") if has_stats else None
+    group_ids = flat_ids(tokens.group_ids, shape, "group_ids") if has_stats else None
     if counted is not None:
-        counted.add(mlp.layer)
+        counted.add(place)
     return {
         "stats": state.stats,
         "group_ids": group_ids,
@@ -181,59 +212,67 @@ def _recording(
     }
 
 
-def _op(mlp: GatedMLP, backend: str) -> dict[str, Any]:
+def _op(mlp: Part, backend: str) -> dict[str, Any]:
     # Ids are made or checked where they enter the patch.
-    return {"activation": mlp.activation, "ids_checked": True, "backend": backend}
+    # Without one, h is not the op's: it only takes what needs no activation.
+    return {"activation": mlp.activation or "silu", "ids_checked": True, "backend": backend}
 
 
 def statistics_only(
-    mlp: GatedMLP,
+    mlp: Part,
     sites: dict[str, Tensor],
     state: LayerState,
     tokens: Tokens,
     shape: torch.Size,
     backend: str,
 ) -> None:
-    """Record a forward; where hooks may have changed act, `sites` has it and the product, too."""
+    """Record a forward. Where act is not that of the formula, `sites` has it and the product."""
     recording = _recording(mlp, state, tokens, shape)
     if recording is None:
         return
     sites = {site: values.detach() for site, values in sites.items()}
-    if state.stats is not None and "act" in sites:
-        _record_values(state.stats, sites, recording["group_ids"], backend)
+    if not {"act", "product"}.isdisjoint(sites):
+        stats = recording["stats"]
+        for site in stats.sites if stats is not None else ():
+            _count_values(stats, site, sites[site], recording["group_ids"], backend)
         recording |= {"stats": None, "group_ids": None}
-    if recording["stats"] is not None or recording["responses"]:
-        ops.swiglu_stats_only(sites["gate"], sites["up"], **recording, **_op(mlp, backend))
+    sums = recording["responses"] or {}
+    if mlp.activation is None:
+        for site, own in sums.items():
+            values = sites[site].contiguous()
+            about = {"responses": {"gate": own}, "prompt_ids": recording["prompt_ids"]}
+            ops.swiglu_stats_only(values, values, **about, ids_checked=True, backend=backend)
+    elif recording["stats"] is not None or sums:
+        ops.swiglu_stats_only(sites["gate"], sites.get("up"), **recording, **_op(mlp, backend))
 
 
-def _record_values(
-    stats: ops.GroupStats, sites: dict[str, Tensor], group_ids: Tensor | None, backend: str
+def _count_values(
+    stats: ops.GroupStats, site: str, values: Tensor, group_ids: Tensor | None, backend: str
 ) -> None:
-    """Add the values at hand to `stats`, each site as the first input of an op of its own."""
-    for site in stats.sites:
-        part = ops.GroupStats(
-            groups=stats.groups,
-            width=stats.width,
-            sites=("gate",),
-            threshold=stats.threshold,
-            moments=stats.moments,
-            device=stats.device,
-        )
-        values, is_first = sites[site], site == stats.sites[0]
-        ops.swiglu_stats_only(
-            values, values, stats=part, group_ids=group_ids, ids_checked=True, backend=backend
-        )
-        for name in ("count", "sum", "sum_sq", "n_nonfinite"):
-            for values in getattr(part, name).values():
-                getattr(stats, name)[site].add_(values)
-        for values in part.max.values():
-            torch.maximum(stats.max[site], values, out=stats.max[site])
-        if is_first:
-            stats.tokens += part.tokens
+    """Add values (T, F) at hand to one site of `stats`, as the first input of an op of its own."""
+    part = ops.GroupStats(
+        groups=stats.groups,
+        width=stats.width,
+        sites=("gate",),
+        threshold=stats.threshold,
+        moments=stats.moments,
+        device=stats.device,
+    )
+    values = values.contiguous()
+    ops.swiglu_stats_only(
+        values, values, stats=part, group_ids=group_ids, ids_checked=True, backend=backend
+    )
+    for name in ("count", "sum", "sum_sq", "n_nonfinite"):
+        for added in getattr(part, name).values():
+            getattr(stats, name)[site].add_(added)
+    for largest in part.max.values():
+        torch.maximum(stats.max[site], largest, out=stats.max[site])
+    if site == stats.sites[0]:
+        stats.tokens += part.tokens
 
 
 def hidden(
-    mlp: GatedMLP,
+    mlp: Part,
     sites: dict[str, Tensor],
     act: Tensor | None,
     state: LayerState,
@@ -242,7 +281,7 @@ def hidden(
     backend: str,
 ) -> Tensor:
     """h (T, F) with this patch's statistics taken and its neurons switched off."""
-    gate, up = sites["gate"], sites["up"]
+    gate, up = sites["gate"], sites.get("up")
     conditions = tokens.rows(shape) if state.keep is not None else None
     if conditions is not None:
         conditions = conditions.expand(shape[:-1]).reshape(-1).contiguous()
@@ -252,16 +291,24 @@ def hidden(
         return ops.swiglu_stats(gate, up, **recording, **mask, **_op(mlp, backend))
     # torch computes h; the op only takes the statistics.
     statistics_only(mlp, sites, state, tokens, shape, backend)
-    h = sites["product"] if "product" in sites else act * up
+    if up is None:
+        return masked(act, state, tokens, shape)
+    return masked(sites["product"] if "product" in sites else act * up, state, tokens, shape)
+
+
+def masked(h: Tensor, state: LayerState, tokens: Tokens, shape: torch.Size) -> Tensor:
+    """h (T, F) with what the state does not keep at zero."""
     if state.keep is None:
         return h
-    on = unpack_keep(state.keep, gate.shape[1])
-    rows = on[0] if conditions is None else on[conditions.long()]
+    on, conditions = unpack_keep(state.keep, h.shape[1]), tokens.rows(shape)
+    if conditions is None:
+        return torch.where(on[0], h, h.new_zeros(()))
+    rows = on[conditions.expand(shape[:-1]).reshape(-1).long()]
     return torch.where(rows, h, h.new_zeros(()))
 
 
 def replace_act(
-    h: Tensor, up: Tensor, state: LayerState, tokens: Tokens, shape: torch.Size
+    h: Tensor, up: Tensor | None, state: LayerState, tokens: Tokens, shape: torch.Size
 ) -> Tensor:
     """h (T, F) where the chosen activations have another value: that value times up."""
     replace = (state.replace or {}).get("act")
@@ -273,7 +320,8 @@ def replace_act(
     if replace.shift is None:
         return replace.apply(h, rows)  # an activation times a factor is h times that factor
     places = h.new_zeros((), dtype=torch.long) if rows is None else rows.long()
-    return torch.where(replace.chosen[places], replace.shift[places].to(up.dtype) * up, h)
+    new = replace.shift[places].to(h.dtype)
+    return torch.where(replace.chosen[places], new if up is None else new * up, h)
 
 
 def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> None:
@@ -283,7 +331,7 @@ def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> N
             flat_y,
             torch.zeros_like(flat_y),
             stats=state.stats_down,
-            group_ids=_flat(tokens.group_ids, y.shape, "group_ids"),
+            group_ids=flat_ids(tokens.group_ids, y.shape, "group_ids"),
             ids_checked=True,
             backend=backend,
         )
@@ -295,7 +343,7 @@ def record_outputs(y: Tensor, site: str, state: LayerState, tokens: Tokens) -> N
     ids = tokens.prompt_ids
     if is_recomputing() or state.responses is None or site not in state.responses or ids is None:
         return
-    flat = cast(Tensor, _flat(ids, y.shape, "prompt_ids"))
+    flat = cast(Tensor, flat_ids(ids, y.shape, "prompt_ids"))
     rows = (flat >= 0).nonzero().squeeze(1)
     values = y.detach().reshape(-1, y.shape[-1])[rows].float()
     state.responses[site].index_add_(0, flat[rows].long(), values)

@@ -25,8 +25,8 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.batches import is_out_of_memory
-from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from tests.conftest import tiny_model
 
@@ -50,7 +50,7 @@ def loaded(model_folder: Path) -> Iterator[tuple[Any, Any]]:
     model = load_model(str(model_folder))
     # So that texts are long and differ from mask to mask.
     generator = torch.Generator().manual_seed(2)
-    for mlp in find_gated_mlps(model):
+    for mlp in find_mlps(model):
         weight = mlp.module.down_proj.weight.data
         weight += 0.3 * torch.randn(weight.shape, generator=generator)
     yield model, load_tokenizer(str(model_folder))
@@ -231,7 +231,7 @@ def test_a_neuron_that_is_off_and_set_is_set(loaded: Any, study: Path, sets: Any
 
 def test_states_for_steering_have_a_row_per_condition(loaded: Any, sets: Any) -> None:
     model, _ = loaded
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     means = np.random.default_rng(3).normal(size=(LAYERS, WIDTH)).astype(np.float32)
     off = [[], sets["fr"], sets["en"]]
     tokens = torch.randint(5, 60, (3, 6), generator=torch.Generator().manual_seed(0))

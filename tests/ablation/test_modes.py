@@ -21,7 +21,7 @@ from relneuron.ablation.evaluate import How, wave_states
 from relneuron.ablation.how import mean_responses
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.neurons import Shape, random_neurons
-from relneuron.model.gated import find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, mask_states
 from relneuron.texts.neutral import Sentence, read_sentences, sentences_bytes
@@ -160,7 +160,7 @@ def test_mean_responses_are_the_means_of_what_was_recorded(study: Study) -> None
 @pytest.mark.parametrize("how", [How("scale", 1.0), How(), How("scale", 0.5)])
 def test_what_changes_nothing_is_bit_equal_to_clean(study: Study, how: How, backend: str) -> None:
     """Scaled by 1, and an empty set, in a batch of rows that share its masks."""
-    mlps = find_gated_mlps(study.model)
+    mlps = find_mlps(study.model)
     chosen = Shape.of(SHAPE).places(study.sets["works_as"])
     empty = chosen[:0]
     plan = [Ablation(Condition(str(i), "set"), p, []) for i, p in enumerate((chosen, empty))]
@@ -199,7 +199,7 @@ OFF = [
 
 
 def test_needed_columns_are_those_of_the_whole_mlp(family_model: Any) -> None:
-    mlps = find_gated_mlps(family_model)
+    mlps = find_mlps(family_model)
     tokens = torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(8) >= torch.tensor([[0], [3], [5]])).long()
     calls: list[int] = []
@@ -218,7 +218,7 @@ def test_needed_columns_are_those_of_the_whole_mlp(family_model: Any) -> None:
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_patch_that_needs_all_columns_gets_them(llama: Any, inside: bool) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     tokens = torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     sums = {"gate": torch.zeros(1, 48), "up": torch.zeros(1, 48), "down": torch.zeros(1, 32)}
@@ -235,7 +235,7 @@ def test_a_patch_that_needs_all_columns_gets_them(llama: Any, inside: bool) -> N
 
 
 def test_the_larger_need_of_two_patches_counts(llama: Any) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     tokens = torch.randint(3, 90, (3, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     with Patch(mlps, mask_states(OFF, mlps)) as outer:
@@ -249,7 +249,7 @@ def test_the_larger_need_of_two_patches_counts(llama: Any) -> None:
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_a_batch_of_one_row_has_its_condition(llama: Any, backend: str, per_token: bool) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     tokens = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(0))
     with relneuron.ablate(llama, OFF[1], backend=backend), torch.no_grad():
         wanted = llama(tokens).logits

@@ -27,16 +27,14 @@ def unsupported_models() -> dict[str, Any]:
     }
     own = {"lru_width": 16, "block_types": ["recurrent", "attention"], "head_dim": 8}
     recurrent = hf.RecurrentGemmaConfig(**size, **own)
-    crossed = hf.models.mllama.MllamaTextConfig(**size, cross_attention_layers=[1])
-    uneven = tiny_model("llama")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        linear = torch.nn.Linear(*((40, 32) if name == "down_proj" else (32, 40)), bias=False)
-        setattr(uneven.model.layers[1].mlp, name, linear)
-    uneven.eval()
+    mixed = tiny_model("llama")
+    for layer in mixed.model.layers[1:]:
+        layer.mlp = torch.nn.Sequential(
+            torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)
+        )
     return {
         "without a cache of keys and values": hf.RecurrentGemmaForCausalLM(recurrent).eval(),
-        "text alone does not run the layers 1": hf.MllamaForCausalLM(crossed).eval(),
-        "the layers differ in width": uneven,
+        "whether their MLPs are gated": mixed.eval(),
     }
 
 

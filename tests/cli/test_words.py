@@ -23,8 +23,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.cli.doctor import model_report
-from relneuron.model.gated import find_gated_mlps, inspect_layers
 from relneuron.model.load import choose_device
+from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.model.stream import read_residual_model
 from tests.conftest import tiny_model
 from tests.kit.corpus_commands import (
@@ -288,11 +288,11 @@ def test_a_folder_has_no_revision(
 
 def test_a_wrapped_model_names_what_it_wraps(llama: Any) -> None:
     wrapped = torch.nn.DataParallel(llama)
-    for read in (find_gated_mlps, read_residual_model):
+    for read in (find_mlps, read_residual_model):
         with pytest.raises(RelneuronError, match="DataParallel holds the model") as caught:
             read(wrapped)
         assert caught.value.fix == "give model.module in place of model"
-    assert len(find_gated_mlps(wrapped.module)) == 3
+    assert len(find_mlps(wrapped.module)) == 3
 
 
 def test_one_compiled_mlp_is_named(llama: Any) -> None:

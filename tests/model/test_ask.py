@@ -20,8 +20,8 @@ from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
 from relneuron.model.ask import Answers, Asker, Step
 from relneuron.model.batches import plan_batches
-from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens, mask_states
@@ -92,7 +92,7 @@ def test_pooling_takes_effective_tokens_on_either_side() -> None:
 def test_pooled_sums_are_those_of_plain_hooks(llama: Any, backend: str) -> None:
     tokens = torch.randint(3, 90, (3, 6), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[-1, -1, 0, 0, 0, 0], [2, 2, 2, 2, 2, -1], [-1, 1, -1, 1, 1, 1]]).int()
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     widths = {"gate": 48, "up": 48, "down": 32}
     states = [
         LayerState(responses={site: torch.zeros(3, w) for site, w in widths.items()}) for _ in mlps
@@ -155,7 +155,7 @@ def random_questions(lengths: list[int], vocabulary: int, seed: int) -> Question
 
 def forced_is_greedy(model: Any, vocabulary: int, lengths: list[int], seed: int = 0) -> None:
     """With random neurons off in every row; rows of all kinds are among the prompts."""
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     shape = {"layers": len(mlps), "width": mlps[0].width, "hidden": mlps[0].hidden}
     off = [random_neurons(shape, Shape.of(shape).total // 2, seed) for seed in range(3)]
     asked = random_questions(lengths, vocabulary, seed)

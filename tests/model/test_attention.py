@@ -22,8 +22,9 @@ from relneuron.ablation.conditions import matched_places
 from relneuron.ablation.expertise import export_expertise
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile, Shape, random_neurons
-from relneuron.model.gated import find_gated_mlps, model_shape
 from relneuron.model.layers import find_projections
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import mask_states
 from tests.conftest import tiny_model
 from tests.kit.files import read_rows
@@ -66,10 +67,10 @@ def hook(change: Callable[[Tensor], None], where: slice) -> Any:
 
 def test_neurons_off_are_off_in_every_family(family_model: Any) -> None:
     model = family_model
-    mlps = find_gated_mlps(model, attention=True)
+    mlps = find_mlps(model, attention=True)
     shape = model_shape(mlps)
     assert {s: shape[s] for s in "qkvo"} == {"q": 32, "k": 16, "v": 16, "o": 32}
-    assert model_shape(find_gated_mlps(model)).keys() == {"layers", "width", "hidden"}
+    assert model_shape(find_mlps(model)).keys() == {"layers", "width", "hidden"}
     tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     chosen = [(layer, s, i) for layer in (0, 2) for s in "qkvo" for i in range(0, shape[s], 3)]
     plain = model(tokens).logits
@@ -137,7 +138,7 @@ def test_what_is_no_attention_is_named() -> None:
     with pytest.raises(RelneuronError, match="65 outputs, which are no q of 32, k and v"):
         find_projections("model.layers.0", packed)
     with pytest.raises(RelneuronError, match="neuron .layer 0, site 'q', index 32. is not in"):
-        mask_states([[(0, "q", 32)]], find_gated_mlps(tiny_model("llama"), attention=True))
+        mask_states([[(0, "q", 32)]], find_mlps(tiny_model("llama"), attention=True))
 
 
 def test_places_of_all_sites() -> None:

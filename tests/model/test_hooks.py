@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
 from tests.conftest import tiny_model
@@ -47,12 +47,12 @@ def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
 
 
 def part(model: Any, layer: int, name: str) -> nn.Module:
-    mlp = find_gated_mlps(model)[layer]
+    mlp = find_mlps(model)[layer]
     if name == "mlp":
         return mlp.module
     if name == "act":
         name = ACTIVATIONS[model.config.model_type]
-    if name == "gate" and mlp.packed:
+    if name == "gate" and hasattr(mlp.module, "gate_up_proj"):
         name = "gate_up"
     return mlp.module.get_submodule(name if "act" in name else f"{name}_proj")
 
@@ -177,7 +177,7 @@ def test_what_a_hook_changes_is_what_the_model_computes_and_counts(model: Any) -
 
 
 def test_a_forward_that_ends_early_runs_the_hooks_of_the_activation(model: Any) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     stats = [relneuron.ops.GroupStats(groups=1, width=WIDTH) for _ in mlps]
     patch = Patch(mlps, [LayerState(stats=s) for s in stats], only_statistics=True)
     with patch, heard(part(model, LAYERS - 1, "act")) as seen, pytest.raises(StatisticsDone):
@@ -200,7 +200,7 @@ def test_the_self_check_calls_no_hook_and_leaves_them(model: Any, name: str) -> 
 
 
 def test_hooks_on_a_part_that_is_not_called_are_refused(model: Any) -> None:
-    mlp = find_gated_mlps(model)[1].module
+    mlp = find_mlps(model)[1].module
     mlp.dropout = nn.Dropout(0.0).eval()
     with relneuron.ablate(model, NEURONS):
         logits(model)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import load_model
+from relneuron.model.mlps.find import find_mlps
 
 TEXT = {
     "model_type": "llama",
@@ -45,7 +45,7 @@ def save_llava(folder: Path) -> Any:
 def test_a_model_with_pictures_reads_text(tmp_path: Path) -> None:
     saved, loaded = save_llava(tmp_path), load_model(str(tmp_path), device="cpu")
     assert type(loaded) is type(saved)
-    paths = [mlp.path for mlp in find_gated_mlps(loaded)]
+    paths = [mlp.path for mlp in find_mlps(loaded)]
     assert paths == [f"model.language_model.layers.{i}.mlp" for i in range(2)]
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.gated import GatedMLP, find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.states import mask_states, pack_keep, unpack_keep
 from tests.conftest import tiny_model
@@ -44,7 +45,7 @@ def attributes(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def set_rows_and_columns_to_zero(mlps: list[GatedMLP], neurons: Any) -> None:
+def set_rows_and_columns_to_zero(mlps: list[MLP], neurons: Any) -> None:
     """The static edit that switches neurons off: rows of gate, up or down weights."""
     for layer, site, index in neurons:
         module: Any = mlps[layer].module
@@ -58,7 +59,7 @@ def set_rows_and_columns_to_zero(mlps: list[GatedMLP], neurons: Any) -> None:
 
 
 def test_every_layer_is_found_by_structure(family_model: Any) -> None:
-    mlps = find_gated_mlps(family_model)
+    mlps = find_mlps(family_model)
     assert [(mlp.layer, mlp.width, mlp.hidden) for mlp in mlps] == [(i, 48, 32) for i in range(3)]
 
 
@@ -86,7 +87,7 @@ def test_other_backends_agree_with_the_model(family: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_masks_equal_edited_weights(family_model: Any, backend: str) -> None:
     edited = copy.deepcopy(family_model)
-    set_rows_and_columns_to_zero(find_gated_mlps(edited), NEURONS)
+    set_rows_and_columns_to_zero(find_mlps(edited), NEURONS)
     clean = logits(family_model)
     with relneuron.ablate(family_model, NEURONS, backend=backend):
         ours = logits(family_model)
@@ -98,7 +99,7 @@ def test_masks_equal_edited_weights(family_model: Any, backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:ablate. no neuron")
 def test_a_condition_per_row_equals_one_condition_at_a_time(llama: Any) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     conditions: list[list[Any]] = [[], NEURONS, [(1, "down", 0), (0, "up", 1)], [(2, "gate", 7)]]
     tokens = ids(1, 9)
     patch = Patch(mlps, mask_states(conditions, mlps))
@@ -122,12 +123,16 @@ def test_a_condition_per_row_equals_one_condition_at_a_time(llama: Any) -> None:
 def test_ablate_gives_what_hooks_on_the_outputs_give(
     family_model: Any, mode: str, value: Any, becomes: Callable[[Tensor, int], Tensor]
 ) -> None:
-    mlps = find_gated_mlps(family_model)
+    mlps = find_mlps(family_model)
     handles = []
     for i, (layer, site, index) in enumerate(NEURONS):
         mlp = mlps[layer]
-        name = "gate_up_proj" if mlp.packed and site != "down" else f"{site}_proj"
-        place = index + mlp.width * (mlp.packed and site == "up")
+        name = (
+            "gate_up_proj"
+            if hasattr(mlp.module, "gate_up_proj") and site != "down"
+            else f"{site}_proj"
+        )
+        place = index + mlp.width * (hasattr(mlp.module, "gate_up_proj") and site == "up")
 
         def change(_m: Any, _x: Any, out: Tensor, i: int = i, place: int = place) -> None:
             out[..., place] = becomes(out[..., place], i)
@@ -162,7 +167,7 @@ def test_exit_and_errors_leave_every_module_as_it_was(family_model: Any) -> None
     with relneuron.ablate(family_model, NEURONS):
         logits(family_model)
     assert attributes(family_model) == before
-    for mlp in find_gated_mlps(family_model):
+    for mlp in find_mlps(family_model):
         for error in (RuntimeError, KeyboardInterrupt):
 
             def explode(*_: object, kind: type[BaseException] = error) -> None:
@@ -180,7 +185,7 @@ def test_exit_and_errors_leave_every_module_as_it_was(family_model: Any) -> None
 
 
 def test_an_own_forward_of_the_instance_comes_back(llama: Any) -> None:
-    module = find_gated_mlps(llama)[1].module
+    module = find_mlps(llama)[1].module
     own = module.forward
     module.forward = own
     with relneuron.ablate(llama, NEURONS):
@@ -190,7 +195,7 @@ def test_an_own_forward_of_the_instance_comes_back(llama: Any) -> None:
 
 def test_accelerate_hooks_survive(llama: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
-    hooked = find_gated_mlps(llama)[0].module
+    hooked = find_mlps(llama)[0].module
     accelerate.hooks.add_hook_to_module(hooked, accelerate.hooks.ModelHook())
     before = hooked.__dict__["forward"]
     with relneuron.ablate(llama, NEURONS):
@@ -249,7 +254,7 @@ def test_generate_with_the_cache_is_ablated_at_every_step(family: str) -> None:
 @pytest.mark.parametrize("order", ["compile, run, patch", "compile, patch", "patch, compile"])
 def test_canary_under_compile(llama: Any, order: str) -> None:
     edited = copy.deepcopy(llama)
-    set_rows_and_columns_to_zero(find_gated_mlps(edited), NEURONS)
+    set_rows_and_columns_to_zero(find_mlps(edited), NEURONS)
     torch.compiler.reset()
     clean, wanted = logits(llama), logits(edited)
     run: Any = llama if order.startswith("patch") else torch.compile(llama, backend="aot_eager")
@@ -280,7 +285,7 @@ def test_statistics_under_compile(llama: Any) -> None:
 
 def test_gradients_flow_through_an_ablation(llama: Any) -> None:
     edited = copy.deepcopy(llama)
-    set_rows_and_columns_to_zero(find_gated_mlps(edited), NEURONS)
+    set_rows_and_columns_to_zero(find_mlps(edited), NEURONS)
     with relneuron.ablate(llama, NEURONS):
         ours = torch.autograd.grad(llama(ids()).logits.sum(), llama.model.embed_tokens.weight)
     theirs = torch.autograd.grad(edited(ids()).logits.sum(), edited.model.embed_tokens.weight)
@@ -334,7 +339,7 @@ def test_copies_and_pickles_inside_are_refused_and_saving_is_clean(
 
 
 def test_canary_raises_when_the_patch_has_no_effect(llama: Any) -> None:
-    mlps = find_gated_mlps(llama)
+    mlps = find_mlps(llama)
     check_canary(llama, mlps, ids(), "auto")
     for mlp in mlps:
         mlp.module.down_proj.weight.data.zero_()  # type: ignore[union-attr]

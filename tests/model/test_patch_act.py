@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.model.ask import cache_of
-from relneuron.model.gated import find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 from tests.conftest import tiny_model
@@ -50,7 +50,7 @@ def logits(model: Any, tokens: Tensor, **options: Any) -> Tensor:
 def hooked(model: Any, change: Change) -> Iterator[None]:
     """Every layer's activation output (B, T, F) becomes `change(layer, output)`."""
     with ExitStack() as stack:
-        for layer, mlp in enumerate(find_gated_mlps(model)):
+        for layer, mlp in enumerate(find_mlps(model)):
             activation = getattr(mlp.module, NAMES[model.config.model_type])
 
             def hook(_m: Any, _i: Any, out: Tensor, layer: int = layer) -> Tensor:
@@ -121,7 +121,7 @@ def test_a_replaced_activation_is_a_hook_on_the_activation(
     clean = logits(model, ids())
     with hooked(model, steering.change(everywhere)):
         wanted = logits(model, ids())
-    with Patch(find_gated_mlps(model), steering.states()) as patch:
+    with Patch(find_mlps(model), steering.states()) as patch:
         patch.tokens = Tokens(conditions=None if given is None else given.int())
         ours = logits(model, ids())
     assert torch.allclose(ours, wanted, atol=1e-4)
@@ -133,7 +133,7 @@ def test_activations_stay_set_through_the_cache_and_where_outputs_are_left_out(m
     steering = Steering(with_keep=True)
     with hooked(model, steering.change(PER_TOKEN)):
         wanted = logits(model, ids())
-    with Patch(find_gated_mlps(model), steering.states()) as patch:
+    with Patch(find_mlps(model), steering.states()) as patch:
         patch.tokens = Tokens(conditions=PER_TOKEN.int(), n_needed=2)
         assert torch.allclose(logits(model, ids())[:, -2:], wanted[:, -2:], atol=1e-4)
         patch.tokens = Tokens(conditions=PER_TOKEN[:, :-1].int())
@@ -147,16 +147,18 @@ def test_activations_stay_set_through_the_cache_and_where_outputs_are_left_out(m
 def test_with_gradients_the_same_and_a_set_neuron_has_none_from_its_gate(model: Any) -> None:
     steering = Steering()
     steering.chosen[:] = True
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     with Patch(mlps, steering.states()):
         without = logits(model, ids())
         out = model(ids()).logits
         assert torch.allclose(out, without, atol=1e-4)
-        weights = [mlp.module.get_parameter(_gate(mlp.packed)) for mlp in mlps]
+        weights = [
+            mlp.module.get_parameter(_gate(hasattr(mlp.module, "gate_up_proj"))) for mlp in mlps
+        ]
         grads = torch.autograd.grad(out.square().sum(), weights)
     for grad, mlp in zip(grads, mlps, strict=True):
         assert (grad[:WIDTH] == 0).all()
-        assert not mlp.packed or grad[WIDTH:].abs().max() > 0
+        assert not hasattr(mlp.module, "gate_up_proj") or grad[WIDTH:].abs().max() > 0
 
 
 def _gate(packed: bool) -> str:
@@ -169,7 +171,7 @@ def test_in_bfloat16_the_value_is_rounded_first() -> None:
     everywhere = PER_ROW[:, None].expand(B, T)
     with hooked(model, steering.change(everywhere)):
         wanted = logits(model, ids())
-    with Patch(find_gated_mlps(model), steering.states(), backend="reference") as patch:
+    with Patch(find_mlps(model), steering.states(), backend="reference") as patch:
         patch.tokens = Tokens(conditions=PER_ROW.int())
         assert torch.equal(logits(model, ids()), wanted)
 
@@ -204,7 +206,7 @@ def same_stats(ours: ops.GroupStats, theirs: ops.GroupStats) -> None:
 @contextmanager
 def calls(model: Any) -> Iterator[dict[str, int]]:
     """How often the parts behind the last layer's products run, and the first down_proj."""
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     parts = {
         "first down": mlps[0].module.down_proj,
         "last down": mlps[-1].module.down_proj,
@@ -235,7 +237,7 @@ def run(model: Any, patches: list[Patch]) -> Tensor:
 
 
 def test_only_statistics_are_those_of_a_whole_forward_and_nothing_runs_behind(model: Any) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     whole, short = Patch(mlps, counting()), Patch(mlps, counting(), only_statistics=True)
     before = modules(model)
     with calls(model) as seen:
@@ -252,7 +254,7 @@ def test_only_statistics_are_those_of_a_whole_forward_and_nothing_runs_behind(mo
 
 
 def test_statistics_of_down_run_to_the_last_one_and_count_its_output(model: Any) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     patch = Patch(mlps, counting(down=True), only_statistics=True)
     seen: list[np.ndarray[Any, Any]] = []
     with ExitStack() as stack:
@@ -276,7 +278,7 @@ def test_statistics_of_down_run_to_the_last_one_and_count_its_output(model: Any)
 
 @pytest.mark.parametrize("first", ["whole", "short"])
 def test_a_nested_patch_that_needs_the_forward_has_it(model: Any, first: str) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     alone = Patch(mlps, counting())
     wanted = run(model, [alone])
     whole, short = Patch(mlps, counting()), Patch(mlps, counting(), only_statistics=True)
@@ -292,7 +294,7 @@ def test_a_nested_patch_that_needs_the_forward_has_it(model: Any, first: str) ->
 
 
 def test_two_nested_patches_for_statistics_alone_end_the_forward(model: Any) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     both = [Patch(mlps, counting(), only_statistics=True) for _ in range(2)]
     with calls(model) as seen, pytest.raises(StatisticsDone):
         run(model, both)
@@ -302,7 +304,7 @@ def test_two_nested_patches_for_statistics_alone_end_the_forward(model: Any) -> 
 
 
 def test_a_patch_goes_on_after_a_forward_that_ended(model: Any) -> None:
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     short, twice = Patch(mlps, counting(), only_statistics=True), Patch(mlps, counting())
     with short:
         short.tokens = Tokens(group_ids=GROUPS)

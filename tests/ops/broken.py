@@ -112,8 +112,8 @@ def results(dtype: torch.dtype, backend: str, is_broken: bool) -> list[torch.Ten
 
 def forward() -> dict[str, object]:
     """Of a model in bfloat16 with neurons off, and how the manifest of a stage describes it."""
-    from relneuron.model.gated import find_gated_mlps
     from relneuron.model.instrument import ablate
+    from relneuron.model.mlps.find import find_mlps
     from tests.conftest import tiny_model
 
     model = tiny_model("llama", torch.bfloat16)
@@ -122,7 +122,7 @@ def forward() -> dict[str, object]:
     for backend in ("auto", "reference"):
         with torch.no_grad(), ablate(model, neurons, backend=backend):
             logits.append(model(ids).logits)
-    described = load.describe_model("tiny", model, find_gated_mlps(model), "auto")
+    described = load.describe_model("tiny", model, find_mlps(model), "auto")
     return {
         "same": torch.equal(*logits),
         "backend": described["backend"],

@@ -39,9 +39,9 @@ from relneuron.methods.counts.counter import (
     write_checkpoint,
 )
 from relneuron.model.batches import Budget, cut
-from relneuron.model.gated import find_gated_mlps
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -206,7 +206,7 @@ def count(
     rounded in another order.
     """
     options = options or CountOptions()
-    mlps = find_gated_mlps(model)
+    mlps = find_mlps(model)
     packing = choose_packing(
         model,
         tokenizer,

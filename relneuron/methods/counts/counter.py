@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +25,11 @@ from safetensors.numpy import load
 from torch import Tensor
 
 from relneuron import ops
-from relneuron.artifact.counts import Counts
+from relneuron.artifact.counts import DTYPES, RAN, Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch, Ranks
-from relneuron.model.gated import GatedMLP
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.options import CountOptions
@@ -49,7 +49,7 @@ class Counter:
     def __init__(
         self,
         model: Any,
-        mlps: Sequence[GatedMLP],
+        mlps: Sequence[Part],
         *,
         sites: Sequence[str] = ("act",),
         threshold: float = 0.0,
@@ -61,6 +61,8 @@ class Counter:
         self.body = getattr(model, "base_model", model)
         self.device = next(model.parameters()).device
         self.sites = tuple(sites)
+        self._width = max(mlp.inside.stop for mlp in self.mlps)
+        check_sites(self.mlps, self.sites)
         self.threshold, self.moments = threshold, moments
         self.states = [LayerState() for _ in self.mlps]
         # On a CPU the model's own activation leaves every later layer as it is without the patch.
@@ -145,32 +147,42 @@ class Counter:
         """What was counted so far, on the host; on a GPU this waits for it."""
         self.grow(len(groups))
         arrays: dict[str, Array] = {}
-        tokens = None
-        for kind in ("stats", "stats_down"):
-            layers = [getattr(state, kind) for state in self.states]
-            if layers[0] is None:
-                continue
-            tokens = layers[0].tokens.cpu().numpy()
-            for name in _STATISTICS:
-                for site in getattr(layers[0], name):
-                    values = [getattr(layer, name)[site].cpu() for layer in layers]
-                    arrays[f"{name}.{site}"] = torch.stack(values, 1).numpy()
-        assert tokens is not None, "a count has at least one site"
-        return Counts(list(groups), tokens[: len(groups)].copy(), _cut(arrays, len(groups)))
+        n, shape = len(groups), model_shape(self.mlps)
+        ran = np.zeros((n, shape["layers"]), np.int64)
+        for mlp, name, site, values in self._parts():
+            size = shape["hidden"] if site == "down" else self._width
+            whole = arrays.setdefault(f"{name}.{site}", _nothing(name, n, shape["layers"], size))
+            whole[:, mlp.layer, _inside(mlp, site)] = values[:n].cpu().numpy()
+        for mlp, state in zip(self.mlps, self.states, strict=True):
+            stats = state.stats or state.stats_down
+            assert stats is not None, "a count has at least one site"
+            seen = stats.tokens[:n].cpu().numpy()
+            ran[:, mlp.layer] = np.maximum(ran[:, mlp.layer], seen)
+        tokens = ran.max(axis=1)
+        has_mlp = sorted({mlp.layer for mlp in self.mlps})
+        is_even = (ran[:, has_mlp] == tokens[:, None]).all()
+        return Counts(list(groups), tokens, arrays, None if is_even else ran)
+
+    def _parts(self) -> Iterator[tuple[Part, str, str, Tensor]]:
+        """(Part, statistic, site, counter) of all that is counted."""
+        for mlp, state in zip(self.mlps, self.states, strict=True):
+            for stats in (state.stats, state.stats_down):
+                for name in _STATISTICS if stats is not None else ():
+                    for site, values in getattr(stats, name).items():
+                        yield mlp, name, site, values
 
     def restore(self, counts: Counts) -> None:
         """Go on from what was counted before."""
         n = len(counts.groups)
         self.grow(n)
-        for layer, state in enumerate(self.states):
+        ran = counts.tokens_at()
+        for mlp, state in zip(self.mlps, self.states, strict=True):
             for stats in (state.stats, state.stats_down):
-                if stats is None:
-                    continue
-                stats.tokens[:n] = torch.from_numpy(counts.tokens)
-                for name in _STATISTICS:
-                    for site, values in getattr(stats, name).items():
-                        saved = counts.arrays[f"{name}.{site}"][:, layer]
-                        values[:n] = torch.from_numpy(saved)
+                if stats is not None:
+                    stats.tokens[:n] = torch.from_numpy(ran[:, mlp.layer])
+        for mlp, name, site, values in self._parts():
+            saved = counts.arrays[f"{name}.{site}"][:, mlp.layer, _inside(mlp, site)]
+            values[:n] = torch.from_numpy(saved)
 
     def clear(self) -> None:
         """Begin again, with room for one group."""
@@ -179,8 +191,13 @@ class Counter:
         self.grow(1)
 
 
-def _cut(arrays: dict[str, Array], n_groups: int) -> dict[str, Array]:
-    return {name: np.ascontiguousarray(array[:n_groups]) for name, array in arrays.items()}
+def _inside(mlp: Part, site: str) -> slice:
+    return slice(None) if site == "down" else mlp.inside
+
+
+def _nothing(name: str, *shape: int) -> Array:
+    """A counter of no token."""
+    return np.full(shape, -np.inf if name == "max" else 0, DTYPES[name])
 
 
 class Speed:
@@ -324,7 +341,8 @@ def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
             "use another output, or --force to count again",
         )
     arrays = load(data)
-    counts = Counts(described["groups"], arrays.pop("tokens"), arrays)
+    ran = arrays.pop(RAN, None)
+    counts = Counts(described["groups"], arrays.pop("tokens"), arrays, ran)
     return Checkpoint(counts, Position(**described["position"]))
 
 

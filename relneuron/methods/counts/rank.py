@@ -29,7 +29,7 @@ from relneuron.artifact.files import (
     writing,
 )
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
-from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.neurons import NeuronFile, ScoredNeuron, Shape
 from relneuron.artifact.stage import command, placed
 from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import lape as scores
@@ -45,7 +45,6 @@ OPTIONS: dict[str, type[Any]] = {one.name: one.options for one in METHOD.ranking
 MADE_BY = "count MODEL GROUP=TEXT... -o DIR"
 
 Array = np.ndarray[Any, Any]
-ScoredNeuron = tuple[int, str, int, float]
 
 
 def identify_counts_inputs(folder: Path, method: str, options: CountedOptions) -> Json:
@@ -78,7 +77,8 @@ def identify_counts(
     all three, else `up` or `down`. Beside neurons.json stands scores.safetensors
     (beside x.json x.scores.safetensors) with
     `lape.<site>` (L, F) float64, the entropy before the filter in nats, and `probability.<site>`
-    (G, L, F) float32; its metadata name the groups. F is D at site down.
+    (G, L, F) float32; its metadata name the groups. F is D at site down. Where a layer has fewer
+    neurons, or none that ran, they are NaN, and no method sees them.
     """
     if method not in METHODS:
         raise RelneuronError(f"unknown method {method!r}", f"use one of {', '.join(METHODS)}", 2)
@@ -95,8 +95,9 @@ def identify_counts(
             "count more groups, or use --method probability",
         )
     inputs = identify_counts_inputs(folder, method, options)
+    there = _there(counts, model, site)
     count = counts.arrays[f"count.{site}"]
-    n_neurons = count[0].size
+    n_neurons = len(there)
     k = round(n_neurons * options.top_rate) if top is None else min(top, n_neurons)
     if k == 0:
         raise RelneuronError(
@@ -105,7 +106,8 @@ def identify_counts(
             2,
         )
     with locked(output.parent):
-        probability = scores.activation_probability(count, counts.tokens, precision=precision)
+        chosen = _only(count, there)
+        probability = scores.activation_probability(chosen, counts.tokens, precision=precision)
         selection: Json = {"site": site, "activation_threshold": described.get("threshold")}
         selection |= {"score": METHODS[method], "top": k, "left_out": left_out}
         seed = options.seed if isinstance(options, RandomOptions) else 0
@@ -118,10 +120,12 @@ def identify_counts(
             selection |= _cut(found, options)
         else:
             entropy = scores.entropies(probability)
-            ranked = _baseline(counts, probability, method, site, k, seed)
+            sums = counts.arrays.get(f"sum.{site}") if method == "mean" else None
+            total = None if sums is None else _only(sums, there)
+            ranked = _baseline(counts, probability, total, method, k, seed)
         width = count.shape[2]
         sets = {
-            name: _neurons(flat, score, width, site)
+            name: _neurons(there[flat], score, width, site)
             for name, (flat, score) in zip(counts.groups, ranked, strict=True)
         }
         selection |= _sizes(sets)
@@ -131,8 +135,8 @@ def identify_counts(
         path = output.parent / f"{stem}scores.safetensors"
         data = save(
             {
-                f"lape.{site}": entropy,
-                f"probability.{site}": probability.astype(np.float32),
+                f"lape.{site}": _spread(entropy, there, count.shape[1:]),
+                f"probability.{site}": _spread(probability.astype(np.float32), there, count.shape),
             },
             # One key only: safetensors writes several in an order that changes from run to run.
             {"groups": json.dumps(counts.groups, ensure_ascii=False)},
@@ -188,6 +192,29 @@ def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts
             "count again: the file is of another model",
         )
     return counts, model
+
+
+def _there(counts: Counts, model: Json, site: str) -> Array:
+    """The flat indices l * F + i of the neurons that there are, and that ran in every group."""
+    order = Shape.of(model)
+    name = site if site in ("up", "down") else "gate"
+    ran = (counts.tokens_at() == counts.tokens[:, None]).all(axis=0)
+    here = np.zeros(counts.arrays[f"count.{site}"].shape[1:], bool)
+    for layer in range(order.layers):
+        here[layer, : order.width(layer, name)] = ran[layer]
+    return np.flatnonzero(here)
+
+
+def _only(values: Array, there: Array) -> Array:
+    """(G, L, F) values as (G, 1, N): those of some neurons."""
+    return values.reshape(len(values), 1, -1)[:, :, there]
+
+
+def _spread(values: Array, there: Array, shape: tuple[int, ...]) -> Array:
+    """The values (..., 1, N) of some neurons as (..., L, F), NaN elsewhere."""
+    result = np.full((*values.shape[:-2], shape[-2] * shape[-1]), np.nan, values.dtype)
+    result[..., there] = values[..., 0, :]
+    return result.reshape(shape)
 
 
 def _check_moments(counts: Counts, path: Path, site: str) -> None:
@@ -251,12 +278,12 @@ def _ranked_members(found: scores.Lape) -> list[scores.Ranked]:
 
 
 def _baseline(
-    counts: Counts, probability: Array, method: str, site: str, k: int, seed: int
+    counts: Counts, probability: Array, total: Array | None, method: str, k: int, seed: int
 ) -> list[scores.Ranked]:
     if method == "probability":
         return scores.highest_probability(probability, k)
-    if method == "mean":
-        return scores.highest_mean(counts.arrays[f"sum.{site}"], counts.tokens, k)
+    if total is not None:
+        return scores.highest_mean(total, counts.tokens, k)
     return scores.random_choice(counts.groups, probability[0].size, k, seed)
 
 

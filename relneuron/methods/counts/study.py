@@ -121,7 +121,7 @@ class GroupStudy:
     def n_neurons(self) -> int:
         """The neurons that could be chosen: those of the site that was counted."""
         if self.entropy is not None:
-            return self.entropy.size
+            return int(np.isfinite(self.entropy).sum())
         is_down = {site for _, site, _ in self.times} == {"down"}
         return self.n_layers * int(self.model["hidden" if is_down else "width"])
 
@@ -263,8 +263,9 @@ def _activity(manifest: Json, counts: Counts | None) -> Activity | None:
     site = asked.get("site") if asked.get("site") in counts.sites else counts.sites[0]
     # As identify divides: its threshold is one of these numbers.
     kind: Any = np.float32 if asked.get("precision") == "float32" else np.float64
-    tokens = np.where(counts.tokens == 0, np.nan, counts.tokens).astype(kind)
-    probability = counts.arrays[f"count.{site}"].astype(kind) / tokens[:, None, None]
+    ran = counts.tokens_at()
+    tokens = np.where(ran == 0, np.nan, ran).astype(kind)
+    probability = counts.arrays[f"count.{site}"].astype(kind) / tokens[:, :, None]
     return Activity(str(site), counts.groups, probability.astype(np.float64))
 
 

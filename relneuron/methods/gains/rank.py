@@ -35,7 +35,7 @@ from relneuron.artifact.gains import (
 )
 from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.manifest import MODEL_KEYS, Manifest, checked, json_digest, locked
-from relneuron.artifact.neurons import NeuronFile, ScoredNeuron, default_top
+from relneuron.artifact.neurons import NeuronFile, ScoredNeuron, default_top, shape_of
 from relneuron.artifact.reading import check_rows
 from relneuron.artifact.stage import command, placed
 
@@ -108,7 +108,7 @@ def identify_gains(
     check_top(top)
     refuse_output(output, "identify", force)
     model, targets = _read(folder)
-    shape = {key: int(model[key]) for key in ("layers", "width", "hidden")}
+    shape = shape_of(model)
     inputs = identify_gains_inputs(folder, top=top, kept_only=kept_only)
     relations = sorted({target.relation for target in targets})
     group = _groups(folder, targets, relations, kept_only)

@@ -21,8 +21,8 @@ from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs
-from relneuron.model.gated import find_gated_mlps
 from relneuron.model.load import describe_model
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.facts import ENGLISH, Relation, split_facts
 
 TEMPLATES = ("{} can", "{} has a")  # in English (arXiv 2502.17355, section 5.4)
@@ -126,7 +126,7 @@ def concept_study(
     prompts = make_concept_prompts(relations, n_eva=n_eva, seed=seed)
     if not prompts:
         return None
-    described = describe_model(name, model, find_gated_mlps(model), backend)
+    described = describe_model(name, model, find_mlps(model), backend)
     path, neurons = folder / "prompts.jsonl", folder / "neurons.json"
     responses = folder / "responses.safetensors"
     recording = replace(options, attention=False, accept_object_prefix=False, validate=False)

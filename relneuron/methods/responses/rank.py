@@ -32,7 +32,7 @@ from relneuron.artifact.files import (
 from relneuron.artifact.installed import need
 from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
-from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape, default_top
+from relneuron.artifact.neurons import NeuronFile, Shape, default_top
 from relneuron.artifact.prompts import RECORDED, Prompt, read_prompts, relation_names
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors, read_csv
 from relneuron.artifact.stage import command, placed
@@ -102,9 +102,8 @@ def identify(
         raise RelneuronError(
             f"{folder} has no record in its manifest", f"record it with: relneuron {RECORD} --force"
         )
-    keys = [key for key in ("layers", "width", "hidden", *ATTENTION) if key in model]
-    shape = {key: int(model[key]) for key in keys}
-    widths = Shape.of(shape).widths
+    order = Shape.of(model)
+    widths = order.widths
     inputs = identify_inputs(folder, options)
 
     asked = fact_numbers([prompt.id for prompt in prompts], {p.id: p for p in prompts})
@@ -126,29 +125,30 @@ def identify(
         )
     responses = require(folder / "responses.safetensors", f"{RECORD} --force")
     check_rows(checked(responses), RESPONSE_ROWS, [prompt.id for prompt in prompts], RECORD)
-    n_blocks = shape["layers"] * len(widths)
+    n_blocks = len(list(order.blocks()))
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
     with locked(output.parent), progress_bar(total, "identify", "block", quiet) as bar:
         scores = {
-            site: np.full((len(relations), shape["layers"], width), np.nan, np.float32)
+            site: np.full((len(relations), order.layers, width), np.nan, np.float32)
             for site, width in widths.items()
         }
         picked = torch.from_numpy(labels[usable])
-        for layer, site, values in _read_blocks(responses, shape, len(prompts), bar.update):
+        for layer, site, values in _read_blocks(responses, order, len(prompts), bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
                 raise RelneuronError(
                     f"responses of layer {layer}, {site} are not all finite",
                     "record with --dtype float32 or bfloat16",
                 )
-            scores[site][usable, layer] = ops.average_precision(values, picked).numpy()
+            of_block = ops.average_precision(values, picked).numpy()
+            scores[site][usable, layer, : of_block.shape[1]] = of_block
             del values  # before the next block is read
         key = significance.seed_of("noise", seed)
         null = significance.noise_ap(labels[usable], noise, key, bar.update)
 
-        k = top if top is not None else default_top(shape)
-        size = min(k, Shape.of(shape).total)
+        k = top if top is not None else default_top(model)
+        size = min(k, order.total)
         n_lowest = {"top": 0, "bottom": size, "both": size // 2}[ends]
         selection: dict[str, Json] = {name: {"reason": reasons[name]} for name in relations}
         chosen: dict[str, significance.Significance] = {}
@@ -159,13 +159,13 @@ def identify(
                 "positives": int((labels[row] == 1).sum()),
                 "negatives": int((labels[row] == 0).sum()),
             }
-            neurons, q, cut = choose(own, own_null, size, fdr, n_lowest)
+            neurons, q, cut = choose(own, own_null, size, fdr, n_lowest, order)
             selection[name] = facts | cut
             chosen[name] = significance.Significance(
                 *(name, labels[row], neurons, q, permutations, bootstrap, seed, asked, n_lowest)
             )
         if permutations or bootstrap:
-            blocks = _read_blocks(responses, shape, len(prompts), bar.update)
+            blocks = _read_blocks(responses, order, len(prompts), bar.update)
             for layer, site, values in blocks:
                 for relation in chosen.values():
                     relation.measure(layer, site, values)
@@ -192,11 +192,9 @@ def identify(
             model=model,
             seeds=manifest.data.get("seeds", {}) | {"negatives": seed, "significance": seed},
             memory=recorded.get("memory", {})
-            | _memory(labels, shape, permutations, bootstrap, noise),
+            | _memory(labels, order, permutations, bootstrap, noise),
         )
-        details: Json = (
-            {"top": k, "share_of_neurons": k / Shape.of(shape).total} if fdr is None else {}
-        )
+        details: Json = {"top": k, "share_of_neurons": k / order.total} if fdr is None else {}
         made_by = command(
             "identify",
             *(placed(folder, output.parent), "-o", placed(output, output.parent)),
@@ -232,18 +230,17 @@ def _read_answers(folder: Path) -> tuple[list[str], list[Prompt], list[bool]]:
 
 
 def _read_blocks(
-    path: Path, shape: Mapping[str, int], n_prompts: int, advance: Callable[[], object]
+    path: Path, order: Shape, n_prompts: int, advance: Callable[[], object]
 ) -> Iterator[tuple[int, str, Tensor]]:
     """(layer, site, values (N, F) or (N, D)) of responses.safetensors, one at a time."""
-    for layer in range(shape["layers"]):
-        for site, width in Shape.of(shape).widths.items():
-            # Opened again for each block: as long as a file is open, all that was read of it stays
-            # in this process's memory.
-            with open_tensors(path, RECORD, "pt") as file:
-                values = file.get(f"{site}.{layer}", (n_prompts, width))
-            yield layer, site, values
-            del values
-            advance()
+    for layer, site, width in order.blocks():
+        # Opened again for each block: as long as a file is open, all that was read of it stays in
+        # this process's memory.
+        with open_tensors(path, RECORD, "pt") as file:
+            values = file.get(f"{site}.{layer}", (n_prompts, width))
+        yield layer, site, values
+        del values
+        advance()
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -268,14 +265,12 @@ def _significance_rows(
             yield name, *neuron, *("" if math.isnan(x) else f"{x:.6g}" for x in row)
 
 
-def _memory(
-    labels: Array, shape: Mapping[str, int], permutations: int, bootstrap: int, noise: int
-) -> Json:
+def _memory(labels: Array, order: Shape, permutations: int, bootstrap: int, noise: int) -> Json:
     """What the stage holds at a time, in bytes, for the manifest; the same on every machine."""
     n_relations, n_prompts = labels.shape
-    block = 4 * n_prompts * max(Shape.of(shape).widths.values())
+    block = 4 * n_prompts * max(order.widths.values())
     # Scores and the noise's; a p, a q and what sorting them needs for one relation.
-    held = 4 * n_relations * (Shape.of(shape).total + noise) + 48 * Shape.of(shape).total
+    held = 4 * n_relations * (order.total + noise) + 48 * order.total
     # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.
     members = (labels >= 0).sum(1)
     drawn = int(members.sum() + 8 * members.max()) * (permutations + bootstrap)

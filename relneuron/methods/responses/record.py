@@ -35,9 +35,10 @@ from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
-from relneuron.model.gated import GatedMLP, find_gated_mlps, model_shape
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
@@ -70,18 +71,12 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
     return chosen
 
 
-def _modules(mlp: GatedMLP) -> Json:
+def _modules(mlp: Part) -> Json:
     """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
-    path = mlp.path.replace(f".{mlp.layer}.", ".{}.", 1)
-    gate, up = ("gate_up_proj",) * 2 if mlp.packed else ("gate_proj", "up_proj")
+    parts = [part for part in (mlp.gate, mlp.up, mlp.down_map) if part is not None]
     return {
-        "gate": [f"{path}.{gate}", 0],
-        "up": [f"{path}.{up}", mlp.width if mlp.packed else 0],
-        "down": [f"{path}.down_proj", 0],
-        **{
-            part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
-            for part in mlp.projections
-        },
+        part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
+        for part in (*parts, *mlp.projections)
     }
 
 
@@ -91,15 +86,12 @@ class _Responses:
     def __init__(
         self, path: Path, shape: Json, rows: list[int], divisors: list[int], about: Json
     ) -> None:
-        self.widths = Shape.of(shape).widths
+        self.order = Shape.of(shape)
         self._row = {row: i for i, row in enumerate(rows)}
         self._divisor = dict(zip(rows, divisors, strict=True))
         self._maps = create_safetensors(
             path,
-            {
-                f"{site}.{layer}": (len(rows), width)
-                for layer, site, width in Shape.of(shape).blocks()
-            },
+            {f"{site}.{layer}": (len(rows), width) for layer, site, width in self.order.blocks()},
             # One key only, as in every file: safetensors writes several in any order.
             {RESPONSE_ROWS: json.dumps(about, ensure_ascii=False)},
         )
@@ -107,16 +99,26 @@ class _Responses:
     def wants(self, rows: Sequence[int]) -> bool:
         return rows[0] in self._row
 
-    def new_sums(self, n_rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Zeros (n_rows, F or D) for one layer and batch."""
-        return {site: torch.zeros(n_rows, w, device=device) for site, w in self.widths.items()}
+    def new_sums(self, mlp: Part, n_rows: int, device: torch.device) -> dict[str, Tensor] | None:
+        """Zeros (n_rows, .) for one MLP and batch, by site; None where text runs none of it."""
+        if not mlp.runs:
+            return None
+        widths = {"gate": mlp.width, "up": mlp.width, "down": mlp.hidden}
+        widths |= {part.site: part.width for part in mlp.projections}
+        return {
+            site: torch.zeros(n_rows, widths[site], device=device)
+            for site in self.order.widths
+            if site in widths
+        }
 
-    def store(self, layer: int, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
-        """Write a batch's means of one layer: sums over pooled tokens by their number."""
+    def store(self, mlp: Part, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
+        """Write a batch's means at one MLP: sums over pooled tokens by their number."""
         divisors = torch.tensor([self._divisor[row] for row in rows], device="cpu").unsqueeze(1)
         places = [self._row[row] for row in rows]
         for site, values in sums.items():
-            self._maps[f"{site}.{layer}"][places] = (values.cpu() / divisors).numpy()
+            means = (values.cpu() / divisors).numpy()
+            inside = mlp.inside if site in ("gate", "up") else slice(None)
+            self._maps[f"{site}.{mlp.layer}"][places, inside] = means
 
     def digest(self, rows: Sequence[int]) -> str | None:
         """Of a batch's rows as they are in the file; None for prompts that have none."""
@@ -134,7 +136,7 @@ class _Responses:
 
 def _ask_all(
     asker: Asker,
-    mlps: Sequence[GatedMLP],
+    mlps: Sequence[Part],
     questions: Questions,
     responses: _Responses,
     journal: Journal,
@@ -161,17 +163,18 @@ def _ask_all(
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
         def ask(rows: list[int]) -> list[str]:
-            for state in patch.states if responses.wants(rows) else []:
-                state.responses = responses.new_sums(len(rows), asker.device)
+            for mlp, state in zip(mlps, patch.states, strict=True):
+                if responses.wants(rows):
+                    state.responses = responses.new_sums(mlp, len(rows), asker.device)
             try:
                 if validate:
                     said = asker.ask(asked, rows, pool_the_prompt).predictions
                 else:
                     asker.read(questions, rows, pool_the_prompt)
                     said = [""] * len(rows)
-                for layer, state in enumerate(patch.states):
+                for mlp, state in zip(mlps, patch.states, strict=True):
                     if state.responses is not None:
-                        responses.store(layer, state.responses, rows)
+                        responses.store(mlp, state.responses, rows)
             finally:
                 for state in patch.states:
                     state.responses = None
@@ -217,8 +220,9 @@ def record(
     prompts = read_prompts(checked(prompts_path))
     options = replace(options, validate=options.validate and any(p.object for p in prompts))
     validate = options.validate
-    mlps = find_gated_mlps(model, attention=options.attention)
+    mlps = find_mlps(model, attention=options.attention)
     shape = model_shape(mlps)
+    check_sites(mlps, ("down",))
     questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, options.batch_tokens)
     det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
@@ -293,7 +297,7 @@ def record(
             versions=versions(),
             model=described,
             dtype=described["dtype"],
-            sites=list(responses.widths),
+            sites=list(responses.order.widths),
             modules=_modules(mlps[0]),
             threshold=None,  # responses are means, nothing is counted
             tokens={

@@ -20,7 +20,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import make_batch, plan_pool, pool_windows
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Counter
-from relneuron.model.gated import find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.options import CountOptions, choose_packing
 from relneuron.texts.sources import File, Source
 from relneuron.texts.windows import Window
@@ -337,6 +337,6 @@ def test_the_patch_is_off_after_an_error(documents: Any, tmp_path: Path) -> None
     model = tiny_model("llama")
     with pytest.raises(RelneuronError, match="token 96"):
         run(model, {"en": [[5, 96, 7]]}, tmp_path / "o", window=2)
-    assert all("forward" not in mlp.module.__dict__ for mlp in find_gated_mlps(model))
+    assert all("forward" not in mlp.module.__dict__ for mlp in find_mlps(model))
     sources = write_corpus(tmp_path / "c", documents)
     assert count("m", model, Numbers(), sources, tmp_path / "p", CountOptions(window=16))

@@ -17,7 +17,7 @@ from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import make_batch
 from relneuron.methods.counts.counter import Counter, Speed
-from relneuron.model.gated import find_gated_mlps
+from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.windows import Window
 from tests.conftest import tiny_model
 from tests.kit.counted import (
@@ -226,7 +226,7 @@ def test_at_most_so_many_tokens_of_each_group(model: Any, documents: Any, tmp_pa
 def test_a_forward_ends_with_the_last_statistics(site: str, n_calls: list[int]) -> None:
     """Of the last down_proj, the final norm and the lm_head only what the site needs is called."""
     model = tiny_model("llama")
-    counter = Counter(model, find_gated_mlps(model), sites=(site,))
+    counter = Counter(model, find_mlps(model), sites=(site,))
     calls = [0, 0, 0]
     last = model.model.layers[-1].mlp.down_proj
     for place, module in enumerate((last, model.model.norm, model.lm_head)):

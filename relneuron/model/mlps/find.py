@@ -1,0 +1,384 @@
+"""The MLPs of a model, gated or not: found by structure, confirmed by numbers.
+
+The stages and `relneuron doctor` call it; `model/patch.py` acts on the MLPs that it finds, and
+`proof.py` does the finding in one layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relneuron.artifact.files import RelneuronError
+from relneuron.model.layers import (
+    TRAINING,
+    Unfound,
+    check_unwrapped,
+    decoder_layers,
+    find_projections,
+    first_line,
+    is_training,
+    unreadable,
+    without_hooks,
+)
+from relneuron.model.mlps import proof
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
+from relneuron.model.mlps.mlp import MLP
+from relneuron.model.mlps.proof import Candidate, Run, Seen
+from relneuron.model.mlps.shape import Part
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The MLPs of a layer, experts first, and why it has none that is supported.
+
+    A layer without any MLP, attention or a state space alone, is `passed` over.
+    """
+
+    layer: int
+    mlps: tuple[Part, ...]
+    reason: str
+    passed: bool = False
+
+    @property
+    def mlp(self) -> Part | None:
+        return self.mlps[0] if self.mlps else None
+
+
+def inspect_layers(model: Any) -> list[Verdict]:
+    """A verdict for every decoder layer, by structure and by a numeric self-check.
+
+    The decoder layers are the `ModuleList` as long as `config.num_hidden_layers`. In each, an MLP
+    is a linear map `down` whose input is activation(gate) * up, or activation(gate), of the outputs
+    of other linear maps, whatever their names: separate, packed side by side in either order, or
+    interleaved. It must be so for other numbers, too, of three sizes, that are put in the place of
+    gate's and up's outputs. Where it is not, because something is scaled, cut off, normalised or
+    made sparse on the way, each gate and each up must reach just one input of `down`, and the
+    activation must be a module of its own.
+    """
+    check_unwrapped(model)
+    path, layers = _decoder_layers(model)
+    verdicts: dict[int, Verdict] = {}
+    left: dict[int, tuple[str, nn.Module]] = {}
+    run, failed = _text_run(model), ""
+    with without_hooks(model):
+        for number, layer in enumerate(layers):
+            known = _known(number, layer)
+            if known is not None:
+                verdicts[number] = known
+            else:
+                left[number] = (f"{path}.{number}", layer)
+        try:
+            seen = proof.watch(left, run) if left else {}
+        except Exception as error:
+            seen, failed = {}, first_line(error)
+        here = {number: calls for number, calls in seen.items() if calls}
+        found = _prove(here, run)
+        for number, (where, layer) in left.items():
+            runs = number in here or bool(failed)
+            chosen = found[number] if number in here else _alone(number, where, layer)
+            verdicts[number] = _verdict(number, len(layers), where, layer, chosen, runs, failed)
+    return [verdicts[number] for number in range(len(layers))]
+
+
+def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    try:
+        return decoder_layers(model)
+    except Unfound as error:
+        raise RelneuronError(
+            f"{type(model).__name__} has {error}",
+            "relneuron needs a decoder-only model with config.num_hidden_layers layers",
+        ) from None
+
+
+def _known(number: int, layer: nn.Module) -> Verdict | None:
+    """The verdict of a layer that need not be looked at, or cannot be."""
+    patched = [m.__dict__.get("forward") for m in layer.modules()]
+    parts = [getattr(p, name, None) for p in patched for name in ("mlp", "experts")]
+    found = {part.offset: part for part in parts if isinstance(part, MLP | Experts)}
+    if found:
+        mlps = tuple(found[offset] for offset in sorted(found))
+        return Verdict(number, mlps, "patched already, checked before that")
+    compiled = [name for name, m in layer.named_modules() if hasattr(m, "_orig_mod")]
+    if compiled:
+        why = f"{compiled[0]} is compiled by itself: compile the whole model, or no part of it"
+        return Verdict(number, (), why)
+    if is_training(layer):
+        return Verdict(number, (), f"in {TRAINING}")
+    return None
+
+
+def _text_run(model: Any) -> Run:
+    """A forward of a few tokens of text, without a cache, uncompiled."""
+    inner = getattr(model, "_orig_mod", model)
+    table = inner.get_input_embeddings().weight
+    ids = torch.arange(1, 1 + proof.N_TOKENS, device="cpu") * 7 % len(table)
+    takes = inspect.signature(inner.forward).parameters
+    options = {"use_cache": False} if "use_cache" in takes else {}
+
+    def run() -> object:
+        return inner.forward(input_ids=ids[None].to(table.device), **options)
+
+    return run
+
+
+# --- finding ---------------------------------------------------------------------------------
+
+
+def _prove(seen: Mapping[int, list[Seen]], run: Run) -> dict[int, list[Candidate]]:
+    """The candidates of each layer that hold."""
+    fitting: dict[int, list[Candidate]] = {}
+    loose: dict[int, list[Candidate]] = {}
+    for number, calls in seen.items():
+        every = list(proof.candidates(calls))
+        fitting[number] = [one for one in every if one.activation]
+        loose[number] = [one for one in every if not one.activation]
+    others = {
+        number: list(dict.fromkeys(one.module for one in calls if not one.is_linear))
+        for number, calls in seen.items()
+    }
+    held: dict[int, list[Candidate]] = {number: [] for number in seen}
+    for chosen in _rounds(fitting, held, many=True):
+        numbers = _numbers(proof.of_all_sizes, seen)
+        for number, got in proof.put(chosen, numbers, others, run).items():
+            if proof.keeps_the_formula(chosen[number], got, numbers):
+                held[number].append(chosen[number])
+            else:
+                loose[number].insert(0, replace(chosen[number], act=None, activation=None))
+    for chosen in _rounds(loose, held, many=False):
+        gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, run)
+        ups = proof.put(chosen, _numbers(proof.one_up, seen), others, run)
+        for number, one in chosen.items():
+            act = proof.keeps_the_place(one, gates[number], ups[number])
+            if act is not None:
+                held[number].append(replace(one, act=act))
+    return held
+
+
+def _numbers(
+    make: Callable[[int, int], tuple[Tensor, Tensor]], seen: Mapping[int, list[Seen]]
+) -> Any:
+    like = next(one.output for calls in seen.values() for one in calls if one.is_linear)
+    return proof.Numbers(make, like)
+
+
+def _rounds(
+    lists: Mapping[int, list[Candidate]], held: Mapping[int, list[Candidate]], *, many: bool
+) -> Iterable[dict[int, Candidate]]:
+    """One candidate of every layer at a time, without those whose maps are in one that holds.
+
+    Without `many` a layer is done with its first one.
+    """
+    waiting = {number: list(some) for number, some in lists.items()}
+    while True:
+        chosen = {}
+        for number, some in waiting.items():
+            taken = {module for one in held[number] for module in one.maps}
+            if held[number] and not many:
+                continue
+            while some:
+                one = some.pop(0)
+                if not one.maps & taken:
+                    chosen[number] = one
+                    break
+        if not chosen:
+            return
+        yield chosen
+
+
+def _alone(number: int, path: str, layer: nn.Module) -> list[Candidate]:
+    """The MLPs of a layer that no forward of text calls: its modules are called one by one."""
+    for name, module in reversed(list(layer.named_modules())):
+        if len(proof.linear_maps(module)) < 2 or not name:
+            continue
+        with suppress(Exception):  # a module may need other inputs: attention does
+            run = partial(module, _rows_for(module))
+            seen = proof.watch({number: (f"{path}.{name}", module)}, run)
+            found = _prove(seen, run)[number]
+            if found:
+                return found
+    return []
+
+
+def _rows_for(module: nn.Module) -> Tensor:
+    """Random inputs (1, N, D) of a module, of the width and dtype of its first linear map."""
+    first = next(iter(proof.linear_maps(module).values()))
+    width = getattr(first, "in_features", None) or getattr(first, "nx", None)
+    like = next(p for p in first.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, proof.N_TOKENS, int(width or like.shape[-1]))
+    return torch.randn(shape, generator=generator, device="cpu").to(like)
+
+
+def _verdict(
+    number: int,
+    n_layers: int,
+    path: str,
+    layer: nn.Module,
+    chosen: Sequence[Candidate],
+    runs: bool,
+    failed: str,
+) -> Verdict:
+    names = dict(layer.named_modules())
+    experts, said = find_experts(number, path, layer)
+    if experts is None and said != NO_EXPERTS:
+        return Verdict(number, (), said)
+    found = [_mlp(number, n_layers, path, names, one) for one in chosen]
+    why = next(filter(None, map(_unusable, found)), None)
+    if why:
+        return Verdict(number, (), why)
+    parts: list[Part] = [] if experts is None else [replace(experts, n_layers=n_layers)]
+    parts += sorted(found, key=lambda mlp: mlp.path)
+    mlps: list[Part] = []
+    for part in parts:
+        offset = sum(before.width for before in mlps)
+        mlps.append(replace(part, runs=runs, offset=offset))
+    if mlps:
+        words = [_words(mlp) if isinstance(mlp, MLP) else said for mlp in mlps]
+        return Verdict(number, tuple(mlps), "; ".join(words))
+    maps = ", ".join(proof.linear_maps(layer)) or "none"
+    weights = [w for w in layer.parameters() if unreadable(w)]
+    if weights:
+        return Verdict(number, (), f"its weights are {unreadable(weights[0])}")
+    if failed:
+        return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
+    odd = _odd_mlp(layer)
+    if odd is not None:
+        why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
+        return Verdict(number, (), f"{why}, and calls no module for its activation")
+    return Verdict(number, (), f"no MLP (linear maps: {maps})", passed=True)
+
+
+def _mlp(
+    number: int, n_layers: int, path: str, names: Mapping[str, nn.Module], one: Candidate
+) -> MLP:
+    """The MLP of a candidate that holds, with the smallest module that has all of its maps."""
+    paths = [part.path.removeprefix(f"{path}.").split(".") for part in (one.gate, one.down)]
+    if one.up:
+        paths.append(one.up.path.removeprefix(f"{path}.").split("."))
+    steps = zip(*paths, strict=False)
+    shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
+    if not names.get(".".join(shared)):
+        shared = []
+    module = names[".".join(shared)]
+    mlp = MLP(
+        layer=number,
+        path=".".join((path, *shared)),
+        module=module,
+        width=one.gate.width,
+        hidden=one.down.width,
+        gate=one.gate,
+        up=one.up,
+        down_map=one.down,
+        product=one.product,
+        activation=one.activation,
+        act=one.act,
+        n_layers=n_layers,
+    )
+    return replace(mlp, is_whole=bool(shared) and one.activation is not None and _is_whole(mlp))
+
+
+def _is_whole(mlp: MLP) -> bool:
+    """Whether a module gives what the formula gives on random rows, in three sizes."""
+    try:
+        with torch.no_grad():
+            for size in proof.SIZES:
+                x = size * _rows_for(mlp.module)
+                ours, theirs = mlp.formula(x), mlp.module(x)
+                if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+                    return False
+                if size > 1 and not bool(theirs.isfinite().all()):
+                    break  # past what float16 holds
+                off = (ours - theirs).abs().max() / theirs.abs().max()
+                if not float(off) <= 2 * torch.finfo(theirs.dtype).eps:
+                    return False
+    except Exception:
+        return False
+    return True
+
+
+def _unusable(mlp: MLP) -> str | None:
+    """Why the kernels cannot take the numbers of an MLP."""
+    dtype = _rows_for(mlp.module).dtype
+    wrong = dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} weights, the kernels take float32, bfloat16 and float16" if wrong else None
+
+
+def _odd_mlp(layer: nn.Module) -> str | None:
+    """The name of a module of linear maps that treats each token alone: an MLP of another form."""
+    for name, module in layer.named_modules():
+        if not name or len(proof.linear_maps(module)) < 2:
+            continue
+        with suppress(Exception), torch.no_grad():
+            x = _rows_for(module)
+            other = x.clone()
+            other[:, 0] = -x[:, 0]
+            ours, theirs = module(x), module(other)
+            if isinstance(ours, Tensor) and torch.equal(ours[:, 1:], theirs[:, 1:]):
+                return name
+    return None
+
+
+def _words(mlp: MLP) -> str:
+    kind = "" if mlp.is_gated else ", ungated"
+    own = "" if mlp.is_whole else ", by its own forward"
+    text = "" if mlp.runs else ", not run by text alone"
+    name = mlp.activation or type(mlp.act).__name__
+    return f"{mlp.path}: {name}, F={mlp.width}, D={mlp.hidden}{kind}{own}{text}"
+
+
+def find_mlps(model: Any, *, attention: bool = False) -> list[Part]:
+    """The MLPs of every layer, or an error with the reasons of the layers that are not supported.
+
+    In the order of the layers; one without any MLP is passed over. A layer may have several: routed
+    experts (`experts.py`) come before the others, and the neurons of each begin
+    behind those before it, at its `offset`. With `attention` the first of each layer comes with the
+    projections of its attention.
+    """
+    verdicts = inspect_layers(model)
+    reasons: dict[str, list[int]] = {}
+    for verdict in verdicts:
+        if not verdict.mlps and not verdict.passed:
+            reasons.setdefault(verdict.reason, []).append(verdict.layer)
+    mlps = [mlp for verdict in verdicts for mlp in verdict.mlps]
+    if reasons or not mlps:
+        n_good = sum(bool(verdict.mlps) for verdict in verdicts)
+        for verdict in verdicts if not mlps else ():
+            if verdict.passed:
+                reasons.setdefault(verdict.reason, []).append(verdict.layer)
+        why = "; ".join(f"layers {_ranges(layers)}: {why}" for why, layers in reasons.items())
+        raise RelneuronError(
+            f"{n_good} of {len(verdicts)} layers have a supported MLP; {why}",
+            "`relneuron doctor MODEL` lists every layer",
+        )
+    if attention:
+        path, layers = _decoder_layers(model)
+        firsts = {mlp.layer: mlp for mlp in reversed(mlps)}
+        mlps = [
+            replace(mlp, projections=find_projections(f"{path}.{mlp.layer}", layers[mlp.layer]))
+            if mlp is firsts[mlp.layer]
+            else mlp
+            for mlp in mlps
+        ]
+    return mlps
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

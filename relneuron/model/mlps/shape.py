@@ -1,0 +1,60 @@
+"""What a model's MLPs are to files and states: how many neurons each site of each layer has.
+
+Every stage with a model asks; `artifact/neurons.py` gives each neuron its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from relneuron.artifact.files import RelneuronError
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.mlp import MLP
+
+Part = MLP | Experts
+
+
+def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
+    """What files say of a model's neurons, as `artifact.neurons.Shape` reads it.
+
+    layers, width (F, the largest) and hidden (D); `widths` of the layers where they differ, 0 where
+    text runs no MLP; `gated` where it is false; q, k, v and o where they were asked for.
+    """
+    widths = [0] * mlps[0].n_layers
+    for mlp in mlps:
+        if mlp.runs:
+            widths[mlp.layer] = max(widths[mlp.layer], mlp.inside.stop)
+    width = max(mlp.inside.stop for mlp in mlps)
+    hidden = {mlp.hidden for mlp in mlps}
+    kinds = {mlp.is_gated for mlp in mlps}
+    firsts = {mlp.layer: mlp for mlp in reversed(mlps)}.values()
+    attention = {tuple((part.site, part.width) for part in mlp.projections) for mlp in firsts}
+    if len(hidden) > 1 or len(kinds) > 1 or len(attention) > 1:
+        raise RelneuronError(
+            "the layers differ in hidden size, attention, or in whether their MLPs are gated",
+            "give a model whose layers are alike in these",
+        )
+    shape: dict[str, Any] = {"layers": len(widths), "width": width, "hidden": hidden.pop()}
+    if min(widths) < width:
+        shape["widths"] = widths
+    if False in kinds:
+        shape["gated"] = False
+    return shape | dict(attention.pop())
+
+
+def check_sites(mlps: Sequence[Part], sites: Iterable[str]) -> None:
+    """Refuse sites that the MLPs do not have."""
+    missing = {"up", "product"} if not all(mlp.is_gated for mlp in mlps) else set()
+    for site in sites:
+        if site in missing:
+            raise RelneuronError(
+                f"the model's MLPs are not gated: they have no site {site}",
+                "use gate, before the activation, or act, which is what down reads",
+            )
+    layers = [mlp.layer for mlp in mlps]
+    if "down" in sites and len(set(layers)) < len(layers):
+        raise RelneuronError(
+            "layers of the model have several MLPs: what they write is no one site down",
+            "leave out the site down",
+        )
