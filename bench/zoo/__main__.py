@@ -98,11 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for row, seconds in sweep(asked, options.workers):
         rows.append(row)
-        checks = " / ".join(x or "-" for x in row[7:11])
-        print(f"{row.model_type}: {row.verdict} {row.supported}/{row.layers} [{row.oracle}] {checks}"
-              f" | {row.attribution} | {row.reason} ({seconds:.1f} s)", flush=True)
+        checks = " / ".join(one or "-" for one in row[7:11])
+        said = (
+            f"{row.model_type}: {row.verdict} {row.supported}/{row.layers} [{row.oracle}] {checks}"
+        )
+        print(f"{said} | {row.reason} ({seconds:.1f} s)", flush=True)
         if options.output:
-            lines = [[*one, *about.values()] for one in sorted(rows, key=lambda r: (r.mapping, r.model_type))]
+            rows.sort(key=lambda one: (one.mapping, one.model_type))
+            lines = [[*one, *about.values()] for one in rows]
             atomic_write(options.output, csv_bytes([*Row._fields, *about], lines))
     return 0
 

@@ -17,7 +17,10 @@ from transformers.models.auto import modeling_auto
 VOCABULARY = 256
 TEXT_IDS = range(3, 160)  # of prompts: no special token is among them
 LAYERS, HIDDEN, WIDTH, EXPERT_WIDTH = 4, 64, 80, 24
-KINDS = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING", "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"}
+KINDS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+}
 
 # Name of a field (a regular expression, whole) -> its value. The first that fits is taken.
 _SIZES: list[tuple[str, int]] = [
@@ -26,7 +29,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim_model|text_hidden_size", HIDDEN),
     (r"embedding_size|word_embed_proj_dim|lru_width|encoder_hidden_size|out_hidden_size", HIDDEN),
     (r"decoder_hidden_size|attention_hidden_size|embedding_dim|backbone_hidden_size", HIDDEN),
-    (r"(moe|expert|moe_shared_expert|shared_expert|shared_experts).*_intermediate_size", EXPERT_WIDTH),
+    (r"(moe|shared_experts?)(_\w+)?_intermediate_size", EXPERT_WIDTH),
     (r"expert_ffn_hidden_size|moe_hidden_size|share_expert_dim", EXPERT_WIDTH),
     (r"(\w+_)?intermediate_size(_mlp)?|\w*ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|n_inner", WIDTH),
     (r"feed_forward_size|d_inner|mlp_dim", WIDTH),
@@ -44,6 +47,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", 128),
     (r"max_(source|target)_positions|model_max_length", 128),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", 4),
+    (r"zero_expert_num", 2),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k", 2),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts", 1),
     (r"moe_num_shared_experts|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
@@ -96,7 +100,7 @@ def _shrink(config: dict[str, Any]) -> dict[str, Any]:
             new[name] = _SPECIAL[name]
         elif re.fullmatch(_LAYERS, name) and value:
             new[name] = LAYERS
-        elif isinstance(value, int) and re.search(r"(token|start|end)_(id|index)$", name):
+        elif isinstance(value, int) and re.search(r"token_(id|index)$|im_\w+_id$", name):
             new[name] = next(special)
         elif isinstance(value, int) and not isinstance(value, bool):
             if value > (small := _small(name, value)):
@@ -180,6 +184,7 @@ _COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rope_parameters": {"sliding_attention": _rope(2, 3, 3), "full_attention": None},
 }
+_LOOP = {"n_layers_per_attn_res_block": 1}
 _NO_PLE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _SWA = {
     "swa_num_attention_heads": 4,
@@ -221,6 +226,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": _HEADS,
     "hunyuan_vl": {"text_config": _HEADS},
     "hy_v4_vl": {"text_config": {"rope_parameters": _rope(1, 1, 2)}},
+    "inkling2_loop": {"text_config": _LOOP},
+    "inkling2_loop_text": _LOOP,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "ministral": _HEADS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ import relneuron
 from bench.zoo import build, oracle
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.gains.commands import supports
-from relneuron.model.gated import find_gated_mlps, inspect_layers
+from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.testing.accuracy import assert_accurate
 
 RIGHT, WRONG, UNPROVED, FAILED, NONE = "right", "wrong", "unproved", "failed", ""
+REFUSED = "refused"  # by relneuron, with a reason
 # Of an ablation: its kernels in torch give the same bits as hooks, and the compiled ones numbers
 # that are as near to the truth (RIGHT); all give the same bits; both are only as near.
 SAME, ROUNDED = "right, same bits", "right, rounded"
@@ -94,17 +95,11 @@ class Inputs:
 
 def check(kind: str, model_type: str, model: Any = None) -> Row:
     """The row of a type."""
-    name, verdict = "", "not built"
     try:
         model = build.build(kind, model_type) if model is None else model
-        name, verdict = type(model).__name__, "no forward"
-        inputs = Inputs.make(4, 24, padded=True)
-        clean = inputs.logits(model)[inputs.mask == 1]
-        if not bool(clean.isfinite().all()):
-            raise ValueError("its logits are not finite")
     except Exception as error:
-        return Row(model_type, kind, name, 0, 0, verdict, *[NONE] * 6, _words(error))
-    return _Checks(kind, model_type, model, clean).row()
+        return Row(model_type, kind, "", 0, 0, "not built", *[NONE] * 6, _words(error))
+    return _Checks(kind, model_type, model).row()
 
 
 def _words(error: BaseException) -> str:
@@ -113,36 +108,49 @@ def _words(error: BaseException) -> str:
 
 
 class _Checks:
-    def __init__(self, kind: str, model_type: str, model: Any, clean: Tensor) -> None:
-        self.kind, self.model_type, self.model, self.clean = kind, model_type, model, clean
+    def __init__(self, kind: str, model_type: str, model: Any) -> None:
+        self.kind, self.model_type, self.model = kind, model_type, model
         self.inputs = Inputs.make(4, 24, padded=True)
         self.whole = Inputs.make(4, 16, padded=False)
         self.reasons: list[str] = []
-        self.mlps: list[oracle.MLP] = []
+        self.parts: list[oracle.MLP | oracle.Experts] = []  # in relneuron's order
+        self.offsets: list[int] = []
         self.generator = torch.Generator().manual_seed(3)
 
     def row(self) -> Row:
-        verdicts, verdict = [], "refused"
+        verdicts, verdict = [], REFUSED
         try:
             verdicts = inspect_layers(self.model)
-            self.reasons += [v.reason for v in verdicts if not v.mlp][:1]
-            find_gated_mlps(self.model)
+            self.reasons += [v.reason for v in verdicts if not v.mlps and not v.passed][:1]
+            find_mlps(self.model)
             verdict = "supported"
         except RelneuronError as error:
             if not self.reasons:
                 self.reasons.append(error.cause)
-        reading = self._read()
+        except Exception as error:
+            verdict = FAILED
+            self.reasons.append(f"find_mlps: {_words(error)}")
+        reading, fault = oracle.Reading(), ""
+        try:
+            self.clean = self._real(self.model)
+            if not bool(self.clean.isfinite().all()):
+                raise ValueError("its logits are not finite")
+            reading = oracle.read(self.model, lambda: self.whole.logits(self.model))
+            fault = self._match(verdicts, reading)
+        except Exception as error:
+            fault = f"no forward of text: {_words(error)}"
+            if verdict != "supported":
+                self.reasons.append(fault)
         results = [NONE] * 4
         if verdict == "supported":
             checks = (self._counts, self._ablation, self._restored, self._generation)
-            fault = self._match(verdicts, reading)
             results = [self._try(check, fault) for check in checks]
         return Row(
             self.model_type,
             self.kind,
             type(self.model).__name__,
             len(verdicts),
-            sum(bool(v.mlp) for v in verdicts),
+            sum(bool(v.mlps) for v in verdicts),
             verdict,
             _summary(reading),
             *results,
@@ -150,31 +158,41 @@ class _Checks:
             "; ".join(self.reasons),
         )
 
-    def _read(self) -> oracle.Reading:
-        return oracle.read(self.model, lambda: self.whole.logits(self.model))
-
     def _match(self, verdicts: Sequence[Any], reading: oracle.Reading) -> str:
-        """Why the oracle cannot judge, or nothing; sets the MLPs in relneuron's order."""
+        """Why the oracle cannot judge, or nothing; sets the parts in relneuron's order."""
+        modules = dict(self.model.named_modules())
+        maps = {id(modules[mlp.down.path]): mlp for mlp in reading.mlps}
+        routed = {id(experts.module): experts for experts in reading.experts}
         for verdict in verdicts:
-            here = [mlp for mlp in reading.mlps if mlp.layer == verdict.layer]
-            if verdict.layer in reading.unclear:
-                return reading.unclear[verdict.layer]
-            if verdict.layer in reading.experts:
-                return f"experts in {reading.experts[verdict.layer]}"
-            if len(here) != 1:
-                return f"{len(here)} MLPs are read in layer {verdict.layer}"
-            if not here[0].down.path.startswith(verdict.mlp.path):
-                return f"the oracle reads {here[0].down.path}, relneuron {verdict.mlp.path}"
-            self.mlps += here
+            offset = 0
+            for mlp in verdict.mlps:
+                down = getattr(mlp, "down_map", None)
+                mine = routed.pop(id(mlp.module), None)
+                if down is not None:
+                    mine = maps.pop(id(down.module), None)
+                if mine is None or mine.layer != verdict.layer:
+                    return f"the oracle does not read {mlp.path}"
+                self.parts.append(mine)
+                self.offsets.append(offset)
+                offset += mine.width
+        # Others that write into the residual stream, too.
+        hidden = {part.hidden for part in self.parts}
+        left = [mlp.down.path for mlp in maps.values() if mlp.hidden in hidden]
+        left += [experts.path for experts in routed.values()]
+        if left:
+            self.reasons.append(f"left out by relneuron: {', '.join(left[:3])}")
         return ""
 
     def _try(self, check: Callable[[], str], fault: str) -> str:
-        if fault and check != self._restored:
+        if fault:
             if fault not in self.reasons:
                 self.reasons.append(fault)
             return UNPROVED
         try:
             return check()
+        except RelneuronError as error:
+            self.reasons.append(f"{check.__name__[1:]}: {error.cause}")
+            return REFUSED
         except Exception as error:
             self.reasons.append(f"{check.__name__[1:]}: {_words(error)}")
             return FAILED
@@ -182,45 +200,55 @@ class _Checks:
     # --- what is compared --------------------------------------------------------------------
 
     def _counts(self) -> str:
-        inputs, sites = self.inputs, oracle.SITES[:4]
-        if not all(mlp.up for mlp in self.mlps):
-            sites = ("gate", "act")
+        inputs, sites = self.inputs, ("gate", "act", "up", "product")
+        if not all(part.up is not None for part in self.parts):
+            sites = sites[:2]
         groups = inputs.groups.masked_fill(inputs.mask == 0, -1)
         names = [str(g) for g in range(GROUPS)]
         with relneuron.instrument(self.model, names, sites=sites) as probe:
             probe.batch(inputs.mask, inputs.groups)
             inputs.logits(self.model)
         run = lambda: inputs.logits(self.model)  # noqa: E731
-        theirs = oracle.count(self.model, self.mlps, run, groups.flatten(), GROUPS)
+        theirs = oracle.count(self.model, self.parts, run, groups.flatten(), GROUPS)
         n_tokens = torch.stack([(groups == g).sum() for g in range(GROUPS)])
-        for number, counted in enumerate(theirs):
-            stats = probe.stats[number]
-            if not torch.equal(stats.tokens, n_tokens):
-                return self._wrong(f"layer {number} counts {stats.tokens.tolist()} tokens of {n_tokens.tolist()}")
+        for part, stats, counted in zip(self.parts, probe.stats, theirs, strict=True):
+            where = f"layer {part.layer}"
+            if isinstance(part, oracle.MLP) and not torch.equal(stats.tokens, n_tokens):
+                return self._wrong(
+                    f"{where}: {stats.tokens.tolist()} tokens of {n_tokens.tolist()}"
+                )
             for site in sites:
                 ours, other = stats.count[site], counted[site]
                 if ours.shape != other.shape or not torch.equal(ours, other):
-                    return self._wrong(f"{site} of layer {number} is counted in another way")
+                    return self._wrong(f"{where}: {site} is counted in another way")
                 if not 0 < int(ours.sum()) < int(n_tokens.sum()) * ours.shape[1]:
-                    self.reasons.append(f"{site} of layer {number} tells nothing")
+                    self.reasons.append(f"{where}: {site} tells nothing")
                     return UNPROVED
         return RIGHT
 
-    def _neurons(self) -> list[tuple[int, str, int]]:
-        """Some of every site and layer."""
-        chosen = []
-        for number, mlp in enumerate(self.mlps):
-            for site in ("gate", "up", "down"):
-                part = getattr(mlp, site)
-                if part is not None:
-                    width = len(range(part.start, part.stop, part.step))
-                    order = torch.randperm(width, generator=self.generator)
-                    chosen += [(number, site, int(i)) for i in order[: width // 8]]
-        return chosen
+    def _chosen(self) -> tuple[list[oracle.Neuron], list[oracle.Neuron]]:
+        """An eighth of every site: as relneuron names them, and by number of the part."""
+        named, plain = [], []
+        for number, (part, offset) in enumerate(zip(self.parts, self.offsets, strict=True)):
+            for site in ("gate", "up"):
+                if getattr(part, site) is not None:
+                    for i in self._some(part.width):
+                        named.append((part.layer, site, offset + i))
+                        plain.append((number, site, i))
+        # An output of down is one of all parts of a layer.
+        for layer in dict.fromkeys(part.layer for part in self.parts):
+            numbers = [n for n, part in enumerate(self.parts) if part.layer == layer]
+            for i in self._some(self.parts[numbers[0]].hidden):
+                named.append((layer, "down", i))
+                plain += [(n, "down", i) for n in numbers]
+        return named, plain
 
-    def _off(self) -> tuple[list[tuple[int, str, int]], Callable[[Any], AbstractContextManager[Any]]]:
-        chosen = self._neurons()
-        return chosen, lambda model: oracle.switched_off(model, self.mlps, chosen)
+    def _some(self, width: int) -> list[int]:
+        return torch.randperm(width, generator=self.generator)[: width // 8].tolist()
+
+    def _off(self) -> tuple[list[oracle.Neuron], Callable[[Any], AbstractContextManager[Any]]]:
+        chosen, plain = self._chosen()
+        return chosen, lambda model: oracle.switched_off(model, self.parts, plain)
 
     def _ablation(self) -> str:
         chosen, hooks = self._off()
@@ -236,6 +264,9 @@ class _Checks:
         if all(torch.equal(ours, theirs) for ours in found.values()):
             return SAME
         double = copy.deepcopy(self.model).double()
+        for module in double.modules():  # torch has grouped products of no float64
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"
         with hooks(double):
             truth = self.whole.logits(double).double()
         # The one rule of accuracy for the largest numbers: rounding errors of all layers meet in

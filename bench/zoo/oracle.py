@@ -8,6 +8,7 @@ gated MLP; where h = phi(g) of one output, with phi no multiple, of an MLP witho
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of phi: how steep it may be, and how far values may be off, as a part of the largest.
+from bench.zoo.experts import Experts, read_experts
+
+# Of phi, of numbers whose standard deviation is 1: how steep it may be, and how far values may be
+# off, as a part of the largest.
 STEEPEST, ROUNDING = 16.0, 1e-4
 LEAST_VALUES = 400  # from which a function is told
 SITES = ("gate", "act", "up", "product", "down")
@@ -50,12 +54,13 @@ class MLP:
     gate: Columns
     up: Columns | None
     down: Columns
+    product: str  # path of what reads h: down, or a norm before it
     width: int
     hidden: int
 
     @property
     def paths(self) -> set[str]:
-        return {part.path for part in (self.gate, self.up, self.down) if part}
+        return {self.product, *(part.path for part in (self.gate, self.up, self.down) if part)}
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Call:
     path: str
     x: Tensor  # (T, in)
     y: Tensor  # (T, out)
+    is_map: bool
 
 
 @dataclass
@@ -72,8 +78,8 @@ class Reading:
     """The MLPs of a model by layer, and what cannot be told."""
 
     mlps: list[MLP] = field(default_factory=list)
-    experts: dict[int, str] = field(default_factory=dict)  # layer -> path of a module of experts
-    unclear: dict[int, str] = field(default_factory=dict)
+    experts: list[Experts] = field(default_factory=list)
+    unclear: dict[str, str] = field(default_factory=dict)  # path of a module -> why
 
 
 def layer_of(path: str) -> int | None:
@@ -94,18 +100,20 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def watch(model: nn.Module, run: Callable[[], object]) -> list[Call]:
-    """Every call of a linear map in a forward, in order."""
+    """Every call of a linear map, and of a module without others in it, in a forward, in order."""
     calls: list[Call] = []
+    maps = linear_maps(model)
+    leaves = {p: m for p, m in model.named_modules() if p not in maps and not any(m.children())}
 
     def keep(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            if inputs and all(isinstance(t, Tensor) and t.dim() for t in (inputs[0], output)):
                 x, y = (t.detach().reshape(-1, t.shape[-1]).clone() for t in (inputs[0], output))
-                calls.append(Call(path, x, y))
+                calls.append(Call(path, x, y, path in maps))
 
         return hook
 
-    handles = [m.register_forward_hook(keep(path)) for path, m in linear_maps(model).items()]
+    handles = [m.register_forward_hook(keep(path)) for path, m in (maps | leaves).items()]
     try:
         with torch.no_grad():
             run()
@@ -123,9 +131,10 @@ def is_function(x: Tensor, y: Tensor) -> bool:
     x, y = x.flatten().double(), y.flatten().double()
     if len(x) < LEAST_VALUES or not bool(x.isfinite().all() and y.isfinite().all()):
         return False
+    x, y = x / x.std(), y / y.std()
     order = x.argsort()
     dx, dy = x[order].diff(), y[order].diff().abs()
-    return bool((dy <= STEEPEST * dx + ROUNDING * y.abs().max()).all()) and bool(y.std() > 0)
+    return bool((dy <= STEEPEST * dx + ROUNDING * y.abs().max()).all())
 
 
 def is_gated(g: Tensor, u: Tensor, h: Tensor) -> bool:
@@ -159,79 +168,157 @@ def parts(call: Call, width: int) -> Iterator[tuple[Columns, Tensor]]:
 def read(model: nn.Module, run: Callable[[], object]) -> Reading:
     """The MLPs of a model, from the values of one forward of it."""
     found = Reading()
+    held, handles = _watch_experts(model)
+    try:
+        calls = watch(model, run)
+    finally:
+        for handle in handles:
+            handle.remove()
     by_layer: dict[tuple[str, int], list[Call]] = {}
-    for call in watch(model, run):
+    for call in calls:
         layer = layer_of(call.path)
         if layer is not None:
             prefix = call.path[: call.path.index(f".{layer}")]
             by_layer.setdefault((prefix, layer), []).append(call)
-    for (_, layer), calls in by_layer.items():
-        names = [call.path for call in calls]
-        firsts = [call for i, call in enumerate(calls) if call.path not in names[:i]]
+    for (_, layer), here in by_layer.items():
+        names = [call.path for call in here]
+        firsts = [call for i, call in enumerate(here) if call.path not in names[:i]]
         for call in firsts:
-            mlps = list(_read_down(layer, call, firsts))
+            mlps = list(_read_down(layer, call, firsts)) if call.is_map else []
             if len(mlps) == 1:
                 found.mlps.append(mlps[0])
             elif mlps:
-                found.unclear[layer] = f"the input of {call.path} is read in {len(mlps)} ways"
+                found.unclear[call.path] = f"the input of {call.path} is read in {len(mlps)} ways"
     for path, module in model.named_modules():
         layer = layer_of(path)
-        own = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-        if layer is not None and len(own) > 1:
-            found.experts[layer] = path
+        if layer is None or path not in held:
+            continue
+        with torch.no_grad():
+            experts = read_experts(layer, path, module, *held[path])
+        if experts is None:
+            found.unclear[path] = f"the experts {path} are not read"
+        else:
+            found.experts.append(experts)
     return found
+
+
+def _watch_experts(model: nn.Module) -> tuple[dict[str, Any], list[Any]]:
+    """Arguments and output of the first call of each module with weights of several experts."""
+    held: dict[str, Any] = {}
+    handles = []
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            given = bound(module, inputs, named)
+            if path not in held and isinstance(output, Tensor):
+                held[path] = (tuple(t.detach().clone() for t in given), output.detach().clone())
+
+        return hook
+
+    for path, module in model.named_modules():
+        down = module._parameters.get("down_proj")
+        flat = hasattr(getattr(module, "mlp", None), "w1")
+        if isinstance(down, Tensor) and down.dim() == 3 or flat:
+            handles.append(module.register_forward_hook(keep(path), with_kwargs=True))
+    return held, handles
+
+
+def bound(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in order."""
+    if not named:
+        return inputs
+    return inspect.signature(type(module).forward).bind(module, *inputs, **named).args[1:]
 
 
 def _read_down(layer: int, call: Call, calls: Sequence[Call]) -> Iterator[MLP]:
     """The MLPs that a linear map may be the `down` of."""
-    h = call.x
     before = calls[: calls.index(call)]
-    sources = [part for one in before if len(one.x) == len(h) for part in parts(one, h.shape[1])]
+    # What a norm in front of the map reads may be h, too.
+    readers = [one for one in before if not one.is_map and torch.equal(one.y, call.x)]
     down = Columns(call.path, 0, call.y.shape[1])
-    for where, g in sources:
-        for other, u in sources:
-            if where != other and is_gated(g, u, h):
-                yield MLP(layer, where, other, down, *call.x.shape[1:], call.y.shape[1])
-        if is_ungated(g, h):
-            yield MLP(layer, where, None, down, *call.x.shape[1:], call.y.shape[1])
+    for reader in (call, *readers):
+        h = reader.x
+        if h.shape != call.x.shape:
+            continue
+        maps = [one for one in before if one.is_map and len(one.x) == len(h)]
+        sources = [part for one in maps for part in parts(one, h.shape[1])]
+        found = []
+        for where, g in sources:
+            for other, u in sources:
+                if where != other and is_gated(g, u, h):
+                    found.append((where, other))
+            if is_ungated(g, h):
+                found.append((where, None))
+        for gate, up in found:
+            yield MLP(layer, gate, up, down, reader.path, h.shape[1], call.y.shape[1])
+        if found:
+            return
 
 
 # --- counting --------------------------------------------------------------------------------
 
 
 def site_values(mlp: MLP, call: Mapping[str, Call]) -> dict[str, Tensor]:
-    """(T, F) values at each site but act; act is above 0 where h and up have the same sign."""
-    values = {"gate": call[mlp.gate.path].y[:, mlp.gate.of], "product": call[mlp.down.path].x}
-    values["down"] = call[mlp.down.path].y
-    if mlp.up:
-        values["up"] = call[mlp.up.path].y[:, mlp.up.of]
-        values["act"] = values["product"].sign() * values["up"].sign()
-    else:
-        values["act"] = values["product"]
-    return values
+    """(T, F) values at each site; act is above 0 where h and up have the same sign."""
+    values = {"gate": call[mlp.gate.path].y[:, mlp.gate.of]}
+    h = call[mlp.product].x
+    if mlp.up is None:
+        return values | {"act": h}
+    up = call[mlp.up.path].y[:, mlp.up.of]
+    return values | {"up": up, "product": h, "act": h.sign() * up.sign()}
 
 
 def count(
-    model: nn.Module, mlps: Sequence[MLP], run: Callable[[], object], groups: Tensor, n_groups: int
+    model: nn.Module,
+    parts: Sequence[MLP | Experts],
+    run: Callable[[], object],
+    groups: Tensor,
+    n_groups: int,
 ) -> list[dict[str, Tensor]]:
-    """Per MLP and site, (G, F) int64: tokens of each group (T,) whose value is above 0; -1: none.
+    """Per part and site, (G, F) int64: tokens of each group (T,) whose value is above 0; -1: none.
 
-    A map that is called several times in a forward counts each time.
+    Of experts (G, E * F): the tokens that an expert gets. What is called several times in a
+    forward counts each time.
     """
-    calls: dict[str, list[Call]] = {}
-    for one in watch(model, run):
-        calls.setdefault(one.path, []).append(one)
-    counted = []
     member = (groups[None] == torch.arange(n_groups)[:, None]).long()  # (G, T)
-    for mlp in mlps:
-        sums: dict[str, Tensor] = {}
-        for number in range(len(calls[mlp.down.path])):
-            here = {path: calls[path][number] for path in mlp.paths}
-            for site, values in site_values(mlp, here).items():
+    counted: list[dict[str, Tensor]] = [{} for _ in parts]
+
+    def add(number: int, site: str, inside: slice, of: Tensor, values: Tensor) -> None:
+        n = parts[number].width
+        table = counted[number].setdefault(site, torch.zeros(n_groups, n, dtype=torch.int64))
+        table[:, inside] += of @ (values > 0).long()
+
+    def hook(number: int, experts: Experts) -> Callable[..., None]:
+        def seen(expert: int, tokens: Tensor, first: Tensor, h: Tensor) -> None:
+            n = experts.expert_width
+            inside = slice(expert * n, (expert + 1) * n)
+            for site, values in experts.site_values(first, h).items():
+                add(number, site, inside, member[:, tokens], values)
+
+        def look(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
+            experts.recompute(bound(module, inputs, named), {}, seen)
+
+        return look
+
+    handles = [
+        part.module.register_forward_hook(hook(number, part), with_kwargs=True)
+        for number, part in enumerate(parts)
+        if isinstance(part, Experts)
+    ]
+    calls: dict[str, list[Call]] = {}
+    try:
+        for one in watch(model, run):
+            calls.setdefault(one.path, []).append(one)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for number, part in enumerate(parts):
+        for turn in range(len(calls[part.down.path])) if isinstance(part, MLP) else ():
+            here = {path: calls[path][turn] for path in part.paths}
+            for site, values in site_values(part, here).items():
                 if len(values) != len(groups):
-                    raise ValueError(f"{mlp.down.path} reads {len(values)} rows")
-                sums[site] = sums.get(site, 0) + member @ (values > 0).long()
-        counted.append(sums)
+                    raise ValueError(f"{part.down.path} reads {len(values)} of {len(groups)} rows")
+                add(number, site, slice(None), member, values)
     return counted
 
 
@@ -239,13 +326,20 @@ def count(
 
 
 @contextmanager
-def switched_off(model: nn.Module, mlps: Sequence[MLP], neurons: Iterable[tuple[int, str, int]]) -> Iterator[None]:
-    """Outputs at zero: `neurons` are (number of the MLP, gate | up | down, index)."""
-    off: dict[str, set[int]] = {}
-    for number, site, index in neurons:
-        part: Columns = getattr(mlps[number], site)
-        off.setdefault(part.path, set()).add(range(part.start, part.stop, part.step)[index])
+def switched_off(
+    model: nn.Module, parts: Sequence[MLP | Experts], neurons: Iterable[tuple[int, str, int]]
+) -> Iterator[None]:
+    """Outputs at zero: `neurons` are (number of the part, gate | up | down, index)."""
     modules = dict(model.named_modules())
+    off: dict[str, set[int]] = {}
+    routed: dict[int, dict[str, list[int]]] = {}
+    for number, site, index in neurons:
+        part = parts[number]
+        if isinstance(part, Experts):
+            routed.setdefault(number, {}).setdefault(site, []).append(index)
+        else:
+            where: Columns = getattr(part, site)
+            off.setdefault(where.path, set()).add(range(where.start, where.stop, where.step)[index])
 
     def zeroing(columns: list[int]) -> Callable[..., Tensor]:
         def hook(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -255,10 +349,22 @@ def switched_off(model: nn.Module, mlps: Sequence[MLP], neurons: Iterable[tuple[
 
         return hook
 
+    def recomputing(path: str, experts: Experts, sites: Mapping[str, list[int]]) -> Any:
+        zeroed = {site: torch.tensor(indices) for site, indices in sites.items()}
+
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> Tensor:
+            given = bound(module, inputs, named)
+            return experts.of(module).recompute(given, zeroed).view(output.shape)
+
+        return modules[path].register_forward_hook(hook, with_kwargs=True)
+
     handles = [
         modules[path].register_forward_hook(zeroing(sorted(columns)))
         for path, columns in off.items()
     ]
+    for number, sites in routed.items():
+        experts = parts[number]
+        handles.append(recomputing(experts.path, experts, sites))
     try:
         yield
     finally:
