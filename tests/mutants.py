@@ -96,6 +96,16 @@ MUTANTS = {
         "if not given:\n        return True",
         "model/test_ask.py::test_both_correctness_rules",
     ),
+    "model.layers: an offloaded layer computes where its weights wait": Mutant(
+        "return torch.device(hook.execution_device)",
+        "break",
+        "model/test_devices.py::test_counters_and_logits_are_those_of_the_model_in_memory",
+    ),
+    "model.identity: two weights on the disk are taken for one": Mutant(
+        "parts = _hash_rows(name, elsewhere[name](), pool)",
+        "parts = read.setdefault((), _hash_rows(name, elsewhere[name](), pool))",
+        "model/test_devices.py::test_the_digest_is_that_of_the_model_in_memory",
+    ),
     "model.identity: the last rows of a weight do not count": Mutant(
         "range(0, len(rows), n)]",
         "range(0, len(rows) - n, n)]",

@@ -22,7 +22,7 @@ from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.states import LayerState, Replacement, Tokens, of_mlp, off_state
+from relneuron.model.states import LayerState, Tokens, off_state, replacements
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 
@@ -99,20 +99,11 @@ def wave_states(
         if how.mode == "zero":
             states.append(off_state(mlp, chosen))
             continue
-        device = next(mlp.module.parameters()).device
-        shifts: dict[str, Any] = {}
+        shifts = None
         if how.mode == "mean":
-            shifts = of_mlp(mlp, {site: _means(how, members, spans[site]) for site in chosen})
-        replace = {}
-        for site, rows in of_mlp(mlp, chosen).items():
-            shift = _sent(shifts[site], device) if shifts else None
-            replace[site] = Replacement(_sent(rows, device), how.factor, shift)
-        states.append(LayerState(replace=replace))
+            shifts = {site: _means(how, members, spans[site]) for site in chosen}
+        states.append(LayerState(replace=replacements(mlp, chosen, how.factor, shifts)))
     return states
-
-
-def _sent(rows: Any, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
 
 
 def _means(how: How, members: Sequence[Ablation], inside: slice) -> Any:

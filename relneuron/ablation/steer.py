@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import check_neurons
 from relneuron.model.mlps.shape import Part, model_shape
-from relneuron.model.states import LayerState, Replacement, mask_states
+from relneuron.model.states import LayerState, mask_states, replacements
 
 Array = np.ndarray[Any, Any]
 
@@ -85,13 +84,9 @@ def steering_states(
             f"the means are not (layers, width) = {chosen.shape}", "count on this model"
         )
     for mlp, state in zip(mlps, states, strict=True):
-        own = chosen[mlp.layer, mlp.inside]
-        if not own.any():
-            continue
-        device = next(mlp.module.parameters()).device
-        rows = torch.from_numpy(np.tile(own, (len(off), 1)))
-        mean = means[mlp.layer, mlp.inside].astype(np.float32)
-        values = torch.from_numpy(np.tile(mean, (len(off), 1)))
-        new = Replacement(rows.to(device), shift=values.to(device))
-        state.replace = (state.replace or {}) | {"act": new}
+        rows = np.tile(chosen[mlp.layer], (len(off), 1))
+        values = np.tile(means[mlp.layer].astype(np.float32), (len(off), 1))
+        new = replacements(mlp, {"act": rows}, shifts={"act": values})
+        if new:
+            state.replace = (state.replace or {}) | new
     return states

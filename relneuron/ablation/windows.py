@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.ask import Step
 from relneuron.model.batches import is_out_of_memory
+from relneuron.model.layers import input_device
 
 LOGITS = 2**26  # of a slice of tokens, in float32: 256 MiB
 
@@ -50,7 +51,7 @@ class Scorer:
 
     def __init__(self, model: Any, ids: Sequence[Array]) -> None:
         self.model, self.ids = model, ids
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.body = getattr(model, "base_model", model)
         self.head = model.get_output_embeddings()
         self._vocabulary = model.get_input_embeddings().num_embeddings
@@ -110,7 +111,7 @@ class Scorer:
         forward = self.body if self._in_slices else self.model
         out = forward(input_ids=ids.to(self.device), use_cache=False, **options)
         values = out[0] if self._in_slices else out.logits
-        flat = values[mask.bool()] if options else values.flatten(0, 1)
+        flat = values[mask.bool().to(values.device)] if options else values.flatten(0, 1)
         nll = self._token_nll(flat, targets[inside])
         return [float(part.mean()) for part in torch.split(nll, lengths.tolist())]
 
@@ -136,12 +137,13 @@ class Scorer:
     @torch.no_grad()
     def _reads_in_slices(self) -> bool:
         """Whether the model's logits are `_logits` of its body's output, on a short text."""
-        theirs = self.model(input_ids=self.short, use_cache=False).logits.float()
+        theirs = self.model(input_ids=self.short, use_cache=False).logits
         try:
-            ours = self._logits(self.body(input_ids=self.short, use_cache=False)[0]).float()
+            ours = self._logits(self.body(input_ids=self.short, use_cache=False)[0])
         except (AttributeError, TypeError, IndexError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             return False
-        tolerance = 16 * torch.finfo(self.head.weight.dtype).eps * theirs.abs().max()
+        tolerance = 16 * torch.finfo(theirs.dtype).eps * float(theirs.abs().max())
+        ours, theirs = ours.to(theirs.device).float(), theirs.float()
         return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= tolerance)

@@ -191,12 +191,13 @@ def neuron_table(study: Study) -> Table:
     """The best neurons of each set and its last, with what identify knows of their scores."""
     columns = ["relation", "rank", "neuron", "score", "score_low", "score_high"]
     rows: list[list[Cell]] = []
+    order = Shape.of(study.neurons.model)
     for name, chosen in study.neurons.sets.items():
         for place, (layer, site, index, score) in enumerate(chosen):
             if SHOWN <= place < len(chosen) - 1:
                 continue
             p, q, low, high = study.significance[name][place].tolist()
-            rows.append([name, place + 1, f"L{layer}.{site}.{index}", score, low, high, p, q])
+            rows.append([name, place + 1, order.name(layer, site, index), score, low, high, p, q])
     return Table(
         "The best neurons of each set and its last", [*columns, "p_value", "q_value"], rows
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.reading import open_tensors
 
 NAME = "counts.safetensors"
-RAN = "tokens.layer"
+RAN, ROUTED, WEIGHT = "tokens.layer", "tokens.expert", "weight.expert"
+BESIDE: dict[str, Any] = {RAN: np.int64, ROUTED: np.int64, WEIGHT: np.float64}
 # Stages of a study of relations, in whose folder no counts are begun.
 APART = ("prompts", "record", "attribute")
 SITES = ("gate", "up", "act", "product", "down")
@@ -36,9 +37,11 @@ class Counts:
 
     groups     G names
     tokens     (G,) int64, the tokens that were counted
-    ran        (G, L) int64, how many of them each layer ran, None where all ran them all: text
-               does not run every layer of a model that reads pictures, and where none ran, a
-               neuron was not inactive: it never ran
+    beside     `tokens.layer` (G, L) int64, how many of them each layer ran, left out where all ran
+               them all: text does not run every layer of a model that reads pictures, and where
+               none ran a neuron was not inactive, it never ran. Of a mixture of experts
+               `tokens.expert` (G, L, E) int64, how many the router sent to each, and
+               `weight.expert` float64, the sum of the weights that it gave them
     arrays     `count.<site>` (G, L, F) int64, the tokens whose value at the site passed the
                threshold; with moments also `sum.<site>` and `sum_sq.<site>` float64 (of the finite
                values), `max.<site>` float32 and `n_nonfinite.<site>` int64. F is D at site down
@@ -47,12 +50,13 @@ class Counts:
     groups: list[str]
     tokens: Array
     arrays: dict[str, Array]
-    ran: Array | None = None
+    beside: dict[str, Array] = field(default_factory=dict)
 
     def tokens_at(self) -> Array:
         """(G, L) int64, the tokens that each layer ran."""
         layers = next(iter(self.arrays.values())).shape[1]
-        return np.tile(self.tokens[:, None], layers) if self.ran is None else self.ran
+        ran: Array | None = self.beside.get(RAN)
+        return np.tile(self.tokens[:, None], layers) if ran is None else ran
 
     @property
     def sites(self) -> list[str]:
@@ -77,8 +81,11 @@ class Counts:
             else array + theirs.arrays[name]
             for name, array in mine.arrays.items()
         }
-        ran = None if self.ran is other.ran is None else mine.tokens_at() + theirs.tokens_at()
-        return Counts(groups, mine.tokens + theirs.tokens, arrays, ran)
+        beside = {}
+        for name in dict.fromkeys([*mine.beside, *theirs.beside]):
+            parts = [one.tokens_at() if name == RAN else one.beside[name] for one in (mine, theirs)]
+            beside[name] = parts[0] + parts[1]
+        return Counts(groups, mine.tokens + theirs.tokens, arrays, beside)
 
     def take(self, groups: Sequence[str]) -> Counts:
         """These groups only, in this order; one that is not here has no token."""
@@ -95,19 +102,25 @@ class Counts:
             name: pick(array, -np.inf if name.startswith("max.") else 0)
             for name, array in self.arrays.items()
         }
-        ran = None if self.ran is None else pick(self.ran, 0)
-        return Counts(list(groups), pick(self.tokens, 0), arrays, ran)
+        beside = {name: pick(array, 0) for name, array in self.beside.items()}
+        return Counts(list(groups), pick(self.tokens, 0), arrays, beside)
 
     def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
         """The file's bytes; `metadata` is kept beside the groups."""
         # One key only: safetensors writes several in an order that changes from run to run.
         text = json.dumps({"groups": self.groups, **(metadata or {})}, ensure_ascii=False)
-        data: bytes = save({**self.tensors(), **self.arrays}, {"relneuron.counts": text})
+        data: bytes = save(self.tensors(), {"relneuron.counts": text})
         return data
 
     def tensors(self) -> dict[str, Array]:
-        """tokens, and tokens.layer (G, L) where layers ran others."""
-        return {"tokens": self.tokens} | ({} if self.ran is None else {RAN: self.ran})
+        """All that the file holds, by name."""
+        return {"tokens": self.tokens, **self.beside, **self.arrays}
+
+    @classmethod
+    def of_tensors(cls, groups: list[str], tensors: dict[str, Array]) -> Counts:
+        """The reverse of `tensors`."""
+        beside = {name: tensors.pop(name) for name in BESIDE if name in tensors}
+        return cls(groups, tensors.pop("tokens"), tensors, beside)
 
     def write(self, path: Path) -> None:
         atomic_write(path, self.to_bytes())
@@ -124,12 +137,11 @@ class Counts:
                 raise file.wrong(f"the groups are {groups}")
             arrays = {}
             for name in file.names:
-                kind = DTYPES.get(name.partition(".")[0], np.int64)
+                kind = BESIDE.get(name) or DTYPES.get(name.partition(".")[0], np.int64)
                 n_dims = {"tokens": 1, RAN: 2}.get(name, 3)
                 shape = (len(groups), None, None)[:n_dims]
                 arrays[name] = file.get(name, shape, _TYPES[kind])
-            ran = arrays.pop(RAN, None)
-            counts = cls(groups, arrays.pop("tokens"), arrays, ran)
+            counts = cls.of_tensors(groups, arrays)
             try:
                 counts._check()
             except ValueError as error:
@@ -151,14 +163,12 @@ class Counts:
                 raise ValueError(f"{name} is below 0")
         if not self.sites:
             raise ValueError("there is no count")
-        if self.ran is not None:
-            layers = next(iter(self.arrays.values())).shape[1]
-            if self.ran.shape[1] != layers or not ((self.ran >= 0).all() and self._fits()):
-                raise ValueError(f"{RAN} is not (G, L) numbers of tokens, up to those of the group")
-
-    def _fits(self) -> bool:
-        assert self.ran is not None, "asked only where layers ran other tokens"
-        return bool((self.ran <= self.tokens[:, None]).all())
+        n_layers = next(iter(self.arrays.values())).shape[1]
+        for name, array in self.beside.items():
+            tokens = self.tokens.reshape(-1, *(1,) * (array.ndim - 1))
+            is_right = array.shape[1] == n_layers and (array >= 0).all()
+            if not (is_right and (name == WEIGHT or (array <= tokens).all())):
+                raise ValueError(f"{name} is not of (G, L) tokens, at most those of the group")
 
 
 def _are_names(groups: object) -> bool:

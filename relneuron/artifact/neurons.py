@@ -78,7 +78,7 @@ class NeuronFile:
             if not _is_index(data["model"].get(key)):
                 raise wrong(f"model.{key}", "a number of neurons or layers")
         if not _are_widths(data["model"]):
-            raise wrong("model.widths", "a number of neurons for each layer")
+            raise wrong("model.widths or .experts", "a number for each layer")
         sets = {}
         for name, rows in data["sets"].items():
             if not isinstance(rows, list):
@@ -92,6 +92,9 @@ class NeuronFile:
     def check_model(self, shape: Mapping[str, object]) -> None:
         """Refuse neurons of another model: the shape (`shape_of`) must be the same."""
         ours, theirs = shape_of(self.model), shape_of(shape)
+        # Files of other programs do not say of a model what is not of one width.
+        apart = set(UNEVEN) - (ours.keys() & theirs.keys())
+        ours, theirs = ({k: v for k, v in s.items() if k not in apart} for s in (ours, theirs))
         if ours != theirs:
             raise RelneuronError(
                 f"the neurons are of a model of shape {ours}, this model has {theirs}",
@@ -100,7 +103,8 @@ class NeuronFile:
 
 
 SHAPE = ("layers", "width", "hidden")
-UNEVEN = ("widths", "gated")  # of a model whose layers differ, or whose MLPs are not gated
+# Of a model whose layers differ, whose MLPs are not gated, or are experts.
+UNEVEN = ("widths", "gated", "experts", "expert_width")
 
 
 def shape_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,13 +114,15 @@ def shape_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _are_widths(model: Mapping[str, Any]) -> bool:
-    widths = model.get("widths")
     if not isinstance(model.get("gated", True), bool):
         return False
-    return widths is None or (
-        isinstance(widths, list)
-        and len(widths) == model["layers"]
-        and all(_is_index(width) and width <= model["width"] for width in widths)
+    if not _is_index(model.get("expert_width", 0)):
+        return False
+    return all(
+        isinstance(sizes, list)
+        and len(sizes) == model["layers"]
+        and all(_is_index(size) and size <= model["width"] for size in sizes)
+        for sizes in (model[key] for key in ("widths", "experts") if key in model)
     )
 
 
@@ -140,17 +146,20 @@ class Shape:
     widths  how many neurons each site of a layer has at most, in the order that breaks ties
     inner   how many gate and up have in each layer, where the layers differ; 0: no MLP, or none
             that text runs, and so no neuron of any site
+    experts of a mixture, how many each layer has and how wide one is: neuron i of expert e has the
+            index e * width + i, and those of a shared expert are behind them
     """
 
     layers: int
     widths: dict[str, int]
     inner: tuple[int, ...] | None = None
+    experts: tuple[tuple[int, ...], int] = ((), 0)
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Shape:
         """Of what a file says of a model: gate, up and down, and those of q to o that it names.
 
-        `gated` false: there is no up. `widths`: those of the layers.
+        `gated` false: there is no up. `widths`: those of the layers; `experts`, `expert_width`.
         """
         widths = {"gate": model["width"], "up": model["width"], "down": model["hidden"]}
         if not model.get("gated", True):
@@ -161,6 +170,7 @@ class Shape:
             int(model["layers"]),
             {site: int(width) for site, width in widths.items()},
             None if inner is None else tuple(map(int, inner)),
+            (tuple(map(int, model.get("experts", ()))), int(model.get("expert_width", 0))),
         )
 
     def width(self, layer: int, site: str) -> int:
@@ -215,6 +225,16 @@ class Shape:
         index = places - self._starts[block]
         rows = zip(layer.tolist(), site.tolist(), index.tolist(), strict=True)
         return [(la, names[s], i) for la, s, i in rows]
+
+    def name(self, layer: int, site: str, index: int) -> str:
+        """How tables and pages call a neuron: L3.up.345, of an expert L3 expert 12 up 345."""
+        numbers, width = self.experts
+        n_routed = numbers[layer] * width if numbers else 0
+        if not n_routed or site not in ("gate", "up"):
+            return f"L{layer}.{site}.{index}"
+        if index >= n_routed:
+            return f"L{layer} shared {site} {index - n_routed}"
+        return f"L{layer} expert {index // width} {site} {index % width}"
 
     def flat(self, values: Mapping[str, Array]) -> Array:
         """(L, width) arrays by site as one (total,): each neuron's value at its place."""

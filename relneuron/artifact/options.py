@@ -320,6 +320,11 @@ class LoadOptions(Options):
         None, "float32, bfloat16 or float16; default: float32 on a CPU, else the model's own."
     )
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one.")
+    device_map: str | None = option(
+        None,
+        "Spread the model over devices, in place of --device: auto, balanced or sequential, or a "
+        "JSON file of {module: device}; what fits on none lies on the CPU or the disk.",
+    )
     revision: str | None = option(None, "Revision of a model on the hub.")
     backend: str = option("auto", "Kernels: auto, reference, cpu or triton.")
 

@@ -112,12 +112,14 @@ def command(name: str, *arguments: object, **options: object) -> list[Words]:
 
 
 def loading(described: Json) -> Json:
-    """The options that load a model as it was: dtype, device, revision, and kernels not its own."""
+    """The options that load a model as it was: dtype, place, revision, and kernels not its own."""
     device, backend = described["device"], described["backend"]
     own = {"cuda": "triton", "cpu": "cpu"}.get(device)
+    device_map = described.get("device_map")
     return {
         "dtype": described["dtype"],
-        "device": device,
+        "device": None if device_map else device,
+        "device_map": device_map,
         "revision": described["revision"],
         "backend": None if backend == own else backend,
     }

@@ -17,7 +17,7 @@ from relneuron.artifact.manifest import versions
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
-from relneuron.model.layers import first_line
+from relneuron.model.layers import first_line, input_device
 from relneuron.model.mlps.find import inspect_layers
 from relneuron.model.mlps.shape import Part, model_shape
 
@@ -62,7 +62,7 @@ def _fault(model: Any, mlps: Sequence[Part]) -> str | None:
         model_shape(mlps)
     except RelneuronError as error:
         return error.cause
-    device = next(model.parameters()).device
+    device = input_device(model)
     try:
         with torch.no_grad():
             out = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=True)

@@ -133,7 +133,9 @@ def run_study(
         )
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
-    model = load_model(model_path, revision=o.revision, dtype=o.dtype, device=o.device)
+    model = load_model(
+        model_path, revision=o.revision, dtype=o.dtype, device=o.device, device_map=o.device_map
+    )
     mlps = find_mlps(model, attention=o.attention)
     tokenizer = load_tokenizer(model_path, revision=o.revision)
     chat = tokenizer if o.chat_template else None

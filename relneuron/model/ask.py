@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
+from relneuron.model.layers import input_device
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions
 from relneuron.texts.tokens import CHARACTER_BYTES, CUT, whole_text
 
@@ -72,7 +73,7 @@ class Asker:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import Json, RelneuronError, hashing_threads
 from relneuron.artifact.reading import read_json
+from relneuron.model.layers import is_sharded, offloaded_weights, settle
 
 CHUNK_BYTES = 1 << 26  # of a tensor, on the host at a time for each thread
 
@@ -78,20 +79,30 @@ def model_digest(model: Any) -> str:
     The weights are taken as they are in memory, in the order of their names and of their rows: on
     any device the same, in another dtype another one. Tied weights are read once. They are hashed
     side by side in chunks, about 1 GB a second with each of at most 8 threads: a 7B model in
-    bfloat16 has 14 GB. Weights that are not in memory (meta) raise RelneuronError.
+    bfloat16 has 14 GB. Of a quantised weight it is packed numbers, scales and all that says how
+    they are read; weights that accelerate offloaded are read from where they are, one at a time.
+    Others that are not in memory (meta), and sharded ones, raise RelneuronError.
     """
     if model in _HELD:
         return _HELD[model]
+    settle(model)
     digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
     read: dict[tuple[object, ...], list[Any]] = {}
+    elsewhere = offloaded_weights(model)
     with hashing_threads() as pool:
         found = []
         for name, value in sorted(_contents(model).items()):
-            about = (tuple(value.shape), value.stride(), value.dtype, value.device)
-            where = (value.data_ptr(), *about)
-            if where not in read:
-                read[where] = _hash_rows(name, value, pool)
-            found.append((f"{name} {tuple(value.shape)} {value.dtype}", read[where]))
+            text = f"{name} {tuple(value.shape)} {value.dtype}"
+            if value.device.type == "meta" and name in elsewhere:
+                parts = _hash_rows(name, elsewhere[name](), pool)
+                wait(parts)
+            else:
+                about = (tuple(value.shape), value.stride(), value.dtype, value.device)
+                where = (value.data_ptr(), *about)
+                if where not in read:
+                    read[where] = _hash_rows(name, value, pool)
+                parts = read[where]
+            found.append((text, parts))
         for text, parts in found:
             digest.update(text.encode())
             for part in parts:
@@ -113,22 +124,59 @@ def _settings(model: Any) -> list[Any]:
 
 def _contents(model: Any) -> dict[str, Tensor]:
     """Parameters, buffers and what modules keep beside them, as tensors."""
-    found: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            value = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        found[name] = value
-    return found
+    found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    found |= model.named_buffers(remove_duplicate=False)
+    with _as_they_lie(model):
+        found |= model.state_dict()
+    parts = [part for name, value in found.items() for part in _plain(name, value)]
+    return dict(parts)
+
+
+def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that a value is made of, and what says how they are put together."""
+    if hasattr(value, "__tensor_flatten__") and not is_sharded(value):
+        names, about = value.__tensor_flatten__()
+        yield f"{name}.about", torch.frombuffer(bytearray(repr(about).encode()), dtype=torch.uint8)
+        for part in names:
+            yield from _plain(f"{name}.{part}", getattr(value, part))
+        return
+    if not isinstance(value, Tensor):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        value = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    yield name, value
+
+
+@contextmanager
+def _as_they_lie(model: Any) -> Iterator[None]:
+    """Within it `state_dict` gives bitsandbytes' 4-bit weights as they lie, and changes nothing.
+
+    On some CPUs their first forward packs them in another way, with scales rounded to bfloat16.
+    `state_dict` (0.50) undoes that in the model, but not the rounding and not the order of the
+    scales, so that the model computes something else from then on.
+    """
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    packed = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
+    try:
+        for state in packed:
+            state.packing_format_for_cpu = False
+        yield
+    finally:
+        for state in packed:
+            state.packing_format_for_cpu = True
 
 
 def _hash_rows(name: str, value: Tensor, pool: Executor) -> list[Any]:
     """The digests of a tensor's chunks of rows, in their order, as they will be known."""
     if value.device.type == "meta":
         raise RelneuronError(
-            f"the weights {name} are not in memory: they are offloaded (meta)",
-            "load the whole model, on one device",
+            f"the weights {name} are not in memory: they are on the meta device",
+            "load the whole model, with --device-map auto where it is too large for one device",
+        )
+    if is_sharded(value):
+        raise RelneuronError(
+            f"the weights {name} are sharded over devices (a DTensor)",
+            "load the model without tensor parallelism, with --device-map auto if it is too large",
         )
     rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
     if not rows.numel():

@@ -12,28 +12,34 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
+from relneuron.model.counting import ROUTED, TOKENS, WEIGHT, counting_state, tables
+from relneuron.model.layers import input_device
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.states import LayerState, Replacement, Tokens, mask_states, of_mlp
+from relneuron.model.states import LayerState, Tokens, mask_states, replacements
 
 
 @dataclass
 class Probe:
-    """Statistics of a running model: `stats[layer]` is that layer's `ops.GroupStats`."""
+    """Statistics of a running model: `stats[layer]` is that layer's `ops.GroupStats`.
+
+    A layer with several MLPs, or with experts, has a `Together`, one without any MLP None.
+    """
 
     groups: list[str]
-    stats: list[ops.GroupStats]
+    stats: list[Any]
     _patch: Patch = field(repr=False)
 
     def batch(self, attention_mask: Tensor, group_ids: int | Sequence[int] | Tensor = 0) -> None:
@@ -56,6 +62,47 @@ class Probe:
         # masked_fill makes a new tensor, so the caller's mask and ids stay as they are.
         full = ids.expand(attention_mask.shape).masked_fill(attention_mask == 0, -1)
         self._patch.tokens = Tokens(group_ids=full, counted=set())
+
+
+class Together:
+    """Statistics of a layer with several MLPs, or with experts, side by side; read while it runs.
+
+    `tokens` (G,) and, by site, `count`, `sum`, `sum_sq`, `max` and `n_nonfinite` (G, width) are
+    those of `ops.GroupStats`: neuron i of expert e is at e * F + i, a shared expert's behind them.
+    `expert_tokens` (G, E) int64 are the tokens that the router sent to each expert, and
+    `expert_weight` (G, E) float64 its mean weight, NaN where there were none.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Part, LayerState]]) -> None:
+        self._parts = parts
+
+    def _tables(self, name: str) -> list[Tensor]:
+        found = (tables(part, state).get(name) for part, state in self._parts)
+        return [table for table in found if table is not None]
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.stack(self._tables(TOKENS)).amax(0)
+
+    def _statistic(self, name: str) -> dict[str, Tensor]:
+        stats = self._parts[0][1].stats
+        sites = stats.sites if stats is not None else ()
+        found = {site: self._tables(f"{name}.{site}") for site in sites}
+        return {site: torch.cat(values, 1) for site, values in found.items() if values}
+
+    count = property(lambda self: self._statistic("count"))
+    sum = property(lambda self: self._statistic("sum"))
+    sum_sq = property(lambda self: self._statistic("sum_sq"))
+    max = property(lambda self: self._statistic("max"))
+    n_nonfinite = property(lambda self: self._statistic("n_nonfinite"))
+
+    @property
+    def expert_tokens(self) -> Tensor:
+        return torch.cat(self._tables(ROUTED), 1)
+
+    @property
+    def expert_weight(self) -> Tensor:
+        return torch.cat(self._tables(WEIGHT), 1) / self.expert_tokens
 
 
 @contextmanager
@@ -81,18 +128,15 @@ def instrument(
     names = [str(i) for i in range(groups)] if isinstance(groups, int) else list(groups)
     mlps = find_mlps(model)
     check_sites(mlps, sites)
-    stats = [
-        ops.GroupStats(
-            groups=len(names),
-            width=mlp.width,
-            sites=tuple(sites),
-            threshold=threshold,
-            moments=moments,
-            device=next(mlp.module.parameters()).device,
-        )
-        for mlp in mlps
+    states = [
+        counting_state(mlp, len(names), sites, threshold=threshold, moments=moments) for mlp in mlps
     ]
-    patch = Patch(mlps, [LayerState(stats=s) for s in stats], backend=backend)
+    stats: list[Any] = [None] * mlps[0].n_layers
+    for layer, own in groupby(zip(mlps, states, strict=True), lambda pair: pair[0].layer):
+        parts = list(own)
+        plain = parts[0][1].stats if len(parts) == 1 and isinstance(parts[0][0], MLP) else None
+        stats[layer] = plain or Together(parts)
+    patch = Patch(mlps, states, backend=backend)
     # Until the first `batch` no shape fits: a forward without it raises instead of counting.
     patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     with patch:
@@ -149,12 +193,10 @@ def _replacing_states(
         empty = np.full((1, widths[site]), np.nan, np.float32)
         chosen.setdefault(layer, {}).setdefault(site, empty)[0, index] = new
     for mlp, state in zip(mlps, states, strict=True):
-        device = next(mlp.module.parameters()).device
-        for site, rows in of_mlp(mlp, chosen.get(mlp.layer, {})).items():
-            new = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
-            shift = None if mode == "scale" else new.nan_to_num()
-            own = Replacement(~new.isnan(), values[0], shift)
-            cast(dict[str, Replacement], state.replace)[site] = own
+        here = chosen.get(mlp.layer, {})
+        shifts = None if mode == "scale" else {s: np.nan_to_num(v) for s, v in here.items()}
+        rows = {site: ~np.isnan(new) for site, new in here.items()}
+        state.replace = replacements(mlp, rows, values[0], shifts)
     return states
 
 
@@ -169,7 +211,7 @@ class Clock:
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds = 0.0
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        on_cpu = input_device(model).type == "cpu"
         self.products: float | None = 0.0 if on_cpu else None
         self._linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if on_cpu else []
         self._handles: list[Any] = []

@@ -1,4 +1,4 @@
-"""What is read of any decoder layers: their list, weights, hooks set on them and projections.
+"""What is read of any decoder layers: their list, weights, places, hooks and projections.
 
 `model/mlps.py` and `model/stream.py` read layers by it, each in its way; `model/patch.py` changes
 the projections.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +73,139 @@ def unreadable(weight: Tensor) -> str | None:
     """Why a weight cannot be read as it lies; None if it can."""
     if weight.device.type == "meta":
         return "offloaded (on the meta device)"
-    if type(weight.data).__name__ == "DTensor":
+    if is_sharded(weight):
         return "sharded over devices (a DTensor)"
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        return f"quantised ({weight.dtype})"
+    if _is_quantised(weight):
+        kind = type(weight).__name__ if is_float(weight) else weight.dtype
+        return f"quantised ({kind})"
     return None
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is packed numbers, or made of other tensors (torchao's, quanto's)."""
+    return not is_float(weight) or hasattr(weight, "__tensor_flatten__")
+
+
+def uncallable(module: nn.Module) -> str | None:
+    """Why a module cannot be called; None if it can, as what is quantised or offloaded can."""
+    kept = offloaded_weights(module)
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_sharded(tensor):
+            return "sharded over devices (a DTensor)"
+        if tensor.device.type == "meta" and name not in kept:
+            return "not in memory (on the meta device)"
+    return None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return type(tensor.data).__name__ == "DTensor"
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor's dtype is one that models compute in; float8 is one to store weights in."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize >= 2
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The dtype that a model computes in: that of its embedding, quantised weights or not.
+
+    Where that is quantised, too, it is that of the first weight which is not.
+    """
+    parts = [part for part in (_embedding(model), model) if part is not None]
+    for weight in chain(*(part.parameters() for part in parts), model.buffers()):
+        if is_float(weight):
+            return weight.dtype  # type: ignore[no-any-return]
+    raise RelneuronError(
+        f"{type(model).__name__} has no weight of a floating-point dtype", "give a language model"
+    )
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    found = get() if callable(get) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """How many inputs and outputs a linear map has, as it says or by its weight (out, in).
+
+    A quantised weight is packed: its shape says nothing. Raises Unfound for what is no linear map.
+    """
+    sizes = tuple(getattr(linear, name, None) for name in ("in_features", "out_features"))
+    weight = getattr(linear, "weight", None)
+    if None in sizes and isinstance(weight, Tensor) and weight.dim() == 2:
+        sizes = tuple(weight.shape[::-1])
+    if None in sizes:
+        raise Unfound("it is no linear map")
+    return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+
+
+_SETTLED: WeakSet[Any] = WeakSet()
+
+
+def settle(model: Any) -> None:
+    """Run one token through a quantised model, once, before anything looks at its weights.
+
+    In their first forward bitsandbytes packs them in another way (4 bits on some CPUs), and
+    compressed-tensors unpacks them.
+    """
+    if model in _SETTLED or not any(map(_is_quantised, model.parameters())):
+        return
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), use_cache=False)
+    except Exception as error:
+        raise RelneuronError(
+            f"the quantised model cannot run one token: {first_line(error)}",
+            "give the model as it was before, or run it where its package can",
+        ) from error
+    _SETTLED.add(model)
 
 
 def is_training(module: nn.Module) -> bool:
     return any(part.training for part in module.modules())
+
+
+# --- places ----------------------------------------------------------------------------------
+
+
+def _placing(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks by which accelerate moves a module's inputs and weights to where it computes."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where accelerate brings its weights, else where they lie."""
+    for part in module.modules():
+        for hook in _placing(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: the device of its embedding."""
+    return device_of(_embedding(model) or model)
+
+
+def offloaded_weights(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Of each weight that accelerate keeps elsewhere until it is used: its name, how to read it."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path, part in module.named_modules():
+        for hook in _placing(part):
+            if not getattr(hook, "offload", False) or hook.weights_map is None:
+                continue
+            own = hook.place_submodules
+            for name, tensor in chain(part.named_parameters("", own), part.named_buffers("", own)):
+                if tensor.device.type == "meta":
+                    read = partial(_read, hook.weights_map, name, tensor.dtype)
+                    found[f"{path}.{name}".removeprefix(".")] = read
+    return found
+
+
+def _read(weights: Any, name: str, dtype: torch.dtype) -> Tensor:
+    return weights[name].to(dtype)  # type: ignore[no-any-return]
 
 
 # --- hooks -----------------------------------------------------------------------------------
@@ -172,14 +299,14 @@ def find_projections(path: str, layer: nn.Module) -> tuple[Projection, ...]:
     name, module, parts = found[0]
     maps = {part: getattr(module, part) for part in parts}
     where = {part: f"{path}.{name}.{part}" for part in parts}
-    outputs = {part: _width(where[part], linear, 0) for part, linear in maps.items()}
+    outputs = {part: _width(where[part], linear, 1) for part, linear in maps.items()}
     if parts == plain:
         return tuple(
             Projection(site, where[part], maps[part], 0, outputs[part])
             for site, part in zip(ATTENTION, plain, strict=True)
         )
     # What o_proj reads is as wide as q; k and v share the rest.
-    query = _width(where["o_proj"], maps["o_proj"], 1)
+    query = _width(where["o_proj"], maps["o_proj"], 0)
     key, rest = divmod(outputs["qkv_proj"] - query, 2)
     if key < 1 or rest:
         raise RelneuronError(
@@ -196,8 +323,8 @@ def find_projections(path: str, layer: nn.Module) -> tuple[Projection, ...]:
 
 
 def _width(path: str, linear: nn.Module, dim: int) -> int:
-    """How many outputs (dim 0) or inputs (dim 1) a linear map has, by its weight (out, in)."""
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.dim() != 2:
-        raise RelneuronError(f"{path} is no linear map", "record without --attention")
-    return int(weight.shape[dim])
+    """How many inputs (dim 0) or outputs (dim 1) a linear map has."""
+    try:
+        return features(linear)[dim]
+    except Unfound:
+        raise RelneuronError(f"{path} is no linear map", "record without --attention") from None

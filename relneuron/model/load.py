@@ -5,12 +5,16 @@ The stages and the command line call it; `model/gated.py` finds the neurons in w
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 
@@ -18,10 +22,13 @@ from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.neurons import shape_of
 from relneuron.artifact.options import LoadOptions
+from relneuron.artifact.reading import read_json
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
-from relneuron.model.layers import first_line
+from relneuron.model.layers import compute_dtype, first_line, input_device
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.ops.backends import MADE_FOR
+
+_SPREAD: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what --device-map said of a model
 
 
 def _settle_arithmetic() -> None:
@@ -36,8 +43,11 @@ def _settle_arithmetic() -> None:
         function(torch.ones(1, device="cpu"))
 
 
-def choose_device(asked: str | None) -> str:
-    """The device to run on: as asked for, if it is here; by default the GPU if there is one."""
+def choose_device(asked: str | None, how: str = "use --device") -> str:
+    """The device to run on: as asked for, if it is here; by default the GPU if there is one.
+
+    `how` another one is asked for stands before those that are here in the error's fix.
+    """
     here = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
@@ -55,10 +65,35 @@ def choose_device(asked: str | None) -> str:
             if kind in here
             else f"known are {', '.join(here)}"
         )
-        raise RelneuronError(
-            f"no device {asked!r} here: {why}", f"use --device {' or '.join(usable)}", 2
-        )
+        raise RelneuronError(f"no device {asked!r} here: {why}", f"{how} {' or '.join(usable)}", 2)
     return "cpu" if kind == "cpu" else asked
+
+
+def read_device_map(asked: str, device: str | None) -> str | dict[str, Any]:
+    """What accelerate takes of `--device-map`: a way to spread, or {module: device} of a file."""
+    if device is not None:
+        raise RelneuronError(
+            "--device and --device-map both say where the model goes", "leave out one of them", 2
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RelneuronError(
+            "each of torchrun's processes would spread the model over all devices",
+            "leave out --device-map, or run one process",
+            2,
+        )
+    if asked in ("auto", "balanced", "sequential"):
+        return asked
+    path = Path(asked)
+    if not path.is_file():
+        raise RelneuronError(
+            f"--device-map {asked} is no file", "use auto, balanced, sequential or a JSON file", 2
+        )
+    found = read_json(path, asked)
+    if not (isinstance(found, dict) and found):
+        raise RelneuronError(f"{asked} is no JSON object", 'write {"model.layers.0": 0, ...}', 2)
+    for place in {*map(str, found.values())} - {"disk"}:
+        choose_device(f"cuda:{place}" if place.isdecimal() else place, f"in {asked} write disk or")
+    return found
 
 
 def load_model(
@@ -67,15 +102,17 @@ def load_model(
     revision: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """A causal language model, by anything `from_pretrained` takes, or one with pictures.
 
     `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
-    checkpoint's own on a GPU. The model comes in eval mode.
+    checkpoint's own on a GPU, or where it is quantised. With `device_map` (`read_device_map`)
+    accelerate spreads its layers over devices. The model comes in eval mode.
     """
+    places = read_device_map(device_map, device) if device_map is not None else None
     device = choose_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
     _settle_arithmetic()
     looks_local = check_model_folder(name)
@@ -87,16 +124,17 @@ def load_model(
         becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
         warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
     try:
-        model, info = _kind_of(name, revision).from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True
-        )
-    except ImportError as error:
-        package = re.search(r"pip install ([\w.-]+)", str(error))
-        raise RelneuronError(
-            f"{name} needs a package that is not here: {first_line(error)}",
-            package[0] if package else "install it",
-        ) from error
+        with ExitStack() as stack:
+            model, info = _read_model(name, revision, dtype, device, places, stack)
+            finalize(model, stack.pop_all().close)
     except Exception as error:  # a damaged config or weight raises whatever it leads to
+        told = re.search(r"pip install (?:-\S+ )*'?(\w[\w.-]*)", str(error))
+        package = told[1] if told else error.name if isinstance(error, ImportError) else None
+        if package or isinstance(error, ImportError):
+            raise RelneuronError(
+                f"{name} needs a package that is not here: {first_line(error)}",
+                f"pip install {package}" if package else "install what it asks for",
+            ) from error
         raise RelneuronError(
             f"{name} could not be loaded as a causal language model: {first_line(error)}",
             "give a Hugging Face model folder (config.json, weights, tokenizer) or a hub name",
@@ -106,18 +144,41 @@ def load_model(
             f"{name} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...",
             "give the whole checkpoint",
         )
-    return model.to(device).eval()
+    if device_map is not None:
+        _SPREAD[model] = device_map
+    return model.eval()
 
 
-def _kind_of(name: str, revision: str | None) -> Any:
-    """The class that loads a checkpoint: with pictures, if it has no causal language model."""
+def _read_model(
+    name: str,
+    revision: str | None,
+    dtype: str | None,
+    device: str,
+    places: str | dict[str, Any] | None,
+    stack: ExitStack,
+) -> tuple[Any, Json]:
+    """The model where it belongs, and what loading it said; `stack` outlives the model.
+
+    Its class is that for models with pictures, if there is no causal language model of its kind.
+    """
     import transformers as hf
 
-    config = type(hf.AutoConfig.from_pretrained(name, revision=revision))
-    has_pictures = config in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if has_pictures and config not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return hf.AutoModelForImageTextToText
-    return hf.AutoModelForCausalLM
+    config = hf.AutoConfig.from_pretrained(name, revision=revision)
+    kind = hf.AutoModelForCausalLM
+    has_pictures = type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if has_pictures and type(config) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = hf.AutoModelForImageTextToText
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    asked: Json = {"revision": revision, "output_loading_info": True}
+    asked["dtype"] = dtype or ("float32" if device == "cpu" and not is_quantised else "auto")
+    if places is not None:
+        # For weights on the disk that do not lie in the checkpoint as they are used.
+        folder = stack.enter_context(TemporaryDirectory(prefix="relneuron-"))
+        asked |= {"device_map": places, "offload_folder": folder}
+    elif is_quantised:
+        asked["device_map"] = {"": device}  # not every package can move what it has packed
+    model, info = kind.from_pretrained(name, **asked)
+    return (model if "device_map" in asked else model.to(device)), info
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
@@ -138,7 +199,13 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
 
 def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
     """A model and its tokenizer, as the options say; without text to read it may lack one."""
-    model = load_model(name, revision=options.revision, dtype=options.dtype, device=options.device)
+    model = load_model(
+        name,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+    )
     try:
         return model, load_tokenizer(name, revision=options.revision)
     except RelneuronError:
@@ -156,8 +223,11 @@ def describe_model(
     """What the manifest says of a model; `digest` is `identity.model_digest`.
 
     A model whose MLPs were not looked for gives its shape (layers, width, hidden) in their place.
+    The dtype is what the model computes in; `quantisation`, the method and bits of its weights, and
+    `device_map`, as it was asked for, are there only where there is one.
     """
-    parameter = next(model.parameters())
+    dtype, device = compute_dtype(model), input_device(model).type
+    special = {"quantisation": quantisation(model.config), "device_map": _SPREAD.get(model)}
     if isinstance(mlps, Mapping):
         text = model.config.get_text_config()
         names = ("hidden_act", "hidden_activation", "activation_function")
@@ -172,12 +242,34 @@ def describe_model(
         "architecture": type(model).__name__,
         **shape,
         "activation": activation,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "attention": getattr(model.config, "_attn_implementation", None),
-        "device": parameter.device.type,
-        "backend": _resolve_backend(backend, parameter.device.type, parameter.dtype),
+        "device": device,
+        **{key: value for key, value in special.items() if value is not None},
+        "backend": _resolve_backend(backend, device, dtype),
         "digest": model_digest(model),
     }
+
+
+def quantisation(config: Any) -> Json | None:
+    """How a model's weights are quantised: the method, and its bits where one number says them.
+
+    As `config.quantization_config` says it, a dict or an object with `to_dict`; None without it.
+    """
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return None
+    said = dict(said if isinstance(said, Mapping) else said.to_dict())
+    told = [said.get(key) for key in ("bits", "nbits", "weights")]  # quanto's weights are "int8"
+    told += [n for n in (4, 8) if said.get(f"load_in_{n}bit")]  # bitsandbytes
+    groups = (said.get("config_groups") or {}).values()  # compressed-tensors
+    told += [(group.get("weights") or {}).get("num_bits") for group in groups]
+    # torchao: "Int8DynamicActivationInt4WeightConfig" are weights of 4 bits.
+    told += re.findall(r"(?:int|float)(\d+)_?weight", str(said.get("quant_type")).lower())
+    bits = {int(n) for each in told for n in re.findall(r"\d+", str(each))}
+    method = said.get("quant_method")
+    found: Json = {"method": str(getattr(method, "value", method))}
+    return found | ({"bits": bits.pop()} if len(bits) == 1 else {})
 
 
 def fallbacks(described: Json) -> list[str]:

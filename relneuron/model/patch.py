@@ -20,7 +20,7 @@ from relneuron.artifact.neurons import Shape
 from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.mlp import MLP
-from relneuron.model.mlps.shape import model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.states import (
     LayerState,
     Tokens,
@@ -62,7 +62,7 @@ class Patch:
 
     def __init__(
         self,
-        layers: Sequence[MLP | Experts | Parts],
+        layers: Sequence[Part | Parts],
         states: Sequence[LayerState],
         *,
         backend: str = "auto",
@@ -171,7 +171,7 @@ class Patch:
         replace = (self.states[layer].replace or {}).get(site)
         if replace is None:
             return x
-        rows = self.tokens.rows(shape)
+        rows = self.tokens.on(x.device).rows(shape)
         return replace.apply(x.reshape(*shape[:-1], -1), rows).reshape(x.shape)
 
 
@@ -233,11 +233,12 @@ class _Patched:
     def _written(self, y: Tensor) -> Tensor:
         """y (..., D) of a down map, recorded, with what is off at zero and the rest replaced."""
         for patch in self.patches:
-            record_down(y, patch.states[self.layer], patch.tokens, patch.backend)
+            tokens = patch.tokens.on(y.device)
+            record_down(y, patch.states[self.layer], tokens, patch.backend)
         for patch in self.patches:
             keep = patch.states[self.layer].keep_down
             if keep is not None:
-                rows = patch.tokens.rows(y.shape)
+                rows = patch.tokens.on(y.device).rows(y.shape)
                 y = torch.where(keep[0] if rows is None else keep[rows.long()], y, y.new_zeros(()))
             y = patch.replaced(self.layer, "down", y, y.shape)
         return y
@@ -272,7 +273,8 @@ class _Linear(_Patched):
     def _changed(self, y: Tensor, parts: Sequence[Projection]) -> Tensor:
         for part in parts:
             for patch in self.patches:
-                record_outputs(part.of(y), part.site, patch.states[self.layer], patch.tokens)
+                tokens = patch.tokens.on(y.device)
+                record_outputs(part.of(y), part.site, patch.states[self.layer], tokens)
             y = self._replaced(y, part)
         return y
 
@@ -301,7 +303,7 @@ class _Forward(_Patched):
         sites = {"gate": gate} | ({} if up is None else {"up": up})
         if is_hooked and act is not None:
             sites |= {"act": act} | ({} if up is None else {"product": act * up})
-        acting = [(p.states[self.layer], p.tokens, p.backend) for p in self.patches]
+        acting = [(p.states[self.layer], p.tokens.on(gate.device), p.backend) for p in self.patches]
         if self.is_last and all(patch.is_done() for patch in self.patches):
             for state, tokens, backend in acting:
                 statistics_only(self.mlp, sites, state, tokens, x.shape, backend)
@@ -366,19 +368,19 @@ class _Inside(_Patched):
         if self.mlp.activation is not None:
             sites = {site: values[site] for site in ("gate", "up") if site in values}
         for patch in self.patches:
-            state, tokens = patch.states[self.layer], patch.tokens
+            state, tokens = patch.states[self.layer], patch.tokens.on(x.device)
             statistics_only(self.mlp, sites, state, tokens, x.shape, patch.backend)
         if self.ends and all(patch.is_done() for patch in self.patches):
             raise StatisticsDone
         for patch in self.patches:
-            state, tokens = patch.states[self.layer], patch.tokens
+            state, tokens = patch.states[self.layer], patch.tokens.on(x.device)
             h = masked(h, state, tokens, x.shape)
             if "act" not in values:
                 h = replace_act(h, values.get("up"), state, tokens, x.shape)
         return h.reshape(x.shape)
 
 
-def check_canary(model: Any, mlps: Sequence[MLP], input_ids: Tensor, backend: str) -> None:
+def check_canary(model: Any, mlps: Sequence[Part], input_ids: Tensor, backend: str) -> None:
     """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
 
     Likewise all attentions, where their projections are patched.

@@ -7,28 +7,23 @@ make its states and read them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.layers import has_hooks
 from relneuron.model.mlps.experts import Experts, Rows
 from relneuron.model.patch import StatisticsDone, _Patched
 from relneuron.model.states import (
     LayerState,
-    Replacement,
     Tokens,
     flat_ids,
     hidden,
     is_recomputing,
-    pack_keep,
     record_down,
     replace_act,
     statistics_only,
@@ -75,10 +70,10 @@ class ExpertsForward(_Patched):
             shape = torch.Size((len(x) // experts.n_experts, experts.hidden))
         flat = torch.Size((1, *inputs.shape))
         states = [patch.states[self.layer] for patch in self.patches]
-        acting = [
-            (state, _row_tokens(experts, rows, state, patch.tokens, shape), patch.backend)
-            for state, patch in zip(states, self.patches, strict=True)
-        ]
+        acting = []
+        for state, patch in zip(states, self.patches, strict=True):
+            tokens = _row_tokens(experts, rows, state, patch.tokens.on(x.device), shape)
+            acting.append((state, tokens, patch.backend))
         for state, tokens, _ in acting:
             gate = _replaced(gate, "gate", state, tokens, flat)
             up = _replaced(up, "up", state, tokens, flat)
@@ -93,6 +88,8 @@ class ExpertsForward(_Patched):
                 # Every patch of the chain computes the same h with its own neurons at zero.
                 h = out if h is None else torch.where(out == 0, out, h)
             _record_routing(rows, state, tokens)
+        for patch in self.patches:
+            _record_seen(patch.states[self.layer], patch.tokens.on(x.device), shape)
         if is_done:
             raise StatisticsDone
         h = cast(Tensor, h)
@@ -130,10 +127,10 @@ class ExpertsForward(_Patched):
         is_apart = self.experts.call == "dense"
         total = new = y.view(self.experts.n_experts, *shape).sum(0) if is_apart else y
         for state, patch in zip(states, self.patches, strict=True):
-            record_down(total, state, patch.tokens, patch.backend)
+            record_down(total, state, patch.tokens.on(y.device), patch.backend)
         for state, patch in zip(states, self.patches, strict=True):
             if state.keep_down is not None:
-                rows = patch.tokens.rows(shape)
+                rows = patch.tokens.on(y.device).rows(shape)
                 keep = state.keep_down[0] if rows is None else state.keep_down[rows.long()]
                 new = torch.where(keep, new, new.new_zeros(()))
             new = patch.replaced(self.layer, "down", new, shape)
@@ -206,95 +203,13 @@ def _record_routing(rows: Rows, state: LayerState, tokens: Tokens) -> None:
         state.routing.index_add_(0, place, weights)
 
 
-# --- states, and what they have counted ------------------------------------------------------
-
-
-def expert_state(
-    experts: Experts,
-    groups: int,
-    *,
-    sites: Sequence[str] = ("act",),
-    threshold: float = 0.0,
-    moments: bool = False,
-) -> LayerState:
-    """A state that counts the experts' neurons and what the router sends them, for G groups.
-
-    `stats` has E * G groups of F neurons, group g of expert e in the row e * G + g, and `routing`
-    (E * G,) float64 the sums of the router's weights, if the module is given any.
-    """
-    device = next(experts.module.parameters()).device
-    stats = ops.GroupStats(
-        groups=experts.n_experts * groups,
-        width=experts.expert_width,
-        sites=tuple(sites),
-        threshold=threshold,
-        moments=moments,
-        device=device,
-    )
-    routing = torch.zeros(stats.groups, dtype=torch.float64, device=device)
-    return LayerState(stats=stats, routing=None if experts.call == "dense" else routing)
-
-
-@dataclass(frozen=True)
-class ExpertCounts:
-    """What a state of `expert_state` has counted, of G groups and E experts of F neurons.
-
-    count   by site (G, E * F) int64: tokens at which neuron f of expert e, at e * F + f, was active
-    tokens  (E, G) int64: tokens that the router has sent to each expert
-    weight  (E, G) float64: the mean weight that it gave them, NaN where there were none; None where
-            the experts' module is not told (Llama 4)
-    """
-
-    count: dict[str, Tensor]
-    tokens: Tensor
-    weight: Tensor | None
-
-    @classmethod
-    def of(cls, experts: Experts, state: LayerState) -> ExpertCounts:
-        stats = cast(ops.GroupStats, state.stats)
-        tokens = stats.tokens.reshape(experts.n_experts, -1)
-        weight = None if state.routing is None else state.routing.view_as(tokens) / tokens
-        count = {site: experts.unfold(values) for site, values in stats.count.items()}
-        return cls(count, tokens.clone(), weight)
-
-
-def mask_experts(experts: Experts, conditions: Sequence[Iterable[Sequence[Any]]]) -> LayerState:
-    """The masks that switch off, under each condition, its neurons in these experts.
-
-    Neurons are (layer, site, index); those of other layers and other parts of the layer are left
-    out. Zeroing gate or up of a neuron both make its product zero; `down` are the D outputs that
-    the experts have together.
-    """
-    products = np.ones((len(conditions), experts.width), bool)
-    downs = np.ones((len(conditions), experts.hidden), bool)
-    for number, neurons in enumerate(conditions):
-        for layer, site, index, *_ in neurons:
-            if layer != experts.layer:
-                continue
-            if site == "down":
-                downs[number, index] = False
-            elif site in ("gate", "up") and 0 <= index - experts.offset < experts.width:
-                products[number, index - experts.offset] = False
-    state, device = LayerState(), next(experts.module.parameters()).device
-    if not products.all():
-        keep = experts.fold(torch.from_numpy(products))
-        state.keep = pack_keep(keep.numpy()).to(device)
-    if not downs.all():
-        state.keep_down = torch.from_numpy(downs).to(device)
-    return state
-
-
-def fold_replacement(experts: Experts, new: Replacement) -> Replacement:
-    """A replacement (C, E * F) of gate, up or act as `ExpertsForward` takes it, (E * C, F)."""
-    shift = None if new.shift is None else experts.fold(new.shift)
-    return replace(new, chosen=experts.fold(new.chosen), shift=shift)
-
-
-def neurons_of(experts: Experts, numbers: Iterable[int]) -> list[tuple[int, str, int]]:
-    """All neurons of whole experts, by their numbers."""
-    width, first = experts.expert_width, experts.offset
-    return [
-        (experts.layer, "gate", first + number * width + f)
-        for number in numbers
-        for f in range(width)
-    ]
+def _record_seen(state: LayerState, tokens: Tokens, shape: torch.Size) -> None:
+    """Count the tokens that came, whichever experts they go to."""
+    if state.seen is None or is_recomputing():
+        return
+    if tokens.group_ids is None:
+        state.seen += shape[:-1].numel()
+        return
+    groups = cast(Tensor, flat_ids(tokens.group_ids, shape, "group_ids")).long()
+    n_groups = len(state.seen)
+    state.seen += torch.bincount(groups.clamp(min=-1) + 1, minlength=n_groups + 1)[1:]

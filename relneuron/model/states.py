@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
+from relneuron.model.layers import device_of
+from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.shape import Part, model_shape
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +35,9 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
-    routing: Tensor | None = None  # of experts, (E * G,) float64: sums of the router's weights
+    # Of experts: (G,) int64, tokens that came, and (E * G,) float64, sums of the router's weights.
+    seen: Tensor | None = None
+    routing: Tensor | None = None
 
 
 @dataclass
@@ -67,6 +71,17 @@ class Tokens:
     conditions: Tensor | None = None
     n_needed: int | None = None
     counted: set[tuple[int, int]] | None = None
+    _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Tokens:
+        """The same tokens where a layer computes; the ids are sent there once."""
+        every = (self.group_ids, self.prompt_ids, self.conditions)
+        if all(ids is None or ids.device == device for ids in every):
+            return self
+        if device not in self._elsewhere:
+            groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
+            self._elsewhere[device] = Tokens(groups, prompts, rows, self.n_needed, self.counted)
+        return self._elsewhere[device]
 
     def rows(self, shape: torch.Size) -> Tensor | None:
         """The conditions of the tokens of an input: of (B, T, D) as (B, T) or (B, 1).
@@ -128,36 +143,48 @@ def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
     """What switches neurons of an MLP off: `off` has (C, .) bool of the layer by site.
 
     Where h is activation(gate) * up, zeroing the output k of gate or of up both make product k
-    zero, so a condition is two masks: over the F products and over the D outputs of down. Of
-    another MLP gate's and up's outputs become zero themselves, as those of the attention's
-    projections do.
+    zero, so a condition is two masks: over the F products and over the D outputs of down; so it is
+    in experts, whatever their formula. Of another MLP gate's and up's outputs become zero
+    themselves, as those of the attention's projections do.
     """
-    device = next(mlp.module.parameters()).device
+    device = device_of(mlp.module)
     state, rest = LayerState(), dict(off)
-    if mlp.activation is not None:
+    if isinstance(mlp, Experts) or mlp.activation is not None:
         products = [rest.pop(site)[:, mlp.inside] for site in ("gate", "up") if site in rest]
         if products and np.logical_or.reduce(products).any():
-            state.keep = pack_keep(~np.logical_or.reduce(products)).to(device)
+            on = torch.from_numpy(~np.logical_or.reduce(products))
+            state.keep = pack_keep(mlp.fold(on).numpy()).to(device)
     down = rest.pop("down", None)
     if down is not None and down.any():
         state.keep_down = torch.from_numpy(~down).to(device)
-    replace = {
-        site: Replacement(torch.from_numpy(np.ascontiguousarray(rows)).to(device))
-        for site, rows in of_mlp(mlp, rest).items()
-        if rows.any()
-    }
-    state.replace = replace or None
+    state.replace = replacements(mlp, rest) or None
     return state
 
 
-def of_mlp(mlp: Part, rows: Mapping[str, Array]) -> dict[str, Array]:
-    """What belongs to an MLP of (C, .) arrays of its layer, by site."""
-    own = {part.site for part in mlp.projections}
-    return {
-        site: values[:, mlp.inside] if site in ("gate", "up", "act") else values
-        for site, values in rows.items()
-        if site not in ATTENTION or site in own
-    }
+def replacements(
+    mlp: Part,
+    chosen: Mapping[str, Array],
+    factor: float = 0.0,
+    shifts: Mapping[str, Array] | None = None,
+) -> dict[str, Replacement]:
+    """What becomes of an MLP's chosen neurons, by site: `factor` times themselves, or `shifts`.
+
+    Both are (C, .) arrays of the whole layer by site, of the MLP's own and of the attention's.
+    """
+    device = device_of(mlp.module)
+
+    def own(site: str, rows: Array) -> Tensor:
+        if site not in ("gate", "up", "act"):
+            return torch.from_numpy(rows).to(device)
+        return mlp.fold(torch.from_numpy(np.ascontiguousarray(rows[:, mlp.inside]))).to(device)
+
+    here = {"gate", "up", "act", "down", *(part.site for part in mlp.projections)}
+    found = {}
+    for site, rows in chosen.items():
+        if site in here and own(site, rows).any():
+            shift = None if shifts is None else own(site, shifts[site])
+            found[site] = Replacement(own(site, rows), factor, shift)
+    return found
 
 
 # --- statistics, and the values of neurons ---------------------------------------------------

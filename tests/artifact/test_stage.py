@@ -33,6 +33,7 @@ RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")
+SPREAD = "--dtype float32 --device-map auto"
 RELATIONS = [
     "prompts {suffixed} -o {d}/prompts.jsonl --eva 8 --seed 3 --suffix ''",
     "record {model} {d}/prompts.jsonl -o {d} --exclude-bos --batch-tokens 300 --quiet"
@@ -55,7 +56,7 @@ STUDIES: dict[str, list[str]] = {
     ],
     "run with a rate": [
         "run {chat} --facts {facts} -o {d} --eva 8 --fdr 0.3 --random-seeds 1 --quiet"
-        " --chat-template --noise 900 --exclude-bos --mode mean --mean-of relation",
+        f" --chat-template --noise 900 --exclude-bos --mode mean --mean-of relation {SPREAD}",
     ],
     "stages": [
         *RELATIONS,
@@ -67,10 +68,10 @@ STUDIES: dict[str, list[str]] = {
     ],
     "stages, other options": [
         "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
-        "record {model} {d}/prompts.jsonl -o {d} --pooling last --quiet",
+        f"record {{model}} {{d}}/prompts.jsonl -o {{d}} --pooling last --quiet {SPREAD}",
         f"{IDENTIFY} --top 30 --ends both",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
-        " --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet",
+        f" --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet {SPREAD}",
     ],
     "prompts of elsewhere, gains beside": [
         "record {model} {prompts} -o {d} --quiet",
@@ -90,7 +91,7 @@ STUDIES: dict[str, list[str]] = {
         f"{ATTRIBUTE} --kinds ffn_neuron,head,query_layer --tolerance 1e-3 --norm-bias"
         " --no-compare --format parquet --target prediction",
     ],
-    "attribution of a table": ["attribute {model} {table} -o {d} --strict --quiet"],
+    "attribution of a table": [f"attribute {{model}} {{table}} -o {{d}} --strict --quiet {SPREAD}"],
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
         f" --threshold 0.1 --max-tokens 600 --packing documents --bos window --exclude-bos {LOAD}"
@@ -103,10 +104,10 @@ STUDIES: dict[str, list[str]] = {
     ],
     "corpus with a column of groups": [
         "count {model} {all} -o {d} --group-column language --text-column body --groups en,zh"
-        f" --window 24 --boundaries position {COUNT}",
+        f" --window 24 --boundaries position {COUNT} {SPREAD}",
         "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
         "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
-        f" --groups zh,en --windows 4 --window 24 {COUNT}",
+        f" --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
     ],
     "corpus of token ids": [
         f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",

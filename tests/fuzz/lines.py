@@ -37,6 +37,7 @@ KNOWN = {
     "analyses": ("main", "all", "sizes", "gain", "perplexity"),
     "dtype": ("float32", "bfloat16", "float16"),
     "device": ("cpu", "cuda", "cuda:9", "meta"),
+    "device_map": ("auto", "balanced", "cpu", "study/manifest.json"),
     "backend": ("auto", "cpu", "reference", "triton"),
     "sites": ("act", "gate,up", "down"),
     "names": ("en,zh", "en", "en,en"),

@@ -6,19 +6,21 @@ says of its experts and shares no code with what it tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relneuron.model.counting import counting_state, tables
 from relneuron.model.layers import decoder_layers
 from relneuron.model.mlps.experts import Experts
-from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.find_experts import find_experts
-from relneuron.model.mlps.mlp import MLP
+from relneuron.model.states import LayerState, Replacement, off_state
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 2, 32, 24, 96
 _SIZE = {
@@ -131,11 +133,6 @@ def experts_of(model: Any) -> list[Experts]:
     found = [find_experts(i, f"{path}.{i}", layer) for i, layer in enumerate(layers)]
     assert all(experts is not None for experts, _ in found), found
     return [experts for experts, _ in found if experts is not None]
-
-
-def shared_of(model: Any) -> list[MLP]:
-    """The shared expert of every layer, an ordinary gated MLP."""
-    return [part for part in find_mlps(model) if isinstance(part, MLP)]
 
 
 # --- the experts' forward, expert by expert --------------------------------------------------
@@ -254,3 +251,56 @@ def in_plain_torch(
     finally:
         for module in modules:
             del module.__dict__["forward"]
+
+
+# --- what the package does with any part of a layer, of experts alone ------------------------
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """The tables of a counting state: count (G, E * F), tokens and mean weight (E, G)."""
+
+    count: dict[str, Tensor]
+    tokens: Tensor
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, experts: Experts, state: LayerState) -> ExpertCounts:
+        found = tables(experts, state)
+        tokens = found["tokens.expert"].T
+        weight = found["weight.expert"].T / tokens if "weight.expert" in found else None
+        kinds = {name: table for name, table in found.items() if name.startswith("count.")}
+        count = {name.partition(".")[2]: table.clone() for name, table in kinds.items()}
+        return cls(count, tokens.clone(), weight)
+
+
+def expert_state(
+    experts: Experts, groups: int, sites: Sequence[str] = ("act",), **asked: Any
+) -> LayerState:
+    return counting_state(experts, groups, sites, **asked)
+
+
+def mask_experts(experts: Experts, conditions: Sequence[Sequence[Any]]) -> LayerState:
+    """What switches off the neurons of these experts; others of the conditions are not theirs."""
+    widths = {"gate": experts.offset + 2 * experts.width, "down": experts.hidden}
+    off = {site: np.zeros((len(conditions), width), bool) for site, width in widths.items()}
+    for number, neurons in enumerate(conditions):
+        for layer, site, index in neurons:
+            if layer == experts.layer and site in ("gate", "up", "down"):
+                off["down" if site == "down" else "gate"][number, index] = True
+    return off_state(experts, off)
+
+
+def fold_replacement(experts: Experts, new: Replacement) -> Replacement:
+    shift = None if new.shift is None else experts.fold(new.shift)
+    return replace(new, chosen=experts.fold(new.chosen), shift=shift)
+
+
+def neurons_of(experts: Experts, numbers: Iterable[int]) -> list[tuple[int, str, int]]:
+    """All neurons of whole experts, by their numbers."""
+    width, first = experts.expert_width, experts.offset
+    return [
+        (experts.layer, "gate", first + number * width + f)
+        for number in numbers
+        for f in range(width)
+    ]

@@ -351,14 +351,17 @@ def test_numbers_past_the_range_of_a_dtype_are_no_other_formula() -> None:
     assert mlp.is_whole and not mlp.module(x).isfinite().all()
 
 
-def test_train_mode_quantised_and_offloaded_are_refused(llama: Any) -> None:
+def test_train_mode_and_weights_that_cannot_be_called_are_refused(llama: Any) -> None:
     assert "train mode" in inspect_layers(llama.train())[0].reason
     llama.eval()
-    weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
-    llama.model.layers[0].mlp.gate_proj.weight = weight
-    assert "quantised" in inspect_layers(llama)[0].reason
+    gate = llama.model.layers[0].mlp.gate_proj
+    weight = gate.weight
+    gate.weight = nn.Parameter(weight.data.char(), requires_grad=False)
+    with pytest.raises(RelneuronError, match="the quantised model cannot run one token"):
+        inspect_layers(llama)
+    gate.weight = weight
     llama.model.layers[1].mlp.to("meta")
-    assert "offloaded" in inspect_layers(llama)[1].reason
+    assert "not in memory (on the meta device)" in inspect_layers(llama)[1].reason
 
 
 def test_states_without_neurons_have_no_masks(llama: Any) -> None:

@@ -14,17 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relneuron import ops
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.counting import counting_state
 from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch, StatisticsDone
-from relneuron.model.patch_experts import (
-    ExpertCounts,
-    expert_state,
-    fold_replacement,
-    mask_experts,
-    neurons_of,
-)
 from relneuron.model.states import LayerState, Replacement, Tokens, mask_states
 from tests.kit.experts import (
     CASES,
@@ -32,12 +26,16 @@ from tests.kit.experts import (
     LAYERS,
     PAD,
     WIDTH,
+    ExpertCounts,
     expert_model,
+    expert_state,
     experts_of,
+    fold_replacement,
     ids,
     in_plain_torch,
     logits,
-    shared_of,
+    mask_experts,
+    neurons_of,
 )
 
 SITES = ("gate", "up", "act", "product")
@@ -406,15 +404,16 @@ def test_generation_with_a_cache_is_that_of_the_model_without_the_neurons(family
 def test_the_shared_expert_is_a_part_of_its_own(family: str) -> None:
     """Its input has lost the shape of the batch; both parts count every token once."""
     model = expert_model(family)
-    found, shared = experts_of(model), shared_of(model)
-    parts = [part for pair in zip(found, shared, strict=True) for part in pair]
+    parts = find_mlps(model)
+    found, shared = parts[::2], parts[1::2]
+    assert all(isinstance(part, Experts) for part in found)
+    assert [part.offset for part in shared] == [part.width for part in found]
     clean = padded(model)
 
     def states() -> list[LayerState]:
         counted = []
         for experts, mlp in zip(found, shared, strict=True):
-            counted.append(expert_state(experts, 2))
-            counted.append(LayerState(stats=ops.GroupStats(groups=2, width=mlp.width)))
+            counted += [counting_state(part, 2, ["act"]) for part in (experts, mlp)]
         return counted
 
     tables = []
@@ -433,10 +432,8 @@ def test_the_shared_expert_is_a_part_of_its_own(family: str) -> None:
             assert total == [FAMILIES[family][3] * size for size in sizes]
         else:
             assert tokens.tolist() == sizes and 0 < int(count.sum()) < sum(sizes) * part.width
-    off = [
-        LayerState() if isinstance(part, Experts) else mask_states([[(0, "gate", 1)]], [part])[0]
-        for part in parts
-    ]
+    off = mask_states([[(0, "gate", shared[0].offset + 1)]], parts)
+    assert [number for number, state in enumerate(off) if state.keep is not None] == [1]
     with Patch(parts, off):
         assert not torch.allclose(padded(model), clean)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from relneuron.artifact.counts import RAN, Counts
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import cut
 from relneuron.texts.windows import Window
@@ -129,15 +129,13 @@ class Ranks:
         """The sum of the processes' counters, exact for integers; all must have the same groups."""
         if self.size == 1:
             return counts
-        arrays = {**counts.tensors(), **counts.arrays}
         summed = {}
-        for name, array in arrays.items():
+        for name, array in counts.tensors().items():
             tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
             op = "MAX" if name.startswith("max.") else "SUM"
             torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, op))
             summed[name] = tensor.numpy()
-        ran = summed.pop(RAN, None)
-        return Counts(counts.groups, summed.pop("tokens"), summed, ran)
+        return Counts.of_tensors(counts.groups, summed)
 
 
 def local_device(device: str | None) -> str | None:

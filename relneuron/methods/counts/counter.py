@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +24,12 @@ import torch
 from safetensors.numpy import load
 from torch import Tensor
 
-from relneuron import ops
-from relneuron.artifact.counts import DTYPES, RAN, Counts
+from relneuron.artifact.counts import BESIDE, DTYPES, RAN, Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
 from relneuron.methods.counts.batches import Batch, Ranks
+from relneuron.model.counting import TOKENS, counting_state, fill, tables
+from relneuron.model.layers import input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.states import LayerState, Tokens
@@ -36,7 +37,7 @@ from relneuron.texts.options import CountOptions
 
 Array = np.ndarray[Any, Any]
 
-_STATISTICS = ("count", "sum", "sum_sq", "max", "n_nonfinite")
+INNER = ("gate", "up", "act", "product")  # sites, whose neurons each part has its own of
 
 
 class Counter:
@@ -59,20 +60,23 @@ class Counter:
         self.model, self.mlps = model, list(mlps)
         # The forward without the lm_head, where the model has one.
         self.body = getattr(model, "base_model", model)
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
+        # A weight that is made of others (quanto's 4 bits) may not be read in inference mode.
+        made = any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters())
+        self._without_grad = torch.no_grad if made else torch.inference_mode
         self.sites = tuple(sites)
         self._width = max(mlp.inside.stop for mlp in self.mlps)
         check_sites(self.mlps, self.sites)
         self.threshold, self.moments = threshold, moments
-        self.states = [LayerState() for _ in self.mlps]
         # On a CPU the model's own activation leaves every later layer as it is without the patch.
         self.patch = Patch(
             self.mlps,
-            self.states,
+            [LayerState() for _ in self.mlps],
             backend=backend,
             only_statistics=True,
             own_activation=self.device.type == "cpu",
         )
+        self.states = self.patch.states
         self.grow(1)
 
     def __enter__(self) -> Counter:
@@ -84,40 +88,16 @@ class Counter:
 
     def grow(self, n_groups: int) -> None:
         """Make room for so many groups; what was counted stays."""
-        inner = tuple(site for site in self.sites if site != "down")
-        for mlp, state in zip(self.mlps, self.states, strict=True):
-            device = next(mlp.module.parameters()).device
-            if inner:
-                state.stats = self._grown(state.stats, n_groups, mlp.width, inner, device)
-            if "down" in self.sites:
-                state.stats_down = self._grown(
-                    state.stats_down, n_groups, mlp.hidden, ("down",), device
-                )
-
-    def _grown(
-        self,
-        old: ops.GroupStats | None,
-        n_groups: int,
-        width: int,
-        sites: tuple[str, ...],
-        device: torch.device,
-    ) -> ops.GroupStats:
-        if old is not None and old.groups >= n_groups:
-            return old
-        new = ops.GroupStats(
-            groups=n_groups,
-            width=width,
-            sites=sites,
-            threshold=self.threshold,
-            moments=self.moments,
-            device=device,
-        )
-        if old is not None:
-            new.tokens[: old.groups] = old.tokens
-            for name in _STATISTICS:
-                for site, values in getattr(old, name).items():
-                    getattr(new, name)[site][: old.groups] = values
-        return new
+        for i, (part, state) in enumerate(zip(self.mlps, self.states, strict=True)):
+            before = tables(part, state)
+            if before and len(before[TOKENS]) >= n_groups:
+                continue
+            new = counting_state(
+                part, n_groups, self.sites, threshold=self.threshold, moments=self.moments
+            )
+            if before:
+                fill(part, new, before)
+            self.states[i] = new
 
     def count(self, batch: Batch) -> None:
         """Run one batch and add its tokens; on a GPU without waiting for it."""
@@ -134,7 +114,7 @@ class Counter:
             arguments["attention_mask"] = self._sent(place < batch.lengths[:, None]).long()
         if batch.positions is not None:
             arguments["position_ids"] = self._sent(batch.positions).long()
-        with torch.inference_mode():
+        with self._without_grad():
             self.body(input_ids=self._sent(batch.ids).long(), use_cache=False, **arguments)
 
     def _sent(self, array: Array) -> Tensor:
@@ -146,58 +126,49 @@ class Counter:
     def result(self, groups: Sequence[str]) -> Counts:
         """What was counted so far, on the host; on a GPU this waits for it."""
         self.grow(len(groups))
-        arrays: dict[str, Array] = {}
         n, shape = len(groups), model_shape(self.mlps)
-        ran = np.zeros((n, shape["layers"]), np.int64)
-        for mlp, name, site, values in self._parts():
-            size = shape["hidden"] if site == "down" else self._width
-            whole = arrays.setdefault(f"{name}.{site}", _nothing(name, n, shape["layers"], size))
-            whole[:, mlp.layer, _inside(mlp, site)] = values[:n].cpu().numpy()
-        for mlp, state in zip(self.mlps, self.states, strict=True):
-            stats = state.stats or state.stats_down
-            assert stats is not None, "a count has at least one site"
-            seen = stats.tokens[:n].cpu().numpy()
-            ran[:, mlp.layer] = np.maximum(ran[:, mlp.layer], seen)
-        tokens = ran.max(axis=1)
-        has_mlp = sorted({mlp.layer for mlp in self.mlps})
-        is_even = (ran[:, has_mlp] == tokens[:, None]).all()
-        return Counts(list(groups), tokens, arrays, None if is_even else ran)
+        n_layers = shape["layers"]
+        found: dict[str, Array] = {}
+        for part, state in zip(self.mlps, self.states, strict=True):
+            for name, table in tables(part, state).items():
+                values = table[:n].cpu().numpy()
+                size = self._size(name, values)
+                whole = found.setdefault(name, _nothing(name, n, n_layers, *size))
+                inside = part.inside if name.partition(".")[2] in INNER else ...
+                whole[:, part.layer, inside] = values
+        found[RAN] = found.pop(TOKENS)
+        tokens = found[RAN].max(axis=1)
+        has_mlp = sorted({part.layer for part in self.mlps})
+        if (found[RAN][:, has_mlp] == tokens[:, None]).all():
+            del found[RAN]
+        return Counts.of_tensors(list(groups), {TOKENS: tokens, **found})
 
-    def _parts(self) -> Iterator[tuple[Part, str, str, Tensor]]:
-        """(Part, statistic, site, counter) of all that is counted."""
-        for mlp, state in zip(self.mlps, self.states, strict=True):
-            for stats in (state.stats, state.stats_down):
-                for name in _STATISTICS if stats is not None else ():
-                    for site, values in getattr(stats, name).items():
-                        yield mlp, name, site, values
+    def _size(self, name: str, values: Array) -> tuple[int, ...]:
+        """The last dimensions of a counter of a layer, of which a part has `values`."""
+        return (self._width,) if name.partition(".")[2] in INNER else values.shape[1:]
 
     def restore(self, counts: Counts) -> None:
         """Go on from what was counted before."""
         n = len(counts.groups)
         self.grow(n)
-        ran = counts.tokens_at()
-        for mlp, state in zip(self.mlps, self.states, strict=True):
-            for stats in (state.stats, state.stats_down):
-                if stats is not None:
-                    stats.tokens[:n] = torch.from_numpy(ran[:, mlp.layer])
-        for mlp, name, site, values in self._parts():
-            saved = counts.arrays[f"{name}.{site}"][:, mlp.layer, _inside(mlp, site)]
-            values[:n] = torch.from_numpy(saved)
+        saved = counts.tensors() | {TOKENS: counts.tokens_at()}
+        for part, state in zip(self.mlps, self.states, strict=True):
+            given = {}
+            for name in tables(part, state):
+                inside = part.inside if name.partition(".")[2] in INNER else ...
+                given[name] = torch.from_numpy(saved[name][:, part.layer, inside].copy())
+            fill(part, state, given)
 
     def clear(self) -> None:
         """Begin again, with room for one group."""
-        for state in self.states:
-            state.stats = state.stats_down = None
+        self.states[:] = [LayerState() for _ in self.mlps]
         self.grow(1)
-
-
-def _inside(mlp: Part, site: str) -> slice:
-    return slice(None) if site == "down" else mlp.inside
 
 
 def _nothing(name: str, *shape: int) -> Array:
     """A counter of no token."""
-    return np.full(shape, -np.inf if name == "max" else 0, DTYPES[name])
+    kind = BESIDE.get(name) or DTYPES.get(name.partition(".")[0], np.int64)
+    return np.full(shape, -np.inf if name.startswith("max.") else 0, kind)
 
 
 class Speed:
@@ -341,8 +312,7 @@ def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
             "use another output, or --force to count again",
         )
     arrays = load(data)
-    ran = arrays.pop(RAN, None)
-    counts = Counts(described["groups"], arrays.pop("tokens"), arrays, ran)
+    counts = Counts.of_tensors(described["groups"], arrays)
     return Checkpoint(counts, Position(**described["position"]))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from relneuron.analyses.overlap import overlap, versatility
 from relneuron.artifact.files import Json
+from relneuron.artifact.neurons import Shape
 from relneuron.methods.counts.study import CLEAN, GroupStudy, rise
 from relneuron.report.tables import Array, Cell, Share, Table
 
@@ -153,12 +154,13 @@ def neuron_table(
         columns += ["p(own)", "other", "p(other)"]
     elif activity:
         columns += [f"p({name})" for name in activity.groups]
+    order = Shape.of(study.neurons.model)  # type: ignore[union-attr]
     rows: list[list[Cell]] = []
     for name in names:
         score = {tuple(row[:3]): row[3] for row in reversed(study.neurons.sets[name])}  # type: ignore[union-attr]
         for rank, neuron in enumerate(study.sets[name][:most], 1):
             layer, site, index = neuron
-            row: list[Any] = [name, rank, f"L{layer}.{site}.{index}", score[neuron]]
+            row: list[Any] = [name, rank, order.name(layer, site, index), score[neuron]]
             row.append(study.times[neuron])
             found = activity.probability[:, layer, index].tolist() if activity else []
             if most is not None:

@@ -36,9 +36,11 @@ from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.layers import device_of
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find import find_mlps
-from relneuron.model.mlps.shape import Part, check_sites, model_shape
+from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
@@ -73,10 +75,15 @@ def pooled_tokens(mask: Tensor, *, pooling: str, exclude_bos: bool) -> Tensor:
 
 def _modules(mlp: Part) -> Json:
     """Each site's module, with {} for the layer, and at which of its outputs the neurons begin."""
-    parts = [part for part in (mlp.gate, mlp.up, mlp.down_map) if part is not None]
+    if isinstance(mlp, Experts):
+        parts = {site: (mlp.path, 0) for site in ("gate", "up", "down")}
+    else:
+        maps = [part for part in (mlp.gate, mlp.up, mlp.down_map) if part is not None]
+        parts = {part.site: (part.path, part.start) for part in maps}
+    parts |= {part.site: (part.path, part.start) for part in mlp.projections}
     return {
-        part.site: [part.path.replace(f".{mlp.layer}.", ".{}.", 1), part.start]
-        for part in (*parts, *mlp.projections)
+        site: [path.replace(f".{mlp.layer}.", ".{}.", 1), start]
+        for site, (path, start) in parts.items()
     }
 
 
@@ -103,12 +110,13 @@ class _Responses:
         """Zeros (n_rows, .) for one MLP and batch, by site; None where text runs none of it."""
         if not mlp.runs:
             return None
-        widths = {"gate": mlp.width, "up": mlp.width, "down": mlp.hidden}
-        widths |= {part.site: part.width for part in mlp.projections}
+        width, n = mlp.width // mlp.n_experts, n_rows * mlp.n_experts
+        shapes = {"gate": (n, width), "up": (n, width), "down": (n_rows, mlp.hidden)}
+        shapes |= {part.site: (n_rows, part.width) for part in mlp.projections}
         return {
-            site: torch.zeros(n_rows, widths[site], device=device)
+            site: torch.zeros(shapes[site], device=device)
             for site in self.order.widths
-            if site in widths
+            if site in shapes
         }
 
     def store(self, mlp: Part, sums: dict[str, Tensor], rows: Sequence[int]) -> None:
@@ -116,8 +124,9 @@ class _Responses:
         divisors = torch.tensor([self._divisor[row] for row in rows], device="cpu").unsqueeze(1)
         places = [self._row[row] for row in rows]
         for site, values in sums.items():
-            means = (values.cpu() / divisors).numpy()
-            inside = mlp.inside if site in ("gate", "up") else slice(None)
+            is_inner = site in ("gate", "up")
+            inside = mlp.inside if is_inner else slice(None)
+            means = ((mlp.unfold(values) if is_inner else values).cpu() / divisors).numpy()
             self._maps[f"{site}.{mlp.layer}"][places, inside] = means
 
     def digest(self, rows: Sequence[int]) -> str | None:
@@ -163,9 +172,13 @@ def _ask_all(
                 patch.tokens.prompt_ids = torch.where(chosen, ids[:, None], -1).int()
 
         def ask(rows: list[int]) -> list[str]:
+            downs: dict[int, Tensor] = {}
             for mlp, state in zip(mlps, patch.states, strict=True):
-                if responses.wants(rows):
-                    state.responses = responses.new_sums(mlp, len(rows), asker.device)
+                sums = responses.new_sums(mlp, len(rows), device_of(mlp.module))
+                if responses.wants(rows) and sums is not None:
+                    # The MLPs of a layer write into one stream: their down is what they sum to.
+                    sums["down"] = downs.setdefault(mlp.layer, sums["down"])
+                    state.responses = sums
             try:
                 if validate:
                     said = asker.ask(asked, rows, pool_the_prompt).predictions
@@ -222,7 +235,6 @@ def record(
     validate = options.validate
     mlps = find_mlps(model, attention=options.attention)
     shape = model_shape(mlps)
-    check_sites(mlps, ("down",))
     questions = encode(tokenizer, model, prompts, answers=validate)
     batches = plan_batches(questions, options.batch_tokens)
     det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
-from relneuron.model.layers import Projection
+from relneuron.model.layers import Projection, device_of
 from relneuron.model.mlps.proof import ACTIVATIONS
 from relneuron.ops.tensors import is_plain
 
@@ -277,7 +277,7 @@ class Experts:
 
     def is_grouped(self) -> bool:
         """Whether the module makes grouped products, as torch does on this device."""
-        device = next(self.module.parameters()).device
+        device = device_of(self.module)
         can = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
         return self.implementation() == "grouped_mm" and can and not torch.compiler.is_compiling()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
@@ -22,11 +22,15 @@ from relneuron.model.layers import (
     TRAINING,
     Unfound,
     check_unwrapped,
+    compute_dtype,
     decoder_layers,
+    device_of,
+    features,
     find_projections,
     first_line,
     is_training,
-    unreadable,
+    settle,
+    uncallable,
     without_hooks,
 )
 from relneuron.model.mlps import proof
@@ -35,6 +39,8 @@ from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.proof import Candidate, Run, Seen
 from relneuron.model.mlps.shape import Part
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ def inspect_layers(model: Any) -> list[Verdict]:
     """
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
+    settle(model)
+    dtype, run, failed = compute_dtype(model), _text_run(model), ""
     verdicts: dict[int, Verdict] = {}
     left: dict[int, tuple[str, nn.Module]] = {}
-    run, failed = _text_run(model), ""
     with without_hooks(model):
         for number, layer in enumerate(layers):
             known = _known(number, layer)
@@ -85,8 +92,10 @@ def inspect_layers(model: Any) -> list[Verdict]:
         found = _prove(here, run)
         for number, (where, layer) in left.items():
             runs = number in here or bool(failed)
-            chosen = found[number] if number in here else _alone(number, where, layer)
-            verdicts[number] = _verdict(number, len(layers), where, layer, chosen, runs, failed)
+            chosen = found[number] if number in here else _alone(number, where, layer, dtype)
+            verdict = _verdict(number, where, layer, chosen, dtype, failed)
+            parts = (replace(mlp, n_layers=len(layers), runs=runs) for mlp in verdict.mlps)
+            verdicts[number] = replace(verdict, mlps=tuple(parts))
     return [verdicts[number] for number in range(len(layers))]
 
 
@@ -114,7 +123,8 @@ def _known(number: int, layer: nn.Module) -> Verdict | None:
         return Verdict(number, (), why)
     if is_training(layer):
         return Verdict(number, (), f"in {TRAINING}")
-    return None
+    missing = uncallable(layer)
+    return Verdict(number, (), f"its weights are {missing}") if missing else None
 
 
 def _text_run(model: Any) -> Run:
@@ -195,13 +205,13 @@ def _rounds(
         yield chosen
 
 
-def _alone(number: int, path: str, layer: nn.Module) -> list[Candidate]:
+def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list[Candidate]:
     """The MLPs of a layer that no forward of text calls: its modules are called one by one."""
     for name, module in reversed(list(layer.named_modules())):
         if len(proof.linear_maps(module)) < 2 or not name:
             continue
         with suppress(Exception):  # a module may need other inputs: attention does
-            run = partial(module, _rows_for(module))
+            run = partial(module, _rows_for(module, dtype))
             seen = proof.watch({number: (f"{path}.{name}", module)}, run)
             found = _prove(seen, run)[number]
             if found:
@@ -209,71 +219,61 @@ def _alone(number: int, path: str, layer: nn.Module) -> list[Candidate]:
     return []
 
 
-def _rows_for(module: nn.Module) -> Tensor:
-    """Random inputs (1, N, D) of a module, of the width and dtype of its first linear map."""
-    first = next(iter(proof.linear_maps(module).values()))
-    width = getattr(first, "in_features", None) or getattr(first, "nx", None)
-    like = next(p for p in first.parameters() if p.is_floating_point())
+def _rows_for(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Random inputs (1, N, D) of a module, of the width of its first linear map."""
+    first: Any = next(iter(proof.linear_maps(module).values()))
+    width = getattr(first, "nx", None) or features(first)[0]  # transformers' Conv1D has nx inputs
     generator = torch.Generator().manual_seed(1)
-    shape = (1, proof.N_TOKENS, int(width or like.shape[-1]))
-    return torch.randn(shape, generator=generator, device="cpu").to(like)
+    rows = torch.randn(1, proof.N_TOKENS, width, generator=generator, device="cpu")
+    return rows.to(device_of(first), dtype)
+
+
+# --- verdicts --------------------------------------------------------------------------------
 
 
 def _verdict(
     number: int,
-    n_layers: int,
     path: str,
     layer: nn.Module,
     chosen: Sequence[Candidate],
-    runs: bool,
+    dtype: torch.dtype,
     failed: str,
 ) -> Verdict:
-    names = dict(layer.named_modules())
     experts, said = find_experts(number, path, layer)
     if experts is None and said != NO_EXPERTS:
         return Verdict(number, (), said)
-    found = [_mlp(number, n_layers, path, names, one) for one in chosen]
-    why = next(filter(None, map(_unusable, found)), None)
-    if why:
+    if chosen and dtype not in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
-    parts: list[Part] = [] if experts is None else [replace(experts, n_layers=n_layers)]
+    found = [_mlp(number, path, layer, one, dtype) for one in chosen]
+    parts: list[Part] = [] if experts is None else [experts]
     parts += sorted(found, key=lambda mlp: mlp.path)
-    mlps: list[Part] = []
-    for part in parts:
-        offset = sum(before.width for before in mlps)
-        mlps.append(replace(part, runs=runs, offset=offset))
-    if mlps:
+    if parts:
+        offsets = accumulate((part.width for part in parts), initial=0)
+        mlps = tuple(replace(part, offset=o) for part, o in zip(parts, offsets, strict=False))
         words = [_words(mlp) if isinstance(mlp, MLP) else said for mlp in mlps]
-        return Verdict(number, tuple(mlps), "; ".join(words))
-    maps = ", ".join(proof.linear_maps(layer)) or "none"
-    weights = [w for w in layer.parameters() if unreadable(w)]
-    if weights:
-        return Verdict(number, (), f"its weights are {unreadable(weights[0])}")
+        return Verdict(number, mlps, "; ".join(words))
     if failed:
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
-    odd = _odd_mlp(layer)
+    odd = _odd_mlp(layer, dtype)
     if odd is not None:
         why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
         return Verdict(number, (), f"{why}, and calls no module for its activation")
+    maps = ", ".join(proof.linear_maps(layer)) or "none"
     return Verdict(number, (), f"no MLP (linear maps: {maps})", passed=True)
 
 
-def _mlp(
-    number: int, n_layers: int, path: str, names: Mapping[str, nn.Module], one: Candidate
-) -> MLP:
+def _mlp(number: int, path: str, layer: nn.Module, one: Candidate, dtype: torch.dtype) -> MLP:
     """The MLP of a candidate that holds, with the smallest module that has all of its maps."""
-    paths = [part.path.removeprefix(f"{path}.").split(".") for part in (one.gate, one.down)]
-    if one.up:
-        paths.append(one.up.path.removeprefix(f"{path}.").split("."))
+    maps = [part for part in (one.gate, one.up, one.down) if part is not None]
+    paths = [part.path.removeprefix(f"{path}.").split(".") for part in maps]
     steps = zip(*paths, strict=False)
     shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
-    if not names.get(".".join(shared)):
-        shared = []
-    module = names[".".join(shared)]
     mlp = MLP(
         layer=number,
         path=".".join((path, *shared)),
-        module=module,
+        module=layer.get_submodule(".".join(shared)),
         width=one.gate.width,
         hidden=one.down.width,
         gate=one.gate,
@@ -282,50 +282,40 @@ def _mlp(
         product=one.product,
         activation=one.activation,
         act=one.act,
-        n_layers=n_layers,
     )
-    return replace(mlp, is_whole=bool(shared) and one.activation is not None and _is_whole(mlp))
+    is_whole = bool(shared) and one.activation is not None and _is_whole(mlp, dtype)
+    return replace(mlp, is_whole=is_whole)
 
 
-def _is_whole(mlp: MLP) -> bool:
+def _is_whole(mlp: MLP, dtype: torch.dtype) -> bool:
     """Whether a module gives what the formula gives on random rows, in three sizes."""
-    try:
-        with torch.no_grad():
-            for size in proof.SIZES:
-                x = size * _rows_for(mlp.module)
-                ours, theirs = mlp.formula(x), mlp.module(x)
-                if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-                    return False
-                if size > 1 and not bool(theirs.isfinite().all()):
-                    break  # past what float16 holds
-                off = (ours - theirs).abs().max() / theirs.abs().max()
-                if not float(off) <= 2 * torch.finfo(theirs.dtype).eps:
-                    return False
-    except Exception:
-        return False
-    return True
+    with suppress(Exception), torch.no_grad():
+        for size in proof.SIZES:
+            x = size * _rows_for(mlp.module, dtype)
+            ours, theirs = mlp.formula(x), mlp.module(x)
+            if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+                return False
+            if size > 1 and not bool(theirs.isfinite().all()):
+                break  # past what float16 holds
+            off = (ours - theirs).abs().max() / theirs.abs().max()
+            if not float(off) <= 2 * torch.finfo(theirs.dtype).eps:
+                return False
+        return True
+    return False
 
 
-def _unusable(mlp: MLP) -> str | None:
-    """Why the kernels cannot take the numbers of an MLP."""
-    dtype = _rows_for(mlp.module).dtype
-    wrong = dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    name = str(dtype).removeprefix("torch.")
-    return f"{name} weights, the kernels take float32, bfloat16 and float16" if wrong else None
-
-
-def _odd_mlp(layer: nn.Module) -> str | None:
+def _odd_mlp(layer: nn.Module, dtype: torch.dtype) -> str | None:
     """The name of a module of linear maps that treats each token alone: an MLP of another form."""
     for name, module in layer.named_modules():
         if not name or len(proof.linear_maps(module)) < 2:
             continue
         with suppress(Exception), torch.no_grad():
-            x = _rows_for(module)
+            x = _rows_for(module, dtype)
             other = x.clone()
             other[:, 0] = -x[:, 0]
             ours, theirs = module(x), module(other)
             if isinstance(ours, Tensor) and torch.equal(ours[:, 1:], theirs[:, 1:]):
-                return name
+                return str(name)
     return None
 
 

@@ -37,11 +37,13 @@ class MLP:
     product: Projection
     activation: str | None
     act: nn.Module | None
-    n_layers: int  # of the model
+    n_layers: int = 0  # of the model
     is_whole: bool = False
     runs: bool = True
     offset: int = 0  # of its neurons among those of the layer
     projections: tuple[Projection, ...] = ()  # of the layer's attention, where they were asked for
+
+    n_experts = 1  # as if it were the only one
 
     @property
     def is_gated(self) -> bool:
@@ -51,6 +53,12 @@ class MLP:
     def inside(self) -> slice:
         """Where its neurons stand among those of the layer."""
         return slice(self.offset, self.offset + self.width)
+
+    def fold(self, table: Tensor) -> Tensor:
+        """(C, F) as a patch takes it: experts have it otherwise."""
+        return table
+
+    unfold = fold
 
     @property
     def sites(self) -> tuple[Projection, ...]:

@@ -19,7 +19,8 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
     """What files say of a model's neurons, as `artifact.neurons.Shape` reads it.
 
     layers, width (F, the largest) and hidden (D); `widths` of the layers where they differ, 0 where
-    text runs no MLP; `gated` where it is false; q, k, v and o where they were asked for.
+    text runs no MLP; `gated` where it is false; `experts`, how many each layer has, and their
+    `expert_width`; q, k, v and o where they were asked for.
     """
     widths = [0] * mlps[0].n_layers
     for mlp in mlps:
@@ -40,6 +41,15 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
         shape["widths"] = widths
     if False in kinds:
         shape["gated"] = False
+    experts = [part for part in mlps if isinstance(part, Experts)]
+    if experts:
+        if len({part.expert_width for part in experts}) > 1:
+            raise RelneuronError(
+                "the layers differ in the width of their experts", "give a model of one width"
+            )
+        numbers = {part.layer: part.n_experts for part in experts}
+        shape["experts"] = [numbers.get(layer, 0) for layer in range(len(widths))]
+        shape["expert_width"] = experts[0].expert_width
     return shape | dict(attention.pop())
 
 
