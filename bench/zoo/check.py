@@ -211,14 +211,17 @@ class _Checks:
         run = lambda: inputs.logits(self.model)  # noqa: E731
         theirs = oracle.count(self.model, self.parts, run, groups.flatten(), GROUPS)
         n_tokens = torch.stack([(groups == g).sum() for g in range(GROUPS)])
-        for part, stats, counted in zip(self.parts, probe.stats, theirs, strict=True):
-            where = f"layer {part.layer}"
-            if isinstance(part, oracle.MLP) and not torch.equal(stats.tokens, n_tokens):
-                return self._wrong(
-                    f"{where}: {stats.tokens.tolist()} tokens of {n_tokens.tolist()}"
-                )
+        for layer in dict.fromkeys(part.layer for part in self.parts):
+            mine = [n for n, part in enumerate(self.parts) if part.layer == layer]
+            stats, where = probe.stats[layer], f"layer {layer}"
+            if not torch.equal(stats.tokens, n_tokens):
+                return self._wrong(f"{where}: {stats.tokens.tolist()} tokens are counted")
+            sent = [theirs[n][oracle.SENT] for n in mine if oracle.SENT in theirs[n]]
+            if sent and not torch.equal(stats.expert_tokens, torch.cat(sent, 1)):
+                return self._wrong(f"{where}: experts get other tokens")
             for site in sites:
-                ours, other = stats.count[site], counted[site]
+                ours = stats.count[site]
+                other = torch.cat([theirs[n][site] for n in mine], 1)
                 if ours.shape != other.shape or not torch.equal(ours, other):
                     return self._wrong(f"{where}: {site} is counted in another way")
                 if not 0 < int(ours.sum()) < int(n_tokens.sum()) * ours.shape[1]:

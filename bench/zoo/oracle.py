@@ -24,7 +24,7 @@ from bench.zoo.experts import Experts, read_experts
 # off, as a part of the largest.
 STEEPEST, ROUNDING = 16.0, 1e-4
 LEAST_VALUES = 400  # from which a function is told
-SITES = ("gate", "act", "up", "product", "down")
+SENT = "sent"  # the tokens that each expert gets, beside what is counted at the sites
 
 Neuron = tuple[int, str, int]
 
@@ -277,8 +277,8 @@ def count(
 ) -> list[dict[str, Tensor]]:
     """Per part and site, (G, F) int64: tokens of each group (T,) whose value is above 0; -1: none.
 
-    Of experts (G, E * F): the tokens that an expert gets. What is called several times in a
-    forward counts each time.
+    Of experts (G, E * F): the tokens that an expert gets, which are SENT (G, E), too. What is
+    called several times in a forward counts each time.
     """
     member = (groups[None] == torch.arange(n_groups)[:, None]).long()  # (G, T)
     counted: list[dict[str, Tensor]] = [{} for _ in parts]
@@ -294,6 +294,10 @@ def count(
             inside = slice(expert * n, (expert + 1) * n)
             for site, values in experts.site_values(first, h).items():
                 add(number, site, inside, member[:, tokens], values)
+            sent = counted[number].setdefault(
+                SENT, torch.zeros(n_groups, experts.n_experts, dtype=torch.int64)
+            )
+            sent[:, expert] += member[:, tokens].sum(1)
 
         def look(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
             experts.recompute(bound(module, inputs, named), {}, seen)
