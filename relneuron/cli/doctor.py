@@ -1,11 +1,12 @@
-"""What works on this machine, and for a model which layers are supported, each with its reason.
+"""What works on this machine, and what each command can do with a model, with the reasons.
 
 `relneuron doctor [MODEL]` prints what these functions return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import EXTRAS, install_command, missing
 from relneuron.artifact.manifest import versions
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
-from relneuron.model.layers import first_line, input_device
-from relneuron.model.mlps.find import inspect_layers
+from relneuron.model.layers import decoder_layers, device_of, first_line, input_device
+from relneuron.model.mlps.find import Verdict, inspect_layers
 from relneuron.model.mlps.shape import Part, model_shape
 
 
@@ -38,35 +40,73 @@ def machine_report() -> list[tuple[str, str]]:
 
 
 def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
-    """Rows of a model's layers and of what methods say; whether stages take the model."""
+    """Rows on a model: its layers, like ones in one row, and what each command can do with it.
+
+    And whether every command takes it, but those of methods that say so in rows of their own.
+    """
     verdicts = inspect_layers(model)
-    words = {True: "supported", False: "not supported"}
-    rows = [
-        (f"layer {v.layer}", f"{'passed over' if v.passed else words[bool(v.mlps)]}: {v.reason}")
-        for v in verdicts
-    ]
-    mlps, fault = [mlp for v in verdicts for mlp in v.mlps], None
-    n_good = sum(bool(v.mlps) for v in verdicts)
+    rows = list(_layer_rows(model, verdicts))
+    mlps = [mlp for verdict in verdicts for mlp in verdict.mlps]
+    n_good = sum(bool(verdict.mlps) for verdict in verdicts)
     rows.append(("summary", f"supported: {n_good} of {len(verdicts)} layers"))
-    is_whole = bool(mlps) and all(v.mlps or v.passed for v in verdicts)
-    if is_whole:
-        fault = _fault(model, mlps)
-        rows += [("model", f"not supported: {fault}")] if fault else []
+    why = None if mlps else "no layer has a supported MLP"
+    if not all(verdict.mlps or verdict.passed for verdict in verdicts):
+        why = "not every layer is supported"
+    fault = why or _fault(model, mlps)
+    if why is None:
+        rows.append(("neurons", _neurons(mlps)))
+    rows += [
+        (commands, f"no: {reason}" if reason else "works")
+        for commands, reason in (("count, nll", why), ("record, ablate, generate, run", fault))
+    ]
     rows += [load(method.supports)(model) for method in methods() if method.supports]
-    return rows, is_whole and fault is None
+    return rows, fault is None
+
+
+def _layer_rows(model: Any, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
+    """A row for each run of layers of which the same is said."""
+    path, layers = decoder_layers(model)
+    said = []
+    for verdict, layer in zip(verdicts, layers, strict=True):
+        word = "passed over" if verdict.passed else "not supported"
+        word = "supported" if verdict.mlps else word
+        n_bytes = sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+        text = f"{word}: {verdict.reason}".replace(f"{path}.{verdict.layer}.", f"{path}.{{}}.")
+        said.append(f"{text} ({_size(n_bytes)}, {device_of(layer)})")
+    begin = 0
+    for text, run in groupby(said):
+        end = begin + len(list(run)) - 1
+        yield f"layer {begin}" if begin == end else f"layers {begin}-{end}", text
+        begin = end + 1
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} GB"
+
+
+def _neurons(mlps: Sequence[Part]) -> str:
+    """How many neurons each site has."""
+    try:
+        order = Shape.of(model_shape(mlps))
+    except RelneuronError as error:
+        return f"not told: {error.cause}"
+    counts = {site: len(order.site_places(site)) for site in order.widths}
+    return f"{order.total:,} ({', '.join(f'{n:,} {site}' for site, n in counts.items())})"
 
 
 def _fault(model: Any, mlps: Sequence[Part]) -> str | None:
-    """Why stages refuse a model all of whose layers are supported, or None."""
+    """Why the stages that ask prompts refuse a model whose layers are all supported, or None."""
     try:
         model_shape(mlps)
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+            cache_of(model(ids, use_cache=True))
     except RelneuronError as error:
         return error.cause
-    device = input_device(model)
-    try:
-        with torch.no_grad():
-            out = model(torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=True)
-        cache_of(out)
     except Exception as error:
         return f"a forward of two tokens fails: {first_line(error)}"
     return None

@@ -87,26 +87,28 @@ def model_digest(model: Any) -> str:
         return _HELD[model]
     settle(model)
     digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=str).encode())
-    read: dict[tuple[object, ...], list[Any]] = {}
+    read: dict[tuple[object, ...], tuple[list[Any], Tensor]] = {}
     elsewhere = offloaded_weights(model)
+    contents = dict.fromkeys(elsewhere) | _contents(model)
     with hashing_threads() as pool:
         found = []
-        for name, value in sorted(_contents(model).items()):
-            text = f"{name} {tuple(value.shape)} {value.dtype}"
-            if value.device.type == "meta" and name in elsewhere:
-                parts = _hash_rows(name, elsewhere[name](), pool)
-                wait(parts)
-            else:
-                about = (tuple(value.shape), value.stride(), value.dtype, value.device)
-                where = (value.data_ptr(), *about)
-                if where not in read:
-                    read[where] = _hash_rows(name, value, pool)
-                parts = read[where]
-            found.append((text, parts))
-        for text, parts in found:
+        for name, value in sorted(contents.items()):
+            is_elsewhere = name in elsewhere and (value is None or value.device.type == "meta")
+            for part, tensor in _plain(name, elsewhere[name]() if is_elsewhere else value):
+                about = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+                where = (tensor.data_ptr(), *about)
+                if is_elsewhere:
+                    hashes = _hash_rows(part, tensor, pool)
+                    wait(hashes)
+                else:  # kept as long as its address stands for it
+                    if where not in read:
+                        read[where] = (_hash_rows(part, tensor, pool), tensor)
+                    hashes = read[where][0]
+                found.append((f"{part} {tuple(tensor.shape)} {tensor.dtype}", hashes))
+        for text, hashes in found:
             digest.update(text.encode())
-            for part in parts:
-                digest.update(part.result())
+            for each in hashes:
+                digest.update(each.result())
     return digest.hexdigest()
 
 
@@ -122,14 +124,13 @@ def _settings(model: Any) -> list[Any]:
     return [config, ends, adapters]
 
 
-def _contents(model: Any) -> dict[str, Tensor]:
-    """Parameters, buffers and what modules keep beside them, as tensors."""
+def _contents(model: Any) -> dict[str, Any]:
+    """Parameters, buffers and what modules keep beside them."""
     found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     found |= model.named_buffers(remove_duplicate=False)
     with _as_they_lie(model):
         found |= model.state_dict()
-    parts = [part for name, value in found.items() for part in _plain(name, value)]
-    return dict(parts)
+    return found
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +138,7 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if hasattr(value, "__tensor_flatten__") and not is_sharded(value):
         names, about = value.__tensor_flatten__()
         yield f"{name}.about", torch.frombuffer(bytearray(repr(about).encode()), dtype=torch.uint8)
-        for part in names:
+        for part in sorted(names):
             yield from _plain(f"{name}.{part}", getattr(value, part))
         return
     if not isinstance(value, Tensor):

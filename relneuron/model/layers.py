@@ -83,7 +83,8 @@ def unreadable(weight: Tensor) -> str | None:
 
 def _is_quantised(weight: Tensor) -> bool:
     """Whether a weight is packed numbers, or made of other tensors (torchao's, quanto's)."""
-    return not is_float(weight) or hasattr(weight, "__tensor_flatten__")
+    is_made = hasattr(weight, "__tensor_flatten__") and not is_sharded(weight)
+    return is_made or not is_float(weight)
 
 
 def uncallable(module: nn.Module) -> str | None:
@@ -189,6 +190,10 @@ def input_device(model: Any) -> torch.device:
     return device_of(_embedding(model) or model)
 
 
+# Of bitsandbytes' weights of 8 bits: `state_dict` has them, but they are no parameter or buffer.
+_BESIDE = ("SCB", "weight_format")
+
+
 def offloaded_weights(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Of each weight that accelerate keeps elsewhere until it is used: its name, how to read it."""
     found: dict[str, Callable[[], Tensor]] = {}
@@ -197,15 +202,18 @@ def offloaded_weights(module: nn.Module) -> dict[str, Callable[[], Tensor]]:
             if not getattr(hook, "offload", False) or hook.weights_map is None:
                 continue
             own = hook.place_submodules
-            for name, tensor in chain(part.named_parameters("", own), part.named_buffers("", own)):
-                if tensor.device.type == "meta":
-                    read = partial(_read, hook.weights_map, name, tensor.dtype)
-                    found[f"{path}.{name}".removeprefix(".")] = read
+            tensors = chain(part.named_parameters("", own), part.named_buffers("", own))
+            kept = {name: t.dtype for name, t in tensors if t.device.type == "meta"}
+            kept |= {name: None for name in _BESIDE if kept and name in hook.weights_map}
+            for name, dtype in kept.items():
+                read = partial(_read, hook.weights_map, name, dtype)
+                found[f"{path}.{name}".removeprefix(".")] = read
     return found
 
 
-def _read(weights: Any, name: str, dtype: torch.dtype) -> Tensor:
-    return weights[name].to(dtype)  # type: ignore[no-any-return]
+def _read(weights: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+    value: Tensor = weights[name]
+    return value if dtype in (None, value.dtype) else value.to(dtype)
 
 
 # --- hooks -----------------------------------------------------------------------------------

@@ -102,8 +102,12 @@ class ExpertsForward(_Patched):
         self, gate: Tensor, up: Tensor, states: Sequence[LayerState]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """act (R, F), or None where the kernels compute it; and the values that are at hand."""
-        experts, sites = self.experts, {"gate": gate, "up": up}
+        experts = self.experts
         counted = {site for state in states if state.stats for site in state.stats.sites}
+        is_read = any(state.responses for state in states) or not counted <= {"act", "product"}
+        if experts.interleaved and (is_read or experts.activation is not None):
+            gate, up = gate.contiguous(), up.contiguous()  # as the op reads them
+        sites = {"gate": gate, "up": up}
         if experts.activation is None:
             sites["product"] = experts.own_h(gate, up)
             if counted & {"act", "product"}:

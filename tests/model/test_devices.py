@@ -24,9 +24,10 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import Batch
 from relneuron.methods.counts.counter import Counter
 from relneuron.model.identity import model_digest
-from relneuron.model.layers import device_of, input_device, offloaded_weights
+from relneuron.model.layers import Projection, device_of, input_device, offloaded_weights
 from relneuron.model.load import describe_model, load_model
 from relneuron.model.mlps.find import find_mlps, inspect_layers
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.patch import Patch
 from relneuron.model.states import Replacement, Tokens, mask_states
 from relneuron.ops import GroupStats
@@ -182,6 +183,24 @@ class Placed(AlignDevicesHook):
         return module
 
 
+def moved(model: Any, mlp: MLP) -> MLP:
+    """An MLP of another model as the same one of this one."""
+
+    def here(part: Projection) -> Projection:
+        return replace(part, module=model.get_submodule(part.path))
+
+    module = model.get_submodule(mlp.path)
+    return replace(
+        mlp,
+        module=module,
+        gate=here(mlp.gate),
+        up=here(mlp.up),
+        down_map=here(mlp.down_map),
+        act=module.act_fn,
+        projections=tuple(map(here, mlp.projections)),
+    )
+
+
 def run_on_two_devices() -> None:
     """A forward with everything that a patch can do, where torch only looks at shapes and devices.
 
@@ -204,16 +223,7 @@ def run_on_two_devices() -> None:
                 add_hook_to_module(part, Placed(number))
         first, last = torch.device("npy:0"), torch.device("npy:1")
         add_hook_to_module(model, Placed(first, io_same_device=True))
-        mlps = [
-            replace(
-                mlp,
-                module=model.get_submodule(mlp.path),
-                projections=tuple(
-                    replace(part, module=model.get_submodule(part.path)) for part in mlp.projections
-                ),
-            )
-            for mlp in found
-        ]
+        mlps = [moved(model, mlp) for mlp in found]
         assert [device_of(mlp.module) for mlp in mlps] == [first, first, last]
         assert input_device(model) == first
         states = mask_states([[], NEURONS], mlps)
@@ -230,7 +240,7 @@ def run_on_two_devices() -> None:
         with Patch(mlps, states) as patch:
             patch.tokens = Tokens(tokens, tokens, tokens, counted=set())
             out = model(tokens.long(), use_cache=False)
-            assert patch.tokens.counted == {0, 1, 2}
+            assert patch.tokens.counted == {(0, 0), (1, 0), (2, 0)}
             for state in patch.states:
                 state.stats = state.stats_down = state.responses = None
             patch.tokens = Tokens(conditions=tokens[:, 0], n_needed=1)

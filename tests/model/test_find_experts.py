@@ -155,7 +155,8 @@ def test_a_clamp_makes_a_gate_of_its_own(limit: float) -> None:
     model = gated(lambda gate, up: silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
     experts = experts_of(model)[0]
     assert (experts.activation, experts.neutral) == (None, 1.0)
-    gate, up = torch.randn(5, WIDTH) * 200, torch.randn(5, WIDTH) * 200
+    # More rows than go through the function at a time.
+    gate, up = torch.randn(3001, WIDTH) * 200, torch.randn(3001, WIDTH) * 200
     factor = up.clamp(-limit, limit)
     torch.testing.assert_close(experts.act(gate), silu(gate.clamp(max=limit)))
     torch.testing.assert_close(experts.factor(up), factor)
@@ -165,10 +166,12 @@ def test_a_clamp_makes_a_gate_of_its_own(limit: float) -> None:
 def test_up_with_an_offset_makes_a_gate_of_its_own() -> None:
     experts = experts_of(expert_model("gpt_oss"))[0]
     assert (experts.activation, experts.neutral, experts.interleaved) == (None, 0.0, True)
-    gate, up = torch.randn(5, WIDTH), 5 * torch.randn(5, WIDTH)
+    gate, up = torch.randn(3001, WIDTH), 5 * torch.randn(3001, WIDTH)
     near = gate.clamp(max=1.5)
     torch.testing.assert_close(experts.act(gate), near * torch.sigmoid(1.702 * near))
     torch.testing.assert_close(experts.factor(up), up.clamp(-1.5, 1.5) + 1)
+    h = near * torch.sigmoid(1.702 * near) * (up.clamp(-1.5, 1.5) + 1)
+    torch.testing.assert_close(experts.own_h(gate, up), h)
 
 
 def test_an_h_that_is_no_product_is_refused() -> None:
@@ -246,6 +249,9 @@ def test_other_kinds_of_experts_are_named() -> None:
     assert reason(model) == "its experts cannot be run alone: division by zero"
     model.model.layers[0].mlp = nn.Linear(HIDDEN, HIDDEN)
     assert reason(model) == "no experts"
+    model = expert_model("llama4")
+    del model.model.layers[0].feed_forward.experts.act_fn
+    assert reason(model) == "its experts have no activation of a known name"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import Shape
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.model.mlps.shape import model_shape
@@ -290,14 +291,36 @@ def test_layers_may_differ_in_width_or_have_no_mlp() -> None:
         mask_states([[(1, "down", 0)]], mlps)
 
 
-def test_a_mixture_of_experts_says_so() -> None:
+def test_experts_come_before_the_other_mlps_of_a_layer() -> None:
     import transformers
 
-    made = transformers.MixtralConfig(**_SMALL, num_key_value_heads=2, num_local_experts=2)
+    made = transformers.Qwen2MoeConfig(
+        **_SMALL,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=12,
+        mlp_only_layers=[0],
+    )
     model = transformers.AutoModelForCausalLM.from_config(made).eval()
-    with pytest.raises(RelneuronError, match="mixture of experts") as caught:
-        find_mlps(model)
-    assert "0 of 2 layers" in caught.value.cause
+    mlps = find_mlps(model)
+    assert [(mlp.layer, mlp.offset, mlp.width) for mlp in mlps] == [
+        (0, 0, 24),
+        (1, 0, 32),
+        (1, 32, 12),
+    ]
+    shape = model_shape(mlps)
+    assert shape == {
+        "layers": 2,
+        "width": 44,
+        "hidden": 16,
+        "widths": [24, 44],
+        "experts": [0, 4],
+        "expert_width": 8,
+    }
+    order = Shape.of(shape)
+    names = [order.name(*neuron) for neuron in ((0, "up", 9), (1, "up", 9), (1, "gate", 33))]
+    assert names == ["L0.up.9", "L1 expert 1 up 1", "L1 shared gate 1"]
 
 
 def test_a_layer_that_text_does_not_run_never_ran() -> None:

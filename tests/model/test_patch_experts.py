@@ -150,6 +150,38 @@ def test_half_precision_gives_the_logits_and_the_tokens_of_the_model(
     assert first.tokens.sum(0).tolist() == [7 * k] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek", "granite"])
+def test_half_precision_counts_what_the_model_has_computed(family: str, dtype: torch.dtype) -> None:
+    """The rows that the first layer's own grouped product gives, each with its token's group."""
+    model = expert_model(family, dtype, "grouped_mm")
+    experts = experts_of(model)[0]
+    module: Any = experts.module
+    rows: list[Tensor] = []
+    index: list[Tensor] = []
+    own = module._apply_gate
+    module._apply_gate = lambda both: (rows.append(both.clone()), own(both))[1]
+    handle = module.register_forward_pre_hook(lambda _, given: index.append(given[1]))
+    padded(model)
+    handle.remove()
+    del module._apply_gate
+    k = index[0].shape[1]
+    numbers, order = index[0].flatten().sort()
+    group = GROUPS.flatten()[order // k]
+    gate, up = rows[0].chunk(2, dim=1)
+    act = nn.functional.silu(gate)
+    patch = counting([experts], sites=SITES)
+    with patch:
+        padded(model)
+    ours = ExpertCounts.of(experts, patch.states[0])
+    for site, values in {"gate": gate, "up": up, "act": act, "product": act * up}.items():
+        count = torch.zeros(2, experts.width, dtype=torch.int64)
+        for e, g, row in zip(numbers.tolist(), group.tolist(), values, strict=True):
+            if g >= 0:
+                count[g, e * WIDTH : (e + 1) * WIDTH] += row > 0
+        assert torch.equal(ours.count[site], count), site
+
+
 def test_a_batch_has_the_counters_of_its_rows() -> None:
     """Each row alone, all groups in one: which expert a token goes to hangs on no other row."""
     model = expert_model("qwen3")

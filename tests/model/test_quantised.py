@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from relneuron.model.load import describe_model, load_model, quantisation
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch, check_canary
 from relneuron.model.states import mask_states
+from relneuron.model.stream import read_residual_model
 from tests.kit.files import read_rows
 from tests.kit.hooked import Hooked, Study
 
@@ -311,6 +313,26 @@ def test_what_a_model_says_of_its_weights(load: Any, method: str) -> None:
     with torch.no_grad():
         assert described["dtype"] == str(model(ids()).logits.dtype).removeprefix("torch.")
     json.dumps(described)
+
+
+def test_attribution_says_which_weight_it_cannot_read(load: Any, method: str) -> None:
+    model = load()
+    with pytest.raises(RelneuronError, match=r"_proj\.weight is quantised \((torch\.|\w+Tensor)"):
+        read_residual_model(model)
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_those_in_memory(load: Any, method: str) -> None:
+    if not method.startswith(("torchao", "bitsandbytes 8")):
+        pytest.skip("accelerate cannot offload what this package packs")
+    model, other = load(), accelerate.cpu_offload(load(), torch.device("cpu"))
+    assert other.model.layers[0].mlp.down_proj.weight.device.type == "meta"
+    assert model_digest(other) == model_digest(model)
+    found = []
+    for each in (model, other):
+        with relneuron.ablate(each, NEURONS):
+            found.append(each(ids()).logits)
+    assert torch.equal(*found) and not torch.equal(found[0], model(ids()).logits)
 
 
 # --- checkpoints and stages ------------------------------------------------------------------

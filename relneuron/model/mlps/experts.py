@@ -20,6 +20,8 @@ from relneuron.model.layers import Projection, device_of
 from relneuron.model.mlps.proof import ACTIVATIONS
 from relneuron.ops.tensors import is_plain
 
+# Values that a gate of its own is given at a time on a CPU.
+_PART = 1 << 15
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
 
@@ -172,12 +174,26 @@ class Experts:
         if not self.gated:
             return first, first.new_ones(1, self.expert_width).expand_as(first)
         if self.interleaved:
-            # The op reads rows without gaps.
-            return first[:, ::2].contiguous(), first[:, 1::2].contiguous()
+            return first[:, ::2], first[:, 1::2]
         return first[:, : self.expert_width], first[:, self.expert_width :]
 
-    def own_h(self, gate: Tensor, up: Tensor) -> Tensor:
-        """h (R, F) by the module's own function."""
+    def own_h(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
+        """h (R, F) by the module's own function; act where up is left out."""
+        n_rows, step = len(gate), max(_PART // max(self.expert_width, 1), 1)
+        needs_grad = gate.requires_grad or (up is not None and up.requires_grad)
+        has_grad = torch.is_grad_enabled() and needs_grad
+        if n_rows <= step or gate.is_cuda or has_grad or not is_plain(gate):
+            return self._own_h(gate, up)
+        # In parts that stay in the cache: the function goes over its input many times.
+        h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        for start in range(0, n_rows, step):
+            rows = slice(start, start + step)
+            h[rows] = self._own_h(gate[rows], None if up is None else up[rows])
+        return h
+
+    def _own_h(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        if up is None:
+            up = torch.full_like(gate, self.neutral)
         own = getattr(self.module, "_apply_gate", None) if self.gated else None
         if own is None:
             return cast(Tensor, self.activation_module()(gate)) * up
@@ -188,9 +204,8 @@ class Experts:
     def act(self, gate: Tensor) -> Tensor:
         """act (R, F) by the module's own function."""
         own = self.activation_module()
-        if self.activation is None or own is None:
-            return self.own_h(gate, torch.full_like(gate, self.neutral))
-        return cast(Tensor, own(gate))
+        is_own = self.activation is None or own is None
+        return self.own_h(gate) if is_own else cast(Tensor, own(gate))
 
     def factor(self, up: Tensor) -> Tensor:
         """b(up) (R, F): what act is multiplied by."""

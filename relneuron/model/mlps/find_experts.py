@@ -136,6 +136,8 @@ def _describe(
         maps[-1],
         gated,
     )
+    if experts.activation_module() is None and _get(module, "_apply_gate") is None:
+        return "its experts have no activation of a known name"
     return _with_formula(experts, last.device)
 
 
