@@ -224,7 +224,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
-    "hunyuan_vl": {"text_config": _HEADS},
+    "hunyuan_vl": {"text_config": {**_HEADS, "rope_parameters": _rope(2, 2, 2, 2)}},
     "hy_v4_vl": {"text_config": {"rope_parameters": _rope(1, 1, 2)}},
     "inkling2_loop": {"text_config": _LOOP},
     "inkling2_loop_text": _LOOP,
@@ -240,6 +240,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "paligemma": {"text_config": {"num_key_value_heads": 2}},
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
+    "qwen2_5_omni_thinker": {**_MROPE, "vision_start_token_id": 250, "vision_end_token_id": 251},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 250, "vision_end_token_id": 251},
     "qwen4_exp": {"text_config": _QSA},
     "qwen4_exp_text": _QSA,
     "reformer": {

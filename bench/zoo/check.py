@@ -166,6 +166,10 @@ class _Checks:
         for verdict in verdicts:
             offset = 0
             for mlp in verdict.mlps:
+                if not mlp.runs:
+                    if self._is_called(mlp.module):
+                        return f"{mlp.path} runs, relneuron says that it does not"
+                    continue
                 down = getattr(mlp, "down_map", None)
                 mine = routed.pop(id(mlp.module), None)
                 if down is not None:
@@ -175,13 +179,23 @@ class _Checks:
                 self.parts.append(mine)
                 self.offsets.append(offset)
                 offset += mine.width
+        if not self.parts:
+            return "a forward of text runs none of the MLPs that relneuron lists"
         # Others that write into the residual stream, too.
         hidden = {part.hidden for part in self.parts}
         left = [mlp.down.path for mlp in maps.values() if mlp.hidden in hidden]
         left += [experts.path for experts in routed.values()]
-        if left:
-            self.reasons.append(f"left out by relneuron: {', '.join(left[:3])}")
-        return ""
+        return f"left out by relneuron: {', '.join(left[:3])}" if left else ""
+
+    def _is_called(self, module: torch.nn.Module) -> bool:
+        """Whether a forward of text calls a module."""
+        calls: list[object] = []
+        handle = module.register_forward_hook(lambda *_: calls.append(None))
+        try:
+            self.whole.logits(self.model)
+        finally:
+            handle.remove()
+        return bool(calls)
 
     def _try(self, check: Callable[[], str], fault: str) -> str:
         if fault:

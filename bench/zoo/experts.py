@@ -153,6 +153,9 @@ def _weights(
         return None
 
     def turned(weight: Tensor, dim: int) -> bool:
+        """Whether dimension `dim` is not the hidden one; of a square matrix as the module says."""
+        if weight.shape[1] == weight.shape[2]:
+            return not getattr(module, "is_transposed", False)
         return weight.shape[dim] != hidden
 
     return (
