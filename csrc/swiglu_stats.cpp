@@ -80,7 +80,7 @@ const float* act_table(DType dtype, Activation activation) {
     std::once_flag once;
     std::unique_ptr<float[]> values;
   };
-  static Table tables[2][4];
+  static Table tables[2][n_activations];
   Table& table = tables[dtype == DType::float16][static_cast<int>(activation)];
   std::call_once(table.once, [&] {
     const DefaultFloatMode mode;
@@ -102,15 +102,16 @@ bool should_stream(const SwigluStatsArgs& args) {
   return is_aligned && args.T * args.F * element_bytes >= stream_bytes_min;
 }
 
-// Counting act > 0 alone needs no act: it is gate > 2^-149 for silu, since half of 2^-149 rounds to
-// zero, and gate > 0 for relu.
+// Counting act > 0 alone needs no act: it is gate > 0, or gate above the pattern given here, where
+// what is above 0 can round to it: half of 2^-149 for silu, the square of 2^-75 for relu2.
 SwigluStatsArgs without_act(SwigluStatsArgs args) {
-  const bool is_known = args.activation == Activation::silu || args.activation == Activation::relu;
+  const bool is_known = args.activation != Activation::gelu;
   if (args.out == nullptr && args.dtype == DType::float32 && is_known && args.n_sites == 1 &&
       args.sites[0] == site_act && args.threshold_bits == 0 && args.sum == nullptr &&
       args.n_responses == 0) {
     args.sites[0] = site_gate;
-    args.threshold_bits = args.activation == Activation::silu;  // the pattern of 2^-149
+    if (args.activation == Activation::silu) args.threshold_bits = 1;
+    if (args.activation == Activation::relu2) args.threshold_bits = 52u << 23;
   }
   return args;
 }

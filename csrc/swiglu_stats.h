@@ -10,14 +10,15 @@ namespace relneuron {
 // The numbers are the positions in the tuples of the same names in Python.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // `residual` is the op residual_stats: h = up + gate where kept; its one site is the gate's.
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, residual = 4 };
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, quick_gelu, tanh, residual };
+constexpr int n_activations = 8;
 enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_sites_max = 4 };
 
 // A null pointer says that the argument was not given. Strides count elements.
 struct SwigluStatsArgs {
   void* out = nullptr;         // (T, F), rows stride_ht apart; null = only statistics
   const void* gate = nullptr;  // (T, F), rows stride_gt apart
-  const void* up = nullptr;    // (T, F), rows stride_ut apart
+  const void* up = nullptr;    // (T, F), rows stride_ut apart; null = h is act, no site needs up
   int64_t stride_ht = 0, stride_gt = 0, stride_ut = 0;
   int64_t T = 0, F = 0;
   DType dtype = DType::float32;

@@ -9,6 +9,8 @@ namespace relneuron {
 namespace RELNEURON_ISA {
 namespace {
 
+RELNEURON_INLINE F32 magnitude_of(F32 x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
 // The activation: one fixed sequence of float32 operations, the same in
 // relneuron/ops/swiglu_stats/reference.py (which derives the constants and states the errors).
 
@@ -28,8 +30,7 @@ RELNEURON_INLINE F32 exp_f32(F32 x) {
 
 RELNEURON_INLINE F32 gelu_f32(F32 x) {
   const F32 square = x * x;
-  const F32 magnitude = float_of(bits_of(x) & 0x7fffffffu);
-  const F32 t = 1.0f / ((magnitude * 0.707106769f) * 0.5f + 1.0f);
+  const F32 t = 1.0f / ((magnitude_of(x) * 0.707106769f) * 0.5f + 1.0f);
   F32 p = t * -0.161039799f + 0.379661053f;
   p = p * t + -0.0744687095f;
   p = p * t + -0.361406326f;
@@ -49,19 +50,39 @@ RELNEURON_INLINE F32 gelu_f32(F32 x) {
   return x * (x < -1.0f ? tail : right);
 }
 
+// x sigmoid(s) where s has the sign of x.
+RELNEURON_INLINE F32 times_sigmoid(F32 x, F32 s) {
+  const F32 e = exp_f32(-magnitude_of(s));
+  const F32 part = x * (e / (e + 1.0f));
+  return x > 12.0f ? x : (x > 0.0f ? x - part : part);
+}
+
+RELNEURON_INLINE F32 tanh_f32(F32 x) {
+  const F32 size = magnitude_of(x);
+  const F32 square = size * size;
+  F32 p = square * -0.000358452089f + 0.0023013649f;
+  p = p * square + -0.00794610661f;
+  p = p * square + 0.0214866586f;
+  p = p * square + -0.0538798012f;
+  p = p * square + 0.133323446f;
+  p = p * square + -0.333332956f;
+  const F32 near = size + size * (square * p);
+  const F32 e = exp_f32(size * -2.0f);
+  const F32 far = 1.0f - (e * 2.0f) / (e + 1.0f);
+  return float_of(bits_of(size > 1.0f ? far : near) | (bits_of(x) & 0x80000000u));
+}
+
 template <Activation activation>
 RELNEURON_INLINE F32 activate(F32 x) {
-  if (activation == Activation::silu) {
-    return x / (exp_f32(-x) + 1.0f);
-  }
+  if (activation == Activation::silu) return x / (exp_f32(-x) + 1.0f);
+  if (activation == Activation::gelu) return gelu_f32(x);
   if (activation == Activation::gelu_tanh) {
-    const F32 y = (x + (x * x * x) * 0.0447149985f) * 0.797884583f;
-    return x / (exp_f32(y * -2.0f) + 1.0f);
+    return times_sigmoid(x, x * ((x * x) * 0.0713548139f + 1.59576917f));
   }
-  if (activation == Activation::gelu) {
-    return gelu_f32(x);
-  }
-  return x < 0.0f ? F32{} : x;
+  if (activation == Activation::quick_gelu) return times_sigmoid(x, x * 1.70200002f);
+  if (activation == Activation::tanh) return tanh_f32(x);
+  const F32 positive = x < 0.0f ? F32{} : x;
+  return activation == Activation::relu2 ? positive * positive : positive;
 }
 
 }  // namespace

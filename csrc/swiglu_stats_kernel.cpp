@@ -114,26 +114,29 @@ struct Rows {
   const uint32_t* keep[n_rows_max];  // of the token's condition, from the first column of F on
 };
 
+// What h is: of a call without up it is act.
+enum class Out { none, product, act };
+
 struct Task {
   Slot slots[n_sites_max];        // by site, of the tokens' group
   int64_t* counts[n_sites_max];   // in place of slots: of the group, from the range's first column on
   bool is_counted[n_sites_max];   // by site
   float* responses[n_sites_max];  // by site, in planes of the range; null = none
   bool is_direct, has_moments, has_keep, stream;
-  bool needs_act, needs_product;  // of statistics and responses; h needs both
+  bool needs_act, needs_product;  // of statistics and responses; h needs its own
   bool is_part_full;              // after these rows
   float threshold;
   const float* act_table;
 };
 
-// `at` counts columns within the range, `f` within F; the rows begin at `at`. Without `has_out` only
+// `at` counts columns within the range, `f` within F; the rows begin at `at`. With Out::none only
 // what the statistics need is loaded and computed.
-template <typename Element, Activation activation, int n_rows, bool has_out>
+template <typename Element, Activation activation, int n_rows, Out out>
 RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::Storage>& rows,
                                int64_t at, int64_t f) {
   Block act[n_rows] = {}, product[n_rows] = {};
-  const bool needs_product = has_out || task.needs_product;
-  const bool needs_act = has_out || task.needs_act;
+  const bool needs_product = out == Out::product || task.needs_product;
+  const bool needs_act = out != Out::none || task.needs_act;
   // Responses of gate and up are added here, where their values are at hand.
   float* const gate_sums = task.responses[site_gate];
   float* const up_sums = task.responses[site_up];
@@ -212,10 +215,10 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
     }
   }
 
-  if constexpr (!has_out) return;
+  if constexpr (out == Out::none) return;
   for (int r = 0; r < n_rows; ++r) {
     U32 packed[block_width * sizeof(typename Element::Storage) / sizeof(U32)];
-    Element::pack(product[r], packed);
+    Element::pack(out == Out::act ? act[r] : product[r], packed);
     if (task.has_keep) {
       const uint32_t bits = rows.keep[r][f / 32] >> (f % 32);
       if constexpr (activation == Activation::residual) {
@@ -241,11 +244,11 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
 }
 
 // The rows after these, to be fetched meanwhile, are `next_gate` and `next_up` elements away.
-template <typename Element, Activation activation, int n_rows, bool has_out>
+template <typename Element, Activation activation, int n_rows, Out out>
 void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int64_t f,
              int64_t width, int64_t next_gate, int64_t next_up) {
   using Storage = typename Element::Storage;
-  const bool needs_up = has_out || task.needs_product || task.is_counted[site_up];
+  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up];
   int64_t at = 0;
   for (; at + block_width <= width; at += block_width) {
     for (int r = 0; r < n_rows; ++r) {
@@ -256,7 +259,7 @@ void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int6
         if (needs_up) __builtin_prefetch(up + line, 0, 3);
       }
     }
-    do_block<Element, activation, n_rows, has_out>(task, rows, at, f + at);
+    do_block<Element, activation, n_rows, out>(task, rows, at, f + at);
   }
   if (at == width) return;
   // The last columns in blocks of their own, filled up with zeros.
@@ -275,16 +278,16 @@ void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int6
   if (task.is_direct) {
     for (int site = 0; site < n_sites_max; ++site) rest_task.counts[site] = rest_counts[site] - at;
   }
-  do_block<Element, activation, n_rows, has_out>(rest_task, rest_rows, at, f + at);
+  do_block<Element, activation, n_rows, out>(rest_task, rest_rows, at, f + at);
   for (int site = 0; task.is_direct && site < n_sites_max; ++site) {
     if (!task.is_counted[site]) continue;
     for (int64_t i = at; i < width; ++i) task.counts[site][i] += rest_counts[site][i - at];
   }
-  if constexpr (!has_out) return;
+  if constexpr (out == Out::none) return;
   for (int r = 0; r < n_rows; ++r) memcpy(rows.out[r] + at, rest[2][r], rest_bytes);
 }
 
-template <typename Element, Activation activation, bool has_out>
+template <typename Element, Activation activation, Out out>
 void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
                  int64_t f_end, unsigned char* scratch) {
   using Storage = typename Element::Storage;
@@ -311,6 +314,8 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
   };
   task.needs_product = is_site(site_product);
   task.needs_act = is_site(site_act) || task.needs_product;
+  // An address, in place of an up that is not there and that nothing needs.
+  const auto* const up = static_cast<const Storage*>(args.up ? args.up : args.gate);
   memcpy(&task.threshold, &args.threshold_bits, sizeof task.threshold);
   task.act_table = plan.act_table;
   const auto prompt_of = [&](int64_t t) -> int64_t {
@@ -376,8 +381,8 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
         for (int r = 0; r < n_rows; ++r) {
           const int64_t row = t + r;
           rows.gate[r] = static_cast<const Storage*>(args.gate) + row * args.stride_gt + f;
-          rows.up[r] = static_cast<const Storage*>(args.up) + row * args.stride_ut + f;
-          if constexpr (has_out) {
+          rows.up[r] = up + row * args.stride_ut + f;
+          if constexpr (out != Out::none) {
             rows.out[r] = static_cast<Storage*>(args.out) + row * args.stride_ht + f;
           }
           const int64_t condition = args.condition_ids ? args.condition_ids[row] : 0;
@@ -385,9 +390,9 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
         }
         t += n_rows;
         const int64_t n_next = t + n_rows <= args.T ? n_rows : 0;
-        const auto run = n_rows == 1   ? do_rows<Element, activation, 1, has_out>
-                         : n_rows == 2 ? do_rows<Element, activation, 2, has_out>
-                                       : do_rows<Element, activation, n_rows_max, has_out>;
+        const auto run = n_rows == 1   ? do_rows<Element, activation, 1, out>
+                         : n_rows == 2 ? do_rows<Element, activation, 2, out>
+                                       : do_rows<Element, activation, n_rows_max, out>;
         run(task, rows, f, width, n_next * args.stride_gt, n_next * args.stride_ut);
       }
       if (!task.is_direct) for_each_slot([&](const Slot& slot, int64_t first) {
@@ -402,39 +407,46 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
 #endif
 }
 
+// All activations, in the order of their numbers, so that a table has one entry for each.
+template <Activation... each>
+struct List {};
+using Activations =
+    List<Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu,
+         Activation::relu2, Activation::quick_gelu, Activation::tanh, Activation::residual>;
+
 template <typename Element, Activation activation>
-auto pick_out(bool has_out) {
-  return has_out ? run_columns<Element, activation, true> : run_columns<Element, activation, false>;
+auto pick_out(Out out) {
+  if constexpr (activation != Activation::residual) {
+    if (out == Out::act) return run_columns<Element, activation, Out::act>;
+  }
+  return out == Out::none ? run_columns<Element, activation, Out::none>
+                          : run_columns<Element, activation, Out::product>;
+}
+
+template <Activation... each>
+auto pick_float(List<each...>, Activation activation, Out out) {
+  static_assert(sizeof...(each) == n_activations, "each activation has a function");
+  constexpr decltype(&pick_out<Float32, Activation::silu>) table[] = {pick_out<Float32, each>...};
+  return table[static_cast<int>(activation)](out);
 }
 
 // 16-bit types look the activation up, so one function serves all of them.
 template <typename Element>
-auto pick_half(Activation activation, bool has_out) {
-  return activation == Activation::residual ? pick_out<Element, Activation::residual>(has_out)
-                                            : pick_out<Element, Activation::silu>(has_out);
+auto pick_half(Activation activation, Out out) {
+  return activation == Activation::residual ? pick_out<Element, Activation::residual>(out)
+                                            : pick_out<Element, Activation::silu>(out);
 }
 
-auto pick(DType dtype, Activation activation, bool has_out) {
-  if (dtype == DType::bfloat16) return pick_half<BFloat16>(activation, has_out);
-  if (dtype == DType::float16) return pick_half<Float16>(activation, has_out);
-  switch (activation) {
-    case Activation::silu:
-      return pick_out<Float32, Activation::silu>(has_out);
-    case Activation::gelu:
-      return pick_out<Float32, Activation::gelu>(has_out);
-    case Activation::gelu_tanh:
-      return pick_out<Float32, Activation::gelu_tanh>(has_out);
-    case Activation::residual:
-      return pick_out<Float32, Activation::residual>(has_out);
-    case Activation::relu:
-      break;
-  }
-  return pick_out<Float32, Activation::relu>(has_out);
+auto pick(DType dtype, Activation activation, Out out) {
+  if (dtype == DType::bfloat16) return pick_half<BFloat16>(activation, out);
+  if (dtype == DType::float16) return pick_half<Float16>(activation, out);
+  return pick_float(Activations{}, activation, out);
 }
 
 void columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
              int64_t f_end, unsigned char* scratch) {
-  pick(args.dtype, args.activation, args.out != nullptr)(args, plan, f_begin, f_end, scratch);
+  const Out out = !args.out ? Out::none : args.up ? Out::product : Out::act;
+  pick(args.dtype, args.activation, out)(args, plan, f_begin, f_end, scratch);
 }
 
 int64_t scratch_bytes(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t n_columns) {
@@ -454,17 +466,15 @@ void fill(float* table) {
   }
 }
 
-template <typename Element>
-void fill_for(Activation activation, float* table) {
-  if (activation == Activation::silu) fill<Element, Activation::silu>(table);
-  if (activation == Activation::gelu) fill<Element, Activation::gelu>(table);
-  if (activation == Activation::gelu_tanh) fill<Element, Activation::gelu_tanh>(table);
-  if (activation == Activation::relu) fill<Element, Activation::relu>(table);
+template <typename Element, Activation... each>
+void fill_for(List<each...>, Activation activation, float* table) {
+  constexpr decltype(&fill<Element, Activation::silu>) functions[] = {fill<Element, each>...};
+  functions[static_cast<int>(activation)](table);
 }
 
 void fill_act_table(DType dtype, Activation activation, float* table) {
-  if (dtype == DType::bfloat16) fill_for<BFloat16>(activation, table);
-  if (dtype == DType::float16) fill_for<Float16>(activation, table);
+  if (dtype == DType::bfloat16) fill_for<BFloat16>(Activations{}, activation, table);
+  if (dtype == DType::float16) fill_for<Float16>(Activations{}, activation, table);
 }
 
 }  // namespace

@@ -174,15 +174,19 @@ bool take_all(PyObject* const* a, Call& call, SwigluStatsArgs& args) {
   args.F = F;
   args.gate = t.data;
   args.stride_gt = t.strides[0];
-  if (!matrix(arg_up, false)) return false;
-  args.up = t.data;
-  args.stride_ut = t.strides[0];
+  args.activation = static_cast<Activation>(PyLong_AsLong(a[arg_activation]));
+  if (is_given(arg_up)) {
+    if (!matrix(arg_up, false)) return false;
+    args.up = t.data;
+    args.stride_ut = t.strides[0];
+  } else if (args.activation == Activation::residual) {
+    return false;
+  }
   if (is_given(arg_out)) {
     if (!matrix(arg_out, true)) return false;
     args.out = t.data;
     args.stride_ht = t.strides[0];
   }
-  args.activation = static_cast<Activation>(PyLong_AsLong(a[arg_activation]));
 
   const auto ids = [&](Argument i, const int32_t*& address) {
     int64_t n[1] = {T};

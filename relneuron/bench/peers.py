@@ -14,58 +14,77 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-# gate, up, out are (T, F); count is (F,) or (G, F) int64 and is added to.
+# gate, up, out are (T, F); count is (F,) or (G, F) int64 and is added to. up is None for an MLP
+# that is not gated: its h is the activation, a tensor that a model makes anew.
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+def hidden(act: Tensor, up: Tensor | None, out: Tensor) -> Tensor | None:
+    """act * up into out, or act itself."""
+    if up is None:
+        return act
+    torch.mul(act, up, out=out)
+    return None
+
+
+def swiglu(gate: Tensor, up: Tensor | None, out: Tensor) -> Tensor | None:
     """h = silu(gate) * up, nothing counted: what a model does without us."""
-    torch.mul(nnf.silu(gate), up, out=out)
+    return hidden(nnf.silu(gate), up, out)
 
 
-def lape(gate: Tensor, up: Tensor, out: Tensor, count: Tensor) -> None:
+def lape(gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor) -> Tensor | None:
     """The counting of the LAPE authors (activation.py): of all tokens, without relations."""
     act = nnf.silu(gate)
     count += (act.float() > 0).sum(0)
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
-def total(gate: Tensor, up: Tensor, out: Tensor, count: Tensor) -> None:
+def total(gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor) -> Tensor | None:
     """`lape` without its copy to float32."""
     act = nnf.silu(gate)
     count += (act > 0).sum(0)
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
 def segments(
-    gate: Tensor, up: Tensor, out: Tensor, count: Tensor, bounds: Sequence[tuple[int, int]]
-) -> None:
+    gate: Tensor,
+    up: Tensor | None,
+    out: Tensor,
+    count: Tensor,
+    bounds: Sequence[tuple[int, int]],
+) -> Tensor | None:
     """Per relation by slicing: the rows of a relation lie together, at `bounds`."""
     act = nnf.silu(gate)
     hits = act > 0
     count += torch.stack([hits[start:end].sum(0) for start, end in bounds])
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
-def one_hot(gate: Tensor, up: Tensor, out: Tensor, count: Tensor, weights: Tensor) -> None:
+def one_hot(
+    gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor, weights: Tensor
+) -> Tensor | None:
     """Per relation by a matrix product: weights (G, T) @ hits (T, F), exact below 2^24 tokens."""
     act = nnf.silu(gate)
     count += product(weights, (act > 0).to(weights.dtype)).long()
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
-def index_add(gate: Tensor, up: Tensor, out: Tensor, count: Tensor, ids: Tensor) -> None:
+def index_add(
+    gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor, ids: Tensor
+) -> Tensor | None:
     """Per relation by scattering every row of hits to its relation, in int64."""
     act = nnf.silu(gate)
     count.index_add_(0, ids, (act > 0).long())
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
-def index_add_float(gate: Tensor, up: Tensor, out: Tensor, count: Tensor, ids: Tensor) -> None:
+def index_add_float(
+    gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor, ids: Tensor
+) -> Tensor | None:
     """`index_add` in float32, exact below 2^24 tokens."""
     act = nnf.silu(gate)
     table = torch.zeros(count.shape, device=count.device)
     count += table.index_add_(0, ids, (act > 0).float()).long()
-    torch.mul(act, up, out=out)
+    return hidden(act, up, out)
 
 
 def product(weights: Tensor, hits: Tensor) -> Tensor:
@@ -87,39 +106,41 @@ class Tuned:
         self.row = torch.empty(like.shape[1], device=like.device)
         self.table = torch.empty(groups, like.shape[1], device=like.device)
 
-    def swiglu(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+    def swiglu(self, gate: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
+        """Writes h; returns act."""
+        if up is None:
+            return torch.ops.aten.silu.out(gate, out=out)  # type: ignore[no-any-return]
         torch.ops.aten.silu.out(gate, out=self.act)
         torch.mul(self.act, up, out=out)
+        return self.act
 
-    def total(self, gate: Tensor, up: Tensor, out: Tensor, count: Tensor) -> None:
-        self.swiglu(gate, up, out)
-        torch.gt(self.act, 0, out=self.hits)
+    def total(self, gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor) -> None:
+        torch.gt(self.swiglu(gate, up, out), 0, out=self.hits)
         count += torch.sum(self.hits, 0, out=self.row).long()
 
     def segments(
         self,
         gate: Tensor,
-        up: Tensor,
+        up: Tensor | None,
         out: Tensor,
         count: Tensor,
         bounds: Sequence[tuple[int, int]],
     ) -> None:
-        self.swiglu(gate, up, out)
-        torch.gt(self.act, 0, out=self.hits)
+        torch.gt(self.swiglu(gate, up, out), 0, out=self.hits)
         for group, (start, end) in enumerate(bounds):
             torch.sum(self.hits[start:end], 0, out=self.table[group])
         count += self.table.long()
 
     def one_hot(
-        self, gate: Tensor, up: Tensor, out: Tensor, count: Tensor, weights: Tensor
+        self, gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor, weights: Tensor
     ) -> None:
-        self.swiglu(gate, up, out)
-        torch.gt(self.act, 0, out=self.hits_as_weights)
+        torch.gt(self.swiglu(gate, up, out), 0, out=self.hits_as_weights)
         count += product(weights, self.hits_as_weights).long()
 
-    def index_add(self, gate: Tensor, up: Tensor, out: Tensor, count: Tensor, ids: Tensor) -> None:
-        self.swiglu(gate, up, out)
-        torch.gt(self.act, 0, out=self.hits)
+    def index_add(
+        self, gate: Tensor, up: Tensor | None, out: Tensor, count: Tensor, ids: Tensor
+    ) -> None:
+        torch.gt(self.swiglu(gate, up, out), 0, out=self.hits)
         count += self.table.zero_().index_add_(0, ids, self.hits).long()
 
     def responses(

@@ -101,6 +101,7 @@ class _Bench:
         self.reference = self._stats(moments=True)
         self.reference_sums = self._sums()
         gate, up, _ = self.sets[0]
+        self.right_act = [nnf.silu(gate)]
         self.right = [
             ops.swiglu_stats(
                 gate,
@@ -131,6 +132,7 @@ class _Bench:
         least: float = 3,
         compare: Callable[[Tensor], None] | None = None,
         missing: str = "",
+        is_base: bool = False,
     ) -> None:
         """`moved` and `least` count elements of the inputs' dtype per neuron and token."""
 
@@ -144,7 +146,9 @@ class _Bench:
 
         per_element = self.case.T * self.case.F * self.sets[0][0].element_size()
         n_bytes, moved_bytes = round(least * per_element), round(max(moved, least) * per_element)
-        contestant = Contestant(name, variant, run, check, n_bytes, moved_bytes, missing=missing)
+        contestant = Contestant(
+            name, variant, run, check, n_bytes, moved_bytes, missing=missing, is_base=is_base
+        )
         if name == "relneuron":
             kernel = ops.available_backends()["cpu" if self.device == "cpu" else "triton"]
             contestant.note = "" if kernel.works else f"the reference ran: {kernel.detail}"
@@ -161,6 +165,16 @@ class _Bench:
             truth = nnf.silu(gate[rows].double()) * up[rows].double()
             assert_accurate(h[rows], truth, self.right[0][rows])
         self.right.append(h.clone())
+
+    def same_act(self, h: Tensor) -> None:
+        """h of a call without up, likewise."""
+        if any(torch.equal(h, right) for right in self.right_act):
+            return
+        gate = self.sets[0][0]
+        for start in range(0, self.case.T, 512):
+            rows = slice(start, start + 512)
+            assert_accurate(h[rows], nnf.silu(gate[rows].double()), self.right_act[0][rows])
+        self.right_act.append(h.clone())
 
     def same_masked_h(self, h: Tensor) -> None:
         """h of kept neurons as of our op without masks, and zero elsewhere."""
@@ -195,26 +209,44 @@ class _Bench:
         """Elements for three float32 sums that are read and written."""
         return 3 * 2 * 4 / self.sets[0][0].element_size() * self.N / self.case.T
 
+    def add_ours_ungated(self) -> None:
+        stats = self._stats()
+        options: dict[str, Any] = {"stats": stats, "group_ids": self.ids32, "ids_checked": True}
+
+        def call(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+            return ops.swiglu_stats(gate, None, out=out, **options)
+
+        def compare(h: Tensor) -> None:
+            self.same_act(h)
+            self._same_stats(stats)
+
+        self.add("ungated", "relneuron", call, moved=2, least=2, compare=compare, is_base=True)
+
     def add_counting(
         self,
         variant: str,
         name: str,
-        call: Callable[..., None],
+        call: Callable[..., Tensor | None],
         *extra: object,
         moved: float,
         missing: str = "",
     ) -> None:
+        """A way to count; of the variant "ungated" it gets no up."""
+        is_gated = variant != "ungated"
         want = self.reference.count["act"]
         want = want.sum(0) if variant == "total" else want
         count = torch.zeros_like(want)
 
         def compare(h: Tensor) -> None:
-            self.same_h(h)
+            (self.same_h if is_gated else self.same_act)(h)
             n_wrong = int((count != want).sum())
             assert not n_wrong, f"{n_wrong} of {count.numel()} counts differ"
 
-        run = lambda gate, up, out: call(gate, up, out, count, *extra)  # noqa: E731
-        self.add(variant, name, run, moved=moved, compare=compare, missing=missing)
+        def run(gate: Tensor, up: Tensor, out: Tensor) -> Tensor | None:
+            return call(gate, up if is_gated else None, out, count, *extra)
+
+        least = 3 if is_gated else 2
+        self.add(variant, name, run, moved=moved, least=least, compare=compare, missing=missing)
 
     def add_summing(self, name: str, call: Callable[..., None], moved: float) -> None:
         sums = self._sums()
@@ -266,6 +298,7 @@ def swiglu_stats_contestants(
     b.add_ours("all", masks=True, moments=True, responses=True)
     ours = lambda gate, up, out: ops.swiglu_stats(gate, up, out=out)  # noqa: E731
     b.add("swiglu", "relneuron", ours, moved=3)
+    b.add_ours_ungated()
     fine = lambda h: None  # noqa: E731
     triad = lambda gate, up, out: torch.add(gate, up, out=out)  # noqa: E731
     copy = lambda gate, up, out: out.copy_(gate)  # noqa: E731
@@ -294,8 +327,10 @@ def swiglu_stats_contestants(
         of_group_tuned.insert(0, ("segments", tuned.segments, b.bounds, 1 + 2 * float_))
     for form, call, extra, moved in of_group:
         b.add_counting("count", f"eager {form}", call, extra, moved=5 + moved)
+        b.add_counting("ungated", f"eager {form}", call, extra, moved=2 + moved)
     for form, call, extra, moved in of_group_tuned:
         b.add_counting("count", f"eager {form} tuned", call, extra, moved=5 + moved)
+        b.add_counting("ungated", f"eager {form} tuned", call, extra, moved=2 + moved)
     b.add_summing("eager masked sums", tuned.responses, 5 + 9 + b._responses_least())
     if device != "cpu":
         moved = 5 + 3 + 3 * float_ + b._responses_least()
@@ -313,6 +348,7 @@ def swiglu_stats_contestants(
         b.add_counting("total", name, make(peers.total), moved=3)
         for form, call, extra, _ in of_group:
             b.add_counting("count", f"{name} {form}", make(call), extra, moved=3)
+            b.add_counting("ungated", f"{name} {form}", make(call), extra, moved=2)
     return b.contestants
 
 

@@ -299,6 +299,8 @@ def summary(rows: Sequence[Row]) -> Iterator[tuple[str, str, float]]:
         ("best eager counting per relation, not tuned", "count", "eager|"),
         ("best eager counting per relation", "count", "eager"),
         ("best compiled counting per relation", "count", "compile"),
+        ("best eager counting, not gated, to ours", "ungated", "eager"),
+        ("best compiled counting, not gated, to ours", "ungated", "compile"),
         ("triad", "ceiling", "triad"),
         ("ours, with moments and 13 masks", "moments+masks", "relneuron"),
         ("ours, with responses of gate, up, product", "responses", "relneuron"),

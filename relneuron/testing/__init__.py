@@ -5,7 +5,12 @@ checks one by one for a test runner; docs/backend.md shows both. `assert_accurat
 tolerance rule of this project.
 """
 
-from relneuron.testing import checks_h, checks_stats, checks_sums  # noqa: F401  they register
+from relneuron.testing import (  # noqa: F401  they register
+    checks_h,
+    checks_stats,
+    checks_sums,
+    checks_ungated,
+)
 from relneuron.testing.accuracy import assert_accurate, assert_same_bits
 from relneuron.testing.contract import (
     FEATURES,

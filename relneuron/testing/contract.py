@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #   counts, moments  updates `stats` without and with moments=True
 #   responses        adds to `responses`
 #   masks            takes `keep` and `condition_ids`
+#   ungated          takes None for up
 #   out              writes into a given `out`
 #   strides          takes rows that are not contiguous, in gate, up, out and responses
 #   flush_to_zero    subnormal numbers count under torch.set_flush_denormal(True) (CPU only)
@@ -31,6 +32,7 @@ FEATURES = (
     "moments",
     "responses",
     "masks",
+    "ungated",
     "out",
     "strides",
     "flush_to_zero",
@@ -119,7 +121,7 @@ class Subject:
         self.last_call = "none was made"
         self.last_results: tuple[GroupStats | None, dict[str, Tensor]] = (None, {})
 
-    def run(self, gate: Tensor, up: Tensor, **arguments: Any) -> Result:
+    def run(self, gate: Tensor, up: Tensor | None, **arguments: Any) -> Result:
         """Call with copies of the arguments on the device; arguments that are None stay out."""
         assert gate.numel() <= self.elements, "a check says how large its calls are"
         device = self.claims.device
@@ -135,9 +137,11 @@ class Subject:
         if responses:
             plain["responses"] = responses
         self.last_results = (plain.get("stats"), responses)
-        on_device = {"gate": _move(gate, device), "up": _move(up, device)}
+        on_device = {"gate": _move(gate, device)}
+        if up is not None:
+            on_device["up"] = _move(up, device)
         with _threads(self.n_threads):
-            h = self.fn(on_device["gate"], on_device["up"], **moved, **plain)
+            h = self.fn(on_device["gate"], on_device.get("up"), **moved, **plain)
         assert isinstance(h, Tensor), f"the result is a {type(h).__name__}, not a tensor"
         if "out" in moved:
             assert h is moved["out"], "the result must be `out` itself when it is given"
@@ -295,9 +299,9 @@ def describe(tensor: Tensor) -> str:
     return text if tensor.is_contiguous() else f"{text} with strides {tensor.stride()}"
 
 
-def describe_call(gate: Tensor, up: Tensor, arguments: dict[str, Any]) -> str:
+def describe_call(gate: Tensor, up: Tensor | None, arguments: dict[str, Any]) -> str:
     """The call as a user would write it, with shapes for the values."""
-    parts = [f"gate: {describe(gate)}", f"up: {describe(up)}"]
+    parts = [f"gate: {describe(gate)}", "up: None" if up is None else f"up: {describe(up)}"]
     for name, value in arguments.items():
         if isinstance(value, dict):
             inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items())

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from relneuron.ops import GroupStats
-from relneuron.ops.swiglu_stats.reference import site_values
+from relneuron.ops.swiglu_stats.reference import TORCH_ACTIVATIONS, site_values
 from relneuron.testing.accuracy import assert_accurate, assert_same_bits
 
 # --- test data -------------------------------------------------------------------------------
@@ -48,23 +47,21 @@ def subnormals(dtype: torch.dtype) -> list[float]:
 
 def eager_activation(gate: Tensor, activation: str) -> Tensor:
     """torch's own activation, in the dtype of gate."""
-    if activation.startswith("gelu"):
-        return nnf.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return nnf.silu(gate) if activation == "silu" else nnf.relu(gate)
+    return TORCH_ACTIVATIONS[activation](gate)
 
 
 def exact_activation(gate: Tensor, activation: str) -> Tensor:
     """In float64, by formulas that keep their digits in the negative tail."""
     wide = gate.double()
-    if activation == "relu":
-        return nnf.relu(wide)
     if activation == "gelu":
         tail: Tensor = torch.special.erfc(wide * -math.sqrt(0.5))
         return wide * tail * 0.5
     if activation == "gelu_tanh":
         inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
         return wide / (1 + torch.exp(-2 * inner))
-    return wide / (1 + torch.exp(-wide))
+    if activation in ("silu", "quick_gelu"):
+        return wide / (1 + torch.exp(wide * (-1.702 if activation == "quick_gelu" else -1.0)))
+    return TORCH_ACTIVATIONS[activation](wide)
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
@@ -89,11 +86,12 @@ def keep_mask(keep: Tensor, condition_ids: Tensor | None, n_tokens: int, width: 
 
 
 def assert_h(
-    h: Tensor, gate: Tensor, up: Tensor, activation: str, mask: Tensor | None = None
+    h: Tensor, gate: Tensor, up: Tensor | None, activation: str, mask: Tensor | None = None
 ) -> None:
     """h by the accuracy rule where `mask` keeps it, and exactly +0 elsewhere."""
-    truth = exact_activation(gate, activation) * up.double()
-    eager = eager_activation(gate, activation) * up
+    truth, eager = exact_activation(gate, activation), eager_activation(gate, activation)
+    if up is not None:
+        truth, eager = truth * up.double(), eager * up
     if mask is not None:
         assert h.shape == mask.shape, f"h is {tuple(h.shape)} instead of {tuple(mask.shape)}"
         expected = torch.where(mask, h, torch.zeros_like(gate))
@@ -109,7 +107,7 @@ def assert_stats(
     after: GroupStats,
     before: GroupStats,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     group_ids: Tensor | None,
     activation: str,
 ) -> None:
@@ -167,7 +165,7 @@ def assert_responses(
     after: dict[str, Tensor],
     before: dict[str, Tensor],
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     prompt_ids: Tensor,
     activation: str,
 ) -> None:

@@ -114,6 +114,8 @@ def swiglu() -> None:
         options["activation"] = dice.choice(["silu", "silu", "relu"])
     run_op = ops.residual_stats if residual else ops.swiglu_stats
     run_op(gate, up, backend="triton", **options)
+    if not residual and not (groups and stats.sites != ("act",)):
+        run_op(gate, None, backend="triton", **options)
     if "keep" in options:  # the same numbers, with and without a tensor
         options["condition_ids"] = None if options["condition_ids"] is not None else ids[:rows]
         run_op(gate, up, backend="triton", **options)

@@ -57,6 +57,7 @@ def swiglu(
     order: str = "sorted",
     threshold: float = 0.0,
     activation: str = "silu",
+    gated: bool = True,
     responses: tuple[str, ...] = (),
     mask: bool = False,
     conditions: int = 0,
@@ -67,9 +68,11 @@ def swiglu(
     from tests.ops.swiglu_stats.runs import assert_same, run
 
     n_tokens, width = shape
-    gate, up = (normal(*shape, dtype=dtype, seed=seed + at) for at in (1, 2))
+    gate = normal(*shape, dtype=dtype, seed=seed + 1)
+    up = normal(*shape, dtype=dtype, seed=seed + 2) if gated else None
     if bad:
-        gate[n_tokens // 2, width // 3], up[n_tokens // 3, width // 2] = torch.nan, torch.inf
+        gate[n_tokens // 2, width // 3] = torch.nan
+        (gate if up is None else up)[n_tokens // 3, width // 2] = torch.inf
     kwargs: dict[str, Any] = {"activation": activation}
     if sites:
         kwargs["stats"] = {
@@ -93,7 +96,8 @@ def swiglu(
         kept = keep_mask(kwargs["keep"], kwargs.get("condition_ids"), *shape)
     if dtype == torch.float32:
         # One sequence of operations is the activation in all backends, to the last bit.
-        h = site_values(gate, up, activation, ["product"])["product"]
+        site = "act" if up is None else "product"
+        h = site_values(gate, up, activation, [site])[site]
         assert_same_bits(result.h, h if kept is None else h.where(kept, 0.0), "h")
     elif not bad:
         assert_h(result.h, gate, up, activation, kept)
@@ -290,6 +294,12 @@ _STATS: dict[str, dict[str, Any]] = {
     "gelu": {"sites": ("act",), "activation": "gelu"},
     "gelu_tanh": {"sites": ("act",), "activation": "gelu_tanh"},
     "relu": {"sites": ("act",), "activation": "relu", "moments": True, "bad": True},
+    "ungated": {"gated": False, "sites": ("act",), "conditions": 3, "order": "mixed"},
+    "ungated, all": {"gated": False, "sites": ("act",), "moments": True, "groups": 20},
+    "ungated, responses": {"gated": False, "responses": ("gate", "act"), "mask": True},
+    "relu2": {"gated": False, "sites": ("act",), "activation": "relu2"},
+    "quick_gelu": {"gated": False, "sites": ("act",), "activation": "quick_gelu"},
+    "tanh": {"gated": False, "sites": ("act",), "activation": "tanh"},
 }
 
 
@@ -315,6 +325,7 @@ def quick(capability: int) -> dict[str, Callable[[], None]]:
     else:
         found["all at act, conditions, fp32"] = _stats("all at act, conditions", torch.float32)
         found["many groups, fp16"] = _stats("many groups", torch.float16)
+        found["tanh, fp32"] = _stats("tanh", torch.float32)
     found["residual"] = lambda: _twice(residual, (144, 512), (48, 512), moments=True)
     found["moments"] = lambda: _twice(moments, (20, 600, 9, 6), (70, 1100, 40, 6))
     found["gain"] = lambda: _twice(gain, *_GAINS)
@@ -357,13 +368,16 @@ OPS = ("swiglu_stats", "residual_stats", "average_precision", "logprob_gain")
 def _random_swiglu(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
     given = dict(one(*_STATS.values()))
     if "sites" in given:
-        given["sites"] = one(given["sites"], given["sites"], SITES, ("gate",))
+        every = SITES if given.get("gated", True) else ("gate", "act")
+        given["sites"] = one(given["sites"], given["sites"], every, ("gate",))
         given |= {"order": one("sorted", "mixed", "one"), "bad": one(False, False, True)}
         if given.get("groups", 3) == 3:
             given["groups"] = 2 + below(6)
     if given.get("conditions"):
         given["conditions"] = 1 + below(4)
     given.setdefault("activation", one("silu", "silu", *ACTIVATIONS))
+    if not {"up", "product"} & {*given.get("sites", ()), *given.get("responses", ())}:
+        given["gated"] = one(True, given.get("gated", True))
     dtype, shape = one(*DTYPES), _shape(one, below)
     return lambda: swiglu(dtype, shape, seed=seed, **given)
 

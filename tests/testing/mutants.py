@@ -86,6 +86,15 @@ FAULTS = {
     "prompt -1 is the last prompt": "prompt_minus_one_is_nowhere",
     "row stride of responses is ignored": "rows_of_responses_may_be_strided",
     "responses leave out non-finite values": "responses_take_nonfinite_values",
+    # without up
+    "without up gate takes its place": "without_up_h_is_the_activation",
+    "without up h is truncated": "without_up_h_is_rounded_once",
+    "without up h is in half of its precision": "without_up_h_is_rounded_once",
+    "without up act is gate": "without_up_all_else_is_as_with_it",
+    "without up nothing is recorded": "without_up_all_else_is_as_with_it",
+    "without up nothing is dropped": "without_up_dropped_neurons_are_plus_zero",
+    "without up a dropped neuron is times zero": "without_up_dropped_neurons_are_plus_zero",
+    "without up rows are dense": "without_up_rows_may_be_strided",
     # everything
     "responses go by group": "all_features_work_in_one_call",
     "sums have no fixed order": "two_runs_give_the_same_bits",
@@ -97,7 +106,7 @@ FAULTS = {
 def swiglu_stats_with(
     fault: str | None,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     *,
     activation: str = "silu",
     stats: GroupStats | None = None,
@@ -137,7 +146,7 @@ def swiglu_stats_with(
     read_gate, read_up = gate, up
     if fault in ("row stride of gate is ignored", "statistics ignore row strides"):
         read_gate = gate.as_strided(gate.shape, (width, 1))
-    if fault == "row stride of up is ignored":
+    if fault == "row stride of up is ignored" and up is not None:
         read_up = up.as_strided(up.shape, (width, 1))
     obeys_mode = fault == "flush to zero is obeyed"
     with nullcontext() if obeys_mode else ieee_arithmetic():
@@ -152,11 +161,17 @@ def swiglu_stats_with(
         refuse_wrong_ids()
     if fault == "gate is modified":
         gate.mul_(2)
+    if up is None and fault == "without up nothing is dropped":
+        mask = None
     dropped = torch.zeros_like(h, dtype=torch.bool) if mask is None else ~mask
-    masked = h * ~dropped if fault == "dropped means times zero" else h.masked_fill(dropped, 0.0)
+    is_product = fault == "dropped means times zero"
+    is_product |= up is None and fault == "without up a dropped neuron is times zero"
+    masked = h * ~dropped if is_product else h.masked_fill(dropped, 0.0)
     if out is None or fault == "out is not returned":
         return masked
-    if fault == "row stride of out is ignored":
+    if fault == "row stride of out is ignored" or (
+        up is None and fault == "without up rows are dense"
+    ):
         out.as_strided(out.shape, (width, 1)).copy_(masked)
     elif fault == "out is stale where dropped":
         out.copy_(torch.where(dropped, out, masked))
@@ -165,10 +180,12 @@ def swiglu_stats_with(
     return out
 
 
-def hidden(fault: str | None, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def hidden(fault: str | None, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     dtype = gate.dtype
     if fault == "the activation is always silu":
         activation = "silu"
+    if up is None:
+        return hidden_without_up(fault, gate, activation)
     act = site_values(gate, up, activation, ["act"])["act"]
     if fault == "exp overflows":
         act = gate.float() * gate.float().exp() / (1 + gate.float().exp())
@@ -185,6 +202,18 @@ def hidden(fault: str | None, gate: Tensor, up: Tensor, activation: str) -> Tens
         h[:, width // 8 * 8 :] = 0
     if fault == "the last rows are missed" and n_tokens > 16:
         h[n_tokens // 16 * 16 :] = 0
+    return h
+
+
+def hidden_without_up(fault: str | None, gate: Tensor, activation: str) -> Tensor:
+    wide = site_values(gate.float(), None, activation, ["act"])["act"]
+    h = wide.to(gate.dtype)
+    if fault == "without up gate takes its place":
+        h = h * gate
+    if fault == "without up h is truncated" and gate.dtype == torch.bfloat16:
+        h = (wide.view(torch.int32) & -65536).view(torch.float32).to(h)
+    if fault == "without up h is in half of its precision":
+        h = h.to(torch.float16 if gate.dtype == torch.bfloat16 else torch.bfloat16).to(h)
     return h
 
 
@@ -205,7 +234,7 @@ def unpack(
 def record(
     fault: str | None,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     activation: str,
     stats: GroupStats | None,
     group_ids: Tensor | None,
@@ -214,7 +243,12 @@ def record(
     mask: Tensor | None,
 ) -> None:
     """The statistics and responses of one call."""
-    values = site_values(gate, up, activation, ("gate", "up", "act", "product"))
+    if up is None and fault == "without up nothing is recorded":
+        return
+    sites = ("gate", "act") if up is None else ("gate", "up", "act", "product")
+    values = site_values(gate, up, activation, sites)
+    if up is None and fault == "without up act is gate":
+        values["act"] = values["gate"]
     if fault == "values go through bfloat16":
         values = {site: value.bfloat16().float() for site, value in values.items()}
     if stats is not None and not (fault == "without ids nothing is counted" and group_ids is None):

@@ -24,7 +24,7 @@ class Names(NamedTuple):
 
     op: str
     gate: str
-    up: str
+    up: str | None  # None: the call is without it
     sites: tuple[str, ...]
     codes: tuple[str, ...]
 
@@ -32,13 +32,19 @@ class Names(NamedTuple):
 def check_given(
     names: Names,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     stats: GroupStats | None,
     responses: Mapping[str, Tensor] | None,
     others: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
     """All arguments are plain tensors without a gradient; returns those of `stats`."""
-    if not (isinstance(gate, Tensor) and isinstance(up, Tensor)):
+    inputs = {names.gate: gate}
+    if names.up is None:
+        if not isinstance(gate, Tensor):
+            raise TypeError(f"{names.op}: {names.gate} must be a tensor, got {type(gate).__name__}")
+    elif isinstance(gate, Tensor) and isinstance(up, Tensor):
+        inputs[names.up] = up
+    else:
         raise TypeError(
             f"{names.op}: {names.gate} and {names.up} must be tensors, "
             f"got {type(gate).__name__} and {type(up).__name__}"
@@ -47,7 +53,7 @@ def check_given(
         raise ValueError(f"{names.op}: {names.gate} must have data, got a tensor on meta")
     for site, tensor in responses.items() if responses else ():
         others = {**others, f"responses[{site!r}]": tensor}
-    check_tensors(names.op, {names.gate: gate, names.up: up}, others)
+    check_tensors(names.op, inputs, others)
     if stats is None:
         return {}
     if not isinstance(stats, GroupStats):
@@ -55,13 +61,14 @@ def check_given(
     return stats.tensors(names.op)
 
 
-def check_inputs(names: Names, gate: Tensor, up: Tensor, out: Tensor | None) -> None:
+def check_inputs(names: Names, gate: Tensor, up: Tensor | None, out: Tensor | None) -> None:
     """gate and up are two (T, F) matrices; out is a third that may be written."""
     if gate.ndim != 2 or gate.dtype not in DTYPES:
         raise _error(names, names.gate, "(T, F) float32|bfloat16|float16", gate)
     shape = (gate.shape[0], gate.shape[1])
     for name, tensor in ((names.up, up), (names.gate, gate)):
-        _check_matrix(names, name, tensor, "(T, F)", shape, gate.dtype, gate, writable=False)
+        if name is not None and tensor is not None:
+            _check_matrix(names, name, tensor, "(T, F)", shape, gate.dtype, gate, writable=False)
     if out is not None:
         _check_matrix(names, "out", out, "(T, F)", shape, gate.dtype, gate, writable=True)
 
@@ -87,7 +94,7 @@ def check_statistics(
             )
         if not set(stats.sites) <= set(names.sites):
             raise ValueError(
-                f"{names.op}: stats must have sites among {names.sites}, got {stats.sites}"
+                f"{names.op}: stats must have sites among {_sites(names)}, got {stats.sites}"
             )
         if group_ids is not None:
             _check_ids_layout(names, "group_ids", group_ids, gate)
@@ -100,7 +107,7 @@ def check_statistics(
     tensors = dict(responses) if responses else {}
     if not set(tensors) <= set(names.sites):
         raise ValueError(
-            f"{names.op}: responses must have keys among {names.sites}, got {tuple(tensors)}"
+            f"{names.op}: responses must have keys among {_sites(names)}, got {tuple(tensors)}"
         )
     if (prompt_ids is None) != (not tensors):
         raise ValueError(
@@ -141,6 +148,10 @@ def check_masks(
         if keep is None:
             raise ValueError(f"{names.op}: condition_ids must come with keep, got keep=None")
         _check_ids_layout(names, "condition_ids", condition_ids, gate)
+
+
+def _sites(names: Names) -> str:
+    return f"{names.sites}{' (there is no up)' if names.up is None else ''}"
 
 
 def _describe(tensor: Tensor, strides: bool = False) -> str:

@@ -31,6 +31,9 @@ from relneuron.ops.swiglu_stats.repeat import Known, known, likeness, remember
 
 NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
 NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
+# Without up there is no product.
+UNGATED = NAMES._replace(up=None, sites=("gate", "act"), codes=("gate", "act"))
+UNGATED_ONLY = UNGATED._replace(op=NAMES_ONLY.op)
 
 # Two threads that add to the same counters would lose some of each other's tokens.
 _ADDING = threading.Lock()
@@ -42,7 +45,7 @@ _ALONE = nullcontext()
 
 def swiglu_stats(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     *,
     activation: str = "silu",
     stats: GroupStats | None = None,
@@ -57,10 +60,13 @@ def swiglu_stats(
 ) -> Tensor:
     """h = activation(gate) * up, while the values are counted per group and neurons are masked.
 
+    Without up (None), as in an MLP that is not gated, h = activation(gate).
+
     Arguments
         gate, up       (T, F) float32|bfloat16|float16, same dtype and device; last stride 1, any
                        row stride (a half of a packed tensor, rows that overlap, an expanded row)
-        activation     silu | gelu (erf) | gelu_tanh | relu
+        activation     silu | gelu (erf) | gelu_tanh | relu | relu2 (the square of relu) |
+                       quick_gelu (x sigmoid(1.702 x)) | tanh
         stats          a GroupStats of width F on the same device, updated in place
         group_ids      (T,) int32 in [-1, G): the group of each token, -1 = not counted in anything
                        of `stats`. May be left out when G = 1: all tokens are then in group 0
@@ -76,14 +82,16 @@ def swiglu_stats(
 
     Values. The sites of token t and neuron f are, each rounded to the dtype of gate,
         gate, up, act = activation(gate), product = act * up
-    and they are recorded before masking. All arithmetic is IEEE float32 with one rounding per
-    operation; the activation behind the sites act and product is one fixed sequence of operations
-    with an error of a few float32 ulp (ops/swiglu_stats/reference.py), the same in every backend. h
-    of the reference is torch's own activation times up, bit for bit; h of the other backends is the
-    site product, which in bfloat16 and float16 differs from torch's h in the last bit of rare
-    elements. There triton takes a shorter way to act in h, sums and responses, unless product is a
-    site: in rare elements it is the neighbouring number, also within 1 ulp of torch's. Where `keep`
-    drops a neuron its h is exactly +0, whatever the value was (NaN too).
+    (without up: gate and act) and they are recorded before masking. All arithmetic is IEEE float32
+    with one rounding per operation; the activation behind the sites act and product is one fixed
+    sequence of operations with an error of a few float32 ulp (ops/swiglu_stats/reference.py), the
+    same in every backend. h of the reference is torch's own activation (of quick_gelu, its formula
+    in the dtype) times up, bit for bit; h of the other backends is the site product (without up:
+    act), which in bfloat16 and float16 differs from torch's h in the last bit of rare elements (of
+    quick_gelu, which torch rounds three times, of more). There triton takes a shorter way to act in
+    h, sums and responses, unless product is a site: in rare elements it is the neighbouring number,
+    also within 1 ulp of torch's. Where `keep` drops a neuron its h is exactly +0, whatever the
+    value was (NaN too).
 
     Statistics. See GroupStats. A response is a float32 sum; non-finite values go into it. T = 0 and
     F = 0 are allowed.
@@ -102,7 +110,7 @@ def swiglu_stats(
     """
     _check_activation("swiglu_stats", activation)
     h = run_checked(
-        NAMES,
+        UNGATED if up is None else NAMES,
         gate,
         up,
         activation=activation,
@@ -122,7 +130,7 @@ def swiglu_stats(
 
 def swiglu_stats_only(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     *,
     activation: str = "silu",
     stats: GroupStats | None = None,
@@ -139,7 +147,7 @@ def swiglu_stats_only(
     """
     _check_activation("swiglu_stats_only", activation)
     run_checked(
-        NAMES_ONLY,
+        UNGATED_ONLY if up is None else NAMES_ONLY,
         gate,
         up,
         activation=activation,
@@ -164,7 +172,7 @@ def _check_activation(op: str, activation: str) -> None:
 def run_checked(
     names: Names,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     *,
     activation: str,
     stats: GroupStats | None,
@@ -276,7 +284,7 @@ def run_checked(
 
 def _swiglu_stats_impl(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     out: Tensor | None,
     activation: str,
     sites: str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -17,7 +17,17 @@ from torch import Tensor
 
 from relneuron.ops.swiglu_stats.repeat import Known
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+# By name, torch's own, bit for bit what a model computes in eager mode.
+TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nnf.silu,
+    "gelu": nnf.gelu,
+    "gelu_tanh": lambda x: nnf.gelu(x, approximate="tanh"),
+    "relu": nnf.relu,
+    "relu2": lambda x: nnf.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+}
+ACTIVATIONS = tuple(TORCH_ACTIVATIONS)
 # What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
 RESIDUAL = "residual"
 # The position is the code in the C++ and Triton kernels.
@@ -29,7 +39,7 @@ class Call:
     """The arguments of one checked call, as every backend takes them."""
 
     gate: Tensor
-    up: Tensor
+    up: Tensor | None  # None: h is activation(gate)
     out: Tensor | None  # None: only statistics
     activation: str
     sites: tuple[str, ...]
@@ -78,12 +88,16 @@ def swiglu_stats_reference(call: Call) -> None:
 def _compute_h(call: Call, h: Tensor) -> None:
     gate, up = call.gate, call.up
     if call.activation == RESIDUAL:
+        assert up is not None, "a residual is added to something"
         torch.add(up, gate, out=h)
+    elif up is None:
+        h.copy_(TORCH_ACTIVATIONS[call.activation](gate))
     else:
-        torch.mul(_torch_activation(gate, call.activation), up, out=h)
+        torch.mul(TORCH_ACTIVATIONS[call.activation](gate), up, out=h)
     if call.keep is not None:
         keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
         if call.activation == RESIDUAL:
+            assert up is not None
             torch.where(keep, h, up, out=h)
         else:
             h.masked_fill_(~keep, 0.0)
@@ -116,22 +130,14 @@ def _keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor
     return (bits[:1] if condition_ids is None else bits[condition_ids.long()]).bool()
 
 
-def _torch_activation(gate: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return nnf.silu(gate)
-    if activation == "gelu":
-        return nnf.gelu(gate)
-    if activation == "gelu_tanh":
-        return nnf.gelu(gate, approximate="tanh")
-    return nnf.relu(gate)
-
-
 def site_values(
-    gate: Tensor, up: Tensor, activation: str, sites: Collection[str]
+    gate: Tensor, up: Tensor | None, activation: str, sites: Collection[str]
 ) -> dict[str, Tensor]:
     """The values of the asked sites as float32, each rounded to the dtype of gate."""
     dtype = gate.dtype
-    values = {"gate": gate.float(), "up": up.float()}
+    values = {"gate": gate.float()}
+    if up is not None:
+        values["up"] = up.float()
     if not {"act", "product"}.isdisjoint(sites):
         values["act"] = _activation(values["gate"], activation).to(dtype).float()
     if "product" in sites:
@@ -165,13 +171,15 @@ _SMALLEST_NORMAL_DOUBLE = struct.unpack("<d", bytes(6) + b"\x10\x00")[0]
 
 # --------------------------------------------------------------------------------------------------
 # The activation of the statistics: one fixed sequence of float32 operations, the same here, in
-# csrc/swiglu_stats_kernel.cpp and in ops/swiglu_stats/triton_launch.py. Every + - * / below rounds
+# csrc/swiglu_stats_activation.h and in ops/swiglu_stats/triton_math.py. Every + - * / below rounds
 # once, so no backend may contract them into fused multiply-adds, reorder them or replace the
 # division.  The constants are float32 numbers with 9 digits. Largest relative errors against
-# float64, over all 16-bit patterns and 24 million float32 values (test_activation_error holds
-# bounds on them): exp 1.4 x 2^-24; silu 2.9 x 2^-24; gate > -1: gelu 5.5 x 2^-24, gelu_tanh 4.3 x
-# 2^-24; gate > -5: 1.3e-6 and 2.8e-6; in the far tail 7.8e-6 (gelu, gate > -12) and 1.4e-5
-# (gelu_tanh, gate > -9). torch's own float32 gelu has lost 20% of the value at gate = -5.
+# float64, over all 16-bit patterns and many float32 values (test_activation_error holds bounds on
+# them), in units of 2^-24: exp 1.4, silu 2.9, relu2 1, tanh 1.5; gate > -1: gelu 5.5, gelu_tanh
+# 4.6, quick_gelu 4.0. In the negative tail the rounding of the exponent counts as often as it is
+# large: gate > -5: gelu 22, gelu_tanh 39, quick_gelu 13; further out gelu 131 (gate > -12),
+# gelu_tanh 194 (gate > -9), quick_gelu 84 (gate > -50). torch's own float32 gelu has lost 20% of
+# the value at gate = -5.
 
 # exp(x) = 2^n * exp(r) with r = x - n ln 2 in two parts: the first has 10 bits, so n * it is exact.
 LOG2_E = 1.44269502
@@ -197,9 +205,22 @@ ERFC_P = (
     -0.161039799,
 )
 SQRT_HALF = 0.707106769
-# gelu_tanh(x) = x / (1 + exp(-2y)), y = sqrt(2/pi) (x + 0.044715 x^3)
-SQRT_2_OVER_PI = 0.797884583
-GELU_CUBIC = 0.0447149985
+# gelu_tanh(x) = x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)): of x and of x^3
+GELU_LINEAR = 1.59576917
+GELU_CUBIC = 0.0713548139
+QUICK_GELU = 1.70200002
+# Above this x sigmoid(s) is x, for both s.
+SIGMOID_HIGH = 12.0
+# tanh(x) = x + x^3 P(x^2): minimax for |x| <= 1 in relative error (4.6e-9), lowest first.
+TANH_P = (
+    -0.333332956,
+    0.133323446,
+    -0.0538798012,
+    0.0214866586,
+    -0.00794610661,
+    0.0023013649,
+    -0.000358452089,
+)
 
 
 def _horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -224,22 +245,52 @@ def _exp(x: Tensor) -> Tensor:
     )
 
 
+def _times_sigmoid(x: Tensor, s: Tensor) -> Tensor:
+    """x sigmoid(s) where s has the sign of x: of positive x a small part is taken off.
+
+    So the roundings before the last one count for little where the result is large.
+    """
+    e = _exp(-s.abs())
+    part = x * (e / (e + 1.0))
+    return torch.where(x > SIGMOID_HIGH, x, torch.where(x > 0.0, x - part, part))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    square = x * x
+    t = torch.ones_like(x) / ((x.abs() * SQRT_HALF) * 0.5 + 1.0)
+    tail = (_exp(_horner(t, ERFC_P) - square * 0.5) * t) * 0.5
+    middle = x * _horner(square, PHI_R) + 0.5
+    return x * torch.where(x < -1.0, tail, torch.where(x > 1.0, 1.0 - tail, middle))
+
+
+def _relu(x: Tensor) -> Tensor:
+    return torch.where(x < 0.0, 0.0, x)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    size = x.abs()
+    square = size * size
+    near = size + size * (square * _horner(square, TANH_P))
+    e = _exp(size * -2.0)
+    far = 1.0 - (e * 2.0) / (e + 1.0)
+    return torch.where(size > 1.0, far, near).copysign(x)
+
+
+_SEQUENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (_exp(-x) + 1.0),
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: _times_sigmoid(x, x * ((x * x) * GELU_CUBIC + GELU_LINEAR)),
+    "relu": _relu,
+    "relu2": lambda x: _relu(x) * _relu(x),
+    "quick_gelu": lambda x: _times_sigmoid(x, x * QUICK_GELU),
+    "tanh": _tanh,
+}
+
+
 def _activation(x: Tensor, activation: str) -> Tensor:
     """The activation of float32 values, as the sites act and product record it.
 
-    NaN gives NaN. At -inf silu, gelu and gelu_tanh give NaN and relu 0, as in torch; at +inf all
-    give +inf (torch's gelu gives NaN there on a CPU).
+    NaN gives NaN. At -inf silu and the gelus give NaN, as torch's do; at +inf all but tanh give
+    +inf (torch's gelu gives NaN there on a CPU).
     """
-    if activation == "silu":
-        return x / (_exp(-x) + 1.0)
-    if activation == "gelu_tanh":
-        y = (x + (x * x * x) * GELU_CUBIC) * SQRT_2_OVER_PI
-        return x / (_exp(y * -2.0) + 1.0)
-    if activation == "gelu":
-        square = x * x
-        t = torch.ones_like(x) / ((x.abs() * SQRT_HALF) * 0.5 + 1.0)
-        tail = (_exp(_horner(t, ERFC_P) - square * 0.5) * t) * 0.5
-        middle = x * _horner(square, PHI_R) + 0.5
-        phi = torch.where(x < -1.0, tail, torch.where(x > 1.0, 1.0 - tail, middle))
-        return x * phi
-    return torch.where(x < 0.0, 0.0, x)
+    return _SEQUENCES[activation](x)

@@ -1,8 +1,8 @@
 """The main Triton kernel of `swiglu_stats`, which `triton_launch.py` launches.
 
-It reads gate and up once, writes h, adds the counts, and leaves the moments of every tile for
-`_moments_kernel` in `ops/swiglu_stats/triton_sums.py`. Only integers are added atomically. How a
-site is recorded on the way is in `triton_records.py`.
+It reads gate and up (if there is one) once, writes h, adds the counts, and leaves the moments of
+every tile for `_moments_kernel` in `ops/swiglu_stats/triton_sums.py`. Only integers are added
+atomically. How a site is recorded on the way is in `triton_records.py`.
 """
 
 # What triton.jit compiles is not typed Python.
@@ -49,7 +49,8 @@ def _load(ptr, mask):
 @triton.jit
 def _step(
     records,  # one per site
-    cells,  # pointers into h, gate and up [BLOCK_T, BLOCK_F]
+    cells,  # pointers into h and gate [BLOCK_T, BLOCK_F]
+    up_cells,  # likewise, None = h is act
     kept,  # [BLOCK_T or 1, BLOCK_F] int16, None = nothing is dropped
     mask,  # of the loads, None = all
     live,  # of the store, None = all
@@ -64,11 +65,13 @@ def _step(
     PTX: tl.constexpr,
 ):
     """h of one block [BLOCK_T, BLOCK_F]; its values go into the records."""
-    h_cells, gate_cells, up_cells = cells
+    h_cells, gate_cells = cells
     threshold, high, low = limits
     gate_record, up_record, act_record, product_record = records
     gate = _load(gate_cells, mask)
-    up = _load(up_cells, mask)
+    up = None
+    if up_cells is not None:
+        up = _load(up_cells, mask)
     gate = _after(gate, up, zero, PTX)
     if ACTIVATION == RESIDUAL:
         tl.store(h_cells, _add(up, gate, kept, PTX), mask=live)
@@ -122,7 +125,7 @@ def _swiglu_stats_kernel(
     n_rows_ptr,  # (tiles, G) int32, zeros: becomes the tokens of each group in each tile
     order_ptr,  # (tiles, column blocks, TILE_T) int32: room for an order of rows
     gate_ptr,  # (T, F)
-    up_ptr,  # (T, F)
+    up_ptr,  # (T, F), None = h is act
     group_ids_ptr,  # (T,) int32, None = all tokens in group 0
     keep_ptr,  # (C, 4 W) uint8, None without masks
     condition_ids_ptr,  # (T,) int32, None = row 0
@@ -184,7 +187,8 @@ def _swiglu_stats_kernel(
     )
     h_tile = h_ptr + first * stride_ht + offs_f[None, :]
     gate_tile = gate_ptr + first * stride_gt + offs_f[None, :]
-    up_tile = up_ptr + first * stride_ut + offs_f[None, :]
+    if up_ptr is not None:
+        up_tile = up_ptr + first * stride_ut + offs_f[None, :]
     group_ids_tile = group_ids_ptr
     order_tile = order_ptr
     condition_ids_tile = condition_ids_ptr
@@ -234,12 +238,16 @@ def _swiglu_stats_kernel(
 
         # Whole blocks of neighbouring rows, all with one row of `keep`.
         at = (begin + offs_t).to(tl.int64)[:, None]  # [BLOCK_T, 1]
-        cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt, up_tile + at * stride_ut)
+        cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt)
+        up_cells = None
+        if up_ptr is not None:
+            up_cells = up_tile + at * stride_ut
         block = tl.full([], BLOCK_T, tl.int64)
         for _ in tl.range(n_blocks, num_stages=STAGES):
             records = _step(
                 records,
                 cells,
+                up_cells,
                 kept,
                 mask,
                 mask,
@@ -253,11 +261,9 @@ def _swiglu_stats_kernel(
                 MOMENTS,
                 PTX,
             )
-            cells = (
-                cells[0] + block * stride_ht,
-                cells[1] + block * stride_gt,
-                cells[2] + block * stride_ut,
-            )
+            cells = (cells[0] + block * stride_ht, cells[1] + block * stride_gt)
+            if up_ptr is not None:
+                up_cells += block * stride_ut
 
         # The other rows. Past the end of the run its last row is repeated, with weight 0.
         for position in tl.range(begin + n_blocks * BLOCK_T, stop, BLOCK_T, num_stages=STAGES):
@@ -277,11 +283,14 @@ def _swiglu_stats_kernel(
                 condition_rows = tl.load(condition_ids_tile + place).to(tl.uint32).to(tl.int64)
                 row_bytes = keep_ptr + condition_rows[:, None] * stride_kc + offs_b[None, :]
                 kept_rows = _spread_bits(_load(row_bytes, mask_b), PTX)
-            cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt, up_tile + at * stride_ut)
+            cells = (h_tile + at * stride_ht, gate_tile + at * stride_gt)
+            if up_ptr is not None:
+                up_cells = up_tile + at * stride_ut
             live = is_row & mask_f[None, :]
             records = _step(
                 records,
                 cells,
+                up_cells,
                 kept_rows,
                 mask,
                 live,

@@ -39,7 +39,8 @@ class LaunchConfig:
     moments_block_t: int = 4
     moments_block_f: int = 64
     moments_warps: int = 1
-    # With partial sums: n stages have n - 1 steps' gate and up under way at a time.
+    # With partial sums, and without up, where a step is one load: n stages have n - 1 steps' gate
+    # and up under way at a time.
     stages: int = 1
     # With partial sums, instead of all this where there are MIN_PROGRAMS of them.
     long: LaunchConfig | None = None
@@ -175,6 +176,7 @@ class Shapes(NamedTuple):
     width: int
     dtype: torch.dtype
     activation: str
+    is_gated: bool
     sites: tuple[str, ...]
     threshold_bits: int
     n_groups: int  # 0: no statistics
@@ -195,6 +197,7 @@ class Shapes(NamedTuple):
             gate.shape[1],
             gate.dtype,
             call.activation,
+            call.up is not None,
             call.sites,
             call.threshold_bits,
             0 if call.tokens is None else call.tokens.shape[0],
@@ -202,7 +205,7 @@ class Shapes(NamedTuple):
             call.group_ids is not None,
             out.stride(0),
             gate.stride(0),
-            call.up.stride(0),
+            0 if call.up is None else call.up.stride(0),
             0 if call.keep is None else 4 * call.keep.shape[1],
             next(iter(responses.values())).shape[0] if responses else 0,
             tuple([responses[s].stride(0) if s in responses else None for s in SITES])
@@ -283,7 +286,7 @@ def _forms(shapes: Shapes, config: LaunchConfig, is_nvidia: bool) -> Forms:
             "MOMENTS": has_partials,
             "EVEN_F": width > 0 and width % block_f == 0,
             "PTX": is_nvidia,
-            "STAGES": config.stages if has_partials else 1,
+            "STAGES": config.stages if has_partials or not shapes.is_gated else 1,
             "TILE_T": config.tile_t,
             "BLOCK_T": config.block_t,
             "BLOCK_F": block_f,
@@ -378,9 +381,9 @@ def _gate_limits(shapes: Shapes) -> tuple[int, int | None] | None:
     """(high, low) as float32 bits when the kernel may compute act in the fast form, else None.
 
     The exact form is needed where its bits are recorded: in float32, and for the site product. For
-    the site act gate is enough: it tells hits and the maximum. relu needs no fast form.
+    the site act gate is enough: it tells hits and the maximum. relu and relu2 need no fast form.
     """
-    is_exact = shapes.dtype == torch.float32 or shapes.activation == "relu"
+    is_exact = shapes.dtype == torch.float32 or shapes.activation in ("relu", "relu2")
     if is_exact or "product" in shapes.sites:
         return None
     if "act" not in shapes.sites:

@@ -26,6 +26,9 @@ SITE_PRODUCT = tl.constexpr(SITES.index("product"))
 SILU = tl.constexpr(CODES.index("silu"))
 GELU = tl.constexpr(CODES.index("gelu"))
 GELU_TANH = tl.constexpr(CODES.index("gelu_tanh"))
+RELU2 = tl.constexpr(CODES.index("relu2"))
+QUICK = tl.constexpr(CODES.index("quick_gelu"))
+TANH = tl.constexpr(CODES.index("tanh"))
 RESIDUAL = tl.constexpr(CODES.index("residual"))
 
 LOG2_E = tl.constexpr(reference.LOG2_E)
@@ -34,15 +37,20 @@ LN2_LOW = tl.constexpr(reference.LN2_LOW)
 EXP_LOW = tl.constexpr(reference.EXP_LOW)
 EXP_HIGH = tl.constexpr(reference.EXP_HIGH)
 SQRT_HALF = tl.constexpr(reference.SQRT_HALF)
-SQRT_2_OVER_PI = tl.constexpr(reference.SQRT_2_OVER_PI)
+GELU_LINEAR = tl.constexpr(reference.GELU_LINEAR)
 GELU_CUBIC = tl.constexpr(reference.GELU_CUBIC)
+QUICK_GELU = tl.constexpr(reference.QUICK_GELU)
+SIGMOID_HIGH = tl.constexpr(reference.SIGMOID_HIGH)
 Q0, Q1, Q2, Q3, Q4 = (tl.constexpr(c) for c in reference.EXP_Q)
 R0, R1, R2, R3, R4, R5 = (tl.constexpr(c) for c in reference.PHI_R)
 P0, P1, P2, P3, P4, P5, P6, P7, P8 = (tl.constexpr(c) for c in reference.ERFC_P)
+T0, T1, T2, T3, T4, T5, T6 = (tl.constexpr(c) for c in reference.TANH_P)
 
-# exp(-2 y) of gelu_tanh as 2^(x (LINEAR + CUBIC x^2)).
-TANH_LINEAR = tl.constexpr(-2.0 * reference.LOG2_E * reference.SQRT_2_OVER_PI)
-TANH_CUBIC = tl.constexpr(-2.0 * reference.LOG2_E * reference.SQRT_2_OVER_PI * reference.GELU_CUBIC)
+# The fast form has powers of 2 for exp(-s): of gelu_tanh 2^(x (EXP2_LINEAR + EXP2_CUBIC x^2)), of
+# quick_gelu 2^(x EXP2_QUICK).
+EXP2_LINEAR = tl.constexpr(-reference.LOG2_E * reference.GELU_LINEAR)
+EXP2_CUBIC = tl.constexpr(-reference.LOG2_E * reference.GELU_CUBIC)
+EXP2_QUICK = tl.constexpr(-reference.LOG2_E * reference.QUICK_GELU)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,13 +81,15 @@ def _widen(x, PTX: tl.constexpr):
 
 @triton.jit
 def _after(gate, up, zero, PTX: tl.constexpr):
-    """gate, with which nothing can be done before `up` is here, too.
+    """gate, with which nothing can be done before `up` is here, too, if there is one.
 
     A compiler that sees no use of `up` before the activation is done loads it only then, which
     saves registers, and every step waits for memory twice. It cannot know that `zero` is 0 in
     gate ^ (up & zero), one instruction for 4 bytes. None = both come at once anyhow.
     """
-    if PTX and zero is not None and gate.dtype == tl.float32:
+    if up is None:
+        pass
+    elif PTX and zero is not None and gate.dtype == tl.float32:
         gate = tl.inline_asm_elementwise(
             "lop3.b32 $0, $1, $2, $3, 0x78;",
             "=r,r,r,r",
@@ -125,8 +135,14 @@ _FP16_PRODUCT = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 
 @triton.jit
 def _multiply(a, b, kept, PTX: tl.constexpr):
-    """a * b rounded once to their dtype, and +0 where `kept` (int16: 0 or -1) is 0."""
-    if PTX and a.dtype != tl.float32:
+    """a * b rounded once to their dtype, a without b; +0 where `kept` (int16: 0 or -1) is 0."""
+    if PTX and a.dtype != tl.float32 and b is None:
+        result = a
+        if kept is not None:
+            result = tl.inline_asm_elementwise(
+                "and.b32 $0, $1, $2;", "=r,r,r", [a, kept], dtype=a.dtype, is_pure=True, pack=2
+            )
+    elif PTX and a.dtype != tl.float32:
         # A pair per instruction. a * b + -0 is a * b; sm_80 has no other product of bfloat16.
         PRODUCT: tl.constexpr = _BF16_PRODUCT if a.dtype == tl.bfloat16 else _FP16_PRODUCT
         if kept is None:
@@ -143,7 +159,9 @@ def _multiply(a, b, kept, PTX: tl.constexpr):
                 pack=2,
             )
     else:
-        if a.dtype == tl.bfloat16:
+        if b is None:
+            result = a
+        elif a.dtype == tl.bfloat16:
             result = _narrow(_widen(a, PTX) * _widen(b, PTX), a.dtype, PTX)
         else:
             result = a * b
@@ -227,12 +245,40 @@ def _exp(x):
 
 
 @triton.jit
+def _times_sigmoid(x, s):
+    e = _exp(-tl.abs(s))
+    part = x * tl.div_rn(e, e + 1.0)
+    return tl.where(x > SIGMOID_HIGH, x, tl.where(x > 0.0, x - part, part))
+
+
+@triton.jit
+def _with_sign(size, x):
+    """size, which is not negative, with the sign of x."""
+    sign = x.to(tl.int32, bitcast=True) & -(2**31)
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _exact_activation(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == SILU:
         result = tl.div_rn(x, _exp(-x) + 1.0)
     elif ACTIVATION == GELU_TANH:
-        y = (x + (x * x * x) * GELU_CUBIC) * SQRT_2_OVER_PI
-        result = tl.div_rn(x, _exp(y * -2.0) + 1.0)
+        result = _times_sigmoid(x, x * ((x * x) * GELU_CUBIC + GELU_LINEAR))
+    elif ACTIVATION == QUICK:
+        result = _times_sigmoid(x, x * QUICK_GELU)
+    elif ACTIVATION == TANH:
+        size = tl.abs(x)
+        square = size * size
+        p = square * T6 + T5
+        p = p * square + T4
+        p = p * square + T3
+        p = p * square + T2
+        p = p * square + T1
+        p = p * square + T0
+        near = size + size * (square * p)
+        e = _exp(size * -2.0)
+        far = 1.0 - tl.div_rn(e * 2.0, e + 1.0)
+        result = _with_sign(tl.where(size > 1.0, far, near), x)
     elif ACTIVATION == GELU:
         square = x * x
         magnitude = tl.where(x < 0.0, -x, x)
@@ -256,6 +302,8 @@ def _exact_activation(x, ACTIVATION: tl.constexpr):
         result = x * tl.where(x < -1.0, tail, right)
     else:
         result = tl.where(x < 0.0, 0.0, x)
+        if ACTIVATION == RELU2:
+            result = result * result
     return result
 
 
@@ -287,7 +335,7 @@ def _reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def _fast_activation(x, weight, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
-    """weight * activation(x) for silu, gelu and gelu_tanh, two special functions per value.
+    """weight * activation(x), but not of relu and relu2; two special functions per value.
 
     A weight (0.0 or 1.0 per row, None = 1.0) mostly costs nothing, it goes into a constant.
     """
@@ -312,9 +360,28 @@ def _fast_activation(x, weight, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
         q = tl.fma(q, square, R0)
         right = tl.where(x > 1.0, 1.0 - tail, tl.fma(x, q, 0.5))
         result = (x * factor) * tl.where(x < -1.0, tail, right)
+    elif ACTIVATION == TANH:
+        size = tl.abs(x)
+        square = size * size
+        p = tl.fma(square, T6, T5)
+        p = tl.fma(p, square, T4)
+        p = tl.fma(p, square, T3)
+        p = tl.fma(p, square, T2)
+        p = tl.fma(p, square, T1)
+        p = tl.fma(p, square, T0)
+        near = tl.fma(size * square, p, size)
+        far = tl.fma(_reciprocal(_exp2(size * (2.0 * LOG2_E), PTX) + 1.0, PTX), -2.0, 1.0)
+        result = _with_sign(tl.where(size > 1.0, far, near), x)
+        if weight is not None:
+            result = result * weight
     else:
         # x / (1 + 2^t)
-        t = x * -LOG2_E if ACTIVATION == SILU else x * tl.fma(x * x, TANH_CUBIC, TANH_LINEAR)
+        if ACTIVATION == SILU:
+            t = x * -LOG2_E
+        elif ACTIVATION == QUICK:
+            t = x * EXP2_QUICK
+        else:
+            t = x * tl.fma(x * x, EXP2_CUBIC, EXP2_LINEAR)
         # The reciprocal flushes subnormal results to zero, and 1 / (1 + 2^t) is one for t > 126.
         # So a quarter of the denominator is inverted; x / 4 is exact for 16-bit x.
         denominator = tl.fma(_exp2(t, PTX), 0.25, 0.25)

@@ -57,7 +57,7 @@ def _moments_kernel(
     n_rows_ptr,  # (tiles, G) int32
     span_ptr,  # (2, G) int64 from `_span_kernel`, None = the group may be anywhere
     gate_ptr,  # (T, F)
-    up_ptr,  # (T, F)
+    up_ptr,  # (T, F), None = the sites are gate and act
     group_ids_ptr,  # (T,) int32, None = all tokens in group 0
     stride_pn,
     stride_gt,
@@ -137,9 +137,11 @@ def _moments_kernel(
             if tl.max(is_mine.to(tl.int32), axis=0) > 0:
                 live = is_mine[:, None] & mask_f[None, :]
                 gate_cells = gate_ptr + at[:, None] * stride_gt + offs_f[None, :]
-                up_cells = up_ptr + at[:, None] * stride_ut + offs_f[None, :]
                 gate = tl.load(gate_cells, mask=live, other=0.0)
-                up = tl.load(up_cells, mask=live, other=0.0)
+                up = None
+                if up_ptr is not None:
+                    up_cells = up_ptr + at[:, None] * stride_ut + offs_f[None, :]
+                    up = tl.load(up_cells, mask=live, other=0.0)
                 if SITE == SITE_GATE:
                     value = _widen(gate, PTX)
                 elif SITE == SITE_UP:
@@ -180,7 +182,7 @@ def _responses_kernel(
     product_response_ptr,
     span_ptr,  # (2, N) int64 from `_span_kernel`
     gate_ptr,  # (T, F)
-    up_ptr,  # (T, F)
+    up_ptr,  # (T, F), None = the sites are gate and act
     prompt_ids_ptr,  # (T,) int32
     stride_gr,
     stride_ur,
@@ -212,9 +214,11 @@ def _responses_kernel(
         # Rows of other prompts are not read: all their sites are 0.
         mask = is_mine[:, None] & mask_f[None, :]
         gate_cells = gate_ptr + at[:, None] * stride_gt + offs_f[None, :]
-        up_cells = up_ptr + at[:, None] * stride_ut + offs_f[None, :]
         gate = tl.load(gate_cells, mask=mask, other=0.0)
-        up = tl.load(up_cells, mask=mask, other=0.0)
+        up = None
+        if up_ptr is not None:
+            up_cells = up_ptr + at[:, None] * stride_ut + offs_f[None, :]
+            up = tl.load(up_cells, mask=mask, other=0.0)
         gate = _after(gate, up, zero, PTX)
         if gate_response_ptr is not None:
             gate_sum += _widen(gate, PTX)
@@ -223,7 +227,8 @@ def _responses_kernel(
         if act_response_ptr is not None or product_response_ptr is not None:
             act = _act(gate, None, ACTIVATION, EXACT, PTX)
             act_sum += _widen(act, PTX)
-            product_sum += _widen(_multiply(act, up, None, PTX), PTX)
+            if up_ptr is not None:
+                product_sum += _widen(_multiply(act, up, None, PTX), PTX)
     if first < end:
         if gate_response_ptr is not None:
             _add_row(gate_response_ptr + prompt * stride_gr + offs_f, gate_sum, mask_f)

@@ -52,16 +52,17 @@ def all_patterns(dtype: torch.dtype, seed: int = 0) -> Tensor:
 # An oracle written from the spec, in float64 and one group at a time
 
 
-def oracle(result: Result, gate: Tensor, up: Tensor, ids: Tensor, activation: str) -> None:
+def oracle(result: Result, gate: Tensor, up: Tensor | None, ids: Tensor, activation: str) -> None:
     """Check counts, tokens and moments of one fresh call against the definition."""
     stats = result.stats
     assert stats is not None
     call_values = {
         "gate": gate,
-        "up": up,
         "act": reference._activation(gate.float(), activation).to(gate.dtype),
     }
-    call_values["product"] = (call_values["act"].float() * up.float()).to(gate.dtype)
+    if up is not None:
+        call_values["up"] = up
+        call_values["product"] = (call_values["act"].float() * up.float()).to(gate.dtype)
     for group in range(stats.groups):
         rows = [t for t, at in enumerate(ids.tolist()) if at == group]
         assert int(stats.tokens[group]) == len(rows)
@@ -177,11 +178,13 @@ FLOATS = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 0.5, 1e30, -1e30]
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     n_tokens, width = draw(st.integers(0, 12)), draw(st.sampled_from([1, 2, 31, 33, 64, 70]))
     dtype = draw(st.sampled_from(DTYPES))
     groups, conditions, n_prompts = (draw(st.integers(1, 4)) for _ in range(3))
     seed = draw(st.integers(0, 2**20))
+    is_gated = draw(st.sampled_from([True, True, False]))
+    known = SITES if is_gated else ("gate", "act")
 
     def matrix(seed: int) -> Tensor:
         layout = draw(st.sampled_from(["plain", "slice", "expanded", "overlapping"]))
@@ -206,7 +209,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "stats": {
             "groups": groups,
-            "sites": tuple(draw(st.permutations(SITES))[: draw(st.integers(1, 4))]),
+            "sites": tuple(draw(st.permutations(known))[: draw(st.integers(1, 4))]),
             "moments": draw(st.booleans()),
             "threshold": draw(st.sampled_from([0.0, 0.1, -1e-45, -math.inf, 1e39])),
         },
@@ -219,7 +222,7 @@ def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
         if draw(st.booleans()):
             kwargs["condition_ids"] = integers(0, conditions, n_tokens, seed=seed + 1)
     if draw(st.booleans()):
-        kwargs["response_sites"] = tuple(draw(st.permutations(SITES))[: draw(st.integers(1, 3))])
+        kwargs["response_sites"] = tuple(draw(st.permutations(known))[: draw(st.integers(1, 3))])
         kwargs["n_prompts"] = n_prompts
         kwargs["prompt_ids"] = integers(-1, n_prompts, n_tokens, seed=seed + 2)
-    return matrix(seed + 3), matrix(seed + 4), kwargs
+    return matrix(seed + 3), matrix(seed + 4) if is_gated else None, kwargs

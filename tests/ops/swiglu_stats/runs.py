@@ -60,7 +60,9 @@ class TritonTolerance:
     ROUNDING = 34 * 2.0**-24
 
     @staticmethod
-    def of(gate: Tensor, up: Tensor, kwargs: dict[str, Any], n_prompts: int) -> TritonTolerance:
+    def of(
+        gate: Tensor, up: Tensor | None, kwargs: dict[str, Any], n_prompts: int
+    ) -> TritonTolerance:
         activation = kwargs.get("activation", "silu")
         is_exact = gate.dtype == torch.float32 or "product" in kwargs["sites"]
         responses = {}
@@ -93,7 +95,7 @@ def interpreted_with(gate: Tensor, launch: Any) -> contextlib.AbstractContextMan
 def run(
     backend: str,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     *,
     stats: dict[str, Any] | None = None,
     response_sites: tuple[str, ...] = (),

@@ -54,7 +54,7 @@ def test_active_means_torchs_activation_is_positive(dtype: torch.dtype) -> None:
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(calls())
-def test_random_calls_agree(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+def test_random_calls_agree(call: tuple[Tensor, Tensor | None, dict[str, Any]]) -> None:
     gate, up, kwargs = call
     expected = run("reference", gate, up, **kwargs)
     ids = kwargs["group_ids"]
@@ -65,7 +65,9 @@ def test_random_calls_agree(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(calls())
-def test_statistics_without_h_are_the_same(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+def test_statistics_without_h_are_the_same(
+    call: tuple[Tensor, Tensor | None, dict[str, Any]],
+) -> None:
     """On a CPU `test_random_calls_agree_on_a_cpu` does it 150 times."""
     gate, up, kwargs = call
     for backend in FUSED:
@@ -77,7 +79,7 @@ def test_statistics_without_h_are_the_same(call: tuple[Tensor, Tensor, dict[str,
     max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 @given(calls())
-def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+def test_random_calls_agree_on_a_cpu(call: tuple[Tensor, Tensor | None, dict[str, Any]]) -> None:
     gate, up, kwargs = call
     expected = run("reference", gate, up, **kwargs)
     results = [run(f"cpu-{isa}", gate, up, **kwargs) for isa in ISAS]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from relneuron.ops import SITES, GroupStats, backends, swiglu_stats
+from relneuron.ops import ACTIVATIONS, SITES, GroupStats, backends, swiglu_stats
 from relneuron.ops.swiglu_stats import reference
 from relneuron.ops.swiglu_stats.groups import threshold_bits
 from relneuron.testing import assert_same_bits
@@ -145,7 +145,7 @@ def test_rows_with_strides_that_overlap() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_act_without_the_exact_activation(activation: str, dtype: torch.dtype) -> None:
     gate, up = all_patterns(dtype), all_patterns(dtype, seed=1)
     # As 8 rows, so that maxima and hits are of several gates. Half of the columns are finite.
@@ -158,7 +158,7 @@ def test_act_without_the_exact_activation(activation: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu", "tanh"])
 def test_hits_are_two_intervals_of_gate(activation: str, dtype: torch.dtype) -> None:
     gate = all_patterns(dtype).flatten().float()
     act = reference._activation(gate, activation).to(dtype).double()
