@@ -16,9 +16,10 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,6 +30,7 @@ import transformers
 from bench.zoo.build import KINDS, types
 from bench.zoo.check import NONE, Row, check
 from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.artifact.reading import read_csv
 from relneuron.bench.machine import where
 
 LIMIT_S, LIMIT_BYTES = 120.0, 12 << 30
@@ -77,6 +79,10 @@ def sweep(asked: Sequence[tuple[str, str]], workers: int = 1) -> Iterator[tuple[
             yield row, seconds
 
 
+def _key(line: Mapping[str, Any]) -> tuple[str, str]:
+    return line["mapping"], line["model_type"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.zoo", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--image-text", action="store_true", help="models that read images, given text alone")
     add("--all", action="store_true", help="both mappings")
     add("-n", "--workers", type=int, default=1, help="processes at a time")
-    add("-o", "--output", type=Path, metavar="FILE", help="a csv that is written anew")
+    add("-o", "--output", type=Path, metavar="FILE", help="a csv, whose rows of other types stay")
     options = parser.parse_args(arguments)
     kinds = list(KINDS) if options.all else ["image-text" if options.image_text else "causal"]
     asked = [(kind, one) for kind in kinds for one in types(kind)]
@@ -94,19 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = [(kind, one) for kind, one in asked if not options.types or one in options.types]
     torch.set_num_threads(1)  # models so small that threads only wait for each other
     about = where("cpu") | {"transformers": transformers.__version__}
-    check("causal", "llama")  # imports what all need, before the first fork
-    rows = []
+    names = [*Row._fields, *about]
+    lines: dict[tuple[str, str], list[object]] = {}
+    if options.output and options.output.exists():
+        old = read_csv(options.output, names)
+        lines = {_key(line): [line[name] for name in names] for line in old}
+    for model_type in ("llama", "qwen3_moe"):
+        check("causal", model_type)  # imports what all need, before the first fork
     for row, seconds in sweep(asked, options.workers):
-        rows.append(row)
         checks = " / ".join(one or "-" for one in row[7:11])
-        said = (
-            f"{row.model_type}: {row.verdict} {row.supported}/{row.layers} [{row.oracle}] {checks}"
-        )
+        layers = f"{row.supported} of {row.layers} layers [{row.oracle}]"
+        said = f"{row.model_type}: {row.verdict}, {layers} {checks}"
         print(f"{said} | {row.reason} ({seconds:.1f} s)", flush=True)
         if options.output:
-            rows.sort(key=lambda one: (one.mapping, one.model_type))
-            lines = [[*one, *about.values()] for one in rows]
-            atomic_write(options.output, csv_bytes([*Row._fields, *about], lines))
+            lines[_key(row._asdict())] = [*row, *about.values()]
+            atomic_write(options.output, csv_bytes(names, [lines[key] for key in sorted(lines)]))
     return 0
 
 

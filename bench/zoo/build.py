@@ -58,6 +58,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"mamba_d_ssm", 2 * HIDDEN),
     (r"linear_num_(key_|value_)?heads", 4),
     (r"index_n_heads", 2),
+    (r"rel_extent", 32),
     (r"sliding_window|sliding_window_size|attention_window_size|local_attention", 8),
     (r"image_size|max_image_size|min_image_size|crop_size", 32),
 ]

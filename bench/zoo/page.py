@@ -21,7 +21,7 @@ NOTHING = ""  # was read of a type that is not built
 CHECKS = ("counts", "ablation", "restored", "generation")
 
 
-def read_rows(path: Path) -> tuple[list[Row], dict[str, str]]:
+def read_rows(path: Path) -> tuple[list[Row], dict[str, list[str]]]:
     """The rows of a csv, and the versions that they were made with."""
     versions = ("transformers", "torch", "commit")
     lines = list(read_csv(path, [*Row._fields, *versions]))
@@ -29,7 +29,7 @@ def read_rows(path: Path) -> tuple[list[Row], dict[str, str]]:
     for line in lines:
         own = {name: line[name] for name in Row._fields}
         rows.append(Row(**own)._replace(layers=int(own["layers"]), supported=int(own["supported"])))
-    return rows, {name: lines[0][name] for name in versions}
+    return rows, {name: sorted({line[name] for line in lines}) for name in versions}
 
 
 def is_proved(row: Row) -> bool:
@@ -90,9 +90,9 @@ def table(rows: Sequence[Row]) -> list[str]:
 def sections(path: Path) -> dict[str, list[str]]:
     """The lines between the page's marks, by the mark's name."""
     rows, versions = read_rows(path)
-    with_versions = f"transformers {versions['transformers']}, torch {versions['torch']}"
+    said = [f"{name} {', '.join(values)}" for name, values in versions.items()]
     return {
-        "versions": [f"{with_versions}, commit {versions['commit']}."],
+        "versions": [f"{', '.join(said)}."],
         "summary": summary(rows),
         "reasons": reasons(rows),
         **{f"table {kind}": table([row for row in rows if row.mapping == kind]) for kind in KINDS},
