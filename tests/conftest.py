@@ -163,10 +163,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, fact_folder: Path) ->
     return shared_folder(tmp_path_factory, "model", lambda path: train_model(path, fact_folder))
 
 
-def train_model(folder: Path, facts: Path) -> Path:
-    """A tiny Llama with its own byte-level BPE tokenizer, trained for seconds on the facts."""
+def train_model(folder: Path, facts: Path, config: str = "LlamaConfig", **changes: Any) -> Path:
+    """A tiny model with its own byte-level BPE tokenizer, trained for seconds on the facts."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from relneuron.texts.facts import read_relations
 
@@ -189,17 +190,17 @@ def train_model(folder: Path, facts: Path) -> Path:
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            **_SIZE,
-            "vocab_size": raw.get_vocab_size(),
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": None,
-            "num_hidden_layers": 2,
-        }
-    )
-    model = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {
+        **_SIZE,
+        "vocab_size": raw.get_vocab_size(),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "num_hidden_layers": 2,
+        **changes,
+    }
+    made = getattr(transformers, config)(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(made)
     lines = [tokenizer(text + "</s>")["input_ids"] for text in texts]
     longest = max(map(len, lines))
     labels = torch.tensor([line + [-100] * (longest - len(line)) for line in lines])

@@ -19,6 +19,7 @@ from relneuron.artifact.neurons import Shape
 from relneuron.artifact.stage import load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
+from relneuron.model.instrument import instrument
 from relneuron.model.layers import decoder_layers, device_of, first_line, input_device
 from relneuron.model.mlps.find import Verdict, inspect_layers
 from relneuron.model.mlps.shape import Part, model_shape
@@ -57,7 +58,11 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
         rows.append(("neurons", _neurons(mlps)))
     rows += [
         (commands, f"no: {reason}" if reason else "works")
-        for commands, reason in (("count, nll", why), ("record, ablate, generate, run", fault))
+        for commands, reason in (
+            ("count", why or _uncounted(model)),
+            ("nll", why),
+            ("record, ablate, generate, run", fault),
+        )
     ]
     rows += [load(method.supports)(model) for method in methods() if method.supports]
     return rows, fault is None
@@ -96,6 +101,20 @@ def _neurons(mlps: Sequence[Part]) -> str:
         return f"not told: {error.cause}"
     counts = {site: len(order.site_places(site)) for site in order.widths}
     return f"{order.total:,} ({', '.join(f'{n:,} {site}' for site, n in counts.items())})"
+
+
+def _uncounted(model: Any) -> str | None:
+    """Why a forward of two tokens cannot be counted, or None."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
+    try:
+        with torch.no_grad(), instrument(model, 1) as probe:
+            probe.batch(torch.ones_like(ids))
+            model(ids)
+    except RelneuronError as error:
+        return f"{error.cause}: {error.fix}"
+    except Exception as error:
+        return f"a forward of two tokens cannot be counted: {first_line(error)}"
+    return None
 
 
 def _fault(model: Any, mlps: Sequence[Part]) -> str | None:

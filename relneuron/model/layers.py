@@ -6,9 +6,10 @@ the projections.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,22 +52,57 @@ def check_unwrapped(model: Any) -> None:
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """The path and the `ModuleList` of the decoder layers, as long as the config says.
 
-    It is looked for in what `model.get_decoder()` gives, not in an encoder or a vision tower.
+    It is looked for in what `model.get_decoder()` gives, not in an encoder or a vision tower; of
+    several, and where none is as long, a forward of text runs it.
     """
     config = model.config.get_text_config() if hasattr(model, "config") else None
     n_layers = getattr(config, "num_hidden_layers", None)
-    lists = [
+    every = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+        if isinstance(module, nn.ModuleList) and len(module)
     ]
-    if not lists:
-        raise Unfound(f"no list of {n_layers} decoder layers")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if isinstance(decoder, nn.Module):
         inside = {id(module) for module in decoder.modules()}
-        lists = [item for item in lists if id(item[1]) in inside] or lists
+        every = [item for item in every if id(item[1]) in inside] or every
+    lists = [item for item in every if len(item[1]) == n_layers]
+    if len(lists) != 1:
+        lists = _run_by_text(model, lists or every) or lists
+    if not lists:
+        raise Unfound(f"no list of {n_layers} decoder layers")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _run_by_text(
+    model: Any, lists: Sequence[tuple[str, nn.ModuleList]]
+) -> list[tuple[str, nn.ModuleList]]:
+    """Those whose modules a forward of text calls; none where there is no such forward."""
+    called: set[int] = set()
+    hooks = [
+        layer.register_forward_hook(lambda *_, number=number: called.add(number))
+        for number, (_, layers) in enumerate(lists)
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            text_run(model, 2)()
+    except Exception:
+        called.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [lists[number] for number in sorted(called)]
+
+
+def text_run(model: Any, n_tokens: int) -> Callable[[], object]:
+    """A forward of a few tokens of text, without a cache, uncompiled."""
+    inner = getattr(model, "_orig_mod", model)
+    n_ids = inner.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, 1 + n_tokens, device="cpu")[None] * 7 % n_ids
+    takes = inspect.signature(inner.forward).parameters
+    options = {"use_cache": False} if "use_cache" in takes else {}
+    return lambda: inner.forward(input_ids=ids.to(input_device(inner)), **options)
 
 
 def unreadable(weight: Tensor) -> str | None:

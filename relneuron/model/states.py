@@ -143,17 +143,19 @@ def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
     """What switches neurons of an MLP off: `off` has (C, .) bool of the layer by site.
 
     Where h is activation(gate) * up, zeroing the output k of gate or of up both make product k
-    zero, so a condition is two masks: over the F products and over the D outputs of down; so it is
-    in experts, whatever their formula. Of another MLP gate's and up's outputs become zero
-    themselves, as those of the attention's projections do.
+    zero, so a condition is two masks: over the F products and over the D outputs of down. Where h
+    is made in another way, outputs become zero themselves, as the attention's projections' do.
     """
     device = device_of(mlp.module)
     state, rest = LayerState(), dict(off)
     if isinstance(mlp, Experts) or mlp.activation is not None:
-        products = [rest.pop(site)[:, mlp.inside] for site in ("gate", "up") if site in rest]
+        # An up of zero makes the product zero, unless something is added to it first.
+        is_plain = not isinstance(mlp, Experts) or mlp.neutral == 1
+        both = ("gate", "up") if is_plain else ("gate",)
+        products = [rest.pop(site)[:, mlp.inside] for site in both if site in rest]
         if products and np.logical_or.reduce(products).any():
-            on = torch.from_numpy(~np.logical_or.reduce(products))
-            state.keep = pack_keep(mlp.fold(on).numpy()).to(device)
+            on = ~np.logical_or.reduce(products)
+            state.keep = pack_keep(mlp.fold(on)).to(device)
     down = rest.pop("down", None)
     if down is not None and down.any():
         state.keep_down = torch.from_numpy(~down).to(device)
@@ -172,18 +174,19 @@ def replacements(
     Both are (C, .) arrays of the whole layer by site, of the MLP's own and of the attention's.
     """
     device = device_of(mlp.module)
-
-    def own(site: str, rows: Array) -> Tensor:
-        if site not in ("gate", "up", "act"):
-            return torch.from_numpy(rows).to(device)
-        return mlp.fold(torch.from_numpy(np.ascontiguousarray(rows[:, mlp.inside]))).to(device)
-
     here = {"gate", "up", "act", "down", *(part.site for part in mlp.projections)}
+
+    def own(site: str, rows: Array) -> Array:
+        is_inner = site in ("gate", "up", "act")
+        return np.ascontiguousarray(mlp.fold(rows[:, mlp.inside]) if is_inner else rows)
+
     found = {}
     for site, rows in chosen.items():
-        if site in here and own(site, rows).any():
-            shift = None if shifts is None else own(site, shifts[site])
-            found[site] = Replacement(own(site, rows), factor, shift)
+        if site in here and (mask := own(site, rows)).any():
+            shift = None
+            if shifts is not None:
+                shift = torch.from_numpy(own(site, shifts[site])).to(device)
+            found[site] = Replacement(torch.from_numpy(mask).to(device), factor, shift)
     return found
 
 
@@ -218,7 +221,8 @@ def _recording(
     if counted is not None and place in counted:
         raise RelneuronError(
             "the tokens of the last probe.batch() were counted already",
-            "call it before each forward; generate() makes many: count its text by one forward",
+            "call it before each forward; generate() makes many: count its text by one forward; a "
+            "model that runs a layer several times in a forward cannot be counted",
         )
     prompt_ids = flat_ids(tokens.prompt_ids, shape, "prompt_ids")
     sums = None

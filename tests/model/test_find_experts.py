@@ -291,7 +291,7 @@ def test_other_kinds_of_experts_are_named() -> None:
                 "n_group": 1,
                 "topk_group": 1,
             },
-            None,
+            "relu2",
             "routed",
         ),
         (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from relneuron.model.layers import Projection, device_of
+from relneuron.model.mlps.mlp import AnyArray
 from relneuron.model.mlps.proof import ACTIVATIONS
 from relneuron.ops.tensors import is_plain
 
@@ -144,14 +145,14 @@ class Experts:
     def is_gated(self) -> bool:
         return self.gated
 
-    def fold(self, table: Tensor) -> Tensor:
+    def fold(self, table: AnyArray) -> AnyArray:
         """(C, E * F) by neuron -> (E * C, F), of expert e and row c in the row e * C + c."""
-        rows = table.reshape(-1, self.n_experts, self.expert_width).transpose(0, 1)
+        rows = table.reshape(-1, self.n_experts, self.expert_width).swapaxes(0, 1)
         return rows.reshape(-1, self.expert_width)
 
-    def unfold(self, table: Tensor) -> Tensor:
+    def unfold(self, table: AnyArray) -> AnyArray:
         """(E * C, F) -> (C, E * F), the reverse of `fold`."""
-        rows = table.reshape(self.n_experts, -1, self.expert_width).transpose(0, 1)
+        rows = table.reshape(self.n_experts, -1, self.expert_width).swapaxes(0, 1)
         return rows.reshape(-1, self.width)
 
     # --- gate, up and h ---------------------------------------------------------------------

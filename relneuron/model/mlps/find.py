@@ -6,7 +6,6 @@ The stages and `relneuron doctor` call it; `model/patch.py` acts on the MLPs tha
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from relneuron.model.layers import (
     first_line,
     is_training,
     settle,
+    text_run,
     uncallable,
     without_hooks,
 )
@@ -74,7 +74,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
     settle(model)
-    dtype, run, failed = compute_dtype(model), _text_run(model), ""
+    dtype, run, failed = compute_dtype(model), text_run(model, proof.N_TOKENS), ""
     verdicts: dict[int, Verdict] = {}
     left: dict[int, tuple[str, nn.Module]] = {}
     with without_hooks(model):
@@ -89,7 +89,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
         except Exception as error:
             seen, failed = {}, first_line(error)
         here = {number: calls for number, calls in seen.items() if calls}
-        found = _prove(here, run)
+        found = _prove(here, run, {number: layer for number, (_, layer) in left.items()})
         for number, (where, layer) in left.items():
             runs = number in here or bool(failed)
             chosen = found[number] if number in here else _alone(number, where, layer, dtype)
@@ -127,24 +127,12 @@ def _known(number: int, layer: nn.Module) -> Verdict | None:
     return Verdict(number, (), f"its weights are {missing}") if missing else None
 
 
-def _text_run(model: Any) -> Run:
-    """A forward of a few tokens of text, without a cache, uncompiled."""
-    inner = getattr(model, "_orig_mod", model)
-    table = inner.get_input_embeddings().weight
-    ids = torch.arange(1, 1 + proof.N_TOKENS, device="cpu") * 7 % len(table)
-    takes = inspect.signature(inner.forward).parameters
-    options = {"use_cache": False} if "use_cache" in takes else {}
-
-    def run() -> object:
-        return inner.forward(input_ids=ids[None].to(table.device), **options)
-
-    return run
-
-
 # --- finding ---------------------------------------------------------------------------------
 
 
-def _prove(seen: Mapping[int, list[Seen]], run: Run) -> dict[int, list[Candidate]]:
+def _prove(
+    seen: Mapping[int, list[Seen]], run: Run, layers: Mapping[int, nn.Module]
+) -> dict[int, list[Candidate]]:
     """The candidates of each layer that hold."""
     fitting: dict[int, list[Candidate]] = {}
     loose: dict[int, list[Candidate]] = {}
@@ -157,20 +145,24 @@ def _prove(seen: Mapping[int, list[Seen]], run: Run) -> dict[int, list[Candidate
         for number, calls in seen.items()
     }
     held: dict[int, list[Candidate]] = {number: [] for number in seen}
+
+    def hold(found: Mapping[int, Candidate]) -> None:
+        for number in proof.writes(found, layers, run) if found else ():
+            held[number].append(found[number])
+
     for chosen in _rounds(fitting, held, many=True):
-        numbers = _numbers(proof.of_all_sizes, seen)
+        numbers, found = _numbers(proof.of_all_sizes, seen), {}
         for number, got in proof.put(chosen, numbers, others, run).items():
             if proof.keeps_the_formula(chosen[number], got, numbers):
-                held[number].append(chosen[number])
+                found[number] = chosen[number]
             else:
                 loose[number].insert(0, replace(chosen[number], act=None, activation=None))
+        hold(found)
     for chosen in _rounds(loose, held, many=False):
         gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, run)
         ups = proof.put(chosen, _numbers(proof.one_up, seen), others, run)
-        for number, one in chosen.items():
-            act = proof.keeps_the_place(one, gates[number], ups[number])
-            if act is not None:
-                held[number].append(replace(one, act=act))
+        acts = {n: proof.keeps_the_place(one, gates[n], ups[n]) for n, one in chosen.items()}
+        hold({n: replace(one, act=acts[n]) for n, one in chosen.items() if acts[n] is not None})
     return held
 
 
@@ -213,7 +205,7 @@ def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list
         with suppress(Exception):  # a module may need other inputs: attention does
             run = partial(module, _rows_for(module, dtype))
             seen = proof.watch({number: (f"{path}.{name}", module)}, run)
-            found = _prove(seen, run)[number]
+            found = _prove(seen, run, {number: module})[number]
             if found:
                 return found
     return []

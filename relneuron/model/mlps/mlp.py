@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from relneuron.model.layers import Projection
 from relneuron.model.mlps.proof import ACTIVATIONS
+
+AnyArray = TypeVar("AnyArray", Tensor, np.ndarray[Any, Any])
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class MLP:
         """Where its neurons stand among those of the layer."""
         return slice(self.offset, self.offset + self.width)
 
-    def fold(self, table: Tensor) -> Tensor:
+    def fold(self, table: AnyArray) -> AnyArray:
         """(C, F) as a patch takes it: experts have it otherwise."""
         return table
 

@@ -17,16 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from relneuron.model.layers import Projection
+from relneuron.ops.swiglu_stats.reference import TORCH_ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+ACTIVATIONS = TORCH_ACTIVATIONS
 N_TOKENS = 6  # of each forward
 # Of the numbers that are put in: a clamp acts on large ones only.
 SIZES = (1.0, 10.0, 100.0)
@@ -303,6 +298,44 @@ def put(
     return got
 
 
+def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run: Run) -> set[int]:
+    """The layers whose `down` writes into the stream, and not into a norm or a router inside.
+
+    Other outputs y of `down`, large ones, move the layer's output by something that is odd in y,
+    through norms and factors, too: the mean of the outputs at y and at -y is the same for any y.
+    The layers behind see what they saw before.
+    """
+    outputs: dict[int, list[Any]] = {number: [] for number in chosen}
+
+    def put_in(kind: int, sign: float, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
+        width = output.shape[-1]
+        rows = _random(2, output.numel() // width, width)[kind]
+        rows = 1e3 * sign * (rows - rows.mean(1, keepdim=True))
+        return rows.to(output).reshape(output.shape)
+
+    def keep(number: int, _module: Any, _args: Any, _: Any, output: Any) -> Any:
+        outputs[number].append(output)
+        return outputs[number][0]
+
+    for kind, sign in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
+        hooks = _Hooks()
+        for number, candidate in chosen.items():
+            hooks.after(candidate.down.module, partial(put_in, kind, sign))
+            hooks.after(layers[number], partial(keep, number))
+        hooks.run(run)
+    return {number for number in chosen if _are_odd(outputs[number])}
+
+
+def _are_odd(outputs: Sequence[Any]) -> bool:
+    """Whether a layer's outputs at y, -y, z and -z are odd, but for a part that is no y's."""
+    found = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    if len(found) != 4 or not all(isinstance(x, Tensor) for x in found):
+        return False
+    y, minus_y, z, minus_z = (x.detach().double() for x in found)
+    odd, even, other = (y - minus_y) / 2, (y + minus_y) / 2, (z + minus_z) / 2
+    return bool((even - other).abs().mean() <= 0.05 * odd.abs().mean())
+
+
 class Numbers:
     """What is put in the place of gate and up (N, width), the same for every layer of a width."""
 
@@ -349,10 +382,14 @@ def one_up(n_tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def only_there(values: Tensor) -> bool:
-    """Whether nothing but the one neuron of each token is different from zero."""
+    """Whether nothing but the one neuron of each token is different from zero.
+
+    Or from next to nothing: an activation need not be 0 at 0.
+    """
+    sizes = values.abs().double().cpu()
     there = torch.zeros(values.shape, dtype=torch.bool, device="cpu")
     there[_one(*there.shape)] = True
-    return torch.equal((values != 0).cpu(), there)
+    return bool(sizes[there].min() > 1e5 * sizes[~there].max())
 
 
 def keeps_the_formula(candidate: Candidate, got: Got, numbers: Numbers) -> bool:
@@ -381,6 +418,17 @@ def keeps_the_place(candidate: Candidate, gates: Got, ups: Got) -> nn.Module | N
     for module, (given, made) in gates.others.items():
         if made.shape == given.shape == gates.h.shape and only_there(made):
             other_given, other_made = ups.others.get(module, (given, given))
-            if not torch.equal(other_given, other_made):
+            if torch.equal(other_given, other_made) or not is_elementwise(module, other_given):
+                continue
+            # Without up nothing else may come in between.
+            if candidate.up is not None or is_close(other_made, ups.h):
                 return module
     return None
+
+
+def is_elementwise(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module treats each number alone, as an activation does and a norm does not."""
+    other = x.clone()
+    other[:, ::2] += 1
+    with torch.no_grad():
+        return torch.equal(module(x)[:, 1::2], module(other)[:, 1::2])
