@@ -33,7 +33,7 @@ from relneuron.artifact.files import atomic_write, csv_bytes
 from relneuron.artifact.reading import read_csv
 from relneuron.bench.machine import where
 
-LIMIT_S, LIMIT_BYTES = 120.0, 12 << 30
+LIMIT_S, LIMIT_BYTES = 300.0, 12 << 30
 
 
 def _child(kind: str, model_type: str, answers: Connection) -> None:
