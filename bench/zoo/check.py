@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,6 +102,13 @@ def check(kind: str, model_type: str, model: Any = None) -> Row:
     return _Checks(kind, model_type, model).row()
 
 
+def _is_in_a_norm(modules: Mapping[str, torch.nn.Module], path: str) -> bool:
+    """Whether a map is part of a norm, which it scales: it writes nothing into the stream."""
+    steps = path.split(".")
+    above = (modules[".".join(steps[:n])] for n in range(1, len(steps)))
+    return any(type(module).__name__.endswith("Norm") for module in above)
+
+
 def _words(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
@@ -183,7 +190,11 @@ class _Checks:
             return "a forward of text runs none of the MLPs that relneuron lists"
         # Others that write into the residual stream, too.
         hidden = {part.hidden for part in self.parts}
-        left = [mlp.down.path for mlp in maps.values() if mlp.hidden in hidden]
+        left = [
+            mlp.down.path
+            for mlp in maps.values()
+            if mlp.hidden in hidden and not _is_in_a_norm(modules, mlp.down.path)
+        ]
         left += [experts.path for experts in routed.values()]
         return f"left out by relneuron: {', '.join(left[:3])}" if left else ""
 
