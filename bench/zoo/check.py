@@ -195,7 +195,7 @@ class _Checks:
             for mlp in maps.values()
             if mlp.hidden in hidden and not _is_in_a_norm(modules, mlp.down.path)
         ]
-        left += [experts.path for experts in routed.values()]
+        left += [*(experts.path for experts in routed.values()), *reading.unclear]
         return f"left out by relneuron: {', '.join(left[:3])}" if left else ""
 
     def _is_called(self, module: torch.nn.Module) -> bool:
