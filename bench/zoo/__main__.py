@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def sweep(asked: Sequence[tuple[str, str]], workers: int = 1) -> Iterator[tuple[
             process.start()
             theirs.close()
             running.append((*waiting.pop(0), process, ours, time.monotonic()))
-        ready = multiprocessing.connection.wait([entry[3] for entry in running], timeout=0.5)
+        ready = wait([entry[3] for entry in running], timeout=0.5)
         for entry in list(running):
             kind, model_type, process, ours, began = entry
             seconds = time.monotonic() - began
@@ -75,6 +75,7 @@ def sweep(asked: Sequence[tuple[str, str]], workers: int = 1) -> Iterator[tuple[
             if why:
                 row = Row(model_type, kind, "", 0, 0, "ended", *[NONE] * 6, why)
             process.join()
+            ours.close()
             running.remove(entry)
             yield row, seconds
 

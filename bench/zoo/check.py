@@ -39,7 +39,7 @@ class Row(NamedTuple):
     model_class: str
     layers: int
     supported: int  # layers
-    verdict: str  # supported | refused | not built | no forward
+    verdict: str  # supported | refused | failed | not built | ended
     oracle: str  # what the plain reading found
     counts: str
     ablation: str
@@ -178,8 +178,9 @@ class _Checks:
                         return f"{mlp.path} runs, relneuron says that it does not"
                     continue
                 down = getattr(mlp, "down_map", None)
-                mine = routed.pop(id(mlp.module), None)
-                if down is not None:
+                if down is None:
+                    mine = routed.pop(id(mlp.module), None)
+                else:
                     mine = maps.pop(id(down.module), None)
                 if mine is None or mine.layer != verdict.layer:
                     return f"the oracle does not read {mlp.path}"
