@@ -66,15 +66,41 @@ MUTANTS = {
         "texts/test_read.py::test_the_files_of_a_source_follow_each_other",
     ),
     # model
-    "model.gated: an MLP of another formula is taken": Mutant(
-        "(ours - theirs).abs().max() <= tolerance",
-        "(ours - theirs).abs().max() >= 0",
-        "model/test_gated.py::test_an_mlp_with_another_formula_is_seen_by_the_self_check",
+    "model.mlps.proof: an MLP of another formula is taken": Mutant(
+        "return is_close(act if candidate.up is None else act * up, got.h)",
+        "return True",
+        "model/test_mlps.py::test_every_shape_is_found_counted_and_switched_off[dtype0-Clamped]",
+    ),
+    "model.mlps.proof: a norm is an activation": Mutant(
+        "if torch.equal(other_given, other_made) or not is_elementwise(module, other_given):",
+        "if torch.equal(other_given, other_made):",
+        "model/test_mlps.py::test_a_norm_is_no_activation",
+    ),
+    "model.mlps.proof: what a norm is multiplied by is an MLP": Mutant(
+        "return bool(is_local and (even - other).abs().mean() <= near)",
+        "return True",
+        "model/test_mlps.py::test_what_does_not_write_into_the_stream_is_no_mlp",
+    ),
+    "artifact.neurons: a narrow layer is as wide as the others": Mutant(
+        'return self.inner[layer] if site in ("gate", "up") else most * bool(self.inner[layer])',
+        "return most",
+        "model/test_mlps.py::test_layers_may_differ_in_width_or_have_no_mlp",
     ),
     "model.patch: of nested patches the inner one alone switches off": Mutant(
         "h = out if h is None else torch.where(out == 0, out, h)",
         "h = out if h is None else h",
         "model/test_patch.py::test_nested_patches_act_together",
+    ),
+    "model.mlps.find_experts: experts of another formula are taken": Mutant(
+        "if not bool(error.max() <= tolerance):",
+        "if False:",
+        "model/test_find_experts.py::test_another_forward_is_seen_by_the_self_check",
+    ),
+    "model.patch_experts: all experts have the same counters": Mutant(
+        "apart = rows.expert.int() * n + own",
+        "apart = own",
+        "model/test_count_experts.py::"
+        "test_counters_are_those_of_every_token_that_an_expert_sees[qwen3-eager-0.0]",
     ),
     "model.states: the first prompt of a batch has no responses": Mutant(
         "rows = (flat >= 0)",
@@ -101,9 +127,9 @@ MUTANTS = {
         "break",
         "model/test_devices.py::test_counters_and_logits_are_those_of_the_model_in_memory",
     ),
-    "model.identity: two weights on the disk are taken for one": Mutant(
-        "parts = _hash_rows(name, elsewhere[name](), pool)",
-        "parts = read.setdefault((), _hash_rows(name, elsewhere[name](), pool))",
+    "model.identity: of an offloaded weight the shape alone counts": Mutant(
+        "hashes = _hash_rows(part, tensor, pool)\n                    wait",
+        "hashes = []\n                    wait",
         "model/test_devices.py::test_the_digest_is_that_of_the_model_in_memory",
     ),
     "model.identity: the last rows of a weight do not count": Mutant(
@@ -138,9 +164,9 @@ MUTANTS = {
         "methods/responses/test_significance.py::test_p_values_count_the_score_itself_and_what_is_equal",
     ),
     # methods/counts
-    "methods.counts.counter: a new group takes the counts of the others away": Mutant(
-        "getattr(new, name)[site][: old.groups] = values",
-        "getattr(new, name)[site][: old.groups] = 0",
+    "model.counting: a new group takes the counts of the others away": Mutant(
+        "table[: len(given[name])] = given[name]",
+        "table[: len(given[name])] = 0",
         "methods/counts/test_batches.py::test_groups_of_a_column_may_come_after_others_were_counted[1]",
     ),
     "methods.counts.lape: a probability at the threshold passes": Mutant(
@@ -195,9 +221,9 @@ MUTANTS = {
         "rankings[name][a - 1 : b]",
         "ablation/test_conditions.py::test_sizes_are_prefixes_of_the_ranking_and_ranges_the_differences",
     ),
-    "ablation.evaluate: outputs of up are not switched off": Mutant(
-        'product = chosen["gate"] | chosen["up"]',
-        'product = chosen["gate"]',
+    "model.states: outputs of up are not switched off": Mutant(
+        "on = ~np.logical_or.reduce(products)",
+        "on = ~products[0]",
         "ablation/test_evaluate.py::test_all_conditions_at_once_are_edited_weights",
     ),
     "ablation.how: neurons get the mean of all prompts, not their relation's": Mutant(
@@ -263,8 +289,8 @@ MUTANTS = {
     ),
     # artifact
     "artifact.neurons: equal scores go to the highest index": Mutant(
-        'order = np.argsort(keys, kind="stable")[:k]',
-        'order = keys.size - 1 - np.argsort(keys[::-1], kind="stable")[:k]',
+        'places = np.argsort(keys, kind="stable")[:k]',
+        'places = keys.size - 1 - np.argsort(keys[::-1], kind="stable")[:k]',
         "model/test_ask.py::test_top_k_breaks_ties_by_layer_site_and_index",
     ),
     "artifact.neurons: every seed draws the same neurons": Mutant(

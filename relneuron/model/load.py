@@ -130,10 +130,15 @@ def load_model(
     except Exception as error:  # a damaged config or weight raises whatever it leads to
         told = re.search(r"pip install (?:-\S+ )*'?(\w[\w.-]*)", str(error))
         package = told[1] if told else error.name if isinstance(error, ImportError) else None
-        if package or isinstance(error, ImportError):
+        if package:
             raise RelneuronError(
                 f"{name} needs a package that is not here: {first_line(error)}",
-                f"pip install {package}" if package else "install what it asks for",
+                f"pip install {package}",
+            ) from error
+        if isinstance(error, ImportError) or "GPU" in str(error):
+            raise RelneuronError(
+                f"{name} needs what is not here: {first_line(error)}",
+                "load it where that is, or give a model that needs less",
             ) from error
         raise RelneuronError(
             f"{name} could not be loaded as a causal language model: {first_line(error)}",

@@ -6,6 +6,7 @@ says of its experts and shares no code with what it tests.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from relneuron.model.counting import counting_state, tables
 from relneuron.model.layers import decoder_layers
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find_experts import find_experts
-from relneuron.model.states import LayerState, Replacement, off_state
+from relneuron.model.patch import Patch
+from relneuron.model.states import LayerState, Replacement, Tokens, off_state
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 2, 32, 24, 96
 _SIZE = {
@@ -251,6 +253,47 @@ def in_plain_torch(
     finally:
         for module in modules:
             del module.__dict__["forward"]
+
+
+# --- what the tests of the patch begin with --------------------------------------------------
+
+SITES = ("gate", "up", "act", "product")
+# Of the tokens of PAD; padding and one token more belong nowhere.
+GROUPS = torch.tensor([[0] * 7, [1] * 7, [0, 0, 0, 1, 1, 0, -1]]).masked_fill(PAD == 0, -1).int()
+
+
+def padded(model: Any) -> Tensor:
+    """Logits of a left-padded batch."""
+    return logits(model, attention_mask=PAD)
+
+
+def counting(
+    found: list[Experts], n_groups: int = 2, tokens: Tokens | None = None, **asked: Any
+) -> Patch:
+    states = [expert_state(experts, n_groups, **asked) for experts in found]
+    patch = Patch(found, states)
+    patch.tokens = tokens or Tokens(group_ids=GROUPS, counted=set())
+    return patch
+
+
+# --- counters --------------------------------------------------------------------------------
+
+
+def zeroed(family: str, model: Any, neurons: list[tuple[int, str, int]]) -> Any:
+    """A copy whose weights of these neurons are zero: columns of down_proj, or its rows."""
+    edited = copy.deepcopy(model)
+    for layer, site, index in neurons:
+        module = experts_of(edited)[layer].module
+        down: Any = module.output_linear.weight if family == "jetmoe" else module.down_proj
+        # (E, D, F), whichever way it lies
+        weight = (down.mT if family in ("gpt_oss", "llama4") else down).data
+        if site == "down":
+            weight[:, index] = 0
+            if family == "gpt_oss":
+                module.down_proj_bias.data[:, index] = 0  # type: ignore[operator, union-attr]
+        else:
+            weight[index // WIDTH, :, index % WIDTH] = 0
+    return edited
 
 
 # --- what the package does with any part of a layer, of experts alone ------------------------

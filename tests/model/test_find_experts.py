@@ -111,6 +111,18 @@ def test_outputs_are_summed_in_the_order_and_the_dtype_of_the_module(
     assert experts.formula(x, index, weights).tolist() == [[total] * HIDDEN]
 
 
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+@torch.no_grad()
+def test_a_norm_behind_every_expert_belongs_to_the_description(implementation: str) -> None:
+    model = expert_model("qwen3", implementation=implementation)
+    module = model.model.layers[0].mlp.experts
+    module.has_post_expert_norm, module.post_expert_norm = True, nn.LayerNorm(HIDDEN).eval()
+    experts = experts_of(model)[0]
+    given = arguments(experts, 5, 8, 2, torch.float32)
+    torch.testing.assert_close(experts.formula(*given), module(*given))
+    assert experts.uncalled() == []
+
+
 class FloatSums(nn.Module):
     """Experts whose eager sum is in float32, as those of some models."""
 

@@ -263,6 +263,39 @@ def test_what_cannot_be_proved_is_refused_by_name() -> None:
     assert "2 of 3 layers have a supported MLP" in caught.value.cause
 
 
+class NormOnly(Ungated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.RMSNorm(WIDTH)
+
+
+def test_a_norm_is_no_activation() -> None:
+    verdicts = inspect_layers(model_of(NormOnly))
+    assert not any(verdict.mlps or verdict.passed for verdict in verdicts)
+
+
+class GatedNorm(nn.Module):
+    """A norm that is multiplied by what a small MLP makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(D)
+        self.one, self.two = nn.Linear(D, 8), nn.Linear(8, D)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x * torch.sigmoid(self.two(self.act_fn(self.one(x))))
+
+
+def test_what_does_not_write_into_the_stream_is_no_mlp() -> None:
+    model = model_of(Odd)
+    for layer in model.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = GatedNorm(), GatedNorm()
+    paths = [mlp.path for mlp in find_mlps(model.eval())]
+    assert paths == [f"model.layers.{i}.mlp" for i in range(LAYERS)]
+
+
 class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)

@@ -194,10 +194,14 @@ def _read(folder: Path, described: Json, site: str, method: str) -> tuple[Counts
     return counts, model
 
 
+def _switch(site: str) -> str:
+    """The site by which a neuron is named: zeroing gate, act or product is one ablation."""
+    return site if site in ("up", "down") else "gate"
+
+
 def _there(counts: Counts, model: Json, site: str) -> Array:
     """The flat indices l * F + i of the neurons that there are, and that ran in every group."""
-    order = Shape.of(model)
-    name = site if site in ("up", "down") else "gate"
+    order, name = Shape.of(model), _switch(site)
     ran = (counts.tokens_at() == counts.tokens[:, None]).all(axis=0)
     here = np.zeros(counts.arrays[f"count.{site}"].shape[1:], bool)
     for layer in range(order.layers):
@@ -288,7 +292,7 @@ def _baseline(
 
 
 def _neurons(flat: Array, score: Array, width: int, site: str) -> list[ScoredNeuron]:
-    name = site if site in ("up", "down") else "gate"
+    name = _switch(site)
     return [
         (place // width, name, place % width, value)
         for place, value in zip(flat.tolist(), score.tolist(), strict=True)

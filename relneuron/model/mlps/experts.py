@@ -106,6 +106,8 @@ class Experts:
     dense   forward(x (E * T, D)): every expert's inputs one below the other, times its weights,
             zero at the tokens that it does not get; gives all their outputs (Llama 4)
     router  forward(x (B, T, D)): routes by itself (JetMoE)
+    shared  forward(x (..., D), weights (T, E)): every token goes to every expert, whose h is
+            multiplied by its weight before down; summed in float32 (Inkling's shared experts)
 
     Experts that are not `gated` compute down_e(activation(up_e(x))): up_e(x) is their gate, and
     their up is 1. Without an `activation` h is what the module's own function makes of gate and up,
@@ -226,6 +228,12 @@ class Experts:
             numbers = torch.arange(self.n_experts, device=flat.device)
             expert = numbers.repeat_interleave(torch.tensor(sizes, device=flat.device))
             return flat[token], Rows(token, expert, token, [0, *accumulate(sizes)], weight)
+        if self.call == "shared":
+            n, numbers = len(flat), torch.arange(len(flat) * self.n_experts, device=flat.device)
+            token, expert = numbers % max(n, 1), numbers // max(n, 1)
+            weight = routing[0].reshape(n, self.n_experts).T.reshape(-1)
+            bounds = [e * n for e in range(self.n_experts + 1)]
+            return flat[token], Rows(token, expert, numbers, bounds, weight)
         if self.call == "dense":
             place = (flat != 0).any(1).nonzero().squeeze(1)
             expert = place // max(len(flat) // self.n_experts, 1)
@@ -247,11 +255,16 @@ class Experts:
 
     def end(self, h: Tensor, rows: Rows, x: Tensor, *routing: Tensor) -> Tensor:
         """What the module returns, of h (R, F), its pairs and the module's arguments."""
+        if self.call == "shared":
+            h = h * cast(Tensor, rows.weight).unsqueeze(1)
         y = self.output.apply(self.module, h, rows.bounds, self.is_grouped())
         module = cast(Any, self.module)
         flat = x.reshape(-1, self.hidden)
         if rows.weight is None:
             return torch.zeros_like(flat).index_copy(0, rows.place, y.to(flat.dtype))
+        if self.call == "shared":
+            each = y.float().view(self.n_experts, *flat.shape)
+            return each.sum(0).to(x.dtype).view(x.shape)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
         y = y * rows.weight.unsqueeze(1)

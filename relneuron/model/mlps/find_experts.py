@@ -28,18 +28,25 @@ NO_EXPERTS = "no experts"  # of a layer that has nothing of the kind
 _SIZES = (1.0, 10.0, 100.0)
 
 
-def find_experts(number: int, path: str, layer: nn.Module) -> tuple[Experts | None, str]:
+def find_experts(
+    number: int, path: str, layer: nn.Module, *, shared: bool = False
+) -> tuple[Experts | None, str]:
     """The routed experts of the decoder layer `number`, whose path is `path`, or why not.
 
     They are a module with three-dimensional parameters down_proj and gate_up_proj, or up_proj
     alone; one with flat w1, v1 and w2 (DBRX); or one with input_linear and output_linear (JetMoE).
     On random rows in three sizes, sent to random experts, it must give what the description gives.
+    With `shared` those that every token goes to, where they are such a module, too (Inkling);
+    mostly they are a gated MLP, which this does not look for.
     """
     names = dict(layer.named_modules())
-    found = {name: parts for name, m in names.items() if (parts := _parts(m)) is not None}
+    all_found = {name: parts for name, m in names.items() if (parts := _parts(m)) is not None}
+    found = {name: parts for name, parts in all_found.items() if (parts[0] == "shared") == shared}
     if len(found) != 1:
         if found:
             return None, f"{len(found)} sets of experts ({', '.join(found)}), not one"
+        if shared:
+            return None, "no shared experts in one module"
         lists = [n for n, m in names.items() if "expert" in n and isinstance(m, nn.ModuleList)]
         if lists:
             return None, f"its experts are a list of modules ({lists[0]}), not parameters of one"
@@ -75,7 +82,7 @@ def _parts(module: nn.Module) -> tuple[str, tuple[str, ...], str] | None:
     for inputs in (packed, apart, ("up_proj",)):
         if has((*inputs, "down_proj"), 3):
             n_given = len(inspect.signature(type(module).forward).parameters) - 1
-            call = {1: "dense", 3: "routed"}.get(n_given)
+            call = {1: "dense", 2: "shared", 3: "routed"}.get(n_given)
             return None if call is None else (call, inputs, "down_proj")
     if has(("mlp.w1", "mlp.v1", "mlp.w2"), 2):
         return "routed", ("mlp.w1", "mlp.v1"), "mlp.w2"
@@ -214,6 +221,9 @@ def _random_arguments(experts: Experts, weight: Tensor, size: float) -> list[Ten
     if experts.call == "dense":
         table = torch.zeros(n_tokens, n_numbers, device="cpu").scatter(1, order[:, :k], shares)
         return [(table.T.unsqueeze(2) * x).reshape(-1, experts.hidden).to(weight)]
+    if experts.call == "shared":
+        shares = torch.rand(n_tokens, n_numbers, generator=generator, device="cpu") + 0.5
+        return [x.to(weight), shares.to(weight)]
     if experts.module.get_parameter(experts.output.weight).dim() == 2:
         x = x.unsqueeze(0)  # DBRX gives back a batch
     return [x.to(weight), order[:, :k].to(weight.device), shares.to(weight)]

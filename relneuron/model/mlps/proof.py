@@ -155,36 +155,59 @@ def watch(layers: Mapping[int, tuple[str, nn.Module]], run: Run) -> dict[int, li
 
 
 def candidates(seen: Sequence[Seen]) -> Iterator[Candidate]:
-    """Maps whose widths fit together, those first whose numbers fit a formula, too."""
+    """Maps whose widths and numbers fit together, those first that fit a formula.
+
+    At least nine in ten of the numbers that another one reads must be act * up, or act, of an
+    activation that was called.
+    """
     maps = [one for one in seen if one.is_linear]
     others = [one for one in seen if not one.is_linear]
+    outputs = {one.module: one.output for one in maps}
+    acts = [one for one in others if _is_activation(one)]
     loose = []
     for place in reversed(range(len(maps))):
         down = maps[place]
-        for candidate in _before(down, maps[:place], others):
-            outputs = {one.module: one.output for one in maps}
-            fitting = _fit(candidate, outputs, down.input, others)
+        for candidate, h in _before(down, maps[:place], others):
+            gate = candidate.gate.of(outputs[candidate.gate.module])
+            up = candidate.up.of(outputs[candidate.up.module]) if candidate.up else None
+            fitting = None
+            if candidate.product.module is down.module:
+                fitting = _fit(candidate, gate, up, h, others)
             if fitting is not None:
                 yield fitting
-            else:
+            elif any(_share(one.output, up, h) >= 0.9 for one in acts):
                 loose.append(candidate)
     yield from loose
 
 
-def _before(down: Seen, maps: Sequence[Seen], others: Sequence[Seen]) -> Iterator[Candidate]:
-    """Each way in which maps that were called before give the inputs of `down`."""
+def _is_activation(one: Seen) -> bool:
+    """Whether a module changed numbers, each alone."""
+    is_like = one.input.shape == one.output.shape and not torch.equal(one.input, one.output)
+    return is_like and is_elementwise(one.module, one.input)
+
+
+def _share(act: Tensor, up: Tensor | None, h: Tensor) -> float:
+    """The share of h that is act * up, or act."""
+    if act.shape != h.shape:
+        return 0.0
+    return float(_close(act if up is None else act * up, h).double().mean())
+
+
+def _before(
+    down: Seen, maps: Sequence[Seen], others: Sequence[Seen]
+) -> Iterator[tuple[Candidate, Tensor]]:
+    """Each way in which maps that were called before give the inputs h of `down`; and h (N, F)."""
     width = down.input.shape[1]
     out = Projection("down", down.path, down.module, 0, down.output.shape[1])
     # A norm between h and down reads h in its place.
     reads = [
-        Projection("product", one.path, one.module, 0, width, of_input=True)
+        one
         for one in others
         if one.output.shape == down.input.shape
         and one.input.shape == down.input.shape
         and torch.equal(one.output, down.input)
         and not torch.equal(one.input, one.output)
     ]
-    reads.append(Projection("product", down.path, down.module, 0, width, of_input=True))
     rows = len(down.input)
     near = [one for one in reversed(maps) if len(one.output) == rows]
     single = [one for one in near if one.output.shape[1] == width][:_NEAREST]
@@ -193,29 +216,23 @@ def _before(down: Seen, maps: Sequence[Seen], others: Sequence[Seen]) -> Iterato
     def part(site: str, one: Seen, start: int = 0, step: int = 1) -> Projection:
         return Projection(site, one.path, one.module, start, width, step=step)
 
-    for read in reads:
+    for reader in (*reads, down):
+        read = Projection("product", reader.path, reader.module, 0, width, of_input=True)
         for one in double:
             for starts, step in (((0, width), 1), ((0, 1), 2)):
                 for gate, up in permutations(starts):
                     ups = part("up", one, up, step)
-                    yield Candidate(part("gate", one, gate, step), ups, read, out)
+                    yield Candidate(part("gate", one, gate, step), ups, read, out), reader.input
         for one, other in permutations(single, 2):
-            yield Candidate(part("gate", one), part("up", other), read, out)
+            yield Candidate(part("gate", one), part("up", other), read, out), reader.input
         for one in single:
-            yield Candidate(part("gate", one), None, read, out)
+            yield Candidate(part("gate", one), None, read, out), reader.input
 
 
 def _fit(
-    candidate: Candidate,
-    outputs: Mapping[nn.Module, Tensor],
-    h: Tensor,
-    others: Sequence[Seen],
+    candidate: Candidate, gate: Tensor, up: Tensor | None, h: Tensor, others: Sequence[Seen]
 ) -> Candidate | None:
     """A candidate whose numbers fit activation(gate) * up, with its activation; else None."""
-    if candidate.product.module is not candidate.down.module:
-        return None
-    gate = candidate.gate.of(outputs[candidate.gate.module])
-    up = candidate.up.of(outputs[candidate.up.module]) if candidate.up else None
     for one in others:
         if one.input.shape == gate.shape == one.output.shape and torch.equal(one.input, gate):
             name = known_activation(one.module, gate.device)
@@ -244,12 +261,25 @@ def known_activation(module: Callable[[Tensor], Any], device: torch.device) -> s
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether all numbers are the same but for their last bits; a zero is only like a zero."""
-    if ours.shape != theirs.shape:
-        return False
+    return ours.shape == theirs.shape and bool(_close(ours, theirs).all())
+
+
+def _close(ours: Tensor, theirs: Tensor) -> Tensor:
     both = ~(ours.isfinite() | theirs.isfinite())  # past the range of a dtype of 16 bits
     off = (ours.double() - theirs.double()).abs()
     eps = torch.finfo(theirs.dtype).eps
-    return bool((both | (off <= 4 * eps * theirs.double().abs())).all())
+    return both | (off <= 4 * eps * theirs.double().abs())
+
+
+def is_elementwise(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module treats each number alone, as an activation does and a norm does not."""
+    other = x.clone()
+    other[:, ::2] += 1
+    try:
+        with torch.no_grad():
+            return torch.equal(module(x)[:, 1::2], module(other)[:, 1::2])
+    except Exception:  # one that takes more than a tensor
+        return False
 
 
 # --- proved by numbers put in ----------------------------------------------------------------
@@ -275,7 +305,7 @@ def put(
         return new.reshape(output.shape)
 
     def take(to: Got, _module: Any, args: Any, kwargs: Any) -> None:
-        to.h = _flat(_first(args, kwargs))
+        to.h = _flat(_first(args, kwargs)) if to.h is None else to.h
 
     def look(to: Got, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given, made = _flat(_first(args, kwargs)), _flat(output)
@@ -303,37 +333,43 @@ def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run
 
     Other outputs y of `down`, large ones, move the layer's output by something that is odd in y,
     through norms and factors, too: the mean of the outputs at y and at -y is the same for any y.
-    The layers behind see what they saw before.
+    And those of one token move no other token. The layers behind see what they saw before.
     """
-    outputs: dict[int, list[Any]] = {number: [] for number in chosen}
+    runs: list[dict[int, list[Any]]] = []  # each layer's outputs, if it is called again, too
 
-    def put_in(kind: int, sign: float, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
+    def put_in(kind: int, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
         width = output.shape[-1]
-        rows = _random(2, output.numel() // width, width)[kind]
-        rows = 1e3 * sign * (rows - rows.mean(1, keepdim=True))
-        return rows.to(output).reshape(output.shape)
+        y, z = _random(2, output.numel() // width, width) * 1e3
+        first = torch.arange(len(y), device="cpu")[:, None] == 0
+        rows = (y, -y, z, -z, torch.where(first, z, y))[kind]
+        return (rows - rows.mean(1, keepdim=True)).to(output).reshape(output.shape)
 
     def keep(number: int, _module: Any, _args: Any, _: Any, output: Any) -> Any:
-        outputs[number].append(output)
-        return outputs[number][0]
+        own = runs[-1][number]
+        own.append(output)
+        return runs[0][number][len(own) - 1]
 
-    for kind, sign in ((0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)):
+    for kind in range(5):
+        runs.append({number: [] for number in chosen})
         hooks = _Hooks()
         for number, candidate in chosen.items():
-            hooks.after(candidate.down.module, partial(put_in, kind, sign))
+            hooks.after(candidate.down.module, partial(put_in, kind))
             hooks.after(layers[number], partial(keep, number))
         hooks.run(run)
-    return {number for number in chosen if _are_odd(outputs[number])}
+    firsts = {number: [run[number][0] for run in runs if run[number]] for number in chosen}
+    return {n for n, one in chosen.items() if _are_written(firsts[n], one.down.width)}
 
 
-def _are_odd(outputs: Sequence[Any]) -> bool:
-    """Whether a layer's outputs at y, -y, z and -z are odd, but for a part that is no y's."""
+def _are_written(outputs: Sequence[Any], width: int) -> bool:
+    """Whether a layer's outputs are those of y, -y, z, -z and y but for its first token's z."""
     found = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    if len(found) != 4 or not all(isinstance(x, Tensor) for x in found):
+    if not all(isinstance(x, Tensor) and x.shape[-1] == width for x in found):
         return False
-    y, minus_y, z, minus_z = (x.detach().double() for x in found)
+    y, minus_y, z, minus_z, mixed = (x.detach().double().flatten(0, -2) for x in found)
     odd, even, other = (y - minus_y) / 2, (y + minus_y) / 2, (z + minus_z) / 2
-    return bool((even - other).abs().mean() <= 0.05 * odd.abs().mean())
+    near = 0.05 * odd.abs().mean()
+    is_local = len(y) > N_TOKENS or (mixed - y)[1:].abs().mean() <= near
+    return bool(is_local and (even - other).abs().mean() <= near)
 
 
 class Numbers:
@@ -424,11 +460,3 @@ def keeps_the_place(candidate: Candidate, gates: Got, ups: Got) -> nn.Module | N
             if candidate.up is not None or is_close(other_made, ups.h):
                 return module
     return None
-
-
-def is_elementwise(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module treats each number alone, as an activation does and a norm does not."""
-    other = x.clone()
-    other[:, ::2] += 1
-    with torch.no_grad():
-        return torch.equal(module(x)[:, 1::2], module(other)[:, 1::2])
