@@ -126,21 +126,28 @@ def watch(model: nn.Module, run: Callable[[], object]) -> list[Call]:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def is_function(x: Tensor, y: Tensor) -> bool:
-    """Whether y follows from x: numbers that are neighbours in x are so in y, all of them."""
-    x, y = x.flatten().double(), y.flatten().double()
-    if len(x) < LEAST_VALUES or not bool(x.isfinite().all() and y.isfinite().all()):
+def is_function(x: Tensor, y: Tensor, by_row: bool = False) -> bool:
+    """Whether y follows from x: numbers that are neighbours in x are so in y, all of them.
+
+    `by_row`: in each row (T, F) apart, as where a token's largest numbers decide what is cut off.
+    """
+    x, y = x.double(), y.double()
+    if not by_row:
+        x, y = x.flatten(), y.flatten()
+    if x.numel() < LEAST_VALUES or not bool(x.isfinite().all() and y.isfinite().all()):
         return False
+    if not bool((y.std(-1) > 1e-3 * y.abs().mean(-1)).all()):
+        return False  # the same for all x
     x, y = x / x.std(), y / y.std()
-    order = x.argsort()
-    dx, dy = x[order].diff(), y[order].diff().abs()
+    order = x.argsort(-1)
+    dx, dy = x.gather(-1, order).diff(), y.gather(-1, order).diff().abs()
     return bool((dy <= STEEPEST * dx + ROUNDING * y.abs().max()).all())
 
 
 def is_gated(g: Tensor, u: Tensor, h: Tensor) -> bool:
-    """Whether h = phi(g) * u, by h / u where u is not small."""
+    """Whether h = phi(g) * u, by h / u where u is not small; or phi of each token's own."""
     large = u.abs() > 0.05 * u.square().mean().sqrt()
-    return is_function(g[large], (h / u)[large])
+    return is_function(g[large], (h / u)[large]) or is_function(g, h / u, by_row=True)
 
 
 def is_ungated(g: Tensor, h: Tensor) -> bool:
