@@ -65,7 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
         8,
         2,
     ),
-    "gpt_oss": ("GptOssConfig", {**_MOE, "num_local_experts": 4, "swiglu_limit": 1.5}, 4, 2),
+    "gpt_oss": ("GptOssConfig", {**_MOE, "num_local_experts": 4}, 4, 2),
     "llama4": (
         "Llama4TextConfig",
         {
@@ -116,7 +116,11 @@ def expert_model(
         for path, weight in model.named_parameters():
             if path.endswith("bias") or "experts" in path:
                 weight.normal_(std=0.2)
-    if implementation is not None and (family, "grouped_mm") in CASES:
+    for module in model.modules():
+        if hasattr(module, "limit"):
+            module.limit = 1.5  # of gpt-oss: such that some are beyond it
+    has_interface = any(hasattr(module, "is_transposed") for module in model.modules())
+    if implementation is not None and has_interface:
         model.set_experts_implementation(implementation)
     return model
 
@@ -144,9 +148,14 @@ Change = Callable[[str, int, Tensor, Tensor], Tensor]
 Seen = dict[str, Tensor]
 
 
+def routes_itself(module: Any) -> bool:
+    """JetMoE, and GraniteMoe of the oldest transformers."""
+    return hasattr(module, "input_linear")
+
+
 def weights_of(family: str, module: Any, e: int) -> tuple[Tensor, ...]:
     """gate (F, D), up (F, D), down (D, F) and their biases (or zeros) of an expert."""
-    if family == "jetmoe":
+    if routes_itself(module):
         both, down = module.input_linear.weight[e], module.output_linear.weight[e]
     elif family in ("gpt_oss", "llama4"):
         both, down = module.gate_up_proj[e].T, module.down_proj[e].T
@@ -175,7 +184,7 @@ def pairs_of(
 ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
     """The inputs (T, D), or (E, T, D), and of each expert its tokens and their weights."""
     x = given[0].reshape(-1, given[0].shape[-1])
-    if family == "jetmoe":
+    if routes_itself(module):
         _, token, weight, sizes, _ = module.router(x)
         parts = zip(token.split(sizes), weight.split(sizes), strict=True)
         return x, dict(enumerate(parts))
@@ -284,7 +293,7 @@ def zeroed(family: str, model: Any, neurons: list[tuple[int, str, int]]) -> Any:
     edited = copy.deepcopy(model)
     for layer, site, index in neurons:
         module = experts_of(edited)[layer].module
-        down: Any = module.output_linear.weight if family == "jetmoe" else module.down_proj
+        down: Any = module.output_linear.weight if routes_itself(module) else module.down_proj
         # (E, D, F), whichever way it lies
         weight = (down.mT if family in ("gpt_oss", "llama4") else down).data
         if site == "down":

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from relneuron.model.layers import Projection, device_of
+from relneuron.model.mlps.candidates import ACTIVATIONS
 from relneuron.model.mlps.mlp import AnyArray
-from relneuron.model.mlps.proof import ACTIVATIONS
 from relneuron.ops.tensors import is_plain
 
 # Values that a gate of its own is given at a time on a CPU.
@@ -105,7 +105,7 @@ class Experts:
             by token (transformers' config._experts_implementation)
     dense   forward(x (E * T, D)): every expert's inputs one below the other, times its weights,
             zero at the tokens that it does not get; gives all their outputs (Llama 4)
-    router  forward(x (B, T, D)): routes by itself (JetMoE)
+    router  forward(x (B, T, D)): routes by itself (JetMoE, and GraniteMoe of transformers 5.0)
     shared  forward(x (..., D), weights (T, E)): every token goes to every expert, whose h is
             multiplied by its weight before down; summed in float32 (Inkling's shared experts)
 
@@ -227,13 +227,15 @@ class Experts:
             _, token, weight, sizes, _ = cast(Any, self.module).router(flat)
             numbers = torch.arange(self.n_experts, device=flat.device)
             expert = numbers.repeat_interleave(torch.tensor(sizes, device=flat.device))
-            return flat[token], Rows(token, expert, token, [0, *accumulate(sizes)], weight)
+            return flat.index_select(0, token), Rows(
+                token, expert, token, [0, *accumulate(sizes)], weight
+            )
         if self.call == "shared":
             n, numbers = len(flat), torch.arange(len(flat) * self.n_experts, device=flat.device)
             token, expert = numbers % max(n, 1), numbers // max(n, 1)
             weight = routing[0].reshape(n, self.n_experts).T.reshape(-1)
             bounds = [e * n for e in range(self.n_experts + 1)]
-            return flat[token], Rows(token, expert, numbers, bounds, weight)
+            return flat.index_select(0, token), Rows(token, expert, numbers, bounds, weight)
         if self.call == "dense":
             place = (flat != 0).any(1).nonzero().squeeze(1)
             expert = place // max(len(flat) // self.n_experts, 1)
@@ -248,10 +250,8 @@ class Experts:
         if n < len(place) and weight is not None:
             beyond = (token[n:], place[n:], weight[n:])
             token, expert, place, weight = token[:n], expert[:n], place[:n], weight[:n]
-        return (
-            flat[place if self.call == "dense" else token],
-            Rows(token, expert, place, bounds, weight, beyond),
-        )
+        inputs = flat.index_select(0, place if self.call == "dense" else token)
+        return inputs, Rows(token, expert, place, bounds, weight, beyond)
 
     def end(self, h: Tensor, rows: Rows, x: Tensor, *routing: Tensor) -> Tensor:
         """What the module returns, of h (R, F), its pairs and the module's arguments."""
@@ -261,23 +261,28 @@ class Experts:
         module = cast(Any, self.module)
         flat = x.reshape(-1, self.hidden)
         if rows.weight is None:
-            return torch.zeros_like(flat).index_copy(0, rows.place, y.to(flat.dtype))
+            return torch.zeros_like(flat).index_copy_(0, rows.place, y.to(flat.dtype))
         if self.call == "shared":
             each = y.float().view(self.n_experts, *flat.shape)
             return each.sum(0).to(x.dtype).view(x.shape)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
-        y = y * rows.weight.unsqueeze(1)
+        has_grad = y.requires_grad or rows.weight.requires_grad
+        if has_grad or y.dtype != rows.weight.dtype:
+            y = y * rows.weight.unsqueeze(1)
+        else:
+            y *= rows.weight.unsqueeze(1)  # large memory that is new costs more than the product
         if self.call == "router":
             total = torch.zeros_like(flat, dtype=y.dtype).index_add(0, rows.token, y)
-            return cast(Tensor, total.view(x.shape) + module.bias)
+            bias = getattr(module, "bias", None)
+            return total.view(x.shape) if bias is None else total.view(x.shape) + bias
         others = None
         if rows.beyond is not None and self.n_numbers() > self.n_experts:
             others = flat[rows.beyond[0]] * rows.beyond[2].unsqueeze(1)
         if self.implementation() != "eager":
             k = routing[0].shape[-1]
             places = y.new_zeros if rows.beyond is not None else y.new_empty
-            each = places(len(flat) * k, y.shape[1]).index_copy(0, rows.place, y)
+            each = places(len(flat) * k, y.shape[1]).index_copy_(0, rows.place, y)
             if others is not None:
                 each[cast(Any, rows.beyond)[1]] = others.to(each.dtype)
             total = each.view(len(flat), k, y.shape[1]).sum(1)
@@ -302,7 +307,7 @@ class Experts:
     def implementation(self) -> str:
         """How transformers' experts interface runs the module now; without it, eager."""
         name = getattr(getattr(self.module, "config", None), "_experts_implementation", None)
-        return name if hasattr(self.module, "has_gate") and name is not None else "eager"
+        return name if hasattr(self.module, "is_transposed") and name is not None else "eager"
 
     def is_grouped(self) -> bool:
         """Whether the module makes grouped products, as torch does on this device."""

@@ -33,11 +33,11 @@ from relneuron.model.layers import (
     uncallable,
     without_hooks,
 )
-from relneuron.model.mlps import proof
+from relneuron.model.mlps import candidates, proof
+from relneuron.model.mlps.candidates import Candidate, Run, Seen, linear_maps
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
 from relneuron.model.mlps.mlp import MLP
-from relneuron.model.mlps.proof import Candidate, Run, Seen
 from relneuron.model.mlps.shape import Part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
     settle(model)
-    dtype, run, failed = compute_dtype(model), text_run(model, proof.N_TOKENS), ""
+    dtype, run, failed = compute_dtype(model), text_run(model, candidates.N_TOKENS), ""
     verdicts: dict[int, Verdict] = {}
     left: dict[int, tuple[str, nn.Module]] = {}
     with without_hooks(model):
@@ -85,7 +85,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
             else:
                 left[number] = (f"{path}.{number}", layer)
         try:
-            seen = proof.watch(left, run) if left else {}
+            seen = candidates.watch(left, run) if left else {}
         except Exception as error:
             seen, failed = {}, first_line(error)
         here = {number: calls for number, calls in seen.items() if calls}
@@ -137,7 +137,7 @@ def _prove(
     fitting: dict[int, list[Candidate]] = {}
     loose: dict[int, list[Candidate]] = {}
     for number, calls in seen.items():
-        every = list(proof.candidates(calls))
+        every = list(candidates.candidates(calls))
         fitting[number] = [one for one in every if one.activation]
         loose[number] = [one for one in every if not one.activation]
     others = {
@@ -200,11 +200,11 @@ def _rounds(
 def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list[Candidate]:
     """The MLPs of a layer that no forward of text calls: its modules are called one by one."""
     for name, module in reversed(list(layer.named_modules())):
-        if len(proof.linear_maps(module)) < 2 or not name:
+        if len(linear_maps(module)) < 2 or not name:
             continue
         with suppress(Exception):  # a module may need other inputs: attention does
             run = partial(module, _rows_for(module, dtype))
-            seen = proof.watch({number: (f"{path}.{name}", module)}, run)
+            seen = candidates.watch({number: (f"{path}.{name}", module)}, run)
             found = _prove(seen, run, {number: module})[number]
             if found:
                 return found
@@ -213,10 +213,10 @@ def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list
 
 def _rows_for(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """Random inputs (1, N, D) of a module, of the width of its first linear map."""
-    first: Any = next(iter(proof.linear_maps(module).values()))
+    first: Any = next(iter(linear_maps(module).values()))
     width = getattr(first, "nx", None) or features(first)[0]  # transformers' Conv1D has nx inputs
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(1, proof.N_TOKENS, width, generator=generator, device="cpu")
+    rows = torch.randn(1, candidates.N_TOKENS, width, generator=generator, device="cpu")
     return rows.to(device_of(first), dtype)
 
 
@@ -231,20 +231,25 @@ def _verdict(
     dtype: torch.dtype,
     failed: str,
 ) -> Verdict:
-    experts, said = find_experts(number, path, layer)
-    if experts is None and said != NO_EXPERTS:
-        return Verdict(number, (), said)
+    parts: list[Part] = []
+    experts: dict[str, str] = {}  # what is said of each
+    for is_shared in (False, True):
+        one, said = find_experts(number, path, layer, shared=is_shared)
+        if one is None and said != NO_EXPERTS:
+            return Verdict(number, (), said)
+        if one is not None:
+            parts.append(one)
+            experts[one.path] = said
     if chosen and dtype not in _DTYPES:
         name = str(dtype).removeprefix("torch.")
         why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
     found = [_mlp(number, path, layer, one, dtype) for one in chosen]
-    parts: list[Part] = [] if experts is None else [experts]
     parts += sorted(found, key=lambda mlp: mlp.path)
     if parts:
         offsets = accumulate((part.width for part in parts), initial=0)
         mlps = tuple(replace(part, offset=o) for part, o in zip(parts, offsets, strict=False))
-        words = [_words(mlp) if isinstance(mlp, MLP) else said for mlp in mlps]
+        words = [_words(mlp) if isinstance(mlp, MLP) else experts[mlp.path] for mlp in mlps]
         return Verdict(number, mlps, "; ".join(words))
     if failed:
         return Verdict(number, (), f"a forward of tokens fails ({failed}), and so no MLP is found")
@@ -252,7 +257,7 @@ def _verdict(
     if odd is not None:
         why = f"{path}.{odd} is not down(activation(gate(x)) * up(x))"
         return Verdict(number, (), f"{why}, and calls no module for its activation")
-    maps = ", ".join(proof.linear_maps(layer)) or "none"
+    maps = ", ".join(linear_maps(layer)) or "none"
     return Verdict(number, (), f"no MLP (linear maps: {maps})", passed=True)
 
 
@@ -299,7 +304,7 @@ def _is_whole(mlp: MLP, dtype: torch.dtype) -> bool:
 def _odd_mlp(layer: nn.Module, dtype: torch.dtype) -> str | None:
     """The name of a module of linear maps that treats each token alone: an MLP of another form."""
     for name, module in layer.named_modules():
-        if not name or len(proof.linear_maps(module)) < 2:
+        if not name or len(linear_maps(module)) < 2:
             continue
         with suppress(Exception), torch.no_grad():
             x = _rows_for(module, dtype)

@@ -20,8 +20,8 @@ from relneuron.model.layers import (
     unreadable,
     without_hooks,
 )
+from relneuron.model.mlps.candidates import ACTIVATIONS
 from relneuron.model.mlps.experts import Experts, Maps
-from relneuron.model.mlps.proof import ACTIVATIONS
 
 NO_EXPERTS = "no experts"  # of a layer that has nothing of the kind
 # Of the self-check's rows: a clamp acts on large numbers only.
@@ -46,7 +46,7 @@ def find_experts(
         if found:
             return None, f"{len(found)} sets of experts ({', '.join(found)}), not one"
         if shared:
-            return None, "no shared experts in one module"
+            return None, NO_EXPERTS
         lists = [n for n, m in names.items() if "expert" in n and isinstance(m, nn.ModuleList)]
         if lists:
             return None, f"its experts are a list of modules ({lists[0]}), not parameters of one"

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from relneuron.model.layers import Projection
-from relneuron.model.mlps.proof import ACTIVATIONS
+from relneuron.model.mlps.candidates import ACTIVATIONS
 
 AnyArray = TypeVar("AnyArray", Tensor, np.ndarray[Any, Any])
 
