@@ -298,6 +298,9 @@ class _Checks:
                 module.config._experts_implementation = "eager"
         with hooks(double):
             truth = self.whole.logits(double).double()
+        if not bool(truth.isfinite().all()):
+            self.reasons.append("ablation: its logits in float64 are not finite")
+            return UNPROVED
         # The one rule of accuracy for the largest numbers: rounding errors of all layers meet in
         # each logit, so that torch's own error at one of them says little.
         error = (theirs.double() - truth).abs().max()
