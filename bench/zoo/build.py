@@ -138,7 +138,7 @@ def build(kind: str, model_type: str, dtype: torch.dtype = torch.float32) -> Any
         model_class = model_class[0]
     if not isinstance(config, model_class.config_class):
         inside = [c for c in vars(config).values() if isinstance(c, model_class.config_class)]
-        config = inside[0] if inside else config.get_text_config()
+        config = inside[0] if inside else config
     torch.manual_seed(0)
     model = model_class(config).to(dtype).eval()
     seed_weights(model)
@@ -220,6 +220,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm46v": _MROPE,
     "glm4v": _MROPE,
     "glm4v_moe": {"text_config": {"rope_parameters": _rope(1, 1, 2)}},
+    "glm5_next": {"text_config": {"index_topk": 16}},
     "glm_ocr": _MROPE,
     "glmga": _MROPE,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
