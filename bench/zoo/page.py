@@ -39,15 +39,15 @@ def is_proved(row: Row) -> bool:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """How many types of each mapping came out how."""
-    lines = ["| | types | run here | supported | all right | wrong | attribution |"]
+    lines = ["| | types | built | supported | all right | wrong | attribution |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for kind in KINDS:
         mine = [row for row in rows if row.mapping == kind]
-        run = [row for row in mine if row.oracle != NOTHING]
+        built = [row for row in mine if row.oracle != NOTHING]
         supported = [row for row in mine if row.verdict == "supported"]
         wrong = [row for row in mine if WRONG in row]
         gains = [row for row in mine if row.attribution.startswith("supported")]
-        counts = (mine, run, supported, list(filter(is_proved, supported)), wrong, gains)
+        counts = (mine, built, supported, list(filter(is_proved, supported)), wrong, gains)
         lines.append(f"| {kind} | {' | '.join(str(len(some)) for some in counts)} |")
     return lines
 
