@@ -64,7 +64,7 @@ SLOW = {
     "ablation": "evaluate expertise modes",
     "analyses": "beside_study page",
     "artifact": "files integrity integrity_crash",
-    "bench": "offline",
+    "bench": "offline zoo",
     "cli": "corpus corpus_input errors main",
     "methods/counts": "batches count page",
     "methods/gains": "attribute_resume kinds page",
