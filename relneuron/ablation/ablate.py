@@ -36,11 +36,11 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker, Step
+from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
-from relneuron.model.patch import check_canary
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
     Questions,

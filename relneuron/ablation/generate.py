@@ -38,11 +38,12 @@ from relneuron.artifact.neurons import ATTENTION, NeuronFile
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import parse_json, read_lines
 from relneuron.model.ask import Asker, Step, cache_of
+from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
-from relneuron.model.patch import Patch, check_canary
+from relneuron.model.patch import Patch
 from relneuron.model.questions import Questions, encode
 from relneuron.texts.tokens import listed, whole_text, without_blanks
 

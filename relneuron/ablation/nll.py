@@ -33,11 +33,11 @@ from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.stage import placed
+from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
-from relneuron.model.patch import check_canary
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     check_unchanged,

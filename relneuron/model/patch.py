@@ -6,27 +6,24 @@ The stages and the two context managers of the package (model/instrument.py) are
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import Shape
 from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.mlp import MLP
-from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.mlps.shape import Part
 from relneuron.model.states import (
     LayerState,
     Tokens,
     hidden,
     is_recomputing,
-    mask_states,
     masked,
     record_down,
     record_outputs,
@@ -95,33 +92,42 @@ class Patch:
     def __enter__(self) -> Patch:
         if self._saved:
             raise RelneuronError("this patch is active already", "make a second one to nest")
-        downs = [getattr(layer, "down_map", layer).module for layer in self.layers]
-        if len(set(map(id, downs))) < len(downs):
+        found = [
+            own for number, layer in enumerate(self.layers) for own in self._own(number, layer)
+        ]
+        if len({id(module) for module, _ in found}) < len(found):
             raise RelneuronError(
                 "layers of the model share one MLP, whose neurons would be counted in each of them",
                 "give a model with an MLP of its own in every layer",
             )
         with CHANGING:
-            for module in [layer.module for layer in self.layers] + downs:
+            for module, _ in found:
                 before = module.__dict__.get("forward")
                 if isinstance(before, _Patched):
                     before.check_thread()
             self.thread = threading.get_ident()
+            for module, forward in found:
+                self._put_on(module, forward)
             for number, layer in enumerate(self.layers):
-                if isinstance(layer, Experts):
-                    from relneuron.model.patch_experts import ExpertsForward  # made of this file
-
-                    self._put_on(layer.module, partial(ExpertsForward, self, number, layer))
-                elif not isinstance(layer, MLP):
-                    self._put_on(layer.module, partial(_Patched, self, number, layer.module))
-                elif layer.is_whole:
-                    self._put_on(layer.module, partial(_Forward, self, number, layer))
-                else:
-                    for module, own in _by_module(layer.sites).items():
-                        self._put_on(module, partial(_Inside, self, number, layer, own))
                 for module, own in _by_module(layer.projections).items():
                     self._put_on(module, partial(_Linear, self, number, own))
         return self
+
+    def _own(
+        self, number: int, layer: Part | Parts
+    ) -> Iterator[tuple[nn.Module, Callable[[object], _Patched]]]:
+        """The modules of a layer's MLP that get another forward, and what makes it."""
+        if isinstance(layer, Experts):
+            from relneuron.model.patch_experts import ExpertsForward  # made of this file
+
+            yield layer.module, partial(ExpertsForward, self, number, layer)
+        elif not isinstance(layer, MLP):
+            yield layer.module, partial(_Patched, self, number, layer.module)
+        elif layer.is_whole:
+            yield layer.module, partial(_Forward, self, number, layer)
+        else:
+            for module, own in _by_module(layer.sites).items():
+                yield module, partial(_Inside, self, number, layer, own)
 
     def _put_on(self, module: nn.Module, forward: Callable[[object], _Patched]) -> None:
         before = module.__dict__.get("forward", _ABSENT)
@@ -378,30 +384,3 @@ class _Inside(_Patched):
             if "act" not in values:
                 h = replace_act(h, values.get("up"), state, tokens, x.shape)
         return h.reshape(x.shape)
-
-
-def check_canary(model: Any, mlps: Sequence[Part], input_ids: Tensor, backend: str) -> None:
-    """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
-
-    Likewise all attentions, where their projections are patched.
-    """
-    shape, parts = model_shape(mlps), {"gate": "MLP"}
-    if mlps[0].projections:
-        parts |= {"o": "attention"}
-    with torch.no_grad():
-        clean = model(input_ids).logits
-        for site, what in parts.items():
-            order = Shape.of(shape)
-            everything = [
-                neuron
-                for layer in range(order.layers)
-                for neuron in order.neurons(np.r_[order.span(layer, site)])
-            ]
-            with Patch(mlps, mask_states([everything], mlps), backend=backend):
-                dark = model(input_ids).logits
-            if torch.equal(clean, dark):
-                raise RelneuronError(
-                    f"switching off every {what} did not change the logits: the patch is not "
-                    "effective",
-                    "give the model uncompiled, with its own forward methods",
-                )

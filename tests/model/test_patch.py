@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import relneuron
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.canary import check_canary
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.mlp import MLP
-from relneuron.model.patch import Patch, check_canary
+from relneuron.model.patch import Patch
 from relneuron.model.states import mask_states, pack_keep, unpack_keep
 from tests.conftest import tiny_model
 

@@ -20,11 +20,12 @@ import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import Batch
 from relneuron.methods.counts.counter import Counter
+from relneuron.model.canary import check_canary
 from relneuron.model.identity import model_digest
 from relneuron.model.layers import compute_dtype, features
 from relneuron.model.load import describe_model, load_model, quantisation
 from relneuron.model.mlps.find import find_mlps
-from relneuron.model.patch import Patch, check_canary
+from relneuron.model.patch import Patch
 from relneuron.model.states import mask_states
 from relneuron.model.stream.read import read_residual_model
 from tests.kit.files import read_rows

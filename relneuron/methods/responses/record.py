@@ -35,13 +35,14 @@ from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.model.ask import Asker, Step
 from relneuron.model.batches import Budget, plan_batches
+from relneuron.model.canary import check_canary
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.layers import device_of
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
-from relneuron.model.patch import Patch, check_canary
+from relneuron.model.patch import Patch
 from relneuron.model.questions import Questions, encode, is_correct
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
