@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from bench.zoo import build
@@ -43,6 +45,7 @@ def test_relneuron_is_what_plain_hooks_are(rows, model_type: str) -> None:
 
 def test_a_type_that_takes_too_long_has_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.zoo.__main__.LIMIT_S", 0.0)
+    monkeypatch.setattr("bench.zoo.__main__._child", lambda *_: time.sleep(60))
     (row, _), *others = sweep([("causal", "llama")])
     assert not others
     assert (row.model_type, row.verdict, row.counts) == ("llama", "ended", "")

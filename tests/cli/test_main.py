@@ -53,12 +53,14 @@ def broken_model(source: Path, folder: Path, change: str) -> Path:
         )
     elif change == "more layers":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
-    elif change == "ungated":
-        from transformers import GPT2Config, GPT2LMHeadModel
+    elif change in ("ungated", "no MLP"):
+        import transformers
 
-        GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=16, n_layer=2, n_head=2)).save_pretrained(
-            folder
-        )
+        sizes = {"vocab_size": 500, "hidden_size": 16, "num_hidden_layers": 2}
+        made: Any = transformers.GPT2Config(**sizes, n_head=2)
+        if change == "no MLP":
+            made = transformers.MambaConfig(**sizes, state_size=4, time_step_rank=2)
+        transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     return folder
 
 
@@ -70,7 +72,7 @@ def broken_model(source: Path, folder: Path, change: str) -> Path:
         ("cut weights", "could not be loaded"),
         ("more layers", "lacks weights"),
         ("no tokenizer", "no usable tokenizer"),
-        ("ungated", "0 of 2 layers have a supported gated MLP; layers 0-1: no gated MLP"),
+        ("no MLP", "0 of 2 layers have a supported MLP; layers 0-1: no MLP (linear maps: mixer."),
         ("short context", "longer than the model's context of 9"),
     ],
 )
@@ -298,12 +300,15 @@ def test_doctor_gives_a_verdict_per_layer(
     code, out, _ = relneuron("doctor", model_folder)
     assert code == 0
     assert "supported: 2 of 2 layers" in out
-    assert "attribution  supported: " in out
+    assert "supported: 4 heads a layer" in out
     code, out, _ = relneuron("doctor", broken_model(model_folder, tmp_path / "m", "ungated"))
+    assert code == 0
+    assert "layers 0-1                     supported: transformer.h.{}.mlp: gelu_tanh, F=64" in out
+    assert "supported: 2 heads a layer" in out  # a GPT-2
+    code, out, _ = relneuron("doctor", broken_model(model_folder, tmp_path / "n", "no MLP"))
     assert code == 1
-    assert "linear maps: attn.c_attn" in out
-    assert "supported: 0 of 2 layers" in out
-    assert "attribution  supported: " in out  # a GPT-2
+    assert "passed over: no MLP (linear maps: mixer.in_proj" in out
+    assert "no: no layer has a supported MLP" in out
 
 
 def test_usage_errors_and_unexpected_errors(

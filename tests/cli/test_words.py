@@ -313,7 +313,7 @@ def test_float64_is_refused_where_the_model_is_read(
     ):
         pass
     rows, supported = model_report(model)
-    assert not supported and dict(rows)["layer 0"].startswith("not supported: float64 weights")
+    assert not supported and dict(rows)["layers 0-2"].startswith("not supported: float64")
 
 
 def test_generating_inside_of_instrument_says_what_to_do(llama: Any) -> None:

@@ -60,8 +60,9 @@ def put(
             part.of(new).copy_(numbers(len(new), part.width)[part.site == "up"])
         return new.reshape(output.shape)
 
-    def take(to: Got, _module: Any, args: Any, kwargs: Any) -> None:
-        to.h = flat(first(args, kwargs)) if to.h is None else to.h
+    def take(number: int, _module: Any, args: Any, kwargs: Any) -> None:
+        if hooks.running in (None, number) and got[number].h is None:
+            got[number].h = flat(first(args, kwargs))
 
     def look(number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given, made = flat(first(args, kwargs)), flat(output)
@@ -77,7 +78,7 @@ def put(
         for module in dict.fromkeys(part.module for part in parts):
             own = [part for part in parts if part.module is module]
             hooks.after(module, partial(give, own))
-        hooks.before(candidate.product.module, partial(take, got[number]))
+        hooks.before(candidate.product.module, partial(take, number))
         for module in others.get(number, ()):
             hooks.after(module, partial(look, number))
         hooks.after(candidate.down.module, silence)

@@ -23,6 +23,7 @@ from relneuron.model.layers import (
     is_training,
     unreadable,
 )
+from relneuron.model.mlps.candidates import linear_maps
 from relneuron.model.stream.find import (
     Found,
     agree,
@@ -75,6 +76,9 @@ def _check_weights(model: Any) -> None:
         if why := unreadable(parameter):
             raise unsupported(model, f"{name} is {why}")
         devices.add(str(parameter.device))
+    for name, module in linear_maps(model).items():
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            raise unsupported(model, f"{name} is quantised (it has no weight)")
     if len(devices) > 1:
         raise unsupported(
             model, f"its weights are on several devices ({', '.join(sorted(devices))})"
