@@ -136,7 +136,9 @@ def instrument(
         parts = list(own)
         plain = parts[0][1].stats if len(parts) == 1 and isinstance(parts[0][0], MLP) else None
         stats[layer] = plain or Together(parts)
-    patch = Patch(mlps, states, backend=backend)
+    # On a CPU the model's own activation leaves every later layer as it is without the patch.
+    is_own = input_device(model).type == "cpu"
+    patch = Patch(mlps, states, backend=backend, own_activation=is_own)
     # Until the first `batch` no shape fits: a forward without it raises instead of counting.
     patch.tokens = Tokens(group_ids=torch.empty(0, 0, dtype=torch.int32, device="cpu"))
     with patch:

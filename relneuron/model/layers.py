@@ -168,7 +168,10 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def _embedding(model: Any) -> nn.Module | None:
     get = getattr(model, "get_input_embeddings", None)
-    found = get() if callable(get) else None
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:
+        return None
     return found if isinstance(found, nn.Module) else None
 
 
