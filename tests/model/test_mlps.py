@@ -358,9 +358,10 @@ def test_experts_come_before_the_other_mlps_of_a_layer() -> None:
 
 def test_a_layer_that_text_does_not_run_never_ran() -> None:
     import transformers
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 1}
-    made = transformers.models.mllama.MllamaTextConfig(
+    made = MllamaTextConfig(
         **_SMALL | {"num_hidden_layers": 3} | tokens, cross_attention_layers=[1]
     )
     model = transformers.MllamaForCausalLM(made).eval()
