@@ -36,6 +36,7 @@ _HOMES = {
     "RelneuronError": "artifact.files",
     "ablate": "model.instrument",
     "ablate_prompts": "ablation.ablate",
+    "find_gated_mlps": "model.mlps.find",
     "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
 }

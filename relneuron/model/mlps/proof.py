@@ -98,8 +98,8 @@ def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run
     def put_in(kind: int, _module: Any, _args: Any, _: Any, output: Tensor) -> Any:
         width = output.shape[-1]
         y, z = _random(2, output.numel() // width, width) * 1e3
-        first = torch.arange(len(y), device="cpu")[:, None] == 0
-        rows = (y, -y, z, -z, torch.where(first, z, y))[kind]
+        is_first = torch.arange(len(y), device="cpu")[:, None] == 0
+        rows = (y, -y, z, -z, torch.where(is_first, z, y))[kind]
         return (rows - rows.mean(1, keepdim=True)).to(output).reshape(output.shape)
 
     def keep(number: int, _module: Any, _args: Any, _: Any, output: Any) -> Any:
@@ -128,6 +128,8 @@ def _stream(output: Any) -> Any:
 def _are_written(outputs: Sequence[Any], candidate: Candidate) -> bool:
     """Whether a layer's outputs are those of y, -y, z, -z and y but for its first token's z."""
     found, width = list(map(_stream, outputs)), candidate.down.width
+    if not found:
+        return True  # nobody calls the layer as a module: it cannot be told
     if not all(isinstance(x, Tensor) for x in found):
         return False
     # As wide as the stream, or as one of several streams side by side that gate reads, too.
