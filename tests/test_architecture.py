@@ -102,6 +102,7 @@ def test_the_package_needs_only_its_core_dependencies() -> None:
     code = """
 import relneuron
 assert callable(relneuron.ablate) and callable(relneuron.instrument)
+assert relneuron.find_gated_mlps is relneuron.find_mlps
 from relneuron import *
 assert NeuronFile is relneuron.NeuronFile and set(relneuron.__all__) <= set(dir(relneuron))
 """

@@ -180,7 +180,9 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
     A quantised weight is packed: its shape says nothing. Raises Unfound for what is no linear map.
     """
-    sizes = tuple(getattr(linear, name, None) for name in ("in_features", "out_features"))
+    # transformers' Conv1D has nx inputs and nf outputs, and its weight the other way round.
+    names = ("nx", "nf") if hasattr(linear, "nx") else ("in_features", "out_features")
+    sizes = tuple(getattr(linear, name, None) for name in names)
     weight = getattr(linear, "weight", None)
     if None in sizes and isinstance(weight, Tensor) and weight.dim() == 2:
         sizes = tuple(weight.shape[::-1])

@@ -24,7 +24,6 @@ from relneuron.model.states import (
     flat_ids,
     hidden,
     is_recomputing,
-    record_down,
     replace_act,
     statistics_only,
 )
@@ -124,24 +123,14 @@ class ExpertsForward(_Patched):
 
     def _with_down(self, y: Tensor, shape: torch.Size) -> Tensor:
         """The module's output with the statistics of down taken and its neurons switched off."""
-        states = [patch.states[self.layer] for patch in self.patches]
-        if not any(map(_has_down, states)):
+        if not any(_has_down(patch.states[self.layer]) for patch in self.patches):
             return y
-        # Outputs of each expert, which the model sums by itself.
-        is_apart = self.experts.call == "dense"
-        total = new = y.view(self.experts.n_experts, *shape).sum(0) if is_apart else y
-        for state, patch in zip(states, self.patches, strict=True):
-            record_down(total, state, patch.tokens.on(y.device), patch.backend)
-        for state, patch in zip(states, self.patches, strict=True):
-            if state.keep_down is not None:
-                rows = patch.tokens.on(y.device).rows(shape)
-                keep = state.keep_down[0] if rows is None else state.keep_down[rows.long()]
-                new = torch.where(keep, new, new.new_zeros(()))
-            new = patch.replaced(self.layer, "down", new, shape)
-        if new is total:
-            return y
-        # All of the sum becomes the first expert's.
-        return pad(new, (0, 0, 0, len(y) - len(new))) if is_apart else new
+        if self.experts.call != "dense":
+            return self._written(y)
+        # Outputs of each expert, which the model sums: all of the sum becomes the first one's.
+        total = y.view(self.experts.n_experts, *shape).sum(0)
+        new = self._written(total)
+        return y if new is total else pad(new, (0, 0, 0, len(y) - len(new)))
 
 
 def _has_down(state: LayerState) -> bool:

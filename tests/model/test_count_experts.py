@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.counting import counting_state
 from relneuron.model.mlps.experts import Experts
@@ -299,3 +300,25 @@ def test_statistics_alone_end_the_forward_behind_the_last_experts() -> None:
         assert torch.equal(one.stats.count["act"], other.stats.count["act"])
         assert one.routing is not None and other.routing is not None
         assert torch.equal(one.routing, other.routing)
+
+
+def test_instrument_shows_what_the_router_did() -> None:
+    model = expert_model("qwen2")
+    routing: list[tuple[Tensor, Tensor]] = []
+    module = experts_of(model)[1].module
+    handle = module.register_forward_pre_hook(lambda _, given: routing.append(given[1:3]))
+    padded(model)
+    handle.remove()
+    with relneuron.instrument(model, 2) as probe:
+        probe.batch(torch.ones_like(GROUPS), GROUPS)
+        padded(model)
+    stats, ((index, weights),) = probe.stats[1], routing
+    sizes = [int((group == GROUPS).sum()) for group in range(2)]
+    assert stats.tokens.tolist() == sizes
+    for group in range(2):
+        inside = (group == GROUPS).flatten()
+        for e in range(stats.expert_tokens.shape[1]):
+            sent = (index == e) & inside[:, None]
+            assert int(stats.expert_tokens[group, e]) == int(sent.sum())
+            mean = weights[sent].double().mean()
+            torch.testing.assert_close(stats.expert_weight[group, e], mean, equal_nan=True)

@@ -192,7 +192,7 @@ def test_the_self_check_calls_no_hook_and_leaves_them(model: Any, name: str) -> 
     module = part(model, 0, name)
     with heard(module) as seen:
         hooks = module._forward_hooks, dict(module._forward_hooks)
-        assert all(verdict.mlp is not None for verdict in inspect_layers(model))
+        assert all(verdict.mlps for verdict in inspect_layers(model))
         assert seen == []
         assert module._forward_hooks is hooks[0] and dict(module._forward_hooks) == hooks[1]
         logits(model)

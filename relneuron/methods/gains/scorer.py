@@ -24,7 +24,7 @@ from relneuron.methods.gains.scores import QueryScores, promoted_tokens, query_s
 from relneuron.methods.gains.targets import Targets, keep, type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
-from relneuron.model.stream.trace import Trace, trace
+from relneuron.model.stream.trace import Trace, scaled, trace
 from relneuron.ops.logprob_gain.op import TopGains
 from relneuron.texts.tokens import token_text
 
@@ -323,16 +323,13 @@ class _Table:
         traced = self.traced
         if kind == "attention_neuron":
             column = position + self.n_pad[e]
-            weight = traced.weights[layer][e, head, column].float()
-            value = float(weight * traced.values[layer][e, column, head, index])
-            scale = traced.attention_scale[layer]
-            return value if scale is None else value * float(scale[e, -1])
+            value = traced.values[layer][e, column, head, index]
+            value = traced.weights[layer][e, head, column].float() * value
+            return scaled(value, traced.attention_scale[layer], e)
         if kind == "query_ffn_neuron":
             assert self.query is not None
             return float(self.query.coefficient[e, layer, index])
-        scale = traced.ffn_scale[layer]
-        value = float(traced.neurons[layer][e, -1, index])
-        return value if scale is None else value * float(scale[e, -1])
+        return scaled(traced.neurons[layer][e, -1, index], traced.ffn_scale[layer], e)
 
 
 # --- promoted tokens -------------------------------------------------------------------------

@@ -55,10 +55,6 @@ class Verdict:
     reason: str
     passed: bool = False
 
-    @property
-    def mlp(self) -> Part | None:
-        return self.mlps[0] if self.mlps else None
-
 
 def inspect_layers(model: Any) -> list[Verdict]:
     """A verdict for every decoder layer, by structure and by a numeric self-check.
@@ -214,10 +210,9 @@ def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list
 
 def _rows_for(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """Random inputs (1, N, D) of a module, of the width of its first linear map."""
-    first: Any = next(iter(linear_maps(module).values()))
-    width = getattr(first, "nx", None) or features(first)[0]  # transformers' Conv1D has nx inputs
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(1, candidates.N_TOKENS, width, generator=generator, device="cpu")
+    first = next(iter(linear_maps(module).values()))
+    shape = (1, candidates.N_TOKENS, features(first)[0])
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(1), device="cpu")
     return rows.to(device_of(first), dtype)
 
 

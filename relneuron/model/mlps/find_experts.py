@@ -22,10 +22,9 @@ from relneuron.model.layers import (
 )
 from relneuron.model.mlps.candidates import ACTIVATIONS
 from relneuron.model.mlps.experts import Experts, Maps
+from relneuron.model.mlps.proof import SIZES
 
 NO_EXPERTS = "no experts"  # of a layer that has nothing of the kind
-# Of the self-check's rows: a clamp acts on large numbers only.
-_SIZES = (1.0, 10.0, 100.0)
 
 
 def find_experts(
@@ -162,7 +161,7 @@ def _with_formula(experts: Experts, device: torch.device) -> Experts | str:
         if not bool(same[:, 1:].all()):
             continue  # what is gate and up of one neuron is not so of the module
         for name, formula in ACTIVATIONS.items():
-            for size in _SIZES:
+            for size in SIZES:
                 a, b = size * gate, size * up if experts.gated else up
                 near = 4e-6 * size
                 if not torch.allclose(way.own_h(a, b), formula(a) * b, rtol=1e-5, atol=near):
@@ -188,7 +187,7 @@ def _proved(experts: Experts) -> Experts | None:
     ):
         ways.append(replace(experts, sums_in=torch.float32))
     errors = torch.zeros(len(ways), device="cpu")
-    for size in _SIZES:
+    for size in SIZES:
         given = _random_arguments(experts, weight, size)
         theirs = cast(Tensor, experts.module(*given))
         if size > 1 and not bool(theirs.isfinite().all()):

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from relneuron.model.layers import Unfound
 from relneuron.model.stream.norms import Norm
@@ -26,18 +25,11 @@ from relneuron.model.stream.parts import (
     matrix,
 )
 from relneuron.model.stream.probe import N_TOKENS, Call, Calls, as_norm, same
+from relneuron.ops.swiglu_stats.reference import TORCH_ACTIVATIONS
 
 _ROUNDINGS = 8  # units of the dtype's eps that a sum of the self-check may be off by, and at least
 _FLOAT32_SUMS = 2.0**-16  # what float32 sums over thousands of terms may; all norms are float32
 _NEAR = 0.02  # how far a fitted factor may be from the number that the model holds
-# Activations that some MLPs call as plain functions.
-_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    F.relu,
-    F.silu,
-    F.gelu,
-    lambda x: F.gelu(x, approximate="tanh"),
-    lambda x: F.relu(x).square(),
-)
 
 
 def is_rounded(ours: Tensor, theirs: Tensor) -> bool:
@@ -124,7 +116,7 @@ def _activated(
             if gate is not None and as_norm(call) is None:
                 yield call.y, gate
     for gate in maps:
-        for function in _FUNCTIONS:
+        for function in TORCH_ACTIVATIONS.values():
             yield function(gate[0].of(gate[1].y)), gate
 
 

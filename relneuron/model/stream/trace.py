@@ -73,6 +73,11 @@ class Trace:
         return neurons.to(wide) * scale[:, -1:].to(wide)
 
 
+def scaled(value: Tensor, scale: Tensor | None, e: int) -> float:
+    """One coefficient of sentence `e`, times the scale of its write at the last position."""
+    return float(value) if scale is None else float(value) * float(scale[e, -1])
+
+
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
     """The implementation that gives attention weights; what was set before comes back on exit."""
