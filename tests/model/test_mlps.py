@@ -18,6 +18,7 @@ import relneuron
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
 from relneuron.model.load import describe_model
+from relneuron.model.mlps import candidates
 from relneuron.model.mlps.find import find_mlps, inspect_layers
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.states import LayerState, mask_states
@@ -261,6 +262,22 @@ def test_what_cannot_be_proved_is_refused_by_name() -> None:
     with pytest.raises(RelneuronError, match="layers 1: model.layers.1.mlp is not down") as caught:
         find_mlps(model)
     assert "2 of 3 layers have a supported MLP" in caught.value.cause
+
+
+def test_what_was_found_is_looked_at_again_only_where_it_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, watched = model_of(Odd), []
+    watch = candidates.watch
+    monkeypatch.setattr(candidates, "watch", lambda *given: watched.append(1) or watch(*given))
+    mlps = find_mlps(model)
+    assert find_mlps(model) == mlps and len(watched) == 1
+    model.model.layers[1].mlp.activate = F.relu  # no module of the model is another one
+    assert [mlp.activation for mlp in find_mlps(model)] == ["silu", "relu", "silu"]
+    model.model.layers[2].mlp = Packed().eval()
+    assert find_mlps(model)[2].gate.module is model.model.layers[2].mlp.one
+    assert "float64 weights" in inspect_layers(model.double())[0].reason
+    assert len(watched) == 4
 
 
 class NormOnly(Ungated):

@@ -256,7 +256,12 @@ def _fit(
             if name and is_close(one.output if up is None else one.output * up, h):
                 return replace(candidate, act=one.module, activation=name)
     for name, function in ACTIVATIONS.items():
-        if is_close(function(gate) if up is None else function(gate) * up, h):
+        # The first token tells most of them apart.
+        for n in (1, len(h)):
+            act = function(gate[:n])
+            if not is_close(act if up is None else act * up[:n], h[:n]):
+                break
+        else:
             return replace(candidate, activation=name)
     return None
 

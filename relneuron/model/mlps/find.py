@@ -6,12 +6,13 @@ be one in a layer `candidates.py` sees, and `proof.py` proves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from relneuron.model.layers import (
     without_hooks,
 )
 from relneuron.model.mlps import candidates, proof
-from relneuron.model.mlps.candidates import Candidate, Run, Seen, linear_maps
+from relneuron.model.mlps.candidates import Candidate, linear_maps
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
 from relneuron.model.mlps.mlp import MLP
@@ -75,24 +76,54 @@ def inspect_layers(model: Any) -> list[Verdict]:
     left: dict[int, tuple[str, nn.Module]] = {}
     with without_hooks(model):
         for number, layer in enumerate(layers):
-            known = _known(number, layer)
-            if known is not None:
-                verdicts[number] = known
+            verdict = _known(number, layer)
+            if verdict is not None:
+                verdicts[number] = verdict
             else:
                 left[number] = (f"{path}.{number}", layer)
+        known = _still_right(model, dtype) if len(left) == len(layers) else None
+        if known is not None:
+            return known
         try:
             seen = candidates.watch(left, run) if left else {}
         except Exception as error:
             seen, failed = {}, first_line(error)
         here = {number: calls for number, calls in seen.items() if calls}
-        found = _prove(here, run, {number: layer for number, (_, layer) in left.items()})
+        found = proof.prove(here, run, {number: layer for number, (_, layer) in left.items()})
         for number, (where, layer) in left.items():
             runs = number in here or bool(failed)
             chosen = found[number] if number in here else _alone(number, where, layer, dtype)
             verdict = _verdict(number, where, layer, chosen, dtype, failed)
             parts = (replace(mlp, n_layers=len(layers), runs=runs) for mlp in verdict.mlps)
             verdicts[number] = replace(verdict, mlps=tuple(parts))
-    return [verdicts[number] for number in range(len(layers))]
+    result = [verdicts[number] for number in range(len(layers))]
+    _FOUND[model] = (_modules(model), result)
+    return result
+
+
+# What was found in a model, and the modules that it was found with.
+_FOUND: WeakKeyDictionary[Any, tuple[list[Any], list[Verdict]]] = WeakKeyDictionary()
+
+
+def _modules(model: Any) -> list[Any]:
+    """A model's modules but itself, and the forwards that instances of them have."""
+    return [(m, m.__dict__.get("forward")) for m in model.modules() if m is not model]
+
+
+def _still_right(model: Any, dtype: torch.dtype) -> list[Verdict] | None:
+    """What was found before, where its modules are all there and each MLP gives its formula."""
+    modules, verdicts = _FOUND.get(model, ([], []))
+    now = _modules(model)
+    if len(now) != len(modules) or not verdicts or dtype not in _DTYPES:
+        return None
+    for (module, forward), (was, own) in zip(now, modules, strict=True):
+        if module is not was or forward is not own:
+            return None
+    for verdict in verdicts:
+        for mlp in verdict.mlps:
+            if not (isinstance(mlp, MLP) and mlp.is_whole and _is_whole(mlp, dtype)):
+                return None
+    return verdicts if all(verdict.mlps for verdict in verdicts) else None
 
 
 def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
@@ -123,77 +154,6 @@ def _known(number: int, layer: nn.Module) -> Verdict | None:
     return Verdict(number, (), f"its weights are {missing}") if missing else None
 
 
-# --- finding ---------------------------------------------------------------------------------
-
-
-def _prove(
-    seen: Mapping[int, list[Seen]], run: Run, layers: Mapping[int, nn.Module]
-) -> dict[int, list[Candidate]]:
-    """The candidates of each layer that hold."""
-    fitting: dict[int, list[Candidate]] = {}
-    loose: dict[int, list[Candidate]] = {}
-    for number, calls in seen.items():
-        every = list(candidates.candidates(calls))
-        fitting[number] = [one for one in every if one.activation]
-        loose[number] = [one for one in every if not one.activation]
-    others = {
-        number: list(dict.fromkeys(one.module for one in calls if not one.is_linear))
-        for number, calls in seen.items()
-    }
-    held: dict[int, list[Candidate]] = {number: [] for number in seen}
-
-    def hold(found: Mapping[int, Candidate]) -> None:
-        written = proof.writes(found, layers, run) if found else set()
-        for number, one in found.items():
-            held[number].append(replace(one, writes=number in written))
-
-    for chosen in _rounds(fitting, held, many=True):
-        numbers, found = _numbers(proof.of_all_sizes, seen), {}
-        for number, got in proof.put(chosen, numbers, others, layers, run).items():
-            if proof.keeps_the_formula(chosen[number], got, numbers):
-                found[number] = chosen[number]
-            else:
-                loose[number].insert(0, replace(chosen[number], act=None, activation=None))
-        hold(found)
-    for chosen in _rounds(loose, held, many=False):
-        gates = proof.put(chosen, _numbers(proof.one_gate, seen), others, layers, run)
-        ups = proof.put(chosen, _numbers(proof.one_up, seen), others, layers, run)
-        acts = {n: proof.keeps_the_place(one, gates[n], ups[n]) for n, one in chosen.items()}
-        hold({n: replace(one, act=acts[n]) for n, one in chosen.items() if acts[n] is not None})
-    return held
-
-
-def _numbers(
-    make: Callable[[int, int], tuple[Tensor, Tensor]], seen: Mapping[int, list[Seen]]
-) -> Any:
-    like = next(one.output for calls in seen.values() for one in calls if one.is_linear)
-    return proof.Numbers(make, like)
-
-
-def _rounds(
-    lists: Mapping[int, list[Candidate]], held: Mapping[int, list[Candidate]], *, many: bool
-) -> Iterable[dict[int, Candidate]]:
-    """One candidate of every layer at a time, without those whose maps are in one that holds.
-
-    Without `many` a layer is done with its first one.
-    """
-    waiting = {number: list(some) for number, some in lists.items()}
-    while True:
-        chosen = {}
-        for number, some in waiting.items():
-            taken = {module for one in held[number] for module in one.maps}
-            if any(one.writes for one in held[number]) and not many:
-                continue
-            while some:
-                one = some.pop(0)
-                if not one.maps & taken:
-                    chosen[number] = one
-                    break
-        if not chosen:
-            return
-        yield chosen
-
-
 def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list[Candidate]:
     """The MLPs of a layer that no forward of text calls: its modules are called one by one."""
     for name, module in reversed(list(layer.named_modules())):
@@ -202,7 +162,7 @@ def _alone(number: int, path: str, layer: nn.Module, dtype: torch.dtype) -> list
         with suppress(Exception):  # a module may need other inputs: attention does
             run = partial(module, _rows_for(module, dtype))
             seen = candidates.watch({number: (f"{path}.{name}", module)}, run)
-            found = _prove(seen, run, {number: module})[number]
+            found = proof.prove(seen, run, {number: module})[number]
             if found:
                 return found
     return []
