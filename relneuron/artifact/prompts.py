@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from sys import intern
 
-from relneuron.artifact.files import Json, RelneuronError, fold, require
+from relneuron.artifact.files import Json, RelneuronError, composed, fold, require
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 
 
@@ -154,6 +154,11 @@ def read_records(
     if not seen:
         fix = f"make it again with: relneuron prompts FACTS_DIR -o {path} --force"
         raise RelneuronError(f"{path} holds no {what}", fix)
+
+
+def fact_name(prompt: Prompt) -> str:
+    """The fact that a prompt asks, however it asks it: relation/subject; without one its words."""
+    return f"{prompt.relation}/{composed(prompt.subject or prompt.prompt)}"
 
 
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:
