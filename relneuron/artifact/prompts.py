@@ -22,6 +22,7 @@ class Prompt:
     `objects` are all right answers, the first is `object`: those of another first one do not count.
     A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
     about; what they rank it against. `group`: what kind of concept it is, as its file says.
+    `options`: of a multiple-choice question, all that may be answered.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Prompt:
     objects: tuple[str, ...] = ()
     negative_of: tuple[str, ...] = ()
     group: str = ""
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objects[:1] != (self.object,):
@@ -53,14 +55,14 @@ RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the ord
 def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
     """prompts.jsonl: one JSON object a line; `objects` stands there if there are several.
 
-    What only concepts have stands there if it is said.
+    What only concepts or multiple-choice questions have stands there if it is said.
     """
     lines = []
     for prompt in prompts:
         record = asdict(prompt)
         if len(prompt.objects) == 1:
             del record["objects"]
-        for name in ("negative_of", "group"):
+        for name in ("negative_of", "group", "options"):
             if not record[name]:
                 del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -108,15 +110,16 @@ def right_answers(record: Json) -> tuple[str, ...]:
 
 
 def _right(record: Json) -> Json:
-    """The right answers of a prompt, and what it says of concepts, where it says it."""
+    """The right answers of a prompt, and what it says of concepts or options, where it says it."""
     found: Json = {"objects": right_answers(record)}
     if record.get("group"):
         found["group"] = record["group"]
-    if record.get("negative_of"):
-        found["negative_of"] = tuple(record["negative_of"])
-    texts = [found.get("group", ""), *found.get("negative_of", ())]
-    if isinstance(record.get("negative_of"), str) or not all(isinstance(t, str) for t in texts):
-        raise TypeError("negative_of is no list of strings, or group no string")
+    lists = [name for name in ("negative_of", "options") if record.get(name)]
+    found |= {name: tuple(record[name]) for name in lists}
+    texts = [found.get("group", ""), *(text for name in lists for text in found[name])]
+    is_text = any(isinstance(record[name], str) for name in lists)
+    if is_text or not all(isinstance(t, str) for t in texts):
+        raise TypeError("negative_of or options is no list of strings, or group no string")
     return found
 
 
