@@ -155,24 +155,68 @@ def report(folder: Study, output: Output, force: bool = False) -> Iterator[str]:
     yield f"report: {report_stage(folder, output, force=force)}"
 
 
+def import_files(
+    files: Annotated[
+        list[str],
+        Argument(
+            "FILE...",
+            "One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; files "
+            "called activation.GROUP.train.MODEL, or a folder of them, say it themselves. Or the "
+            ".json of knowledge neurons, or the .jsonl of QRNCA.",
+        ),
+    ],
+    model: Annotated[str, Named("Model that the files belong to; only its config.json is read.")],
+    output: Output,
+    names: Annotated[str, Named("Groups of a .neuron.pth in order: en,zh,...")] = "",
+    force: bool = False,
+) -> Iterator[str]:
+    """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats."""
+    from relneuron.methods.counts.commands import import_files as import_counted
+    from relneuron.methods.gradients.authors_files import SUFFIXES, import_facts
+
+    if len(files) > 1 or "=" in files[0] or Path(files[0]).suffix not in SUFFIXES:
+        yield from import_counted(files, model, output, names, force)
+        return
+    if names:
+        refuse_stray("--names", "with a .neuron.pth")
+    chosen = import_facts(Path(files[0]), model, output, force=force)
+    n = sum(map(len, chosen.sets.values()))
+    yield f"{len(chosen.sets):,} facts, {n:,} neurons"
+    yield f"-> {output}"
+
+
 def export(
     source: Annotated[
         Path,
-        Argument("NEURONS|DIR", "A neurons.json, or a counted or identified directory."),
+        Argument(
+            "NEURONS|PROMPTS|DIR",
+            "A neurons.json, a prompts.jsonl, or a counted or identified directory.",
+        ),
     ],
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.
+    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv, facts and theirs.
 
-    A neurons.json becomes a .neuron.pth, or expertise.csv where -o ends in .csv; a counted
-    directory files of counts; an identified one expertise.csv, or one a concept below a folder.
+    A neurons.json becomes a .neuron.pth, expertise.csv where -o ends in .csv, the neurons of facts
+    in the form of knowledge neurons where it ends in .json and of QRNCA in .jsonl; a prompts.jsonl
+    their facts with sentences; a counted directory files of counts; an identified one
+    expertise.csv, or one a concept below a folder.
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked
     from relneuron.methods.counts.authors_files import write_neuron_pth
     from relneuron.methods.counts.folders import export_counts
+    from relneuron.methods.gradients.authors_files import SUFFIXES, export_facts, export_queries
 
+    if source.is_file() and source.suffix == ".jsonl":
+        export_queries(checked(source), output, force=force)
+        yield f"-> {output}"
+        return
+    if source.is_file() and output.suffix in SUFFIXES:
+        export_facts(NeuronFile.read(checked(source)), output, force=force)
+        yield f"-> {output}"
+        return
     is_recorded = (source / "responses.safetensors").exists()
     if is_recorded or (source.is_file() and output.suffix == ".csv"):
         if output.suffix != ".csv":
