@@ -11,7 +11,17 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from sys import intern
 
-from relneuron.artifact.files import Json, RelneuronError, composed, fold, require
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    composed,
+    fold,
+    refuse_overwrite,
+    require,
+    sha256,
+)
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 
 
@@ -167,3 +177,35 @@ def fact_name(prompt: Prompt) -> str:
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:
     """The relations of some prompts, in order of their names."""
     return sorted({prompt.relation for prompt in prompts})
+
+
+# --- the prompts beside what was found of them ---------------------------------------------------
+
+
+def is_copy(copy: Path, source: Path, data: bytes) -> bool:
+    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
+
+
+def check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
+    """Refuse the folder of a recorded study of another model or of other prompts."""
+    manifest = Manifest(folder)
+    manifest.check_model(model)
+    recorded = manifest.data["stages"].get("record", {}).get("inputs")
+    if recorded is None:
+        return
+    copy = folder / "prompts.jsonl"
+    if not is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
+        raise RelneuronError(
+            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
+        )
+
+
+def check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
+    """Refuse to replace other prompts than these."""
+    if not is_copy(copy, source, data):
+        refuse_overwrite(copy, force)
+
+
+def write_copy(copy: Path, source: Path, data: bytes) -> None:
+    if not is_copy(copy, source, data):
+        atomic_write(copy, data)

@@ -1,6 +1,6 @@
 """Sentences whose next token is an answer: their files.
 
-The `attribute` stage calls it; which tokens they are asked for says `methods/gains/targets.py`. A
+The `attribute` stage calls it; which tokens they are asked for says `model/targets.py`. A
 sentence is a Prompt whose relation is its knowledge type (language, capital, country, color,
 number, month, or any other).
 """

@@ -21,10 +21,11 @@ from relneuron.artifact.prompts import Prompt, relation_names
 from relneuron.methods.gains.comparison import Sizes, TargetRanks, choose
 from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
 from relneuron.methods.gains.scores import QueryScores, promoted_tokens, query_scores
-from relneuron.methods.gains.targets import Targets, keep, type_tokens
+from relneuron.methods.gains.targets import keep, type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.trace import Trace, scaled, trace
+from relneuron.model.targets import Targets
 from relneuron.ops.logprob_gain.op import TopGains
 from relneuron.texts.tokens import token_text
 
