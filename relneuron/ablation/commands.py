@@ -152,7 +152,11 @@ def generate(
     model: Model,
     prompts: Annotated[
         Path,
-        Argument("PROMPTS", "Prompts, one a line (.txt), or .jsonl with the field `prompt`."),
+        Argument(
+            "PROMPTS",
+            "Prompts, one a line (.txt), or .jsonl with the field `prompt`, or `text` and `image`; "
+            "`group` and `answers` where they are scored.",
+        ),
     ],
     output: Output,
     neurons: Annotated[Path, Named("A neurons.json with the sets of --off and --set.")],
@@ -160,9 +164,10 @@ def generate(
     load_options: LoadOptions,
     force: bool = False,
     quiet: bool = False,
-) -> Iterator[str]:
-    """Greedy continuations of prompts with sets of neurons off, or set to another group's mean."""
+) -> Iterator[str | Printed]:
+    """Continuations of prompts with sets of neurons off, or set to another group's mean."""
     from relneuron.ablation.generate import generate as generate_stage
+    from relneuron.ablation.outputs import score_table
     from relneuron.model.load import load
 
     loaded, tokenizer = load(model, load_options)
@@ -178,4 +183,6 @@ def generate(
         force=force,
         quiet=quiet,
     )
+    if options.measure:
+        yield score_table(made, options.measure)
     yield f"{len(made):,} outputs -> {output}"

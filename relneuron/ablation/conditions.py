@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.reading import open_tensors
 
 Places = NDArray[np.int64]
+_NONE: Places = np.empty(0, np.int64)
 
 # What can be asked beside the clean model, the relations' sets and the random ones.
 PAPER_SIZES = (10, 50, 200, 500, 1000, 3000, 10000, 20000, 50000)  # arXiv 2502.17355, section 5.1
@@ -124,6 +125,73 @@ def _read_scores(
             for row, name in enumerate(order)
         }
     return {}
+
+
+def module_sets(modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The sets of modules whose neurons MMNeuron switches off (arXiv 2406.11193), by name.
+
+    `modules`: those that neurons were found in. Of a model like LLaVA: none, language,
+    vision+projector, projector, all; with a Q-Former, as InstructBLIP: none, language, vision,
+    qformer, vision+qformer, all. What has none of the modules named is left out.
+
+    Their code switches the projector off wherever it switches off the vision tower, and where the
+    projector alone is asked for it switches off nothing, because the mask is kept under another
+    name than the one that is looked for. Here `projector` is the projector.
+    """
+    names = ["language", "vision+projector", "projector"]
+    if "qformer" in modules:
+        names = ["language", "vision", "qformer", "vision+qformer", *names[2:]]
+    found: dict[str, tuple[str, ...]] = {"none": ()}
+    for name in names:
+        parts = tuple(part for part in name.split("+") if part in modules)
+        if parts and parts not in found.values():
+            found["+".join(parts)] = parts
+    if len(modules) < 2:
+        raise RelneuronError(
+            f"--module-sets: the neurons are of the {modules[0]} module alone",
+            "count and identify several modules: --module all",
+            2,
+        )
+    return found | {"all": tuple(modules)}
+
+
+def module_places(shape: Mapping[str, Any], module: str) -> Places:
+    """The places of all neurons of a module of the model: its layers stand one after the other."""
+    order, first = Shape.of(shape), 0
+    names = list(order.widths)
+    for name, n_layers in shape["modules"].items():
+        if name == module and n_layers:
+            begin = order.span(first, names[0]).start
+            return np.arange(begin, order.span(first + n_layers - 1, names[-1]).stop)
+        first += n_layers
+    return _NONE
+
+
+def module_conditions(
+    sets: Mapping[str, Places], shape: Mapping[str, Any], asked: Mapping[str, Sequence[int]]
+) -> dict[str, list[Ablation]]:
+    """By set of modules the ablations of each group's own neurons, which is asked its own prompts.
+
+    `asked`: the prompts of each group; all of them are asked `none`, once. Raises RelneuronError
+    for a group without a set.
+    """
+    strangers = [group for group in asked if group not in sets]
+    if strangers:
+        raise RelneuronError(
+            f"the neurons have no set for the group {strangers[0] or '(none)'} of some prompts",
+            f"give each line its group: one of {', '.join(sets)}",
+        )
+    plan: dict[str, list[Ablation]] = {}
+    for name, modules in module_sets(list(shape.get("modules", ("language",)))).items():
+        inside = np.concatenate([_NONE, *(module_places(shape, module) for module in modules)])
+        for group, rows in asked.items():
+            places = np.sort(sets[group][np.isin(sets[group], inside)])
+            about = Condition(f"{group}@{name}", "modules", group, None, None, None, name)
+            about = replace(about, n_neurons=len(places))
+            plan.setdefault(name, []).append(Ablation(about, places, rows))
+    everyone = sorted(row for rows in asked.values() for row in rows)
+    plan["none"] = [Ablation(Condition("clean", "clean"), _NONE, everyone)]
+    return plan
 
 
 def default_sizes(set_size: int, total: int) -> tuple[int, ...]:

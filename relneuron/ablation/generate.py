@@ -1,26 +1,33 @@
-"""The `generate` command's work: greedy text for every prompt, under every mask that is asked for.
+"""The `generate` command's work: text for every prompt, under every mask that is asked for.
 
 Masks stand side by side in the rows of a batch; optionally one group's neurons are set to their
-mean activation throughout (ablation/steer.py).
+mean activation throughout (ablation/steer.py). What comes out is scored and written by outputs.py.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from relneuron.ablation.conditions import Ablation, empty_sets, read_sets
+from relneuron.ablation.conditions import Ablation, empty_sets, module_conditions, read_sets
+from relneuron.ablation.continuer import Continuer
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.measures import find_measure
 from relneuron.ablation.options import CLEAN, GenerateOptions
+from relneuron.ablation.outputs import (
+    SCORES,
+    Generated,
+    beside,
+    lens_tables,
+    lines_bytes,
+    score_rows,
+)
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME
 from relneuron.artifact.effects import Condition
@@ -28,6 +35,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    csv_bytes,
     refuse_overwrite,
     require,
     sha256,
@@ -35,145 +43,15 @@ from relneuron.artifact.files import (
 from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model
 from relneuron.artifact.neurons import ATTENTION, NeuronFile
-from relneuron.artifact.prompts import Prompt
-from relneuron.artifact.reading import parse_json, read_lines
-from relneuron.model.ask import Asker, Step, cache_of
+from relneuron.artifact.prompts import Prompt, read_questions
 from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.questions import Questions, encode
-from relneuron.texts.tokens import listed, whole_text, without_blanks
-
-FIELD = "{prompt}"
-
-
-class Generated(NamedTuple):
-    """One line of the output; `n_tokens` are all tokens made, EOS left out."""
-
-    mask: str  # whose neurons are off
-    set: str  # whose neurons are at their mean activation
-    id: str
-    prompt: str
-    output: str  # up to the first stop string
-    n_tokens: int
-    stopped: str  # by eos, a stop string, or the length
-
-
-# --- prompts ---------------------------------------------------------------------------------
-
-
-def read_questions(path: Path, template: str | None = None) -> list[Prompt]:
-    """The prompts of a .txt (one a line, empty lines skipped) or .jsonl file (`prompt`, `id`).
-
-    Without an `id` a prompt is named by its line, from 1. A `template` has the one field
-    `{prompt}`.
-    """
-    if template is not None and template.count(FIELD) != 1:
-        raise RelneuronError(
-            f"the template {template!r} does not have {FIELD} once", f"use 'Q: {FIELD}', say", 2
-        )
-    if path.suffix not in (".txt", ".jsonl"):
-        raise RelneuronError(f"{path} is neither .txt nor .jsonl", "give one of the two", 2)
-    if not path.is_file():
-        raise RelneuronError(f"{path} does not exist", "give a file of prompts", 2)
-    found: dict[str, Prompt] = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        text, name, where = line, str(number), f"{path}, line {number}"
-        if path.suffix == ".jsonl":
-            fix = "give one JSON object a line with the field prompt"
-            record = parse_json(line, where, fix)
-            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise RelneuronError(f"{where}: not a prompt (it has no text called prompt)", fix)
-            text, given = record["prompt"], record.get("id")
-            name = str(number if given is None else given)
-        if name in found:
-            raise RelneuronError(
-                f"{path}, line {number}: a second prompt with the id {name}", "give each its own"
-            )
-        asked = text if template is None else template.replace(FIELD, text)
-        found[name] = Prompt(name, "", "", "", template or "", "", "", asked)
-    if not found:
-        raise RelneuronError(f"{path} holds no prompt", "give one prompt a line")
-    return list(found.values())
-
-
-# --- one batch -------------------------------------------------------------------------------
-
-
-class Continuer(Asker):
-    """Continues batches of prompts, each row until its own end."""
-
-    def __init__(self, model: Any, tokenizer: Any, decoding: GenerateOptions) -> None:
-        super().__init__(model, tokenizer)
-        self.decoding = decoding
-
-    @torch.no_grad()
-    def go_on(
-        self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
-    ) -> list[tuple[str, int, str]]:
-        """The text, number of tokens and reason of the end of each row's continuation."""
-        tokens, mask = self.pad([questions.ids[row] for row in rows])
-        # Padding is no token of the prompt: it must not be penalised.
-        prompt_rows, columns = mask.nonzero(as_tuple=True)
-        prompt_tokens = tokens[prompt_rows, columns]
-        seen = torch.empty(0, device="cpu")
-        made: list[list[int]] = [[] for _ in rows]
-        ends = [""] * len(rows)
-        going = list(range(len(rows)))
-        entering, cache = mask, None
-        for number in range(self.decoding.max_new_tokens):
-            places = torch.tensor(going, device=tokens.device)
-            before_step(Step(places, entering, min(number, 1), 1))
-            out = self._forward(tokens, mask, 1, cache)
-            logits = out.logits[:, -1].float()
-            if number == 0:
-                seen = torch.zeros_like(logits, dtype=torch.bool)
-                seen[prompt_rows, prompt_tokens] = True
-            chosen = self._choose(logits, seen)
-            for row, token in zip(going, chosen.tolist(), strict=True):
-                ends[row] = ends[row] or self._end(made[row], token)
-            stay = [i for i, row in enumerate(going) if not ends[row]]
-            if not stay:
-                break
-            cache, tokens = cache_of(out), chosen[:, None]
-            (state,) = cache.values()
-            if len(stay) < len(going) and hasattr(state, "batch_select_indices"):
-                kept = torch.tensor(stay, device=tokens.device)
-                state.batch_select_indices(kept)
-                going = [going[i] for i in stay]
-                tokens, mask, seen = tokens[kept], mask[kept], seen[kept]
-            entering = torch.ones_like(tokens)
-            mask = torch.cat([mask, entering], 1)
-        return [(self._cut(t), len(t), end or "length") for t, end in zip(made, ends, strict=True)]
-
-    def _choose(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """The next token of each row (B,); `seen` (B, V) learns of it."""
-        penalty = self.decoding.repetition_penalty
-        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-        chosen = torch.where(seen, lowered, logits).argmax(-1)
-        seen.scatter_(1, chosen[:, None], True)
-        return chosen
-
-    def _end(self, made: list[int], token: int) -> str:
-        """Take a row's next token; why it is the last one, or nothing."""
-        if token in self._ends:
-            return "eos"
-        made.append(token)
-        text = self._decoded(made) if self.decoding.stop else ""
-        return "stop string" if any(stop in text for stop in self.decoding.stop) else ""
-
-    def _cut(self, made: Sequence[int]) -> str:
-        text = whole_text(self._decoded, made)
-        places = [text.find(stop) for stop in self.decoding.stop]
-        return text[: min((place for place in places if place >= 0), default=None)]
-
-
-# --- the command -----------------------------------------------------------------------------
+from relneuron.model.questions import encode
+from relneuron.texts.tokens import listed, without_blanks
 
 
 def generate_inputs(
@@ -184,28 +62,41 @@ def generate_inputs(
     counts: Path | None,
     options: GenerateOptions,
 ) -> Json:
-    """What the output depends on, for the journal."""
+    """What the texts depend on, for the journal: scores are made of them at the end."""
+    asked = options.recorded()
+    for name in ("measure", "anls_threshold"):
+        del asked[name]
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "prompts": sha256(prompts),
-        **options.recorded(),
+        **asked,
         "counts": sha256(counts) if counts else None,
     }
 
 
-def plan_masks(neurons: NeuronFile, off: Sequence[str], shape: Json, n: int) -> list[Ablation]:
-    """The masks asked for by the names of their sets, each once, asked all `n` prompts."""
+def plan_masks(
+    neurons: NeuronFile, options: GenerateOptions, shape: Json, prompts: Sequence[Prompt]
+) -> dict[str, list[Ablation]]:
+    """The masks asked for, each once, and what is off under each, in which prompts.
+
+    A set that is named is off in all prompts; of a set of modules each prompt's own group is.
+    """
     sets, _ = read_sets(neurons, shape)
+    if options.module_sets:
+        asked: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            asked.setdefault(prompt.relation, []).append(row)
+        return module_conditions(sets, shape, asked)
     if CLEAN in sets:
         raise RelneuronError(f"a set is named {CLEAN}, as is the model itself", "rename the set")
     sets = {CLEAN: np.empty(0, np.int64)} | sets
-    plan = []
-    for name in dict.fromkeys(name or CLEAN for name in off or [CLEAN]):
+    plan = {}
+    for name in dict.fromkeys(name or CLEAN for name in options.off):
         check_set(name, sets)
         about = Condition(name, "set" if name != CLEAN else CLEAN, n_neurons=len(sets[name]))
-        plan.append(Ablation(about, np.sort(sets[name]), range(n)))
+        plan[name] = [Ablation(about, np.sort(sets[name]), range(len(prompts)))]
     return plan
 
 
@@ -237,20 +128,29 @@ def generate(
     in the counts of `options.counts` (default: the neurons' folder), at all tokens, whatever is
     off.
 
-    Lines come in order of masks, then prompts. A batch holds `options.batch_tokens` tokens of
-    prompts and outputs at most. `<output>.journal` lets a killed run go on; it is removed at the
-    end.
+    With `options.module_sets` a mask is one of the sets of modules (`conditions.module_sets`), and
+    of each prompt the neurons of its own group in these modules are off.
+
+    Lines come in order of masks, then prompts, then seeds. A batch holds `options.batch_tokens`
+    tokens of prompts and outputs at most. `<output>.journal` lets a killed run go on; it is removed
+    at the end. With `options.measure` each line has a score, and `<stem>.scores.csv` their means;
+    with `options.lens` `<stem>.lens.csv` and `<stem>.stages.csv` say what the layers would say.
     """
     options = options or GenerateOptions()
     set_to = options.set_to
     journal_path = output.with_name(f"{output.name}.journal")
-    refuse_overwrite(output, force or journal_path.exists())
+    for path in (output, *beside(output)):
+        refuse_overwrite(path, force or journal_path.exists())
+    measure = find_measure(options.measure, options.anls_threshold) if options.measure else None
     neurons = NeuronFile.read(checked(neurons_path))
     prompts = read_questions(checked(prompts_path), options.template)
+    if measure:
+        check_answers(prompts)
     mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    plan = plan_masks(neurons, options.off, shape, len(prompts))
+    masks = plan_masks(neurons, options, shape, prompts)
+    plan = [ablation for some in masks.values() for ablation in some]
     asked = {a.condition.name: a.places for a in plan if a.condition.kind != CLEAN}
     # With --set something is done, whatever is off.
     for notice in empty_sets({"": (0,), **asked} if set_to or not asked else asked):
@@ -274,11 +174,11 @@ def generate(
         warnings.warn(notice, stacklevel=2)
     continuer = Continuer(model, tokenizer, options)
     check_canary(model, mlps, continuer.pad(questions.ids[:1])[0], backend)
-    masks = [ablation.condition.name for ablation in plan]
     inputs = generate_inputs(described, tokenizer, neurons_path, prompts_path, counts, options)
-    first = same_ablation(plan, How())
-    rows = [Row(place, p) for place in dict.fromkeys(first) for p in range(len(prompts))]
-    lengths = [len(ids) + options.max_new_tokens for ids in questions.ids]
+    first, n_seeds = same_ablation(plan, How()), options.n_seeds
+    pairs = [(first[i], p) for i, ablation in enumerate(plan) for p in ablation.prompts]
+    rows = [Row(i, p * n_seeds + seed) for i, p in dict.fromkeys(pairs) for seed in range(n_seeds)]
+    lengths = [len(ids) + options.max_new_tokens for ids in questions.ids for _ in range(n_seeds)]
     with locked(output.parent):
         journal = Journal(journal_path, inputs)
         evaluator = Evaluator(
@@ -286,17 +186,46 @@ def generate(
         )
         ask = partial(continuer.go_on, questions)
         bar = progress_bar(len(rows), "generate", "text", quiet)
-        with bar, journal, steering:
+        with bar, journal, steering, continuer.lens or nullcontext():
             found = evaluator.run("texts", rows, lengths, ask, bar.update)
-        lines = [
-            Generated(mask, set_to or "", p.id, p.prompt, *found[Row(first[place], i)])
-            for place, mask in enumerate(masks)
-            for i, p in enumerate(prompts)
-        ]
-        text = "".join(json.dumps(g._asdict(), ensure_ascii=False) + "\n" for g in lines)
-        atomic_write(output, text.encode())
+        lines, read, places = [], [], iter(first)
+        for mask, some in masks.items():
+            asked_of = {p: place for a, place in zip(some, places, strict=False) for p in a.prompts}
+            for p, seed in ((p, seed) for p in sorted(asked_of) for seed in range(n_seeds)):
+                text, n_tokens, end, layers = found[Row(asked_of[p], p * n_seeds + seed)]
+                about = (mask, set_to or "", prompts[p].id, prompts[p].prompt)
+                lines.append(
+                    Generated(
+                        *(*about, text, n_tokens, end),
+                        group=prompts[p].relation if measure or options.module_sets else None,
+                        seed=seed if options.temperature is not None else None,
+                        score=measure(text, prompts[p].objects) if measure else None,
+                    )
+                )
+                read.append(layers)
+        written = {output: lines_bytes(lines)}
+        scores, lens, stages = beside(output)
+        if options.measure:
+            written[scores] = csv_bytes(SCORES, score_rows(lines, options.measure))
+        if options.lens:
+            written[lens], written[stages] = lens_tables(lines, read, tokenizer)
+        for path, data in written.items():
+            atomic_write(path, data)
+        for path in beside(output):
+            if path not in written:
+                path.unlink(missing_ok=True)
         journal.remove()
     return lines
+
+
+def check_answers(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts without an answer, which no measure can score."""
+    without = [prompt.id for prompt in prompts if not any(prompt.objects)]
+    if without:
+        raise RelneuronError(
+            f"--measure scores answers, and {listed(without)} has none",
+            "give each line its answers: a text, or a list of all that are right",
+        )
 
 
 def steering_patch(

@@ -124,7 +124,8 @@ class GenerateOptions(OomOptions):
 
     Text is made greedily from float32 logits after a repetition penalty: a token of the prompt or
     of the output has its logit divided by `repetition_penalty` if it is positive, times it
-    otherwise (arXiv 1909.05858).
+    otherwise (arXiv 1909.05858). With a `temperature` it is sampled (`continuer.sample`), once with
+    each of the seeds 0 to `seeds` - 1; a prompt's draw is the same whatever is off.
     """
 
     off: Sequence[str] = option(
@@ -136,6 +137,11 @@ class GenerateOptions(OomOptions):
         None,
         "Folder with the counts (made with --moments) of --set; default: that of the neurons.",
         only=Only("with --set", lambda o: o.set_to is not None),
+    )
+    module_sets: bool = option(
+        False,
+        "In place of --off: of each prompt's own group switch off the neurons of each of a "
+        "vision-language model's sets of modules: none, language, vision, ..., all.",
     )
     max_new_tokens: int = option(256, "Maximum number of new tokens per output.", least=1)
     repetition_penalty: float = option(
@@ -152,10 +158,53 @@ class GenerateOptions(OomOptions):
         read=unescaped,
         show=escaped,
     )
+    temperature: float | None = option(
+        None, "Sample at this temperature; default: always the most probable token.", above=0
+    )
+    top_k: int | None = option(
+        None,
+        "Sample among so many of the most probable tokens only; default: among all.",
+        least=1,
+        only=Only("with --temperature", lambda o: o.temperature is not None),
+    )
+    seeds: int = option(
+        1,
+        "Number of times that each prompt is sampled, with the seeds 0, 1, ...",
+        least=1,
+        only=Only("with --temperature", lambda o: o.temperature is not None),
+    )
+    measure: str | None = option(
+        None,
+        "Score the outputs by the prompts' answers: exact, anls, letter, or a function of your own "
+        "as module:function.",
+    )
+    anls_threshold: float = option(
+        0.5,
+        "Part of an answer that may be wrong before anls is 0; 1: any.",
+        above=0,
+        most=1,
+        only=Only("with --measure anls", lambda o: o.measure == "anls"),
+    )
+    lens: int | None = option(
+        None,
+        "Read the layers of so many tokens of each output by the logit lens: entropy, top tokens.",
+        least=1,
+    )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "off", self.off or (CLEAN,))
+        if self.module_sets and (self.off != (CLEAN,) or self.set_to is not None):
+            raise RelneuronError(
+                "--module-sets says itself what is off, beside --off or --set",
+                "leave out --module-sets, or the others",
+                2,
+            )
         if "" in self.stop:
             raise RelneuronError("an empty stop string ends every text", "leave it out", 2)
+
+    @property
+    def n_seeds(self) -> int:
+        """How often a prompt is asked: greedy text is the same with every seed."""
+        return self.seeds if self.temperature is not None else 1

@@ -41,6 +41,9 @@ class Condition:
     | site | `<relation>@<site>` | the best of one site, as many as the set has |
     | concept | `concept:<name>` | the set of a kind of subject |
     | gain | `gain:<relation>` | those that raise the answer most, as many as the set has |
+    | modules | `<relation>@<modules>` | those of the set in some modules of the model |
+
+    KINDS are those that a model of text can have.
     """
 
     name: str
@@ -146,13 +149,14 @@ class Grid:
 def fact_numbers(ids: Iterable[str], prompts: Mapping[str, Prompt]) -> NDArray[np.int64]:
     """(N,) the fact that each prompt asks: its relation and subject, numbered.
 
-    Without a subject, prompts of the same words ask the same.
+    Without a subject, prompts of the same words about the same pictures ask the same.
     """
     numbers: dict[tuple[str, ...], int] = {}
     found = []
     for key in ids:
         p = prompts[key]
-        fact = (p.relation, composed(p.subject)) if p.subject else (p.relation, "", p.prompt)
+        words = (p.relation, "", p.prompt, *p.images)
+        fact = (p.relation, composed(p.subject)) if p.subject else words
         found.append(numbers.setdefault(fact, len(numbers)))
     return np.array(found, np.int64)
 

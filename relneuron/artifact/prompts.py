@@ -1,6 +1,6 @@
 """prompts.jsonl: the questions that stages put to a model, and the facts that they ask.
 
-`prompts` writes it, every stage with a model reads it.
+`prompts` writes it, every stage with a model reads it; `generate` reads free prompts, too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Prompt:
     A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
     about; what they rank it against. `group`: what kind of concept it is, as its file says.
     `options`: of a multiple-choice question, all that may be answered.
+    `images`: the paths of the pictures that the prompt is about.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Prompt:
     negative_of: tuple[str, ...] = ()
     group: str = ""
     options: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objects[:1] != (self.object,):
@@ -72,7 +74,7 @@ def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
         record = asdict(prompt)
         if len(prompt.objects) == 1:
             del record["objects"]
-        for name in ("negative_of", "group", "options"):
+        for name in ("negative_of", "group", "options", "images"):
             if not record[name]:
                 del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -83,18 +85,22 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a prompts.jsonl, in the file's order.
 
     A line's right answers are those of `object` and `objects`, each a text or a list of them, and
-    those of the lines that ask the same: one text in one relation.
+    those of the lines that ask the same: one text, and the same pictures, in one relation. A line
+    about pictures (`image`) may call its text `text`, its relation `group` and its right answers
+    `answers`, and leave out what else a fact has: it is asked in the split eva.
     """
     plain = [field.name for field in fields(Prompt) if field.default is MISSING]
     names = [name for name in plain if name != "object"]
     prompts = []
-    asked: dict[tuple[str, str], list[str]] = {}
+    asked: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for record in read_records(path, names, "prompt", _right):
-        right = record.pop("objects")
-        prompts.append(Prompt(**record, object=right[0], objects=right))
-        asked.setdefault((prompts[-1].relation, prompts[-1].prompt), []).extend(right)
+        right, images = record.pop("objects"), record.pop("images", ())
+        images = tuple(str(path.parent / image) for image in images)
+        p = Prompt(**record, object=right[0], objects=right, images=images)
+        prompts.append(p)
+        asked.setdefault((p.relation, p.prompt, p.images), []).extend(right)
     for place, p in enumerate(prompts):
-        others = asked[p.relation, p.prompt]
+        others = asked[p.relation, p.prompt, p.images]
         if len(others) > len(p.objects):
             prompts[place] = replace(p, objects=distinct((*p.objects, *others)))
     return prompts
@@ -109,8 +115,8 @@ def distinct(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def right_answers(record: Json) -> tuple[str, ...]:
-    """The texts of `object` and `objects` in a JSON object, each a text or a list of them."""
-    given = [record[key] for key in ("object", "objects") if key in record]
+    """The texts of `object`, `objects` and `answers` in a JSON object, each one or a list."""
+    given = [record[key] for key in ("object", "objects", "answers") if key in record]
     names = [name for some in given for name in (some if isinstance(some, list) else [some])]
     if not names:
         raise KeyError("object")
@@ -122,7 +128,9 @@ def right_answers(record: Json) -> tuple[str, ...]:
 def _right(record: Json) -> Json:
     """The right answers of a prompt, and what it says of concepts or options, where it says it."""
     found: Json = {"objects": right_answers(record)}
-    if record.get("group"):
+    if record.get("image"):
+        found["images"] = pictures_of(record)
+    elif record.get("group"):
         found["group"] = record["group"]
     lists = [name for name in ("negative_of", "options") if record.get(name)]
     found |= {name: tuple(record[name]) for name in lists}
@@ -131,6 +139,25 @@ def _right(record: Json) -> Json:
     if is_text or not all(isinstance(t, str) for t in texts):
         raise TypeError("negative_of or options is no list of strings, or group no string")
     return found
+
+
+def pictures_of(record: Json) -> tuple[str, ...]:
+    """The paths of `image` in a JSON object, a text or a list of them."""
+    given = record.get("image") or ()
+    images = (given,) if isinstance(given, str) else given
+    if not (isinstance(images, list | tuple) and all(isinstance(name, str) for name in images)):
+        raise TypeError("image is no path, and no list of them")
+    return tuple(images)
+
+
+def _about_pictures(record: Json, number: int) -> Json:
+    """A line about pictures with all that a prompt has."""
+    given = {"id": str(number), "split": "eva", "language": "en", "template": "", "subject": ""}
+    own = {name: record[key] for name, key in _SHORT.items() if key in record}
+    return given | own | record
+
+
+_SHORT = {"prompt": "text", "relation": "group"}
 
 
 def read_records(
@@ -151,6 +178,8 @@ def read_records(
             record = parse_json(line, where, fix)
             if not isinstance(record, dict):
                 raise TypeError("no object")
+            if more is _right and record.get("image"):
+                record = _about_pictures(record, number)
             values = {name: record[name] for name in names}
             if not all(isinstance(value, str) for value in values.values()):
                 raise TypeError("a field is not a string")
@@ -209,3 +238,70 @@ def check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
 def write_copy(copy: Path, source: Path, data: bytes) -> None:
     if not is_copy(copy, source, data):
         atomic_write(copy, data)
+
+
+# --- free prompts ----------------------------------------------------------------------------
+
+FIELD = "{prompt}"
+
+
+def read_questions(path: Path, template: str | None = None) -> list[Prompt]:
+    """The prompts of a .txt (one a line, empty lines skipped) or .jsonl file (`prompt`, `id`).
+
+    Without an `id` a prompt is named by its line, from 1. A `template` has the one field
+    `{prompt}`. Of a .jsonl also: `group` (or `relation`), the domain that it belongs to; `answers`
+    (or `object`, `objects`), the right ones, a text or a list of them; `image`, the path of a
+    picture from the file's folder, or a list of them, where `prompt` may be called `text`.
+    """
+    if template is not None and template.count(FIELD) != 1:
+        raise RelneuronError(
+            f"the template {template!r} does not have {FIELD} once", f"use 'Q: {FIELD}', say", 2
+        )
+    if path.suffix not in (".txt", ".jsonl"):
+        raise RelneuronError(f"{path} is neither .txt nor .jsonl", "give one of the two", 2)
+    if not path.is_file():
+        raise RelneuronError(f"{path} does not exist", "give a file of prompts", 2)
+    found: dict[str, Prompt] = {}
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        p = Prompt(str(number), "", "", "", template or "", "", "", line)
+        if path.suffix == ".jsonl":
+            p = _question(line, number, f"{path}, line {number}", path.parent, p)
+        if p.id in found:
+            raise RelneuronError(
+                f"{path}, line {number}: a second prompt with the id {p.id}", "give each its own"
+            )
+        asked = p.prompt if template is None else template.replace(FIELD, p.prompt)
+        found[p.id] = replace(p, prompt=asked)
+    if not found:
+        raise RelneuronError(f"{path} holds no prompt", "give one prompt a line")
+    return list(found.values())
+
+
+def _question(line: str, number: int, where: str, folder: Path, plain: Prompt) -> Prompt:
+    """The prompt of one line of a .jsonl."""
+    fix = "give one JSON object a line with the field prompt"
+    record = parse_json(line, where, fix)
+    record = record if isinstance(record, dict) else {}
+    text = record.get("prompt", record.get("text") if record.get("image") else None)
+    if not isinstance(text, str):
+        raise RelneuronError(f"{where}: not a prompt (it has no text called prompt)", fix)
+    group = record.get("group", record.get("relation", ""))
+    name = record.get("id")
+    try:
+        images = pictures_of(record)
+        answers = right_answers(record) if {"object", "objects", "answers"} & {*record} else ()
+        if not isinstance(group, str):
+            raise TypeError("its group is no text")
+    except (KeyError, TypeError) as error:
+        raise RelneuronError(f"{where}: not a prompt ({one_line(error)})", fix) from error
+    return replace(
+        plain,
+        id=str(number if name is None else name),
+        relation=group,
+        object=answers[0] if answers else "",
+        objects=answers,
+        prompt=text,
+        images=tuple(str(folder / image) for image in images),
+    )

@@ -12,18 +12,25 @@ from relneuron.artifact.reading import one_line
 from relneuron.model.identity import check_model_folder
 
 
-def config_shape(name_or_path: str) -> Json:
-    """layers, width, hidden and id of a model by its configuration alone; no weights are read."""
+def read_config(name_or_path: str) -> Any:
+    """A model's configuration; no weights are read."""
     from transformers import AutoConfig
 
-    fix = "give a model folder with a config.json, or a hub name"
     check_model_folder(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path).get_text_config()
+        config = AutoConfig.from_pretrained(name_or_path)
+        config.get_text_config()
     except Exception as error:  # a damaged one raises whatever its values lead to
         raise RelneuronError(
-            f"{name_or_path} has no configuration: {one_line(error)}", fix
+            f"{name_or_path} has no configuration: {one_line(error)}",
+            "give a model folder with a config.json, or a hub name",
         ) from error
+    return config
+
+
+def config_shape(name_or_path: str) -> Json:
+    """layers, width, hidden and id of a model by its configuration alone; no weights are read."""
+    config = read_config(name_or_path).get_text_config()
     sizes = {
         "layers": getattr(config, "num_hidden_layers", None),
         "width": _width(config),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -95,12 +95,16 @@ def merge(
 
 
 def import_files(
-    files: list[str], model: str, output: Path, names: str, force: bool
+    files: list[str], model: str, output: Path, names: str, format: str, force: bool
 ) -> Iterator[str]:
-    """`import` of the LAPE authors' files: neurons (-> neurons.json) or counts (-> a folder)."""
+    """`import` of LAPE's or MMNeuron's files: neurons (-> neurons.json), counts (-> a folder)."""
     from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
     from relneuron.model.config import config_shape
 
+    check_format(format)
+    if format == "mmneuron":
+        yield from _import_mmneuron(files, model, output, split(names), force)
+        return
     if names and not any("=" not in text or Path(text).exists() for text in files):
         refuse_stray("--names", "with a .neuron.pth")
     if paths := name_counts(files):
@@ -116,6 +120,35 @@ def import_files(
     else:
         fix = "give one .neuron.pth, or counts as GROUP=FILE"
         raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
+    yield f"-> {output}"
+
+
+def check_format(name: str) -> None:
+    """Refuse a format that is nobody's."""
+    if name not in FORMATS:
+        raise RelneuronError(f"unknown --format {name!r}", f"use {' or '.join(FORMATS)}", 2)
+
+
+FORMATS = ("lape", "mmneuron")
+
+
+def _import_mmneuron(
+    files: list[str], model: str, output: Path, names: Sequence[str], force: bool
+) -> Iterator[str]:
+    from relneuron.methods.counts.config_modules import modules_shape
+    from relneuron.methods.counts.folders import import_counts, import_masks, name_mmneuron
+    from relneuron.methods.counts.mmneuron_files import DOMAINS
+
+    masks, logs = name_mmneuron(files)
+    if masks:
+        yield from group_lines(import_masks(masks, names or DOMAINS, model, output, force=force))
+    else:
+        if names:
+            refuse_stray("--names", "with masks")
+        check_folder(output)
+        shape = modules_shape(model)
+        counts = import_counts(logs, shape, output, model=model, mmneuron=True, force=force)
+        yield from token_lines(counts.groups, counts.tokens.tolist())
     yield f"-> {output}"
 
 

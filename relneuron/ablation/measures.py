@@ -1,0 +1,185 @@
+"""How right a generated answer is: exact match, ANLS, an option's letter, or a user's own function.
+
+`generate` scores its outputs with one of them. A measure is a function of a prediction and all of
+its accepted answers; it gives a number, 1 for right and 0 for wrong, or something between.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relneuron.artifact.files import RelneuronError
+
+Measure = Callable[[str, Sequence[str]], float]
+
+NAMES = ("exact", "anls", "letter")
+ANLS_THRESHOLD = 0.5  # arXiv 1905.13648, section 5.1
+LETTERS = "ABCDE"
+N_RESAMPLES = 2000
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers, both in lower case and without space around them.
+
+    As MMNeuron counts right answers to remote-sensing and common questions (arXiv 2406.11193).
+    """
+    given = prediction.strip().lower()
+    return float(any(given == answer.strip().lower() for answer in answers))
+
+
+def levenshtein(a: str, b: str) -> int:
+    """The least number of characters to insert, delete or replace that makes b of a."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(before + (x != y), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def anls(prediction: str, answers: Sequence[str], threshold: float = ANLS_THRESHOLD) -> float:
+    """Average normalised Levenshtein similarity (arXiv 1905.13648, equation 1), of one question.
+
+    max over the answers a of s(a) = 1 - NL if NL < threshold, else 0, where NL is the Levenshtein
+    distance of prediction and answer divided by the length of the longer one. Both are in lower
+    case, without space around them and with single spaces inside. The mean over questions is the
+    ANLS. MMNeuron (arXiv 2406.11193) scores documents with the threshold 1: whatever is alike
+    counts.
+    """
+    given = " ".join(prediction.lower().split())
+    best = 0.0
+    for answer in answers:
+        wanted = " ".join(answer.lower().split())
+        longest = max(len(given), len(wanted))
+        distance = levenshtein(given, wanted) / longest if longest else 0.0
+        best = max(best, 1 - distance if distance < threshold else 0.0)
+    return best
+
+
+# A capital letter alone, also in brackets or bold. Of "A" the article is no option: it is one only
+# at the end, before a mark, or before "is".
+_OPTION = re.compile(
+    rf"(?<![A-Za-z0-9'])(?:[B-{LETTERS[-1]}](?![A-Za-z0-9'])|A(?=\s*$|\s+is\b|[).:,;\]*\n]))"
+)
+
+
+def option_letter(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the first option that the prediction names, a letter from A to E, is an answer's.
+
+    An option is a capital letter that stands alone, as in "B", "(B)", "B: a tumour" or "The answer
+    is B."; a text of one small letter is one, too. An answer is a letter, or begins with one
+    ("B: a tumour"). MMNeuron's code (arXiv 2406.11193) adds one for every character of the output
+    that is the right letter, so that one output can count several times.
+    """
+    given = _letter(prediction)
+    return float(bool(given) and given in {_letter(answer) for answer in answers})
+
+
+def _letter(text: str) -> str:
+    stripped = text.strip().strip("().: ")
+    if len(stripped) == 1 and stripped.upper() in LETTERS:
+        return stripped.upper()
+    found = _OPTION.search(text)
+    return found[0] if found else ""
+
+
+# --- which measure -------------------------------------------------------------------------------
+
+
+def find_measure(name: str, threshold: float = ANLS_THRESHOLD) -> Measure:
+    """The measure of a name in NAMES, or a function `module:function(prediction, answers)`.
+
+    A module is looked for where Python looks, and in the working directory. Raises RelneuronError
+    for another name, a module that cannot be imported, and what is no function in it; what such a
+    function gives must be a finite number.
+    """
+    known: dict[str, Measure] = {
+        "exact": exact_match,
+        "anls": partial(anls, threshold=threshold),
+        "letter": option_letter,
+    }
+    if name in known:
+        return known[name]
+    module, colon, function = name.partition(":")
+    if not (colon and module and function):
+        raise RelneuronError(
+            f"unknown --measure {name!r}",
+            f"use {', '.join(NAMES)}, or a function of your own as module:function",
+            2,
+        )
+    fix = "give module:function, a function of a prediction and a list of answers"
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # a module of the user's raises whatever it runs into
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RelneuronError(
+            f"--measure {name}: {module} cannot be imported ({said})", fix, 2
+        ) from (error)
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise RelneuronError(f"--measure {name}: {module} has no function {function}", fix, 2)
+    return partial(_checked, name, found)
+
+
+def _checked(
+    name: str, measure: Callable[[str, list[str]], object], prediction: str, answers: Sequence[str]
+) -> float:
+    """What a user's function gives, if it is a number."""
+    try:
+        value = float(measure(prediction, list(answers)))  # type: ignore[arg-type]
+    except Exception as error:  # it is the user's
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RelneuronError(
+            f"--measure {name} failed on the answer {prediction[:60]!r}: {said}",
+            "mend the function; the texts are kept, so that only scores are made again",
+        ) from error
+    if not math.isfinite(value):
+        raise RelneuronError(
+            f"--measure {name} gives {value} for the answer {prediction[:60]!r}",
+            "let the function give a finite number",
+        )
+    return value
+
+
+# --- many answers --------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """The mean score of the answers to some questions, asked with one seed or several."""
+
+    n_prompts: int
+    n_seeds: int
+    mean: float
+    sd_seeds: float | None  # of the means of the seeds, n - 1 in its denominator; None of one seed
+    low: float  # of a 95 % interval of the mean
+    high: float
+
+
+def summarise(scores: NDArray[np.float64]) -> Score:
+    """The Score of an array (questions, seeds).
+
+    The interval is a bootstrap by percentiles (Efron and Tibshirani 1993, 13.3): questions are
+    drawn with replacement, each with all of its seeds, so that it says how far the mean would be
+    another one with other questions of the domain. The draw is the same in every run.
+    """
+    n, n_seeds = scores.shape
+    of_seeds = scores.mean(0)
+    own = scores.mean(1)
+    rng = np.random.default_rng(0)
+    means = np.array([own[rng.integers(0, n, n)].mean() for _ in range(N_RESAMPLES)])
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    spread = float(of_seeds.std(ddof=1)) if n_seeds > 1 else None
+    return Score(n, n_seeds, float(scores.mean()), spread, low, high)
