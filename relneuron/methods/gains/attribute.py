@@ -50,10 +50,12 @@ from relneuron.artifact.prompts import (
     write_copy,
 )
 from relneuron.artifact.stage import STUDY, command, loading, placed
-from relneuron.methods.gains.comparison import Sizes, plan, run, summary
+from relneuron.methods.gains.comparison import Sizes, plan, run
+from relneuron.methods.gains.drops import summary
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs, check_heads
+from relneuron.methods.gains.promoted import promoted_rows
 from relneuron.methods.gains.rank import best_by_relation
-from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
+from relneuron.methods.gains.scorer import Scorer, Sentences, unpack
 from relneuron.methods.gains.targets import predictions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
