@@ -203,6 +203,19 @@ def fact_name(prompt: Prompt) -> str:
     return f"{prompt.relation}/{composed(prompt.subject or prompt.prompt)}"
 
 
+def rows_about(prompts: Iterable[Prompt]) -> dict[str, list[int]]:
+    """What sets may be named after, and the places of the prompts that are about it.
+
+    A relation; a fact (`fact_name`); or a subject, as files of others call a fact by its uuid.
+    """
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        names = {prompt.relation, fact_name(prompt), composed(prompt.subject)} - {""}
+        for name in names:
+            found.setdefault(name, []).append(row)
+    return found
+
+
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:
     """The relations of some prompts, in order of their names."""
     return sorted({prompt.relation for prompt in prompts})
