@@ -174,10 +174,25 @@ def group_lines(chosen: NeuronFile) -> Iterator[str]:
     """How many neurons each group has, and what was left out."""
     for name, neurons in chosen.sets.items():
         none = ": none of those chosen is active enough in it" if chosen.method == "lape" else ""
-        yield f"{name}: {len(neurons):,} neurons" if neurons else f"{name}: no neurons{none}"
+        said = (
+            f"{len(neurons):,} neurons{_by_module(chosen, name)}"
+            if neurons
+            else f"no neurons{none}"
+        )
+        yield f"{name}: {said}"
     multiplicity = chosen.selection.get("multiplicity")
     if multiplicity:
         several = sum(multiplicity[1:])
         yield f"{sum(multiplicity):,} distinct neurons, {several:,} of them in several groups"
     if "reason" in chosen.selection:
         yield str(chosen.selection["reason"])
+    for module, facts in chosen.selection.get("modules", {}).items():
+        if "reason" in facts:
+            yield f"{module}: {facts['reason']}"
+
+
+def _by_module(chosen: NeuronFile, name: str) -> str:
+    """How many neurons of a group each module has, where several were ranked."""
+    modules = chosen.selection.get("modules", {})
+    held = (f"{facts['neurons'].get(name, 0):,} {module}" for module, facts in modules.items())
+    return f" ({', '.join(held)})" if modules else ""
