@@ -25,6 +25,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "datasets": "data",
     "pyarrow": "data",
+    "PIL": "pictures",
 }
 
 

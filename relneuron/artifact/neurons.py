@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, require
+from relneuron.artifact.modules import are_modules
 from relneuron.artifact.reading import read_json
 
 NEURONS_FORMAT = "relneuron.neurons/1"
@@ -78,7 +79,9 @@ class NeuronFile:
             if not _is_index(data["model"].get(key)):
                 raise wrong(f"model.{key}", "a number of neurons or layers")
         if not _are_widths(data["model"]):
-            raise wrong("model.widths or .experts", "a number for each layer")
+            raise wrong("model.widths, .hiddens or .experts", "a number for each layer")
+        if not are_modules(data["model"]):
+            raise wrong("model.modules", "how many of the layers each module has")
         sets = {}
         for name, rows in data["sets"].items():
             if not isinstance(rows, list):
@@ -103,8 +106,8 @@ class NeuronFile:
 
 
 SHAPE = ("layers", "width", "hidden")
-# Of a model whose layers differ, whose MLPs are not gated, or are experts.
-UNEVEN = ("widths", "gated", "experts", "expert_width")
+# Of a model whose layers differ, whose MLPs are not gated, or are experts; or of its modules.
+UNEVEN = ("widths", "gated", "experts", "expert_width", "hiddens", "modules")
 
 
 def shape_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,15 +117,18 @@ def shape_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _are_widths(model: Mapping[str, Any]) -> bool:
-    if not isinstance(model.get("gated", True), bool):
+    gated = model.get("gated", True)
+    kinds = gated if isinstance(gated, list) and len(gated) == model["layers"] else [gated]
+    if not all(isinstance(kind, bool) for kind in kinds):
         return False
     if not _is_index(model.get("expert_width", 0)):
         return False
+    limits = {"widths": "width", "experts": "width", "hiddens": "hidden"}
     return all(
         isinstance(sizes, list)
         and len(sizes) == model["layers"]
-        and all(_is_index(size) and size <= model["width"] for size in sizes)
-        for sizes in (model[key] for key in ("widths", "experts") if key in model)
+        and all(_is_index(size) and size <= model[limit] for size in sizes)
+        for sizes, limit in ((model[key], limit) for key, limit in limits.items() if key in model)
     )
 
 
@@ -148,21 +154,30 @@ class Shape:
             that text runs, and so no neuron of any site
     experts of a mixture, how many each layer has and how wide one is: neuron i of expert e has the
             index e * width + i, and those of a shared expert are behind them
+    gated   whether each layer has up, where the layers differ; no neuron of up where it has none
+    hiddens how many down has in each layer, where they differ
+    modules of a model that reads pictures, by name in the order of MODULES, how many of the layers
+            are its own: they are numbered through
     """
 
     layers: int
     widths: dict[str, int]
     inner: tuple[int, ...] | None = None
     experts: tuple[tuple[int, ...], int] = ((), 0)
+    gated: tuple[bool, ...] | None = None
+    hiddens: tuple[int, ...] | None = None
+    modules: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> Shape:
         """Of what a file says of a model: gate, up and down, and those of q to o that it names.
 
-        `gated` false: there is no up. `widths`: those of the layers; `experts`, `expert_width`.
+        `gated` false: there is no up; a list: only layers where it is true have one. `widths` and
+        `hiddens`: those of the layers; `experts`, `expert_width`; `modules`.
         """
         widths = {"gate": model["width"], "up": model["width"], "down": model["hidden"]}
-        if not model.get("gated", True):
+        gated, hiddens = model.get("gated", True), model.get("hiddens")
+        if not gated:
             del widths["up"]
         widths |= {site: model[site] for site in ATTENTION if site in model}
         inner = model.get("widths")
@@ -171,14 +186,20 @@ class Shape:
             {site: int(width) for site, width in widths.items()},
             None if inner is None else tuple(map(int, inner)),
             (tuple(map(int, model.get("experts", ()))), int(model.get("expert_width", 0))),
+            tuple(map(bool, gated)) if isinstance(gated, list) else None,
+            None if hiddens is None else tuple(map(int, hiddens)),
+            tuple(model.get("modules", {}).items()),
         )
 
     def width(self, layer: int, site: str) -> int:
         """How many neurons a site of a layer has."""
-        most = self.widths[site]
-        if self.inner is None:
-            return most
-        return self.inner[layer] if site in ("gate", "up") else most * bool(self.inner[layer])
+        inner = self.widths["gate"] if self.inner is None else self.inner[layer]
+        if site == "gate":
+            return inner
+        if site == "up":
+            return inner if self.gated is None or self.gated[layer] else 0
+        most = self.hiddens[layer] if site == "down" and self.hiddens else self.widths[site]
+        return most if inner or self.inner is None else 0
 
     @property
     def total(self) -> int:
@@ -227,14 +248,26 @@ class Shape:
         return [(la, names[s], i) for la, s, i in rows]
 
     def name(self, layer: int, site: str, index: int) -> str:
-        """How tables and pages call a neuron: L3.up.345, of an expert L3 expert 12 up 345."""
-        numbers, width = self.experts
+        """How tables and pages call a neuron: L3.up.345, of an expert L3 expert 12 up 345.
+
+        In a model of several modules: vision L3.gate.345, the number of the layer inside of it.
+        """
+        where, (numbers, width) = self.layer_name(layer), self.experts
         n_routed = numbers[layer] * width if numbers else 0
         if not n_routed or site not in ("gate", "up"):
-            return f"L{layer}.{site}.{index}"
+            return f"{where}.{site}.{index}"
         if index >= n_routed:
-            return f"L{layer} shared {site} {index - n_routed}"
-        return f"L{layer} expert {index // width} {site} {index % width}"
+            return f"{where} shared {site} {index - n_routed}"
+        return f"{where} expert {index // width} {site} {index % width}"
+
+    def layer_name(self, layer: int) -> str:
+        """L3, or vision L3 in a model of several modules."""
+        inside = layer
+        for name, n in self.modules:
+            if inside < n:
+                return f"{name} L{inside}"
+            inside -= n
+        return f"L{layer}"
 
     def flat(self, values: Mapping[str, Array]) -> Array:
         """(L, width) arrays by site as one (total,): each neuron's value at its place."""

@@ -284,9 +284,16 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _is_collecting(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Within it, a module and what is in it run no hook, not even those set for all modules."""
+    """Within it, a module and what is in it run no hook, not even those set for all modules.
+
+    But those by which transformers collects hidden states: a vision tower's are of its forward.
+    """
     everywhere = vars(torch.nn.modules.module)
     with CHANGING:
         held: list[tuple[dict[str, Any], str, Any]] = []
@@ -294,8 +301,8 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
             held.append((everywhere, f"_global{name}", everywhere[f"_global{name}"]))
             held += [(m.__dict__, name, m.__dict__[name]) for m in module.modules()]
         try:
-            for where, name, _ in held:
-                where[name] = OrderedDict()
+            for where, name, hooks in held:
+                where[name] = OrderedDict((k, h) for k, h in hooks.items() if _is_collecting(h))
             yield
         finally:
             for where, name, hooks in held:

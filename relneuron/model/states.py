@@ -59,8 +59,10 @@ class Replacement:
 
 @dataclass
 class Tokens:
-    """What the next forward's tokens are; ids (B, T) int32, -1 = nowhere.
+    """What the next forward's tokens are; ids (B, T) int32, -1 = nowhere, or () int32, one for all.
 
+    One for all is what a vision tower needs, whose tokens are patches of a picture, not those of
+    the text.
     `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
     output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
     not None, are the MLPs that have counted the tokens: each may do it once.
@@ -91,6 +93,8 @@ class Tokens:
         rows = self.conditions
         if rows is None:
             return None
+        if rows.dim() == 0:
+            return rows.expand(shape[:-1])
         if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
             whole = torch.Size((len(rows), shape[0] // len(rows), shape[1]))
             return cast(Tensor, self.rows(whole)).expand(whole[:2]).reshape(-1)
@@ -201,6 +205,8 @@ def is_recomputing() -> bool:
 def flat_ids(ids: Tensor | None, shape: torch.Size, what: str) -> Tensor | None:
     if ids is None:
         return None
+    if ids.dim() == 0:
+        return ids.repeat(shape[:-1].numel())
     if ids.shape != shape[:-1] and (len(shape) > 2 or ids.numel() != shape[0]):
         raise ValueError(
             f"{what} must be {tuple(shape[:-1])} (from the model's input), got {tuple(ids.shape)}: "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.parquet import group_rows, open_parquet
 from relneuron.artifact.reading import MIB, decoded, parse_json, too_large
 from relneuron.texts.ids import open_ids
+from relneuron.texts.records import IMAGES, Piece, TextCheck, no_field, piece_of
 from relneuron.texts.sources import GZIP, ID_KINDS, File, Source, split_hf
 
 PIECE_BYTES = MIB  # of one line of text; memory stays bounded in a file that is one line
@@ -35,14 +36,6 @@ STATE_EVERY = 1000  # records of a dataset between two states: taking one is slo
 _BOM = b"\xef\xbb\xbf"
 
 Array = np.ndarray[Any, Any]
-
-
-class Piece(NamedTuple):
-    """A document or a part of one: text, or (n,) int32 token ids; None: a record has no text."""
-
-    group: str
-    content: Any
-    begins: bool  # a document; else it goes on with the one before
 
 
 # A piece, the position after it (JSON), and the share of the file that is read by then, if known.
@@ -69,7 +62,7 @@ def read_chunks(
     The chunks after a chunk's position are the same however often the source is opened.
     """
     if source.dataset is None:
-        _check_all(source, vocabulary)
+        check_all(source, vocabulary)
     files = source.files or (File("", "dataset"),)
     sizes = [_size(file) for file in files]
     number, inside = (position["file"], position["at"]) if position else (0, None)
@@ -77,7 +70,7 @@ def read_chunks(
     for place in range(number, len(files)):
         n_characters = 0
         share: float | None = None
-        steps = _read_file(source, files[place], inside if place == number else None, vocabulary)
+        steps = read_file(source, files[place], inside if place == number else None, vocabulary)
         with closing(steps):
             for piece, after, share in steps:
                 pieces.append(piece)
@@ -103,7 +96,7 @@ def _fraction(sizes: Sequence[int | None], place: int, share: float | None) -> f
     return (sum(known[:place]) + share * known[place]) / max(1, sum(known))
 
 
-def _read_file(source: Source, file: File, at: Any, vocabulary: int | None) -> Any:
+def read_file(source: Source, file: File, at: Any, vocabulary: int | None) -> Any:
     if file.kind in ID_KINDS:
         return _read_ids(source, file, at, vocabulary)
     readers: dict[str, Callable[[Source, File, Any], Iterator[Step]]] = {
@@ -116,7 +109,7 @@ def _read_file(source: Source, file: File, at: Any, vocabulary: int | None) -> A
     return readers[file.kind](source, file, at)
 
 
-def _check_all(source: Source, vocabulary: int | None) -> None:
+def check_all(source: Source, vocabulary: int | None) -> None:
     """Refuse what the heads of the files show to be wrong, before the first one is read."""
     for file in source.files:
         if file.kind in ID_KINDS:
@@ -136,7 +129,9 @@ def _open(path: str) -> tuple[IO[bytes], IO[bytes]]:
     return raw, raw
 
 
-def _lines(file: File, at: Any, limit: int) -> Iterator[tuple[bytes, bool, int, list[Any], float]]:
+def lines_of(
+    file: File, at: Any, limit: int
+) -> Iterator[tuple[bytes, bool, int, list[Any], float]]:
     """(bytes, whether a line begins, its number, position after, share) of a file's lines.
 
     A line longer than `limit` comes in several pieces that end at a character; the line end is
@@ -177,16 +172,16 @@ def _whole_characters(data: bytes) -> int:
 
 
 def _read_text(source: Source, file: File, at: Any) -> Iterator[Step]:
-    for data, begins, number, after, share in _lines(file, at, PIECE_BYTES):
+    for data, begins, number, after, share in lines_of(file, at, PIECE_BYTES):
         if data:
             text = decoded(data, f"{file.path}, line {number}")
             yield Piece(source.group or "", text, begins), after, share
 
 
 def _read_jsonl(source: Source, file: File, at: Any) -> Iterator[Step]:
-    check = _TextCheck(at is None)
+    check = TextCheck(at is None)
     limit = source.max_record_mib
-    for data, begins, number, after, share in _lines(file, at, limit * MIB):
+    for data, begins, number, after, share in lines_of(file, at, limit * MIB):
         where = f"{file.path}, line {number}"
         is_whole = after[-1] or len(data) < limit * MIB - CHARACTER_BYTES
         if not begins or not is_whole:
@@ -195,80 +190,9 @@ def _read_jsonl(source: Source, file: File, at: Any) -> Iterator[Step]:
         if not line or line.isspace():
             continue
         record = parse_json(line, where, "give one JSON object a line")
-        piece = _piece(source, record, where, check)
+        piece = piece_of(source, record, where, check, Path(file.path).parent)
         yield piece, after, share
     check.end()
-
-
-class _TextCheck:
-    """Refuses a file whose first `SAMPLE` records, or all, lack the field with the text.
-
-    Then the field has another name. A record among others that have none, or null, is skipped.
-    """
-
-    SAMPLE = 1000
-
-    def __init__(self, is_begin: bool) -> None:
-        self.first: RelneuronError | None = None
-        self.n_wrong, self.is_settled = 0, not is_begin
-
-    def note(self, wrong: RelneuronError | None) -> None:
-        """A record has a text or null, or is `wrong`."""
-        if self.is_settled:
-            return
-        self.is_settled = wrong is None
-        self.first = self.first or wrong
-        self.n_wrong += 1
-        if self.n_wrong >= self.SAMPLE:
-            self.end()
-
-    def end(self) -> None:
-        """No record follows, or enough were seen."""
-        if self.first is not None and not self.is_settled:
-            raise self.first
-
-
-def _piece(source: Source, record: Any, where: str, check: _TextCheck) -> Piece:
-    """The document of a record; its content is None if the record has no text."""
-    if not isinstance(record, dict):
-        raise RelneuronError(f"{where}: no object", "give one object with named fields a record")
-    text = record.get(source.text_column)
-    wrong = None
-    if source.text_column not in record:
-        wrong = _no_field(record, source.text_column, where, "--text-column")
-    elif not isinstance(text, str | None):
-        cause = f"{where}: the field {source.text_column!r} is no string"
-        wrong = RelneuronError(cause, "give the text as a string")
-    check.note(wrong)
-    if wrong is not None or not text:
-        # It is skipped, of whatever group it is.
-        group = record.get(source.group_column) if source.group is None else source.group
-        return Piece(str(group), text if wrong is None else None, True)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RelneuronError(
-                f"{where}: the text holds half a surrogate pair", "correct the text"
-            ) from error
-    group = source.group
-    if source.group_column is not None:
-        if source.group_column not in record:
-            raise _no_field(record, source.group_column, where, "--group-column")
-        group = record[source.group_column]
-        if isinstance(group, bool) or not isinstance(group, str | int):
-            raise RelneuronError(
-                f"{where}: the group {group!r} is neither a string nor an integer",
-                "give every record the name of its group",
-            )
-    return Piece(str(group), text, True)
-
-
-def _no_field(record: Json, name: str, where: str, option: str) -> RelneuronError:
-    return RelneuronError(
-        f"{where}: no field {name!r}, only {', '.join(map(str, record)) or 'none'}",
-        f"name another with {option}",
-    )
 
 
 # --- parquet and datasets --------------------------------------------------------------------
@@ -277,9 +201,10 @@ def _no_field(record: Json, name: str, where: str, option: str) -> RelneuronErro
 def _open_parquet(source: Source, file: File) -> Any:
     opened = open_parquet(file.path, [source.text_column])
     options = {"--text-column": source.text_column, "--group-column": source.group_column}
+    options[IMAGES] = source.image_column
     for option, name in options.items():
         if name is not None and name not in opened.schema_arrow.names:
-            raise _no_field(dict.fromkeys(opened.schema_arrow.names), name, file.path, option)
+            raise no_field(dict.fromkeys(opened.schema_arrow.names), name, file.path, option)
     kind = opened.schema_arrow.field(source.text_column).type
     kind = kind.value_type if str(kind).startswith("dictionary") else kind
     if str(kind) not in ("string", "large_string", "string_view", "null"):
@@ -290,8 +215,9 @@ def _open_parquet(source: Source, file: File) -> Any:
 
 def _read_parquet(source: Source, file: File, at: Any) -> Iterator[Step]:
     """Positions are (row group, row in it)."""
-    columns = [source.text_column, *([source.group_column] if source.group_column else [])]
-    check = _TextCheck(at is None)
+    every = (source.text_column, source.group_column, source.image_column)
+    columns = [name for name in every if name is not None]
+    check = TextCheck(at is None)
     with closing(_open_parquet(source, file)) as opened:
         first, skip = at or (0, 0)
         n_rows = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
@@ -300,13 +226,13 @@ def _read_parquet(source: Source, file: File, at: Any) -> Iterator[Step]:
             for place, record in enumerate(group_rows(opened, file.path, columns, number)):
                 if place >= skip:
                     where = f"{file.path}, row {before + place}"
-                    piece = _piece(source, record, where, check)
+                    piece = piece_of(source, record, where, check, Path(file.path).parent)
                     yield piece, [number, place + 1], (before + place + 1) / total
             before, skip = before + n_rows[number], 0
     check.end()
 
 
-def _load_dataset(file: File) -> Any:
+def load_dataset_of(file: File) -> Any:
     name, config, split = split_hf(file.path)
     try:
         datasets = import_module("datasets")
@@ -321,18 +247,19 @@ def _load_dataset(file: File) -> Any:
 def _read_dataset(source: Source, file: File, at: Any) -> Iterator[Step]:
     """Positions are the dataset's own state (None: its begin) and the records after it."""
     name = file.path or source.name
-    dataset = source.dataset if source.dataset is not None else _load_dataset(file)
+    dataset = source.dataset if source.dataset is not None else load_dataset_of(file)
     has_state = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
     at = at or {"state": None, "skip": 0, "records": 0}
     state, number = at["state"], at["records"]
     base = number - at["skip"]  # the record that the state stands before
+    folder = Path(split_hf(file.path)[0] if file.kind == "hf" else ".")
     if has_state:
         dataset = copy(dataset)  # the caller's object is left where it stands
         if state is not None:
             dataset.load_state_dict(json.loads(json.dumps(state)))
-    check = _TextCheck(number == 0)
+    check = TextCheck(number == 0)
     for record in islice(iter(dataset), at["skip"], None):
-        piece = _piece(source, record, f"{name}, record {number}", check)
+        piece = piece_of(source, record, f"{name}, record {number}", check, folder)
         number += 1
         if has_state and number % STATE_EVERY == 0:
             state, base = json.loads(json.dumps(dataset.state_dict())), number

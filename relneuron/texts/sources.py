@@ -70,6 +70,7 @@ class Source:
     dataset        in place of files: a Python iterable of records, as a Hugging Face dataset
     given          the paths that the files were found at, as they were given
     max_record_mib the largest record that is read, in MiB: more is an error
+    image_column   of records with pictures, the field that holds them
     """
 
     group: str | None = None
@@ -81,6 +82,7 @@ class Source:
     dataset: Any = None
     given: tuple[str, ...] = ()
     max_record_mib: int = field(default_factory=max_record_mib)
+    image_column: str | None = None
 
     @property
     def is_ids(self) -> bool:
@@ -158,7 +160,7 @@ def source_words(sources: Sequence[Source], folder: Path) -> tuple[list[str], Js
     None if none does: a Python dataset, or sources that are not read alike. Files that were given
     in Python go by their names, without their folders.
     """
-    read_by = ("text_column", "group_column", "groups", "ids_dtype")
+    read_by = ("text_column", "group_column", "groups", "ids_dtype", "image_column")
     options = [{name: getattr(source, name) for name in read_by} for source in sources]
     if any(source.dataset is not None for source in sources) or options[1:] != options[:-1]:
         return None
@@ -324,6 +326,8 @@ def describe_source(source: Source) -> Json:
     if source.group_column is not None:
         groups = None if source.groups is None else list(source.groups)
         result |= {"group_column": source.group_column, "groups": groups}
+    if source.image_column is not None:
+        result["image_column"] = source.image_column
     if any(file.kind == "bin" for file in source.files):
         result["ids_dtype"] = source.ids_dtype
     if source.dataset is not None:
@@ -338,11 +342,16 @@ def _describe_dataset(dataset: Any) -> Json:
     if isinstance(dataset, list | tuple):
         digest = hashlib.sha256()
         for record in dataset:
-            digest.update(json.dumps(record, default=repr).encode() + b"\n")
+            digest.update(json.dumps(record, default=_as_text).encode() + b"\n")
         found["sha256"] = digest.hexdigest()
     elif isinstance(fingerprint := getattr(dataset, "_fingerprint", None), str):
         found["fingerprint"] = fingerprint
     return found
+
+
+def _as_text(value: Any) -> str:
+    """A value of a record as text: of a picture its pixels, not where it lies in memory."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "convert") else repr(value)
 
 
 def _describe_files(files: Sequence[File]) -> list[Json]:

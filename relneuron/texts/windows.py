@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relneuron.artifact.files import Json, RelneuronError
-from relneuron.texts.read import Piece, read_chunks
+from relneuron.texts.read import read_chunks
+from relneuron.texts.records import Piece
 from relneuron.texts.sources import ID_KINDS, Source
 from relneuron.texts.tokens import read_policy
 

@@ -15,7 +15,8 @@ import torch
 from relneuron.artifact import parquet
 from relneuron.artifact.files import RelneuronError
 from relneuron.texts import read as corpus_read
-from relneuron.texts.read import Piece, read_chunks
+from relneuron.texts.read import read_chunks
+from relneuron.texts.records import Piece
 from relneuron.texts.sources import MIB, Source, parse_sources
 
 TEXTS = ["one", "zwei ä", "三 四", "four\tfour", "fünf"]

@@ -8,13 +8,14 @@ all and runs its own share; `count` adds up their counters.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
@@ -48,6 +49,27 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """One forward of one record with pictures: what its processor made of it, nothing padded.
+
+    All tokens of it, patches of pictures and queries, too, are of one group.
+    """
+
+    inputs: Mapping[str, Tensor]
+    group: int
+
+    @property
+    def group_ids(self) -> Array:
+        """() int32: the group of all."""
+        return np.full((), self.group, np.int32)
+
+    @property
+    def n_tokens(self) -> int:
+        """That the language model reads."""
+        return int(self.inputs["input_ids"].numel())
 
 
 def pool_windows(window: int, batch_tokens: int) -> int:

@@ -27,11 +27,13 @@ from torch import Tensor
 from relneuron.artifact.counts import BESIDE, DTYPES, RAN, Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.manifest import differences
-from relneuron.methods.counts.batches import Batch, Ranks
+from relneuron.artifact.modules import layers_of
+from relneuron.methods.counts.batches import Batch, Pictured, Ranks
 from relneuron.model.counting import TOKENS, counting_state, fill, tables
-from relneuron.model.layers import input_device
+from relneuron.model.layers import decoder_layers, input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.pictures import sent
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.options import CountOptions
 
@@ -44,7 +46,8 @@ class Counter:
     """Counts active neurons per group while it is entered as a context manager.
 
     A forward ends with the last layer's statistics: its down_proj (unless the site `down` is asked
-    for), the final norm and the lm_head are left out.
+    for), the final norm and the lm_head are left out. Where no part is of the language model, it
+    ends before its first layer.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Counter:
         moments: bool = False,
         backend: str = "auto",
     ) -> None:
-        self.model, self.mlps = model, list(mlps)
+        # The language model runs last, behind what reads the pictures.
+        n_language = layers_of(mlps[0].modules).get("language", range(0)).stop
+        self.mlps = sorted(mlps, key=lambda part: part.layer < n_language)
+        self.model, self.has_language = model, n_language > 0 or not mlps[0].modules
         # The forward without the lm_head, where the model has one.
         self.body = getattr(model, "base_model", model)
         self.device = input_device(model)
@@ -66,6 +72,7 @@ class Counter:
         self._without_grad = torch.no_grad if made else torch.inference_mode
         self.sites = tuple(sites)
         self._width = max(mlp.inside.stop for mlp in self.mlps)
+        self._hidden = max(mlp.hidden for mlp in self.mlps)
         check_sites(self.mlps, self.sites)
         self.threshold, self.moments = threshold, moments
         # On a CPU the model's own activation leaves every later layer as it is without the patch.
@@ -73,17 +80,22 @@ class Counter:
             self.mlps,
             [LayerState() for _ in self.mlps],
             backend=backend,
-            only_statistics=True,
+            only_statistics=self.has_language,
             own_activation=self.device.type == "cpu",
         )
         self.states = self.patch.states
+        self._end: Any = None
         self.grow(1)
 
     def __enter__(self) -> Counter:
         self.patch.__enter__()
+        if not self.has_language:
+            self._end = decoder_layers(self.model)[1][0].register_forward_pre_hook(_stop)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self._end is not None:
+            self._end.remove()
         self.patch.__exit__(*error)
 
     def grow(self, n_groups: int) -> None:
@@ -99,23 +111,27 @@ class Counter:
                 fill(part, new, before)
             self.states[i] = new
 
-    def count(self, batch: Batch) -> None:
+    def count(self, batch: Batch | Pictured) -> None:
         """Run one batch and add its tokens; on a GPU without waiting for it."""
         self.patch.tokens = Tokens(group_ids=self._sent(batch.group_ids))
-        # The end of the statistics is the end of the forward, unless another patch needs it all.
-        with suppress(StatisticsDone):
-            self.run(batch)
+        self.run(batch)
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch | Pictured) -> None:
         """One forward of the model without its lm_head; unpatched, this is the bare forward."""
-        arguments: dict[str, Tensor] = {}
+        # The end of the statistics is the end of the forward, unless another patch needs it all.
+        with suppress(StatisticsDone), self._without_grad():
+            self.body(**self._arguments(batch), use_cache=False)
+
+    def _arguments(self, batch: Batch | Pictured) -> dict[str, Tensor]:
+        if isinstance(batch, Pictured):
+            return sent(self.model, batch.inputs)
+        arguments = {"input_ids": self._sent(batch.ids).long()}
         if batch.is_padded:
             place = np.arange(batch.ids.shape[1])
             arguments["attention_mask"] = self._sent(place < batch.lengths[:, None]).long()
         if batch.positions is not None:
             arguments["position_ids"] = self._sent(batch.positions).long()
-        with self._without_grad():
-            self.body(input_ids=self._sent(batch.ids).long(), use_cache=False, **arguments)
+        return arguments
 
     def _sent(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -134,8 +150,7 @@ class Counter:
                 values = table[:n].cpu().numpy()
                 size = self._size(name, values)
                 whole = found.setdefault(name, _nothing(name, n, n_layers, *size))
-                inside = part.inside if name.partition(".")[2] in INNER else ...
-                whole[:, part.layer, inside] = values
+                whole[:, part.layer, self._inside(name, part)] = values
         found[RAN] = found.pop(TOKENS)
         tokens = found[RAN].max(axis=1)
         has_mlp = sorted({part.layer for part in self.mlps})
@@ -145,7 +160,17 @@ class Counter:
 
     def _size(self, name: str, values: Array) -> tuple[int, ...]:
         """The last dimensions of a counter of a layer, of which a part has `values`."""
-        return (self._width,) if name.partition(".")[2] in INNER else values.shape[1:]
+        site = name.partition(".")[2]
+        if site == "down":
+            return (self._hidden,)
+        return (self._width,) if site in INNER else values.shape[1:]
+
+    def _inside(self, name: str, part: Part) -> Any:
+        """Where a part's own values stand in a counter of its layer."""
+        site = name.partition(".")[2]
+        if site == "down":
+            return slice(part.hidden)
+        return part.inside if site in INNER else ...
 
     def restore(self, counts: Counts) -> None:
         """Go on from what was counted before."""
@@ -155,14 +180,18 @@ class Counter:
         for part, state in zip(self.mlps, self.states, strict=True):
             given = {}
             for name in tables(part, state):
-                inside = part.inside if name.partition(".")[2] in INNER else ...
-                given[name] = torch.from_numpy(saved[name][:, part.layer, inside].copy())
+                values = saved[name][:, part.layer, self._inside(name, part)]
+                given[name] = torch.from_numpy(values.copy())
             fill(part, state, given)
 
     def clear(self) -> None:
         """Begin again, with room for one group."""
         self.states[:] = [LayerState() for _ in self.mlps]
         self.grow(1)
+
+
+def _stop(*_: object) -> None:
+    raise StatisticsDone
 
 
 def _nothing(name: str, *shape: int) -> Array:
@@ -187,7 +216,7 @@ class Speed:
         self._batches, self._next = 0, 3
         self._began = time.perf_counter()
 
-    def count(self, batch: Batch) -> None:
+    def count(self, batch: Batch | Pictured) -> None:
         """Count a batch; now and then it is timed."""
         self._batches += 1
         self.tokens += batch.n_tokens

@@ -131,6 +131,7 @@ class Experts:
     n_layers: int = 0  # of the model
     runs: bool = True  # whether a forward of text calls them
     offset: int = 0  # where the neurons begin among those of the layer
+    modules: tuple[tuple[str, int], ...] = ()  # of the model, where several were asked for
     projections: tuple[Projection, ...] = ()
 
     @property

@@ -35,7 +35,7 @@ from relneuron.model.layers import (
     without_hooks,
 )
 from relneuron.model.mlps import candidates, proof
-from relneuron.model.mlps.candidates import Candidate, linear_maps
+from relneuron.model.mlps.candidates import Candidate, Run, linear_maps
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
 from relneuron.model.mlps.mlp import MLP
@@ -57,7 +57,7 @@ class Verdict:
     passed: bool = False
 
 
-def inspect_layers(model: Any) -> list[Verdict]:
+def inspect_layers(model: Any, with_picture: Run | None = None) -> list[Verdict]:
     """A verdict for every decoder layer, by structure and by a numeric self-check.
 
     The decoder layers are the `ModuleList` as long as `config.num_hidden_layers`. In each, an MLP
@@ -82,6 +82,7 @@ def inspect_layers(model: Any) -> list[Verdict]:
             else:
                 left[number] = (f"{path}.{number}", layer)
         known = _still_right(model, dtype) if len(left) == len(layers) else None
+        known = None if with_picture is not None else known
         if known is not None:
             return known
         try:
@@ -90,14 +91,22 @@ def inspect_layers(model: Any) -> list[Verdict]:
             seen, failed = {}, first_line(error)
         here = {number: calls for number, calls in seen.items() if calls}
         found = proof.prove(here, run, {number: layer for number, (_, layer) in left.items()})
+        if with_picture is not None and len(here) < len(left):
+            rest = {number: place for number, place in left.items() if number not in here}
+            seen = candidates.watch(rest, with_picture)
+            there = {number: calls for number, calls in seen.items() if calls}
+            layers_there = {number: layer for number, (_, layer) in rest.items()}
+            found |= proof.prove(there, with_picture, layers_there)
+            here, failed = here | there, ""
         for number, (where, layer) in left.items():
             runs = number in here or bool(failed)
             chosen = found[number] if number in here else _alone(number, where, layer, dtype)
-            verdict = _verdict(number, where, layer, chosen, dtype, failed)
+            verdict = verdict_of(number, where, layer, chosen, dtype, failed)
             parts = (replace(mlp, n_layers=len(layers), runs=runs) for mlp in verdict.mlps)
             verdicts[number] = replace(verdict, mlps=tuple(parts))
     result = [verdicts[number] for number in range(len(layers))]
-    _FOUND[model] = (_modules(model), result)
+    if with_picture is None:
+        _FOUND[model] = (_modules(model), result)
     return result
 
 
@@ -179,7 +188,7 @@ def _rows_for(module: nn.Module, dtype: torch.dtype) -> Tensor:
 # --- verdicts --------------------------------------------------------------------------------
 
 
-def _verdict(
+def verdict_of(
     number: int,
     path: str,
     layer: nn.Module,
@@ -187,6 +196,7 @@ def _verdict(
     dtype: torch.dtype,
     failed: str,
 ) -> Verdict:
+    """What there is to say of a layer, of which `chosen` was proved; `failed`: why it never ran."""
     parts: list[Part] = []
     experts: dict[str, str] = {}  # what is said of each
     for is_shared in (False, True):
@@ -289,15 +299,47 @@ def _words(mlp: MLP) -> str:
     return f"{mlp.path}: {name}, F={mlp.width}, D={mlp.hidden}{kind}{own}{text}"
 
 
-def find_mlps(model: Any, *, attention: bool = False) -> list[Part]:
+def find_mlps(
+    model: Any,
+    *,
+    attention: bool = False,
+    modules: Sequence[str] = ("language",),
+    run: Run | None = None,
+) -> list[Part]:
     """The MLPs of every layer, or an error with the reasons of the layers that are not supported.
 
     In the order of the layers; one without any MLP is passed over. A layer may have several: routed
     experts (`experts.py`) come before the others, and the neurons of each begin
     behind those before it, at its `offset`. With `attention` the first of each layer comes with the
     projections of its attention.
+
+    `modules`: of a model that reads pictures also those of its "vision" tower, its "projector" and
+    its "qformer", or "all" that it has (`artifact/modules.py`); then `run` is a forward with a
+    picture (`model.pictures.picture_run`). Their layers are numbered through.
     """
-    verdicts = inspect_layers(model)
+    if not modules:
+        raise RelneuronError("no module is asked for", "ask for language", 2)
+    if tuple(modules) == ("language",):
+        mlps = supported(inspect_layers(model, run))
+        return _with_attention(model, mlps) if attention else mlps
+    if attention:
+        raise RelneuronError(
+            "the attention of a vision tower, a projector or a Q-Former is not read",
+            "leave out --attention, or the modules",
+            2,
+        )
+    if run is None:
+        raise RelneuronError(
+            f"the modules {', '.join(modules)} need a forward with a picture",
+            "give a model whose folder has its processor (processor.save_pretrained)",
+        )
+    from relneuron.model.mlps.modules import find_in_modules  # made of this file
+
+    return find_in_modules(model, modules, run)
+
+
+def supported(verdicts: Sequence[Verdict], module: str = "") -> list[Part]:
+    """The parts of all layers, or an error with the reasons of those that are not supported."""
     reasons: dict[str, list[int]] = {}
     for verdict in verdicts:
         if not verdict.mlps and not verdict.passed:
@@ -310,19 +352,23 @@ def find_mlps(model: Any, *, attention: bool = False) -> list[Part]:
                 reasons.setdefault(verdict.reason, []).append(verdict.layer)
         why = "; ".join(f"layers {_ranges(layers)}: {why}" for why, layers in reasons.items())
         raise RelneuronError(
-            f"{n_good} of {len(verdicts)} layers have a supported MLP; {why}",
+            f"{module and f'{module}: '}{n_good} of {len(verdicts)} layers have a supported MLP; "
+            f"{why}",
             "`relneuron doctor MODEL` lists every layer",
         )
-    if attention:
-        path, layers = _decoder_layers(model)
-        firsts = {mlp.layer: mlp for mlp in reversed(mlps)}
-        mlps = [
-            replace(mlp, projections=find_projections(f"{path}.{mlp.layer}", layers[mlp.layer]))
-            if mlp is firsts[mlp.layer]
-            else mlp
-            for mlp in mlps
-        ]
     return mlps
+
+
+def _with_attention(model: Any, mlps: list[Part]) -> list[Part]:
+    """The parts, the first of each layer with the projections of its attention."""
+    path, layers = _decoder_layers(model)
+    firsts = {mlp.layer: mlp for mlp in reversed(mlps)}
+    return [
+        replace(mlp, projections=find_projections(f"{path}.{mlp.layer}", layers[mlp.layer]))
+        if mlp is firsts[mlp.layer]
+        else mlp
+        for mlp in mlps
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

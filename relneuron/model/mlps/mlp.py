@@ -44,6 +44,7 @@ class MLP:
     is_whole: bool = False
     runs: bool = True
     offset: int = 0  # of its neurons among those of the layer
+    modules: tuple[tuple[str, int], ...] = ()  # of the model, where several were asked for
     projections: tuple[Projection, ...] = ()  # of the layer's attention, where they were asked for
 
     n_experts = 1  # as if it were the only one

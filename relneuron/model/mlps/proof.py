@@ -121,7 +121,7 @@ def writes(chosen: Mapping[int, Candidate], layers: Mapping[int, nn.Module], run
     return {n for n, one in chosen.items() if _are_written(firsts[n], one)}
 
 
-def _stream(output: Any) -> Any:
+def stream(output: Any) -> Any:
     """The hidden states among what a layer returns: the first tensor."""
     while isinstance(output, tuple | list | dict) and output:
         output = next(iter(output.values() if isinstance(output, dict) else output))
@@ -130,7 +130,7 @@ def _stream(output: Any) -> Any:
 
 def _are_written(outputs: Sequence[Any], candidate: Candidate) -> bool:
     """Whether a layer's outputs are those of y, -y, and of other ones of the first token, z, -z."""
-    found, width = list(map(_stream, outputs)), candidate.down.width
+    found, width = list(map(stream, outputs)), candidate.down.width
     if not found:
         return True  # nobody calls the layer as a module: it cannot be told
     if not all(isinstance(x, Tensor) for x in found):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.modules import layers_of
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.mlp import MLP
 
@@ -19,28 +20,34 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
     """What files say of a model's neurons, as `artifact.neurons.Shape` reads it.
 
     layers, width (F, the largest) and hidden (D); `widths` of the layers where they differ, 0 where
-    text runs no MLP; `gated` where it is false; `experts`, how many each layer has, and their
-    `expert_width`; q, k, v and o where they were asked for.
+    no forward runs an MLP; `gated` where it is false; `experts`, how many each layer has, and their
+    `expert_width`; q, k, v and o where they were asked for. Of several modules `modules`, how many
+    layers each has, and where the layers differ `hiddens` and a list of `gated`.
     """
-    widths = [0] * mlps[0].n_layers
+    n_layers, modules = mlps[0].n_layers, dict(mlps[0].modules)
+    widths, hiddens, gated = [0] * n_layers, [0] * n_layers, [False] * n_layers
     for mlp in mlps:
+        hiddens[mlp.layer] = mlp.hidden
+        gated[mlp.layer] |= mlp.is_gated
         if mlp.runs:
             widths[mlp.layer] = max(widths[mlp.layer], mlp.inside.stop)
     width = max(mlp.inside.stop for mlp in mlps)
-    hidden = {mlp.hidden for mlp in mlps}
-    kinds = {mlp.is_gated for mlp in mlps}
-    firsts = {mlp.layer: mlp for mlp in reversed(mlps)}.values()
+    n_language = modules.get("language", 0) if modules else n_layers
+    language = [mlp for mlp in mlps if mlp.layer < n_language]
+    hidden = {mlp.hidden for mlp in language}
+    kinds = {mlp.is_gated for mlp in language}
+    firsts = {mlp.layer: mlp for mlp in reversed(language)}.values()
     attention = {tuple((part.site, part.width) for part in mlp.projections) for mlp in firsts}
     if len(hidden) > 1 or len(kinds) > 1 or len(attention) > 1:
         raise RelneuronError(
             "the layers differ in hidden size, attention, or in whether their MLPs are gated",
             "give a model whose layers are alike in these",
         )
-    shape: dict[str, Any] = {"layers": len(widths), "width": width, "hidden": hidden.pop()}
+    shape: dict[str, Any] = {"layers": n_layers, "width": width, "hidden": max(hiddens)}
     if min(widths) < width:
         shape["widths"] = widths
-    if False in kinds:
-        shape["gated"] = False
+    if not all(mlp.is_gated for mlp in mlps):
+        shape["gated"] = gated if any(gated) else False
     experts = [part for part in mlps if isinstance(part, Experts)]
     if experts:
         if len({part.expert_width for part in experts}) > 1:
@@ -50,16 +57,23 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
         numbers = {part.layer: part.n_experts for part in experts}
         shape["experts"] = [numbers.get(layer, 0) for layer in range(len(widths))]
         shape["expert_width"] = experts[0].expert_width
-    return shape | dict(attention.pop())
+    if len({mlp.hidden for mlp in mlps}) > 1:
+        shape["hiddens"] = hiddens
+    if modules:
+        shape["modules"] = modules
+    return shape | dict(attention.pop() if attention else ())
 
 
 def check_sites(mlps: Sequence[Part], sites: Iterable[str]) -> None:
     """Refuse sites that the MLPs do not have."""
-    missing = {"up", "product"} if not all(mlp.is_gated for mlp in mlps) else set()
+    ungated = [mlp for mlp in mlps if not mlp.is_gated]
     for site in sites:
-        if site in missing:
+        if ungated and site in ("up", "product"):
+            one = ungated[0]
+            where = next((m for m, own in layers_of(one.modules).items() if one.layer in own), "")
             raise RelneuronError(
-                f"the model's MLPs are not gated: they have no site {site}",
+                f"the model's MLPs{where and f' of the module {where}'} are not gated: they have "
+                f"no site {site}",
                 "use gate, before the activation, or act, which is what down reads",
             )
     layers = [mlp.layer for mlp in mlps]
