@@ -161,19 +161,35 @@ def export(
         Argument("NEURONS|DIR", "A neurons.json, or a counted or identified directory."),
     ],
     output: Output,
+    format: Annotated[
+        str, Named("Whose files: lape or mmneuron (of neurons and counts).")
+    ] = "lape",
     force: bool = False,
 ) -> Iterator[str]:
-    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv.
+    """Files of others: LAPE's .neuron.pth and counts, selfcond's expertise.csv, MMNeuron's.
 
     A neurons.json becomes a .neuron.pth, or expertise.csv where -o ends in .csv; a counted
     directory files of counts; an identified one expertise.csv, or one a concept below a folder.
+    With --format mmneuron a folder with a mask of each module, or a snapshot of each group.
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked
     from relneuron.methods.counts.authors_files import write_neuron_pth
+    from relneuron.methods.counts.commands import check_format
     from relneuron.methods.counts.folders import export_counts
+    from relneuron.methods.counts.mmneuron_files import write_masks
 
+    check_format(format)
     is_recorded = (source / "responses.safetensors").exists()
+    if format == "mmneuron":
+        check_folder(output)
+        if source.is_dir():
+            written = export_counts(source, output, mmneuron=True, force=force)
+        else:
+            written = write_masks(NeuronFile.read(checked(source)), output, force=force)
+        for path in written:
+            yield f"-> {path}"
+        return
     if is_recorded or (source.is_file() and output.suffix == ".csv"):
         if output.suffix != ".csv":
             check_folder(output)

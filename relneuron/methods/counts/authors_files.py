@@ -6,7 +6,6 @@ they are read with `weights_only`, so nothing in them is ever run.
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,12 +29,11 @@ from relneuron.artifact.files import (
 )
 from relneuron.artifact.manifest import locked
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.reading import check_zip, one_line, reading
+from relneuron.artifact.reading import one_line
+from relneuron.methods.counts.torch_files import dense, load_torch, saved
 from relneuron.model.identity import check_model_folder
 
-MAX_BYTES = 1 << 30  # of a file
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_GATE_SITES = ("gate", "act", "up", "product")  # zeroing any of them is the same ablation
+GATE_SITES = ("gate", "act", "up", "product")  # zeroing any of them is the same ablation
 _COUNT_NAME = re.compile(r"activation\.([^.]+)\.train\..+")
 _NEURON_FIX = "give a .neuron.pth: a list of groups, each a list of layers of index tensors"
 _COUNT_FIX = "give a torch file of {'n': tokens, 'over_zero': integers of layers x width}"
@@ -53,13 +51,40 @@ def read_neuron_pth(path: Path, names: Sequence[str], shape: Json) -> NeuronFile
     layers, width, hidden and id of the model. An index that is there twice counts once, with a
     warning. Any other content raises, as does a file of more than 1 GiB.
     """
+    sizes = [int(shape["width"])] * int(shape["layers"])
+    lists, n_groups = read_lists(path, names, sizes)
+    sets: dict[str, list[tuple[int, str, int, float]]] = {name: [] for name in names}
+    n_doubles = 0
+    for name, layer, indices, doubles in lists:
+        n_doubles += doubles
+        sets[name] += [(layer, "gate", index, 0.0) for index in indices]
+    warn_doubles(path, n_doubles)
+    model: Json = {key: shape[key] for key in ("id", "layers", "width", "hidden") if key in shape}
+    selection = {
+        "file": path.name,
+        "sha256": sha256(path),
+        "groups_in_file": n_groups,
+        "duplicates": n_doubles,
+        "score": "none: the file has no scores",
+    }
+    return NeuronFile(model, "imported", sets, selection)
+
+
+def read_lists(
+    path: Path, names: Sequence[str], sizes: Sequence[int]
+) -> tuple[list[tuple[str, int, list[int], int]], int]:
+    """(group, layer, indices, doubles) of a file of G lists of L integer tensors, and its G.
+
+    `names` names the groups in the file's order, of which the last may be missing; `sizes` are the
+    widths of the L layers. Indices are ascending, each once.
+    """
     if not names or len(set(names)) < len(names):
         raise RelneuronError(
             f"the names {', '.join(names) or '(none)'} are not one for each group",
             "give each group its own name, in the file's order",
             2,
         )
-    data = _load(path, _NEURON_FIX)
+    data = load_torch(path, _NEURON_FIX)
     if type(data) is not list:
         raise RelneuronError(f"{path} holds a {type(data).__name__}, no list", _NEURON_FIX)
     if len(data) > len(names):
@@ -68,34 +93,28 @@ def read_neuron_pth(path: Path, names: Sequence[str], shape: Json) -> NeuronFile
             f"give {len(data)} names, in the file's order",
             2,
         )
-    sets: dict[str, list[tuple[int, str, int, float]]] = {name: [] for name in names}
-    n_doubles = 0
+    found = []
     for name, layers in zip(names, data, strict=False):
         if type(layers) is not list:
             kind = type(layers).__name__
             raise RelneuronError(f"{path}: group {name!r} is a {kind}, no list", _NEURON_FIX)
-        if len(layers) != shape["layers"]:
+        if len(layers) != len(sizes):
             raise RelneuronError(
-                f"{path} has {len(layers)} layers, the model {shape['layers']}",
+                f"{path} has {len(layers)} layers, the model {len(sizes)}",
                 "give the model that the neurons were found in",
             )
-        for layer, found in enumerate(layers):
-            where = f"{path}: group {name!r}, layer {layer}"
-            indices = _indices(where, found, int(shape["width"]))
+        for layer, (tensor, width) in enumerate(zip(layers, sizes, strict=True)):
+            indices = _indices(f"{path}: group {name!r}, layer {layer}", tensor, width)
             distinct = torch.unique(indices)  # sorted
-            n_doubles += indices.numel() - distinct.numel()
-            sets[name] += [(layer, "gate", index, 0.0) for index in distinct.tolist()]
+            doubles = indices.numel() - distinct.numel()
+            found.append((name, layer, distinct.tolist(), doubles))
+    return found, len(data)
+
+
+def warn_doubles(path: Path, n_doubles: int) -> None:
+    """Say that a file names neurons twice."""
     if n_doubles:
-        warnings.warn(f"{path} names {n_doubles} neurons twice: each counts once", stacklevel=2)
-    model: Json = {key: shape[key] for key in ("id", "layers", "width", "hidden") if key in shape}
-    selection = {
-        "file": path.name,
-        "sha256": sha256(path),
-        "groups_in_file": len(data),
-        "duplicates": n_doubles,
-        "score": "none: the file has no scores",
-    }
-    return NeuronFile(model, "imported", sets, selection)
+        warnings.warn(f"{path} names {n_doubles} neurons twice: each counts once", stacklevel=3)
 
 
 def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) -> None:
@@ -117,7 +136,7 @@ def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) ->
     for name, chosen in neurons.sets.items():
         layers: list[set[int]] = [set() for _ in range(n_layers)]
         for layer, site, index, _ in chosen:
-            if site not in _GATE_SITES:
+            if site not in GATE_SITES:
                 raise RelneuronError(
                     f"set {name!r} has a neuron of site {site!r}: a .neuron.pth cannot hold it",
                     "export neurons of the sites gate and up",
@@ -133,12 +152,12 @@ def write_neuron_pth(neurons: NeuronFile, path: Path, *, force: bool = False) ->
             [torch.tensor(sorted(indices), dtype=torch.int64, device="cpu") for indices in layers]
         )
     with locked(path.parent):
-        atomic_write(path, _saved(lists))
+        atomic_write(path, saved(lists))
 
 
 def _indices(where: str, found: object, width: int) -> Tensor:
     """The integer tensor (n,) of a layer as int64, or an error that says what it is instead."""
-    tensor = _dense(where, found, 1, _NEURON_FIX).to(torch.int64)
+    tensor = dense(where, found, 1, _NEURON_FIX).to(torch.int64)
     if tensor.numel():
         low, high = (int(value) for value in torch.aminmax(tensor))
         if low < 0 or high >= width:
@@ -222,13 +241,13 @@ def write_counts_pth(
     kept = np.int32 if fits else np.int64
     with locked(folder), writing("export", folder, paths):
         for path, n, rows in zip(paths, counts.tokens.tolist(), count, strict=True):
-            atomic_write(path, _saved({"n": n, "over_zero": torch.from_numpy(rows.astype(kept))}))
+            atomic_write(path, saved({"n": n, "over_zero": torch.from_numpy(rows.astype(kept))}))
     return paths
 
 
 def _read_count(path: Path) -> tuple[int, np.ndarray[Any, Any]]:
     """The tokens and the counts (L, F) int64 of one file."""
-    data = _load(path, _COUNT_FIX)
+    data = load_torch(path, _COUNT_FIX)
     if type(data) is not dict or not {"n", "over_zero"} <= data.keys():
         what = f"a dictionary of {list(data)[:5]}" if type(data) is dict else type(data).__name__
         raise RelneuronError(
@@ -237,7 +256,7 @@ def _read_count(path: Path) -> tuple[int, np.ndarray[Any, Any]]:
     n = data["n"]
     if type(n) is not int or not 0 <= n < 1 << 63:
         raise RelneuronError(f"{path}: n is no number of tokens", _COUNT_FIX)
-    count = _dense(f"{path}: over_zero", data["over_zero"], 2, _COUNT_FIX).to(torch.int64)
+    count = dense(f"{path}: over_zero", data["over_zero"], 2, _COUNT_FIX).to(torch.int64)
     if not count.numel():
         raise RelneuronError(f"{path}: over_zero is empty", _COUNT_FIX)
     low, high = (int(value) for value in torch.aminmax(count))
@@ -256,18 +275,25 @@ def _read_count(path: Path) -> tuple[int, np.ndarray[Any, Any]]:
 # --- models ----------------------------------------------------------------------------------
 
 
-def config_shape(name_or_path: str) -> Json:
-    """layers, width, hidden and id of a model by its configuration alone; no weights are read."""
+def read_config(name_or_path: str) -> Any:
+    """A model's configuration; no weights are read."""
     from transformers import AutoConfig
 
-    fix = "give a model folder with a config.json, or a hub name"
     check_model_folder(name_or_path)
     try:
-        config = AutoConfig.from_pretrained(name_or_path).get_text_config()
+        config = AutoConfig.from_pretrained(name_or_path)
+        config.get_text_config()
     except Exception as error:  # a damaged one raises whatever its values lead to
         raise RelneuronError(
-            f"{name_or_path} has no configuration: {one_line(error)}", fix
+            f"{name_or_path} has no configuration: {one_line(error)}",
+            "give a model folder with a config.json, or a hub name",
         ) from error
+    return config
+
+
+def config_shape(name_or_path: str) -> Json:
+    """layers, width, hidden and id of a model by its configuration alone; no weights are read."""
+    config = read_config(name_or_path).get_text_config()
     sizes = {
         "layers": getattr(config, "num_hidden_layers", None),
         "width": _width(config),
@@ -300,44 +326,3 @@ def _width(config: Any) -> Any:
         if config.model_type in _FOUR_TIMES:
             return 4 * hidden
     return width
-
-
-# --- torch files -----------------------------------------------------------------------------
-
-
-def _load(path: Path, fix: str) -> Any:
-    """What a torch file holds: tensors and plain containers, on the CPU; anything else raises."""
-    if not path.is_file():
-        raise RelneuronError(f"{path} does not exist", fix, 2)
-    if path.stat().st_size > MAX_BYTES:
-        raise RelneuronError(f"{path} has more than {MAX_BYTES:,} bytes", fix)
-    # What torch thinks of the file's make is no concern of the user.
-    with warnings.catch_warnings(action="ignore"), reading(path, "torch file of tensors", fix):
-        check_zip(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _dense(where: str, found: object, n_dims: int, fix: str) -> Tensor:
-    """`found` if it is an ordinary integer tensor of so many dimensions, no larger than its data.
-
-    A tensor with a stride of 0 could be a thousand times as large as the file that it came in.
-    """
-    if type(found) is not Tensor:
-        raise RelneuronError(f"{where} is a {type(found).__name__}, no tensor", fix)
-    if found.layout != torch.strided or found.device.type != "cpu":
-        raise RelneuronError(f"{where} is no ordinary tensor", fix)
-    if found.dtype not in _INTEGERS or found.dim() != n_dims:
-        dtype = str(found.dtype).removeprefix("torch.")
-        raise RelneuronError(
-            f"{where} is a {dtype} tensor of shape {tuple(found.shape)}, not {n_dims}-D integers",
-            fix,
-        )
-    if not found.is_contiguous():
-        raise RelneuronError(f"{where} is a strided view of other data", fix)
-    return found
-
-
-def _saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -101,18 +101,30 @@ def import_files(
         Argument(
             "FILE...",
             "One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; files "
-            "called activation.GROUP.train.MODEL, or a folder of them, say it themselves.",
+            "called activation.GROUP.train.MODEL, or a folder of them, say it themselves. Of "
+            "MMNeuron masks called MODEL-MODULE, or snapshots called DOMAIN_K.log.",
         ),
     ],
     model: Annotated[str, Named("Model that the files belong to; only its config.json is read.")],
     output: Output,
-    names: Annotated[str, Named("Groups of a .neuron.pth in order: en,zh,...")] = "",
+    names: Annotated[
+        str,
+        Named(
+            "Groups of a .neuron.pth in order: en,zh,...; of MMNeuron's masks: ad,med,rs,com,doc "
+            "if it is left out."
+        ),
+    ] = "",
+    format: Annotated[str, Named("Whose files they are: lape or mmneuron.")] = "lape",
     force: bool = False,
 ) -> Iterator[str]:
-    """Neurons (-> neurons.json) or counts (-> a folder) of the LAPE authors' format."""
+    """Neurons (-> neurons.json) or counts (-> a folder) of the files of LAPE or MMNeuron."""
     from relneuron.methods.counts.authors_files import config_shape
     from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
 
+    check_format(format)
+    if format == "mmneuron":
+        yield from _import_mmneuron(files, model, output, split(names), force)
+        return
     if names and not any("=" not in text or Path(text).exists() for text in files):
         refuse_stray("--names", "with a .neuron.pth")
     if paths := name_counts(files):
@@ -128,6 +140,35 @@ def import_files(
     else:
         fix = "give one .neuron.pth, or counts as GROUP=FILE"
         raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
+    yield f"-> {output}"
+
+
+def check_format(name: str) -> None:
+    """Refuse a format that is nobody's."""
+    if name not in FORMATS:
+        raise RelneuronError(f"unknown --format {name!r}", f"use {' or '.join(FORMATS)}", 2)
+
+
+FORMATS = ("lape", "mmneuron")
+
+
+def _import_mmneuron(
+    files: list[str], model: str, output: Path, names: Sequence[str], force: bool
+) -> Iterator[str]:
+    from relneuron.methods.counts.config_modules import modules_shape
+    from relneuron.methods.counts.folders import import_counts, import_masks, name_mmneuron
+    from relneuron.methods.counts.mmneuron_files import DOMAINS
+
+    masks, logs = name_mmneuron(files)
+    if masks:
+        yield from group_lines(import_masks(masks, names or DOMAINS, model, output, force=force))
+    else:
+        if names:
+            refuse_stray("--names", "with masks")
+        check_folder(output)
+        shape = modules_shape(model)
+        counts = import_counts(logs, shape, output, model=model, mmneuron=True, force=force)
+        yield from token_lines(counts.groups, counts.tokens.tolist())
     yield f"-> {output}"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.methods.counts import authors_files as lape_files
+from relneuron.methods.counts import torch_files
 from relneuron.methods.counts.authors_files import (
     config_shape,
     read_counts_pth,
@@ -188,7 +188,7 @@ def test_damaged_files_raise_the_one_error(tmp_path: Path, is_zip: bool) -> None
 
 
 def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lape_files, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(torch_files, "MAX_BYTES", 1 << 16)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\0" * (17 << 20))
