@@ -222,13 +222,15 @@ def plan_conditions(
     analyses: Sequence[str],
     sizes: Sequence[int],
     random_seeds: int,
+    with_modules: bool = False,
     own: Mapping[str, str] | None = None,
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
     Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
     of the main split (eva in the files' own language, or else the first by `split_order`); matched
-    sets and ranges of ranks only those of their own relation. `own`: each relation's own language,
+    sets, ranges of ranks and sets of modules (`with_modules`) only those of their own relation.
+    `own`: each relation's own language,
     where that of `prompts` is not known from them.
     """
     everything = range(len(prompts))
@@ -278,6 +280,11 @@ def plan_conditions(
     if "gain" in analyses:
         for name, places in gains.items():
             add(f"gain:{name}", places, eva, "gain", relation=name)
+    if with_modules:
+        asked_of = {name: [i for i in eva if prompts[i].relation == name] for name in sets}
+        asked_of = {name: rows for name, rows in asked_of.items() if rows}
+        for name, some in module_conditions(sets, shape, asked_of).items():
+            plan += some if name != "none" else []  # that is clean
     names = [ablation.condition.name for ablation in plan]
     clash = [name for name, n in Counter(names).items() if n > 1]
     if clash:
