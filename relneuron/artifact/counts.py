@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from relneuron.artifact.files import RelneuronError, atomic_write
+from relneuron.artifact.files import Json, RelneuronError, atomic_write
+from relneuron.artifact.modules import module_layers
 from relneuron.artifact.reading import open_tensors
 
 NAME = "counts.safetensors"
@@ -36,7 +37,8 @@ class Counts:
     """Statistics of every neuron per group of tokens.
 
     groups     G names
-    tokens     (G,) int64, the tokens that were counted
+    tokens     (G,) int64, the tokens that were counted; of several modules those of the one that
+               ran the most
     beside     `tokens.layer` (G, L) int64, how many of them each layer ran, left out where all ran
                them all: text does not run every layer of a model that reads pictures, and where
                none ran a neuron was not inactive, it never ran. Of a mixture of experts
@@ -85,7 +87,18 @@ class Counts:
         for name in dict.fromkeys([*mine.beside, *theirs.beside]):
             parts = [one.tokens_at() if name == RAN else one.beside[name] for one in (mine, theirs)]
             beside[name] = parts[0] + parts[1]
-        return Counts(groups, mine.tokens + theirs.tokens, arrays, beside)
+        tokens = mine.tokens + theirs.tokens
+        # Of several modules another one may have run the most.
+        tokens = beside[RAN].max(axis=1) if RAN in beside else tokens
+        return Counts(groups, tokens, arrays, beside)
+
+    def of_layers(self, layers: range) -> Counts:
+        """Some layers only, of a module, as if they were the whole model; padding stays."""
+        inside = slice(layers.start, layers.stop)
+        ran = self.tokens_at()[:, inside]
+        beside = {name: array[:, inside] for name, array in self.beside.items()} | {RAN: ran}
+        arrays = {name: array[:, inside] for name, array in self.arrays.items()}
+        return Counts(self.groups, ran.max(axis=1), arrays, beside)
 
     def take(self, groups: Sequence[str]) -> Counts:
         """These groups only, in this order; one that is not here has no token."""
@@ -169,6 +182,14 @@ class Counts:
             is_right = array.shape[1] == n_layers and (array >= 0).all()
             if not (is_right and (name == WEIGHT or (array <= tokens).all())):
                 raise ValueError(f"{name} is not of (G, L) tokens, at most those of the group")
+
+
+def tokens_of_modules(model: Json, counts: Counts) -> dict[str, list[tuple[str, int]]]:
+    """Of each module of a model, (group, tokens that it ran)."""
+    return {
+        name: list(zip(counts.groups, counts.of_layers(own).tokens.tolist(), strict=True))
+        for name, own in module_layers(model).items()
+    }
 
 
 def _are_names(groups: object) -> bool:

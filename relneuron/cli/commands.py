@@ -209,7 +209,7 @@ def doctor(
     revision: Annotated[str | None, Named("Revision of a model on the hub.")] = None,
 ) -> Iterator[str]:
     """What works on this machine, and for this model, and why not."""
-    from relneuron.cli.doctor import machine_report, model_report
+    from relneuron.cli.doctor import machine_report, model_report, processor_of
     from relneuron.cli.show import rows_of
     from relneuron.model.load import load_model, load_tokenizer
     from relneuron.texts.tokens import policy_text
@@ -220,7 +220,10 @@ def doctor(
     if model is None:
         return
     need("a model", "transformers")
-    rows, supported = model_report(load_model(model, revision=revision))
+    loaded = load_model(model, revision=revision)
+    run, about = processor_of(model, loaded, revision)
+    rows, supported = model_report(loaded, run)
+    rows += about
     try:
         tokenizer = load_tokenizer(model, revision=revision)
         rows.append(("tokenizer", f"works: {policy_text(tokenizer)}"))

@@ -21,8 +21,11 @@ from relneuron.methods import methods
 from relneuron.model.ask import cache_of
 from relneuron.model.instrument import instrument
 from relneuron.model.layers import decoder_layers, device_of, first_line, input_device
+from relneuron.model.mlps.candidates import Run
 from relneuron.model.mlps.find import Verdict, inspect_layers
+from relneuron.model.mlps.modules import inspect_modules
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.pictures import Processor, load_processor, picture_run, reads_pictures
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -40,12 +43,13 @@ def machine_report() -> list[tuple[str, str]]:
     return rows
 
 
-def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
+def model_report(model: Any, run: Run | None = None) -> tuple[list[tuple[str, str]], bool]:
     """Rows on a model: its layers, like ones in one row, and what each command can do with it.
 
-    And whether every command takes it, but those of methods that say so in rows of their own.
+    With `run`, a forward with a picture, also on its other modules. And whether every command
+    takes it, but those of methods that say so in rows of their own.
     """
-    verdicts = inspect_layers(model)
+    verdicts = inspect_layers(model, run)
     rows = list(_layer_rows(model, verdicts))
     mlps = [mlp for verdict in verdicts for mlp in verdict.mlps]
     n_good = sum(bool(verdict.mlps) for verdict in verdicts)
@@ -64,6 +68,8 @@ def model_report(model: Any) -> tuple[list[tuple[str, str]], bool]:
             ("record, ablate, generate, run", fault),
         )
     ]
+    if run is not None:
+        rows += _module_rows(model, verdicts, run)
     rows += [load(method.supports)(model) for method in methods() if method.supports]
     return rows, fault is None
 
@@ -83,6 +89,43 @@ def _layer_rows(model: Any, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, 
         end = begin + len(list(run)) - 1
         yield f"layer {begin}" if begin == end else f"layers {begin}-{end}", text
         begin = end + 1
+
+
+def processor_of(
+    name: str, model: Any, revision: str | None
+) -> tuple[Run | None, list[tuple[str, str]]]:
+    """A forward with a picture, of a model that reads some and whose folder has its processor."""
+    if not reads_pictures(model):
+        return None, []
+    try:
+        processor = Processor(load_processor(name, revision=revision))
+        run = picture_run(model, processor)
+        with torch.no_grad():
+            run()
+    except RelneuronError as error:
+        return None, [("pictures", f"no: {error.cause}")]
+    except Exception as error:
+        return None, [("pictures", f"no: a forward with a picture fails: {first_line(error)}")]
+    said = f"a text gets {processor.marker!r}" if processor.marker else "the processor puts them in"
+    return run, [("pictures", f"read by {type(processor.processor).__name__}: {said}")]
+
+
+def _module_rows(model: Any, language: Sequence[Verdict], run: Run) -> Iterator[tuple[str, str]]:
+    """A row for each module that `count --module` takes: its layers, widths and sites."""
+    for name, verdicts in {"language": language, **inspect_modules(model, run)}.items():
+        mlps = [mlp for verdict in verdicts for mlp in verdict.mlps]
+        why = next((v.reason for v in verdicts if not v.mlps and not v.passed), None)
+        if why or not mlps:
+            yield f"module {name}", f"no: {why or 'no layer has a supported MLP'}"
+            continue
+        sizes = ((key, sorted({getattr(m, name) for m in mlps})) for key, name in _SIZES.items())
+        said = ", ".join(f"{key}={' and '.join(map(str, found))}" for key, found in sizes)
+        gated = "gate, up, act, product" if all(m.is_gated for m in mlps) else "gate, act"
+        layers = f"{len(verdicts)} layer{'s' * (len(verdicts) > 1)}"
+        yield f"module {name}", f"works: {layers}, {said}, sites {gated}, down"
+
+
+_SIZES = {"F": "width", "D": "hidden"}
 
 
 def _size(n_bytes: float) -> str:

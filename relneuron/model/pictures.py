@@ -26,7 +26,7 @@ def reads_pictures(model: Any) -> bool:
     """Whether a model is of a kind that transformers gives pictures and text."""
     import transformers as hf
 
-    return type(model.config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return type(getattr(model, "config", None)) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_processor(name: str, *, revision: str | None = None) -> Any:

@@ -169,7 +169,7 @@ def off_state(mlp: Part, off: Mapping[str, Array]) -> LayerState:
             state.keep = pack_keep(mlp.fold(on)).to(device)
     down = rest.pop("down", None)
     if down is not None and down.any():
-        state.keep_down = torch.from_numpy(~down).to(device)
+        state.keep_down = torch.from_numpy(~down[:, : mlp.hidden]).to(device)
     state.replace = replacements(mlp, rest) or None
     return state
 
@@ -188,8 +188,9 @@ def replacements(
     here = {"gate", "up", "act", "down", *(part.site for part in mlp.projections)}
 
     def own(site: str, rows: Array) -> Array:
-        is_inner = site in ("gate", "up", "act")
-        return np.ascontiguousarray(mlp.fold(rows[:, mlp.inside]) if is_inner else rows)
+        if site in ("gate", "up", "act"):
+            return np.ascontiguousarray(mlp.fold(rows[:, mlp.inside]))
+        return np.ascontiguousarray(rows[:, : mlp.hidden] if site == "down" else rows)
 
     found = {}
     for site, rows in chosen.items():

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import differences
+from relneuron.artifact.modules import ASKED
 from relneuron.artifact.options import (
     Argument,
     Only,
@@ -24,6 +25,7 @@ from relneuron.artifact.options import (
     whole_number,
 )
 from relneuron.artifact.stage import STUDY, command, loading
+from relneuron.texts.picture_feed import describe_pictures
 from relneuron.texts.sources import Source, describe_sources, source_words
 from relneuron.texts.windows import Packing, default_bos
 
@@ -67,6 +69,17 @@ class SourceOptions(Options):
     )
     ids_dtype: str | None = option(
         None, "Type of the token ids in .bin files: uint16, uint32, int32 or int64."
+    )
+
+
+@dataclass(frozen=True)
+class CountSourceOptions(SourceOptions):
+    """Likewise, of a corpus that may hold pictures."""
+
+    image_column: str | None = option(
+        None,
+        "Field of a record that holds its pictures, paths or embedded; default: image, where the "
+        "model reads pictures.",
     )
 
 
@@ -129,6 +142,15 @@ class CountOptions(PackingOptions, OomOptions):
         None, "Maximum number of tokens of each group; default: all.", least=1
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
+    module: Sequence[str] | None = option(
+        None,
+        "Of a model that reads pictures, whose neurons: language, vision, projector, qformer, "
+        "several of them or all; default: language.",
+        choices=ASKED,
+    )
+    max_records: int | None = option(
+        None, "Maximum number of records with pictures of each group; default: all.", least=1
+    )
     shard: tuple[int, int] = option(
         (1, 1),
         "Only a part of the batches, such as 1/3; add the parts with merge.",
@@ -197,7 +219,11 @@ def choose_packing(
 
 def check_unchanged(sources: Sequence[Source], inputs: Json) -> None:
     """Raise if a text is not what it was when it was begun: nobody knows what was read."""
-    changed = differences(inputs["sources"], json.loads(json.dumps(describe_sources(sources))))
+    before, now = inputs["sources"], describe_sources(sources)
+    if "pictures" in inputs:
+        before = before | {"pictures": inputs["pictures"]}
+        now["pictures"] = describe_pictures(sources, inputs["max_records"])
+    changed = differences(before, json.loads(json.dumps(now)))
     if changed:
         raise RelneuronError(
             f"a text changed while it was read: {'; '.join(changed)}",
@@ -210,19 +236,22 @@ def corpus_command(
     given: Sequence[str],
     sources: Sequence[Source],
     folder: Path,
-    packing: Packing,
+    packing: Packing | None,
     described: Json,
     options: PackingOptions,
 ) -> list[list[str]]:
     """The command of a stage that reads a corpus; none where the sources are known to Python only.
 
-    `given` are the arguments before the sources. Of the packing what was chosen is named.
+    `given` are the arguments before the sources. Of the packing what was chosen is named; records
+    with pictures have none.
     """
     named = source_words(sources, folder)
     if named is None:
         return []
     words, read_by = named
-    chosen = replace(options, window=packing.window, mode=packing.mode, bos=packing.bos)
+    chosen = options
+    if packing is not None:
+        chosen = replace(options, window=packing.window, mode=packing.mode, bos=packing.bos)
     return command(
         stage,
         *(*given, *words, "-o", STUDY, *chosen.words()),

@@ -104,14 +104,16 @@ def parse_sources(
     group_column: str | None = None,
     groups: Sequence[str] | None = None,
     ids_dtype: str | None = None,
+    image_column: str | None = None,
 ) -> list[Source]:
     """The sources that `NAME=PATH` texts name; all paths of a name are one source, in order.
 
     With `group_column` the paths have no name, are one source, and every record names its group;
     `groups` keeps only these; `text_column` (default: text) needs files with fields, `ids_dtype` a
-    .bin file. A folder stands for its files of known suffixes and those that are token ids or
-    tables by their content, sorted by name. Of a file without a known suffix only the begin is
-    read. Raises `RelneuronError` for what does not exist or cannot be read as a corpus.
+    .bin file. With `image_column` records have pictures. A folder stands for its files of known
+    suffixes and those that are token ids or tables by their content, sorted by name. Of a file
+    without a known suffix only the begin is read. Raises `RelneuronError` for what does not exist
+    or cannot be read as a corpus.
     """
     if not texts:
         raise RelneuronError("no corpus was given", "name it as GROUP=PATH", 2)
@@ -149,6 +151,7 @@ def parse_sources(
             None if groups is None else tuple(groups),
             ids_dtype,
             given=tuple(given[name]),
+            image_column=image_column,
         )
         for name, files in found.items()
     ]

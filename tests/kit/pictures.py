@@ -7,7 +7,8 @@ Shaped as LLaVA (a CLIP tower, a projector), Qwen2-VL (patches in rows, a merger
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,26 @@ MODULES = {
     "qwen2_vl": {"language": 2, "vision": 2, "projector": 1},
     "instructblip": {"language": 2, "vision": 2, "qformer_query": 2, "qformer_text": 2},
 }
+# The maps whose input is what `act` gives, or whose output is gate, by their names in transformers.
+_MLP, _GATE = r"layers\.(\d+)\.mlp\.fc2$", r"language_model\..*layers\.(\d+)\.mlp\.gate_proj$"
+_PLACES = {
+    "llava": {
+        "language": _GATE,
+        "vision": rf"vision_tower\..*{_MLP}",
+        "projector": r"multi_modal_projector\.(linear_2)$",
+    },
+    "qwen2_vl": {
+        "language": _GATE,
+        "vision": r"visual\.blocks\.(\d+)\.mlp\.fc2$",
+        "projector": r"visual\.(merger)\.mlp\.2$",
+    },
+    "instructblip": {
+        "language": _GATE,
+        "vision": rf"vision_model\..*{_MLP}",
+        "qformer_query": r"qformer\..*layer\.(\d+)\.output_query\.dense$",
+        "qformer_text": r"qformer\..*layer\.(\d+)\.output\.dense$",
+    },
+}
 QUESTIONS = ("what is it?", "which colour has it?", "how many are there?", "is it red?", "where?")
 
 
@@ -41,11 +62,13 @@ class PicturesOnly(Qwen2VLProcessor):  # type: ignore[misc]
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **rest: Any) -> None:
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+    ) -> None:
         self.image_token, self.video_token = QWEN_SPECIAL[2:]
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, **rest)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def tokenizer(special: tuple[str, ...] = SPECIAL) -> PreTrainedTokenizerFast:
@@ -247,3 +270,46 @@ def write_lines(folder: Path, group: str, n: int, first: int = 0) -> Path:
     path = folder / f"{group}.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def places(model: Any, kind: str, module: str) -> list[torch.nn.Module]:
+    """The map of each layer of a module where `plain_counts` looks."""
+    pattern = re.compile(_PLACES[kind][module])
+    return [part for name, part in model.named_modules() if pattern.search(name)]
+
+
+def plain_counts(
+    model: Any, kind: str, examples: Sequence[tuple[Mapping[str, torch.Tensor], int]], groups: int
+) -> dict[str, tuple[Any, Any]]:
+    """By plain hooks: of each module how often act is > 0 (G, L, F), and the tokens (G, L).
+
+    `examples` are what the model takes, with the group that all of its tokens count in.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    group, handles = [0], []
+
+    def add(module: str, layer: int, act: torch.Tensor) -> None:
+        count, tokens = found[module]
+        flat = act.reshape(-1, act.shape[-1])
+        count[group[0], layer] += (flat > 0).sum(0).numpy()
+        tokens[group[0], layer] += len(flat)
+
+    for module in MODULES[kind]:
+        own = places(model, kind, module)
+        is_gate = module == "language"
+        width = own[0].out_features if is_gate else own[0].in_features
+        shape = (groups, len(own), width)
+        found[module] = np.zeros(shape, np.int64), np.zeros(shape[:2], np.int64)
+        for layer, part in enumerate(own):
+
+            def look(_: Any, args: Any, output: Any, m: str = module, i: int = layer) -> None:
+                silu = torch.nn.functional.silu
+                add(m, i, silu(output) if m == "language" else args[0])
+
+            handles.append(part.register_forward_hook(look))
+    with torch.no_grad():
+        for inputs, group[0] in examples:
+            model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact.counts import Counts
+from relneuron.artifact.counts import RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import cut
 from relneuron.texts.windows import Window
@@ -114,7 +114,11 @@ def make_batch(
 
 def check_vocabulary(batch: Batch, vocabulary: int) -> None:
     """Refuse a token that the model does not have."""
-    largest = int(batch.ids.max())
+    check_tokens(int(batch.ids.max()), vocabulary)
+
+
+def check_tokens(largest: int, vocabulary: int) -> None:
+    """Likewise of the largest token of a batch."""
     if largest >= vocabulary:
         raise RelneuronError(
             f"the corpus holds the token {largest}, the model has {vocabulary} tokens",
@@ -157,6 +161,8 @@ class Ranks:
             op = "MAX" if name.startswith("max.") else "SUM"
             torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, op))
             summed[name] = tensor.numpy()
+        if RAN in summed:  # of several modules another one may have run the most
+            summed["tokens"] = summed[RAN].max(axis=1)
         return Counts.of_tensors(counts.groups, summed)
 
 

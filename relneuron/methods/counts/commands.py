@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from relneuron.artifact.counts import NAME
+from relneuron.artifact.counts import NAME, tokens_of_modules
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
@@ -21,7 +21,7 @@ from relneuron.artifact.options import (
     split,
 )
 from relneuron.methods.counts.options import CountedOptions
-from relneuron.texts.options import CountOptions, SourceOptions, Sources
+from relneuron.texts.options import CountOptions, CountSourceOptions, Sources
 
 
 def count(
@@ -29,17 +29,19 @@ def count(
     sources: Sources,
     output: Output,
     options: CountOptions,
-    reading: SourceOptions,
+    reading: CountSourceOptions,
     load_options: LoadOptions,
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
     """How often every neuron is active in each group of a corpus: counts.safetensors.
 
-    Goes on where it stopped. Under torchrun several processes share the work.
+    Of a model that reads pictures also on records with pictures, and in its other modules. Goes
+    on where it stopped. Under torchrun several processes share the work.
     """
     from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
+    from relneuron.methods.counts.pictured import with_pictures
     from relneuron.model.load import load
     from relneuron.texts.sources import parse_sources
 
@@ -47,6 +49,7 @@ def count(
     found = parse_sources(sources, **vars(reading))
     load_options = replace(load_options, device=local_device(load_options.device))
     loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
+    found, processor = with_pictures(found, model, loaded, load_options.revision)
     counted = count_stage(
         model,
         loaded,
@@ -54,6 +57,7 @@ def count(
         found,
         output,
         options,
+        processor=processor,
         backend=load_options.backend,
         force=force,
         quiet=quiet,
@@ -63,7 +67,12 @@ def count(
     if counted is None:
         yield f"{output} holds this count already"
         return
-    yield from token_lines(counted.counts.groups, counted.counts.tokens.tolist())
+    if "modules" in counted.model:
+        for name, tokens in tokens_of_modules(counted.model, counted.counts).items():
+            for group, n in tokens:
+                yield f"{group}: {n:,} tokens in {name}"
+    else:
+        yield from token_lines(counted.counts.groups, counted.counts.tokens.tolist())
     seconds = max(counted.seconds, 1e-9)
     share = counted.share_of_bare
     bare = f", {share:.2f} of the bare forward's speed" if share is not None else ""

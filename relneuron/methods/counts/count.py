@@ -13,20 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from relneuron.artifact.counts import APART, NAME, Counts
+from relneuron.artifact.counts import APART, NAME, Counts, tokens_of_modules
 from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
-from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.manifest import Manifest, locked, same_model, versions
-from relneuron.methods.counts.batches import (
-    Ranks,
-    check_vocabulary,
-    joined,
-    make_batch,
-    plan_pool,
-    pool_windows,
-)
+from relneuron.methods.counts.batches import Ranks, joined
 from relneuron.methods.counts.counter import (
     CHECKPOINT,
     Checkpoint,
@@ -38,10 +30,13 @@ from relneuron.methods.counts.counter import (
     read_checkpoint,
     write_checkpoint,
 )
-from relneuron.model.batches import Budget, cut
+from relneuron.methods.counts.job import Job, TextJob
+from relneuron.methods.counts.pictured import PictureJob, check_options, picture_inputs
+from relneuron.model.batches import Budget
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.pictures import Processor, picture_run
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -49,8 +44,9 @@ from relneuron.texts.options import (
     choose_packing,
     corpus_command,
 )
+from relneuron.texts.picture_feed import PictureFeed
 from relneuron.texts.sources import Source, describe_sources
-from relneuron.texts.windows import Packing, Window
+from relneuron.texts.windows import Packing
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class Counted:
     """A finished count, and how the time of this run went (seconds)."""
 
     counts: Counts
+    model: Json  # as the manifest describes it
     tokens: int  # that ran through the model, padding left out
     seconds: float
     share_of_bare: float | None  # of the bare forward's speed
@@ -65,111 +62,13 @@ class Counted:
     saving: float  # checkpoints
 
 
-class _Restart(Exception):
-    """Memory ran out in the middle of a forward, some of whose layers have counted."""
-
-
-@dataclass
-class _Job:
-    """The batches of this process."""
-
-    sources: Sequence[Source]
-    tokenizer: Any
-    options: CountOptions
-    packing: Packing
-    vocabulary: int
-    counter: Counter
-    speed: Speed
-    ranks: Ranks
-    budget: Budget
-    saver: Saver
-    quiet: bool
-    waiting: float = 0.0  # seconds, for tokens
-
-    def run(self, start: Checkpoint | None) -> Feed:
-        """Count everything from a checkpoint on; returns the corpus, read to its end."""
-        self.counter.clear()
-        # Each process counts from zero; the first adds to what was counted before.
-        if start is not None and self.ranks.rank == 0:
-            self.counter.restore(start.counts)
-        position = start.position if start else Position(None, 0, 0)
-        feed = Feed(
-            self.sources,
-            self.tokenizer,
-            self.packing,
-            vocabulary=self.vocabulary,
-            state=position.feed,
-            n_workers=self.options.workers,
-        )
-        is_quiet = self.quiet or self.ranks.rank > 0
-        bar = progress_bar(None, "count", "token", is_quiet, scale=True, done=position.n_tokens)
-        try:
-            with bar, feed, self.counter:
-                self._count_pools(feed, position, bar)
-        finally:
-            self.waiting += feed.waited_s
-        return feed
-
-    def _count_pools(self, feed: Feed, position: Position, bar: Any) -> None:
-        skip, number, n_tokens = position.done, position.number, position.n_tokens
-        while True:
-            begin = feed.state()
-            pool = feed.take(pool_windows(self.packing.window, self.options.batch_tokens))
-            if not pool:
-                return
-            self.counter.grow(len(feed.groups))
-            lengths = [len(window.ids) for window in pool]
-            groups = [window.group for window in pool]
-            batches = plan_pool(lengths, groups, self.options.batch_tokens)
-            for place, members in enumerate(batches[skip:], skip):
-                if self._is_mine(number + place):
-                    self._count_batch([pool[i] for i in members])
-                n_tokens += sum(lengths[i] for i in members)
-                self._show(bar, feed, n_tokens)
-                self.saver.look(
-                    number + place,
-                    lambda: self.counter.result(feed.groups),
-                    Position(begin, place + 1, number, n_tokens),
-                )
-            skip, number = 0, number + len(batches)
-
-    def _is_mine(self, number: int) -> bool:
-        shard, of = self.options.shard
-        return number % of == shard - 1 and number // of % self.ranks.size == self.ranks.rank
-
-    def _count_batch(self, windows: Sequence[Window]) -> None:
-        for part in cut(windows, _length, self.budget.tokens):
-            if not self.budget.attempt(part, _length, self._count_forward):
-                raise _Restart
-
-    def _count_forward(self, windows: Sequence[Window]) -> bool:
-        batch = make_batch(
-            windows,
-            not_counted=self.tokenizer.bos_token_id if self.options.exclude_bos else None,
-            by_document=self.options.boundaries == "position",
-        )
-        check_vocabulary(batch, self.vocabulary)
-        self.speed.count(batch)
-        return True
-
-    def _show(self, bar: Any, feed: Feed, n_tokens: int) -> None:
-        if bar.disable:
-            return
-        bar.total = feed.expected_tokens
-        if self.speed.share is not None:
-            bar.set_postfix_str(f"{self.speed.share:.2f} of the bare forward", refresh=False)
-        bar.update(n_tokens - bar.n)
-
-
-def _length(window: Window) -> int:
-    return len(window.ids)
-
-
 def count_inputs(
     model: Json, tokenizer: Any, sources: Sequence[Source], packing: Packing, options: CountOptions
 ) -> Json:
     """What the stage depends on, for the manifest."""
-    chosen = ("window", "mode", "bos", "max_tokens")  # in the packing
+    chosen: tuple[str, ...] = ("window", "mode", "bos", "max_tokens")  # in the packing
+    # What is of pictures is in no count of text.
+    chosen += ("module", "max_records")
     asked = {name: value for name, value in options.recorded().items() if name not in chosen}
     return {
         "model": same_model(model),
@@ -189,6 +88,7 @@ def count(
     folder: Path,
     options: CountOptions | None = None,
     *,
+    processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -204,19 +104,38 @@ def count(
     `tokenizer` may be None if all sources hold token ids. Under `torchrun` each process runs its
     share of the batches and the first one writes: counts are those of one process; sums are
     rounded in another order.
+
+    Sources with an `image_column` need the model's `processor`; `options.module` then says whose
+    neurons are counted, and every token that ran through a module (patches of the pictures,
+    queries, text and image tokens) counts there in its record's group, as in arXiv 2406.11193.
     """
     options = options or CountOptions()
-    mlps = find_mlps(model)
-    packing = choose_packing(
-        model,
-        tokenizer,
-        sources,
-        options,
-        exclude_bos=options.exclude_bos,
-        max_tokens=options.max_tokens,
-    )
+    if (processor is not None) != any(s.image_column is not None for s in sources):
+        raise RelneuronError(
+            "pictures need a processor, and a processor pictures",
+            "give sources with an image_column and model.pictures.Processor, or neither",
+        )
+    check_options(options, processor)
+    packing: Packing | None = None
+    if processor is None:
+        mlps = find_mlps(model)
+        packing = choose_packing(
+            model,
+            tokenizer,
+            sources,
+            options,
+            exclude_bos=options.exclude_bos,
+            max_tokens=options.max_tokens,
+        )
+    else:
+        modules = options.module or ("language",)
+        mlps = find_mlps(model, modules=modules, run=picture_run(model, processor))
     described = describe_model(name, model, mlps, backend)
-    inputs = count_inputs(described, tokenizer, sources, packing, options)
+    inputs = (
+        count_inputs(described, tokenizer, sources, packing, options)
+        if packing is not None
+        else picture_inputs(same_model(described), cast(Processor, processor), sources, options)
+    )
     counter = Counter(
         model,
         mlps,
@@ -236,26 +155,20 @@ def count(
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
             raise refused or RelneuronError("the first process refused", "see what it says")
-        job = _Job(
-            sources=sources,
-            tokenizer=tokenizer,
-            options=options,
-            packing=packing,
+        job = _job(
+            processor,
+            tokenizer,
+            packing,
             vocabulary=model.get_input_embeddings().num_embeddings,
+            sources=sources,
+            options=options,
             counter=counter,
             speed=Speed(counter),
             ranks=ranks,
-            budget=Budget(
-                options.batch_tokens,
-                options.oom if ranks.size == 1 else "error",
-                what="a batch of {n} x {longest} tokens",
-                otherwise=", or a GPU of its own",
-                alone="use a shorter --window",
-            ),
             saver=Saver(folder, inputs, ranks, options, stopped),
             quiet=quiet,
         )
-        feed = _run_in_memory(job, folder, inputs)
+        feed = job.run_in_memory(folder, inputs)
         counts = ranks.add(counter.result(feed.groups))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
@@ -264,11 +177,41 @@ def count(
             _finish(folder, inputs, described, options, packing, feed, counts, job.budget, made_by)
     return Counted(
         counts=counts,
+        model=described,
         tokens=tokens,
         seconds=job.speed.seconds,
         share_of_bare=job.speed.share,
         waiting=job.waiting,
         saving=job.saver.seconds,
+    )
+
+
+def _job(
+    processor: Processor | None,
+    tokenizer: Any,
+    packing: Packing | None,
+    *,
+    vocabulary: int,
+    **common: Any,
+) -> Job[Any, Any]:
+    options, ranks = common["options"], common["ranks"]
+    if processor is not None:
+        budget = Budget(
+            options.batch_tokens,
+            "error",
+            what="a record of {longest} tokens and its pictures",
+            alone="give smaller pictures, a smaller --dtype, or a device with more memory",
+        )
+        return PictureJob(budget=budget, processor=processor, vocabulary=vocabulary, **common)
+    budget = Budget(
+        options.batch_tokens,
+        options.oom if ranks.size == 1 else "error",
+        what="a batch of {n} x {longest} tokens",
+        otherwise=", or a GPU of its own",
+        alone="use a shorter --window",
+    )
+    return TextJob(
+        budget=budget, tokenizer=tokenizer, packing=packing, vocabulary=vocabulary, **common
     )
 
 
@@ -291,27 +234,22 @@ def _drop_checkpoint(folder: Path, inputs: Json) -> None:
             (folder / CHECKPOINT).unlink()
 
 
-def _run_in_memory(job: _Job, folder: Path, inputs: Json) -> Feed:
-    """The whole count; from the last checkpoint again each time that the memory is too small."""
-    while True:
-        with suppress(_Restart):
-            return job.run(read_checkpoint(folder, inputs))
-
-
 def _finish(
     folder: Path,
     inputs: Json,
     described: Json,
     options: CountOptions,
-    packing: Packing,
-    feed: Feed,
+    packing: Packing | None,
+    feed: Feed | PictureFeed,
     counts: Counts,
     budget: Budget,
     made_by: list[list[str]],
 ) -> None:
     """Write the counters and the manifest; the checkpoint goes last."""
     is_whole = options.shard[1] == 1
-    if is_whole and not counts.tokens.any():
+    if is_whole and packing is None and not counts.tokens.any():
+        raise RelneuronError("the corpus has no record", "give records with pictures")
+    if is_whole and packing is not None and not counts.tokens.any():
         raise RelneuronError(
             f"the corpus has no window of tokens (--window {packing.window}, --max-tokens "
             f"{packing.max_tokens or 'all'})",
@@ -341,22 +279,39 @@ def _finish(
         groups=counts.groups,
         tokens={
             "counted": dict(zip(counts.groups, counts.tokens.tolist(), strict=True)),
-            "packing": packing.mode,
-            "window": packing.window,
-            "bos": packing.bos,
-            "bos_counted": not options.exclude_bos,
-            "boundaries": options.boundaries,
+            **_tokens_of_modules(described, counts),
+            **(_cut(packing, options) if packing is not None else {}),
             **feed.notes,
         },
         batch_plan={
             "batch_tokens": options.batch_tokens,
             "order": "sources in turn, longest window first among the next ones, then by group",
             **({"plan_changed": f"{budget.tokens} tokens a forward"} if budget.notices else {}),
-        },
+        }
+        if packing is not None
+        else {"order": "one source behind the other, one record a forward"},
         fallbacks=fallbacks(described),
     )
     manifest.finish("count", inputs, [path], reads=[], apart=APART, commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def _cut(packing: Packing, options: CountOptions) -> Json:
+    """What the manifest says of the windows of a text corpus."""
+    return {
+        "packing": packing.mode,
+        "window": packing.window,
+        "bos": packing.bos,
+        "bos_counted": not options.exclude_bos,
+        "boundaries": options.boundaries,
+    }
+
+
+def _tokens_of_modules(described: Json, counts: Counts) -> Json:
+    """Of a model of several modules, how many tokens of each group each of them ran."""
+    if "modules" not in described:
+        return {}
+    return {"modules": {n: dict(t) for n, t in tokens_of_modules(described, counts).items()}}
 
 
 def _held(folder: Path, ranks: Ranks) -> Any:

@@ -154,7 +154,9 @@ class Counter:
         found[RAN] = found.pop(TOKENS)
         tokens = found[RAN].max(axis=1)
         has_mlp = sorted({part.layer for part in self.mlps})
-        if (found[RAN][:, has_mlp] == tokens[:, None]).all():
+        # Processes that share the work must say the same of several modules.
+        is_one = not self.mlps[0].modules
+        if is_one and (found[RAN][:, has_mlp] == tokens[:, None]).all():
             del found[RAN]
         return Counts.of_tensors(list(groups), {TOKENS: tokens, **found})
 

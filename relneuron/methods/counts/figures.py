@@ -73,7 +73,10 @@ def histogram_plot(table: Table, marks: Sequence[tuple[float, str]], title: str)
 
 
 def group_layers_plot(
-    count: NDArray[np.int64], distinct: NDArray[np.int64], names: list[str]
+    count: NDArray[np.int64],
+    distinct: NDArray[np.int64],
+    names: list[str],
+    layer_names: list[str],
 ) -> str:
     """Chosen neurons (G, L) by group and layer, above them each neuron once, (L,)."""
     n_rows, n_layers = count.shape
@@ -94,7 +97,12 @@ def group_layers_plot(
         has_room = wide >= 0.3 and top < 10_000 and not is_large
         kit.cells(grid, values, colours, values if has_room else None, 7)
         layers = range(0, n_layers, -(-n_layers // 16))
-        grid.set_xticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
+        is_long = max(map(len, layer_names)) > 3
+        grid.set_xticks(
+            [layer + 0.5 for layer in layers],
+            [layer_names[layer] for layer in layers],
+            rotation=90 if is_long else 0,
+        )
         grid.set_xlabel("layer")
         grid.set_yticks(np.arange(0, n_rows, step) + 0.5, [kit.short(n) for n in names[::step]])
         kit.scale(fig, colours, [0, top], ["0", f"{top:,} chosen neurons"], below=0.75)

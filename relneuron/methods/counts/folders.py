@@ -35,6 +35,7 @@ from relneuron.artifact.stage import STUDY, command, moved, placed
 # Where and how a model runs: two counts of it can still be added.
 _PLACE = ("backend", "device", "device_map", "attention")
 # What must be equal for two counts to mean the same.
+_APART = ("shard", "batch_tokens", "processor")
 _SAME = ("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries")
 
 
@@ -116,6 +117,7 @@ def _finished(folder: Path) -> Json:
 def _relevant(inputs: Json) -> Json:
     """What must agree; where a part was counted need not."""
     found = {key: inputs.get(key) for key in _SAME}
+    found |= {"processor": inputs["processor"]} if "processor" in inputs else {}
     model = {k: v for k, v in (found["model"] or {}).items() if k not in _PLACE}
     return found | {"model": model}
 
@@ -127,7 +129,7 @@ def _parts(runs: Sequence[Json]) -> list[Json]:
         if "parts" in run:
             parts += [run["parts"][key] for key in sorted(run["parts"], key=int)]
         else:
-            what = {k: v for k, v in run.items() if k not in (*_SAME, "shard", "batch_tokens")}
+            what = {k: v for k, v in run.items() if k not in (*_SAME, *_APART)}
             shard = run.get("shard", "1/1")
             part = {"corpus": json_digest(what), "shard": shard, "texts": _texts(run)}
             # The plan of batches decides which windows a shard has; the whole has all.

@@ -47,25 +47,33 @@ def activation_probability(count: Array, tokens: Array, *, precision: str = "flo
 
     `count` (G, L, F) and `tokens` (G,) int64, 0 <= count <= tokens. "float32" rounds both to
     float32 before the division, as the authors' code does (counts above 2^24 lose digits);
-    "float64" is exact up to 2^53 tokens.
+    "float64" is exact up to 2^53 tokens. Where neurons saw different tokens, `tokens` is (G, L, F).
     A group without tokens, a negative count and one above the group's tokens raise.
     """
     if precision not in PRECISIONS:
         raise RelneuronError(
             f"unknown --precision {precision!r}", f"use {' or '.join(PRECISIONS)}", 2
         )
-    for group, (rows, n) in enumerate(zip(count, tokens.tolist(), strict=True)):
+    each = tokens.reshape(len(tokens), -1)
+    for group, (rows, own) in enumerate(zip(count, each, strict=True)):
+        n = int(own.min())
         if n < 1:
             raise RelneuronError(f"group {group} has {n} tokens", "leave the group out")
-        if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) <= n:
+        is_within = rows.size == 0 or (rows.min() >= 0 and (rows.reshape(-1) <= own).all())
+        if not is_within:
             raise RelneuronError(
                 f"group {group} has {n} tokens, but counts from {rows.min()} to {rows.max()}",
                 "count again: the counts are damaged, or an integer overflowed",
             )
     dtype = np.dtype(precision)
     result: Array = count.astype(dtype)
-    result /= tokens.astype(dtype)[:, None, None]
+    result /= _by_group(tokens.astype(dtype))
     return result
+
+
+def _by_group(tokens: Array) -> Array:
+    """(G,) as (G, 1, 1), of which each group's neurons have the same."""
+    return tokens[:, None, None] if tokens.ndim == 1 else tokens
 
 
 def entropies(probability: Array) -> Array:
@@ -164,12 +172,13 @@ def highest_probability(probability: Array, top: int) -> list[Ranked]:
 def highest_mean(total: Array, tokens: Array, top: int) -> list[Ranked]:
     """LAVE: of each group, the `top` neurons with the highest mean activation, total / tokens.
 
-    `total` (G, L, F) float64, the sum of the values over the group's tokens (G,) int64.
+    `total` (G, L, F) float64, the sum of the values over the group's tokens (G,) int64, or
+    (G, L, F) where neurons saw different ones.
     """
     _check_finite(total, "sums")
     if (tokens < 1).any():
         raise RelneuronError("a group without tokens has no mean", "leave the group out")
-    return _highest(total / tokens[:, None, None], top)
+    return _highest(total / _by_group(tokens), top)
 
 
 def random_choice(groups: Sequence[str], n_neurons: int, top: int, seed: int) -> list[Ranked]:

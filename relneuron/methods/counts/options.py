@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relneuron.artifact.counts import SITES
+from relneuron.artifact.modules import ASKED
 from relneuron.artifact.options import Only, Options, SeedOptions, option
 
 PRECISIONS = ("float32", "float64")
@@ -25,6 +26,11 @@ class CountedOptions(Options):
     site: str = option("act", "Site of the counts: act, gate, up, product or down.", choices=SITES)
     groups: Sequence[str] | None = option(
         None, "Groups to rank in, such as en,zh; default: all that were counted."
+    )
+    module: Sequence[str] | None = option(
+        None,
+        "Of counts of several modules, which are ranked, each by itself; default: all.",
+        choices=ASKED,
     )
     top_rate: float = option(
         TOP_RATE,

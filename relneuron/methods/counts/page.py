@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from relneuron.analyses import figures as draw
+from relneuron.artifact.modules import module_layers
 from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import figures as draw_groups
 from relneuron.methods.counts.study import CLEAN, GroupStudy, NllCell, read_group_study, rise
@@ -217,8 +218,13 @@ def layers(study: GroupStudy, tables: Tables) -> Section | None:
         return None
     count, distinct = layer_counts(study)
     n, top = len(study.times), int(distinct.argmax())
-    seen = [f"Most are in layer {top}: {distinct[top]:,} of {n:,} ({percent(distinct[top] / n)})."]
-    if (quarter := study.n_layers // 4) > 1:
+    name = study.layer_names[top]
+    seen = [f"Most are in layer {name}: {distinct[top]:,} of {n:,} ({percent(distinct[top] / n)})."]
+    if "modules" in study.model:
+        parts = module_layers(study.model).items()
+        held = (f"{name} {int(distinct[own.start : own.stop].sum()):,}" for name, own in parts)
+        seen.append(f"By module: {', '.join(held)}.")
+    elif (quarter := study.n_layers // 4) > 1:
         first, last = (percent(int(x.sum()) / n) for x in (distinct[:quarter], distinct[-quarter:]))
         seen.append(
             f"The first {quarter} of {study.n_layers} layers hold {first}, the last {quarter} "
@@ -233,7 +239,7 @@ def layers(study: GroupStudy, tables: Tables) -> Section | None:
         seen,
         "Bars: neurons of any group, each once. Squares: one group; the colour goes with the "
         f"square root of the number.{thinned(len(study.sets))}",
-        [draw_groups.group_layers_plot(count, distinct, list(study.sets))],
+        [draw_groups.group_layers_plot(count, distinct, list(study.sets), study.layer_names)],
         [("layers", tables["layers"])],
     )
 

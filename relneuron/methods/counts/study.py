@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, sha256
+from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
 from relneuron.artifact.reading import open_tensors, read_csv
 from relneuron.report.page import PageKind, opened
@@ -116,6 +117,14 @@ class GroupStudy:
     @property
     def n_layers(self) -> int:
         return int(self.model["layers"])
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The number of each layer; in a model of several modules with the module's name."""
+        if "modules" not in self.model:
+            return [str(layer) for layer in range(self.n_layers)]
+        own = module_layers(self.model).items()
+        return [f"{name} {i}" for name, layers in own for i in range(len(layers))]
 
     @property
     def n_neurons(self) -> int:

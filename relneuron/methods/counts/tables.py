@@ -84,7 +84,11 @@ def histogram(title: str, parts: dict[str, Array], low: float, high: float) -> T
 
 def layer_table(study: GroupStudy) -> Table:
     count, _ = layer_counts(study)
-    columns = ["group", "all_layers", *(f"layer_{i}" for i in range(study.n_layers))]
+    columns = [
+        "group",
+        "all_layers",
+        *(f"layer_{name.replace(' ', '_')}" for name in study.layer_names),
+    ]
     rows: list[list[Cell]] = [
         [name, sum(row), *row] for name, row in zip(study.sets, count.tolist(), strict=True)
     ]
