@@ -34,13 +34,19 @@ from relneuron.ablation.pictured import (
     first_inputs,
     pictured_inputs,
 )
-from relneuron.artifact.effects import WRITTEN, conditions_bytes, own_languages, split_name
+from relneuron.artifact.effects import (
+    CHOICE,
+    WRITTEN,
+    conditions_bytes,
+    own_languages,
+    split_name,
+)
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
 from relneuron.artifact.installed import need
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
-from relneuron.artifact.prompts import Prompt, read_prompts
+from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker
 from relneuron.model.canary import check_canary
@@ -77,7 +83,7 @@ def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str,
     """(condition, relation, split, n_prompts, n_correct, accuracy), in order of appearance."""
     total: Counter[tuple[str, str, str]] = Counter()
     correct: Counter[tuple[str, str, str]] = Counter()
-    for condition, relation, split, _, _, _, is_right, _, _ in effects:
+    for condition, relation, split, _, _, _, is_right, *_ in effects:
         total[condition, relation, split] += 1
         correct[condition, relation, split] += is_right
     return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
@@ -104,7 +110,8 @@ def ablate_prompts(
     2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
     after the prompt, with the space before it (`predict.Answers`): of several right objects the
     most probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it
-    is right. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
+    is right; `choice`, where prompts have options, the most probable of these. `output` is .csv or
+    .parquet; the files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -128,11 +135,11 @@ def ablate_prompts(
     described = describe_model(name, model, mlps, backend)
     Manifest(output.parent).check_model(described)
     sets, doubles = read_sets(neurons, shape)
-    known = {prompt.relation for prompt in everything}
+    known = rows_about(everything)
     strangers = [name for name in sets if name not in known]
     if strangers and not options.any_set:
         raise RelneuronError(
-            f"{neurons_path} has a set for {strangers[0]}, which no prompt asks",
+            f"{neurons_path} has a set for {strangers[0]}, which no prompt is about",
             "correct its name, or add --any-set to switch it off all the same",
         )
     notices = empty_sets(sets)
@@ -162,6 +169,7 @@ def ablate_prompts(
         random_seeds=options.random_seeds,
         with_modules=options.module_sets,
         own=own,
+        unrelated=options.unrelated,
     )
     n_tokens = options.generate or N_ANSWER_TOKENS
     questions = encode(tokenizer, model, prompts, n_tokens=n_tokens, processor=processor)
@@ -221,10 +229,12 @@ def ablate_prompts(
         for place, ablation in enumerate(plan):
             condition = ablation.condition.name
             for row in ablation.prompts:
-                p, (said, logprob, which) = prompts[row], answers[Row(first[place], row)]
+                p, (said, logprob, which, *choice) = prompts[row], answers[Row(first[place], row)]
                 given = given_object(said, p.objects, right)
                 values = (said, given, int(bool(given)), p.objects[which], logprob)
-                effects.append((condition, p.relation, split_name(p, own), p.id, *values))
+                chosen = ("" if k < 0 else p.options[k] for k in choice)
+                about = (condition, p.relation, split_name(p, own), p.id)
+                effects.append((*about, *values, *chosen))
         accuracy = accuracy_rows(effects)
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
         written = {
@@ -358,7 +368,10 @@ def _asking(
             answers = asker.ask_forced(questions, rows, mark)
         else:
             answers = asker.ask(questions, rows, mark, n_tokens)
-        return list(zip(answers.predictions, answers.logprobs, answers.which, strict=True))
+        found = [answers.predictions, answers.logprobs, answers.which]
+        # Of prompts without options there is no more to say.
+        found += [answers.choices] if questions.options else []
+        return list(zip(*found, strict=True))
 
     return ask
 
@@ -372,12 +385,13 @@ def check_format(output: Path) -> None:
 
 
 def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
+    names = (*WRITTEN, CHOICE)[: len(effects[0])]
     if path.suffix == ".csv":
-        return csv_bytes(WRITTEN, effects)
+        return csv_bytes(names, effects)
     import pyarrow
     import pyarrow.parquet
 
-    columns = dict(zip(WRITTEN, map(list, zip(*effects, strict=True)), strict=True))
+    columns = dict(zip(names, map(list, zip(*effects, strict=True)), strict=True))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), sink)
     return sink.getvalue()

@@ -20,7 +20,7 @@ from relneuron.artifact.effects import Condition, main_split, own_languages, spl
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import QFORMER, is_asked, module_layers
 from relneuron.artifact.neurons import NeuronFile, Shape, all_scores, check_neurons, random_neurons
-from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.prompts import Prompt, rows_about
 from relneuron.artifact.reading import open_tensors
 
 Places = NDArray[np.int64]
@@ -224,14 +224,17 @@ def plan_conditions(
     random_seeds: int,
     with_modules: bool = False,
     own: Mapping[str, str] | None = None,
+    unrelated: int | None = None,
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
+    A set is about the prompts of its relation, or of the fact that it is named after. With
+    `unrelated` it and its matched sets are asked only these and so many others, drawn.
+
     Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
     of the main split (eva in the files' own language, or else the first by `split_order`); matched
-    sets, ranges of ranks and sets of modules (`with_modules`) only those of their own relation.
-    `own`: each relation's own language,
-    where that of `prompts` is not known from them.
+    sets, ranges of ranks and sets of modules (`with_modules`) only those of it that their own set
+    is about. `own`: each relation's own language, where that of `prompts` is not known from them.
     """
     everything = range(len(prompts))
     languages = own_languages(prompts) if own is None else own
@@ -239,7 +242,8 @@ def plan_conditions(
     main = main_split(splits)
     eva = [i for i in everything if splits[i] == main]
     plan: list[Ablation] = []
-    order = Shape.of(shape)
+    order, rows_of = Shape.of(shape), rows_about(prompts)
+    drawn_for = {name: _with_others(name, rows_of, prompts, unrelated) for name in sets}
 
     def add(name: str, places: Places, rows: Sequence[int], kind: str, **about: Any) -> None:
         condition = Condition(name, kind, n_neurons=len(places), **about)
@@ -247,13 +251,14 @@ def plan_conditions(
 
     add("clean", np.empty(0, np.int64), everything, "clean")
     for name, places in sets.items():
-        add(name, places, everything, "set", relation=name)
+        rows = everything if unrelated is None else drawn_for[name]
+        add(name, places, rows, "set", relation=name)
     largest = max(map(len, sets.values()), default=0)
     for seed in range(random_seeds):
         drawn = order.places(random_neurons(shape, largest, seed))
         add(f"random.{seed}", drawn, everything, "random", seed=seed)
     for name, places in sets.items():
-        asked = [i for i in eva if prompts[i].relation == name]
+        asked = [i for i in drawn_for[name] if splits[i] == main]
         if "matched" in analyses and asked:
             for seed in range(random_seeds):
                 drawn = matched_places(places, shape, seed, name)
@@ -290,6 +295,23 @@ def plan_conditions(
     if clash:
         raise RelneuronError(f"two conditions are named {min(clash)}", "rename the relation's file")
     return plan
+
+
+def _with_others(
+    name: str, about: Mapping[str, Sequence[int]], prompts: Sequence[Prompt], n: int | None
+) -> list[int]:
+    """The prompts that a set is about, and `n` drawn from the others, in order.
+
+    Those of other relations, or of other facts where there is but one relation.
+    """
+    own = about.get(name, [])
+    relations = {prompts[row].relation for row in own}
+    everything = range(len(prompts))
+    others = [row for row in everything if prompts[row].relation not in relations]
+    if not others:
+        others = sorted({*everything} - {*own})
+    rng = random.Random(f"relneuron.unrelated.{name}")
+    return sorted([*own, *rng.sample(others, min(n or 0, len(others)))])
 
 
 def check_names(

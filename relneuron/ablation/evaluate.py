@@ -51,12 +51,13 @@ class Row(NamedTuple):
 class How:
     """What happens to the chosen neurons.
 
-    `zero`: outputs become 0; `scale`: outputs times `factor`; `mean`: outputs become `means`, (M,)
-    float32 of all neurons by condition name.
+    `zero`: outputs become 0; `scale`: outputs times `factor`, or with `at_product` what down reads;
+    `mean`: outputs become `means`, (M,) float32 of all neurons by condition name.
     """
 
     mode: str = "zero"
     factor: float = 0.0
+    at_product: bool = False
     means: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
 
@@ -111,6 +112,10 @@ def wave_states(
         if how.mode == "zero":
             states.append(off_state(mlp, chosen))
             continue
+        if how.at_product:
+            inner = [chosen.pop(site) for site in ("gate", "up") if site in chosen]
+            # An activation times a factor is the product times it.
+            chosen |= {"act": np.logical_or.reduce(inner)} if inner else {}
         shifts = None
         if how.mode == "mean":
             shifts = {site: _means(how, members, spans[site]) for site in chosen}

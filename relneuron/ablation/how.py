@@ -87,7 +87,7 @@ def read_how(
 ) -> How:
     """What happens to the neurons of each condition; values come from recorded responses."""
     if options.mode not in FROM_RESPONSES:
-        return How(options.mode, options.factor or 0.0)
+        return How(options.mode, options.factor or 0.0, options.scale_at == "product")
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mode in FORCED:
         found = forced_values(responses.parent, options.mode, shape)
@@ -103,4 +103,4 @@ def read_how(
     if options.mode == "mean" and options.mean_of == "all":
         of = dict.fromkeys(of, "")
     means = {name: found.get(relation, found[""]) for name, relation in of.items()}
-    return How("mean", 0.0, means)
+    return How("mean", means=means)

@@ -22,6 +22,7 @@ MODES = ("zero", "mean", "scale", *FORCED)
 FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
 POSITIONS = ("all", "prompt", "last")
+SCALE_AT = ("output", "product")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class AblateOptions(OomOptions):
     """What is asked, and what happens to the neurons; the defaults are the paper's.
 
     `analyses`: of ANALYSES, beside the sets and the random ones. `sizes`: of the sets of the
-    analysis sizes; None: the paper's nine. `mode`: `zero`, `scale` (outputs times `factor`) or
+    analysis sizes; None: the paper's nine. `mode`: `zero`, `scale` (outputs times `factor`; with
+    `scale_at` "product" the products: of a gate the same as of an up) or
     `mean` (outputs become their mean response over the det prompts: of all relations, or with
     `mean_of` "relation" of the relation that the set belongs to), or `p50`, `p90`, `off_mean`: the
     median or 90th percentile of their responses on what the set's relation was found with, or the
@@ -67,6 +69,13 @@ class AblateOptions(OomOptions):
         choices=MODES,
     )
     factor: float | None = option(None, "Factor of the outputs, with --mode scale.")
+    scale_at: str = option(
+        "output",
+        "What is scaled with --mode scale: output (of the projection that a neuron is named by) or "
+        "product (what down reads, of a neuron of gate or up).",
+        choices=SCALE_AT,
+        only=Only("with --mode scale", lambda o: o.mode == "scale"),
+    )
     mean_of: str = option(
         "all",
         "Prompts of the mean, with --mode mean: det prompts of all relations, or of the set's "
@@ -78,6 +87,12 @@ class AblateOptions(OomOptions):
         "all",
         "Tokens at which neurons are off: all, prompt, or last (of the prompt, and the answer's).",
         choices=POSITIONS,
+    )
+    unrelated: int | None = option(
+        None,
+        "Ask each set only the prompts of its relation or fact, and so many others, drawn; "
+        "default: all.",
+        least=0,
     )
     generate: int | None = option(
         None,

@@ -6,7 +6,7 @@ section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.model.batches import SENTENCES, Budget, cut, pad
 from relneuron.model.patch import Patch
-from relneuron.model.states import LayerState, Replacement, Tokens
-from relneuron.model.stream.parts import ResidualModel
+from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
+from relneuron.model.stream.mixture import ExpertMember
+from relneuron.model.stream.parts import ResidualLayer, ResidualModel
 from relneuron.model.stream.trace import last_logits
 
 Places = NDArray[np.int64]
@@ -34,8 +35,9 @@ CPU_TOKENS = 512  # activations of more leave the caches, and take up to 1.4 tim
 class Off(NamedTuple):
     """The neurons that are off in one row, as places (K,) int64, in any order.
 
-    FFN neuron k of layer l has the place l * F + k. The attention neuron of head j and coordinate
-    k, at all positions at once, has the place l * H * d_h + j * d_h + k.
+    FFN neuron k of layer l has the place l * F + k, with the F of the layer that has the most. The
+    attention neuron of head j and coordinate k, at all positions at once, has the place
+    l * H * d_h + j * d_h + k.
     """
 
     ffn: Places
@@ -54,11 +56,12 @@ def head_places(heads: Iterable[int], head_dim: int) -> list[int]:
 
 
 def row_states(residual: ResidualModel, offs: Sequence[Off]) -> list[LayerState]:
-    """Per layer, what zeroes the neurons of each row of a batch; row r is the patch's condition r.
+    """For each of the model's parts, what zeroes the neurons of each row of a batch.
 
-    Bool tensors of one byte an element: rows x (F + H * d_h) x L bytes at most.
+    Row r is the patch's condition r. Bool tensors of one byte an element, and a bit of experts:
+    rows x (F + H * d_h) x L bytes at most.
     """
-    found = [LayerState() for _ in residual.layers]
+    masks: list[dict[str, Tensor]] = [{} for _ in residual.layers]
     for site, width in widths(residual).items():
         chosen = [getattr(off, site) for off in offs]
         places = np.concatenate([*chosen, np.empty(0, np.int64)])
@@ -68,13 +71,38 @@ def row_states(residual: ResidualModel, offs: Sequence[Off]) -> list[LayerState]
             here = layers == layer
             mask = torch.zeros(len(chosen), width, dtype=torch.bool, device="cpu")
             mask[torch.from_numpy(rows[here]), torch.from_numpy(indices[here])] = True
-            new = {site: Replacement(mask.to(residual.unembed.device))}
-            found[layer].replace = (found[layer].replace or {}) | new
-    return found
+            masks[layer][site] = mask
+    device = residual.unembed.device
+    pairs = zip(residual.layers, masks, strict=True)
+    return [state for layer, own in pairs for state in _part_states(layer, own, device)]
+
+
+def _part_states(
+    layer: ResidualLayer, masks: dict[str, Tensor], device: torch.device
+) -> Iterator[LayerState]:
+    """What zeroes the neurons `masks` (rows, F) of each site, for each part of a layer."""
+    off = {site: Replacement(mask.to(device)) for site, mask in masks.items()}
+    if not layer.mixture:
+        yield LayerState(replace=off or None)
+        return
+    if layer.heads is not None:
+        own = {site: new for site, new in off.items() if site == "attention"}
+        yield LayerState(replace=own or None)
+    for member in layer.mixture:
+        mask = masks.get("ffn")
+        if mask is not None:
+            mask = mask[:, member.start : member.start + member.n_neurons]
+        if mask is None or not mask.any():
+            yield LayerState()
+        elif isinstance(member, ExpertMember):
+            keep = pack_keep(member.experts.fold(~mask).numpy())
+            yield LayerState(keep=keep.to(device))
+        else:
+            yield LayerState(replace={"ffn": Replacement(mask.to(device))})
 
 
 def widths(residual: ResidualModel) -> dict[str, int]:
-    """How many neurons a layer has at each site of an Off."""
+    """How many places a layer has at each site of an Off, as many as the widest one's neurons."""
     return {"ffn": residual.width, "attention": residual.n_heads * residual.head_dim}
 
 
@@ -169,6 +197,15 @@ def _check_places(residual: ResidualModel, off: Off) -> None:
                 f"the {name} neuron {wrong} is not in a model with {total}",
                 "give neurons of this model; they count from zero",
             )
+        if site == "ffn" and len(places):
+            layers, indices = np.divmod(places, width)
+            beyond = indices >= np.array(residual.widths)[layers]
+            if beyond.any():
+                layer, index = int(layers[beyond][0]), int(indices[beyond][0])
+                raise RelneuronError(
+                    f"layer {layer} has no FFN neuron {index}: it has {residual.widths[layer]}",
+                    "give neurons of this model; they count from zero",
+                )
 
 
 def _ask(
@@ -205,7 +242,9 @@ def _last_logits(
     """(E, V) float32 (float64 of a float64 model) logits of the last position, neurons off."""
     device = residual.unembed.device
     tokens, mask = pad(ids, device)
-    with Patch([layer.parts() for layer in residual.layers], row_states(residual, offs)) as patch:
+    states = row_states(residual, offs)
+    # Experts take their own activation, so that no neuron that stays changes by a rounding.
+    with Patch(residual.parts(), states, own_activation=True) as patch:
         patch.tokens = Tokens(conditions=torch.arange(len(offs), device=device), n_needed=1)
         logits = last_logits(residual.model, tokens, mask)
         patch.check_used()

@@ -91,12 +91,18 @@ def _accuracy_interval(resampled: Array, n_facts: int) -> Interval:
     return wilson_interval(low, n_facts) if low == high else Interval(low, high)
 
 
+def resampled(n: int, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of n cases is drawn in each of R resamples with replacement: (R, n)."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n, np.full(n, 1 / max(n, 1)), size=N_RESAMPLES).astype(np.float64)
+
+
 def ratio_bootstrap(before: Array, after: Array, seed: int = 0) -> Interval:
     """The interval of mean(after) / mean(before) over resampled pairs, (N,) and (N,)."""
     n = before.size
     if not n or not np.isfinite([before, after]).all():
         return UNKNOWN
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
+    drawn = resampled(n, seed)
     return percentile_interval((drawn @ after) / (drawn @ before))
 
 

@@ -22,6 +22,7 @@ from relneuron.artifact.reading import read_csv
 EFFECTS = ("condition", "relation", "split", "id", "prediction", "correct", "logprob")
 # As it is written: also which right object the prediction gives, and which one `logprob` is of.
 WRITTEN = (*EFFECTS[:5], "given", "correct", "logprob_of", "logprob")
+CHOICE = "choice"  # a column behind them where prompts have options: the most probable one
 NOT_ASKED = -1
 KINDS = ("clean", "set", "random", "matched", "size", "range", "site", "concept", "gain")
 
@@ -33,7 +34,7 @@ class Condition:
     | kind | name | neurons |
     |---|---|---|
     | clean | `clean` | none |
-    | set | the relation | the relation's set in neurons.json |
+    | set | the relation, or the fact | the relation's or fact's set in neurons.json |
     | random | `random.<seed>` | drawn from all, as many as the largest set has |
     | matched | `<relation>~<seed>` | drawn from all, as many per layer and site as the set has |
     | size | `<relation>@<last>` | the best `last` of the relation's ranking |
@@ -131,6 +132,7 @@ class Grid:
     correct: dict[str, NDArray[np.int8]] = field(default_factory=dict)  # (N,) 1, 0, NOT_ASKED
     logprob: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # (N,) nats
     prediction: dict[str, list[str]] = field(default_factory=dict)
+    choice: dict[str, list[str]] = field(default_factory=dict)  # of prompts with options, else ""
     facts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # (N,)
 
     def __post_init__(self) -> None:
@@ -172,7 +174,10 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
     if path.suffix == ".parquet":
         need(f"reading {path}", "pyarrow")
     rows: list[tuple[Any, ...]] = [
-        (*(row[name] for name in EFFECTS[:5]), row.flag("correct"), row.real("logprob"))
+        (
+            *(row[name] for name in EFFECTS[:5]),
+            *(row.flag("correct"), row.real("logprob"), row.get(CHOICE, "")),
+        )
         for row in read_table(path, EFFECTS, _text)
     ]
     for condition, relation, split, prompt, *_ in rows:
@@ -184,7 +189,7 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
             relations.setdefault(split, []).append(relation)
     for split, place in places.items():
         grids[split] = Grid(split, list(place), np.array(relations[split]), {})
-    for condition, _, split, prompt, prediction, correct, logprob in rows:
+    for condition, _, split, prompt, prediction, correct, logprob, choice in rows:
         if condition not in conditions or prompt not in places.get(split, ()):
             raise RelneuronError(
                 f"{path}: conditions.csv does not know {condition}, or it asks what clean does not",
@@ -197,12 +202,14 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
             grid.correct[condition] = np.full(n, NOT_ASKED, np.int8)
             grid.logprob[condition] = np.full(n, np.nan)
             grid.prediction[condition] = [""] * n
+            grid.choice[condition] = [""] * n
         i = places[split][prompt]
         if grid.correct[condition][i] != NOT_ASKED:
             raise RelneuronError(f"{path} holds {prompt} twice", "run ablate again")
         grid.correct[condition][i] = correct
         grid.logprob[condition][i] = logprob
         grid.prediction[condition][i] = prediction
+        grid.choice[condition][i] = choice
     return grids
 
 

@@ -206,20 +206,22 @@ def _text(cell: object) -> str:
 class GainFile:
     """gains.safetensors while it is filled: `ffn.<layer>` (N, F) float32, a memory map each.
 
-    Its metadata hold `about`, whose `ids` are the sentences of the rows.
+    F is that of the layer; of a mixture of E experts of F neurons E * F and more, most of them zero
+    as a token is sent to few of the experts: 4 N bytes a neuron, all the same, are reserved. Its
+    metadata hold `about`, whose `ids` are the sentences of the rows.
     """
 
-    def __init__(self, path: Path, shape: Mapping[str, int], about: Json) -> None:
-        size = (len(about["ids"]), shape["width"])
-        names = [f"ffn.{layer}" for layer in range(shape["layers"])]
+    def __init__(self, path: Path, shape: Mapping[str, Any], about: Json) -> None:
+        n = len(about["ids"])
+        sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
         # One key only, as in every file: safetensors writes several in any order.
         metadata = {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
-        self._maps = list(create_safetensors(path, dict.fromkeys(names, size), metadata).values())
+        self._maps = list(create_safetensors(path, sizes, metadata).values())
 
     def store(self, rows: Sequence[int], gains: Array) -> None:
-        """Write the gains (E, L, F) of the sentences in `rows`."""
+        """Write the gains (E, L, F) of the sentences in `rows`, F that of the widest layer."""
         for layer, array in enumerate(self._maps):
-            array[list(rows)] = gains[:, layer]
+            array[list(rows)] = gains[:, layer, : array.shape[1]]
 
     def digest(self, rows: Sequence[int]) -> str:
         """Of the gains of some sentences as they are in the file."""
@@ -231,11 +233,16 @@ class GainFile:
 
 
 def read_gains(
-    path: Path, shape: Mapping[str, int], n_sentences: int
+    path: Path, shape: Mapping[str, Any], n_sentences: int
 ) -> Iterator[tuple[int, Array]]:
     """(layer, gains (N, F) float32) of gains.safetensors, one layer at a time."""
-    for layer in range(shape["layers"]):
+    for layer, width in enumerate(ffn_widths(shape)):
         # Opened again for each layer: what was read of an open file stays in memory.
         with open_tensors(path, MADE_BY) as file:
-            gains = file.get(f"ffn.{layer}", (n_sentences, shape["width"]))
+            gains = file.get(f"ffn.{layer}", (n_sentences, width))
         yield layer, gains
+
+
+def ffn_widths(shape: Mapping[str, Any]) -> list[int]:
+    """F of each layer, as a file says of a model."""
+    return list(shape.get("widths") or [shape["width"]] * shape["layers"])

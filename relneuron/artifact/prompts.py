@@ -11,7 +11,17 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from sys import intern
 
-from relneuron.artifact.files import Json, RelneuronError, fold, require
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    composed,
+    fold,
+    refuse_overwrite,
+    require,
+    sha256,
+)
+from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 
 
@@ -22,6 +32,7 @@ class Prompt:
     `objects` are all right answers, the first is `object`: those of another first one do not count.
     A concept's sentence asks nothing: it has no object. `negative_of`: the concepts that it is not
     about; what they rank it against. `group`: what kind of concept it is, as its file says.
+    `options`: of a multiple-choice question, all that may be answered.
     `images`: the paths of the pictures that the prompt is about.
     """
 
@@ -36,6 +47,7 @@ class Prompt:
     objects: tuple[str, ...] = ()
     negative_of: tuple[str, ...] = ()
     group: str = ""
+    options: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -55,14 +67,14 @@ RECORDED = ("det", "neg")  # the splits whose prompts have responses, in the ord
 def prompts_bytes(prompts: Iterable[Prompt]) -> bytes:
     """prompts.jsonl: one JSON object a line; `objects` stands there if there are several.
 
-    What only concepts have stands there if it is said.
+    What only concepts or multiple-choice questions have stands there if it is said.
     """
     lines = []
     for prompt in prompts:
         record = asdict(prompt)
         if len(prompt.objects) == 1:
             del record["objects"]
-        for name in ("negative_of", "group", "images"):
+        for name in ("negative_of", "group", "options", "images"):
             if not record[name]:
                 del record[name]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -114,17 +126,18 @@ def right_answers(record: Json) -> tuple[str, ...]:
 
 
 def _right(record: Json) -> Json:
-    """The right answers of a prompt, and what it says of concepts, where it says it."""
+    """The right answers of a prompt, and what it says of concepts or options, where it says it."""
     found: Json = {"objects": right_answers(record)}
     if record.get("image"):
         found["images"] = pictures_of(record)
     elif record.get("group"):
         found["group"] = record["group"]
-    if record.get("negative_of"):
-        found["negative_of"] = tuple(record["negative_of"])
-    texts = [found.get("group", ""), *found.get("negative_of", ())]
-    if isinstance(record.get("negative_of"), str) or not all(isinstance(t, str) for t in texts):
-        raise TypeError("negative_of is no list of strings, or group no string")
+    lists = [name for name in ("negative_of", "options") if record.get(name)]
+    found |= {name: tuple(record[name]) for name in lists}
+    texts = [found.get("group", ""), *(text for name in lists for text in found[name])]
+    is_text = any(isinstance(record[name], str) for name in lists)
+    if is_text or not all(isinstance(t, str) for t in texts):
+        raise TypeError("negative_of or options is no list of strings, or group no string")
     return found
 
 
@@ -185,9 +198,59 @@ def read_records(
         raise RelneuronError(f"{path} holds no {what}", fix)
 
 
+def fact_name(prompt: Prompt) -> str:
+    """The fact that a prompt asks, however it asks it: relation/subject; without one its words."""
+    return f"{prompt.relation}/{composed(prompt.subject or prompt.prompt)}"
+
+
+def rows_about(prompts: Iterable[Prompt]) -> dict[str, list[int]]:
+    """What sets may be named after, and the places of the prompts that are about it.
+
+    A relation; a fact (`fact_name`); or a subject, as files of others call a fact by its uuid.
+    """
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        names = {prompt.relation, fact_name(prompt), composed(prompt.subject)} - {""}
+        for name in names:
+            found.setdefault(name, []).append(row)
+    return found
+
+
 def relation_names(prompts: Iterable[Prompt]) -> list[str]:
     """The relations of some prompts, in order of their names."""
     return sorted({prompt.relation for prompt in prompts})
+
+
+# --- the prompts beside what was found of them ---------------------------------------------------
+
+
+def is_copy(copy: Path, source: Path, data: bytes) -> bool:
+    return copy.is_file() and (copy.samefile(source) or copy.read_bytes() == data)
+
+
+def check_recorded(folder: Path, source: Path, data: bytes, model: Json) -> None:
+    """Refuse the folder of a recorded study of another model or of other prompts."""
+    manifest = Manifest(folder)
+    manifest.check_model(model)
+    recorded = manifest.data["stages"].get("record", {}).get("inputs")
+    if recorded is None:
+        return
+    copy = folder / "prompts.jsonl"
+    if not is_copy(copy, source, data) or sha256(copy) != recorded.get("prompts"):
+        raise RelneuronError(
+            f"{folder} holds a study of other prompts", "use another output, or its prompts", 2
+        )
+
+
+def check_copy(copy: Path, source: Path, data: bytes, force: bool) -> None:
+    """Refuse to replace other prompts than these."""
+    if not is_copy(copy, source, data):
+        refuse_overwrite(copy, force)
+
+
+def write_copy(copy: Path, source: Path, data: bytes) -> None:
+    if not is_copy(copy, source, data):
+        atomic_write(copy, data)
 
 
 # --- free prompts ----------------------------------------------------------------------------

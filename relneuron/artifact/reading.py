@@ -276,8 +276,8 @@ class Tensors:
             raise self.wrong(f"{key} are no names, each of its own")
         return list(found)
 
-    def get(self, name: str, shape: Sequence[int | None], *dtypes: str) -> Any:
-        """A tensor of this shape (None: any length) and one of the `dtypes` (default: F32)."""
+    def shape(self, name: str, shape: Sequence[int | None], *dtypes: str) -> tuple[int, ...]:
+        """A tensor's shape: this one (None: any length), of one of the `dtypes` (default: F32)."""
         if name not in self.names:
             raise self.wrong(f"it has no {name}")
         about = self._file.get_slice(name)
@@ -290,7 +290,14 @@ class Tensors:
             raise self.wrong(
                 f"{name} is {kind}{list(found)}, not {' or '.join(dtypes or ('F32',))}{wanted}"
             )
-        return self._file.get_tensor(name)
+        return found
+
+    def get(
+        self, name: str, shape: Sequence[int | None], *dtypes: str, rows: slice | None = None
+    ) -> Any:
+        """A tensor as `shape` checks it, or some of its `rows`."""
+        self.shape(name, shape, *dtypes)
+        return self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
 
     def wrong(self, why: str) -> RelneuronError:
         """The error of a file that is not as expected."""

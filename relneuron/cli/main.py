@@ -35,6 +35,7 @@ def stages() -> list[Stage]:
         Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
         Stage("nll", f"{_ABLATION}:nll", _ASKS),
         Stage("generate", f"{_ABLATION}:generate", _ASKS),
+        Stage("import", f"{_HERE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_HERE}:export", ("filelock",)),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
         Stage("bench", f"{_HERE}:bench"),

@@ -25,6 +25,9 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
+    # A study has its relations' templates.
+    choices: int | None = None
+    choose_from: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

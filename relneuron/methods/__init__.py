@@ -10,7 +10,7 @@ from importlib import import_module
 
 from relneuron.artifact.stage import Method, Ranking
 
-NAMES = ("responses", "counts", "gains")
+NAMES = ("responses", "counts", "gains", "gradients")
 
 
 def methods() -> list[Method]:

@@ -41,12 +41,25 @@ class Answers:
     """Per prompt of a batch: the text of the greedy tokens, log p of the object's first token.
 
     A space that is a token of its own before it counts with it, as in tokenizers that join the
-    two. Of several right objects it is the most probable one's, `which` in their order.
+    two. Of several right objects it is the most probable one's, `which` in their order. `choices`:
+    of a prompt's options the most probable one, -1 without options.
     """
 
     predictions: list[str]
     logprobs: list[float]  # nats
     which: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+
+
+def _answers(
+    predictions: list[str], questions: Questions, rows: Sequence[int], scores: list[list[float]]
+) -> Answers:
+    """Of the scores of `Questions.asked_of`, those of the objects and those of the options."""
+    n = [len(questions.starts_of(row)) for row in rows]
+    right = [line[:k] for line, k in zip(scores, n, strict=True)]
+    options = [line[k:] for line, k in zip(scores, n, strict=True)]
+    choices = [line.index(max(line)) if line else -1 for line in options]
+    return Answers(predictions, *_best(right), choices)
 
 
 def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
@@ -115,7 +128,7 @@ class Asker:
             out = self._forward(inputs, mask, 1, cache)
             logits = out.logits[:, -1].float()
             if number == 0:
-                scores = self._firsts(logits, [questions.starts_of(row) for row in rows])
+                scores = self._firsts(logits, [questions.asked_of(row) for row in rows])
             chosen.append(logits.argmax(-1))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
@@ -126,7 +139,7 @@ class Asker:
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
         self._add_after_spaces(scores, questions, rows, before_step)
-        return Answers([self._text(answer) for answer in made], *_best(scores))
+        return _answers([self._text(answer) for answer in made], questions, rows, scores)
 
     def _ask_pictured(
         self,
@@ -136,7 +149,7 @@ class Asker:
         n_tokens: int,
     ) -> Answers:
         """`ask` of one prompt with pictures, in so many rows."""
-        starts, inputs = questions.starts_of(rows[0]), questions.inputs(rows[0])
+        starts, inputs = questions.asked_of(rows[0]), questions.inputs(rows[0])
         scores: list[list[float]] = []
         chosen: list[Tensor] = []
         made: list[list[int]] = []
@@ -164,7 +177,7 @@ class Asker:
 
             if len(start) > 1:
                 go_through(self.model, inputs, len(rows), len(start), follow, before_step)
-        return Answers([self._text(answer) for answer in made], *_best(scores))
+        return _answers([self._text(answer) for answer in made], questions, rows, scores)
 
     def _add_after_spaces(
         self,
@@ -177,7 +190,7 @@ class Asker:
         starts = [
             (i, k, start)
             for i, row in enumerate(rows)
-            for k, start in enumerate(questions.starts_of(row))
+            for k, start in enumerate(questions.asked_of(row))
         ]
         for n in sorted({len(start) - 1 for _, _, start in starts} - {0}):
             some = [one for one in starts if len(one[2]) == n + 1]
@@ -229,7 +242,7 @@ class Asker:
         before_step(Step(everyone, mask, 1, 2))
         out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
-        starts = [questions.starts_of(row) for row in rows]
+        starts = [questions.asked_of(row) for row in rows]
         scores = self._firsts(logits[:, 0], starts)
         for i, k in ((i, k) for i, some in enumerate(starts) for k in range(len(some))):
             if len(starts[i][k]) > 1:
@@ -265,7 +278,7 @@ class Asker:
                 again, self.ask(asked, [rows[i] for i in again], mark).predictions, strict=True
             ):
                 predictions[i] = said
-        return Answers(predictions, *_best(scores))
+        return _answers(predictions, questions, rows, scores)
 
     def forces_exactly(self, questions: Questions) -> bool:
         """Whether `ask_forced` may stand for `ask` on this model and these prompts.
@@ -277,7 +290,7 @@ class Asker:
         if any(prompt.images for prompt in questions.prompts):
             return False
         for row in range(len(questions.starts)):
-            spaces = {start[:-1] for start in questions.starts_of(row)} - {()}
+            spaces = {start[:-1] for start in questions.asked_of(row)} - {()}
             if not spaces <= {(questions.put_in(row),)}:
                 return False
         order = sorted(range(len(questions.ids)), key=lambda row: len(questions.ids[row]))

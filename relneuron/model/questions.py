@@ -59,6 +59,7 @@ class Questions:
     starts   how a prompt goes on with each of its right objects, in their order: tokens of white
              space alone, where the tokenizer makes some, and the object's first own token; without
              them `answers` are the only ones
+    options  how a multiple-choice prompt goes on with each of its options, no two of them alike
     notices  what a reader of the results must know of how prompts became tokens
     processor, texts  make the inputs of prompts with pictures, whose `ids` have a token for each
              place that a picture takes
@@ -69,6 +70,7 @@ class Questions:
     answers: list[int]
     starts: list[list[tuple[int, ...]]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    options: list[list[tuple[int, ...]]] = field(default_factory=list)
     processor: Processor | None = None
     texts: list[str] = field(default_factory=list)
 
@@ -85,6 +87,10 @@ class Questions:
 
     def starts_of(self, row: int) -> list[tuple[int, ...]]:
         return self.starts[row] if self.starts else [(self.answers[row],)]
+
+    def asked_of(self, row: int) -> list[tuple[int, ...]]:
+        """All starts whose probability is asked: those of the objects, then of the options."""
+        return self.starts_of(row) + (self.options[row] if self.options else [])
 
     def put_in(self, row: int) -> int:
         """The token after a prompt that `ask_forced` puts in: a space, where an object has one."""
@@ -112,10 +118,12 @@ def encode(
     """
     texts, notices = [prompt.prompt for prompt in prompts], []
     found: list[list[Continuation]] = []
+    options: list[list[tuple[int, ...]]] = []
     if answers:
         texts, changed = without_blanks(tokenizer, texts, [prompt.object for prompt in prompts])
         notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
         found = object_continuations(tokenizer, prompts, texts)
+        options = _options(tokenizer, prompts, texts)
     ids = encode_texts(tokenizer, texts)
     pictured = {row for row, prompt in enumerate(prompts) if prompt.images}
     for row in sorted(pictured):
@@ -150,7 +158,30 @@ def encode(
         for prompt, some in zip(prompts, found, strict=False)
     ]
     firsts = [some[0][-1] for some in starts]
-    return Questions(list(prompts), ids, firsts, starts, notices, processor, texts)
+    return Questions(list(prompts), ids, firsts, starts, notices, options, processor, texts)
+
+
+def _options(
+    tokenizer: Any, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> list[list[tuple[int, ...]]]:
+    """How each prompt goes on with each of its options; nothing where no prompt has any."""
+    if not any(prompt.options for prompt in prompts):
+        return []
+    asked = [(text, p, name) for text, p in zip(texts, prompts, strict=True) for name in p.options]
+    languages = [prompt.language for _, prompt, _ in asked]
+    made = continuations(tokenizer, [a[0] for a in asked], [a[2] for a in asked], languages)
+    starts = iter([_start(p, name, one) for (_, p, name), one in zip(asked, made, strict=True)])
+    found = [[next(starts) for _ in prompt.options] for prompt in prompts]
+    for prompt, some in zip(prompts, found, strict=True):
+        if len({*some}) < len(some):
+            first = next(k for k, start in enumerate(some) if start in some[:k])
+            same = prompt.options[some.index(some[first])]
+            raise RelneuronError(
+                f"prompt {prompt.id}: its options {same!r} and {prompt.options[first]!r} begin "
+                "with the same token",
+                "give options that differ in their first token, such as letters",
+            )
+    return found
 
 
 def _inputs(processor: Processor, prompt: Prompt, text: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Sentences whose next token is an answer: their files.
 
-The `attribute` stage calls it; which tokens they are asked for says `methods/gains/targets.py`. A
+The `attribute` stage calls it; which tokens they are asked for says `model/targets.py`. A
 sentence is a Prompt whose relation is its knowledge type (language, capital, country, color,
 number, month, or any other).
 """
@@ -19,6 +19,7 @@ from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.prompts import Prompt, distinct, read_prompts
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 from relneuron.texts.facts import ENGLISH, read_relations
+from relneuron.texts.queries import are_queries, read_queries
 
 SPLIT = "eva"  # of sentences whose file knows no splits
 
@@ -52,7 +53,7 @@ def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
       Without ids the rows of a type are numbered: `<type>.0000`. In .jsonl an answer may be a list
       of right ones, also under `answers` or `objects`.
     - A folder of fact files in the format of the LRE data set, or one of them (.json): every fact
-      in every main template.
+      in every main template; or the JSON of facts and their sentences of texts/queries.py.
 
     A `target` (also in a prompts.jsonl) is the token to ask for in place of the answer's first: its
     text, or its id (a number in JSON, digits that are no token, or the column `target_id`). Where
@@ -86,6 +87,8 @@ def read_knowledge(path: Path, *, answers: bool = True) -> list[Prompt]:
 
 
 def _fact_prompts(path: Path) -> list[Prompt]:
+    if are_queries(path):
+        return read_queries(path)
     return [
         Prompt(
             id=f"{relation.name}.{number:04d}.{variant}",

@@ -54,6 +54,18 @@ class PromptsOptions(SeedOptions):
         "Text that follows every template of the files' own language; default: what each file "
         "says, or '? Answer:' after English ones.",
     )
+    choices: int | None = option(
+        None,
+        "Ask each fact as a multiple-choice question, in so many orders of its options.",
+        least=1,
+    )
+    choose_from: int = option(
+        4,
+        "Number of options of such a question: the right answer, and others of the relation.",
+        least=2,
+        most=26,
+        only=Only("with --choices", lambda o: o.choices is not None),
+    )
 
 
 @dataclass(frozen=True)

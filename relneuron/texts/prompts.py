@@ -1,14 +1,17 @@
 """The `prompts` stage: fact files in, prompts.jsonl and sentences.jsonl out.
 
 One prompt per fact and template: det (to find neurons), eva (to measure), eva2 (other wordings).
-The sentences do not ask for a fact. Of concept files: one prompt a sentence, which asks nothing.
+The sentences do not ask for a fact. Of concept files: one prompt a sentence, which asks nothing; of
+the JSON of texts/queries.py: its sentences. With --choices facts are multiple-choice questions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from relneuron.artifact.files import (
 from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.prompts import SPLITS, Prompt, distinct, prompts_bytes
 from relneuron.artifact.stage import command, placed
+from relneuron.texts.choices import make_choices
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
 from relneuron.texts.facts import ENGLISH, Fact, Relation, join_facts, read_relations, split_facts
 from relneuron.texts.neutral import GENERAL, NEUTRAL, Sentence, sentences_bytes
 from relneuron.texts.options import PromptsOptions
+from relneuron.texts.queries import are_queries, read_queries
 
 SENTENCES = 50  # of a relation at most (arXiv 2502.17355, section 5.5)
 
@@ -41,6 +46,8 @@ def prompts_inputs(facts: Path, options: PromptsOptions, chat: Any = None) -> Js
     """
     if concepts := find_concepts(facts):
         return {"concepts": [f"{path.stem}: {sha256(path)}" for path in concepts]}
+    if are_queries(facts):
+        return {"queries": sha256(facts)}
     paths = [facts] if facts.is_file() else sorted(facts.glob("*.json"))
     digests = {path.stem: sha256(path) for path in paths}
     inputs: Json = {"facts": digests, **options.recorded()}
@@ -163,15 +170,18 @@ def write_prompts(
     """
     if concepts := find_concepts(facts):
         return _write_concepts(facts, concepts, output, force)
+    if are_queries(facts):
+        return _write_queries(facts, output, force)
     options = options or PromptsOptions()
     n_eva, seed = options.eva, options.seed
     beside = output.with_name("sentences.jsonl")
     for path in (output, beside):
         refuse_output(path, "prompts", force)
-    relations = read_relations(facts, suffix=options.suffix)
+    suffix = "" if options.choices and options.suffix is None else options.suffix
+    relations = read_relations(facts, suffix=suffix)
     inputs = prompts_inputs(facts, options, chat)
     wrap = str if chat is None else chat_wrap(chat)
-    prompts = [p for r in relations for p in make_prompts(r, n_eva=n_eva, seed=seed, wrap=wrap)]
+    prompts = [prompt for relation in relations for prompt in _asked(relation, options, wrap)]
     sentences = [s for r in relations for s in make_sentences(r, n_eva=n_eva, seed=seed)]
     _say_left_out(relations)
     written = {output: prompts_bytes(prompts)}
@@ -205,6 +215,19 @@ def write_prompts(
     return prompts
 
 
+def _asked(relation: Relation, options: PromptsOptions, wrap: Wrap) -> Iterator[Prompt]:
+    if options.choices is None:
+        return make_prompts(relation, n_eva=options.eva, seed=options.seed, wrap=wrap)
+    made = make_choices(
+        relation,
+        n_eva=options.eva,
+        seed=options.seed,
+        shuffles=options.choices,
+        n_options=options.choose_from,
+    )
+    return (replace(prompt, prompt=wrap(prompt.prompt)) for prompt in made)
+
+
 def _say_left_out(relations: Iterable[Relation]) -> None:
     names = [r.name for r in relations if neutral_template(r) is None]
     if names:
@@ -217,11 +240,24 @@ def _say_left_out(relations: Iterable[Relation]) -> None:
 
 def _write_concepts(facts: Path, files: list[Path], output: Path, force: bool) -> list[Prompt]:
     concepts = [read_concept(path) for path in files]
-    prompts = concept_prompts(concepts)
+    counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
+    return _write_plain(facts, output, concept_prompts(concepts), counts, force)
+
+
+def _write_queries(facts: Path, output: Path, force: bool) -> list[Prompt]:
+    prompts = read_queries(facts)
+    numbers = Counter((p.relation, p.split) for p in prompts)
+    counts = {relation: {split: n} for (relation, split), n in numbers.items()}
+    return _write_plain(facts, output, prompts, counts, force)
+
+
+def _write_plain(
+    facts: Path, output: Path, prompts: list[Prompt], counts: Json, force: bool
+) -> list[Prompt]:
+    """Write prompts that stand in their file as they are; no sentences beside them."""
     data = prompts_bytes(prompts)
     refuse_output(output, "prompts", force)
     inputs = prompts_inputs(facts, PromptsOptions())
-    counts = {c.name: {"positive": len(c.positive), "negative": len(c.negative)} for c in concepts}
     folder = output.parent
     made_by = command("prompts", placed(facts, folder), "-o", placed(output, folder))
     manifest = Manifest(folder)

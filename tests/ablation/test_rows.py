@@ -127,7 +127,7 @@ def masked(residual: ResidualModel, ffn: Masks, attention: Masks) -> Patch:
 
 
 def patched(residual: ResidualModel, states: list[LayerState], n_rows: int) -> Patch:
-    patch = Patch([layer.parts() for layer in residual.layers], states)
+    patch = Patch(residual.parts(), states)
     patch.tokens = Tokens(conditions=torch.arange(n_rows))
     return patch
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relneuron.model.stream.linear import Read, Rows
 from relneuron.model.stream.norms import Norm
-from relneuron.model.stream.parts import Heads, Read, ResidualLayer, ResidualModel, Rows, Write
+from relneuron.model.stream.parts import Heads, ResidualLayer, ResidualModel, Write
 from relneuron.model.stream.trace import Trace
 
 FAMILIES = ("llama", "gpt2")

@@ -14,7 +14,8 @@ import torch
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt, prompts_bytes
-from relneuron.methods.gains.targets import encode_targets, keep, type_tokens
+from relneuron.methods.gains.targets import keep, type_tokens
+from relneuron.model.targets import encode_targets
 from relneuron.texts.facts import read_relations
 from relneuron.texts.knowledge import read_knowledge
 from tests.conftest import tiny_model

@@ -19,11 +19,13 @@ from relneuron.artifact.effects import Condition, Grid, fact_numbers, own_langua
 from relneuron.artifact.files import RelneuronError, fold
 from relneuron.artifact.gains import Target, targets_bytes
 from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
-from relneuron.methods.gains.comparison import Row, summary
-from relneuron.methods.gains.targets import encode_targets, keep
+from relneuron.methods.gains.comparison import Row
+from relneuron.methods.gains.drops import summary
+from relneuron.methods.gains.targets import keep
 from relneuron.methods.responses.significance import resamples
 from relneuron.model.ask import Asker
 from relneuron.model.questions import begins_with, encode, given_object, is_correct
+from relneuron.model.targets import encode_targets
 from relneuron.texts.knowledge import read_knowledge
 
 

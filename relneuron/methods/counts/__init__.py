@@ -14,7 +14,6 @@ METHOD = Method(
     stages=(
         Stage("count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock")),
         Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
-        Stage("import", f"{_HERE}.commands:import_files", ("transformers", "filelock")),
     ),
     rankings=(
         Ranking("lape", "activation probability entropy (LAPE)", LapeOptions, **_OF),

@@ -1,4 +1,4 @@
-"""The commands for corpora, `count`, `merge` and `import`, and what `identify` does with counts."""
+"""The commands for corpora, `count` and `merge`; what `identify` and `import` do with counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from relneuron.artifact.options import (
     Argument,
     LoadOptions,
     Model,
-    Named,
     Output,
     refuse_stray,
     split,
@@ -105,30 +104,11 @@ def merge(
 
 
 def import_files(
-    files: Annotated[
-        list[str],
-        Argument(
-            "FILE...",
-            "One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; files "
-            "called activation.GROUP.train.MODEL, or a folder of them, say it themselves. Of "
-            "MMNeuron masks called MODEL-MODULE, or snapshots called DOMAIN_K.log.",
-        ),
-    ],
-    model: Annotated[str, Named("Model that the files belong to; only its config.json is read.")],
-    output: Output,
-    names: Annotated[
-        str,
-        Named(
-            "Groups of a .neuron.pth in order: en,zh,...; of MMNeuron's masks: ad,med,rs,com,doc "
-            "if it is left out."
-        ),
-    ] = "",
-    format: Annotated[str, Named("Whose files they are: lape or mmneuron.")] = "lape",
-    force: bool = False,
+    files: list[str], model: str, output: Path, names: str, format: str, force: bool
 ) -> Iterator[str]:
-    """Neurons (-> neurons.json) or counts (-> a folder) of the files of LAPE or MMNeuron."""
-    from relneuron.methods.counts.authors_files import config_shape
+    """`import` of LAPE's or MMNeuron's files: neurons (-> neurons.json), counts (-> a folder)."""
     from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
+    from relneuron.model.config import config_shape
 
     check_format(format)
     if format == "mmneuron":

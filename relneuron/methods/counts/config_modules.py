@@ -10,7 +10,7 @@ from typing import Any
 
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.modules import MODULES
-from relneuron.methods.counts.authors_files import config_shape, read_config
+from relneuron.model.config import config_shape, read_config
 
 
 def modules_shape(name_or_path: str, modules: Sequence[str] | None = None) -> Json:

@@ -321,7 +321,8 @@ def import_neurons(
     path: Path, names: Sequence[str], model: str, output: Path, *, force: bool = False
 ) -> NeuronFile:
     """Make `output` a neurons.json of a .neuron.pth; `model` is where the shape is read."""
-    from relneuron.methods.counts.authors_files import config_shape, read_neuron_pth
+    from relneuron.methods.counts.authors_files import read_neuron_pth
+    from relneuron.model.config import config_shape
 
     refuse_output(output, "import", force)
     chosen = read_neuron_pth(path, names, config_shape(model))

@@ -42,24 +42,27 @@ from relneuron.artifact.gains import (
 )
 from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, versions
-from relneuron.artifact.prompts import Prompt, prompts_bytes
-from relneuron.artifact.stage import STUDY, command, loading, placed
-from relneuron.methods.gains.comparison import Sizes, plan, run, summary
-from relneuron.methods.gains.options import AttributeOptions, attribute_inputs, check_heads
-from relneuron.methods.gains.rank import best_by_relation
-from relneuron.methods.gains.scorer import Scorer, Sentences, promoted_rows, unpack
-from relneuron.methods.gains.targets import (
+from relneuron.artifact.prompts import (
+    Prompt,
     check_copy,
     check_recorded,
-    encode_targets,
-    predictions,
+    prompts_bytes,
     write_copy,
 )
+from relneuron.artifact.stage import STUDY, command, loading, placed
+from relneuron.methods.gains.comparison import Sizes, plan, run
+from relneuron.methods.gains.drops import summary
+from relneuron.methods.gains.options import AttributeOptions, attribute_inputs, check_heads
+from relneuron.methods.gains.promoted import promoted_rows
+from relneuron.methods.gains.rank import best_by_relation
+from relneuron.methods.gains.scorer import Scorer, Sentences, unpack
+from relneuron.methods.gains.targets import predictions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
+from relneuron.model.targets import encode_targets
 from relneuron.texts.knowledge import TargetPrompt, read_knowledge
 from relneuron.texts.tokens import policy_text, target_notices, token_text
 

@@ -1,7 +1,7 @@
 """What becomes of the answers without the neurons that each of eight scores puts first.
 
 The `attribute` stage calls it (arXiv 2312.12141, section 4): `choose` while a batch's trace is at
-hand, `plan` when every sentence has been through, `run` to measure, `summary` for the table.
+hand, `plan` when every sentence has been through, `run` to measure; `drops.py` makes the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relneuron.ablation.rows import Off, head_places, intervene, off
-from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.methods.gains.scores import (
     METHODS,
@@ -35,9 +34,6 @@ from relneuron.ops.logprob_gain.op import TopGains
 Array = NDArray[np.float64]
 
 __all__ = ["METHODS", "TargetRanks", "method_scores"]  # of methods/gains/scores.py
-
-N_RESAMPLES, ENDS = 1000, (0.025, 0.975)  # of a 95 % bootstrap interval
-
 
 # --- which neurons are off -------------------------------------------------------------------
 
@@ -60,7 +56,7 @@ class Sizes:
         at least one; none of heads that are not told apart.
         """
         layers, n_heads = len(residual.layers), residual.n_heads
-        ffn, attention = layers * residual.width, layers * n_heads * residual.head_dim
+        ffn, attention = sum(residual.widths), layers * n_heads * residual.head_dim
 
         def scaled(n: int, total: int) -> int:
             share = min(1.0, total / 30_000)
@@ -95,6 +91,9 @@ def choose(
 ) -> list[dict[str, list[int]]]:
     """What each sentence of a batch has off, as places (see interventions.Off), best first.
 
+    Neurons of experts that the last token was not sent to are not chosen, by any of them; `sent`
+    are the places [start, stop) of the others, one pair after the other, of a model with experts.
+
     Keys: METHODS and `value_ffn`, `query` (FFN neurons; `query` with query scores only),
     `value_attention` (each coordinate once, whatever its position; not without heads). Plain
     lists, for a journal.
@@ -117,8 +116,10 @@ def choose(
             kept[name][1].append(places + layer * residual.width)
     columns: dict[str, Tensor] = {}
     for name, (parts, places_of) in kept.items():
-        order = best(torch.cat(parts, 1), sizes.method)
-        columns[name] = torch.cat(places_of, 1).gather(1, order)
+        every = torch.cat(parts, 1)
+        order = best(every, sizes.method)
+        chosen = torch.cat(places_of, 1).gather(1, order)
+        columns[name] = chosen.where(every.gather(1, order) > -torch.inf, -1)
     heads_width = residual.n_heads * residual.head_dim
     columns["value_ffn"] = _top_ffn(value, residual.width, sizes.value_ffn)
     if not residual.no_heads:
@@ -129,10 +130,27 @@ def choose(
         columns["query"] = places.where(scores.gather(1, places) != 0, -1)
     rows = {name: places.tolist() for name, places in columns.items()}
     limits = {"value_attention": sizes.value_attention}
-    return [
+    sets: list[dict[str, list[int]]] = [
         {name: _distinct(rows[name][e], limits.get(name)) for name in rows}
         for e in range(len(targets))
     ]
+    if any(layer.mixture for layer in residual.layers):
+        for one, spans in zip(sets, _sent(residual, trace), strict=True):
+            one["sent"] = spans
+    return sets
+
+
+def _sent(residual: ResidualModel, trace: Trace) -> list[list[int]]:
+    """Of each sentence the places [start, stop) of neurons that its last token went through."""
+    found: list[list[int]] = [[] for _ in trace.n_pad]
+    sentences = torch.arange(len(found), device=trace.mask.device)
+    for layer in residual.layers:
+        first = layer.layer * residual.width
+        for block in trace.blocks(layer, sentences, sentences.new_full((len(found),), -1)):
+            rows = sentences if block.rows is None else block.rows
+            for e in rows.tolist():
+                found[e] += [first + block.span.start, first + block.span.stop]
+    return found
 
 
 def _distinct(places: Iterable[int], n: int | None) -> list[int]:
@@ -184,7 +202,8 @@ def plan(
     """All conditions of N sentences, `clean` first, each asked of every sentence.
 
     `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. Random sets are
-    drawn from all neurons, as many as the condition they stand beside has in the sentence. If no
+    drawn from all neurons, or from those that the last token was sent to, as many as the condition
+    they stand beside has in the sentence. If no
     sentence has a query neuron, as in models of one layer, there is no condition `query`; where
     heads are not told apart, none of heads.
     """
@@ -195,11 +214,24 @@ def plan(
     def drawn(kind: str, seed: int, key: str, total: int, n: int) -> list[int]:
         return random.Random(f"relneuron.{kind}.{seed}.{key}").sample(range(total), n)
 
+    def of_ffn(
+        kind: str, seed: int, key: str, row: Mapping[str, Sequence[int]], n: int
+    ) -> list[int]:
+        if "sent" not in row:
+            return drawn(kind, seed, key, n_ffn, n)
+        starts, stops = np.array(row["sent"], np.int64).reshape(-1, 2).T
+        ends = (stops - starts).cumsum()
+        some = np.array(drawn(kind, seed, key, int(ends[-1]), min(n, int(ends[-1]))), np.int64)
+        span = np.searchsorted(ends, some, side="right")
+        places: list[int] = (stops[span] - (ends[span] - some)).tolist()
+        return places
+
     conditions = [Condition("clean", [off()] * len(ids))]
     for name in METHODS:
         conditions.append(Condition(name, [off(row[name]) for row in chosen]))
     for seed in range(n_seeds):
-        sets = [drawn("random", seed, i, n_ffn, sizes.method) for i in ids]
+        pairs = zip(ids, chosen, strict=True)
+        sets = [of_ffn("random", seed, i, row, sizes.method) for i, row in pairs]
         conditions.append(Condition(f"random.{seed}", [off(ffn) for ffn in sets]))
     wholes = {"value": [(row["value_ffn"], row.get("value_attention", ())) for row in chosen]}
     if any(row.get("query") for row in chosen):
@@ -209,10 +241,10 @@ def plan(
         for seed in range(n_seeds):
             offs = [
                 off(
-                    drawn(f"random_{name}.ffn", seed, i, n_ffn, len(ffn)),
+                    of_ffn(f"random_{name}.ffn", seed, i, row, len(ffn)),
                     drawn(f"random_{name}.attention", seed, i, n_attention, len(attention)),
                 )
-                for i, (ffn, attention) in zip(ids, both, strict=True)
+                for i, row, (ffn, attention) in zip(ids, chosen, both, strict=True)
             ]
             conditions.append(Condition(f"random_{name}.{seed}", offs))
     sets_of_heads = {}
@@ -289,97 +321,3 @@ def run(
         for c, condition in enumerate(conditions)
         for s, (name, kind) in enumerate(zip(ids, types, strict=True))
     ]
-
-
-class Summary(NamedTuple):
-    """One row of comparison.csv. Intervals are NaN where there is only one fact."""
-
-    condition: str
-    relation: str  # "": all
-    n: int
-    mrr: float  # mean of 1 / rank
-    prob: float
-    logprob: float
-    mrr_drop: float  # (clean mean - mean) / clean mean
-    prob_drop: float
-    logprob_drop: float  # clean mean - mean, nats
-    mrr_drop_low: float
-    mrr_drop_high: float
-    prob_drop_low: float
-    prob_drop_high: float
-    logprob_drop_low: float
-    logprob_drop_high: float
-
-
-def summary(
-    rows: Iterable[Row], facts: Mapping[str, int] | None = None, *, seed: int = 0
-) -> list[Summary]:
-    """Means and drops of every condition over all sentences and over those of each relation.
-
-    The intervals are 95 % bootstrap intervals by percentiles over 1,000 resamples of facts, each
-    drawn with its sentences and their answers under all conditions, so a drop is paired with
-    clean. `facts`: the fact that a sentence says, by id; default: each one of its own. Rows of a
-    condition that did not ask what `clean` asked are refused.
-    """
-    by_condition: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        by_condition.setdefault(row.condition, {})[row.id] = row
-    asked = by_condition.get("clean", {})
-    for name, answers in by_condition.items():
-        if answers.keys() != asked.keys():
-            raise RelneuronError(
-                f"{name} was not asked the sentences that clean was asked",
-                "make it again with: relneuron attribute MODEL PROMPTS -o DIR --force",
-            )
-    values = np.array(
-        [
-            [(1 / a.rank, a.prob, a.logprob) for a in (answers[i] for i in asked)]
-            for answers in by_condition.values()
-        ]
-    ).reshape(len(by_condition), len(asked), 3)
-    relation = np.array([row.relation for row in asked.values()])
-    numbers = np.array([(facts or {}).get(i, -1 - n) for n, i in enumerate(asked)])
-    found = []
-    for kind in ("", *dict.fromkeys(relation.tolist())):
-        rows_of = relation == kind if kind else np.ones(len(relation), bool)
-        found += _summaries(list(by_condition), kind, values[:, rows_of], numbers[rows_of], seed)
-    return found
-
-
-def _summaries(
-    conditions: Sequence[str], relation: str, values: Array, facts: NDArray[np.int64], seed: int
-) -> list[Summary]:
-    """Of values (C, n, 3), clean among the conditions, and the sentences' facts (n,)."""
-    n = values.shape[1]
-    if not n:
-        return []
-    clean = conditions.index("clean")
-    means = values.mean(1)
-    drops = _drops(means, clean)
-    rng = np.random.default_rng(seed)
-    # Facts in the order of their first sentences.
-    _, first, place = np.unique(facts, return_index=True, return_inverse=True)
-    place = np.argsort(np.argsort(first))[place]
-    n_facts = len(first)
-    sums = np.zeros((n_facts, means.size + 1))
-    np.add.at(sums, place, np.c_[values.transpose(1, 0, 2).reshape(n, -1), np.ones(n)])
-    drawn = (rng.multinomial(n_facts, np.full(n_facts, 1 / n_facts)) for _ in range(N_RESAMPLES))
-    resampled = np.stack([times @ sums for times in drawn])
-    parts = (resampled[:, :-1] / resampled[:, -1:]).reshape(N_RESAMPLES, *means.shape)
-    low, high = np.quantile(_drops(parts, clean), ENDS, axis=0)
-    if n_facts == 1:
-        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
-    ends = np.stack([low, high], -1).reshape(len(conditions), 6)
-    return [
-        Summary(name, relation, n, *means[c].tolist(), *drops[c].tolist(), *ends[c].tolist())
-        for c, name in enumerate(conditions)
-    ]
-
-
-def _drops(means: Array, clean: int) -> Array:
-    """(..., C, 3): relative of MRR and probability, absolute of log-probability; NaN of 0."""
-    base = means[..., clean : clean + 1, :]
-    divisor = np.where(base > 0, base, np.nan)
-    divisor[..., 2] = 1
-    result: Array = (base - means) / divisor
-    return result

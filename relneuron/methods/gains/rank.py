@@ -102,8 +102,8 @@ def identify_gains(
     site `gate`, since to zero a gate zeroes all that the neuron writes.
 
     Beside neurons.json stands scores.safetensors (beside x.json x.scores.safetensors) with
-    `logprob_gain.gate` (R, L, F) float32; the metadata name the relations. One layer of gains is
-    in memory at a time.
+    `logprob_gain.gate` (R, L, F) float32, of layers that have fewer neurons with zeros behind; the
+    metadata name the relations. One layer of gains is in memory at a time.
     """
     check_top(top)
     refuse_output(output, "identify", force)
@@ -113,19 +113,20 @@ def identify_gains(
     relations = sorted({target.relation for target in targets})
     group = _groups(folder, targets, relations, kept_only)
     k = default_top(shape) if top is None else top
-    scores = np.empty((len(relations), shape["layers"], shape["width"]), np.float32)
+    scores = np.zeros((len(relations), shape["layers"], shape["width"]), np.float32)
     bar = progress_bar(shape["layers"], "identify", "layer", quiet)
     with locked(output.parent), bar:
         for layer, gains in read_gains(folder / GAINS, shape, len(targets)):
             _check_finite(folder, layer, gains[group >= 0])
-            scores[:, layer] = mean_gains(gains, group, len(relations))
+            scores[:, layer, : gains.shape[1]] = mean_gains(gains, group, len(relations))
             bar.update()
         sets, selection = {}, {}
         for row, name in enumerate(relations):
             n = int((group == row).sum())
             own = k.get(name, 0) if isinstance(k, Mapping) else k
-            sets[name] = best_neurons(scores[row], own) if n else []
-            selection[name] = _cut(scores[row], [score for *_, score in sets[name]], n)
+            ranked = of_neurons(scores[row], shape)
+            sets[name] = best_neurons(ranked, own) if n else []
+            selection[name] = _cut(ranked, [score for *_, score in sets[name]], n)
         result = NeuronFile(model, METHOD, sets, selection)
         # A second choice in a folder leaves the scores of the first one as they are.
         stem = "" if output.name == "neurons.json" else f"{output.stem}."
@@ -265,13 +266,23 @@ def mean_gains(gains: Array, group: Array, n_groups: int) -> Array:
     return means
 
 
+def of_neurons(scores: Array, shape: Mapping[str, Any]) -> Array:
+    """Scores (L, F), -inf at what are no neurons of layers that have fewer than F."""
+    if "widths" not in shape:
+        return scores
+    beyond = np.arange(scores.shape[1]) >= np.array(shape["widths"])[:, None]
+    return np.where(beyond, -np.inf, scores).astype(scores.dtype)
+
+
 def best_neurons(scores: Array, k: int) -> list[ScoredNeuron]:
     """The k neurons with the highest scores (L, F), best first; equal ones by layer, then index.
 
-    Their site is `gate`: a neuron whose gate is zero writes zero, so it stands for the product.
+    None that has -inf. Their site is `gate`: a neuron whose gate is zero writes zero, so it stands
+    for the product.
     """
     flat = scores.reshape(-1)
     order = np.argsort(-flat, kind="stable")[:k]
+    order = order[flat[order] > -np.inf]
     layers, indices = np.divmod(order, scores.shape[1])
     return [
         (layer, "gate", index, score)
@@ -282,19 +293,19 @@ def best_neurons(scores: Array, k: int) -> list[ScoredNeuron]:
 
 
 def best_by_relation(
-    path: Path, shape: Mapping[str, int], targets: Sequence[Target], keep: str
+    path: Path, shape: Mapping[str, Any], targets: Sequence[Target], keep: str
 ) -> Json:
     """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
     relations = sorted({target.relation for target in targets})
     taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
-    layers = [
-        mean_gains(gains, np.array(taken), len(relations))
-        for _, gains in read_gains(path, shape, len(targets))
-    ]
+    scores = np.zeros((len(relations), shape["layers"], shape["width"]), np.float32)
+    for layer, gains in read_gains(path, shape, len(targets)):
+        means = mean_gains(gains, np.array(taken), len(relations))
+        scores[:, layer, : means.shape[1]] = means
     return {
         name: [
             [layer, index, float(number(score))]
-            for layer, _, index, score in best_neurons(np.stack([m[row] for m in layers]), N_NAMED)
+            for layer, _, index, score in best_neurons(of_neurons(scores[row], shape), N_NAMED)
         ]
         for row, name in enumerate(relations)
         if row in taken

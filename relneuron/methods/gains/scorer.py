@@ -16,24 +16,22 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import Json, RelneuronError
-from relneuron.artifact.gains import ENDS, Row, best_first, number, rows_text
-from relneuron.artifact.prompts import Prompt, relation_names
+from relneuron.artifact.gains import Row, best_first, number, rows_text
+from relneuron.artifact.prompts import Prompt
 from relneuron.methods.gains.comparison import Sizes, TargetRanks, choose
 from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
-from relneuron.methods.gains.scores import QueryScores, promoted_tokens, query_scores
-from relneuron.methods.gains.targets import Targets, keep, type_tokens
+from relneuron.methods.gains.scores import QueryScores, query_scores
+from relneuron.methods.gains.targets import keep, type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.trace import Trace, scaled, trace
+from relneuron.model.targets import Targets
 from relneuron.ops.logprob_gain.op import TopGains
-from relneuron.texts.tokens import token_text
 
 GAIN_TOLERANCE = 1e-5  # nats, of the gains that the comparison ranks neurons by
 N_BEST = 10  # a neuron counts as one of a sentence's best up to this rank
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
 WRITES = ("ffn_layer", "attention_layer", "head", "position")
-UNITS = 10  # of each relation and kind, whose promoted tokens are written
-TOKENS = 10  # at each end of a neuron's value vector
 
 Array = np.ndarray[Any, Any]
 
@@ -241,6 +239,7 @@ class _Table:
         values, query = scored.values, scored.query
         self.n_pad: list[int] = scored.traced.n_pad.tolist()
         self.head_dim, self.heads_width = residual.head_dim, residual.n_heads * residual.head_dim
+        self.layers = residual.layers
         self.traced, self.query = scored.traced, query
         found = {
             "ffn_layer": values.ffn_layer,
@@ -329,58 +328,7 @@ class _Table:
         if kind == "query_ffn_neuron":
             assert self.query is not None
             return float(self.query.coefficient[e, layer, index])
-        return scaled(traced.neurons[layer][e, -1, index], traced.ffn_scale[layer], e)
-
-
-# --- promoted tokens -------------------------------------------------------------------------
-
-
-def promoted_rows(
-    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
-) -> list[Row]:
-    """Tokens at both ends of the neurons that are among the best of most sentences.
-
-    UNITS of each kind and relation, and of all; of those that are in as many sentences the ones
-    with the higher sum of scores there. The columns: `attributions.PROMOTED_COLUMNS`.
-    """
-    times: dict[tuple[str, str], dict[tuple[int, int, int], list[float]]] = {}
-    for prompt, one in zip(prompts, found, strict=True):
-        for kind, layer, head, index, score, coefficient in one.get("best", ()):
-            for relation in ("", prompt.relation):
-                units = times.setdefault((kind, relation), {})
-                sums = units.setdefault((layer, head, index), [0, 0.0, 0.0, 0])
-                for place, value in enumerate((1, float(score), coefficient, coefficient < 0)):
-                    sums[place] += value
-    rows: list[Row] = []
-    for kind in NEURONS:
-        taken = set()
-        for relation in ("", *relation_names(prompts)):
-            units = times.get((kind, relation), {})
-            order = sorted(units, key=lambda unit: (*(-n for n in units[unit][:2]), unit))
-            taken |= {*order[:UNITS]}
-        for layer, head, index in sorted(taken):
-            place = index if head < 0 else head * residual.head_dim + index
-            of = "attention_neuron" if kind == "attention_neuron" else "ffn_neuron"
-            n, _, total, negative = times[kind, ""][layer, head, index]
-            unit = (kind, layer, "" if head < 0 else head, index)
-            known = (number(total / n), number(negative / n))
-            for end, sign in ENDS.items():
-                acts = int((total < 0) == (sign < 0))
-                tokens = promoted_tokens(residual, of, layer, place, TOKENS, sign=sign)
-                rows += [
-                    (
-                        *unit,
-                        *known,
-                        end,
-                        acts,
-                        rank,
-                        token_text(tokenizer, token),
-                        token,
-                        number(logit),
-                    )
-                    for rank, (token, logit) in enumerate(tokens, 1)
-                ]
-    return rows
+        return traced.ffn_coefficient(self.layers[layer], e, index)
 
 
 # --- arrays in the journal -------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """Scores of a sentence's units besides the gain: query scores, and the eight that are compared.
 
 The `attribute` stage takes the query scores of the largest value neurons, which layers and FFN
-neurons activate them (arXiv 2312.12141; methods B4), and `promoted_tokens`: which tokens a value
-vector raises most. methods/gains/comparison.py chooses neurons by each of the eight scores, and
-compares what their best neurons do to the answer (section 4; methods B5).
+neurons activate them (arXiv 2312.12141; methods B4). methods/gains/comparison.py chooses neurons by
+each of the eight scores, and compares what their best neurons do to the answer (section 4; methods
+B5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ def query_scores(
       In a parallel block the FFN reads h^l, and A^l is none.
 
     FFN neuron n of layer l' < l is the component m^l'_n W_down^l'[:, n], its coefficient taken at
-    the unit's position. `units` are `ValueScores.attention_top` or `ffn_top`, of which the first
-    `n_units` of a sentence count.
+    the unit's position; those of experts that the token there was not sent to are none. `units`
+    are `ValueScores.attention_top` or `ffn_top`, of which the first `n_units` of a sentence count.
 
     Under a LayerNorm what a unit reads is <h - mean(h), q (.) g>, so keys are centred: the shares
     of what it really reads. The published GPT-2 notebook does not (methods B4 has no centring, and
@@ -113,18 +113,22 @@ def query_scores(
         add(2 * i + 1, trace.attention[i], reads_attention)
         add(2 * i + 2, trace.ffn[i], above)
         n_readers = above.sentence.bincount(minlength=n_sentences).clamp(min=1)[:, None]
-        values, step = layer.ffn_values(), max(1, _SCRATCH // max(len(above.keys), residual.hidden))
-        for start in range(0, residual.width if len(above.keys) else 0, step):
-            some = slice(start, start + step)
-            products = above.keys @ values[some].double().T
-            written = above.read(trace.neurons[i][..., some])
-            if (scale := trace.ffn_scale[i]) is not None:
-                written *= above.read(scale)[:, None]
-            coefficients[:, i, some].index_add_(
-                0, above.sentence, written / n_readers[above.sentence]
-            )
-            products *= written
-            neurons[:, i, some].index_add_(0, above.sentence, products)
+        if not len(above.keys):
+            continue
+        step = max(1, _SCRATCH // max(len(above.keys), residual.hidden))
+        for block in trace.blocks(layer, above.sentence, above.column):
+            readers = above if block.rows is None else above.at(block.rows)
+            n_of = n_readers[readers.sentence]
+            for start in range(0, len(block.values), step):
+                some = slice(start, min(start + step, len(block.values)))
+                products = readers.keys @ block.values[some].double().T
+                written = block.read(some).double()
+                if block.scale is not None:
+                    written *= block.scale[:, None]
+                own = slice(block.start + some.start, block.start + some.stop)
+                coefficients[:, i, own].index_add_(0, readers.sentence, written / n_of)
+                products *= written
+                neurons[:, i, own].index_add_(0, readers.sentence, products)
     dtype = residual.unembed.dtype
     return QueryScores(layers.to(dtype), neurons.to(dtype), coefficients.to(dtype))
 
@@ -162,29 +166,6 @@ def _read_units(
         weight = torch.where(total == 0, 0.0, gain[rows] / total)
         chosen.keys[rows] = keys * weight[:, None]
     return chosen
-
-
-def promoted_tokens(
-    residual: ResidualModel, kind: str, layer: int, index: int, n: int = 10, *, sign: int = 1
-) -> list[tuple[int, float]]:
-    """The `n` largest of unembed @ v for a neuron's value vector v, as (token id, logit).
-
-    With `sign` -1 the `n` least, which the neuron raises where its coefficient is negative.
-
-    `kind` is `ffn_neuron` or `attention_neuron`; `index` of an attention neuron is the coordinate
-    j d_h + k, or its flat index, position * H * d_h + coordinate. Of equal logits the lower token
-    comes first. The logits are without the norm's scale.
-    """
-    if kind not in ("ffn_neuron", "attention_neuron"):
-        raise ValueError(f"promoted_tokens: {kind!r} is no kind of neuron")
-    part = residual.layers[layer]
-    if kind == "ffn_neuron":
-        value = part.ffn.values(index)
-    else:
-        value = part.attention.values(index % (residual.n_heads * residual.head_dim))
-    logits = residual.unembed @ value.to(residual.unembed.dtype)
-    order = (sign * logits).argsort(descending=True, stable=True)[:n]
-    return list(zip(order.tolist(), logits[order].tolist(), strict=True))
 
 
 # Eight scores of FFN neurons
@@ -234,8 +215,11 @@ class TargetRanks:
     def of(cls, residual: ResidualModel, targets: Tensor) -> TargetRanks:
         """Of the distinct tokens of `targets` (N,) in every layer: 4 L F U bytes."""
         tokens = torch.unique(targets).to(residual.unembed.device)
-        values = (layer.ffn_values() for layer in residual.layers)
-        return cls(tokens, [target_ranks(v, residual.unembed, tokens) for v in values])
+        layers = [
+            [target_ranks(values, residual.unembed, tokens) for values in layer.value_blocks()]
+            for layer in residual.layers
+        ]
+        return cls(tokens, [ranks[0] if len(ranks) == 1 else torch.cat(ranks) for ranks in layers])
 
     def get(self, layer: int, targets: Tensor) -> Tensor:
         """(E, F) of the sentences' targets (E,), which must be among the tokens."""
@@ -343,17 +327,39 @@ def traced_scores(
     norm_bias: bool = False,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """The scores (E, F) of one layer's FFN neurons at the last position, by several methods."""
+    """The scores (E, F) of one layer's FFN neurons at the last position, by several methods.
+
+    Those of experts that a sentence's last token was not sent to have none: -inf.
+    """
     targets = targets.to(residual.unembed.device)
-    return layer_scores(
-        trace.r[layer][:, -1],
-        residual.layers[layer].ffn_values(),
-        trace.ffn_coefficients(layer),
-        *(residual.unembed, trace.scale, targets),
-        methods=methods,
-        gain=gain,
-        ranks=None if ranks is None else ranks.get(layer, targets),
-        offset=residual.offset if norm_bias else None,
-        cap=residual.cap,
-        backend=backend,
-    )
+    part, x = residual.layers[layer], trace.r[layer][:, -1]
+    shared: dict[str, Any] = {
+        "methods": methods,
+        "offset": residual.offset if norm_bias else None,
+        "cap": residual.cap,
+        "backend": backend,
+    }
+    known = None if ranks is None else ranks.get(layer, targets)
+    if not part.mixture:
+        return layer_scores(
+            *(x, part.ffn_values(), trace.ffn_coefficients(layer)),
+            *(residual.unembed, trace.scale, targets),
+            gain=None if gain is None else gain[:, : part.n_neurons],
+            ranks=known,
+            **shared,
+        )
+    sentences = torch.arange(len(x), device=x.device)
+    shape, dtype = (len(x), part.n_neurons), residual.unembed.dtype
+    found = {name: x.new_full(shape, -torch.inf, dtype=dtype) for name in methods}
+    for block in trace.blocks(part, sentences, sentences.new_full((len(x),), -1)):
+        rows = cast(Tensor, block.rows)
+        scores = layer_scores(
+            *(x[rows], block.values, block.coefficients()),
+            *(residual.unembed, trace.scale[rows], targets[rows]),
+            gain=None if gain is None else gain[rows, block.span],
+            ranks=None if known is None else known[rows, block.span],
+            **shared,
+        )
+        for name in methods:
+            found[name][rows, block.span] = scores[name]
+    return found

@@ -6,7 +6,7 @@ layers, heads, positions within heads, FFN neurons and attention neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -33,6 +33,10 @@ _VECTORS = 1 << 25  # numbers of position vectors made at a time: 128 MB
 @dataclass
 class ValueScores:
     """Log-probability increases in nats of E sentences, float32 (float64 from a float64 model).
+
+    Of a mixture of experts only the neurons of experts that the last token was sent to wrote
+    anything: the others have the gain 0 in `ffn_neuron`, and are not in `ffn_top`. Layers with
+    fewer than F neurons end with zeros.
 
     `attention_top.index` is position * H * d_h + coordinate, the position counted from the first
     token of the sentence, without padding; in `ffn_top.index` stands the neuron. Both are best
@@ -62,6 +66,23 @@ class _Setting(NamedTuple):
         """(E,): the scale at the base points x (E, D)."""
         return self.frozen if self.own_norm is None else self.own_norm.scale(x)
 
+    def at(self, rows: Tensor | None) -> _Setting:
+        """Of some of the sentences."""
+        if rows is None:
+            return self
+        return self._replace(frozen=self.frozen[rows], targets=self.targets[rows])
+
+
+class _Neurons(NamedTuple):
+    """Neurons of a layer, from number `start` on, that some of the sentences have."""
+
+    rows: Tensor | None  # (n,) int64; None: all sentences
+    start: int
+    layer: GainLayer
+
+
+_Layer = Callable[[], Iterator[_Neurons]]
+
 
 def value_scores(
     residual: ResidualModel,
@@ -85,13 +106,18 @@ def value_scores(
     | head (l, j)              | sum_p alpha_{T,p} val_p^j @ W_O^j              | h^l |
     | position (l, j, p)       | alpha_{T,p} val_p^j @ W_O^j                    | h^l |
     | FFN neuron (l, k)        | m_k W_down[:, k]                              | r^l |
+    | of expert e (l, e F + k) | w_e m_{e,k} W_down^e[:, k]                    | r^l |
     | attention neuron (l, j, k, p) | alpha_{T,p} val_{p,k}^j W_O[:, j d_h + k] | h^l |
 
     r^l = h^l + A^l, of a parallel block (whose FFN reads h^l), too, so that the layers' gains add
-    up from h^0 to h^L. Where a norm stands behind W_O or W_down, v is what this norm makes of the
-    column with its scale frozen at position T: s g (.) W_down[:, k] (columns centred under a
-    LayerNorm), so the neurons of a layer add up to its write. A constant that writes are multiplied
-    with is part of v, one of the logits of `residual.unembed`; a soft cap is put on the logits.
+    up from h^0 to h^L. w_e is the weight that the router gives expert e, or 1 where its input was
+    multiplied by it; experts that every token goes to have what they are multiplied with, if
+    anything, and stand behind the others.
+
+    Where a norm stands behind W_O or W_down, v is what this norm makes of the column with its scale
+    frozen at position T: s g (.) W_down[:, k] (columns centred under a LayerNorm), so the neurons
+    of a layer add up to its write. A constant that writes are multiplied with is part of v, one of
+    the logits of `residual.unembed`; a soft cap is put on the logits.
 
     log p(w | y) = log_softmax(s * y @ unembed.T)[w] with the scale s of the final norm frozen at
     the last layer's output; `own_norm` recomputes it at x and at x + v. `norm_bias` adds what the
@@ -133,8 +159,9 @@ def value_scores(
             scores.head, scores.position = stacked[2:]
     if ffn is not None:
         layers = [partial(_ffn_neurons, trace, layer, setting) for layer in residual.layers]
-        scores.ffn_top = _top(layers, setting, top, any(x.ffn.norm for x in residual.layers))
-        scores.ffn_neuron = _all(layers, setting, ffn, tolerance)
+        is_made = any(x.ffn.norm or x.mixture for x in residual.layers)
+        scores.ffn_top = _top(layers, setting, top, is_made)
+        scores.ffn_neuron = _all(layers, setting, ffn, tolerance, residual.width)
     if attention is not None:
         if residual.no_heads:
             raise ValueError(f"value_scores: attention neurons of {residual.no_heads}")
@@ -143,7 +170,7 @@ def value_scores(
         scores.attention_top = _without_padding(
             _top(layers, setting, top, is_made), trace.n_pad, residual.n_heads * residual.head_dim
         )
-        full = _all(layers, setting, attention, tolerance)
+        full = _all(layers, setting, attention, tolerance, residual.n_heads * residual.head_dim)
         if full is not None:
             full.masked_fill_(~trace.mask[:, None, :, None], torch.nan)
         scores.attention_neuron = full
@@ -207,14 +234,22 @@ def _writes(
 # --- neurons ---------------------------------------------------------------------------------
 
 
-def _ffn_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> GainLayer:
-    x, coefficients = trace.r[layer.layer][:, -1], trace.ffn_coefficients(layer.layer)
-    return _gain_layer(x, layer.ffn_values(), coefficients, setting, None)
+def _ffn_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> Iterator[_Neurons]:
+    x = trace.r[layer.layer][:, -1]
+    if not layer.mixture:
+        coefficients = trace.ffn_coefficients(layer.layer)
+        yield _Neurons(None, 0, _gain_layer(x, layer.ffn_values(), coefficients, setting, None))
+        return
+    sentences = torch.arange(len(x), device=x.device)
+    for block in trace.blocks(layer, sentences, sentences.new_full((len(x),), -1)):
+        own = _gain_layer(x[block.rows], block.values, block.coefficients(), setting, None)
+        yield _Neurons(block.rows, block.start, own)
 
 
-def _attention_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> GainLayer:
+def _attention_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> Iterator[_Neurons]:
     x, coefficients = trace.h[layer.layer][:, -1], trace.coefficients(layer.layer)
-    return _gain_layer(x, layer.attention_values(), coefficients, setting, trace.mask)
+    own = _gain_layer(x, layer.attention_values(), coefficients, setting, trace.mask)
+    yield _Neurons(None, 0, own)
 
 
 def _gain_layer(
@@ -245,58 +280,89 @@ def scale_after(norm: Norm, x: Tensor, values: Tensor, coefficients: Tensor) -> 
 
 
 def _all(
-    layers: Sequence[Callable[[], GainLayer]], setting: _Setting, mode: str, tolerance: float
+    layers: Sequence[_Layer], setting: _Setting, mode: str, tolerance: float, width: int
 ) -> Tensor | None:
-    """Gains of all neurons like their coefficients, layers in dimension 1; None for mode `top`."""
+    """Gains of all neurons like their coefficients, layers in dimension 1; None for mode `top`.
+
+    (E, L, `width`) of mixtures, with zeros where a sentence does not have the neurons.
+    """
     if mode not in FULL_MODES:
         return None
-    return _stack(
-        [
-            cast(
-                Tensor,
-                logprob_gain(
-                    layer.x,
-                    layer.values,
-                    layer.coefficients,
-                    setting.unembed,
-                    setting.scale(layer.x),
-                    setting.targets,
-                    mode=mode,
-                    tolerance=tolerance,
-                    scale_after=layer.scale_after,
-                    **setting.shared,
-                ),
+    found = []
+    for make in layers:
+        whole: Tensor | None = None
+        for rows, start, layer in make():
+            own = setting.at(rows)
+            gains = logprob_gain(
+                layer.x,
+                layer.values,
+                layer.coefficients,
+                setting.unembed,
+                own.scale(layer.x),
+                own.targets,
+                mode=mode,
+                tolerance=tolerance,
+                scale_after=layer.scale_after,
+                **setting.shared,
             )
-            for layer in (make() for make in layers)
-        ]
-    )
+            gains = cast(Tensor, gains)
+            if rows is None and gains.shape[-1] == width:
+                whole = gains
+                continue
+            if whole is None:
+                whole = gains.new_zeros(len(setting.targets), width)
+            places = slice(start, start + gains.shape[-1])
+            whole[slice(None) if rows is None else rows, places] = gains
+        found.append(cast(Tensor, whole))
+    return _stack(found)
 
 
-def _top(
-    layers: Sequence[Callable[[], GainLayer]], setting: _Setting, top: int, is_made: bool
-) -> TopGains:
+def _top(layers: Sequence[_Layer], setting: _Setting, top: int, is_made: bool) -> TopGains:
     """The largest gains over all layers.
 
-    Merged from each layer's largest where it has its own scale, or where its value vectors
-    (`is_made`) are not its weight but made of it, so that those of one layer are held at a time.
+    Merged from each layer's largest where it has its own scale, where its neurons are not those of
+    all sentences, or where its value vectors (`is_made`) are not its weight but made of it, so
+    that those of one layer are held at a time.
     """
     if setting.own_norm is None and not is_made:
         return logprob_gain_top(
-            *([make() for make in layers], setting.unembed, setting.frozen, setting.targets),
+            [one.layer for make in layers for one in make()],
+            *(setting.unembed, setting.frozen, setting.targets),
             top=top,
             **setting.shared,
         )
-    found = []
-    for number, layer in enumerate(make() for make in layers):
-        scale = setting.scale(layer.x)
-        best = logprob_gain_top(
-            [layer], setting.unembed, scale, setting.targets, top=top, **setting.shared
-        )
-        found.append(best._replace(layer=torch.where(best.index < 0, -1, number)))
-    # Later layers first, and a stable sort: of equal gains the later (layer, index) stays first.
-    gain, layer_of, index = (torch.cat(parts, 1) for parts in zip(*reversed(found), strict=True))
-    order = gain.argsort(dim=1, descending=True, stable=True)[:, :top]
-    return TopGains(gain.gather(1, order), layer_of.gather(1, order), index.gather(1, order))
+    best: TopGains | None = None
+    for number, make in reversed(list(enumerate(layers))):
+        for rows, start, layer in make():  # those with the higher numbers first
+            own = setting.at(rows)
+            found = logprob_gain_top(
+                [layer], setting.unembed, own.scale(layer.x), own.targets, top=top, **setting.shared
+            )
+            is_none = found.index < 0
+            found = found._replace(
+                layer=torch.where(is_none, -1, number),
+                index=torch.where(is_none, -1, found.index + start),
+            )
+            if best is None:
+                best = _none(found, len(setting.targets))
+            _merge(best, found, rows, top)
+    return cast(TopGains, best)
+
+
+def _none(like: TopGains, n_sentences: int) -> TopGains:
+    """No gains yet, of so many sentences."""
+    shape = (n_sentences, like.gain.shape[1])
+    gain = like.gain.new_full(shape, -torch.inf)
+    return TopGains(gain, *(part.new_full(shape, -1) for part in (like.layer, like.index)))
+
+
+def _merge(best: TopGains, found: TopGains, rows: Tensor | None, top: int) -> None:
+    """Put the largest of both into `best`, in place; of equal ones those in it come first."""
+    taken = slice(None) if rows is None else rows
+    both = [torch.cat([old[taken], new], 1) for old, new in zip(best, found, strict=True)]
+    order = both[0].argsort(dim=1, descending=True, stable=True)[:, :top]
+    for old, part in zip(best, both, strict=True):
+        old[taken] = part.gather(1, order)
 
 
 def _without_padding(found: TopGains, n_pad: Tensor, width: int) -> TopGains:

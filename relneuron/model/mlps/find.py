@@ -206,8 +206,11 @@ def verdict_of(
         if one is not None:
             parts.append(one)
             experts[one.path] = said
-    if chosen and dtype not in _DTYPES:
-        name = str(dtype).removeprefix("torch.")
+    dtypes = {p.dtype for one in parts for p in one.module.parameters() if p.is_floating_point()}
+    dtypes |= {dtype} if chosen else set()
+    wrong = dtypes - {*_DTYPES}
+    if wrong:
+        name = str(wrong.pop()).removeprefix("torch.")
         why = f"{name} weights, the kernels take float32, bfloat16 and float16"
         return Verdict(number, (), why)
     lost = [one.down.path for one in chosen if not one.writes and "expert" in one.down.path]

@@ -105,8 +105,6 @@ def _describe(
     why = next(filter(None, map(unreadable, weights)), None)
     if why is not None:
         return f"its weights are {why}"
-    if torch.float64 in {weight.dtype for weight in weights}:
-        return "float64 weights, the kernels take float32, bfloat16 and float16"
     if is_training(module):
         return f"in {TRAINING}"
     if getattr(module, "_is_expert_parallel", False):

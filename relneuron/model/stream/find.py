@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple, cast
 
@@ -13,17 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.model.layers import Unfound
+from relneuron.model.stream.linear import Read, Rows
 from relneuron.model.stream.norms import Norm
-from relneuron.model.stream.parts import (
-    ORDERS,
-    Heads,
-    Read,
-    ResidualLayer,
-    Rows,
-    Write,
-    added_up,
-    matrix,
-)
+from relneuron.model.stream.parts import ORDERS, Heads, ResidualLayer, Write, added_up
 from relneuron.model.stream.probe import N_TOKENS, Call, Calls, as_norm, same
 from relneuron.ops.swiglu_stats.reference import TORCH_ACTIVATIONS
 
@@ -68,18 +60,20 @@ def held_numbers(*holders: Any) -> list[float]:
 # --- the MLP ---------------------------------------------------------------------------------
 
 
-class _MLP(NamedTuple):
+class MLP(NamedTuple):
+    """The calls that make what an MLP writes: of its last map, and of rows of its first ones."""
+
     down: Call
     gate: tuple[Rows, Call]
     up: tuple[Rows, Call]
 
 
-def _mlps(calls: Calls, hidden: int) -> Iterator[_MLP]:
+def mlps(calls: Calls, hidden: int) -> Iterator[MLP]:
     """Linear maps to the stream whose input is activation(gate) * up or activation(up)."""
     for down in reversed([call for call in calls.linears() if call.y.shape[1] == hidden]):
         found = _inputs(calls, down.x)
         if found is not None:
-            yield _MLP(down, *found)
+            yield MLP(down, *found)
 
 
 def _inputs(calls: Calls, neurons: Tensor) -> tuple[tuple[Rows, Call], tuple[Rows, Call]] | None:
@@ -123,7 +117,7 @@ def _activated(
 # --- what is written -------------------------------------------------------------------------
 
 
-def _write(calls: Calls, source: Call, factor: float) -> Write:
+def write_of(calls: Calls, source: Call, factor: float) -> Write:
     """The write whose source is a call: a linear map, a norm behind one, or neither."""
     norm: Norm | None = None
     y = source.y
@@ -136,72 +130,78 @@ def _write(calls: Calls, source: Call, factor: float) -> Write:
     return Write(source.module, linear, norm if linear is not None else None, factor)
 
 
-class _Sum(NamedTuple):
+class Sum(NamedTuple):
     attention: Call
     ffn: Call
     factors: tuple[float, float]
     order: int
 
 
-def _sum(calls: Calls, mlp: _MLP, h: Tensor, after: Tensor, numbers: list[float]) -> _Sum:
-    """The two calls whose outputs, times factors, make the layer's output of its input."""
-    behind = calls.norm_reading(mlp.down.y)
-    ffns = [mlp.down] if behind is None else [behind[1], mlp.down]
+def sum_of(
+    calls: Calls,
+    ffns: Sequence[Call],
+    inside: Sequence[Tensor],
+    h: Tensor,
+    after: Tensor,
+    numbers: Sequence[float],
+) -> Sum:
+    """The two calls whose outputs, times factors, make the layer's output of its input.
+
+    One of `ffns` and one that gives none of the tensors `inside`.
+    """
     scaled = ""
     for ffn in ffns:
         for attention in calls:
             y = attention.y
             if y.shape != h.shape or y.dtype != h.dtype:
                 continue
-            if any(same(y, other) for other in (h, after, mlp.down.y, ffn.y)):
+            if any(same(y, other) for other in (h, after, *inside, ffn.y)):
                 continue
-            fitted = _fit(h, after, y, ffn.y)
+            fitted = fit(after.double() - h.double(), [y, ffn.y], (h, after))
             if fitted is None:
                 continue
-            for factors in product(*(_near(one, numbers) for one in fitted)):
+            for factors in product(*(near(one, numbers) for one in fitted)):
                 first, second = factors
                 writes = (y if first == 1 else y * first, ffn.y if second == 1 else ffn.y * second)
                 parts = (h, *writes)
                 for order in range(len(ORDERS)):
                     if is_rounded(added_up(parts, order), after):
-                        return _Sum(attention, ffn, (first, second), order)
+                        return Sum(attention, ffn, (first, second), order)
             scaled = scaled or _said(fitted)
     raise Unfound(scaled or _why_no_sum(calls, h, ffns[0].y, after))
 
 
-class _Factor(NamedTuple):
+class Factor(NamedTuple):
     """A fitted factor, and how far from it the true one may be."""
 
     value: float
     error: float
 
 
-def _fit(
-    h: Tensor, after: Tensor, attention: Tensor, ffn: Tensor
-) -> tuple[_Factor, _Factor] | None:
-    """The factors with which two writes make `after` of `h`, if they do but for rounding."""
-    total = (after.double() - h.double()).flatten().cpu()
-    both = torch.stack([attention.double().flatten(), ffn.double().flatten()], 1).cpu()
-    if not bool(both.isfinite().all() & total.isfinite().all()):
+def fit(total: Tensor, parts: Sequence[Tensor], rounded: Sequence[Tensor]) -> list[Factor] | None:
+    """The factors with which parts make `total`, if they do but for the rounding of `rounded`."""
+    total = total.double().flatten().cpu()
+    columns = torch.stack([part.double().flatten() for part in parts], 1).cpu()
+    if not bool(columns.isfinite().all() & total.isfinite().all()):
         return None
-    factors = torch.linalg.lstsq(both, total[:, None]).solution[:, 0]
-    left = float((both @ factors - total).norm())
-    rounding = torch.finfo(h.dtype).eps * float(h.double().norm() + after.double().norm())
+    factors = torch.linalg.lstsq(columns, total[:, None]).solution[:, 0]
+    left = float((columns @ factors - total).norm())
+    eps = torch.finfo(rounded[0].dtype).eps
+    rounding = eps * sum(float(x.double().norm()) for x in rounded)
     if not left <= 0.01 * float(total.norm()) + rounding:
         return None
-    errors = 4 * left / len(total) ** 0.5 / both.norm(dim=0)
-    one, two = zip(factors.tolist(), errors.tolist(), strict=True)
-    return _Factor(*one), _Factor(*two)
+    errors = 4 * left / len(total) ** 0.5 / columns.norm(dim=0)
+    return [Factor(*one) for one in zip(factors.tolist(), errors.tolist(), strict=True)]
 
 
-def _near(factor: _Factor, numbers: Iterable[float]) -> list[float]:
+def near(factor: Factor, numbers: Iterable[float]) -> list[float]:
     """The numbers that a fitted factor may be, the nearest first."""
     limit = factor.error + _NEAR * abs(factor.value)
     found = [n for n in numbers if abs(n - factor.value) <= limit]
     return sorted(found, key=lambda n: abs(n - factor.value))
 
 
-def _said(fitted: tuple[_Factor, _Factor]) -> str:
+def _said(fitted: Sequence[Factor]) -> str:
     """The reason for factors that the model does not hold."""
     names = ("the attention's write", "the MLP's write")
     parts = [
@@ -280,21 +280,14 @@ class Found(NamedTuple):
     no_heads: str | None
 
 
-def find_layer(
-    number: int, path: str, module: nn.Module, whole: Call, calls: Calls, numbers: list[float]
-) -> Found:
-    """The parts of a decoder layer; Unfound says what is not there or is another.
+def find_layer(number: int, path: str, whole: Call, calls: Calls, numbers: list[float]) -> Found:
+    """The parts of a decoder layer without experts; Unfound says what is not there or is another.
 
     `whole` is the layer's own call, `calls` those of the modules inside, `numbers` the factors that
     the model may scale with.
     """
-    if any("expert" in name for name, _ in module.named_modules()):
-        raise Unfound("a mixture of experts, not one MLP")
-    h, after = whole.x, whole.y
-    if h.shape != after.shape or h.dtype != after.dtype:
-        raise Unfound("it does not give a state like the one that it reads")
     reasons = []
-    for mlp in _mlps(calls, h.shape[1]):
+    for mlp in mlps(calls, whole.x.shape[1]):
         try:
             return _assembled(number, path, calls, mlp, whole, numbers)
         except Unfound as error:
@@ -304,27 +297,19 @@ def find_layer(
 
 
 def _assembled(
-    number: int, path: str, calls: Calls, mlp: _MLP, whole: Call, numbers: list[float]
+    number: int, path: str, calls: Calls, mlp: MLP, whole: Call, numbers: list[float]
 ) -> Found:
     h = whole.x
-    total = _sum(calls, mlp, h, whole.y, numbers)
-    attention = _write(calls, total.attention, total.factors[0])
-    ffn = _write(calls, total.ffn, total.factors[1])
+    behind = calls.norm_reading(mlp.down.y)
+    ffns = [mlp.down] if behind is None else [behind[1], mlp.down]
+    total = sum_of(calls, ffns, [mlp.down.y], h, whole.y, numbers)
+    ffn = write_of(calls, total.ffn, total.factors[1])
     if ffn.linear is not mlp.down.module:
         raise Unfound("what its MLP writes is not the output of its last map")
-    r = h + attention.added(total.attention.y)
-    streams = {"r": r, "h": h}
-    gate, up = (calls.read(rows, call.x, streams) for rows, call in (mlp.gate, mlp.up))
-    if gate is None or up is None or gate[0] != up[0]:
-        raise Unfound("its MLP reads neither the stream nor a norm of it")
-    for (rows, call), (base, read) in ((mlp.gate, gate), (mlp.up, up)):
-        if not agree(read.apply(streams[base]), rows.of(call.y)):
-            raise Unfound("what its MLP reads is not a linear map behind a norm of the stream")
-    heads, no_heads = None, None
-    try:
-        heads = _heads(calls, total.attention, attention, h)
-    except Unfound as error:
-        no_heads = str(error)
+    attention = write_of(calls, total.attention, total.factors[0])
+    streams = {"r": h + attention.added(total.attention.y), "h": h}
+    base, gate, up = reads_of(calls, mlp, streams)
+    heads, no_heads = heads_in(calls, total.attention, attention, h)
     layer = ResidualLayer(
         layer=number,
         path=path,
@@ -332,16 +317,37 @@ def _assembled(
         attention=attention,
         heads=heads,
         ffn=ffn,
-        gate=gate[1],
-        up=up[1],
-        mlp=_called_with_one(calls, mlp),
-        is_parallel=gate[0] == "h",
+        gate=gate,
+        up=up,
+        mlp=called_with_one(calls, mlp),
+        is_parallel=base == "h",
         order=total.order,
     )
     return Found(layer, no_heads)
 
 
-def _called_with_one(calls: Calls, mlp: _MLP) -> nn.Module:
+def reads_of(calls: Calls, mlp: MLP, streams: dict[str, Tensor]) -> tuple[str, Read, Read]:
+    """Which of the streams an MLP reads, and how its gate and its up do."""
+    gate, up = (calls.read(rows, call.x, streams) for rows, call in (mlp.gate, mlp.up))
+    if gate is None or up is None or gate[0] != up[0]:
+        raise Unfound("its MLP reads neither the stream nor a norm of it")
+    for (rows, call), (base, read) in ((mlp.gate, gate), (mlp.up, up)):
+        if not agree(read.apply(streams[base]), rows.of(call.y)):
+            raise Unfound("what its MLP reads is not a linear map behind a norm of the stream")
+    return gate[0], gate[1], up[1]
+
+
+def heads_in(
+    calls: Calls, attention: Call, write: Write, h: Tensor
+) -> tuple[Heads | None, str | None]:
+    """The heads of an attention, or why they are not told apart."""
+    try:
+        return _heads(calls, attention, write, h), None
+    except Unfound as error:
+        return None, str(error)
+
+
+def called_with_one(calls: Calls, mlp: MLP) -> nn.Module:
     """The smallest module that is called with one tensor and makes the neurons in it."""
     for call in calls:
         inside = {id(part) for part in call.module.modules()} - {id(call.module)}
@@ -349,11 +355,6 @@ def _called_with_one(calls: Calls, mlp: _MLP) -> nn.Module:
         if call.is_alone and all(id(part) in inside for part in parts):
             return call.module
     return mlp.gate[0].module
-
-
-def shape_of(layer: ResidualLayer) -> tuple[int, ...]:
-    """F and D; layers of one model have the same."""
-    return (matrix(layer.down).shape[1], matrix(layer.down).shape[0])
 
 
 def heads_of(layer: ResidualLayer) -> tuple[int, int]:

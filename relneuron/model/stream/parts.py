@@ -6,6 +6,7 @@ name in a forward, and the scores in methods/gains/ are sums over them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.layers import Parts, Projection
+from relneuron.model.mlps.shape import Part
+from relneuron.model.stream.linear import Read, bias_of, matrix
+from relneuron.model.stream.mixture import ExpertMember, Member
 from relneuron.model.stream.norms import Norm
 
 QUERY_KEYS = ("gate", "up", "down")
@@ -23,101 +27,9 @@ def unsupported(model: Any, reason: str) -> RelneuronError:
     """The error for a model whose residual stream is not a sum of what its layers write."""
     return RelneuronError(
         f"{type(model).__name__} cannot be attributed: {reason}",
-        "give a dense decoder-only model on one device whose layers add what their attention and "
-        "MLP write to the residual stream (Llama, Qwen, Gemma, OLMo 2, Cohere, GPT-2, ...)",
+        "give a decoder-only model on one device whose layers add what their attention and their "
+        "MLP or experts write to the residual stream (Llama, Qwen, Gemma, Mixtral, GPT-2, ...)",
     )
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """A linear map's matrix (out, in), a view of its weight; GPT-2's Conv1D stores (in, out)."""
-    weight = cast(Tensor, module.weight).detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
-def bias_of(module: nn.Module) -> Tensor:
-    """(out,) float64, zeros where the map has none."""
-    bias = getattr(module, "bias", None)
-    if bias is None:
-        weight = matrix(module)
-        return weight.new_zeros(len(weight), dtype=torch.float64)
-    return cast(Tensor, bias).detach().double()
-
-
-def without_head(tensor: Tensor) -> Tensor:
-    """(B, T, n) of (B, 1, T, n): latent attention reads its latents as one head."""
-    return tensor[:, 0] if tensor.dim() == 4 and tensor.shape[1] == 1 else tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Outputs of a linear map: `size` of them from each of `starts` on, in this order.
-
-    The values within packed q, k and v, say; of grouped heads one start a query head.
-    """
-
-    module: nn.Module
-    starts: tuple[int, ...]
-    size: int
-
-    @property
-    def n(self) -> int:
-        return len(self.starts) * self.size
-
-    def of(self, output: Tensor) -> Tensor:
-        """The part (..., n) of the map's output, a view where it is one piece."""
-        first, last = self.starts[0], self.starts[-1] + self.size
-        if self.starts == tuple(range(first, last, self.size)):
-            return output[..., first:last]
-        start = torch.tensor(self.starts, device=output.device)[:, None]
-        places = start + torch.arange(self.size, device=output.device)
-        return output[..., places.flatten()]
-
-    def matrix(self) -> Tensor:
-        """(n, in)."""
-        return self.of(matrix(self.module).T).T
-
-    def bias(self) -> Tensor:
-        """(n,) float64."""
-        return self.of(bias_of(self.module))
-
-
-@dataclass(frozen=True)
-class Read:
-    """Numbers that are linear in the stream but for the scales of norms: rows @ norm(x) + bias.
-
-    Of one step, or of more through narrower states (latent attention): each step is a norm, or
-    none, and the rows of a linear map that reads what it gives; the first one reads the stream.
-    """
-
-    steps: tuple[tuple[Norm | None, Rows], ...]
-
-    @property
-    def rows(self) -> Rows:
-        """The last step's, whose outputs these numbers are."""
-        return self.steps[-1][1]
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(..., n) float64 of x (..., D)."""
-        x = x.double()
-        for norm, rows in self.steps:
-            x = norm.apply(x) if norm is not None else x
-            x = x @ rows.matrix().double().T + rows.bias()
-        return x
-
-    def keys(self, index: Tensor, center: bool = True) -> Tensor:
-        """(n, D) float64: the keys q (.) gain of numbers `index` (n,) int64, in methods B4.
-
-        Up to the scales of norms, which a share does not depend on. `center`: as the first norm
-        does, where it is a LayerNorm; those behind it always centre.
-        """
-        keys = self.rows.matrix()[index].double()
-        for place in range(len(self.steps) - 1, -1, -1):
-            norm, _ = self.steps[place]
-            if norm is not None:
-                keys = norm.keys(keys, center or place > 0)
-            if place:
-                keys = keys @ self.steps[place - 1][1].matrix().double()
-        return keys
 
 
 @dataclass(frozen=True)
@@ -125,7 +37,7 @@ class Write:
     """What a part adds to the stream: factor * norm(linear(neurons)), of which any may be absent.
 
     `source` is the module whose output, times `factor`, is added. `linear` is None where that is
-    no linear map of anything (then it is added, and nothing in it is told apart).
+    no linear map of anything: then nothing in it is told apart, or `ResidualLayer.mixture` does it.
     """
 
     source: nn.Module
@@ -144,7 +56,10 @@ class Write:
         under a LayerNorm), made anew in float32 at least.
         """
         columns = matrix(cast(nn.Module, self.linear)).T
-        columns = columns if index is None else columns[index]
+        return self.behind(columns if index is None else columns[index])
+
+    def behind(self, columns: Tensor) -> Tensor:
+        """Columns (..., D) of a map to what the norm reads, as value vectors."""
         return columns if self.norm is None else self.norm.linear(columns)
 
     @property
@@ -162,12 +77,13 @@ class Write:
             return torch.full_like(y[..., 0], self.factor, dtype=torch.float64)
         return self.norm.scale(y) * self.factor
 
-    def constant(self, scale: Tensor) -> Tensor:
-        """(..., D) float64: what is written without any neuron, at places of that `scale` (...)."""
-        bias = bias_of(cast(nn.Module, self.linear))
-        if self.norm is not None:
-            bias = self.norm.linear(bias)
-        bias = bias * scale.unsqueeze(-1)
+    def constant(self, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., D) float64: what is written without any neuron, at places of that `scale` (...).
+
+        `bias` (D,) float64 is added to what the neurons give, by default that of `linear`.
+        """
+        bias = bias_of(cast(nn.Module, self.linear)) if bias is None else bias
+        bias = self.behind(bias) * scale.unsqueeze(-1)
         own = None if self.norm is None else self.norm.bias
         return bias if own is None else bias + own.double() * self.factor
 
@@ -185,7 +101,8 @@ class Heads:
 class ResidualLayer:
     """What one decoder layer writes into the residual stream.
 
-    r = h + attention write and h' = r + FFN write. The MLP reads r or, `is_parallel`, h.
+    r = h + attention write and h' = r + FFN write. The MLP reads r or, `is_parallel`, h. A layer
+    with experts has no MLP of its own but the members of a `mixture`, by the numbers of neurons.
     """
 
     layer: int
@@ -194,15 +111,16 @@ class ResidualLayer:
     attention: Write
     heads: Heads | None  # None: what the attention writes is not told apart
     ffn: Write
-    gate: Read  # of an MLP without a gate: its first map, which is `up`, too
-    up: Read
-    mlp: nn.Module  # called with one tensor, whenever its neurons are
+    gate: Read | None  # of an MLP without a gate: its first map, which is `up`, too
+    up: Read | None
+    mlp: nn.Module | None  # called with one tensor, whenever its neurons are
     is_parallel: bool
     order: int  # of adding in the model's arithmetic, an index of ORDERS
+    mixture: tuple[Member, ...] = ()
 
     @property
     def down(self) -> nn.Module:
-        """From the neurons (.., F)."""
+        """From the neurons (.., F), without a mixture."""
         return cast(nn.Module, self.ffn.linear)
 
     @property
@@ -210,24 +128,66 @@ class ResidualLayer:
         """From what attends: the heads' outputs (.., H * d_h), where they are told apart."""
         return cast(nn.Module, self.attention.linear)
 
+    @property
+    def n_neurons(self) -> int:
+        """F, or those of all members of a mixture."""
+        if self.mixture:
+            return sum(member.n_neurons for member in self.mixture)
+        return matrix(self.down).shape[1]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its neurons are activation(gate) * up."""
+        if self.mixture:
+            return all(member.is_gated for member in self.mixture)
+        return cast(Read, self.gate).rows != cast(Read, self.up).rows
+
+    @property
+    def experts(self) -> ExpertMember | None:
+        """The routed experts of a mixture, which come first."""
+        first = self.mixture[0] if self.mixture else None
+        return first if isinstance(first, ExpertMember) else None
+
     def ffn_values(self) -> Tensor:
-        """(F, D): the value vector of each FFN neuron; see `Write.values`."""
+        """(F, D): the value vector of each FFN neuron, without a mixture; see `Write.values`."""
         return self.ffn.values()
+
+    def value_blocks(self) -> Iterator[Tensor]:
+        """(K, D) the value vectors of all FFN neurons, in the order of their numbers."""
+        if not self.mixture:
+            yield self.ffn_values()
+        for member in self.mixture:
+            for expert in range(member.n_experts):
+                yield self.ffn.behind(member.values(expert))
+
+    def ffn_value(self, index: int) -> Tensor:
+        """(D,): the value vector of one FFN neuron."""
+        if not self.mixture:
+            return self.ffn.values(index)
+        member = next(m for m in reversed(self.mixture) if m.start <= index)
+        expert, neuron = divmod(index - member.start, member.width)
+        return self.ffn.behind(member.values(expert)[neuron])
 
     def attention_values(self) -> Tensor:
         """(H * d_h, D): the value vector of each head's coordinates; see `Write.values`."""
         return self.attention.values()
 
-    def parts(self) -> Parts:
-        """Its neurons as a patch zeroes them: `ffn`, inputs of `down`; `attention`, of `out`."""
+    def parts(self) -> list[Part | Parts]:
+        """Its neurons as a patch zeroes them.
+
+        Inputs of linear maps: `ffn` of `down`, `attention` of `out`; and the experts of a mixture.
+        Of a mixture first the attention, then a part a member.
+        """
+        outer = self.out if self.mixture and self.heads else self.mlp
         maps = {"ffn": self.ffn.linear, "attention": self.attention.linear if self.heads else None}
-        return Parts(
-            self.mlp,
-            tuple(
-                Projection(site, self.path, module, 0, matrix(module).shape[1], of_input=True)
-                for site, module in maps.items()
-                if module is not None
-            ),
+        first = [Parts(outer, self._inputs(maps))] if outer is not None else []
+        return [*first, *(member.part(self.path) for member in self.mixture)]
+
+    def _inputs(self, maps: dict[str, nn.Module | None]) -> tuple[Projection, ...]:
+        return tuple(
+            Projection(site, self.path, module, 0, matrix(module).shape[1], of_input=True)
+            for site, module in maps.items()
+            if module is not None
         )
 
     def ffn_keys(self, key: str, index: Tensor, *, center: bool = True) -> Tensor:
@@ -238,10 +198,27 @@ class ResidualLayer:
         """
         if key not in QUERY_KEYS:
             raise RelneuronError(f"unknown key {key!r}", f"use {', '.join(QUERY_KEYS)}", 2)
+        if self.mixture:
+            return self._mixture_keys(key, index, center)
+        gate, up = cast(Read, self.gate), cast(Read, self.up)
         if key != "down":
-            return (self.gate if key == "gate" else self.up).keys(index, center)
-        rows, norm = self.ffn.values(index), self.gate.steps[0][0]
+            return (gate if key == "gate" else up).keys(index, center)
+        rows, norm = self.ffn.values(index), gate.steps[0][0]
         return rows.double() if norm is None else norm.keys(rows, center)
+
+    def _mixture_keys(self, key: str, index: Tensor, center: bool) -> Tensor:
+        keys = index.new_zeros(len(index), len(self.ffn_value(0)), dtype=torch.float64)
+        for member in self.mixture:
+            places = index - member.start
+            here = (places >= 0) & (places < member.n_neurons)
+            if key != "down":
+                keys[here] = member.keys(key, places[here], center)
+                continue
+            for row in here.nonzero()[:, 0].tolist():
+                value = self.ffn_value(int(index[row])).double()[None]
+                own = value if member.norm is None else member.norm.keys(value, center)
+                keys[row] = own[0]
+        return keys
 
     def attention_keys(self, index: Tensor, *, center: bool = True) -> Tensor:
         """(n, D) float64: the key q (.) gain of head coordinates `index` (n,) int64 in H * d_h."""
@@ -273,7 +250,7 @@ class ResidualModel:
     n_heads: int  # 0 where heads are not told apart
     head_dim: int
     no_heads: str | None  # why they are not
-    width: int  # F
+    width: int  # F, of the layer with the most neurons
     hidden: int  # D
     vocabulary: int  # V
     is_gated: bool  # SwiGLU or a kin: the neuron is activation(gate) * up
@@ -283,8 +260,36 @@ class ResidualModel:
     offset: Tensor | None  # (V,): what the final norm's bias and the lm_head's add to the logits
     cap: float | None = None  # logits are cap * tanh(logits / cap), the offset included
     pads: bool = True  # whether a sentence has the same numbers behind padding
+    uneven: tuple[int, ...] = ()  # F of each layer, where they differ
 
     @property
-    def shape(self) -> dict[str, int]:
-        """layers, width (F) and hidden (D), as files name them."""
-        return {"layers": len(self.layers), "width": self.width, "hidden": self.hidden}
+    def widths(self) -> list[int]:
+        """How many FFN neurons each layer has."""
+        return list(self.uneven or [self.width] * len(self.layers))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """layers, width (F) and hidden (D), as files name them.
+
+        With experts also `widths` where they differ, `gated` where false, `experts` of each layer
+        and `expert_width`, as `mlps.shape.model_shape` has them.
+        """
+        shape: dict[str, Any] = {
+            "layers": len(self.layers),
+            "width": self.width,
+            "hidden": self.hidden,
+        }
+        experts = [layer.experts for layer in self.layers]
+        sizes = {member.width for member in experts if member is not None}
+        if not sizes:
+            return shape
+        if min(self.widths) < self.width:
+            shape["widths"] = self.widths
+        if not self.is_gated:
+            shape["gated"] = False
+        shape["experts"] = [0 if member is None else member.n_experts for member in experts]
+        return shape | {"expert_width": sizes.pop()}
+
+    def parts(self) -> list[Part | Parts]:
+        """The neurons of all layers as a patch zeroes them; see `ResidualLayer.parts`."""
+        return [part for layer in self.layers for part in layer.parts()]

@@ -5,7 +5,7 @@ Which module does what is told by equal numbers: what one gave is what another o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.model.layers import Unfound
+from relneuron.model.mlps.experts import Experts
+from relneuron.model.stream.linear import Read, Rows, matrix, without_head
+from relneuron.model.stream.mixture import given_to
 from relneuron.model.stream.norms import Norm, read_norm
-from relneuron.model.stream.parts import Read, Rows, matrix, unsupported, without_head
+from relneuron.model.stream.parts import unsupported
 
 N_SENTENCES, N_TOKENS = 4, 6  # of the forward that is looked at
 
@@ -29,6 +32,7 @@ class Call:
     y: Tensor
     weights: Tensor | None  # (B, H, T, T), if it gave such a tensor
     is_alone: bool  # called with one tensor, gave one
+    given: tuple[Any, ...] = ()  # of experts: the arguments of the call
 
     @property
     def is_leaf(self) -> bool:
@@ -116,29 +120,38 @@ def as_norm(call: Call) -> Norm | None:
 class _Recorder:
     """Hooks on the modules inside of some others, whose calls it gives to a function at the end."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, experts: Iterable[Experts] = ()) -> None:
         self.model, self.calls = model, Calls()
-        self._began: list[tuple[nn.Module, Tensor | None, bool]] = []
+        self._experts = {id(one.module): one for one in experts}
+        self._began: list[tuple[nn.Module, Tensor | None, bool, tuple[Any, ...]]] = []
 
     def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         tensors = [v for v in (*args, *kwargs.values()) if v is not None]
         first = next((v for v in tensors if isinstance(v, Tensor) and v.is_floating_point()), None)
         # What is read may be changed in place later.
         x = None if first is None else _rows(first)
-        self._began.append((module, x, len(tensors) == 1))
+        given: tuple[Any, ...] = ()
+        if (experts := self._experts.get(id(module))) is not None:
+            given = tuple(v.clone() for v in given_to(module, args, kwargs))
+            x = given[0].reshape(-1, experts.hidden)
+        self._began.append((module, x, len(tensors) == 1, given))
 
     def end(self, module: nn.Module, _: Any, output: Any) -> None:
-        began, x, is_alone = self._began.pop()
+        began, x, is_alone, given = self._began.pop()
         assert began is module
         outputs = output if isinstance(output, (tuple, list)) else [output]
         tensors = [v for v in outputs if isinstance(v, Tensor) and v.is_floating_point()]
         if x is None or not tensors:
             return
-        y = _rows(tensors[0])
+        whole = tensors[0]
+        if given and (experts := self._experts[id(module)]).call == "dense":
+            whole = whole.reshape(experts.n_experts, -1, whole.shape[-1]).sum(0)
+        y = _rows(whole)
         square = [v for v in tensors[1:] if v.dim() == 4 and v.shape[2] == v.shape[3] == N_TOKENS]
         weights = square[0].detach().clone() if square else None
         if y is not None:
-            self.calls.append(Call(module, x, y, weights, is_alone and output is tensors[0]))
+            is_alone = is_alone and output is tensors[0]
+            self.calls.append(Call(module, x, y, weights, is_alone, given))
 
 
 def _rows(tensor: Tensor) -> Tensor | None:
@@ -152,16 +165,19 @@ def _rows(tensor: Tensor) -> Tensor | None:
 
 @contextmanager
 def recorded(
-    model: Any, layers: nn.ModuleList, look: Callable[[int, Call, Calls], None]
+    model: Any,
+    layers: nn.ModuleList,
+    look: Callable[[int, Call, Calls], None],
+    experts: Iterable[Experts] = (),
 ) -> Iterator[Calls]:
     """Within it a forward calls `look` as soon as a layer is done.
 
-    With the layer's number, its own call and those inside. What it gives are the calls of the
-    modules beside the layers, for the time afterwards.
+    With the layer's number, its own call and those inside, of `experts` with all arguments. What it
+    gives are the calls of the modules beside the layers, for the time afterwards.
     """
     places = {id(layer): number for number, layer in enumerate(layers)}
     inside = {id(module) for layer in layers for module in layer.modules()}
-    outer, inner = _Recorder(model), _Recorder(model)
+    outer, inner = _Recorder(model), _Recorder(model, experts)
     handles = []
 
     def begin_layer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

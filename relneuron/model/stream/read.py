@@ -24,6 +24,7 @@ from relneuron.model.layers import (
     unreadable,
 )
 from relneuron.model.mlps.candidates import linear_maps
+from relneuron.model.mlps.experts import Experts
 from relneuron.model.stream.find import (
     Found,
     agree,
@@ -31,8 +32,8 @@ from relneuron.model.stream.find import (
     heads_of,
     held_numbers,
     is_rounded,
-    shape_of,
 )
+from relneuron.model.stream.find_mixture import experts_in, find_mixture
 from relneuron.model.stream.head import fold_head, with_tail
 from relneuron.model.stream.norms import Norm, read_norm
 from relneuron.model.stream.parts import (
@@ -102,14 +103,21 @@ def _find(model: Any) -> tuple[list[ResidualLayer], str | None, Norm]:
         last[:] = [whole.y]
         numbers = held_numbers(whole.module, config)
         try:
-            found.append(
-                find_layer(number, f"{path}.{number}", whole.module, whole, calls, numbers)
-            )
+            if whole.x.shape != whole.y.shape or whole.x.dtype != whole.y.dtype:
+                raise Unfound("it does not give a state like the one that it reads")
+            where = f"{path}.{number}"
+            if own := experts[number]:
+                found.append(find_mixture(number, where, whole, calls, numbers, own))
+            else:
+                found.append(find_layer(number, where, whole, calls, numbers))
         except Unfound as error:
             raise unsupported(model, f"layer {number}: {error}") from None
 
     ids = _random_ids(model, N_SENTENCES, N_TOKENS)
-    with torch.no_grad(), eager_attention(model), recorded(model, layers, look) as outer:
+    experts = _experts(model, path, layers)
+    of_all = [one for own in experts for one in own]
+    recording = recorded(model, layers, look, of_all)
+    with torch.no_grad(), eager_attention(model), recording as outer:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except (RelneuronError, torch.OutOfMemoryError):
@@ -125,9 +133,22 @@ def _find(model: Any) -> tuple[list[ResidualLayer], str | None, Norm]:
     reasons = [f"layer {i}: {one.no_heads}" for i, one in enumerate(found) if one.no_heads]
     if not reasons and len({heads_of(one.layer) for one in found}) > 1:
         reasons = ["its layers differ in their heads"]
-    if len({shape_of(one.layer) for one in found}) > 1:
+    if not of_all and len({one.layer.n_neurons for one in found}) > 1:
         raise unsupported(model, "its layers differ in shape")
     return [one.layer for one in found], next(iter(reasons), None), normed[0]
+
+
+def _experts(model: Any, path: str, layers: nn.ModuleList) -> list[list[Experts]]:
+    """The experts of each layer, where it has any."""
+    found = []
+    for number, layer in enumerate(layers):
+        try:
+            found.append(experts_in(number, f"{path}.{number}", layer))
+        except Unfound as error:
+            raise unsupported(model, f"layer {number}: {error}") from None
+    if len({one.expert_width for own in found for one in own[:1]}) > 1:
+        raise unsupported(model, "its layers differ in the width of their experts")
+    return found
 
 
 def _why_no_norm(calls: Calls, x: Tensor) -> str:
@@ -160,7 +181,7 @@ def _random_ids(model: Any, n_sentences: int, n_tokens: int) -> Tensor:
 
 def _assemble(model: Any) -> ResidualModel:
     layers, no_heads, norm = _find(model)
-    width, hidden = shape_of(layers[0])
+    widths, hidden = [layer.n_neurons for layer in layers], len(norm.gain)
     n_heads, head_dim = (0, 0) if no_heads else heads_of(layers[0])
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
@@ -174,14 +195,15 @@ def _assemble(model: Any) -> ResidualModel:
         n_heads=n_heads,
         head_dim=head_dim,
         no_heads=no_heads,
-        width=width,
+        width=max(widths),
         hidden=hidden,
         vocabulary=len(unembed),
-        is_gated=layers[0].gate.rows != layers[0].up.rows,
+        is_gated=all(layer.is_gated for layer in layers),
         centred=norm.centred,
         eps=norm.eps,
         unembed=unembed,
         offset=offset,
+        uneven=tuple(widths) if min(widths) < max(widths) else (),
     )
 
 
@@ -234,9 +256,30 @@ def _sums(layer: ResidualLayer, found: Trace) -> Iterator[tuple[str, bool]]:
     whole = added_up((h, found.attention[i], found.ffn[i]), layer.order)
     yield "input + attention write + FFN write = the next layer's input", is_rounded(whole, after)
     scale = _scale(found.ffn_scale[i], found.ffn[i])
-    neurons = found.neurons[i].double() * scale.unsqueeze(-1)
-    ours = neurons @ layer.ffn_values().double() + layer.ffn.constant(scale)
+    if layer.mixture:
+        ours = _mixed(layer, found, scale)
+    else:
+        neurons = found.neurons[i].double() * scale.unsqueeze(-1)
+        ours = neurons @ layer.ffn_values().double() + layer.ffn.constant(scale)
     yield "neurons @ value vectors + bias = FFN write", agree(ours, found.ffn[i])
+
+
+def _mixed(layer: ResidualLayer, found: Trace, scale: Tensor) -> Tensor:
+    """(E, T, D) float64: what all neurons of a mixture write, and the biases of its experts."""
+    sentence, column = found.mask.nonzero(as_tuple=True)
+    bias = torch.zeros_like(found.ffn[layer.layer][0, 0], dtype=torch.float64)
+    for member in layer.mixture:
+        own = member.constant()
+        bias = bias if own is None else bias + own.double() * member.factor
+    ours = layer.ffn.constant(scale, bias)
+    for block in found.blocks(layer, sentence, column):
+        neurons, weight = block.read(slice(None)).double(), cast(Tensor, block.scale)
+        written = neurons @ block.values.double()
+        written = written if block.bias is None else written + block.bias.double()
+        rows = cast(Tensor, block.rows)
+        place = (sentence[rows], column[rows])
+        ours.index_put_(place, written * weight[:, None], accumulate=True)
+    return ours
 
 
 def _head_sums(layer: ResidualLayer, found: Trace) -> Iterator[tuple[str, bool]]:

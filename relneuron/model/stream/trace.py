@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import pad
-from relneuron.model.stream.parts import Heads, ResidualLayer, ResidualModel, Write
+from relneuron.model.stream.mixture import Block, ExpertMember, MlpMember, Sent, given_to
+from relneuron.model.stream.parts import Heads, ResidualLayer, ResidualModel, Write, unsupported
 
 _PARTS = (
     *("h", "r", "attention", "ffn", "neurons", "ffn_scale", "attention_scale"),
@@ -41,7 +43,9 @@ class Trace:
     r: list[Tensor] = field(default_factory=list)  # (E, T, D): between attention and FFN
     attention: list[Tensor] = field(default_factory=list)  # (E, T, D): the attention write
     ffn: list[Tensor] = field(default_factory=list)  # (E, T, D): the FFN write
-    neurons: list[Tensor] = field(default_factory=list)  # (E, T, F): inputs of `down`
+    # (E, T, F): inputs of `down`; (E, T, 0) of a layer with a mixture, whose members have `sent`
+    neurons: list[Tensor] = field(default_factory=list)
+    sent: list[list[Sent]] = field(default_factory=list)
     # (E, T) float64: what neurons are multiplied with behind their maps; None: 1 everywhere
     ffn_scale: list[Tensor | None] = field(default_factory=list)
     attention_scale: list[Tensor | None] = field(default_factory=list)
@@ -64,13 +68,62 @@ class Trace:
         """(E, F): the factor of each FFN neuron's value vector at the last position.
 
         The neuron, times the scale of the FFN's write there, if it has one; then in float32 for
-        models of 16 bits.
+        models of 16 bits. Of a layer without a mixture.
         """
         neurons, scale = self.neurons[layer][:, -1], self.ffn_scale[layer]
         if scale is None:
             return neurons
         wide = torch.promote_types(neurons.dtype, torch.float32)
         return neurons.to(wide) * scale[:, -1:].to(wide)
+
+    def ffn_coefficient(self, layer: ResidualLayer, e: int, index: int) -> float:
+        """The same of one neuron and sentence, which is 0 of an expert that it was not sent to."""
+        i = layer.layer
+        if not layer.mixture:
+            return scaled(self.neurons[i][e, -1, index], self.ffn_scale[i], e)
+        sentence, last = torch.tensor([[e], [-1]], device=self.mask.device)
+        for block in self.blocks(layer, sentence, last):
+            if block.start <= index < block.span.stop:
+                return float(block.coefficients()[0, index - block.start])
+        return 0.0
+
+    def blocks(self, layer: ResidualLayer, sentence: Tensor, column: Tensor) -> Iterator[Block]:
+        """The FFN neurons of a layer at n places, `sentence` and `column` (n,) int64.
+
+        One block of a dense layer. Of a mixture a block for each expert that any of the places was
+        sent to, those with the higher numbers first; the others wrote nothing.
+        """
+        i = layer.layer
+        scale = self.ffn_scale[i]
+        at = None if scale is None else scale[sentence, column]
+        if not layer.mixture:
+
+            def read(some: slice) -> Tensor:
+                return self.neurons[i][..., some][sentence, column]
+
+            yield Block(None, 0, layer.ffn_values(), None, at, read)
+            return
+        for member, sent in reversed(list(zip(layer.mixture, self.sent[i], strict=True))):
+            experts = sent.expert[sentence, column]
+            for expert in sorted({*experts.flatten().tolist()}, reverse=True):
+                if expert < 0:
+                    continue
+                rows, slot = (experts == expert).nonzero(as_tuple=True)
+                place = (sentence[rows], column[rows], slot)
+                own = sent.scale[place] if at is None else sent.scale[place] * at[rows]
+                bias = member.bias(expert)
+                yield Block(
+                    rows,
+                    member.start + expert * member.width,
+                    layer.ffn.behind(member.values(expert)),
+                    None if bias is None else layer.ffn.behind(bias),
+                    own,
+                    partial(_some, sent.neurons, place),
+                )
+
+
+def _some(neurons: Tensor, place: tuple[Tensor, ...], some: slice) -> Tensor:
+    return neurons[..., some][place]
 
 
 def scaled(value: Tensor, scale: Tensor | None, e: int) -> float:
@@ -119,6 +172,10 @@ class _Reading:
 
     def __init__(self, residual: ResidualModel, found: Trace) -> None:
         self.residual, self.found, self._stack = residual, found, ExitStack()
+        # What was read of the members of mixtures, by layer and member: of experts what was sent;
+        # of an MLP its neurons, and the outputs of the map that weighs it.
+        self._members: dict[tuple[int, int], list[Any]] = {}
+        self._weights: dict[tuple[int, int], Tensor] = {}
 
     def __enter__(self) -> _Reading:
         with ExitStack() as stack:
@@ -153,7 +210,10 @@ class _Reading:
     def _read_layer(self, stack: ExitStack, layer: ResidualLayer) -> None:
         found = self.found
         self._read_input(stack, layer.module, found.h)
-        self._read_input(stack, layer.down, found.neurons)
+        if layer.mixture:
+            self._read_mixture(stack, layer)
+        else:
+            self._read_input(stack, layer.down, found.neurons)
         self._read_write(stack, layer.ffn, found.ffn, found.ffn_scale)
         self._read_write(stack, layer.attention, found.attention, found.attention_scale)
         if layer.heads is not None:
@@ -170,8 +230,54 @@ class _Reading:
             scales.append(write.scale(y) if write.is_scaled else None)
 
         # In this order, should both be one module.
-        self._read_output(stack, write.linear or write.source, read_scale)
+        if write.linear is None and write.norm is not None:
+
+            def read_input(_: Any, args: Any, kwargs: Any) -> None:
+                read_scale(_first(args, kwargs))
+
+            hook = write.norm.module.register_forward_pre_hook(read_input, with_kwargs=True)
+            stack.callback(hook.remove)
+        else:
+            self._read_output(stack, write.linear or write.source, read_scale)
         self._read_output(stack, write.source, read)
+
+    def _read_mixture(self, stack: ExitStack, layer: ResidualLayer) -> None:
+        for number, member in enumerate(layer.mixture):
+            place = (layer.layer, number)
+            seen = self._members.setdefault(place, [])
+            if isinstance(member, ExpertMember):
+                module, hook = member.experts.module, partial(self._read_experts, member, seen)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+                continue
+            self._read_input(stack, member.down, seen)
+            if member.weight is not None:
+                self._read_output(stack, member.weight, partial(self._read_weight, place))
+
+    def _read_weight(self, place: tuple[int, int], output: Any) -> None:
+        self._weights[place] = self._shaped(_tensor(output)).clone()
+
+    def _read_experts(
+        self, member: ExpertMember, seen: list[Any], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        seen.append(member.sent(self.found.mask.shape, given_to(module, args, kwargs)))
+
+    def end(self) -> None:
+        """Put together what was read of mixtures, once the forward is done."""
+        found = self.found
+        for layer in self.residual.layers:
+            found.sent.append([])
+            for number, member in enumerate(layer.mixture):
+                seen = self._members[layer.layer, number]
+                if len(seen) != 1:
+                    why = f"a forward calls the experts of layer {layer.layer} {len(seen)} times"
+                    raise unsupported(self.residual.model, why)
+                if isinstance(member, MlpMember):
+                    weight = self._weights.get((layer.layer, number))
+                    seen = [member.sent(seen[0], weight)]
+                found.sent[-1] += seen
+            if layer.mixture:
+                found.neurons.insert(layer.layer, found.h[layer.layer][..., :0])
 
     def _read_heads(self, stack: ExitStack, heads: Heads) -> None:
         def read_values(output: Any) -> None:
@@ -245,6 +351,11 @@ def _put(whole: Trace, part: Trace, rows: list[int]) -> None:
                 ours.append(tensor.new_zeros(shape))
             length = tensor.shape[dim]
             ours[layer].narrow(dim, n_tokens - length, length)[rows] = tensor
+    for layer, members in enumerate(part.sent):
+        if len(whole.sent) == layer:
+            whole.sent.append([sent.like(len(whole.mask), n_tokens) for sent in members])
+        pairs = zip(whole.sent[layer], members, strict=True)
+        whole.sent[layer] = [ours.put(sent, rows) for ours, sent in pairs]
 
 
 def _run(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
@@ -252,8 +363,9 @@ def _run(residual: ResidualModel, ids: Sequence[Sequence[int]]) -> Trace:
     model, unembed = residual.model, residual.unembed
     tokens, mask = pad(ids, unembed.device)
     found = _empty(residual, tokens.shape[1] - mask.sum(1), tokens.shape[1])
-    with eager_attention(model), _Reading(residual, found):
+    with eager_attention(model), _Reading(residual, found) as reading:
         logits = last_logits(model, tokens, mask)
+    reading.end()
     found.logits = logits.float()
     found.scale = residual.final_norm.scale(found.h[-1][:, -1])
     pairs = zip(found.h, found.attention, strict=False)  # h has one more

@@ -17,11 +17,11 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.methods.counts import torch_files
 from relneuron.methods.counts.authors_files import (
-    config_shape,
     read_counts_pth,
     read_neuron_pth,
     write_neuron_pth,
 )
+from relneuron.model.config import config_shape
 from tests.conftest import SHARED
 
 PUBLISHED = SHARED / "lape" / "LLaMA-2-7B.neuron.pth"

@@ -16,8 +16,8 @@ import pytest
 
 import relneuron.artifact.journal
 import relneuron.artifact.manifest
+import relneuron.artifact.prompts
 import relneuron.methods.gains.attribute
-import relneuron.methods.gains.targets
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import JOURNAL
@@ -35,7 +35,7 @@ STEPS = (
     (Journal, "remove"),
     (Manifest, "save"),
     (relneuron.methods.gains.attribute, "atomic_write"),
-    (relneuron.methods.gains.targets, "atomic_write"),
+    (relneuron.artifact.prompts, "atomic_write"),
     (relneuron.artifact.journal, "atomic_write"),
     (relneuron.artifact.manifest, "atomic_write"),
 )

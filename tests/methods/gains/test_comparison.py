@@ -18,15 +18,14 @@ from relneuron.methods.gains.comparison import (
     METHODS,
     Row,
     Sizes,
-    Summary,
     best,
     choose,
     method_scores,
     plan,
     run,
-    summary,
     top_heads,
 )
+from relneuron.methods.gains.drops import Summary, summary
 from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel

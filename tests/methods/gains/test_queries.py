@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.methods.gains.scores import promoted_tokens, query_scores
+from relneuron.methods.gains.promoted import promoted_tokens
+from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import value_scores
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import Trace, trace
