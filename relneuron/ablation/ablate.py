@@ -27,6 +27,13 @@ from relneuron.ablation.conditions import (
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, files_beside, read_how
 from relneuron.ablation.options import AblateOptions
+from relneuron.ablation.pictured import (
+    alone,
+    check_positions,
+    find_for,
+    first_inputs,
+    pictured_inputs,
+)
 from relneuron.artifact.effects import (
     CHOICE,
     WRITTEN,
@@ -38,15 +45,16 @@ from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, re
 from relneuron.artifact.installed import need
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, versions
-from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
+from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
-from relneuron.model.ask import Asker, Step
+from relneuron.model.ask import Asker
 from relneuron.model.canary import check_canary
+from relneuron.model.converse import Step
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
-from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
     Questions,
@@ -89,6 +97,7 @@ def ablate_prompts(
     prompts_path: Path,
     output: Path,
     *,
+    processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -119,7 +128,8 @@ def ablate_prompts(
             "name others with --splits",
             2,
         )
-    mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
+    check_positions(options.positions, neurons, prompts)
+    mlps = find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     described = describe_model(name, model, mlps, backend)
@@ -157,11 +167,12 @@ def ablate_prompts(
         analyses=options.analyses,
         sizes=sizes,
         random_seeds=options.random_seeds,
+        with_modules=options.module_sets,
         own=own,
         unrelated=options.unrelated,
     )
     n_tokens = options.generate or N_ANSWER_TOKENS
-    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens)
+    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens, processor=processor)
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
     notices += questions.notices
@@ -181,8 +192,9 @@ def ablate_prompts(
         warnings.warn(notice, stacklevel=2)
     how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
     asker = Asker(model, tokenizer)
-    check_canary(model, mlps, asker.pad(questions.ids[:1])[0], backend)
+    check_canary(model, mlps, first_inputs(questions, asker.pad), backend)
     inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
+    inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
     with locked(output.parent):
         journal = Journal(output.parent / "ablate.journal", inputs)
@@ -201,6 +213,7 @@ def ablate_prompts(
                 _asking(asker, questions, forced=forced, n_tokens=n_tokens),
                 bar.update,
                 options.positions,
+                alone(questions),
             )
             nll = {}
             if texts:

@@ -18,6 +18,7 @@ from relneuron.artifact.options import (
     Output,
     Prompts,
 )
+from relneuron.artifact.prompts import read_prompts, read_questions
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.stage import Printed
 from relneuron.texts.options import SourceOptions, Sources
@@ -38,13 +39,14 @@ def ablate(
 ) -> Iterator[str | Printed]:
     """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
+    from relneuron.ablation.pictured import processor_for
     from relneuron.model.instrument import Clock
     from relneuron.model.load import load
 
     refuse_outputs(output, force)
     check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
-    NeuronFile.read(neurons)
+    found, asked = NeuronFile.read(neurons), read_prompts(prompts)
     loaded, tokenizer = load(model, load_options)
     with Clock(loaded) as clock:
         ablate_prompts(
@@ -55,6 +57,7 @@ def ablate(
             prompts,
             output,
             **vars(options),
+            processor=processor_for(model, load_options, found, asked),
             backend=load_options.backend,
             force=force,
             quiet=quiet,
@@ -168,8 +171,10 @@ def generate(
     """Continuations of prompts with sets of neurons off, or set to another group's mean."""
     from relneuron.ablation.generate import generate as generate_stage
     from relneuron.ablation.outputs import score_table
+    from relneuron.ablation.pictured import processor_for
     from relneuron.model.load import load
 
+    found, asked = NeuronFile.read(neurons), read_questions(prompts, options.template)
     loaded, tokenizer = load(model, load_options)
     made = generate_stage(
         model,
@@ -179,6 +184,7 @@ def generate(
         prompts,
         output,
         options,
+        processor=processor_for(model, load_options, found, asked),
         backend=load_options.backend,
         force=force,
         quiet=quiet,

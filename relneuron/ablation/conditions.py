@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from relneuron.artifact.effects import Condition, main_split, own_languages, split_name
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.modules import QFORMER, is_asked, module_layers
 from relneuron.artifact.neurons import NeuronFile, Shape, all_scores, check_neurons, random_neurons
 from relneuron.artifact.prompts import Prompt, rows_about
 from relneuron.artifact.reading import open_tensors
@@ -139,13 +140,14 @@ def module_sets(modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
     name than the one that is looked for. Here `projector` is the projector.
     """
     names = ["language", "vision+projector", "projector"]
-    if "qformer" in modules:
-        names = ["language", "vision", "qformer", "vision+qformer", *names[2:]]
+    if any(is_asked(module, QFORMER) for module in modules):
+        names = ["language", "vision", QFORMER, f"vision+{QFORMER}", *names[2:]]
     found: dict[str, tuple[str, ...]] = {"none": ()}
     for name in names:
-        parts = tuple(part for part in name.split("+") if part in modules)
+        own = {word: [m for m in modules if is_asked(m, word)] for word in name.split("+")}
+        parts = tuple(module for some in own.values() for module in some)
         if parts and parts not in found.values():
-            found["+".join(parts)] = parts
+            found["+".join(word for word, some in own.items() if some)] = parts
     if len(modules) < 2:
         raise RelneuronError(
             f"--module-sets: the neurons are of the {modules[0]} module alone",
@@ -156,15 +158,10 @@ def module_sets(modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def module_places(shape: Mapping[str, Any], module: str) -> Places:
-    """The places of all neurons of a module of the model: its layers stand one after the other."""
-    order, first = Shape.of(shape), 0
-    names = list(order.widths)
-    for name, n_layers in shape["modules"].items():
-        if name == module and n_layers:
-            begin = order.span(first, names[0]).start
-            return np.arange(begin, order.span(first + n_layers - 1, names[-1]).stop)
-        first += n_layers
-    return _NONE
+    """The places of all neurons of a module of the model."""
+    order, layers = Shape.of(shape), module_layers(shape)[module]
+    spans = [order.span(layer, site) for layer in layers for site in order.widths]
+    return np.concatenate([np.arange(span.start, span.stop) for span in spans])
 
 
 def module_conditions(
@@ -182,7 +179,7 @@ def module_conditions(
             f"give each line its group: one of {', '.join(sets)}",
         )
     plan: dict[str, list[Ablation]] = {}
-    for name, modules in module_sets(list(shape.get("modules", ("language",)))).items():
+    for name, modules in module_sets(list(module_layers(shape))).items():
         inside = np.concatenate([_NONE, *(module_places(shape, module) for module in modules)])
         for group, rows in asked.items():
             places = np.sort(sets[group][np.isin(sets[group], inside)])
@@ -225,6 +222,7 @@ def plan_conditions(
     analyses: Sequence[str],
     sizes: Sequence[int],
     random_seeds: int,
+    with_modules: bool = False,
     own: Mapping[str, str] | None = None,
     unrelated: int | None = None,
 ) -> list[Ablation]:
@@ -235,8 +233,8 @@ def plan_conditions(
 
     Clean, sets and random sets are asked everything; sizes, sites, concepts and gains the prompts
     of the main split (eva in the files' own language, or else the first by `split_order`); matched
-    sets and ranges of ranks only those of it that their own set is about. `own`: each relation's
-    own language, where that of `prompts` is not known from them.
+    sets, ranges of ranks and sets of modules (`with_modules`) only those of it that their own set
+    is about. `own`: each relation's own language, where that of `prompts` is not known from them.
     """
     everything = range(len(prompts))
     languages = own_languages(prompts) if own is None else own
@@ -287,6 +285,11 @@ def plan_conditions(
     if "gain" in analyses:
         for name, places in gains.items():
             add(f"gain:{name}", places, eva, "gain", relation=name)
+    if with_modules:
+        asked_of = {name: [i for i in eva if prompts[i].relation == name] for name in sets}
+        asked_of = {name: rows for name, rows in asked_of.items() if rows}
+        for name, some in module_conditions(sets, shape, asked_of).items():
+            plan += some if name != "none" else []  # that is clean
     names = [ablation.condition.name for ablation in plan]
     clash = [name for name, n in Counter(names).items() if n > 1]
     if clash:

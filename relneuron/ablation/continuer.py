@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from relneuron.ablation.options import GenerateOptions
-from relneuron.model.ask import Asker, Step, cache_of
+from relneuron.model.ask import Asker, cache_of
+from relneuron.model.converse import Step, go_through
 from relneuron.model.lens import Lens, Read
 from relneuron.model.questions import Questions
 from relneuron.texts.tokens import whole_text
@@ -24,7 +25,10 @@ Said = tuple[str, int, str, list[list[Read]]]
 
 
 class Continuer(Asker):
-    """Continues batches of prompts; a row is a prompt and a seed, number prompt * seeds + seed."""
+    """Continues batches of prompts; a row is a prompt and a seed, number prompt * seeds + seed.
+
+    Greedy text has one seed.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, decoding: GenerateOptions) -> None:
         super().__init__(model, tokenizer)
@@ -35,8 +39,13 @@ class Continuer(Asker):
     def go_on(
         self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
     ) -> list[Said]:
-        """The text, number of tokens and reason of the end of each row's continuation."""
+        """The text, number of tokens and reason of the end of each row's continuation.
+
+        Rows of a prompt with pictures must be of that prompt alone.
+        """
         prompts = [row // self.decoding.n_seeds for row in rows]
+        if questions.has_pictures(prompts[0]):
+            return self._look(questions, rows, before_step)
         tokens, mask = self.pad([questions.ids[row] for row in prompts])
         texts = Texts(self, questions, rows)
         # Padding is no token of the prompt: it must not be penalised.
@@ -61,6 +70,24 @@ class Continuer(Asker):
                 tokens, mask = tokens[kept], mask[kept]
             entering = torch.ones_like(tokens)
             mask = torch.cat([mask, entering], 1)
+        return texts.said()
+
+    def _look(
+        self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
+    ) -> list[Said]:
+        """`go_on` of one prompt with pictures, in so many rows, all of which go on to the end."""
+        texts, everyone = Texts(self, questions, rows), range(len(rows))
+        prompt = rows[0] // self.decoding.n_seeds
+        ids = torch.tensor(questions.ids[prompt], device=self.device).repeat(len(rows))
+        of = torch.arange(len(rows), device=self.device)
+        texts.begin(of.repeat_interleave(len(questions.ids[prompt])), ids)
+
+        def choose(_: int, logits: Tensor) -> Tensor | None:
+            chosen = texts.take(everyone, logits)
+            return None if all(texts.ends) else chosen
+
+        most = self.decoding.max_new_tokens
+        go_through(self.model, questions.inputs(prompt), len(rows), most, choose, before_step)
         return texts.said()
 
     def decoded(self, made: Sequence[int]) -> str:
@@ -98,8 +125,11 @@ class Texts:
     def take(self, going: Sequence[int], logits: Tensor) -> Tensor:
         """The next token of each of the rows that go on, from its logits (b, V) float32."""
         if self._first is not None:
+            rows, tokens = self._first
+            # What stands for a picture need not be a token of the model's.
+            known = tokens < logits.shape[-1]
             self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[self._first] = True
+            self._seen[rows[known], tokens[known]] = True
             self._first = None
         lens = self.continuer.lens
         if lens is not None and self.n_forwards < (self.decoding.lens or 0):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,13 +19,14 @@ from torch import Tensor
 from relneuron.ablation.conditions import Ablation
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
-from relneuron.model.ask import Step
 from relneuron.model.batches import Budget, cut
+from relneuron.model.converse import Step
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, off_state, replacements
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
+ANYONE = -1  # whose rows share batches with all others that may
 
 
 # Says something of each of some prompts, and before each forward what its tokens are.
@@ -66,22 +68,32 @@ def same_ablation(plan: Sequence[Ablation], how: How) -> list[int]:
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
+def _anyone(prompt: int) -> int:
+    return ANYONE
+
+
 def plan_rows(
-    rows: Sequence[Row], lengths: Sequence[int], batch_tokens: int, n_conditions: int
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    n_conditions: int,
+    alone: Callable[[int], int] = _anyone,
 ) -> Iterator[tuple[range, list[Row]]]:
     """Batches of rows of about the same length, at most `batch_tokens` with padding.
 
     Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
-    which wave it belongs to. Within a batch rows stand by condition.
+    which wave it belongs to. Within a batch rows stand by condition. Only rows of prompts for which
+    `alone` says the same share a batch: those of one prompt with pictures.
     """
     waves: dict[int, list[Row]] = {}
     for row in rows:
         waves.setdefault(row.condition // n_conditions, []).append(row)
     for number, members in sorted(waves.items()):
         wave = range(number * n_conditions, (number + 1) * n_conditions)
-        members.sort(key=lambda row: (lengths[row.prompt], row.condition, row.prompt))
-        for batch in cut(members, lambda row: lengths[row.prompt], batch_tokens):
-            yield wave, sorted(batch)
+        members.sort(key=lambda r: (alone(r.prompt), lengths[r.prompt], r.condition, r.prompt))
+        for _, some in groupby(members, lambda row: alone(row.prompt)):
+            for batch in cut(some, lambda row: lengths[row.prompt], batch_tokens):
+                yield wave, sorted(batch)
 
 
 def wave_states(
@@ -150,6 +162,7 @@ class Evaluator:
         ask: Ask,
         advance: Callable[[int], object],
         positions: str = "all",
+        alone: Callable[[int], int] = _anyone,
     ) -> dict[Row, Any]:
         """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches.
 
@@ -158,7 +171,7 @@ class Evaluator:
         found: dict[Row, Any] = {}
         states: list[LayerState] = []
         current = range(0)
-        batches = plan_rows(rows, lengths, self.batch_tokens, self._wave_size)
+        batches = plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone)
         for number, (wave, batch) in enumerate(batches):
             key = f"{what} {number}"
             if key not in self.journal.done:
@@ -187,12 +200,15 @@ def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]
     def mark(step: Step) -> None:
         conditions = ids[step.rows]
         width = step.mask.shape[1]
-        if positions != "all":
+        # In the forward of the prompt all that is in the pictures belongs to the prompt.
+        if positions != "all" and not (positions == "prompt" and step.has_pictures):
             column = torch.arange(width, device=ids.device)
             prompt_end = width - step.n_answer
             inside = column < prompt_end if positions == "prompt" else column >= prompt_end - 1
             conditions = conditions[:, None] * inside
         n_needed = step.n_needed if step.n_needed < width else None
-        patch.tokens = Tokens(conditions=conditions.int(), n_needed=n_needed)
+        patch.tokens = Tokens(
+            conditions=conditions.int(), n_needed=n_needed, stacked=step.has_pictures
+        )
 
     return mark

@@ -28,6 +28,7 @@ from relneuron.ablation.outputs import (
     lines_bytes,
     score_rows,
 )
+from relneuron.ablation.pictured import alone, find_for, first_inputs, pictured_inputs
 from relneuron.ablation.steer import mean_activations, steering_states
 from relneuron.artifact.counts import NAME
 from relneuron.artifact.effects import Condition
@@ -42,14 +43,14 @@ from relneuron.artifact.files import (
 )
 from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model
-from relneuron.artifact.neurons import ATTENTION, NeuronFile
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, read_questions
 from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
-from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
+from relneuron.model.pictures import Processor
 from relneuron.model.questions import encode
 from relneuron.texts.tokens import listed, without_blanks
 
@@ -117,6 +118,7 @@ def generate(
     output: Path,
     options: GenerateOptions | None = None,
     *,
+    processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -146,7 +148,7 @@ def generate(
     prompts = read_questions(checked(prompts_path), options.template)
     if measure:
         check_answers(prompts)
-    mlps = find_mlps(model, attention=ATTENTION[0] in neurons.model)
+    mlps = find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     masks = plan_masks(neurons, options, shape, prompts)
@@ -159,7 +161,10 @@ def generate(
     steering: Any = nullcontext()
     if set_to and counts:
         steering = steering_patch(mlps, neurons, set_to, counts, backend)
-    questions = encode(tokenizer, model, prompts, answers=False, n_tokens=options.max_new_tokens)
+    n_new = options.max_new_tokens
+    questions = encode(
+        tokenizer, model, prompts, answers=False, n_tokens=n_new, processor=processor
+    )
     _, blank = without_blanks(tokenizer, [p.prompt for p in prompts], ["a"] * len(prompts))
     if blank:
         named = listed([prompts[row].id for row in blank])
@@ -173,12 +178,13 @@ def generate(
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     continuer = Continuer(model, tokenizer, options)
-    check_canary(model, mlps, continuer.pad(questions.ids[:1])[0], backend)
+    check_canary(model, mlps, first_inputs(questions, continuer.pad), backend)
     inputs = generate_inputs(described, tokenizer, neurons_path, prompts_path, counts, options)
+    inputs |= pictured_inputs(processor, prompts)
     first, n_seeds = same_ablation(plan, How()), options.n_seeds
     pairs = [(first[i], p) for i, ablation in enumerate(plan) for p in ablation.prompts]
     rows = [Row(i, p * n_seeds + seed) for i, p in dict.fromkeys(pairs) for seed in range(n_seeds)]
-    lengths = [len(ids) + options.max_new_tokens for ids in questions.ids for _ in range(n_seeds)]
+    lengths = [len(ids) + n_new for ids in questions.ids for _ in range(n_seeds)]
     with locked(output.parent):
         journal = Journal(journal_path, inputs)
         evaluator = Evaluator(
@@ -187,7 +193,9 @@ def generate(
         ask = partial(continuer.go_on, questions)
         bar = progress_bar(len(rows), "generate", "text", quiet)
         with bar, journal, steering, continuer.lens or nullcontext():
-            found = evaluator.run("texts", rows, lengths, ask, bar.update)
+            found = evaluator.run(
+                "texts", rows, lengths, ask, bar.update, alone=alone(questions, n_seeds)
+            )
         lines, read, places = [], [], iter(first)
         for mask, some in masks.items():
             asked_of = {p: place for a, place in zip(some, places, strict=False) for p in a.prompts}

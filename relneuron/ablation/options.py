@@ -105,6 +105,11 @@ class AblateOptions(OomOptions):
         "Also count a prediction that begins with the object as correct ('Japan.' for 'Japan').",
         only=Only("without --generate", lambda o: o.generate is None),
     )
+    module_sets: bool = option(
+        False,
+        "Also switch off, of each relation's neurons and for its own prompts, those in each of a "
+        "vision-language model's sets of modules: language, vision, ..., all.",
+    )
     batch_tokens: int = option(4096, "Tokens of a batch, padding included.", least=1)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 def mean_activations(folder: Path, group: str, shape: dict[str, int]) -> Array:
     """sum.act / tokens of a group in `folder`'s counts.safetensors, as (L, F) float32.
 
+    The tokens are those that each layer ran; where there were none the mean is 0.
+
     Raises RelneuronError if the counts have no moments, not this group or no token of it, or are
     of a model with other layers or another width.
     """
@@ -48,7 +50,8 @@ def mean_activations(folder: Path, group: str, shape: dict[str, int]) -> Array:
     row = counts.groups.index(group)
     if not counts.tokens[row]:
         raise RelneuronError(f"{path} has no token of {group!r}", "count text of this group")
-    means: Array = (sums[row] / counts.tokens[row]).astype(np.float32)
+    ran = np.maximum(counts.tokens_at()[row], 1)[:, None]
+    means: Array = (sums[row] / ran).astype(np.float32)
     return means
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.ask import Step
 from relneuron.model.batches import is_out_of_memory
+from relneuron.model.converse import Step
 from relneuron.model.layers import input_device
 
 LOGITS = 2**26  # of a slice of tokens, in float32: 256 MiB

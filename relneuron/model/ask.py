@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
+from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions
 from relneuron.texts.tokens import CHARACTER_BYTES, CUT, whole_text
@@ -67,16 +68,6 @@ def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
     return [row[k] for row, k in zip(scores, which, strict=True)], which
 
 
-@dataclass(frozen=True)
-class Step:
-    """A forward that is about to run, for those who mark its tokens."""
-
-    rows: Tensor  # (b,) int64: its rows among the prompts asked
-    mask: Tensor  # (b, t) 1 for the tokens that enter it, 0 for padding
-    n_answer: int  # how many of its t columns, the last ones, are tokens of the answer
-    n_needed: int  # of how many columns, the last ones, the logits are looked at
-
-
 def _ignore(step: Step) -> None:
     """Marks nothing."""
 
@@ -122,7 +113,10 @@ class Asker:
         """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS.
 
         An answer that is only a part of one character's bytes by then goes on until it is whole.
+        Rows of a prompt with pictures must be of that prompt alone.
         """
+        if questions.has_pictures(rows[0]):
+            return self._ask_pictured(questions, rows, before_step, n_tokens)
         tokens, mask = self.pad([questions.ids[row] for row in rows])
         everyone = torch.arange(len(rows), device=self.device)
         inputs, entering, cache = tokens, mask, None
@@ -145,6 +139,44 @@ class Asker:
             entering = torch.ones_like(inputs)
             mask = torch.cat([mask, entering], 1)
         self._add_after_spaces(scores, questions, rows, before_step)
+        return _answers([self._text(answer) for answer in made], questions, rows, scores)
+
+    def _ask_pictured(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None],
+        n_tokens: int,
+    ) -> Answers:
+        """`ask` of one prompt with pictures, in so many rows."""
+        starts, inputs = questions.asked_of(rows[0]), questions.inputs(rows[0])
+        scores: list[list[float]] = []
+        chosen: list[Tensor] = []
+        made: list[list[int]] = []
+
+        def choose(number: int, logits: Tensor) -> Tensor | None:
+            if number == 0:
+                scores[:] = self._firsts(logits, [starts] * len(rows))
+            chosen.append(logits.argmax(-1))
+            if number >= n_tokens - 1:
+                lines = torch.stack(chosen, 1).tolist()
+                made[:] = [self._first_tokens(line, n_tokens) for line in lines]
+                if not any(map(self._is_cut, made)):
+                    return None
+            return chosen[-1]
+
+        most = n_tokens + CHARACTER_BYTES - 1
+        go_through(self.model, inputs, len(rows), most, choose, before_step)
+        for k, start in enumerate(starts):
+
+            def follow(number: int, logits: Tensor, start: Any = start, k: int = k) -> Any:
+                wanted = [start[number]] * len(rows)
+                for row, more in zip(scores, self._logprobs(logits, wanted), strict=True):
+                    row[k] += more if number else 0.0
+                return None if number == len(start) - 1 else logits.new_tensor(wanted).long()
+
+            if len(start) > 1:
+                go_through(self.model, inputs, len(rows), len(start), follow, before_step)
         return _answers([self._text(answer) for answer in made], questions, rows, scores)
 
     def _add_after_spaces(
@@ -253,8 +285,10 @@ class Asker:
 
         It must give the same predictions on eight of them, and no prompt may reach the end of a
         sliding window: there the forced token takes up a place. No answer has two spaces before it,
-        or another one than that which is put in.
+        or another one than that which is put in. None is about a picture.
         """
+        if any(prompt.images for prompt in questions.prompts):
+            return False
         for row in range(len(questions.starts)):
             spaces = {start[:-1] for start in questions.asked_of(row)} - {()}
             if not spaces <= {(questions.put_in(row),)}:

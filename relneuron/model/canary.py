@@ -5,7 +5,7 @@ The stages that switch neurons off, or record them, ask once before they begin.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,31 +13,43 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Shape
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
+from relneuron.model.pictures import sent
 from relneuron.model.states import mask_states
 
 
-def check_canary(model: Any, mlps: Sequence[Part], input_ids: Tensor, backend: str) -> None:
+def check_canary(
+    model: Any, mlps: Sequence[Part], inputs: Tensor | Mapping[str, Tensor], backend: str
+) -> None:
     """Raise unless switching off all MLPs changes the logits: guards against a dead patch.
 
-    Likewise all attentions, where their projections are patched.
+    Likewise all attentions, where their projections are patched. `inputs` are token ids (B, T), or
+    what a processor makes of a prompt with pictures: then each module of the model must change
+    them, else the language model must.
     """
-    shape, parts = model_shape(mlps), {"gate": "MLP"}
+    shape, order = model_shape(mlps), Shape.of(model_shape(mlps))
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else sent(model, inputs)
+    modules = module_layers(shape)
+    if isinstance(inputs, Tensor):
+        modules = {"language": modules["language"]} if "language" in modules else {}
+    parts = [("gate", f"MLP of {name}", layers) for name, layers in modules.items()]
+    if len(modules) == 1:
+        parts = [("gate", "MLP", layers) for layers in modules.values()]
     if mlps[0].projections:
-        parts |= {"o": "attention"}
+        parts += [("o", "attention", range(order.layers))]
     with torch.no_grad():
-        clean = model(input_ids).logits
-        for site, what in parts.items():
-            order = Shape.of(shape)
+        clean = model(**given).logits
+        for site, what, layers in parts:
             everything = [
                 neuron
-                for layer in range(order.layers)
+                for layer in layers
                 for neuron in order.neurons(np.r_[order.span(layer, site)])
             ]
             with Patch(mlps, mask_states([everything], mlps), backend=backend):
-                dark = model(input_ids).logits
+                dark = model(**given).logits
             if torch.equal(clean, dark):
                 raise RelneuronError(
                     f"switching off every {what} did not change the logits: the patch is not "

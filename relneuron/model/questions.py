@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError, fold
 from relneuron.artifact.prompts import Prompt
+from relneuron.model.pictures import Processor
+from relneuron.texts.pictures import open_picture, pictures_of
 from relneuron.texts.tokens import (
     Continuation,
     blank_notice,
@@ -56,6 +61,8 @@ class Questions:
              them `answers` are the only ones
     options  how a multiple-choice prompt goes on with each of its options, no two of them alike
     notices  what a reader of the results must know of how prompts became tokens
+    processor, texts  make the inputs of prompts with pictures, whose `ids` have a token for each
+             place that a picture takes
     """
 
     prompts: list[Prompt]
@@ -64,6 +71,16 @@ class Questions:
     starts: list[list[tuple[int, ...]]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     options: list[list[tuple[int, ...]]] = field(default_factory=list)
+    processor: Processor | None = None
+    texts: list[str] = field(default_factory=list)
+
+    def has_pictures(self, row: int) -> bool:
+        return self.processor is not None and bool(self.prompts[row].images)
+
+    def inputs(self, row: int) -> dict[str, Tensor]:
+        """What a forward takes for a prompt with pictures, as `Processor.inputs`."""
+        assert self.processor is not None, "only what has a processor has pictures"
+        return _inputs(self.processor, self.prompts[row], self.texts[row])
 
     def length(self, row: int) -> int:
         return len(self.ids[row])
@@ -88,13 +105,16 @@ def encode(
     *,
     answers: bool = True,
     n_tokens: int = N_ANSWER_TOKENS,
+    processor: Processor | None = None,
 ) -> Questions:
     """Tokenise prompts, with the special tokens that the tokenizer puts before a text (BOS).
 
     An answer begins as `tokens.continuations` says. A prompt's space at its end is left out where
-    the tokenizer joins it to the next word. Raises RelneuronError for an empty prompt, one that
+    the tokenizer joins it to the next word. Of a prompt about pictures the `processor` makes the
+    tokens, from the pictures and the text. Raises RelneuronError for an empty prompt, one that
     with `n_tokens` of answer does not fit the context, and an object without a token; without
-    `answers` objects are not looked at.
+    `answers` objects are not looked at. A picture that cannot be read raises, as do pictures
+    without a processor.
     """
     texts, notices = [prompt.prompt for prompt in prompts], []
     found: list[list[Continuation]] = []
@@ -105,10 +125,20 @@ def encode(
         found = object_continuations(tokenizer, prompts, texts)
         options = _options(tokenizer, prompts, texts)
     ids = encode_texts(tokenizer, texts)
+    pictured = {row for row, prompt in enumerate(prompts) if prompt.images}
+    for row in sorted(pictured):
+        if processor is None:
+            raise RelneuronError(
+                f"prompt {prompts[row].id} is about a picture, and text alone is read here",
+                "give prompts without `image`, or use ablate, generate or count",
+            )
+        ids[row] = _inputs(processor, prompts[row], texts[row])["input_ids"][0].tolist()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
-    lines = [*ids, *(one.tokens for some in found for one in some)]
-    largest = max(max(line, default=0) for line in lines)
+    # What stands for a picture need not be a token of the model's.
+    read = [line for row, line in enumerate(ids) if row not in pictured]
+    lines = [*read, *(one.tokens for some in found for one in some)]
+    largest = max((max(line, default=0) for line in lines), default=0)
     if largest >= vocabulary:
         raise RelneuronError(
             f"the tokenizer made the token {largest}, the model has {vocabulary} tokens",
@@ -128,7 +158,7 @@ def encode(
         for prompt, some in zip(prompts, found, strict=False)
     ]
     firsts = [some[0][-1] for some in starts]
-    return Questions(list(prompts), ids, firsts, starts, notices, options)
+    return Questions(list(prompts), ids, firsts, starts, notices, options, processor, texts)
 
 
 def _options(
@@ -152,6 +182,12 @@ def _options(
                 "give options that differ in their first token, such as letters",
             )
     return found
+
+
+def _inputs(processor: Processor, prompt: Prompt, text: str) -> dict[str, Tensor]:
+    where = f"prompt {prompt.id}"
+    found = pictures_of(prompt.images, Path(), where)
+    return processor.inputs([open_picture(one, where) for one in found], text, where)
 
 
 def object_continuations(

@@ -63,7 +63,9 @@ class Tokens:
 
     One for all is what a vision tower needs, whose tokens are patches of a picture, not those of
     the text.
-    `conditions` (B,) or (B, T) int32 are the rows of the masks. With `n_needed` the last layer's
+    `conditions` (B,) or (B, T) int32 are the rows of the masks. Where the rows are `stacked`, an
+    input of any other shape, such as the patches of all pictures, is of the B rows one behind the
+    other, each with as much of it. With `n_needed` the last layer's
     output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
     not None, are the MLPs that have counted the tokens: each may do it once.
     """
@@ -73,6 +75,7 @@ class Tokens:
     conditions: Tensor | None = None
     n_needed: int | None = None
     counted: set[tuple[int, int]] | None = None
+    stacked: bool = False
     _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Tokens:
@@ -82,7 +85,8 @@ class Tokens:
             return self
         if device not in self._elsewhere:
             groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
-            self._elsewhere[device] = Tokens(groups, prompts, rows, self.n_needed, self.counted)
+            about = (self.n_needed, self.counted, self.stacked)
+            self._elsewhere[device] = Tokens(groups, prompts, rows, *about)
         return self._elsewhere[device]
 
     def rows(self, shape: torch.Size) -> Tensor | None:
@@ -98,6 +102,9 @@ class Tokens:
         if len(shape) == 2 and len(rows) and shape[0] % len(rows) == 0:
             whole = torch.Size((len(rows), shape[0] // len(rows), shape[1]))
             return cast(Tensor, self.rows(whole)).expand(whole[:2]).reshape(-1)
+        n_positions = shape[:-1].numel()
+        if self.stacked and rows.dim() == 1 and n_positions % len(rows) == 0:
+            return rows.repeat_interleave(n_positions // len(rows)).reshape(shape[:-1])
         if len(rows) != shape[0]:
             raise ValueError(
                 f"a batch of {len(rows)} rows (from the masks) is expected, got an input of shape "

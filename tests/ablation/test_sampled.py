@@ -257,13 +257,14 @@ def test_sets_of_modules() -> None:
         "projector": ("projector",),
         "all": ("language", "vision", "projector"),
     }
-    assert module_sets(["language", "vision", "qformer"]) == {
+    both = ("qformer_query", "qformer_text")
+    assert module_sets(["language", "vision", *both]) == {
         "none": (),
         "language": ("language",),
         "vision": ("vision",),
-        "qformer": ("qformer",),
-        "vision+qformer": ("vision", "qformer"),
-        "all": ("language", "vision", "qformer"),
+        "qformer": both,
+        "vision+qformer": ("vision", *both),
+        "all": ("language", "vision", *both),
     }
     assert list(module_sets(["language", "vision"])) == ["none", "language", "vision", "all"]
     with pytest.raises(RelneuronError, match="of the language module alone"):

@@ -18,8 +18,9 @@ from relneuron.artifact.neurons import Shape, random_neurons, top_k
 from relneuron.artifact.prompts import Prompt
 from relneuron.methods.responses.labels import sample_labels
 from relneuron.methods.responses.record import pooled_tokens
-from relneuron.model.ask import Answers, Asker, Step
+from relneuron.model.ask import Answers, Asker
 from relneuron.model.batches import plan_batches
+from relneuron.model.converse import Step
 from relneuron.model.load import load_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch

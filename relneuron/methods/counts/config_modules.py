@@ -65,5 +65,6 @@ def _sizes(name_or_path: str) -> dict[str, tuple[int, int, int]]:
 def _own(config: Any) -> tuple[int, int, int] | None:
     """The sizes of a module that has a configuration of the usual names."""
     names = ("num_hidden_layers", "intermediate_size", "hidden_size")
-    sizes = tuple(getattr(config, name, None) for name in names)
-    return sizes if all(type(size) is int and size > 0 for size in sizes) else None
+    sizes = [getattr(config, name, None) for name in names]
+    known = [size for size in sizes if type(size) is int and size > 0]
+    return (known[0], known[1], known[2]) if len(known) == len(names) else None

@@ -33,9 +33,10 @@ from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.responses.options import RecordOptions
-from relneuron.model.ask import Asker, Step
+from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.canary import check_canary
+from relneuron.model.converse import Step
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.layers import device_of
 from relneuron.model.load import describe_model, fallbacks

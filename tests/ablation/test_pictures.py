@@ -1,0 +1,438 @@
+"""Prompts with pictures in `ablate` and `generate`: what plain hooks and `model.generate` give.
+
+The reference takes one prompt and one condition at a time, and zeroes neurons in forward hooks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relneuron.ablation.ablate import ablate_prompts
+from relneuron.ablation.conditions import module_sets
+from relneuron.ablation.generate import generate
+from relneuron.ablation.options import GenerateOptions
+from relneuron.artifact.effects import WRITTEN
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.modules import module_layers
+from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.reading import read_csv
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pictures import Processor, picture_run, sent
+from tests.kit.pictures import KINDS, QUESTIONS, picture, register, save, tiny
+
+NEW = 4
+DOMAINS = ("doc", "med")
+
+# What a neuron's value is the output or the input of, by the names of each kind's own modules.
+READS: dict[str, dict[str, Callable[[Any, int], nn.Module]]] = {
+    "llava": {
+        "language": lambda m, i: m.model.language_model.layers[i].mlp.down_proj,
+        "vision": lambda m, i: _tower(m).encoder.layers[i].mlp.fc2,
+        "projector": lambda m, i: m.model.multi_modal_projector.linear_2,
+    },
+    "qwen2_vl": {
+        "language": lambda m, i: m.model.language_model.layers[i].mlp.down_proj,
+        "vision": lambda m, i: m.model.visual.blocks[i].mlp.fc2,
+        "projector": lambda m, i: m.model.visual.merger.mlp[2],
+    },
+    "instructblip": {
+        "language": lambda m, i: m.language_model.model.layers[i].mlp.down_proj,
+        "vision": lambda m, i: m.vision_model.encoder.layers[i].mlp.fc2,
+        "qformer_query": lambda m, i: m.qformer.encoder.layer[i].output_query.dense,
+        "qformer_text": lambda m, i: m.qformer.encoder.layer[i].output.dense,
+    },
+}
+
+
+def _tower(model: Any) -> Any:
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
+class World:
+    """A tiny model of a kind, its sets of neurons in all modules, and questions about pictures."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        register()
+        self.kind, self.folder = kind, folder
+        self.model, processor = tiny(kind)
+        self.processor = Processor(processor)
+        run = picture_run(self.model, self.processor)
+        self.shape = model_shape(find_mlps(self.model, modules=("all",), run=run))
+        order, rng = Shape.of(self.shape), np.random.default_rng(0)
+        self.sets: dict[str, list[Any]] = {name: [] for name in DOMAINS}
+        for layer, site, width in order.blocks():
+            for name in DOMAINS:
+                if site == "gate":
+                    chosen = sorted(rng.choice(width, width // 2, replace=False).tolist())
+                    self.sets[name] += [(layer, site, index, 0.5) for index in chosen]
+        NeuronFile({"id": "m", **self.shape}, "lape", self.sets, {}).write(folder / "neurons.json")
+        self.lines = []
+        for number, question in enumerate(QUESTIONS[:4]):
+            picture(number, 16 + 8 * (number % 2)).save(folder / f"{number}.png")
+            group = DOMAINS[number % 2]
+            line = {"id": f"p{number}", "image": f"{number}.png", "text": question, "group": group}
+            self.lines.append(line | {"answers": ["red", "a b"]})
+        (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def inputs(self, line: dict[str, Any]) -> dict[str, Tensor]:
+        from PIL import Image
+
+        opened = Image.open(self.folder / line["image"]).convert("RGB")
+        text = line["text"]
+        if self.processor.marker:
+            text = f"{self.processor.marker}\n{text}"
+        made = self.processor.processor(images=[opened], text=text, return_tensors="pt")
+        return {name: x for name, x in made.items() if isinstance(x, Tensor)}
+
+    @contextmanager
+    def hooked(self, neurons: Sequence[Any]) -> Iterator[None]:
+        """The values that a down map reads are 0 where a neuron is off."""
+        with ExitStack() as stack:
+            for module, layers in module_layers(self.shape).items():
+                for layer in layers:
+                    off = [index for at, _, index, *_ in neurons if at == layer]
+                    reads = READS[self.kind][module](self.model, layer - layers.start)
+
+                    def zero(_m: Any, inputs: Any, off: list[int] = off) -> Any:
+                        new = inputs[0].clone()
+                        new[..., off] = 0
+                        return (new, *inputs[1:])
+
+                    stack.callback(reads.register_forward_pre_hook(zero).remove)
+            yield
+
+    def said(self, line: dict[str, Any], neurons: Sequence[Any], new: int = NEW) -> list[int]:
+        """transformers' own greedy tokens under the hooks."""
+        inputs = sent(self.model, self.inputs(line))
+        with self.hooked(neurons):
+            made = self.model.generate(
+                **inputs, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=2
+            )[0].tolist()
+        before = inputs["input_ids"].shape[1]
+        # Some give the prompt back, too.
+        made = made[before:] if len(made) > new else made
+        return made[: made.index(2)] if 2 in made else made
+
+    def logprob(self, line: dict[str, Any], neurons: Sequence[Any], tokens: Sequence[int]) -> float:
+        """Of tokens after the prompt, one forward each."""
+        total = 0.0
+        for number, token in enumerate(tokens):
+            inputs = self.inputs(line)
+            for before in tokens[:number]:
+                for name, value in (("input_ids", before), ("attention_mask", 1)):
+                    inputs[name] = torch.cat([inputs[name], torch.tensor([[value]])], 1)
+                if "mm_token_type_ids" in inputs:
+                    kinds = inputs["mm_token_type_ids"]
+                    inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(1, 1)], 1)
+            with self.hooked(neurons), torch.no_grad():
+                logits = self.model(**sent(self.model, inputs)).logits[0, -1]
+            total += float(logits.log_softmax(-1)[token])
+        return total
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def within(self, name: str, modules: Sequence[str]) -> list[Any]:
+        layers = [i for m in modules for i in module_layers(self.shape)[m]]
+        return [row for row in self.sets[name] if row[0] in layers]
+
+    def ours(self, output: str = "o.jsonl", **asked: Any) -> list[Any]:
+        options = {"max_new_tokens": NEW, "stop": (), "repetition_penalty": 1.0} | asked
+        return generate(
+            "m",
+            *(self.model, self.processor.tokenizer),
+            *(self.folder / "neurons.json", self.folder / "q.jsonl", self.folder / output),
+            GenerateOptions(**options),
+            processor=self.processor,
+            quiet=True,
+            force=True,
+        )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World("llava", tmp_path_factory.mktemp("llava"))
+
+
+# --- generate --------------------------------------------------------------------------------
+
+
+def test_every_set_of_modules_is_plain_hooks(world: World) -> None:
+    """Texts under each of MMNeuron's sets of modules, of each domain's own neurons."""
+    made = world.ours(module_sets=True, measure="anls", anls_threshold=1.0)
+    known = module_sets(list(module_layers(world.shape)))
+    assert [(g.mask, g.id) for g in made] == [(m, f"p{i}") for m in known for i in range(4)]
+    by_id = {line["id"]: line for line in world.lines}
+    for g in made:
+        line = by_id[g.id]
+        tokens = world.said(line, world.within(line["group"], known[g.mask]))
+        assert (g.output, g.n_tokens) == (world.text(tokens).rstrip("\ufffd"), len(tokens)), g
+    texts = {mask: [g.output for g in made if g.mask == mask] for mask in known}
+    assert len({tuple(some) for some in texts.values()}) == len(known)
+    with (world.folder / "o.scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["mask"], r["group"]) for r in rows] == [(m, d) for m in known for d in DOMAINS]
+
+
+def test_a_named_set_is_off_in_all_prompts(world: World) -> None:
+    made = world.ours(off=("clean", "med"))
+    for g, line in zip(made, [*world.lines, *world.lines], strict=True):
+        tokens = world.said(line, world.sets["med"] if g.mask == "med" else [])
+        assert g.output == world.text(tokens).rstrip("\ufffd")
+
+
+def test_logits_of_each_module_are_those_of_hooks(world: World) -> None:
+    """Beside the clean model in the same forward, number by number."""
+    from relneuron.model.converse import go_through
+    from relneuron.model.patch import Patch
+    from relneuron.model.states import Tokens, mask_states
+
+    run = picture_run(world.model, world.processor)
+    mlps = find_mlps(world.model, modules=("all",), run=run)
+    names = list(module_layers(world.shape))
+    off = [[], *(world.within("doc", [name]) for name in names)]
+    states = mask_states([[row[:3] for row in rows] for rows in off], mlps)
+    line, seen = world.lines[1], []
+    with Patch(mlps, states) as patch:
+        rows = torch.arange(len(off), dtype=torch.int32)
+        patch.tokens = Tokens(conditions=rows, stacked=True)
+
+        def choose(number: int, logits: Tensor) -> Tensor | None:
+            seen.append(logits.clone())
+            return torch.full((len(off),), 7 + number) if number < 2 else None
+
+        go_through(world.model, world.inputs(line), len(off), 3, choose, lambda step: None)
+    assert len(seen) == 3
+    for row, neurons in enumerate(off):
+        inputs = sent(world.model, world.inputs(line))
+        with world.hooked(neurons), torch.no_grad():
+            logits = world.model(**inputs).logits[0, -1]
+        torch.testing.assert_close(seen[0][row], logits, rtol=1e-4, atol=1e-4)
+        assert row == 0 or (seen[0][row] - seen[0][0]).abs().max() > 1e-3
+
+
+def test_several_pictures_and_text_alone(llava: World, tmp_path: Path) -> None:
+    """A prompt with two pictures, and one without, each as if it were alone."""
+    lines = [
+        {"image": ["0.png", "1.png"], "text": "same?", "group": "doc"},
+        {"prompt": "what is it?", "group": "med"},
+    ]
+    path = llava.folder / "several.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "o.jsonl"
+    how = GenerateOptions(module_sets=True, max_new_tokens=NEW, stop=(), repetition_penalty=1.0)
+    files = (llava.folder / "neurons.json", path, out)
+    model, tokenizer = llava.model, llava.processor.tokenizer
+    made = generate("m", model, tokenizer, *files, how, processor=llava.processor, quiet=True)
+    from PIL import Image
+
+    opened = [Image.open(llava.folder / name).convert("RGB") for name in lines[0]["image"]]
+    both = llava.processor.processor(
+        images=opened, text=f"{llava.processor.marker}\n" * 2 + "same?", return_tensors="pt"
+    )
+    inputs = [dict(both), dict(tokenizer("what is it?", return_tensors="pt"))]
+    known = module_sets(list(module_layers(llava.shape)))
+    for number, g in enumerate(made):
+        line = number % 2
+        neurons = llava.within(lines[line]["group"], known[g.mask])
+        with llava.hooked(neurons):
+            tokens = model.generate(
+                **sent(model, inputs[line]),
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=2,
+            )[0, inputs[line]["input_ids"].shape[1] :].tolist()
+        tokens = tokens[: tokens.index(2)] if 2 in tokens else tokens
+        assert g.output == llava.text(tokens).rstrip("\ufffd"), g
+
+
+def test_seeds_penalty_stop_and_lens(llava: World) -> None:
+    asked = {"temperature": 0.9, "seeds": 2, "repetition_penalty": 1.3, "lens": 1}
+    made = llava.ours(module_sets=True, **asked)
+    assert [(g.id, g.seed) for g in made[:4]] == [("p0", 0), ("p0", 1), ("p1", 0), ("p1", 1)]
+    assert len({g.output for g in made}) > 4
+    # One row at a time gives the same.
+    assert llava.ours("b.jsonl", module_sets=True, batch_tokens=1, **asked) == made
+    first, second = ((llava.folder / f"{n}.lens.csv").read_text() for n in "ob")
+    assert len(first.splitlines()) == 1 + len(made) * 2
+    for a, b in zip(
+        csv.DictReader(first.splitlines()), csv.DictReader(second.splitlines()), strict=True
+    ):
+        assert float(a.pop("entropy")) == pytest.approx(float(b.pop("entropy")), rel=1e-4)
+        assert a == b
+    # Of the last layer it is the entropy of the model's own next token.
+    row = list(csv.DictReader(first.splitlines()))[1]
+    with torch.no_grad():
+        logits = llava.model(**sent(llava.model, llava.inputs(llava.lines[0]))).logits[0, -1]
+    entropy = float(torch.distributions.Categorical(logits=logits).entropy())
+    assert (row["mask"], row["id"], row["layer"]) == ("none", "p0", "1")
+    assert float(row["entropy"]) == pytest.approx(entropy, rel=1e-4)
+    greedy = llava.ours(module_sets=True)
+    letter = greedy[0].output[1]
+    cut = llava.ours(module_sets=True, stop=(letter,))
+    for g, whole in zip(cut, greedy, strict=True):
+        assert g.output == whole.output.split(letter)[0]
+
+
+def test_a_killed_run_goes_on(llava: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from relneuron.ablation.continuer import Continuer
+
+    whole = llava.ours("whole.jsonl", module_sets=True, batch_tokens=80)
+    monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+    true, calls = Continuer.go_on, 0
+
+    def dies(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return true(self, *args)
+
+    monkeypatch.setattr(Continuer, "go_on", dies)
+    with pytest.raises(KeyboardInterrupt):
+        llava.ours("part.jsonl", module_sets=True, batch_tokens=80)
+    assert llava.ours("part.jsonl", module_sets=True, batch_tokens=80) == whole
+    parts = [(llava.folder / f"{name}.jsonl").read_bytes() for name in ("part", "whole")]
+    assert parts[0] == parts[1]
+
+
+# --- ablate ----------------------------------------------------------------------------------
+
+
+def test_ablate_is_plain_hooks(world: World, tmp_path: Path) -> None:
+    """Predictions and log-probabilities under every condition of a study."""
+    output = tmp_path / "effects.csv"
+    ablate_prompts(
+        "m",
+        *(world.model, world.processor.tokenizer),
+        *(world.folder / "neurons.json", world.folder / "q.jsonl", output),
+        processor=world.processor,
+        random_seeds=1,
+        module_sets=True,
+        generate=3,
+        quiet=True,
+    )
+    rows = list(read_csv(output, WRITTEN))
+    known = module_sets(list(module_layers(world.shape)))
+    names = [f"{d}@{m}" for m in known if m != "none" for d in DOMAINS]
+    assert list(dict.fromkeys(r["condition"] for r in rows)) == [
+        "clean",
+        *DOMAINS,
+        "random.0",
+        *names,
+    ]
+    by_id = {line["id"]: line for line in world.lines}
+    first = {
+        word: world.processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][:2]
+        for word in ("red", "a b")
+    }
+    for row in rows:
+        name, _, modules = row["condition"].partition("@")
+        if name.startswith("random"):
+            continue
+        neurons = [] if name == "clean" else world.sets[name]
+        if modules:
+            neurons = world.within(name, known[modules])
+            assert row["relation"] == name
+        line = by_id[row["id"]]
+        # Three tokens, or as many more as make a whole character.
+        tokens = world.said(line, neurons, 6)
+        texts = [world.text(tokens[:n]).rstrip("\ufffd").strip() for n in range(3, 7)]
+        assert row["prediction"] == next((text for text in texts if text), "")
+        # The tokenizer makes the space before an answer a token of its own.
+        wanted = {word: world.logprob(line, neurons, first[word]) for word in first}
+        assert row["logprob_of"] == max(wanted, key=lambda word: wanted[word])
+        assert float(row["logprob"]) == pytest.approx(max(wanted.values()), rel=1e-4, abs=1e-4)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def test_bad_input(llava: World, tmp_path: Path) -> None:
+    def asked(line: dict[str, Any], **how: Any) -> None:
+        path = tmp_path / "q.jsonl"
+        path.write_text(json.dumps(line) + "\n")
+        files = (llava.folder / "neurons.json", path, tmp_path / "o.jsonl")
+        options = GenerateOptions(max_new_tokens=2, off=("doc",))
+        given = {"processor": llava.processor} | how
+        generate("m", llava.model, llava.processor.tokenizer, *files, options, quiet=True, **given)
+
+    good = {"text": "a", "image": str(llava.folder / "0.png"), "id": "x"}
+    asked(good)
+    (tmp_path / "o.jsonl").unlink()
+    with pytest.raises(RelneuronError, match="prompt x: there is no picture"):
+        asked(good | {"image": "nowhere.png"})
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(RelneuronError, match="is no picture that can be read"):
+        asked(good | {"image": "text.png"})
+    with pytest.raises(RelneuronError, match="the text has 2 <image>, the record 1 pictures"):
+        asked(good | {"text": "<image><image>"})
+    with pytest.raises(RelneuronError, match="vision, projector, which are found with a picture"):
+        asked(good, processor=None)
+    assert not (tmp_path / "o.jsonl").exists()
+    with pytest.raises(RelneuronError, match="what vision reads of a picture is no last token"):
+        ablate_prompts(
+            "m",
+            *(llava.model, llava.processor.tokenizer),
+            *(llava.folder / "neurons.json", llava.folder / "q.jsonl", tmp_path / "effects.csv"),
+            processor=llava.processor,
+            positions="last",
+        )
+
+
+def test_module_sets_of_one_module_are_refused(llava: World, tmp_path: Path) -> None:
+    shape = model_shape(find_mlps(llava.model))
+    rows = [row for row in llava.sets["doc"] if row[0] < 2]
+    NeuronFile({"id": "m", **shape}, "lape", {"doc": rows}, {}).write(tmp_path / "neurons.json")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "group": "doc"}\n')
+    files = (tmp_path / "neurons.json", tmp_path / "q.jsonl", tmp_path / "o.jsonl")
+    options = GenerateOptions(module_sets=True)
+    with pytest.raises(RelneuronError, match="of the language module alone"):
+        generate("m", llava.model, llava.processor.tokenizer, *files, options)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "group": "rs"}\n')
+    with pytest.raises(RelneuronError, match="no set for the group rs"):
+        files = (llava.folder / "neurons.json", tmp_path / "q.jsonl", tmp_path / "o.jsonl")
+        how = {"processor": llava.processor}
+        generate("m", llava.model, llava.processor.tokenizer, *files, options, **how)
+
+
+def test_the_command_line(tmp_path: Path, relneuron: Callable[..., Any]) -> None:
+    """From folders alone: a language model's own neurons need the processor for the pictures."""
+    world = World("instructblip", tmp_path)
+    folder = save("instructblip", tmp_path / "model")
+    files = (tmp_path / "q.jsonl", "--neurons", tmp_path / "neurons.json", "--quiet")
+    words = ("--module-sets", "--measure", "exact", "--max-new-tokens", 3, "--stop", "")
+    code, out, err = relneuron("generate", folder, *files, *words, "-o", tmp_path / "o.jsonl")
+    assert code == 0, err
+    assert "vision+qformer" in out and "24 outputs" in out
+    made = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    for g, line in zip(made[:4], world.lines, strict=True):
+        assert g["mask"] == "none" and g["group"] == line["group"] and g["score"] in (0.0, 1.0)
+    place = (tmp_path / "neurons.json", tmp_path / "q.jsonl", "-o", tmp_path / "effects.csv")
+    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet")
+    assert code == 0, err
+    # A changed picture is another study.
+    before = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
+    picture(9).save(tmp_path / "0.png")
+    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet", "--force")
+    after = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
+    assert code == 0 and {k for k in after if after[k] != before[k]} == {"pictures"}
