@@ -13,10 +13,10 @@ from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
     Argument,
-    LoadOptions,
     Model,
     Named,
     Output,
+    PartsOptions,
     refuse_stray,
     split,
 )
@@ -30,13 +30,14 @@ def count(
     output: Output,
     options: CountOptions,
     reading: SourceOptions,
-    load_options: LoadOptions,
+    load_options: PartsOptions,
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
     """How often every neuron is active in each group of a corpus: counts.safetensors.
 
-    Goes on where it stopped. Under torchrun several processes share the work.
+    Goes on where it stopped. Under torchrun several processes share the work, each with the whole
+    model, or with a part of it (--tensor-parallel-size).
     """
     from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
@@ -45,7 +46,8 @@ def count(
 
     check_folder(output)
     found = parse_sources(sources, **vars(reading))
-    load_options = replace(load_options, device=local_device(load_options.device))
+    if load_options.tensor_parallel_size is None:
+        load_options = replace(load_options, device=local_device(load_options.device))
     loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
     counted = count_stage(
         model,

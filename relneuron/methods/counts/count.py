@@ -89,8 +89,8 @@ class _Job:
     def run(self, start: Checkpoint | None) -> Feed:
         """Count everything from a checkpoint on; returns the corpus, read to its end."""
         self.counter.clear()
-        # Each process counts from zero; the first adds to what was counted before.
-        if start is not None and self.ranks.rank == 0:
+        # Each share is counted from zero; the first adds to what was counted before.
+        if start is not None and self.ranks.share == 0:
             self.counter.restore(start.counts)
         position = start.position if start else Position(None, 0, 0)
         feed = Feed(
@@ -135,7 +135,7 @@ class _Job:
 
     def _is_mine(self, number: int) -> bool:
         shard, of = self.options.shard
-        return number % of == shard - 1 and number // of % self.ranks.size == self.ranks.rank
+        return number % of == shard - 1 and number // of % self.ranks.shares == self.ranks.share
 
     def _count_batch(self, windows: Sequence[Window]) -> None:
         for part in cut(windows, _length, self.budget.tokens):
@@ -203,7 +203,9 @@ def count(
 
     `tokenizer` may be None if all sources hold token ids. Under `torchrun` each process runs its
     share of the batches and the first one writes: counts are those of one process; sums are
-    rounded in another order.
+    rounded in another order. Processes that hold the model in parts run all batches, and each
+    counts its own neurons; what goes into the stream is rounded in another order there, so that
+    a value next to the threshold may pass it where it does not in one process.
     """
     options = options or CountOptions()
     mlps = find_mlps(model)
@@ -227,7 +229,7 @@ def count(
     )
     if options.boundaries == "position":
         check_boundaries(counter)
-    with joined() as ranks, _held(folder, ranks), _interruptible() as stopped:
+    with joined(model) as ranks, _held(folder, ranks), _interruptible() as stopped:
         if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
                 _drop_checkpoint(folder, inputs)

@@ -25,8 +25,8 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
     widths = [0] * mlps[0].n_layers
     for mlp in mlps:
         if mlp.runs:
-            widths[mlp.layer] = max(widths[mlp.layer], mlp.inside.stop)
-    width = max(mlp.inside.stop for mlp in mlps)
+            widths[mlp.layer] = max(widths[mlp.layer], mlp.offset + mlp.n_neurons)
+    width = max(mlp.offset + mlp.n_neurons for mlp in mlps)
     hidden = {mlp.hidden for mlp in mlps}
     kinds = {mlp.is_gated for mlp in mlps}
     firsts = {mlp.layer: mlp for mlp in reversed(mlps)}.values()
