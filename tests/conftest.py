@@ -89,7 +89,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
     import transformers
 
     name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**_SIZE, **extra, **changes)
+    config = getattr(transformers, name)(**(_SIZE | extra | changes))
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

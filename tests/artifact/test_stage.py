@@ -30,6 +30,7 @@ from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
 RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
+RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")

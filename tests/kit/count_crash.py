@@ -264,6 +264,12 @@ def random_moments(study: Study, n: int, seed: int) -> int:
     return n_hit
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def join(rank: int, size: int, port: int) -> None:
     """What torchrun tells its processes."""
     os.environ |= {
@@ -289,12 +295,19 @@ def stop_after(n_batches: int) -> None:
     Counter.count = count  # type: ignore[method-assign]
 
 
-def run_ranks(study: Study, output: Path, size: int, stop: int | None = None) -> list[int]:
-    """One count by `size` processes; the exit codes. Each stops at its batch `stop`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
+def run_ranks(
+    study: Study,
+    output: Path,
+    size: int,
+    *words: str,
+    stop: int | None = None,
+    act: Callable[[int], object] = lambda rank: None,
+) -> list[int]:
+    """One count by `size` processes; the exit codes. Each stops at its batch `stop`.
+
+    `act` is called in each before it begins.
+    """
+    port, pids = free_port(), []
     for rank in range(size):
 
         def before(rank: int = rank) -> None:
@@ -302,8 +315,9 @@ def run_ranks(study: Study, output: Path, size: int, stop: int | None = None) ->
                 join(rank, size, port)
             if stop is not None:
                 stop_after(stop)
+            act(rank)
 
-        pids.append(study.start(output, before=before))
+        pids.append(study.start(output, *words, before=before))
     return [code_of(pid) for pid in pids]
 
 
