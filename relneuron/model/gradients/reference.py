@@ -130,4 +130,4 @@ class _Run:
         with torch.enable_grad(), acting(self._part(layer), replace):
             p = self._probability()
         (slope,) = torch.autograd.grad(p, leaf)
-        return float(p), slope
+        return float(p.detach()), slope
