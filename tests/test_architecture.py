@@ -32,10 +32,12 @@ ROOMS = {
     "methods.responses": _STUDY,
     "methods.counts": _STUDY,
     "methods.gains": _STUDY,
+    "methods.gradients": _STUDY,
     "bench": {"ops", "testing", "artifact"},
     "demo": {"artifact", "texts", "model"},
     "cli": _STUDY
-    | {"bench", "demo", "methods", "methods.responses", "methods.counts", "methods.gains"},
+    | {"bench", "demo", "methods", "methods.responses", "methods.counts"}
+    | {"methods.gains", "methods.gradients"},
 }
 
 

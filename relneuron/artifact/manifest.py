@@ -173,7 +173,7 @@ class Manifest:
     def _changed(self, name: str) -> RelneuronError:
         stages = self.data["stages"]
         stage = next((s for s in stages if name in stages[s]["files"]), "an earlier stage")
-        again = f"relneuron {stage.removesuffix('_gains')} ... --force" if stage in stages else "it"
+        again = f"relneuron {stage.partition('_')[0]} ... --force" if stage in stages else "it"
         path = self.path.parent / name
         return RelneuronError(
             f"{path} is not the file that was written by {stage} (its digest differs)",

@@ -53,9 +53,9 @@ class Integrator:
             ids, targets, self.points, baseline=baseline, most_rows=most_rows
         )
 
-    def columns(self, line: Sequence[int]) -> int:
+    def columns(self, n_tokens: int) -> int:
         """How many columns a sentence has at the top of the staircase: its tokens and its rows."""
-        return len(line) + len(self.sites.numbers) * (len(self.points) + 1)
+        return n_tokens + len(self.sites.numbers) * (len(self.points) + 1)
 
 
 @torch.no_grad()

@@ -17,9 +17,6 @@ from relneuron.model.gradients.rules import conservative
 from relneuron.model.gradients.sites import Sites, acting, frozen, probability
 from relneuron.model.stream.trace import last_logits
 
-OF = ("logit", "probability")
-RULES = ("plain", "conservative")
-
 
 class Relevance(NamedTuple):
     """Of E sentences, float64, on the CPU: R (E, L, F), 0 where there is no neuron, and what was

@@ -21,8 +21,6 @@ from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import check_sites
 from relneuron.model.stream.trace import last_logits
 
-SITES = ("product", "act", "up", "gate")
-
 
 @dataclass(frozen=True)
 class Sites:
