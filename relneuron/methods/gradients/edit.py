@@ -59,8 +59,12 @@ def check_output(model: str, output: Path, force: bool) -> None:
         )
     ours = {name for name, stage in unfinished(output).items() if stage == "edit"}
     ours |= {_WORK, ".lock", ".unfinished"}
-    if output.is_dir() and not force and any(p.name not in ours for p in output.iterdir()):
-        raise RelneuronError(f"{output} is not empty", "choose another output or add --force", 2)
+    there = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
+    for name in there:
+        if name not in ours and not force:
+            raise RelneuronError(
+                f"{output / name} exists", "choose an empty folder, or add --force", 2
+            )
 
 
 def edit_model(
