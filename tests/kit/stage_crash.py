@@ -50,6 +50,7 @@ class Study:
         """The command of a stage, without --force."""
         prompts, neurons = place / "prompts.jsonl", place / "neurons.json"
         effects = place / "effects.csv"
+        beside = [self.folder / "gains" / name for name in ("gain.json", "prompts.jsonl")]
         found: dict[str, list[Any]] = {
             "prompts": ["prompts", self.facts, "-o", prompts, "--eva", 8],
             "record": ["record", self.model, prompts, "-o", place, "--quiet"],
@@ -59,9 +60,10 @@ class Study:
             "export": ["export", place, "-o", place / "export"],
             "attribute": ["attribute", self.model, prompts, "-o", place, "--quiet"],
             "gains": ["identify", place, "-o", place / "gain.json", "--method", "logprob_gain"],
-            "edit": ["edit", self.model, place / "gain.json", prompts, "-o", place / "edited"],
+            # What is edited has paths of its own in the command that the manifest keeps.
+            "edit": ["edit", self.model, *beside, "-o", place / "edited", "--sets", "lives_in"],
         }
-        found["edit"] += ["--sets", "lives_in", "--quiet"]
+        found["edit"] += ["--quiet"]
         return [str(word) for word in found[stage]]
 
     def run(self, words: Sequence[str], before: Callable[[], object] = lambda: None) -> int:

@@ -58,10 +58,9 @@ def check_output(model: str, output: Path, force: bool) -> None:
             f"{output} is the model's own folder, which stays as it is", "give another -o", 2
         )
     ours = {name for name, stage in unfinished(output).items() if stage == "edit"}
-    ours |= {_WORK, ".lock", ".unfinished"}
     there = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
     for name in there:
-        if name not in ours and not force:
+        if not (force or name in ours or name.startswith(".")):
             raise RelneuronError(
                 f"{output / name} exists", "choose an empty folder, or add --force", 2
             )
