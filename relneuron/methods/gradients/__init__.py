@@ -2,11 +2,12 @@
 
 `attribute --method ig|relevance` writes the scores of every neuron and sentence (`attribute.py`,
 `options.py`, `commands.py`). `rank` chooses, of what `scored` reads: `facts`, `clusters`,
-`consistency` and `shares` are what each paper chooses by, as pure functions. No torch here.
+`consistency` and `shares` are what each paper chooses by, as pure functions. `edit` (`editing`)
+changes what the neurons write. No torch here.
 """
 
 from relneuron.artifact.gradients import FILES, IG, RELEVANCE
-from relneuron.artifact.stage import Attribution, Method, Ranking
+from relneuron.artifact.stage import Attribution, Method, Ranking, Stage
 from relneuron.methods.gradients.choices import (
     ConsistencyOptions,
     KnowledgeOptions,
@@ -21,6 +22,7 @@ _IG = {"reads": FILES[IG], "of": "integrated gradients", "run": f"{_HERE}.rank:r
 _RELEVANCE = {"reads": FILES[RELEVANCE], "of": "relevance", "run": f"{_HERE}.rank:rank"}
 
 METHOD = Method(
+    stages=(Stage("edit", f"{_HERE}.editing:edit", ("transformers", "tqdm", "filelock")),),
     attributions=(
         Attribution("ig", "integrated gradients of the answer's probability", IgOptions, _RUN),
         Attribution("relevance", "gradient x activation over all tokens", RelevanceOptions, _RUN),
