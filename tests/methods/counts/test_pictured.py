@@ -235,6 +235,27 @@ def test_parquet_and_datasets_give_the_counts_of_lines(
     assert one == two and one["pictures"] == 9
 
 
+@pytest.mark.filterwarnings("ignore")  # of that package
+def test_folders_that_datasets_saved(llava: Path, corpus: Path, tmp_path: Path, run: Run) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [
+        {"image": str(corpus / record["image"]), "text": record["text"], "domain": record["domain"]}
+        for record in records(corpus)
+    ]
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    ran(run, "count", llava, *sources(corpus), "-o", tmp_path / "lines", "--quiet")
+    expected = (tmp_path / "lines" / "counts.safetensors").read_bytes()
+    for name in ("one", "splits"):
+        asked = [f"hf:{tmp_path / name}", "--group-column", "domain", "--quiet"]
+        ran(run, "count", llava, *asked, "-o", tmp_path / f"{name}.out")
+        assert (tmp_path / f"{name}.out" / "counts.safetensors").read_bytes() == expected
+    python = Source(group_column="domain", dataset=made, image_column="image")
+    assert count_here(llava, [python], tmp_path / "python").groups == list(N)
+
+
 def test_a_changed_picture_is_another_corpus(
     llava: Path, corpus: Path, tmp_path: Path, run: Run
 ) -> None:
