@@ -78,7 +78,8 @@ class World:
                 if site == "gate":
                     chosen = sorted(rng.choice(width, width // 2, replace=False).tolist())
                     self.sets[name] += [(layer, site, index, 0.5) for index in chosen]
-        NeuronFile({"id": "m", **self.shape}, "lape", self.sets, {}).write(folder / "neurons.json")
+        cut = {"site": "act", "filter_rate": 0.95}
+        NeuronFile({"id": "m", **self.shape}, "lape", self.sets, cut).write(folder / "neurons.json")
         self.lines = []
         for number, question in enumerate(QUESTIONS[:4]):
             picture(number, 16 + 8 * (number % 2)).save(folder / f"{number}.png")
@@ -427,12 +428,23 @@ def test_the_command_line(tmp_path: Path, relneuron: Callable[..., Any]) -> None
     made = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     for g, line in zip(made[:4], world.lines, strict=True):
         assert g["mask"] == "none" and g["group"] == line["group"] and g["score"] in (0.0, 1.0)
-    place = (tmp_path / "neurons.json", tmp_path / "q.jsonl", "-o", tmp_path / "effects.csv")
-    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet")
+    (tmp_path / "prompts.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
+    place = (tmp_path / "neurons.json", tmp_path / "prompts.jsonl", "-o", tmp_path / "effects.csv")
+    words = (*place, "--random-seeds", 1, "--module-sets", "--quiet")
+    code, out, err = relneuron("ablate", folder, *words)
     assert code == 0, err
+    code, out, err = relneuron("report", tmp_path, "-o", tmp_path / "report.html")
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert "In which modules of the model" in page and "language L0.gate" in page
+    rows = list(read_csv(tmp_path / "analyses" / "modules.csv", ("relation", "modules")))
+    wanted = ("language", "vision", "qformer", "vision+qformer", "all")
+    assert [(r["relation"], r["modules"]) for r in rows] == [
+        (d, m) for d in DOMAINS for m in wanted
+    ]
     # A changed picture is another study.
     before = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
     picture(9).save(tmp_path / "0.png")
-    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet", "--force")
+    code, out, err = relneuron("ablate", folder, *words, "--force")
     after = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
     assert code == 0 and {k for k in after if after[k] != before[k]} == {"pictures"}
