@@ -68,7 +68,7 @@ SLOW = {
     "cli": "corpus corpus_input errors main",
     "methods/counts": "batches count page",
     "methods/gains": "attribute_resume kinds page",
-    "model": "count_experts devices find_experts patch patch_experts",
+    "model": "count_experts devices find_experts gradients patch patch_experts",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",
@@ -89,7 +89,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
     import transformers
 
     name, extra = FAMILIES[family]
-    config = getattr(transformers, name)(**_SIZE, **extra, **changes)
+    config = getattr(transformers, name)(**(_SIZE | extra | changes))
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import relneuron
-from bench.zoo import build, oracle
+from bench.zoo import build, gains, oracle
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.gains.commands import supports
 from relneuron.model.mlps.find import find_mlps, inspect_layers
@@ -161,7 +161,7 @@ class _Checks:
             verdict,
             _summary(reading),
             *results,
-            self._attribution(),
+            self._attribution(fault),
             "; ".join(self.reasons),
         )
 
@@ -292,10 +292,7 @@ class _Checks:
                 found[backend] = self.whole.logits(self.model)
         if all(torch.equal(ours, theirs) for ours in found.values()):
             return SAME
-        double = copy.deepcopy(self.model).double()
-        for module in double.modules():  # torch has grouped products of no float64
-            if hasattr(getattr(module, "config", None), "_experts_implementation"):
-                module.config._experts_implementation = "eager"
+        double = self._double()
         with hooks(double):
             truth = self.whole.logits(double).double()
         if not bool(truth.isfinite().all()):
@@ -334,11 +331,30 @@ class _Checks:
             return self._wrong("other tokens are generated")
         return RIGHT
 
-    def _attribution(self) -> str:
+    def _attribution(self, fault: str) -> str:
+        """What relneuron says, and behind it whether hooks in float64 say so, too."""
         try:
-            return supports(self.model)[1]
+            said = supports(self.model)[1]
         except Exception as error:
             return f"{FAILED}: {_words(error)}"
+        if not said.startswith("supported"):
+            return said
+        if not fault:
+            try:
+                ids = self.whole.ids[0].tolist()
+                wrong = gains.fault(self._double(), self.parts, self.offsets, ids, self.generator)
+                return f"{WRONG}: {wrong}" if wrong else f"{said}; {RIGHT}"
+            except Exception as error:
+                fault = _words(error)
+        return f"{said}; {UNPROVED}: {fault}"
+
+    def _double(self) -> Any:
+        """The model in float64."""
+        double = copy.deepcopy(self.model).double()
+        for module in double.modules():  # torch has grouped products of no float64
+            if hasattr(getattr(module, "config", None), "_experts_implementation"):
+                module.config._experts_implementation = "eager"
+        return double
 
     def _wrong(self, why: str) -> str:
         self.reasons.append(why)

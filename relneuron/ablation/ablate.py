@@ -25,7 +25,7 @@ from relneuron.ablation.conditions import (
     scores_beside,
 )
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, files_beside, read_how
+from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, by_product, files_beside, read_how
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import (
     alone,
@@ -190,7 +190,8 @@ def ablate_prompts(
     )
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
-    how = read_how(options, plan, neurons_path.parent / "responses.safetensors", everything, shape)
+    responses = neurons_path.parent / "responses.safetensors"
+    how = read_how(options, plan, responses, everything, shape, by_product=by_product(neurons))
     asker = Asker(model, tokenizer)
     check_canary(model, mlps, first_inputs(questions, asker.pad), backend)
     inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)

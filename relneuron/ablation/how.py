@@ -17,7 +17,7 @@ from relneuron.ablation.expertise import forced_values
 from relneuron.ablation.options import FORCED, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.manifest import checked, same_model
-from relneuron.artifact.neurons import Shape
+from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
 from relneuron.model.identity import tokenizer_digest
@@ -42,6 +42,15 @@ def files_beside(neurons: Path, prompts: Path, options: AblateOptions) -> dict[s
         "sentences.jsonl": prompts.parent if "perplexity" in options.analyses else None,
     }
     return {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
+
+
+def by_product(neurons: NeuronFile) -> bool:
+    """Whether neurons say that they were found by the gradient of what down reads.
+
+    The gradient along a product is that along its activation or its up (methods 0.2).
+    """
+    how = neurons.selection.get("how")
+    return isinstance(how, dict) and how.get("site") in ("product", "act", "up")
 
 
 def ablate_inputs(
@@ -84,10 +93,16 @@ def read_how(
     responses: Path,
     prompts: Sequence[Prompt],
     shape: Mapping[str, int],
+    *,
+    by_product: bool = False,
 ) -> How:
-    """What happens to the neurons of each condition; values come from recorded responses."""
+    """What happens to the neurons of each condition; values come from recorded responses.
+
+    `by_product`: whether the neurons were found by the gradient of their product (`by_product`).
+    """
     if options.mode not in FROM_RESPONSES:
-        return How(options.mode, options.factor or 0.0, options.scale_at == "product")
+        at = options.scale_at or ("product" if by_product else "output")
+        return How(options.mode, options.factor or 0.0, at == "product")
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mode in FORCED:
         found = forced_values(responses.parent, options.mode, shape)

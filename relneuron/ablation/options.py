@@ -69,10 +69,11 @@ class AblateOptions(OomOptions):
         choices=MODES,
     )
     factor: float | None = option(None, "Factor of the outputs, with --mode scale.")
-    scale_at: str = option(
-        "output",
+    scale_at: str | None = option(
+        None,
         "What is scaled with --mode scale: output (of the projection that a neuron is named by) or "
-        "product (what down reads, of a neuron of gate or up).",
+        "product (what down reads, of a neuron of gate or up); default: product, where the neurons "
+        "were found by its gradient.",
         choices=SCALE_AT,
         only=Only("with --mode scale", lambda o: o.mode == "scale"),
     )

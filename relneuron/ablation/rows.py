@@ -69,7 +69,8 @@ def row_states(residual: ResidualModel, offs: Sequence[Off]) -> list[LayerState]
         layers, indices = np.divmod(places, width)
         for layer in np.unique(layers).tolist():
             here = layers == layer
-            mask = torch.zeros(len(chosen), width, dtype=torch.bool, device="cpu")
+            own = residual.widths[layer] if site == "ffn" else width
+            mask = torch.zeros(len(chosen), own, dtype=torch.bool, device="cpu")
             mask[torch.from_numpy(rows[here]), torch.from_numpy(indices[here])] = True
             masks[layer][site] = mask
     device = residual.unembed.device

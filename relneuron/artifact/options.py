@@ -329,6 +329,18 @@ class LoadOptions(Options):
     backend: str = option("auto", "Kernels: auto, reference, cpu or triton.")
 
 
+@dataclass(frozen=True)
+class PartsOptions(LoadOptions):
+    """How a model is loaded by a stage that several processes run, each with a part of it."""
+
+    tensor_parallel_size: int | None = option(
+        None,
+        "Hold the model in so many parts, by its tensor parallel plan of transformers: one in each "
+        "process of torchrun --nproc-per-node N -m relneuron ...",
+        least=2,
+    )
+
+
 # --- what a command takes besides ------------------------------------------------------------
 
 

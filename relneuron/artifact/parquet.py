@@ -56,10 +56,14 @@ def group_rows(opened: Any, path: Path | str, columns: Sequence[str], group: int
 
 
 def _longest(column: Any) -> int:
-    """The bytes of the longest text in a column; 0 for numbers."""
-    compute = import_module("pyarrow.compute")
+    """The bytes of the longest text or picture in a column, inside of others, too; else 0."""
+    compute, types = import_module("pyarrow.compute"), import_module("pyarrow.types")
     values = getattr(column, "dictionary", column)
-    if "string" not in str(values.type):
+    if types.is_struct(values.type):
+        return max((_longest(part) for part in values.flatten()), default=0)
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        return _longest(values.flatten())
+    if not any(word in str(values.type) for word in ("string", "binary")):
         return 0
     return int(compute.max(compute.binary_length(values)).as_py() or 0)
 

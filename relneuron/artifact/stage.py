@@ -66,6 +66,22 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """A way to attribute answers to neurons: one `attribute --method`.
+
+    title    what it is, for help
+    options  the class of what it takes
+    run      "module:function" (model, prompts, output, options, load_options, *, method, force,
+             quiet), which yields what is printed
+    """
+
+    name: str
+    title: str
+    options: type[Options]
+    run: str
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to find neurons: its commands, its rankings, its page of a report, and its models.
 
@@ -75,6 +91,7 @@ class Method:
 
     stages: tuple[Stage, ...] = ()
     rankings: tuple[Ranking, ...] = ()
+    attributions: tuple[Attribution, ...] = ()
     page: str = ""
     supports: str = ""
 
@@ -115,11 +132,12 @@ def loading(described: Json) -> Json:
     """The options that load a model as it was: dtype, place, revision, and kernels not its own."""
     device, backend = described["device"], described["backend"]
     own = {"cuda": "triton", "cpu": "cpu"}.get(device)
-    device_map = described.get("device_map")
+    device_map, n_parts = described.get("device_map"), described.get("tensor_parallel_size")
     return {
         "dtype": described["dtype"],
-        "device": None if device_map else device,
+        "device": None if device_map or n_parts else device,
         "device_map": device_map,
+        "tensor_parallel_size": n_parts,
         "revision": described["revision"],
         "backend": None if backend == own else backend,
     }
@@ -166,6 +184,9 @@ def commands(manifest: Json) -> list[str]:
 def _line(words: Words) -> str:
     """A command, each option on a line of its own."""
     line = "relneuron"
+    if "--tensor-parallel-size" in words:
+        n_parts = words[words.index("--tensor-parallel-size") + 1]
+        line = f"torchrun --nproc-per-node {n_parts} -m relneuron"
     for number, word in enumerate(words):
         begins = word.startswith("--") and number
         line += (" \\\n    " if begins else " ") + shlex.quote(word)

@@ -45,6 +45,8 @@ FIXES = {
     errno.ESTALE: "mount the network drive again",
 }
 _DEBUG = "run again with --debug to see where"
+# What gloo and NCCL say of a process that is gone.
+_PEER = re.compile(r"Connection (reset|closed) by peer|ncclRemoteError")
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
@@ -70,6 +72,8 @@ def end(error: BaseException) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # nobody reads on: relneuron ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _PEER.search(str(error)):
+        fail("another process of torchrun has ended", "see what it says, then go on", 1)
     number = _number(error)
     if number:
         where = place_of(error)

@@ -22,11 +22,12 @@ from torch import Tensor
 from relneuron.artifact.files import Json, RelneuronError, hashing_threads
 from relneuron.artifact.reading import read_json
 from relneuron.model.layers import is_sharded, offloaded_weights, settle
+from relneuron.model.shards import gathered
 
 CHUNK_BYTES = 1 << 26  # of a tensor, on the host at a time for each thread
 
 # What a config says of where it comes from, and of the library that read it.
-_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version", "distributed_config")
 # What decides tokens and text beside the rules of the tokenizer's backend.
 _OF_THE_TOKENIZER = (
     *("special_tokens_map", "chat_template", "clean_up_tokenization_spaces"),
@@ -80,8 +81,9 @@ def model_digest(model: Any) -> str:
     any device the same, in another dtype another one. Tied weights are read once. They are hashed
     side by side in chunks, about 1 GB a second with each of at most 8 threads: a 7B model in
     bfloat16 has 14 GB. Of a quantised weight it is packed numbers, scales and all that says how
-    they are read; weights that accelerate offloaded are read from where they are, one at a time.
-    Others that are not in memory (meta), and sharded ones, raise RelneuronError.
+    they are read; weights that accelerate offloaded are read from where they are, one at a time,
+    and those that several processes hold in parts are put together: each of them must call this.
+    Others that are not in memory (meta) raise RelneuronError.
     """
     if model in _HELD:
         return _HELD[model]
@@ -94,10 +96,11 @@ def model_digest(model: Any) -> str:
         found = []
         for name, value in sorted(contents.items()):
             is_elsewhere = name in elsewhere and (value is None or value.device.type == "meta")
+            is_passing = is_elsewhere or (isinstance(value, Tensor) and is_sharded(value))
             for part, tensor in _plain(name, elsewhere[name]() if is_elsewhere else value):
                 about = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
                 where = (tensor.data_ptr(), *about)
-                if is_elsewhere:
+                if is_passing:
                     hashes = _hash_rows(part, tensor, pool)
                     wait(hashes)
                 else:  # kept as long as its address stands for it
@@ -141,6 +144,8 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         for part in sorted(names):
             yield from _plain(f"{name}.{part}", getattr(value, part))
         return
+    if isinstance(value, Tensor) and is_sharded(value):
+        value = gathered(value)
     if not isinstance(value, Tensor):
         buffer = io.BytesIO()
         torch.save(value, buffer)
@@ -173,11 +178,6 @@ def _hash_rows(name: str, value: Tensor, pool: Executor) -> list[Any]:
         raise RelneuronError(
             f"the weights {name} are not in memory: they are on the meta device",
             "load the whole model, with --device-map auto where it is too large for one device",
-        )
-    if is_sharded(value):
-        raise RelneuronError(
-            f"the weights {name} are sharded over devices (a DTensor)",
-            "load the model without tensor parallelism, with --device-map auto if it is too large",
         )
     rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
     if not rows.numel():

@@ -136,7 +136,9 @@ def uncallable(module: nn.Module) -> str | None:
     """Why a module cannot be called; None if it can, as what is quantised or offloaded can."""
     kept = offloaded_weights(module)
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-        if is_sharded(tensor):
+        # Tensor parallelism replaces the forward of each module that has a part of its weights.
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if is_sharded(tensor) and "forward" not in owner.__dict__:
             return "sharded over devices (a DTensor)"
         if tensor.device.type == "meta" and name not in kept:
             return "not in memory (on the meta device)"

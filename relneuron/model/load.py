@@ -21,11 +21,12 @@ import torch
 from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.neurons import shape_of
-from relneuron.artifact.options import LoadOptions
+from relneuron.artifact.options import LoadOptions, PartsOptions
 from relneuron.artifact.reading import read_json
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import compute_dtype, first_line, input_device
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.shards import check_parts, loading_options, n_parts
 from relneuron.ops.backends import MADE_FOR
 
 _SPREAD: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what --device-map said of a model
@@ -103,14 +104,25 @@ def load_model(
     dtype: str | None = None,
     device: str | None = None,
     device_map: str | None = None,
+    tensor_parallel_size: int | None = None,
 ) -> Any:
     """A causal language model, by anything `from_pretrained` takes, or one with pictures.
 
     `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
     checkpoint's own on a GPU, or where it is quantised. With `device_map` (`read_device_map`)
-    accelerate spreads its layers over devices. The model comes in eval mode.
+    accelerate spreads its layers over devices. With `tensor_parallel_size` N each of torchrun's N
+    processes gets a part of it, on a GPU of its own where there are GPUs. The model comes in eval
+    mode.
     """
     places = read_device_map(device_map, device) if device_map is not None else None
+    if tensor_parallel_size is not None:
+        if device is not None or device_map is not None:
+            raise RelneuronError(
+                "--tensor-parallel-size says where the model goes: each process takes a GPU",
+                f"leave out {'--device' if device is not None else '--device-map'}",
+                2,
+            )
+        check_parts(tensor_parallel_size)
     device = choose_device(device)
     if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
@@ -125,9 +137,18 @@ def load_model(
         warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)
     try:
         with ExitStack() as stack:
-            model, info = _read_model(name, revision, dtype, device, places, stack)
+            model, info = _read_model(
+                name, revision, dtype, device, places, tensor_parallel_size, stack
+            )
             finalize(model, stack.pop_all().close)
+    except RelneuronError:
+        raise
     except Exception as error:  # a damaged config or weight raises whatever it leads to
+        if tensor_parallel_size is not None:
+            raise RelneuronError(
+                f"{name} could not be loaded in {tensor_parallel_size} parts: {first_line(error)}",
+                "leave it out, or use --device-map auto in its place, in one process",
+            ) from error
         told = re.search(r"pip install (?:-\S+ )*'?(\w[\w.-]*)", str(error))
         package = told[1] if told else error.name if isinstance(error, ImportError) else None
         if package:
@@ -160,6 +181,7 @@ def _read_model(
     dtype: str | None,
     device: str,
     places: str | dict[str, Any] | None,
+    parts: int | None,
     stack: ExitStack,
 ) -> tuple[Any, Json]:
     """The model where it belongs, and what loading it said; `stack` outlives the model.
@@ -180,10 +202,18 @@ def _read_model(
         # For weights on the disk that do not lie in the checkpoint as they are used.
         folder = stack.enter_context(TemporaryDirectory(prefix="relneuron-"))
         asked |= {"device_map": places, "offload_folder": folder}
+    elif parts is not None:
+        if is_quantised:
+            raise RelneuronError(
+                f"{name} is quantised, and is held in parts only as it was trained",
+                "leave out --tensor-parallel-size, or use --device-map auto",
+            )
+        asked |= loading_options(parts, stack)
     elif is_quantised:
         asked["device_map"] = {"": device}  # not every package can move what it has packed
+    is_here = not {"device_map", "distributed_config"} & asked.keys()
     model, info = kind.from_pretrained(name, **asked)
-    return (model if "device_map" in asked else model.to(device)), info
+    return (model.to(device) if is_here else model), info
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
@@ -210,6 +240,9 @@ def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[A
         dtype=options.dtype,
         device=options.device,
         device_map=options.device_map,
+        tensor_parallel_size=(
+            options.tensor_parallel_size if isinstance(options, PartsOptions) else None
+        ),
     )
     try:
         return model, load_tokenizer(name, revision=options.revision)
@@ -228,11 +261,17 @@ def describe_model(
     """What the manifest says of a model; `digest` is `identity.model_digest`.
 
     A model whose MLPs were not looked for gives its shape (layers, width, hidden) in their place.
-    The dtype is what the model computes in; `quantisation`, the method and bits of its weights, and
-    `device_map`, as it was asked for, are there only where there is one.
+    The dtype is what the model computes in; `quantisation`, the method and bits of its weights,
+    `device_map`, as it was asked for, and `tensor_parallel_size`, the number of processes that hold
+    it, are there only where there is one. All of those processes must call it.
     """
     dtype, device = compute_dtype(model), input_device(model).type
-    special = {"quantisation": quantisation(model.config), "device_map": _SPREAD.get(model)}
+    parts = n_parts(model)
+    special = {
+        "quantisation": quantisation(model.config),
+        "device_map": _SPREAD.get(model),
+        "tensor_parallel_size": parts if parts > 1 else None,
+    }
     if isinstance(mlps, Mapping):
         text = model.config.get_text_config()
         names = ("hidden_act", "hidden_activation", "activation_function")

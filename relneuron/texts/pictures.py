@@ -83,9 +83,9 @@ def open_picture(picture: Any, where: str) -> Any:
         with warnings.catch_warnings():
             # PIL warns of a picture that is too large to be one, then refuses a larger one.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(picture, bytes):
-                picture = io.BytesIO(picture)
-            opened = picture if hasattr(picture, "convert") else Image.open(picture)
+            if isinstance(picture, Path):
+                picture = picture.read_bytes()  # PIL leaves a damaged file open
+            opened = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
             return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # each format has errors of its own
         line = " ".join(str(error).split()) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,12 @@ def test_a_gate_that_is_scaled_is_no_product_that_is(study: Study, tmp_path: Pat
     products = study.ablate(tmp_path / "b", **asked, scale_at="product")
     key = next(key for key in outputs if key[0] == "lives_in")
     assert outputs[key]["logprob"] != products[key]["logprob"]
+    # Neurons that were found by the gradient of the product are scaled there.
+    data = json.loads(path.read_text())
+    for site, wanted in (("product", products), ("gate", outputs)):
+        data["selection"] = {"how": {"site": site}}
+        path.write_text(json.dumps(data))
+        assert study.ablate(tmp_path / site, **asked) == wanted
 
 
 # --- sets of facts -----------------------------------------------------------------------------

@@ -52,13 +52,8 @@ def cell(table: Table, relation: str, column: str) -> float:
     return float(table.where("relation", relation).floats(column)[0])
 
 
-A: list[float | None] = [
-    0.25,
-    0.25,
-    0.8,
-    0.8,
-    0.11,
-]  # halved, the same; its own relation; s: 10 % more
+# Halved, the same; two of its own relation; s: 10 % more.
+A: list[float | None] = [0.25, 0.25, 0.8, 0.8, 0.11]
 B: list[float | None] = [None, None, 0.4, 0.6, 0.08]
 
 

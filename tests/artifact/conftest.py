@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from relneuron.ablation.nll import nll
@@ -17,6 +18,7 @@ from relneuron.report.page import write_report
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, OPTIONS, attributed, counted
 from tests.kit.counted import rank_counts
+from tests.kit.gradient_studies import gradient_study
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +63,9 @@ def made(
     attributed(loaded, root / "study" / "prompts.jsonl", root / "attribution")
     identify_gains(root / "attribution", root / "attribution" / "neurons.json", quiet=True)
     write_report(root / "attribution", root / "attribution" / "report.html", PAGES)
+    rng = np.random.default_rng(0)
+    facts_asked = [(r, s, list(rng.normal(size=(2, 2, 48)))) for r in "rs" for s in "abc"]
+    gradient_study(root / "gradients", facts_asked)
     counted(loaded, corpus, root / "counts")
     for shard in (1, 2):
         counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))

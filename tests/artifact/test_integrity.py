@@ -5,6 +5,7 @@ Every file is one that a stage wrote: a small study of relations, its attributio
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -28,6 +29,9 @@ from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.rank import identify_gains
+from relneuron.methods.gradients.choices import KnowledgeOptions
+from relneuron.methods.gradients.edit import edit_model
+from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.report.page import write_report
@@ -52,6 +56,12 @@ def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> 
     output = out / "texts.jsonl"
     options = GenerateOptions(**{"max_new_tokens": 4} | asked)
     return generate("m", *loaded, counts / "neurons.json", prompts, output, options, quiet=True)
+
+
+def edited(loaded: Any, corpus: Any, root: Path, out: Path) -> object:
+    model, tokenizer = loaded
+    neurons, prompts = root / "attribution" / "neurons.json", root / "study" / "prompts.jsonl"
+    return edit_model("m", copy.deepcopy(model), tokenizer, neurons, prompts, out, quiet=True)
 
 
 def reported(loaded: Any, corpus: Any, root: Path, out: Path, *, of: str) -> object:
@@ -97,6 +107,20 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "identify gains": (
         lambda m, c, r, o: identify_gains(r / "attribution", o / "neurons.json", quiet=True),
         tuple(f"attribution/{name}" for name in ("targets.csv", "gains.safetensors")),
+    ),
+    "identify facts": (
+        lambda m, c, r, o: identify_gradients(
+            r / "gradients",
+            o / "n.json",
+            KnowledgeOptions(),
+            method="knowledge_neurons",
+            quiet=True,
+        ),
+        ("gradients/prompts.jsonl", "gradients/ig.safetensors", "gradients/manifest.json"),
+    ),
+    "edit": (
+        edited,
+        ("attribution/neurons.json", "study/prompts.jsonl", "study/sentences.jsonl"),
     ),
     "report attribution": (
         partial(reported, of="attribution"),

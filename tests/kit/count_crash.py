@@ -30,15 +30,19 @@ import numpy as np
 import torch
 import typer
 
-import relneuron.methods.counts.count  # noqa: F401  (before the forks, which need it)
+import relneuron.methods.counts.count  # before the forks, which need it
+import relneuron.methods.counts.pictured
 import relneuron.model.load
 from relneuron.artifact.counts import Counts
 from relneuron.cli import main as cli
 from relneuron.methods.counts.counter import Counter
+from relneuron.model.pictures import Processor, picture_run
 from tests.conftest import tiny_model
 from tests.kit.counted import Numbers, draw, write_corpus
+from tests.kit.pictures import tiny, write_lines
 
 KILLED = 137
+WHAT = ("kill", "full", "random", "ranks", "pictures", "pictures of ranks")
 LEFT = {".lock", "counts.safetensors", "manifest.json"}
 GROUPS = ("en", "zh", "fr")
 EVERY = 3  # batches between two checkpoints
@@ -162,6 +166,23 @@ class Study:
         return (self.folder / "said").read_text()
 
 
+class Pictures(Study):
+    """The same over pictures, in all modules of a model that was found once for all forks."""
+
+    def __init__(self, folder: Path, n: int, *words: str) -> None:
+        torch.set_num_threads(1)
+        self.folder, self.log = folder, folder / "batches"
+        texts = [f"{g}={write_lines(folder / 'corpus', g, n, i * n)}" for i, g in enumerate("ab")]
+        asked = ["--module", "all", "--checkpoint-batches", str(EVERY), "--quiet"]
+        self.words = [*texts, *asked, *words]
+        model, processor = tiny("instructblip")
+        run = picture_run(model, Processor(processor))
+        parts = relneuron.methods.counts.count.find_mlps(model, modules=("all",), run=run)
+        relneuron.model.load.load = lambda *_, **__: (model, None)  # type: ignore[assignment]
+        relneuron.methods.counts.pictured.load_processor = lambda *_, **__: processor
+        relneuron.methods.counts.count.find_mlps = lambda *_, **__: parts
+
+
 def code_of(pid: int) -> int:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
@@ -243,6 +264,12 @@ def random_moments(study: Study, n: int, seed: int) -> int:
     return n_hit
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def join(rank: int, size: int, port: int) -> None:
     """What torchrun tells its processes."""
     os.environ |= {
@@ -268,12 +295,19 @@ def stop_after(n_batches: int) -> None:
     Counter.count = count  # type: ignore[method-assign]
 
 
-def run_ranks(study: Study, output: Path, size: int, stop: int | None = None) -> list[int]:
-    """One count by `size` processes; the exit codes. Each stops at its batch `stop`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
+def run_ranks(
+    study: Study,
+    output: Path,
+    size: int,
+    *words: str,
+    stop: int | None = None,
+    act: Callable[[int], object] = lambda rank: None,
+) -> list[int]:
+    """One count by `size` processes; the exit codes. Each stops at its batch `stop`.
+
+    `act` is called in each before it begins.
+    """
+    port, pids = free_port(), []
     for rank in range(size):
 
         def before(rank: int = rank) -> None:
@@ -281,12 +315,13 @@ def run_ranks(study: Study, output: Path, size: int, stop: int | None = None) ->
                 join(rank, size, port)
             if stop is not None:
                 stop_after(stop)
+            act(rank)
 
-        pids.append(study.start(output, before=before))
+        pids.append(study.start(output, *words, before=before))
     return [code_of(pid) for pid in pids]
 
 
-def ranks(study: Study) -> list[str]:
+def ranks(study: Study, stop: int = 20) -> list[str]:
     """Counts by several processes, also one after the other; returns what was done."""
     assert run_ranks(study, study.folder / "whole", 1) == [0], study.said()
     whole, done = files_of(study.folder / "whole"), []
@@ -294,7 +329,7 @@ def ranks(study: Study) -> list[str]:
     for sizes in ((2,), (3,), (1, 2), (2, 1), (3, 2)):
         output = study.folder / "-".join(map(str, sizes))
         for size in sizes[:-1]:
-            assert run_ranks(study, output, size, stop=20) == [130] * size, study.said()
+            assert run_ranks(study, output, size, stop=stop) == [130] * size, study.said()
             check_checkpoint(output)
             assert (output / "count.checkpoint").exists()
             assert not (output / "counts.safetensors").exists()
@@ -338,7 +373,7 @@ def check_moments(study: Study) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("what", nargs="+", choices=["kill", "full", "random", "ranks"])
+    parser.add_argument("what", nargs="+", choices=WHAT)
     parser.add_argument("--moments", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(words)
@@ -351,6 +386,10 @@ def main(words: Sequence[str] | None = None) -> None:
         elif what == "random":
             study = Study(folder, 2500, "--moments")
             found[what] = random_moments(study, asked.moments, asked.seed)
+        elif what == "pictures":
+            found[what] = every_step(Pictures(folder, 3, "--moments"), kills=True)
+        elif what == "pictures of ranks":
+            found[what] = ranks(Pictures(folder, 30), stop=8)
         else:
             study = Study(folder, 2000)
             found[what] = ranks(study)

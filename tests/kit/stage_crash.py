@@ -24,6 +24,7 @@ import typer
 import relneuron.ablation.expertise
 import relneuron.methods.gains.attribute  # before the forks, which need them
 import relneuron.methods.gains.rank
+import relneuron.methods.gradients.edit
 import relneuron.model.load
 import relneuron.report.page
 from relneuron.cli import main as cli
@@ -34,7 +35,7 @@ ASKED = ("--random-seeds", 1, "--quiet")
 # In their order, with the steps between two kills: a file has six, so five meets each kind.
 # 0: not killed here (methods/gains/test_attribute_resume.py does it), but made for the next one.
 STAGES = {"prompts": 1, "record": 5, "identify": 5, "ablate": 5, "report": 5, "export": 5}
-STAGES |= {"attribute": 0, "gains": 5}
+STAGES |= {"attribute": 0, "gains": 5, "edit": 5}
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Study:
         """The command of a stage, without --force."""
         prompts, neurons = place / "prompts.jsonl", place / "neurons.json"
         effects = place / "effects.csv"
+        beside = [self.folder / "gains" / name for name in ("gain.json", "prompts.jsonl")]
         found: dict[str, list[Any]] = {
             "prompts": ["prompts", self.facts, "-o", prompts, "--eva", 8],
             "record": ["record", self.model, prompts, "-o", place, "--quiet"],
@@ -58,7 +60,10 @@ class Study:
             "export": ["export", place, "-o", place / "export"],
             "attribute": ["attribute", self.model, prompts, "-o", place, "--quiet"],
             "gains": ["identify", place, "-o", place / "gain.json", "--method", "logprob_gain"],
+            # What is edited has paths of its own in the command that the manifest keeps.
+            "edit": ["edit", self.model, *beside, "-o", place / "edited", "--sets", "lives_in"],
         }
+        found["edit"] += ["--quiet"]
         return [str(word) for word in found[stage]]
 
     def run(self, words: Sequence[str], before: Callable[[], object] = lambda: None) -> int:
@@ -99,7 +104,7 @@ def check_refused(study: Study, stage: str, base: Path) -> None:
     """While another process writes to its folder, a stage is refused in two lines."""
     place = study.folder / "held"
     shutil.copytree(base, place)
-    held = place / "export" if stage == "export" else place
+    held = place / {"export": "export", "edit": "edited"}.get(stage, "")
     held.mkdir(exist_ok=True)
     with (held / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from bench.zoo.build import seed_weights
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
 from relneuron.methods.counts.batches import Pictured
@@ -138,6 +141,72 @@ def test_an_mlp_that_the_language_model_never_sees_is_no_projector() -> None:
     model.model.multi_modal_projector.forward = lambda x: (model.model.aside(x), true(x))[1]
     shape = model_shape(parts_of(("llava", model, Processor(processor)), "all"))
     assert shape["modules"] == MODULES["llava"]
+
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+def qwen3_vl() -> tuple[Any, dict[str, Tensor]]:
+    """Its second and third projector write into later layers of the language model only."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 40}
+    vision |= {"num_heads": 2, "patch_size": 4, "num_position_embeddings": 64}
+    config = transformers.Qwen3VLConfig(
+        text_config=_TEXT | {"rope_parameters": rope, "rope_scaling": rope},
+        vision_config=vision | {"deepstack_visual_indexes": [0, 1]},
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=6,
+    )
+    ids = torch.tensor([[10, 3, 5, 5, 5, 5, 4, 11, 12]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(16, 96)}
+    inputs |= {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == 5).int()
+    return model, inputs
+
+
+def idefics2() -> tuple[Any, dict[str, Tensor]]:
+    """Its learned queries read the pictures and themselves through the same maps."""
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    reader = {"resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 2}
+    reader |= {"resampler_head_dim": 8, "num_key_value_heads": 1, "hidden_size": 32}
+    config = transformers.Idefics2Config(
+        text_config=_TEXT | {"model_type": "mistral"},
+        vision_config=vision,
+        perceiver_config=reader,
+        image_token_id=5,
+    )
+    ids = torch.tensor([[10, 5, 5, 5, 5, 11, 12]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 16, 16)}
+    return transformers.Idefics2ForConditionalGeneration(config), inputs
+
+
+@pytest.mark.parametrize(
+    ("make", "modules"),
+    [
+        (qwen3_vl, {"language": 2, "vision": 3, "projector": 3}),
+        (idefics2, {"language": 2, "vision": 2, "projector": 1, "qformer_query": 2}),
+    ],
+)
+def test_modules_of_other_shapes(make: Any, modules: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model, inputs = make()
+    seed_weights(model.eval())
+    parts = find_mlps(model, modules=("all",), run=lambda: model(**inputs))
+    assert model_shape(parts)["modules"] == modules
 
 
 # --- counted ---------------------------------------------------------------------------------
@@ -279,8 +348,6 @@ def test_what_a_processor_does_not_take_is_an_error_that_names_the_line() -> Non
 
 
 def test_a_processor_is_known_by_its_content(tmp_path: Any, made: Made) -> None:
-    import transformers
-
     kind, _, processor = made
     pictures.register()
     digests = []

@@ -197,7 +197,6 @@ def test_the_eps_is_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "reason"),
     [
-        ("MixtralConfig", {"num_local_experts": 2, "num_key_value_heads": 2}, "mixture of experts"),
         ("BertConfig", {"is_decoder": True}, "layer 0: a norm at its end scales the whole stream"),
         ("MambaConfig", {}, "layer 0: no MLP down(activation"),
         ("GPTNeoXJapaneseConfig", {}, "layer 1: what is added before its MLP is not what one"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from relneuron.artifact.counts import RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import cut
+from relneuron.model.shards import n_parts, part_number
 from relneuron.texts.windows import Window
 
 Array = np.ndarray[Any, Any]
@@ -130,10 +131,15 @@ def check_tokens(largest: int, vocabulary: int) -> None:
 
 
 class Ranks:
-    """This process's place among `size`; alone, nothing here waits or sends."""
+    """This process's place among `size`; alone, nothing here waits or sends.
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    It runs share `share` of `shares` of the batches: all of them where each process holds a part of
+    the model. What it counts is then only of its own neurons.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, *, in_parts: bool = False) -> None:
         self.rank, self.size = rank, size
+        self.share, self.shares = (0, 1) if in_parts else (rank, size)
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values; all must call it at the same batch."""
@@ -144,15 +150,18 @@ class Ranks:
         return int(tensor)
 
     def total(self, value: int) -> int:
-        """The sum of the processes' values; all must call it."""
-        if self.size == 1:
+        """The sum of the shares' values; all must call it."""
+        if self.shares == 1:
             return value
         tensor = torch.tensor([value])
         torch.distributed.all_reduce(tensor)
         return int(tensor)
 
     def add(self, counts: Counts) -> Counts:
-        """The sum of the processes' counters, exact for integers; all must have the same groups."""
+        """The sum of the processes' counters, exact for integers; all must have the same groups.
+
+        What a process has not counted is 0 (of a largest value -inf), and so parts add up, too.
+        """
         if self.size == 1:
             return counts
         summed = {}
@@ -175,12 +184,15 @@ def local_device(device: str | None) -> str | None:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(model: Any) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the context lasts.
 
-    Counters are added on the host (gloo); they are small, and wait for the device only when a
-    checkpoint is written.
+    Those that hold the model in parts are joined already. Counters are added on the host (gloo);
+    they are small, and wait for the device only when a checkpoint is written.
     """
+    if n_parts(model) > 1:
+        yield Ranks(part_number(model), n_parts(model), in_parts=True)
+        return
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
         yield Ranks()

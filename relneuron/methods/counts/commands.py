@@ -13,9 +13,9 @@ from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
     Argument,
-    LoadOptions,
     Model,
     Output,
+    PartsOptions,
     refuse_stray,
     split,
 )
@@ -29,14 +29,15 @@ def count(
     output: Output,
     options: CountOptions,
     reading: CountSourceOptions,
-    load_options: LoadOptions,
+    load_options: PartsOptions,
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
     """How often every neuron is active in each group of a corpus: counts.safetensors.
 
     Of a model that reads pictures also on records with pictures, and in its other modules. Goes
-    on where it stopped. Under torchrun several processes share the work.
+    on where it stopped. Under torchrun several processes share the work, each with the whole
+    model, or with a part of it (--tensor-parallel-size).
     """
     from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
@@ -46,7 +47,8 @@ def count(
 
     check_folder(output)
     found = parse_sources(sources, **vars(reading))
-    load_options = replace(load_options, device=local_device(load_options.device))
+    if load_options.tensor_parallel_size is None:
+        load_options = replace(load_options, device=local_device(load_options.device))
     loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
     found, processor = with_pictures(found, model, loaded, load_options.revision)
     counted = count_stage(
@@ -174,10 +176,25 @@ def group_lines(chosen: NeuronFile) -> Iterator[str]:
     """How many neurons each group has, and what was left out."""
     for name, neurons in chosen.sets.items():
         none = ": none of those chosen is active enough in it" if chosen.method == "lape" else ""
-        yield f"{name}: {len(neurons):,} neurons" if neurons else f"{name}: no neurons{none}"
+        said = (
+            f"{len(neurons):,} neurons{_by_module(chosen, name)}"
+            if neurons
+            else f"no neurons{none}"
+        )
+        yield f"{name}: {said}"
     multiplicity = chosen.selection.get("multiplicity")
     if multiplicity:
         several = sum(multiplicity[1:])
         yield f"{sum(multiplicity):,} distinct neurons, {several:,} of them in several groups"
     if "reason" in chosen.selection:
         yield str(chosen.selection["reason"])
+    for module, facts in chosen.selection.get("modules", {}).items():
+        if "reason" in facts:
+            yield f"{module}: {facts['reason']}"
+
+
+def _by_module(chosen: NeuronFile, name: str) -> str:
+    """How many neurons of a group each module has, where several were ranked."""
+    modules = chosen.selection.get("modules", {})
+    held = (f"{facts['neurons'].get(name, 0):,} {module}" for module, facts in modules.items())
+    return f" ({', '.join(held)})" if modules else ""

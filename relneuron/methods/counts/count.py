@@ -103,7 +103,9 @@ def count(
 
     `tokenizer` may be None if all sources hold token ids. Under `torchrun` each process runs its
     share of the batches and the first one writes: counts are those of one process; sums are
-    rounded in another order.
+    rounded in another order. Processes that hold the model in parts run all batches, and each
+    counts its own neurons; what goes into the stream is rounded in another order there, so that
+    a value next to the threshold may pass it where it does not in one process.
 
     Sources with an `image_column` need the model's `processor`; `options.module` then says whose
     neurons are counted, and every token that ran through a module (patches of the pictures,
@@ -146,7 +148,7 @@ def count(
     )
     if options.boundaries == "position":
         check_boundaries(counter)
-    with joined() as ranks, _held(folder, ranks), _interruptible() as stopped:
+    with joined(model) as ranks, _held(folder, ranks), _interruptible() as stopped:
         if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
                 _drop_checkpoint(folder, inputs)

@@ -34,6 +34,7 @@ from relneuron.model.layers import decoder_layers, input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.pictures import sent
+from relneuron.model.shards import part_number
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.options import CountOptions
 
@@ -71,8 +72,10 @@ class Counter:
         made = any(hasattr(weight, "__tensor_flatten__") for weight in model.parameters())
         self._without_grad = torch.no_grad if made else torch.inference_mode
         self.sites = tuple(sites)
-        self._width = max(mlp.inside.stop for mlp in self.mlps)
+        self._width = model_shape(self.mlps)["width"]
         self._hidden = max(mlp.hidden for mlp in self.mlps)
+        # Of processes that hold the model in parts the first has what is the same in all of them.
+        self._is_first = part_number(model) == 0
         check_sites(self.mlps, self.sites)
         self.threshold, self.moments = threshold, moments
         # On a CPU the model's own activation leaves every later layer as it is without the patch.
@@ -140,7 +143,10 @@ class Counter:
         return tensor.to(self.device, non_blocking=True)
 
     def result(self, groups: Sequence[str]) -> Counts:
-        """What was counted so far, on the host; on a GPU this waits for it."""
+        """What was counted so far, on the host; on a GPU this waits for it.
+
+        Of a model in parts what was counted here; what all count, the first process has alone.
+        """
         self.grow(len(groups))
         n, shape = len(groups), model_shape(self.mlps)
         n_layers = shape["layers"]
@@ -150,7 +156,9 @@ class Counter:
                 values = table[:n].cpu().numpy()
                 size = self._size(name, values)
                 whole = found.setdefault(name, _nothing(name, n, n_layers, *size))
-                whole[:, part.layer, self._inside(name, part)] = values
+                is_inner = name.partition(".")[2] in INNER
+                if self._is_first or name == TOKENS or (is_inner and part.whole):
+                    whole[:, part.layer, self._inside(name, part)] = values
         found[RAN] = found.pop(TOKENS)
         tokens = found[RAN].max(axis=1)
         has_mlp = sorted({part.layer for part in self.mlps})
@@ -158,6 +166,9 @@ class Counter:
         is_one = not self.mlps[0].modules
         if is_one and (found[RAN][:, has_mlp] == tokens[:, None]).all():
             del found[RAN]
+        elif not self._is_first:
+            found[RAN][:] = 0
+        tokens = tokens if self._is_first else np.zeros_like(tokens)
         return Counts.of_tensors(list(groups), {TOKENS: tokens, **found})
 
     def _size(self, name: str, values: Array) -> tuple[int, ...]:
@@ -367,7 +378,7 @@ class Saver:
     def look(self, number: int, counts: Callable[[], Counts], position: Position) -> None:
         """After every batch; processes tell each other what they want at fixed batches."""
         self._batches += 1
-        every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.size
+        every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.shares
         if (number + 1) % every:
             return
         if self.options.checkpoint_batches is not None:

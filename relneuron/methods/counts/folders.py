@@ -33,7 +33,7 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.stage import STUDY, command, moved, placed
 
 # Where and how a model runs: two counts of it can still be added.
-_PLACE = ("backend", "device", "device_map", "attention")
+_PLACE = ("backend", "device", "device_map", "tensor_parallel_size", "attention")
 # What must be equal for two counts to mean the same.
 _APART = ("shard", "batch_tokens", "processor")
 _SAME = ("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries")

@@ -72,8 +72,8 @@ class Job(Generic[AnyFeed, Item]):
     def run(self, start: Checkpoint | None) -> AnyFeed:
         """Count everything from a checkpoint on; returns what was read, to its end."""
         self.counter.clear()
-        # Each process counts from zero; the first adds to what was counted before.
-        if start is not None and self.ranks.rank == 0:
+        # Each share is counted from zero; the first adds to what was counted before.
+        if start is not None and self.ranks.share == 0:
             self.counter.restore(start.counts)
         position = start.position if start else Position(None, 0, 0)
         feed = self.open(position.feed)
@@ -115,7 +115,7 @@ class Job(Generic[AnyFeed, Item]):
     def is_mine(self, number: int) -> bool:
         """Whether this process counts the batch of a number."""
         shard, of = self.options.shard
-        return number % of == shard - 1 and number // of % self.ranks.size == self.ranks.rank
+        return number % of == shard - 1 and number // of % self.ranks.shares == self.ranks.share
 
     def _show(self, bar: Any, feed: AnyFeed, n_tokens: int) -> None:
         if bar.disable:

@@ -59,8 +59,9 @@ def identify_gradients(
     all of its facts, each with the mean over the facts of its score there, 0 where the set of a
     fact lacks it. Scores: knowledge neurons have their mean attribution over the fact's prompts,
     query-relevant ones naica, those of query localization the consistency-aware score, those of
-    relevance the mean relevance. A neuron's site is `up`, since scaling up scales the product; of
-    an MLP that is not gated `gate`, for zeroing.
+    relevance the mean relevance. Neurons are named by the site `gate`, since to zero a gate zeroes
+    all that a neuron writes; `selection` says under "how" at which site they were attributed, which
+    is where `ablate --mode scale` scales them, and how many there are.
 
     facts.csv (x.facts.csv beside x.json) has a row a fact: prompts, the mean size of their sets and
     that of their union, the neurons that were chosen, CS1 and CS2 (empty for one prompt or without
@@ -81,7 +82,8 @@ def identify_gradients(
         else:
             selection = choose[method](study, options)
             sets = _sets(study, by_fact=options.recorded()["sets"] == "fact")
-        result = NeuronFile(study.model, method, sets, selection)
+        how = {"site": study.gradients.about.get("site", "product"), **selection}
+        result = NeuronFile(study.model, method, sets, {"how": how})
         stem = "" if output.name == "neurons.json" else f"{output.stem}."
         table = output.parent / f"{stem}{FACTS}"
         written = [output] if method == "relevance" else [output, table]
@@ -115,7 +117,7 @@ def rank(
         yield f"{name}: {len(neurons):,} neurons"
     if len(chosen.sets) > SAID:
         yield f"... {len(chosen.sets) - SAID:,} more sets"
-    found = chosen.selection
+    found = chosen.selection["how"]
     if "facts" in found:
         yield (
             f"{found['facts']:,} facts, {found['neurons_per_fact']:.3g} neurons each on average, "
@@ -283,11 +285,8 @@ def _relevant(study: Study, options: ShareOptions) -> tuple[dict[str, list[Score
         name: _neurons(study, {int(study.there[p]): score for p, score in one})
         for name, one in zip(relations, chosen, strict=True)
     }
-    selection = {
-        name: {"sentences": int(n), "with_their_share": int(k), "wanted": top}
-        for name, n, k in zip(relations, sums["sentences"], able, strict=True)
-    }
-    return sets, selection
+    with_share = dict(zip(relations, able.tolist(), strict=True))
+    return sets, {"wanted": top, "specific": options.specific, "with_their_share": with_share}
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -322,10 +321,5 @@ def _sets(study: Study, *, by_fact: bool) -> dict[str, list[ScoredNeuron]]:
 
 
 def _neurons(study: Study, scores: Mapping[int, float]) -> list[ScoredNeuron]:
-    site, width = "up" if study.model.get("gated", True) else "gate", study.gradients.width
-    return [(*_named(place, width, site), score) for place, score in scores.items()]
-
-
-def _named(place: int, width: int, site: str) -> tuple[int, str, int]:
-    layer, index = divmod(place, width)
-    return layer, site, index
+    pairs = ((*divmod(place, study.gradients.width), score) for place, score in scores.items())
+    return [(layer, "gate", index, score) for layer, index, score in pairs]

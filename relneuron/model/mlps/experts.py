@@ -139,6 +139,9 @@ class Experts:
         """E * F."""
         return self.n_experts * self.expert_width
 
+    n_neurons = width
+    whole = 0  # processes hold none of them in parts
+
     @property
     def inside(self) -> slice:
         """Where the neurons stand among those of the layer."""

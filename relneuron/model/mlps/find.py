@@ -40,6 +40,7 @@ from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find_experts import NO_EXPERTS, find_experts
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
+from relneuron.model.shards import agree, n_parts, own_inputs, together
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,11 +68,14 @@ def inspect_layers(model: Any, with_picture: Run | None = None) -> list[Verdict]
     gate's and up's outputs. Where it is not, because something is scaled, cut off, normalised or
     made sparse on the way, each gate and each up must reach just one input of `down`, and the
     activation must be a module of its own.
+
+    Of a model that several processes hold in parts all must call it: each looks at its own part.
     """
     check_unwrapped(model)
     path, layers = _decoder_layers(model)
     settle(model)
-    dtype, run, failed = compute_dtype(model), text_run(model, candidates.N_TOKENS), ""
+    dtype, failed = compute_dtype(model), ""
+    run = together(model, text_run(model, candidates.N_TOKENS))
     verdicts: dict[int, Verdict] = {}
     left: dict[int, tuple[str, nn.Module]] = {}
     with without_hooks(model):
@@ -98,6 +102,8 @@ def inspect_layers(model: Any, with_picture: Run | None = None) -> list[Verdict]
             layers_there = {number: layer for number, (_, layer) in rest.items()}
             found |= proof.prove(there, with_picture, layers_there)
             here, failed = here | there, ""
+        # What is done with it are forwards of parts of the model, which all must run, too.
+        agree(model, [(one.down.path, one.writes) for some in found.values() for one in some])
         for number, (where, layer) in left.items():
             runs = number in here or bool(failed)
             chosen = found[number] if number in here else _alone(number, where, layer, dtype)
@@ -105,6 +111,7 @@ def inspect_layers(model: Any, with_picture: Run | None = None) -> list[Verdict]
             parts = (replace(mlp, n_layers=len(layers), runs=runs) for mlp in verdict.mlps)
             verdicts[number] = replace(verdict, mlps=tuple(parts))
     result = [verdicts[number] for number in range(len(layers))]
+    agree(model, [(one.layer, one.reason, one.passed) for one in result])
     if with_picture is None:
         _FOUND[model] = (_modules(model), result)
     return result
@@ -216,10 +223,13 @@ def verdict_of(
     lost = [one.down.path for one in chosen if not one.writes and "expert" in one.down.path]
     if experts and lost:
         return Verdict(number, (), f"{_unwritten(lost[0])} beside its experts")
-    found = [_mlp(number, path, layer, one, dtype) for one in chosen if one.writes]
+    try:
+        found = [_mlp(number, path, layer, one, dtype) for one in chosen if one.writes]
+    except Unfound as error:
+        return Verdict(number, (), str(error))
     parts += sorted(found, key=lambda mlp: mlp.path)
     if parts:
-        offsets = accumulate((part.width for part in parts), initial=0)
+        offsets = accumulate((part.n_neurons for part in parts), initial=0)
         mlps = tuple(replace(part, offset=o) for part, o in zip(parts, offsets, strict=False))
         words = [_words(mlp) if isinstance(mlp, MLP) else experts[mlp.path] for mlp in mlps]
         return Verdict(number, mlps, "; ".join(words))
@@ -245,6 +255,7 @@ def _mlp(number: int, path: str, layer: nn.Module, one: Candidate, dtype: torch.
     paths = [part.path.removeprefix(f"{path}.").split(".") for part in maps]
     steps = zip(*paths, strict=False)
     shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
+    first, whole = own_inputs(one.down.module, one.gate.width)
     mlp = MLP(
         layer=number,
         path=".".join((path, *shared)),
@@ -257,6 +268,8 @@ def _mlp(number: int, path: str, layer: nn.Module, one: Candidate, dtype: torch.
         product=one.product,
         activation=one.activation,
         act=one.act,
+        first=first,
+        whole=whole if whole > one.gate.width else 0,
     )
     is_whole = bool(shared) and one.activation is not None and _is_whole(mlp, dtype)
     return replace(mlp, is_whole=is_whole)
@@ -299,7 +312,8 @@ def _words(mlp: MLP) -> str:
     own = "" if mlp.is_whole else ", by its own forward"
     text = "" if mlp.runs else ", not run by text alone"
     name = mlp.activation or type(mlp.act).__name__
-    return f"{mlp.path}: {name}, F={mlp.width}, D={mlp.hidden}{kind}{own}{text}"
+    parts = ", a part in each process" if mlp.whole else ""
+    return f"{mlp.path}: {name}, F={mlp.n_neurons}, D={mlp.hidden}{parts}{kind}{own}{text}"
 
 
 def find_mlps(
@@ -364,6 +378,11 @@ def supported(verdicts: Sequence[Verdict], module: str = "") -> list[Part]:
 
 def _with_attention(model: Any, mlps: list[Part]) -> list[Part]:
     """The parts, the first of each layer with the projections of its attention."""
+    if n_parts(model) > 1:
+        raise RelneuronError(
+            "the attention's neurons of a model that is held in parts cannot be looked at",
+            "load it without tensor parallelism",
+        )
     path, layers = _decoder_layers(model)
     firsts = {mlp.layer: mlp for mlp in reversed(mlps)}
     return [

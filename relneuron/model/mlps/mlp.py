@@ -32,7 +32,7 @@ class MLP:
     layer: int
     path: str
     module: nn.Module
-    width: int  # F
+    width: int  # F; of an MLP that several processes hold in parts, how many neurons are here
     hidden: int  # D
     gate: Projection
     up: Projection | None
@@ -44,6 +44,8 @@ class MLP:
     is_whole: bool = False
     runs: bool = True
     offset: int = 0  # of its neurons among those of the layer
+    first: int = 0  # of its neurons that is here
+    whole: int = 0  # F, where processes hold it in parts
     modules: tuple[tuple[str, int], ...] = ()  # of the model, where several were asked for
     projections: tuple[Projection, ...] = ()  # of the layer's attention, where they were asked for
 
@@ -55,8 +57,13 @@ class MLP:
 
     @property
     def inside(self) -> slice:
-        """Where its neurons stand among those of the layer."""
-        return slice(self.offset, self.offset + self.width)
+        """Where the neurons that are here stand among those of the layer."""
+        return slice(self.offset + self.first, self.offset + self.first + self.width)
+
+    @property
+    def n_neurons(self) -> int:
+        """F, in all processes."""
+        return self.whole or self.width
 
     def fold(self, table: AnyArray) -> AnyArray:
         """(C, F) as a patch takes it: experts have it otherwise."""

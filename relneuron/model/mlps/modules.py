@@ -2,10 +2,10 @@
 
 `find.py` asks for them. In a forward with a picture three kinds of places are told by what they do,
 not by their names. A list of layers that each give a tensor of the shape of the one they read is a
-stack: a Q-Former's if one of its linear maps reads a second tensor that the layer was given
-(cross-attention), else of the vision tower. What is outside of every stack and has an MLP that
-changes what the language model reads is a projector. What may be an MLP there `candidates.py` sees,
-and `proof.py` proves, as in a decoder layer.
+stack: a Q-Former's if it cross-attends, that is if a layer was given a second tensor that one of
+its linear maps reads, or one of other rows; else of the vision tower. What is outside of every
+stack and has an MLP that changes what the language model gives is a projector. What may be an MLP
+there `candidates.py` sees, and `proof.py` proves, as in a decoder layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,9 @@ def _stacks(model: Any, decoder: str, run: Run) -> list[_Stack]:
 
     def begin(layer: nn.Module, args: Any, kwargs: Any) -> None:
         values = (*args, *kwargs.values())
-        given[layer] = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+        found = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+        others = [x.shape[1] for x in found if x.dim() == found[0].dim() == 3]
+        given[layer], crosses[layer] = found, crosses.get(layer, False) or len({*others}) > 1
 
     def end(layer: nn.Module, _args: Any, _: Any, output: Any) -> None:
         made, read = proof.stream(output), given.get(layer, [])
@@ -239,24 +242,37 @@ def _rest(model: nn.Module, taken: set[int], path: str = "") -> Iterator[tuple[s
 
 
 def _changes(part: MLP, decoder: nn.ModuleList, run: Run) -> bool:
-    """Whether the language model reads something else when what a part writes is zero."""
-    read: list[list[Tensor]] = []
+    """Whether the language model's first layer, or at least its output, is another one without it.
 
-    def keep(_module: Any, args: Any, kwargs: Any) -> None:
-        values = (*args, *kwargs.values())
-        read.append([x.clone() for x in values if isinstance(x, Tensor) and x.is_floating_point()])
-        raise _Reached
+    Without what a part writes, that is. Some projectors write into later layers only.
+    """
 
     def silence(_module: Any, _args: Any, _: Any, output: Tensor) -> Tensor:
         return torch.zeros_like(output)
 
-    for is_off in (False, True):
+    def keep(read: list[Tensor], _module: Any, args: Any, kwargs: Any) -> None:
+        values = (*args, *kwargs.values())
+        read += [x.clone() for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+        raise _Reached
+
+    def seen(*, off: bool, begin: bool) -> list[Tensor]:
+        read: list[Tensor] = []
         hooks = Hooks({})
-        hooks.before(decoder[0], keep)
-        if is_off:
+        if begin:
+            hooks.before(decoder[0], partial(keep, read))
+        if off:
             hooks.after(part.down_map.module, silence)
+
+        def all_of() -> None:
+            made = proof.stream(run())
+            read.extend([made] if isinstance(made, Tensor) else [])
+
         with suppress(_Reached):
-            hooks.run(run)
-    if len(read) < 2:
-        return False
-    return any(not torch.equal(a, b) for a, b in zip(*read, strict=True))
+            hooks.run(all_of)
+        return read
+
+    for begin in (True, False):
+        with_it, without = seen(off=False, begin=begin), seen(off=True, begin=begin)
+        if any(not torch.equal(a, b) for a, b in zip(with_it, without, strict=True)):
+            return True
+    return False

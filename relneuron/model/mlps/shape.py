@@ -30,8 +30,8 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
         hiddens[mlp.layer] = mlp.hidden
         gated[mlp.layer] |= mlp.is_gated
         if mlp.runs:
-            widths[mlp.layer] = max(widths[mlp.layer], mlp.inside.stop)
-    width = max(mlp.inside.stop for mlp in mlps)
+            widths[mlp.layer] = max(widths[mlp.layer], mlp.offset + mlp.n_neurons)
+    width = max(mlp.offset + mlp.n_neurons for mlp in mlps)
     n_language = modules.get("language", 0) if modules else n_layers
     language = [mlp for mlp in mlps if mlp.layer < n_language]
     hidden = {mlp.hidden for mlp in language}

@@ -80,7 +80,8 @@ def find_mixture(
     inside = [*(source.y for source in sources), *(mlp.down.y for mlp in beside)]
     if any(y.shape != h.shape or y.dtype != h.dtype for y in inside):
         raise Unfound("its experts do not write states as wide as the stream")
-    holders = [m for m in whole.module.modules() if any(e.module in m.children() for e in experts)]
+    within = {id(one.module) for one in experts}
+    holders = [m for m in whole.module.modules() if within & {id(x) for x in m.modules()}]
     held = list(dict.fromkeys((*numbers, *held_numbers(*holders), 1 / len(inside))))
     reason = ""
     for total in _totals(calls, inside, len(sources), held, (h, after)):
@@ -112,7 +113,8 @@ def find_mixture(
             mixture=members,
         )
         return Found(layer, no_heads)
-    raise Unfound(reason or "what its experts and its MLPs give is not added up by one module")
+    why = "what its experts and its MLPs give is not added up by one module, nor multiples of it "
+    raise Unfound(reason or why + "by numbers that it holds")
 
 
 def _call_of(calls: Calls, experts: Experts) -> Call:

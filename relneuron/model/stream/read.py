@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import pad
 from relneuron.model.layers import (
     TRAINING,
     Unfound,
@@ -44,7 +45,7 @@ from relneuron.model.stream.parts import (
     unsupported,
 )
 from relneuron.model.stream.probe import N_SENTENCES, N_TOKENS, Call, Calls, recorded, same
-from relneuron.model.stream.trace import Trace, eager_attention, trace
+from relneuron.model.stream.trace import Trace, eager_attention, last_logits, trace
 
 N_CHECKED = 6  # tokens of the sentence of the self-check
 
@@ -236,8 +237,23 @@ def _checked(residual: ResidualModel) -> ResidualModel:
         ]
         if failed:
             residual = without_heads(residual, failed[0])
+    _check_eager(residual, ids, found)
     residual = with_tail(residual, ids, found)
     return replace(residual, pads=_pads(residual, ids[0]))
+
+
+@torch.no_grad()
+def _check_eager(residual: ResidualModel, ids: list[list[int]], found: Trace) -> None:
+    """Refuse a model that is another one with eager attention, as PaliGemma is (its mask differs).
+
+    Rounding of all layers meets in the logits, so only what is far beyond it counts.
+    """
+    tokens, mask = pad(ids, residual.unembed.device)
+    own = last_logits(residual.model, tokens, mask).double()
+    limit = max(16 * torch.finfo(found.h[0].dtype).eps, 1e-3)
+    if not bool((own - found.logits.double()).norm() <= limit * own.norm()):
+        why = "with eager attention, which gives the weights, its logits are others"
+        raise unsupported(residual.model, why)
 
 
 def without_heads(residual: ResidualModel, why: str) -> ResidualModel:

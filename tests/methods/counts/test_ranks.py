@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,11 +65,11 @@ def test_torchrun(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert files_of(tmp_path / "one").keys() == LEFT
 
 
-def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_nothing_is_sent(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     counts = Counts(["en"], np.array([3], np.int64), {"count.act": np.ones((1, 2, 2), np.int64)})
-    with joined() as ranks:
+    with joined(model) as ranks:
         assert (ranks.rank, ranks.size) == (0, 1)
         assert ranks.add(counts) is counts
         assert (ranks.largest(2), ranks.total(7)) == (2, 7)

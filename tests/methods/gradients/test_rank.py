@@ -58,12 +58,12 @@ def test_queries_of_the_vector(e4: Path) -> None:
     found = chosen(e4, "qrnca", options)
     one = {"r/q0": (1, 3), "r/q1": (3, 1), "s/q2": (3, 5), "s/q3": (1, 8)}
     assert {name: [row[:3] for row in rows] for name, rows in found.sets.items()} == {
-        name: [(layer, "up", index)] for name, (layer, index) in one.items()
+        name: [(layer, "gate", index)] for name, (layer, index) in one.items()
     }
     scores = [found.sets[name][0][3] for name in one]
     expected = [0.46209812, 0.08786373, 0.45205251, 0.46209812]
     assert scores == pytest.approx(expected, abs=5e-9)
-    assert found.selection["common_neurons"] == 3
+    assert found.selection["how"]["common_neurons"] == 3
     rows = table(e4)
     assert [row["fact"] for row in rows] == list(one)
     assert [row["n_prompts"] for row in rows] == ["3", "3", "3", "3"]
@@ -73,12 +73,12 @@ def test_queries_of_the_vector(e4: Path) -> None:
 def test_published_queries_keep_common_neurons(e4: Path) -> None:
     options = QueryOptions(top=2, threshold=TAU, keep_common=True, sets="fact")
     found = chosen(e4, "qrnca", options)
-    assert [row[:3] for row in found.sets["r/q1"]] == [(3, "up", 1), (0, "up", 4)]
+    assert [row[:3] for row in found.sets["r/q1"]] == [(3, "gate", 1), (0, "gate", 4)]
 
 
 def test_a_relation_has_the_neurons_of_all_of_its_facts(e4: Path) -> None:
     found = chosen(e4, "qrnca", QueryOptions(top=2, threshold=TAU))
-    assert [row[:3] for row in found.sets["r"]] == [(1, "up", 3), (3, "up", 1)]
+    assert [row[:3] for row in found.sets["r"]] == [(1, "gate", 3), (3, "gate", 1)]
     assert found.sets["r"][0][3] == pytest.approx(0.46209812 / 2, abs=5e-9)
 
 
@@ -107,7 +107,7 @@ def test_knowledge_neurons_are_in_more_than_their_share(e5: Path) -> None:
     assert found.sets["r/a"][1][3] == pytest.approx((1 + 1 - 0.01) / 3)
     both = chosen(e5, "knowledge_neurons", KnowledgeOptions(), name="r.json")
     assert [row[:3] for row in both.sets["r"]] == [
-        *((0, "up", 2), (1, "up", 1), (1, "up", 2), (0, "up", 1))
+        *((0, "gate", 2), (1, "gate", 1), (1, "gate", 2), (0, "gate", 1))
     ]
     assert both.sets["r"][0][3] == pytest.approx(0.5)
 
@@ -122,9 +122,9 @@ def test_negatives_are_really_removed(e5: Path) -> None:
 
 def test_the_share_is_found_by_steps(e5: Path) -> None:
     found = chosen(e5, "knowledge_neurons", KnowledgeOptions(stepped=True))
-    assert found.selection["in_aim"] and 2 <= found.selection["mean_size"] <= 5
+    assert found.selection["how"]["in_aim"] and 2 <= found.selection["how"]["mean_size"] <= 5
     # 0.7 leaves {2}, {9, 10}, {2}: 4/3; so does 0.65 and then 2/3 is not below 0.65 any more.
-    assert found.selection["share"] == pytest.approx(0.45)
+    assert found.selection["how"]["share"] == pytest.approx(0.45)
 
 
 def test_no_share_in_aim_is_said(tmp_path: Path) -> None:
@@ -142,12 +142,15 @@ def test_consistency_and_its_verdict(e5: Path) -> None:
         (1 / 3, 1 / 3),
     ]
     assert [row["consistent"] for row in rows] == ["0", "1", "0"]
-    assert (found.selection["consistent"], found.selection["inconsistent"]) == (1, 2)
+    assert (found.selection["how"]["consistent"], found.selection["how"]["inconsistent"]) == (1, 2)
     # 2 is in all three prompts: 0.7 * 1; 1 in two of three; 0.7 * 2/3 - 0.3 * 0.476 = 0.324 > 0.21.
     names = [row[2] for row in found.sets["r/a"]]
     assert names == [2, 1]
     otsu = chosen(e5, "query_localization", ConsistencyOptions(otsu=True), name="o.json")
-    assert otsu.selection["cut"] == pytest.approx(0.4) and otsu.selection["consistent"] == 1
+    assert (
+        otsu.selection["how"]["cut"] == pytest.approx(0.4)
+        and otsu.selection["how"]["consistent"] == 1
+    )
     union = ConsistencyOptions(neurons="union", sets="fact")
     assert len(chosen(e5, "query_localization", union, name="u.json").sets["r/a"]) == 5
     first = ConsistencyOptions(neurons="query", sets="fact")
@@ -185,22 +188,27 @@ def test_relevance_by_its_shares(tmp_path: Path) -> None:
     folder = gradient_study(tmp_path, [("r", "x", [a, a]), ("s", "y", [b])], RELEVANCE)
     found = chosen(folder, "relevance", ShareOptions(top=2))
     assert found.sets == {
-        "r": [(0, "up", 0, 3.0), (0, "up", 1, 1.0)],
-        "s": [(0, "up", 2, 2.0), (0, "up", 1, 1.0)],
+        "r": [(0, "gate", 0, 3.0), (0, "gate", 1, 1.0)],
+        "s": [(0, "gate", 2, 2.0), (0, "gate", 1, 1.0)],
     }
-    assert found.selection["r"] == {"sentences": 2, "with_their_share": 2, "wanted": 2}
+    assert found.selection["how"] == {
+        "site": "product",
+        "wanted": 2,
+        "specific": 0.5,
+        "with_their_share": {"r": 2, "s": 2},
+    }
     absolute = chosen(folder, "relevance", ShareOptions(top=1, sums="absolute"), name="a.json")
-    assert absolute.sets["r"] == [(0, "up", 2, 5.0)]
+    assert absolute.sets["r"] == [(0, "gate", 2, 5.0)]
     assert not (folder / FACTS).exists()
     alone = gradient_study(tmp_path / "one", [("r", "x", [a])], RELEVANCE)
     with pytest.raises(RelneuronError, match="one relation, which has all of the relevance"):
         chosen(alone, "relevance", ShareOptions())
 
 
-def test_an_ungated_mlp_has_gates_and_layers_their_own_widths(tmp_path: Path) -> None:
+def test_layers_have_their_own_widths(tmp_path: Path) -> None:
     scores = fact({1, 6}, width=8)
     scores[0][1, 5] = 9.0  # beyond the second layer's width: no neuron
-    folder = gradient_study(tmp_path, [("r", "a", scores * 2)], gated=False, widths=[8, 4])
+    folder = gradient_study(tmp_path, [("r", "a", scores * 2)], widths=[8, 4])
     found = chosen(folder, "knowledge_neurons", KnowledgeOptions())
     assert [row[:3] for row in found.sets["r"]] == [(0, "gate", 1), (0, "gate", 6)]
 
