@@ -25,6 +25,8 @@ from relneuron.cli import main as cli
 from relneuron.cli.run import _whole
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
+from tests.kit.pictures import save as save_pictured
+from tests.kit.pictures import write_lines
 
 # RunOptions that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
@@ -139,7 +141,7 @@ STUDIES: dict[str, list[str]] = {
     "sets of modules": [
         "import {imported}/llava-lang {imported}/llava-vision --model {llava} -o {d}/neurons.json"
         " --format mmneuron --names doc,med",
-        "ablate {llava} {d}/neurons.json {pictures} -o {d}/effects.csv --random-seeds 1"
+        "ablate {llava} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
         " --module-sets --quiet",
     ],
     "imported neurons": [
@@ -199,7 +201,9 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         of_layer = [torch.tensor([1, 7]), torch.tensor([3]), torch.tensor([0, 2])]
         torch.save([of_layer[: sizes[module][0]]] * 2, lapes / f"llava-{module}")
     lines = write_lines(folder / "pictures", "doc", 4).read_text().splitlines()
-    asked = [json.loads(line) | {"group": g} for line, g in zip(lines, ["doc", "med"] * 2)]
+    asked = [
+        json.loads(line) | {"group": g} for line, g in zip(lines, ["doc", "med"] * 2, strict=True)
+    ]
     asked = [line | {"answers": ["a", "b"]} for line in asked]
     (folder / "pictures" / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
     shutil.copytree(model_folder, folder / "chat")
@@ -219,7 +223,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         "table": str(folder / "facts.csv"),
         "imported": str(lapes),
         "llava": str(folder / "llava"),
-        "pictures": str(folder / "pictures" / "prompts.jsonl"),
+        "pictures": str(folder / "pictures"),
     }
 
 
@@ -248,6 +252,8 @@ def test_printed_commands_make_the_study_again(
         again = study  # finished from other inputs, it would be refused; a second one takes long
     for folder in {study, again}:
         folder.parent.mkdir()
+        if kind == "sets of modules":
+            shutil.copytree(given["pictures"], folder)
         if "folder of the study" in kind:
             (folder / "texts").mkdir(parents=True)
             (folder / "texts" / "all.jsonl").write_bytes(Path(given["all"]).read_bytes())
