@@ -21,6 +21,7 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import module_sets
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import GenerateOptions
+from relneuron.artifact.counts import NAME, RAN, Counts
 from relneuron.artifact.effects import WRITTEN
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
@@ -314,6 +315,38 @@ def test_a_killed_run_goes_on(llava: World, monkeypatch: pytest.MonkeyPatch) -> 
     assert llava.ours("part.jsonl", module_sets=True, batch_tokens=80) == whole
     parts = [(llava.folder / f"{name}.jsonl").read_bytes() for name in ("part", "whole")]
     assert parts[0] == parts[1]
+
+
+def test_steering_in_every_module(llava: World, tmp_path: Path) -> None:
+    """A set at its mean activation over the tokens that each module saw: hooks on activations."""
+    rng = np.random.default_rng(4)
+    n_layers, width = llava.shape["layers"], llava.shape["width"]
+    ran = np.array([[100] * 2 + [50] * 3 + [40]])
+    total = rng.normal(size=(1, n_layers, width)) * 60
+    arrays = {"count.act": np.zeros((1, n_layers, width), np.int64), "sum.act": total}
+    Counts(["med"], np.array([100]), arrays, {RAN: ran}).write(tmp_path / NAME)
+    means = (total[0] / ran[0][:, None]).astype(np.float32)
+    made = llava.ours(set_to="med", counts=tmp_path)
+    model = llava.model
+    places = [m.mlp.act_fn for m in model.model.language_model.layers]
+    places += [m.mlp.activation_fn for m in _tower(model).encoder.layers]
+    places += [model.model.multi_modal_projector.act]
+    assert len({id(place) for place in places}) == n_layers
+    for g, line in zip(made, llava.lines, strict=True):
+        with ExitStack() as stack:
+            for layer, place in enumerate(places):
+                on = [row[2] for row in llava.sets["med"] if row[0] == layer]
+                new = torch.from_numpy(means[layer, on])
+
+                def change(_m: Any, _i: Any, out: Tensor, on: Any = on, new: Any = new) -> Tensor:
+                    changed = out.clone()
+                    changed[..., on] = new
+                    return changed
+
+                stack.callback(place.register_forward_hook(change).remove)
+            tokens = llava.said(line, [])
+        assert g.output == llava.text(tokens).rstrip("\ufffd")
+    assert [g.output for g in made] != [g.output for g in llava.ours()]
 
 
 # --- ablate ----------------------------------------------------------------------------------
