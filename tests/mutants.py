@@ -106,8 +106,8 @@ MUTANTS = {
         "model/test_mlps.py::test_what_does_not_write_into_the_stream_is_no_mlp",
     ),
     "artifact.neurons: a narrow layer is as wide as the others": Mutant(
-        'return self.inner[layer] if site in ("gate", "up") else most * bool(self.inner[layer])',
-        "return most",
+        "if self.inner is None else self.inner[layer]",
+        "",
         "model/test_mlps.py::test_layers_may_differ_in_width_or_have_no_mlp",
     ),
     "model.patch: of nested patches the inner one alone switches off": Mutant(
@@ -213,7 +213,7 @@ MUTANTS = {
         "(flat >= threshold)",
         "methods/counts/test_lape.py::test_sets_of_the_worked_example",
     ),
-    "methods.counts.rank: neurons of the product are named so, not by their gate": Mutant(
+    "methods.counts.choose: neurons of the product are named so, not by their gate": Mutant(
         'site if site in ("up", "down") else "gate"',
         "site",
         "methods/counts/test_rank.py::test_sites",
@@ -227,6 +227,16 @@ MUTANTS = {
         "range(1, of + 1)",
         "range(1, of)",
         "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",
+    ),
+    "methods.counts.choose: a module is ranked by the tokens of another one": Mutant(
+        "counts.tokens_at()[:, None, there // width]",
+        "counts.tokens_at()[:, None, 0 * there]",
+        "methods/counts/test_pictured.py::test_layers_that_saw_fewer_tokens_have_their_own_rates",
+    ),
+    "model.mlps.modules: what nobody reads is a projector": Mutant(
+        "if _changes(part, decoder, run)",
+        "if True",
+        "model/test_pictures.py::test_an_mlp_that_the_language_model_never_sees_is_no_projector",
     ),
     # methods/gains
     "methods.gains.values: an FFN is scored at the state before the attention": Mutant(

@@ -27,6 +27,7 @@ EXTRAS = {
     "pyarrow": "data",
     "PIL": "pictures",
 }
+PROJECTS = {"PIL": "pillow"}  # installed by another name than they are imported by
 
 
 def missing(*packages: str) -> list[str]:
@@ -91,6 +92,7 @@ def _origin(found: Distribution) -> list[str] | None:
 
 def _requirement(found: Distribution | None, package: str) -> str:
     """A package with the versions that relneuron asks for, without its conditions."""
+    package = PROJECTS.get(package, package)
     for line in (found.requires or []) if found else []:
         if re.match(rf"{package}\b", line):
             return line.partition(";")[0].replace(" ", "").strip("()")

@@ -159,6 +159,7 @@ class CountOptions(PackingOptions, OomOptions):
         "Of a model that reads pictures, whose neurons: language, vision, projector, qformer, "
         "several of them or all; default: language.",
         choices=ASKED,
+        is_set=True,
     )
     max_records: int | None = option(
         None, "Maximum number of records with pictures of each group; default: all.", least=1

@@ -100,6 +100,10 @@ def describe_pictures(sources: Sequence[Source], most: int | None) -> Json:
     Every record is read and every picture file that it names, but no picture is decoded: a second
     for each GB. What is wrong with a record shows here, before anything is counted.
     """
+    if any(s.dataset is not None and iter(s.dataset) is s.dataset for s in sources):
+        raise RelneuronError(
+            "a dataset of pictures can be read only once", "give a list or a data set of datasets"
+        )
     digest, n = hashlib.sha256(), 0
     known: dict[Path, bytes] = {}
     with PictureFeed(sources, most=most) as feed:

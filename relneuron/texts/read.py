@@ -236,6 +236,9 @@ def load_dataset_of(file: File) -> Any:
     name, config, split = split_hf(file.path)
     try:
         datasets = import_module("datasets")
+        if any((Path(name) / one).is_file() for one in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(name)  # one, or one for each split
+            return (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset()
         return datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # the hub, a loader or a file, each with errors of its own
         line = " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from relneuron.artifact import installed
-from relneuron.artifact.installed import EXTRAS, install_command, missing
+from relneuron.artifact.installed import EXTRAS, PROJECTS, install_command, missing
 from relneuron.cli.main import app, stages
 from tests.conftest import ROOT
 from tests.kit.corpus_commands import (
@@ -72,7 +72,7 @@ for folder, packages, words in json.load(sys.stdin):
 def test_each_package_is_of_its_extra() -> None:
     for package, extra in EXTRAS.items():
         names = [re.split(r"[\[<>=;]", line)[0] for line in OF_EXTRAS[extra]]
-        assert package in names, package
+        assert PROJECTS.get(package, package) in names, package
     assert {*NEEDS} == {command.name for command in app.registered_commands}
     assert {name for needed in NEEDS.values() for name in needed} <= {*EXTRAS}
 

@@ -31,6 +31,7 @@ class CountedOptions(Options):
         None,
         "Of counts of several modules, which are ranked, each by itself; default: all.",
         choices=ASKED,
+        is_set=True,
     )
     top_rate: float = option(
         TOP_RATE,

@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from relneuron.artifact.counts import Counts
+from relneuron.artifact.counts import RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.modules import module_layers, module_shape
 from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.methods.counts.choose import choose
 from relneuron.methods.counts.count import count
+from relneuron.methods.counts.options import CountedOptions
 from relneuron.model.load import load_model
 from relneuron.model.pictures import Processor, load_processor, sent
 from relneuron.texts.options import CountOptions
@@ -235,6 +237,27 @@ def test_parquet_and_datasets_give_the_counts_of_lines(
     assert one == two and one["pictures"] == 9
 
 
+@pytest.mark.filterwarnings("ignore")  # of that package
+def test_folders_that_datasets_saved(llava: Path, corpus: Path, tmp_path: Path, run: Run) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = [
+        {"image": str(corpus / record["image"]), "text": record["text"], "domain": record["domain"]}
+        for record in records(corpus)
+    ]
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "splits")
+    ran(run, "count", llava, *sources(corpus), "-o", tmp_path / "lines", "--quiet")
+    expected = (tmp_path / "lines" / "counts.safetensors").read_bytes()
+    for name in ("one", "splits"):
+        asked = [f"hf:{tmp_path / name}", "--group-column", "domain", "--quiet"]
+        ran(run, "count", llava, *asked, "-o", tmp_path / f"{name}.out")
+        assert (tmp_path / f"{name}.out" / "counts.safetensors").read_bytes() == expected
+    python = Source(group_column="domain", dataset=made, image_column="image")
+    assert count_here(llava, [python], tmp_path / "python").groups == list(N)
+
+
 def test_a_changed_picture_is_another_corpus(
     llava: Path, corpus: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -401,6 +424,26 @@ def test_each_module_has_a_ranking_of_its_own(
     ran(run, "report", out, "-o", out / "report.html")
     page = (out / "report.html").read_text()
     assert "language L" in page and "By module: language" in page
+
+
+def test_layers_that_saw_fewer_tokens_have_their_own_rates() -> None:
+    """As a tower's that merges patches on the way: a rate is of the tokens that its layer saw."""
+    rng = np.random.default_rng(0)
+    ran = np.array([[40, 40, 10], [80, 80, 20]], np.int64)
+    count = rng.integers(0, ran[:, :, None] + 1, (2, 3, 5))
+    sums = rng.normal(size=(2, 3, 5))
+    arrays = {"count.act": count, "sum.act": sums}
+    model = {"layers": 3, "width": 5, "hidden": 4, "gated": False, "modules": {"vision": 3}}
+    counts = Counts(["a", "b"], ran.max(1), arrays, {RAN: ran})
+    options = CountedOptions(top=6, precision="float64")
+    for method, values in (("probability", count), ("mean", sums)):
+        found = choose(counts, model, options, method, "x")
+        rates = values / ran[:, :, None]
+        for place, name in enumerate(counts.groups):
+            best = sorted(np.ndindex(3, 5), key=lambda at: (-rates[place][at], at))[:6]
+            assert [(la, i) for la, _, i, _ in found.sets[name]] == best
+            scores = [score for *_, score in found.sets[name]]
+            assert scores == pytest.approx([rates[place][at] for at in best])
 
 
 @pytest.mark.parametrize("method", ["probability", "mean", "random"])
