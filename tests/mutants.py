@@ -65,6 +65,30 @@ MUTANTS = {
         '{"file": place, "at": None}',
         "texts/test_read.py::test_the_files_of_a_source_follow_each_other",
     ),
+    # pictures
+    "model.states: patches of a picture take the conditions of other rows": Mutant(
+        "rows.repeat_interleave(n_positions // len(rows))",
+        "rows.repeat(n_positions // len(rows))",
+        "ablation/test_pictures.py::test_logits_of_each_module_are_those_of_hooks",
+    ),
+    "model.lens: the lens reads the first column": Mutant(
+        "self._h[number] = y[:, -1]", "self._h[number] = y[:, 0]", "model/test_lens.py::test_llama"
+    ),
+    "ablation.continuer: every prompt has the same draw": Mutant(
+        "relneuron.sample.{seed}.{name}",
+        "relneuron.sample.{seed}.",
+        "ablation/test_sampled.py::test_sampled_texts_are_those_of_a_plain_loop",
+    ),
+    "ablation.measures: an answer of which half is wrong counts": Mutant(
+        "if distance < threshold",
+        "if distance <= threshold",
+        "ablation/test_measures.py::test_anls",
+    ),
+    "methods.counts.mmneuron_files: a module's layers are not numbered through": Mutant(
+        '(place.layers[layer], "gate", index, 0.0)',
+        '(layer, "gate", index, 0.0)',
+        "methods/counts/test_mmneuron_files.py::test_masks_of_several_modules",
+    ),
     # model
     "model.mlps.proof: an MLP of another formula is taken": Mutant(
         "return is_close(act if candidate.up is None else act * up, got.h)",
@@ -271,14 +295,14 @@ MUTANTS = {
         "mean = float(np.average(some, weights=n_tokens[inside]))",
         "ablation/test_nll.py::test_every_mask_and_window_is_the_edited_model_on_the_window_alone",
     ),
-    "ablation.generate: the penalty raises logits below zero": Mutant(
+    "ablation.continuer: the penalty raises logits below zero": Mutant(
         "torch.where(logits < 0, logits * penalty, logits / penalty)",
         "logits / penalty",
         "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
     ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
-        "sums[row] / counts.tokens[row]",
-        "sums[row] / counts.tokens.sum()",
+        "np.maximum(counts.tokens_at()[row], 1)",
+        "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
     "ablation.rows: equal logits stand before the target": Mutant(

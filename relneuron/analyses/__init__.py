@@ -17,6 +17,7 @@ what is not defined.
 | cumulativity | a relation and a range of ranks | A10.6 |
 | cumulativity_summary | a range of ranks | A10.6 |
 | sites | a relation and a type of neuron | A10.9 |
+| modules | a relation and a set of modules of a model that reads pictures | MMNeuron |
 | concepts | a relation and a kind of subject | A10.10 |
 | gain | a relation and a way to find its neurons | B3, B6 |
 | gain_overlap | a relation's two sets | B3 |
@@ -37,7 +38,7 @@ from relneuron.analyses.answers import (
     resilience_test,
 )
 from relneuron.analyses.beside import NO_GAINS, Gains, gain, gain_overlap
-from relneuron.analyses.drops import accuracy, drop_table, sites
+from relneuron.analyses.drops import accuracy, drop_table, modules, sites
 from relneuron.analyses.overlap import OverlapEffect, concepts, overlap, overlap_effect, versatility
 from relneuron.analyses.perplexity import SentenceRow, perplexity, read_perplexity
 from relneuron.analyses.sizes import cumulativity, cumulativity_summary, macro_micro, sizes
@@ -62,6 +63,7 @@ __all__ = [
     "gain_overlap",
     "interference",
     "macro_micro",
+    "modules",
     "overlap",
     "overlap_effect",
     "perplexity",
@@ -103,6 +105,7 @@ def run_all(
         "cumulativity": ranges,
         "cumulativity_summary": cumulativity_summary(ranges),
         "sites": sites(grid),
+        "modules": modules(grid),
         "concepts": concepts(sets, concept_sets or {}, grid, n_neurons),
         "gain": gain(grid, sets, gains),
         "gain_overlap": gain_overlap(sets, gains),

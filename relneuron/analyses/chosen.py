@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from relneuron.analyses import figures as draw
 from relneuron.analyses import overlap_effect
 from relneuron.analyses.study import Study
+from relneuron.artifact.files import Json
 from relneuron.artifact.neurons import SITES, Neuron, Shape
 from relneuron.report import kit
 from relneuron.report.page import Section
@@ -180,7 +181,7 @@ def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
     sets = study.neurons.sets.items()
     for (name, chosen), by_site in zip(sets, count.sum(axis=2).tolist(), strict=True):
         n_prompts = sum(p.relation == name and p.split == "det" for p in study.prompts.values())
-        cut = study.neurons.selection.get(name, {})
+        cut = _cuts(study).get(name, {})
         right, *ties = (cut.get(key, 0) for key in ("positives", "ties_at_cut", "perfect"))
         ends = [chosen[0][3], chosen[-1][3]] if chosen else [np.nan, np.nan]
         rows.append([name, n_prompts, right, sum(by_site), *by_site, *ends, *ties])
@@ -203,26 +204,57 @@ def neuron_table(study: Study) -> Table:
     )
 
 
+def modules(study: Study) -> Section:
+    table = study.tables["modules"]
+    means = [
+        (name, table.where("modules", name).mean("drop"))
+        for name in dict.fromkeys(map(str, table.column("modules")))
+    ]
+    text = ", ".join(f"{label(name)} {percent(drop)}" for name, drop in means)
+    return Section(
+        "modules",
+        "Which modules",
+        "In which modules of the model are the neurons that matter to a domain?",
+        [f"Mean drop of the domain itself: {text}."],
+        "Off are those of the domain's own neurons that are in some modules of the model, for the "
+        "domain's own prompts: the sets of modules of MMNeuron (arXiv 2406.11193).",
+        [],
+        [("modules", table)],
+    )
+
+
 # Sentences
+
+
+def _cuts(study: Study) -> dict[str, Json]:
+    """How each set was cut; what chose neurons of groups of text says one thing of all sets."""
+    found = study.neurons.selection
+    return {name: found[name] for name in study.neurons.sets if isinstance(found.get(name), dict)}
 
 
 def _layer_note(study: Study, count: NDArray[np.int64]) -> str:
     if not count.any():
         return "No neuron was chosen."
-    widths = Shape.of(study.neurons.model).widths
+    order = Shape.of(study.neurons.model)
     chosen, all_neurons = (
-        ", ".join(f"{site} {percent(n / sum(ns))}" for site, n in zip(widths, ns, strict=True))
-        for ns in (count.sum(axis=(0, 2)), np.array([*widths.values()]))
+        ", ".join(
+            f"{site} {percent(n / sum(ns))}" for site, n in zip(order.widths, ns, strict=True)
+        )
+        for ns in (
+            count.sum(axis=(0, 2)),
+            np.array([order.site_places(site).size for site in order.widths]),
+        )
     )
     return f"Of the chosen neurons: {chosen}; of all neurons: {all_neurons}."
 
 
 def _selection_notes(study: Study) -> list[str]:
     """How the sets were cut, if by q, and why some are empty."""
-    rates = {f"{cut['fdr']}" for cut in study.neurons.selection.values() if "fdr" in cut}
+    cuts = _cuts(study)
+    rates = {f"{cut['fdr']}" for cut in cuts.values() if "fdr" in cut}
     notes = [f"A set is every neuron with q ≤ {rate}." for rate in sorted(rates)]
     empty = [
-        f"{label(name)} ({study.neurons.selection.get(name, {}).get('reason', 'no reason given')})"
+        f"{label(name)} ({cuts.get(name, {}).get('reason', 'no reason given')})"
         for name, chosen in study.neurons.sets.items()
         if not chosen
     ]

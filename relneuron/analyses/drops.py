@@ -43,6 +43,17 @@ SITE_COLUMNS = (
     *("own_drop", "others_drop"),
 )
 
+MODULE_COLUMNS = (
+    "relation",
+    "modules",
+    "n_neurons",
+    "before",
+    "own",
+    "own_low",
+    "own_high",
+    "drop",
+)
+
 
 def accuracy(grids: Mapping[str, Grid]) -> Table:
     """Intra-relation effects on every split: accuracy clean and with the own set off.
@@ -155,3 +166,15 @@ def sites(grid: Grid) -> Table:
             measured = shares(own.after, *own.intervals().after, own.drop, others.drop.mean)
             rows.append([relation, site, found[site].n_neurons, *measured])
     return Table("Effects by type of neuron", SITE_COLUMNS, rows)
+
+
+def modules(grid: Grid) -> Table:
+    """Of a relation's set the neurons in some modules off (MMNeuron, arXiv 2406.11193)."""
+    rows: list[Row] = []
+    for relation in relations(grid):
+        for condition in grid.of_kind("modules"):
+            if condition.relation == relation:
+                own = outcomes(grid, relation, condition.name)
+                measured = shares(own.before, own.after, *own.intervals().after, own.drop)
+                rows.append([relation, condition.site, condition.n_neurons, *measured])
+    return Table("Effects by set of modules", MODULE_COLUMNS, rows)

@@ -30,6 +30,7 @@ BEFORE: dict[str, Callable[[Study], Section]] = {  # the sections on the chosen 
     "sizes": sections.sizes,
     "cumulativity": sections.cumulativity,
     "sites": sections.sites,
+    "modules": chosen.modules,
 }
 AFTER: dict[str, Callable[[Study], Section]] = {
     "overlap": chosen.overlap,

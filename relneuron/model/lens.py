@@ -108,7 +108,7 @@ class Lens:
             self._find(logits)
         found: list[list[Read]] = [[] for _ in logits]
         for number in range(len(self.layers)):
-            own = self._logits(self._h[number])
+            own = self._logits(self._h[number]).to(logits.device)
             p = own.log_softmax(-1)
             entropies = -(p.exp() * p).nan_to_num(0).sum(-1)
             top = own.topk(min(TOP, own.shape[-1]), -1).indices.tolist()
@@ -136,12 +136,12 @@ class Lens:
             self.norm = norm
             for cap in dict.fromkeys(caps):
                 self._factor, self._cap = 1.0, cap
-                ours = self._logits(last)
+                ours = self._logits(last).to(logits.device)
                 if not cap:
                     factor = float((ours * logits).sum() / ours.square().sum().clamp(min=1e-30))
                     # One that is rounding only is none.
                     self._factor = factor if abs(factor - 1) > 1e-3 else 1.0
-                if agree(self._logits(last), logits, last.dtype):
+                if agree(self._logits(last).to(logits.device), logits, last.dtype):
                     self._last, self._norms = None, []
                     return
         self.norm = None

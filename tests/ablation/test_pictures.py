@@ -21,6 +21,7 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import module_sets
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import GenerateOptions
+from relneuron.artifact.counts import NAME, RAN, Counts
 from relneuron.artifact.effects import WRITTEN
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
@@ -78,7 +79,8 @@ class World:
                 if site == "gate":
                     chosen = sorted(rng.choice(width, width // 2, replace=False).tolist())
                     self.sets[name] += [(layer, site, index, 0.5) for index in chosen]
-        NeuronFile({"id": "m", **self.shape}, "lape", self.sets, {}).write(folder / "neurons.json")
+        cut = {"site": "act", "filter_rate": 0.95}
+        NeuronFile({"id": "m", **self.shape}, "lape", self.sets, cut).write(folder / "neurons.json")
         self.lines = []
         for number, question in enumerate(QUESTIONS[:4]):
             picture(number, 16 + 8 * (number % 2)).save(folder / f"{number}.png")
@@ -315,6 +317,38 @@ def test_a_killed_run_goes_on(llava: World, monkeypatch: pytest.MonkeyPatch) -> 
     assert parts[0] == parts[1]
 
 
+def test_steering_in_every_module(llava: World, tmp_path: Path) -> None:
+    """A set at its mean activation over the tokens that each module saw: hooks on activations."""
+    rng = np.random.default_rng(4)
+    n_layers, width = llava.shape["layers"], llava.shape["width"]
+    ran = np.array([[100] * 2 + [50] * 3 + [40]])
+    total = rng.normal(size=(1, n_layers, width)) * 60
+    arrays = {"count.act": np.zeros((1, n_layers, width), np.int64), "sum.act": total}
+    Counts(["med"], np.array([100]), arrays, {RAN: ran}).write(tmp_path / NAME)
+    means = (total[0] / ran[0][:, None]).astype(np.float32)
+    made = llava.ours(set_to="med", counts=tmp_path)
+    model = llava.model
+    places = [m.mlp.act_fn for m in model.model.language_model.layers]
+    places += [m.mlp.activation_fn for m in _tower(model).encoder.layers]
+    places += [model.model.multi_modal_projector.act]
+    assert len({id(place) for place in places}) == n_layers
+    for g, line in zip(made, llava.lines, strict=True):
+        with ExitStack() as stack:
+            for layer, place in enumerate(places):
+                on = [row[2] for row in llava.sets["med"] if row[0] == layer]
+                new = torch.from_numpy(means[layer, on])
+
+                def change(_m: Any, _i: Any, out: Tensor, on: Any = on, new: Any = new) -> Tensor:
+                    changed = out.clone()
+                    changed[..., on] = new
+                    return changed
+
+                stack.callback(place.register_forward_hook(change).remove)
+            tokens = llava.said(line, [])
+        assert g.output == llava.text(tokens).rstrip("\ufffd")
+    assert [g.output for g in made] != [g.output for g in llava.ours()]
+
+
 # --- ablate ----------------------------------------------------------------------------------
 
 
@@ -427,12 +461,23 @@ def test_the_command_line(tmp_path: Path, relneuron: Callable[..., Any]) -> None
     made = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     for g, line in zip(made[:4], world.lines, strict=True):
         assert g["mask"] == "none" and g["group"] == line["group"] and g["score"] in (0.0, 1.0)
-    place = (tmp_path / "neurons.json", tmp_path / "q.jsonl", "-o", tmp_path / "effects.csv")
-    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet")
+    (tmp_path / "prompts.jsonl").write_bytes((tmp_path / "q.jsonl").read_bytes())
+    place = (tmp_path / "neurons.json", tmp_path / "prompts.jsonl", "-o", tmp_path / "effects.csv")
+    words = (*place, "--random-seeds", 1, "--module-sets", "--quiet")
+    code, out, err = relneuron("ablate", folder, *words)
     assert code == 0, err
+    code, out, err = relneuron("report", tmp_path, "-o", tmp_path / "report.html")
+    assert code == 0, err
+    page = (tmp_path / "report.html").read_text()
+    assert "In which modules of the model" in page and "language L0.gate" in page
+    rows = list(read_csv(tmp_path / "analyses" / "modules.csv", ("relation", "modules")))
+    wanted = ("language", "vision", "qformer", "vision+qformer", "all")
+    assert [(r["relation"], r["modules"]) for r in rows] == [
+        (d, m) for d in DOMAINS for m in wanted
+    ]
     # A changed picture is another study.
     before = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
     picture(9).save(tmp_path / "0.png")
-    code, out, err = relneuron("ablate", folder, *place, "--random-seeds", 1, "--quiet", "--force")
+    code, out, err = relneuron("ablate", folder, *words, "--force")
     after = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ablate"]["inputs"]
     assert code == 0 and {k for k in after if after[k] != before[k]} == {"pictures"}

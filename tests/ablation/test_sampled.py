@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import relneuron.ablation.generate
 from relneuron.ablation.conditions import module_sets
 from relneuron.ablation.continuer import sample
 from relneuron.ablation.generate import generate
@@ -197,6 +198,38 @@ def test_scores_of_a_run_that_failed_are_made_of_its_texts(
         ours(loaded, study, measure="fails_measure:of")
     monkeypatch.setattr("relneuron.ablation.continuer.Continuer.go_on", lambda *_: 1 / 0)
     assert [g.score for g in ours(loaded, study, measure="anls")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_run_that_is_killed_between_its_files_goes_on(
+    loaded: Any, study: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    asked = {"off": ("clean", "en"), "measure": "anls", "lens": 1}
+    ours(loaded, study, **asked)
+    names = ("o.jsonl", "o.scores.csv", "o.lens.csv", "o.stages.csv")
+    whole = {name: (study / name).read_bytes() for name in names}
+    for name in names:
+        (study / name).unlink()
+    true, left = relneuron.ablation.generate.atomic_write, number
+
+    def dies(*args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        true(*args)
+
+    monkeypatch.setattr(relneuron.ablation.generate, "atomic_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ours(loaded, study, **asked)
+    assert sum((study / name).exists() for name in names) == number
+    monkeypatch.undo()
+    options = GenerateOptions(max_new_tokens=6, stop=(), **asked)
+    files = (study / "neurons.json", study / "p.jsonl", study / "o.jsonl")
+    generate("m", *loaded, *files, options, quiet=True)  # without --force
+    assert {name: (study / name).read_bytes() for name in names} == whole
+    with pytest.raises(RelneuronError, match="exists"):
+        generate("m", *loaded, *files, options, quiet=True)
 
 
 # --- the lens --------------------------------------------------------------------------------

@@ -279,6 +279,29 @@ def test_sites_by_hand() -> None:
     assert row[1] == "up" and row[-1] == 0.75
 
 
+def test_modules_by_hand() -> None:
+    names = ("a@language", "a@vision+projector", "b@language")
+    grid = grid_of(
+        {
+            "clean": {"a": "1110", "b": "1100"},
+            "a@language": {"a": "1001"},
+            "a@vision+projector": {"a": "0000"},
+            "b@language": {"b": "1100"},
+        }
+    )
+    for name in names:
+        relation, _, modules = name.partition("@")
+        grid.conditions[name] = Condition(name, "modules", relation, site=modules, n_neurons=7)
+    table = analyses.modules(grid)
+    assert [row[:3] for row in table.rows] == [[*name.split("@"), 7] for name in names]
+    language = cells(table, "a", "language")
+    assert (language["before"], language["own"]) == (0.75, 0.5)
+    assert language["drop"] == pytest.approx((0.75 - 0.5) / 0.75)
+    assert cells(table, "a", "vision+projector")["drop"] == 1.0
+    assert cells(table, "b", "language")["drop"] == 0.0
+    assert not analyses.modules(GRID).rows
+
+
 def test_concepts_by_hand() -> None:
     sets = {"people": [(0, "gate", 1), (0, "gate", 3), (1, "up", 0)], "towns": []}
     table = analyses.concepts(SETS, sets, GRID, 20)

@@ -141,6 +141,10 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
         lambda m, c, r, o: export_counts(r / "counts", o),
         ("counts/counts.safetensors", "counts/manifest.json"),
     ),
+    "export snapshots": (
+        lambda m, c, r, o: export_counts(r / "counts", o, mmneuron=True),
+        ("counts/counts.safetensors", "counts/manifest.json"),
+    ),
     "nll": (
         lambda m, c, r, o: nll(
             "m", *m, r / "counts" / "neurons.json", parse_sources(c), o, NLL, quiet=True

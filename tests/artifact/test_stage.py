@@ -25,6 +25,8 @@ from relneuron.cli import main as cli
 from relneuron.cli.run import _whole
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
+from tests.kit.pictures import save as save_pictured
+from tests.kit.pictures import write_lines
 
 # RunOptions that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
@@ -131,6 +133,17 @@ STUDIES: dict[str, list[str]] = {
         "identify {d} -o {d}/neurons.json --method lape --top-rate 0.2 --filter-rate 0.6"
         " --bar-ratio 0.6",
     ],
+    "imported snapshots": [
+        "import {imported}/ad_1.log {imported}/med_1.log --model {llava} -o {d} --format mmneuron",
+        "identify {d} -o {d}/neurons.json --method lape --top-rate 0.2 --filter-rate 0.6"
+        " --bar-ratio 0.6",
+    ],
+    "sets of modules": [
+        "import {imported}/llava-lang {imported}/llava-vision --model {llava} -o {d}/neurons.json"
+        " --format mmneuron --names doc,med",
+        "ablate {llava} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --module-sets --quiet",
+    ],
     "imported neurons": [
         "import {imported}/neurons.pth --model {model} -o {d}/neurons.json --names en,zh",
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
@@ -175,6 +188,24 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     for name in ("en", "zh"):
         counts = {"n": 1000, "over_zero": torch.randint(0, 1000, (2, 48))}
         torch.save(counts, lapes / name)
+    save_pictured("llava", folder / "llava")
+    sizes = {"lang": (2, 48), "vision": (3, 40), "mmproj": (1, 32)}
+    for name in ("ad", "med"):
+        snapshot: dict[str, Any] = {}
+        for module, size in sizes.items():
+            snapshot[f"{module}_log"] = torch.randint(0, 1000, size, dtype=torch.int32)
+            snapshot[f"{module}_value"] = torch.rand(size, dtype=torch.float64)
+            snapshot[f"{module}_len"] = torch.tensor(1000)
+        torch.save(snapshot, lapes / f"{name}_1.log")
+    for module in ("lang", "vision"):
+        of_layer = [torch.tensor([1, 7]), torch.tensor([3]), torch.tensor([0, 2])]
+        torch.save([of_layer[: sizes[module][0]]] * 2, lapes / f"llava-{module}")
+    lines = write_lines(folder / "pictures", "doc", 4).read_text().splitlines()
+    asked = [
+        json.loads(line) | {"group": g} for line, g in zip(lines, ["doc", "med"] * 2, strict=True)
+    ]
+    asked = [line | {"answers": ["a", "b"]} for line in asked]
+    (folder / "pictures" / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
     shutil.copytree(model_folder, folder / "chat")
     (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     return {
@@ -191,6 +222,8 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         "prompts": str(folder / "prompts.jsonl"),
         "table": str(folder / "facts.csv"),
         "imported": str(lapes),
+        "llava": str(folder / "llava"),
+        "pictures": str(folder / "pictures"),
     }
 
 
@@ -219,6 +252,8 @@ def test_printed_commands_make_the_study_again(
         again = study  # finished from other inputs, it would be refused; a second one takes long
     for folder in {study, again}:
         folder.parent.mkdir()
+        if kind == "sets of modules":
+            shutil.copytree(given["pictures"], folder)
         if "folder of the study" in kind:
             (folder / "texts").mkdir(parents=True)
             (folder / "texts" / "all.jsonl").write_bytes(Path(given["all"]).read_bytes())

@@ -27,7 +27,7 @@ from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.pictures import Processor, picture_run
 from tests.kit.counted import rank_counts
-from tests.kit.pictures import save, tiny
+from tests.kit.pictures import save, tiny, write_lines
 
 # Two layers of language, two of vision, a projector.
 LLAVA = {"id": "hub/llava-1", "layers": 5, "width": 9, "hidden": 6}
@@ -312,3 +312,30 @@ def test_the_commands(tmp_path: Path, relneuron: Callable[..., Any]) -> None:
     assert relneuron("import", *words, *how)[0] == 2
     code, _, err = relneuron("import", *files, "--model", folder, "-o", study, "--format", "other")
     assert code == 2 and "unknown --format 'other'" in err
+
+
+def test_what_is_counted_goes_out_and_comes_back(
+    tmp_path: Path, relneuron: Callable[..., Any]
+) -> None:
+    """Real counts of a model with a Q-Former: out as snapshots, in again, the same numbers."""
+    folder = save("instructblip", tmp_path / "m")
+    files = [f"{g}={write_lines(tmp_path, g, 3, first)}" for g, first in (("ad", 0), ("doc", 5))]
+    study, back = tmp_path / "study", tmp_path / "back"
+    words = ("--module", "all", "--moments", "--quiet")
+    code, _, err = relneuron("count", folder, *files, "-o", study, *words)
+    assert code == 0, err
+    how = ("--format", "mmneuron")
+    code, out, err = relneuron("export", study, "-o", tmp_path / "logs", *how)
+    assert code == 0 and "ad_1.log" in out, err
+    names = ("encoder", "lang", "qformer", "query")
+    data = torch.load(tmp_path / "logs" / "ad_1.log", weights_only=True)
+    kinds = ("len", "log", "value")
+    assert sorted(data) == [f"{name}_{kind}" for name in names for kind in kinds]
+    assert data["encoder_len"] == 3 * 17  # 16 patches and the class
+    assert data["query_len"] == 3 * 4
+    code, _, err = relneuron("import", tmp_path / "logs", "--model", folder, "-o", back, *how)
+    assert code == 0, err
+    first, second = (Counts.read(one / NAME) for one in (study, back))
+    assert (first.tokens_at() == second.tokens_at()).all()
+    for name in ("count.act", "sum.act"):
+        assert (first.arrays[name] == second.arrays[name]).all()
