@@ -222,8 +222,15 @@ class _Reading:
     def _read_write(
         self, stack: ExitStack, write: Write, to: list[Tensor], scales: list[Tensor | None]
     ) -> None:
+        sources = [write.source] if write.also is None else [write.source, write.also]
+        given: list[Tensor] = []
+
         def read(output: Any) -> None:
-            to.append(write.added(self._shaped(_tensor(output))).clone())
+            given.append(self._shaped(_tensor(output)).clone())
+            if len(given) == len(sources):
+                y = given[0] if len(given) == 1 else given[0] + given[1]
+                to.append(write.added(y))
+                given.clear()
 
         def read_scale(output: Any) -> None:
             y = self._shaped(_tensor(output))
@@ -239,7 +246,8 @@ class _Reading:
             stack.callback(hook.remove)
         else:
             self._read_output(stack, write.linear or write.source, read_scale)
-        self._read_output(stack, write.source, read)
+        for source in sources:
+            self._read_output(stack, source, read)
 
     def _read_mixture(self, stack: ExitStack, layer: ResidualLayer) -> None:
         for number, member in enumerate(layer.mixture):
