@@ -32,6 +32,7 @@ from relneuron.artifact.manifest import locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import check_zip, one_line, reading
 from relneuron.model.identity import check_model_folder
+from relneuron.model.plan import mlp_width
 
 MAX_BYTES = 1 << 30  # of a file
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -270,7 +271,7 @@ def config_shape(name_or_path: str) -> Json:
         ) from error
     sizes = {
         "layers": getattr(config, "num_hidden_layers", None),
-        "width": _width(config),
+        "width": mlp_width(config),
         "hidden": getattr(config, "hidden_size", None),
     }
     for key, value in sizes.items():
@@ -284,22 +285,6 @@ def config_shape(name_or_path: str) -> Json:
 
 _SAID = {"layers": "how many layers it has", "hidden": "its hidden size"}
 _SAID["width"] = "the one width of its MLPs"
-# What configurations call the width of an MLP, and models that do not say it where it is 4 D.
-_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
-_FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
-
-
-def _width(config: Any) -> Any:
-    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
-    found = (getattr(config, name, None) for name in _WIDTHS)
-    width = next((value for value in found if value is not None), None)
-    hidden = getattr(config, "hidden_size", None)
-    if width is None and type(hidden) is int:
-        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
-            return ratio * hidden
-        if config.model_type in _FOUR_TIMES:
-            return 4 * hidden
-    return width
 
 
 # --- torch files -----------------------------------------------------------------------------
