@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.identity import check_model_folder
-from relneuron.model.layers import Unfound, decoder_layers, features, first_line
-from relneuron.model.mlps.candidates import linear_maps
-from relneuron.model.mlps.find_experts import expert_parts
+from relneuron.model.layers import Unfound, decoder_layers, first_line
+from relneuron.model.widths import last_map, told_widths
 
 Device = int | str  # a GPU's number, "cpu", "disk", "mps"
 
 _COUNTER_BYTES = 8  # of each neuron in a group at a site: int64
+_KEYS = ("k_proj", "qkv_proj", "query_key_value")  # maps whose heads are shared out
 _WORD_BITS, _WORD_BYTES = 32, 4  # of a mask: a bit for each neuron in a condition
 
 
@@ -165,60 +165,6 @@ def _cache_bytes(model: Any) -> list[int]:
         return [sum(t.numel() * t.element_size() for t in own) for own in tensors]
 
     return [three - two for two, three in zip(kept(2), kept(3), strict=True)]
-
-
-# What configurations call the width of an MLP, and models that do not say it where it is 4 D.
-_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
-_FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
-_KEYS = ("k_proj", "qkv_proj", "query_key_value")  # maps whose heads are shared out
-_SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
-_N_SHARED = ("n_shared_experts", "num_shared_experts")
-
-
-def mlp_width(config: Any) -> Any:
-    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
-    width = _first(config, _WIDTHS)
-    hidden = getattr(config, "hidden_size", None)
-    if width is None and type(hidden) is int:
-        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
-            return ratio * hidden
-        if config.model_type in _FOUR_TIMES:
-            return 4 * hidden
-    return width
-
-
-def _first(config: Any, names: Sequence[str]) -> Any:
-    found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if value is not None), None)
-
-
-def told_widths(model: Any, layers: Sequence[nn.Module]) -> list[int]:
-    """How many neurons the MLPs of each layer have by the config, those of experts by their shape.
-
-    0 where no linear map of a layer has so many inputs.
-    """
-    config = model.config.get_text_config()
-    width, shared = mlp_width(config), _first(config, _SHARED)
-    if not shared and (each := getattr(config, "moe_intermediate_size", None)):
-        shared = each * (_first(config, _N_SHARED) or 0)
-    widths = []
-    for number, layer in enumerate(layers):
-        experts = [(m, parts) for m in layer.modules() if (parts := expert_parts(m)) is not None]
-        routed = sum(m.get_parameter(parts[2]).numel() for m, parts in experts)
-        routed //= config.hidden_size if experts else 1
-        own = width[number] if isinstance(width, list | tuple) else width
-        told = (shared if experts else own) or 0
-        widths.append(routed + (told if _down(layer, told) is not None else 0))
-    return widths
-
-
-def _down(layer: nn.Module, width: int) -> str | None:
-    """The path of the last linear map in a layer that has so many inputs."""
-    found = None
-    for path, module in linear_maps(layer).items():
-        with suppress(Unfound):
-            found = path if width and features(module)[0] == width else found
-    return found
 
 
 # --- what lies where -------------------------------------------------------------------------
@@ -373,7 +319,7 @@ def _parts(
             if numbers.number(name) is None:
                 _add_other(place, name, {})
         for number, width in enumerate(numbers.widths):
-            down = _down(numbers.layers[number], width)
+            down = last_map(numbers.layers[number], width)
             style = styles.get(_generic(f"{numbers.path}.{number}.{down}"))
             own = _chunk(width, part, n_parts) if style == "rowwise" else width
             numbers.compute(place, number, own, share)

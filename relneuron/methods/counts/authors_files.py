@@ -32,7 +32,7 @@ from relneuron.artifact.manifest import locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import check_zip, one_line, reading
 from relneuron.model.identity import check_model_folder
-from relneuron.model.plan import mlp_width
+from relneuron.model.widths import mlp_width
 
 MAX_BYTES = 1 << 30  # of a file
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
