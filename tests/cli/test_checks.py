@@ -128,6 +128,16 @@ STRAY: list[tuple[list[str], str, str]] = [
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
     (["doctor", "--revision", "main"], "--revision", "with a MODEL"),
+    (["doctor", "--dry-run"], "--dry-run", "with a MODEL"),
+    *(
+        (["doctor", *MODEL, option, value], option, "with --dry-run")
+        for option, value in (
+            ("--memory", "0=3GB"),
+            ("--device-map", "auto"),
+            ("--dtype", "float16"),
+            ("--tensor-parallel-size", "2"),
+        )
+    ),
     (
         ["identify", "d", "-o", "n.json", "--method", "lape", "--top", "5", "--top-rate", "0.5"],
         "--top-rate",
