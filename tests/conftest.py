@@ -68,7 +68,7 @@ SLOW = {
     "cli": "corpus corpus_input errors main",
     "methods/counts": "batches count page",
     "methods/gains": "attribute_resume kinds page",
-    "model": "count_experts devices find_experts patch patch_experts",
+    "model": "count_experts devices find_experts gradients patch patch_experts",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",

@@ -36,8 +36,8 @@ ROOMS = {
     "bench": {"ops", "testing", "artifact"},
     "demo": {"artifact", "texts", "model"},
     "cli": _STUDY
-    | {"bench", "demo", "methods", "methods.responses", "methods.counts", "methods.gains"}
-    | {"methods.gradients"},
+    | {"bench", "demo", "methods", "methods.responses", "methods.counts"}
+    | {"methods.gains", "methods.gradients"},
 }
 
 

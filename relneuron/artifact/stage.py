@@ -66,6 +66,22 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Attribution:
+    """A way to attribute answers to neurons: one `attribute --method`.
+
+    title    what it is, for help
+    options  the class of what it takes
+    run      "module:function" (model, prompts, output, options, load_options, *, method, force,
+             quiet), which yields what is printed
+    """
+
+    name: str
+    title: str
+    options: type[Options]
+    run: str
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to find neurons: its commands, its rankings, its page of a report, and its models.
 
@@ -75,6 +91,7 @@ class Method:
 
     stages: tuple[Stage, ...] = ()
     rankings: tuple[Ranking, ...] = ()
+    attributions: tuple[Attribution, ...] = ()
     page: str = ""
     supports: str = ""
 

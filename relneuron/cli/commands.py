@@ -1,8 +1,8 @@
-"""The commands of no single method: demo, run, prompts, identify, report, export, bench, doctor."""
+"""The commands of no single method: those that make a whole study, and those that ask a method."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,8 @@ from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
+    LoadOptions,
+    Model,
     Named,
     Only,
     Options,
@@ -24,10 +26,10 @@ from relneuron.artifact.options import (
     options_of,
     refuse_stray,
 )
-from relneuron.artifact.stage import Printed, load
+from relneuron.artifact.stage import Attribution, Printed, Ranking, load
 from relneuron.cli.flags import check_only, given, taken
 from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
-from relneuron.methods import rankings
+from relneuron.methods import attributions, rankings
 from relneuron.texts.options import PromptsOptions
 
 
@@ -104,6 +106,58 @@ def prompts(
     yield f"{len(made)} prompts -> {output}"
 
 
+def _asked(
+    method: str, known: Mapping[str, Ranking] | Mapping[str, Attribution], options: dict[str, Any]
+) -> Options:
+    """The options of one of several methods; those of the others alone are refused."""
+    if method not in known:
+        raise RelneuronError(f"unknown method {method!r}", f"use {', '.join(known)}", 2)
+    own = options_of(known[method].options)
+    for name in [n for n in given() if n in options and n not in own]:
+        takers = [one.name for one in known.values() if name in options_of(one.options)]
+        raise RelneuronError(
+            f"--method {method} takes no --{name.replace('_', '-')}",
+            f"leave it out, or use --method {' or '.join(takers)}, which "
+            f"{'take' if takers[1:] else 'takes'} it",
+            2,
+        )
+    return taken(known[method].options, options)
+
+
+def attribute(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        Argument(
+            "PROMPTS",
+            "A prompts.jsonl; a .csv, .tsv or .jsonl with the columns prompt, answer, type; or "
+            "LRE-format facts.",
+        ),
+    ],
+    output: Output,
+    *,
+    method: Annotated[
+        str, Named(", ".join(f"{one.name} is {one.title}" for one in attributions().values()))
+    ] = "gain",
+    options: Annotated[dict[str, Any], AnyOf(tuple(a.options for a in attributions().values()))],
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """How much each neuron, head and layer does for the answers, by one of several methods.
+
+    Goes on where it stopped.
+    """
+    known = attributions()
+    asked = _asked(method, known, options)
+    check_only(asked, given())
+    run = load(known[method].run)
+    yield from run(
+        model, prompts, output, asked, load_options, method=method, force=force, quiet=quiet
+    )
+    yield f"-> {output}"
+
+
 def _methods_help() -> str:
     """What `identify --method` takes, by what it ranks."""
     by: dict[str, list[str]] = {}
@@ -123,17 +177,8 @@ def identify(
 ) -> Iterator[str]:
     """Rank the neurons of a recorded, attributed or counted directory; needs no model."""
     known = rankings()
-    if method not in known:
-        raise RelneuronError(f"unknown method {method!r}", f"use {', '.join(known)}", 2)
+    asked = _asked(method, known, options)
     ranking = known[method]
-    for name in [n for n in given() if n in options and n not in options_of(ranking.options)]:
-        takers = [r.name for r in known.values() if name in options_of(r.options)]
-        raise RelneuronError(
-            f"--method {method} takes no --{name.replace('_', '-')}",
-            f"leave it out, or use --method {' or '.join(takers)}, which "
-            f"{'take' if takers[1:] else 'takes'} it",
-            2,
-        )
     if not (folder / ranking.reads).exists():
         for other in known.values():
             if (folder / other.reads).exists():
@@ -142,7 +187,6 @@ def identify(
                     f"add --method {other.name}",
                     2,
                 )
-    asked = taken(ranking.options, options)
     check_only(asked, given())
     yield from load(ranking.run)(folder, output, asked, method=method, force=force, quiet=quiet)
     yield f"-> {output}"

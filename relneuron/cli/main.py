@@ -31,6 +31,7 @@ def stages() -> list[Stage]:
         Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS)),
         Stage("prompts", f"{_HERE}:prompts", ("filelock",)),
         *(stage for method in methods() for stage in method.stages),
+        Stage("attribute", f"{_HERE}:attribute", _ASKS),
         Stage("identify", f"{_HERE}:identify", _WORKS),
         Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
         Stage("nll", f"{_ABLATION}:nll", _ASKS),

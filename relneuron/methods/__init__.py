@@ -1,14 +1,15 @@
 """Ways to find neurons, a folder each; `NAMES` is the only list of them.
 
 A method may import all rooms but `cli`, and no other method. A folder's `__init__` says in its
-METHOD what it brings: commands, rankings, a page of the report. To add one: a folder and its name.
+METHOD what it brings: commands, rankings, attributions, a page of the
+report. To add one: a folder and its name.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from relneuron.artifact.stage import Method, Ranking
+from relneuron.artifact.stage import Attribution, Method, Ranking
 
 NAMES = ("responses", "counts", "gains", "gradients")
 
@@ -21,3 +22,8 @@ def methods() -> list[Method]:
 def rankings() -> dict[str, Ranking]:
     """Every ranking by its name: what `identify --method` takes."""
     return {ranking.name: ranking for method in methods() for ranking in method.rankings}
+
+
+def attributions() -> dict[str, Attribution]:
+    """Every attribution by its name: what `attribute --method` takes, the first by default."""
+    return {one.name: one for method in methods() for one in method.attributions}

@@ -4,14 +4,16 @@
 found, `rank` chooses; `page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
-from relneuron.artifact.stage import Method, Ranking, Stage
-from relneuron.methods.gains.options import GainRankOptions
+from relneuron.artifact.stage import Attribution, Method, Ranking
+from relneuron.methods.gains.options import AttributeOptions, GainRankOptions
 
 _HERE = "relneuron.methods.gains"
 
 METHOD = Method(
-    stages=(
-        Stage("attribute", f"{_HERE}.commands:attribute", ("transformers", "tqdm", "filelock")),
+    attributions=(
+        Attribution(
+            "gain", "log-probability gain", AttributeOptions, f"{_HERE}.commands:attribute"
+        ),
     ),
     supports=f"{_HERE}.commands:supports",
     rankings=(

@@ -1,41 +1,33 @@
-"""The command `attribute`, and what `identify` does with an attribution."""
+"""What `attribute --method gain` does, and `identify` with it; cli/commands.py calls both."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.gains import COMPARISON, COMPARISON_COLUMNS, TARGETS, Target, read_targets
 from relneuron.artifact.manifest import Manifest
-from relneuron.artifact.options import Argument, LoadOptions, Model, Output
+from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.reading import Cells, read_csv
 from relneuron.artifact.stage import Printed
 from relneuron.methods.gains.options import AttributeOptions, GainRankOptions
 
 
 def attribute(
-    model: Model,
-    prompts: Annotated[
-        Path,
-        Argument(
-            "PROMPTS",
-            "A prompts.jsonl; a .csv, .tsv or .jsonl with the columns prompt, answer, type; or "
-            "LRE-format facts.",
-        ),
-    ],
-    output: Output,
+    model: str,
+    prompts: Path,
+    output: Path,
     options: AttributeOptions,
     load_options: LoadOptions,
-    force: bool = False,
-    quiet: bool = False,
+    *,
+    method: str,
+    force: bool,
+    quiet: bool,
 ) -> Iterator[str | Printed]:
-    """How much each neuron, head and layer raises the log-probability of the answers.
-
-    Goes on where it stopped.
-    """
+    """`attribute --method gain`: says each relation's best neurons, and what zeroing cost."""
     from relneuron.methods.gains.attribute import attribute as attribute_stage
     from relneuron.model.load import load
     from relneuron.texts.knowledge import read_knowledge
@@ -57,7 +49,6 @@ def attribute(
         quiet=quiet,
     )
     yield from attributed(output)
-    yield f"-> {output}"
 
 
 def attributed(folder: Path) -> Iterator[str | Printed]:

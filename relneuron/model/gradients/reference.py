@@ -16,8 +16,6 @@ from relneuron.model.batches import pad
 from relneuron.model.gradients.sites import Sites, acting, frozen, probability
 from relneuron.model.stream.trace import last_logits
 
-SCHEDULES = ("inclusive", "right", "midpoint")
-
 
 def alphas(schedule: str, steps: int) -> list[float]:
     """The s points of a path from 0 to 1, each of the weight 1/s in the sum.
@@ -28,7 +26,8 @@ def alphas(schedule: str, steps: int) -> list[float]:
     """
     if schedule == "inclusive":
         return [k / (steps - 1) for k in range(steps)]
-    return [(k if schedule == "right" else k - 0.5) / steps for k in range(1, steps + 1)]
+    shift = {"right": 0.0, "midpoint": 0.5}[schedule]
+    return [(k - shift) / steps for k in range(1, steps + 1)]
 
 
 class Integrated(NamedTuple):
@@ -130,4 +129,4 @@ class _Run:
         with torch.enable_grad(), acting(self._part(layer), replace):
             p = self._probability()
         (slope,) = torch.autograd.grad(p, leaf)
-        return float(p), slope
+        return float(p.detach()), slope

@@ -5,7 +5,7 @@ The staircase, its reference and gradient x activation all act on a model by `ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import pad
 from relneuron.model.layers import Projection, decoder_layers, input_device
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import check_sites
-
-SITES = ("product", "act", "up", "gate")
+from relneuron.model.stream.trace import last_logits
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,20 @@ def probability(logits: Tensor, targets: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     own = wide.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (own - wide.logsumexp(-1)).exp()
+
+
+def sentences(model: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Token ids of no meaning, for checks."""
+    n_ids = model.get_input_embeddings().num_embeddings
+    return [[(1 + 7 * k + 3 * row) % n_ids for k in range(n)] for row, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+def sees_padding(model: Any) -> bool:
+    """Whether a sentence behind padding has other logits than it has alone."""
+    lines = sentences(model, (6, 3))
+    device = input_device(model)
+    both = last_logits(model, *pad(lines, device))[1]
+    alone = last_logits(model, *pad(lines[1:], device))[0]
+    limit = torch.finfo(alone.dtype).eps ** 0.5 if alone.dtype.itemsize >= 4 else 0.1
+    return not bool((both - alone).abs().max() <= limit * alone.abs().max())

@@ -20,7 +20,14 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import pad
 from relneuron.model.gradients.prefill import Axes, Prefill, Rows, first, time_axes
 from relneuron.model.gradients.reference import Integrated, empty, integrate_reference
-from relneuron.model.gradients.sites import Sites, acting, frozen, probability
+from relneuron.model.gradients.sites import (
+    Sites,
+    acting,
+    frozen,
+    probability,
+    sees_padding,
+    sentences,
+)
 from relneuron.model.layers import Unfound, first_line
 
 # Two batches of which no two sizes are alike, so that each axis of a tensor tells what it is.
@@ -209,12 +216,12 @@ def read_staircase(sites: Sites) -> Staircase:
     try:
         prefills = [_probe(sites, lengths) for lengths in _PROBES]
         axes = time_axes(*prefills)
-        for found in (Staircase(sites, axes), Staircase(sites, axes, pads=False)):
-            off = _difference(found)
-            # As far as both may be apart by rounding; what is wrong is off by the numbers' size.
-            dtype = prefills[0].top.dtype
-            if off <= (torch.finfo(dtype).eps ** 0.5 if dtype.itemsize >= 4 else 0.25):
-                return found
+        found = Staircase(sites, axes, pads=not sees_padding(sites.model))
+        off = _difference(found)
+        # As far as both may be apart by rounding; what is wrong is off by the numbers' size.
+        dtype = prefills[0].top.dtype
+        if off <= (torch.finfo(dtype).eps ** 0.5 if dtype.itemsize >= 4 else 0.25):
+            return found
     except (Unfound, torch.OutOfMemoryError, MemoryError):
         raise
     except (RelneuronError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as e:
@@ -227,19 +234,14 @@ def read_staircase(sites: Sites) -> Staircase:
     raise Unfound(_why(sites, prefills[0], off))
 
 
-def _sentences(sites: Sites, lengths: Sequence[int]) -> list[list[int]]:
-    n_ids = sites.model.get_input_embeddings().num_embeddings
-    return [[(1 + 7 * k + 3 * row) % n_ids for k in range(n)] for row, n in enumerate(lengths)]
-
-
 def _probe(sites: Sites, lengths: Sequence[int]) -> Prefill:
-    return Prefill(sites, *pad(_sentences(sites, lengths), sites.device))
+    return Prefill(sites, *pad(sentences(sites.model, lengths), sites.device))
 
 
 def _difference(staircase: Staircase) -> float:
     """How far it is from the reference, in parts of the largest number of a layer."""
     sites, points = staircase.sites, (0.5, 1.0)
-    ids = _sentences(sites, _PROBES[0])
+    ids = sentences(sites.model, _PROBES[0])
     tokens, mask = pad(ids, sites.device)
     with torch.no_grad():
         prefill = Prefill(sites, tokens, mask)
@@ -271,7 +273,7 @@ def _why(sites: Sites, prefill: Prefill, off: float) -> str:
 
 def _sees_ahead(sites: Sites) -> bool:
     """Whether the logits of a token depend on those behind it."""
-    line = _sentences(sites, _PROBES[0])[0]
+    line = sentences(sites.model, _PROBES[0])[0]
     ids = torch.tensor([line, [*line[:-1], line[0]]], device=sites.device)
     with torch.no_grad():
         logits = sites.model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,248 @@
+"""The stage `attribute --method ig|relevance`: a gradient's score of every neuron and sentence.
+
+It writes ig.safetensors and completeness.csv, or relevance.safetensors, beside a copy of the
+prompts. `commands.py` calls it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_overwrite,
+)
+from relneuron.artifact.gradients import (
+    COMPLETENESS,
+    COMPLETENESS_COLUMNS,
+    FILES,
+    IG,
+    RELEVANCE,
+    GradientFile,
+)
+from relneuron.artifact.journal import Journal, progress_bar
+from relneuron.artifact.manifest import (
+    Manifest,
+    checked,
+    json_digest,
+    locked,
+    same_model,
+    versions,
+)
+from relneuron.artifact.prompts import (
+    Prompt,
+    check_copy,
+    check_recorded,
+    prompts_bytes,
+    write_copy,
+)
+from relneuron.artifact.stage import STUDY, command, loading, placed
+from relneuron.methods.gradients.asking import ALONE, Asking, asked_lengths, end_of_text
+from relneuron.methods.gradients.options import GradientOptions, IgOptions
+from relneuron.model.batches import SENTENCES, Budget, cut
+from relneuron.model.gradients.sites import read_sites
+from relneuron.model.gradients.wide import in_float64
+from relneuron.model.identity import tokenizer_digest
+from relneuron.model.load import describe_model
+from relneuron.model.targets import encode_targets
+from relneuron.texts.knowledge import read_knowledge
+from relneuron.texts.tokens import policy_text, target_notices
+
+Array = np.ndarray[Any, Any]
+
+
+def attribute(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    options: GradientOptions,
+    *,
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Score every neuron for the answers of `prompts_path`'s sentences and write it to `folder`.
+
+    `IgOptions`: integrated gradients of the answer's probability along each layer's neurons at the
+    last token (`model.gradients.reference`); several tokens of an answer are asked for one by one,
+    and their scores and probabilities summed or averaged. `RelevanceOptions`: gradient x
+    activation, summed over the tokens (`model.gradients.relevance`).
+
+    What the sentences are read from: `knowledge.read_knowledge`. A journal of finished batches,
+    with the digests of their scores, lets a killed run go on and end with the same bits. The folder
+    may be that of a recorded study, or of another attribution, of this model and these prompts.
+    """
+    method = IG if isinstance(options, IgOptions) else RELEVANCE
+    stage, written = f"attribute_{method}", FILES[method]
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    is_predicted = options.target == "prediction"
+    everything = read_knowledge(checked(prompts_path), answers=not is_predicted)
+    if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
+        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
+    prompts = [p for p in everything if not options.splits or p.split in options.splits]
+    if not prompts:
+        raise RelneuronError(
+            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
+            "name others with --splits",
+            2,
+        )
+    sites = read_sites(model, options.site)
+    targets = encode_targets(
+        tokenizer, model, prompts, answers=not is_predicted, batch_tokens=options.batch_tokens
+    )
+    lengths = asked_lengths(model, prompts, targets, options)
+    described = describe_model(name, model, [mlp for mlp in sites.mlps if mlp is not None], "auto")
+    copy = prompts_bytes(everything)
+    inputs = {
+        "model": same_model(described),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": hashlib.sha256(copy).hexdigest(),
+        "tokens": json_digest([targets.ids, targets.tokens or targets.targets]),
+        **options.recorded(),
+    }
+    path = folder / f"{stage}.journal"
+    manifest = Manifest(folder)
+    if manifest.is_done(stage, inputs, apart=("count",), force=force):
+        path.unlink(missing_ok=True)
+        return
+    may = force or (path.exists() and stage not in manifest.data["stages"])
+    for file in (written, *([COMPLETENESS] if method == IG else [])):
+        refuse_overwrite(folder / file, may)
+    check_recorded(folder, prompts_path, copy, described)
+    check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
+    replaced = end_of_text(tokenizer) if getattr(options, "baseline", "") == "replaced" else None
+    wide = in_float64(model) if options.precision == "float64" else nullcontext()
+    with locked(folder), wide:
+        write_copy(folder / "prompts.jsonl", prompts_path, copy)
+        journal = Journal(path, inputs)
+        budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES, alone=ALONE)
+        asking = Asking(sites, prompts, targets, options, budget, replaced)
+        if not journal.done:
+            (folder / written).unlink(missing_ok=True)
+        about = {
+            "prompts": inputs["prompts"],
+            "ids": [prompt.id for prompt in prompts],
+            "relations": [prompt.relation for prompt in prompts],
+            "targets": asking.goals,
+            "model": described["digest"],
+            "position": "last" if method == IG else "all",
+            "probability": asking.precision(described["dtype"]),
+            **options.recorded(),
+        }
+        shape = {"layers": described["layers"], "width": described["width"]}
+        scores = GradientFile(folder / written, method, shape, about)
+        journal.before_commit = scores.flush
+        by_length = sorted(range(len(prompts)), key=lambda row: lengths[row])
+        columns = [asking.columns(row, lengths[row]) for row in range(len(prompts))]
+        batches = cut(by_length, columns.__getitem__, options.batch_tokens)
+        found = _score(asking, stage, batches, columns, scores, journal, budget, quiet)
+        # Until the journal is gone, what is written here counts as unfinished.
+        names = [written, "prompts.jsonl"]
+        if method == IG:
+            atomic_write(folder / COMPLETENESS, _completeness(prompts, found))
+            names.append(COMPLETENESS)
+        notices = [*targets.notices, *target_notices(tokenizer, prompts, targets.targets)]
+        notices += asking.notices(described["dtype"]) + budget.notices
+        for notice in notices:
+            warnings.warn(notice, stacklevel=2)
+        manifest = Manifest(folder)
+        run_on = {"versions": versions(), "dtype": described["dtype"], "fallbacks": notices}
+        if not manifest.data["stages"].keys() & {"record", "attribute"}:
+            manifest.describe(model=described, **run_on)
+        manifest.finish(
+            stage,
+            inputs,
+            [folder / file for file in names],
+            reads=[folder / "prompts.jsonl"],
+            apart=("count",),
+            sentences=len(prompts),
+            how=asking.how(described["dtype"]),
+            tokens={"special": policy_text(tokenizer), "several": targets.n_several},
+            batch_plan={"batch_tokens": options.batch_tokens, "batches": len(batches)},
+            **run_on,
+            commands=command(
+                "attribute",
+                *(name, placed(prompts_path, folder), "-o", STUDY, "--method", method),
+                *options.words(),
+                **{**loading(described), "backend": None},
+            ),
+        )
+        journal.remove()
+
+
+def _score(
+    asking: Asking,
+    stage: str,
+    batches: Sequence[list[int]],
+    columns: Sequence[int],
+    scores: GradientFile,
+    journal: Journal,
+    budget: Budget,
+    quiet: bool,
+) -> list[Json]:
+    """Ask every batch that the journal lacks; what it keeps of each sentence, in their order."""
+    keys = {f"{stage} {number}": rows for number, rows in enumerate(batches)}
+    lost = [
+        key
+        for key, rows in keys.items()
+        if key in journal.done and journal.done[key]["digest"] != scores.digest(rows)
+    ]
+    journal.redo(lost, "rows of the scores are not as they were written")
+    by_row: dict[int, Json] = {}
+    with progress_bar(len(columns), "attribute", "sentence", quiet) as bar, journal:
+        for key, rows in keys.items():
+            if key not in journal.done:
+                said = budget.run(rows, columns.__getitem__, asking.ask)
+                _check_finite(asking, rows, said)
+                names = said[0].keys()
+                scores.store(rows, {n: np.stack([one[n] for one in said]) for n in names})
+                kept = [_kept(one) for one in said]
+                journal.add(key, {"found": kept, "digest": scores.digest(rows)})
+            by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
+            bar.update(len(rows))
+    return [by_row[row] for row in range(len(by_row))]
+
+
+def _check_finite(asking: Asking, rows: Sequence[int], said: Sequence[dict[str, Any]]) -> None:
+    for row, one in zip(rows, said, strict=True):
+        if not np.isfinite(next(iter(one.values()))).all():
+            raise RelneuronError(
+                f"prompt {asking.prompts[row].id}: its gradients are not finite",
+                "use --dtype float32 or --precision float64, or remove the prompt",
+            )
+
+
+def _kept(one: dict[str, Any]) -> Json:
+    """The numbers of completeness.csv for one sentence, before they are rounded to float32."""
+    if IG not in one:
+        return {}
+    at_baseline: Array = one["probability_at_baseline"]
+    change = [None if p != p else p for p in at_baseline.tolist()]
+    return {"p": float(one["probability"]), "at": change, "sums": one[IG].sum(-1).tolist()}
+
+
+def _completeness(prompts: Sequence[Prompt], found: Sequence[Json]) -> bytes:
+    """A row a sentence and layer: P, P at the layer's baseline, their difference, the sum of IG."""
+    shown: Callable[[float], str] = "{:.9g}".format
+    rows = [
+        (
+            *(prompt.id, prompt.relation, layer),
+            *map(shown, (one["p"], at, one["p"] - at, total, total - (one["p"] - at))),
+        )
+        for prompt, one in zip(prompts, found, strict=True)
+        for layer, (at, total) in enumerate(zip(one["at"], one["sums"], strict=True))
+        if at is not None
+    ]
+    return csv_bytes(COMPLETENESS_COLUMNS, rows)
