@@ -32,9 +32,6 @@ class Record:
     pictures: tuple[Any, ...]
     where: str
 
-    def __len__(self) -> int:
-        return 1  # a text corpus counts characters here
-
     def open(self) -> list[Any]:
         """The pictures as PIL images in RGB."""
         return [open_picture(picture, self.where) for picture in self.pictures]

@@ -16,7 +16,10 @@ IMAGES = "--image-column"
 
 
 class Piece(NamedTuple):
-    """A document or a part of one: text, or (n,) int32 token ids; None: a record has no text."""
+    """A document or a part of one: text, or (n,) int32 token ids; None: a record has no text.
+
+    Of a source with an `image_column` a whole `Record`.
+    """
 
     group: str
     content: Any

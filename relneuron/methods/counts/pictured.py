@@ -17,6 +17,8 @@ from relneuron.artifact.options import options_of
 from relneuron.methods.counts.batches import Pictured, check_tokens
 from relneuron.methods.counts.counter import Checkpoint
 from relneuron.methods.counts.job import Job
+from relneuron.model.layers import first_line
+from relneuron.model.mlps.modules import BELONG
 from relneuron.model.pictures import Processor, load_processor, reads_pictures
 from relneuron.texts.options import CountOptions
 from relneuron.texts.picture_feed import PictureFeed, describe_pictures, have_pictures
@@ -145,7 +147,14 @@ class PictureJob(Job[PictureFeed, _Ready]):
         inputs = one.inputs.result()
         self.waiting += time.perf_counter() - begin
         check_tokens(int(inputs["input_ids"].max()), self.vocabulary)
-        self.budget.attempt([Pictured(inputs, one.group)], _tokens, self._count_forward)
+        try:
+            self.budget.attempt([Pictured(inputs, one.group)], _tokens, self._count_forward)
+        except RelneuronError:
+            raise
+        except Exception as error:  # each model has errors of its own
+            raise RelneuronError(
+                f"{one.record.where}: the model does not take it ({first_line(error)})", BELONG
+            ) from error
 
     def _count_forward(self, batch: list[Pictured]) -> bool:
         self.speed.count(batch[0])

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import MODULES, is_asked, layers_of
-from relneuron.model.layers import compute_dtype, decoder_layers, without_hooks
+from relneuron.model.layers import compute_dtype, decoder_layers, first_line, without_hooks
 from relneuron.model.mlps import candidates, proof
 from relneuron.model.mlps.candidates import Candidate, Hooks, Run, Seen, linear_maps
 from relneuron.model.mlps.find import Verdict, inspect_layers, supported, verdict_of
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
+
+BELONG = "give a processor that belongs to the model: see `relneuron doctor MODEL`"
 
 
 class _Reached(Exception):
@@ -76,7 +78,12 @@ def inspect_modules(model: Any, run: Run) -> dict[str, list[Verdict]]:
     """
     path, decoder = decoder_layers(model)
     short = _until(decoder, run)
-    short()  # transformers may hook layers in their first forward, for good
+    try:
+        short()  # transformers may hook layers in their first forward, for good
+    except Exception as error:  # each model has errors of its own
+        raise RelneuronError(
+            f"a forward with a picture fails ({first_line(error)})", BELONG
+        ) from error
     with without_hooks(model):
         stacks = _stacks(model, path, short)
         found: dict[str, list[Verdict]] = {}

@@ -362,6 +362,34 @@ def test_a_folder_without_its_processor(
     assert "pictures" in run("doctor", bare)[1]
 
 
+@pytest.mark.parametrize("module", ["language", "all"])
+def test_a_processor_of_another_model(
+    llava: Path, corpus: Path, tmp_path: Path, run: Run, module: str
+) -> None:
+    """It puts another number of image tokens into the text than the tower has patches."""
+    other = tmp_path / "other"
+    shutil.copytree(llava, other)
+    path = other / "processor_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"num_additional_image_tokens": 3}))
+    words = [*sources(corpus), "-o", tmp_path / "o", "--module", module, "--quiet"]
+    code, _, errors = run("count", other, *words)
+    cause = "art.jsonl, line 1: the model does not take it (Image features"
+    cause = cause if module == "language" else "a forward with a picture fails (Image features"
+    assert code == 1 and cause in errors and "belongs to the model" in errors, errors
+    assert "no: a forward with a picture fails" in run("doctor", other)[1]
+
+
+def test_doctor_lists_the_modules(folder: Path, run: Run) -> None:
+    lines = [" ".join(line.split()) for line in run("doctor", folder)[1].splitlines()]
+    tower = next(line for line in lines if line.startswith("module vision"))
+    n, width = (MODULES[folder.name]["vision"], 64 if folder.name == "qwen2_vl" else 40)
+    assert f"works: {n} layers, F={width}, " in tower and tower.endswith("sites gate, act, down")
+    found = [line.split()[1] for line in lines if line.startswith("module ")]
+    assert found == list(MODULES[folder.name])
+    assert any(line.startswith("pictures read by ") for line in lines)
+
+
 def test_pictures_need_a_processor_in_python_too(llava: Path, corpus: Path, tmp_path: Path) -> None:
     found = parse_sources(sources(corpus), image_column="image")
     with pytest.raises(RelneuronError, match="pictures need a processor"):
