@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import relneuron
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import module_sets
 from relneuron.ablation.generate import generate
@@ -396,6 +397,21 @@ def test_ablate_is_plain_hooks(world: World, tmp_path: Path) -> None:
         wanted = {word: world.logprob(line, neurons, first[word]) for word in first}
         assert row["logprob_of"] == max(wanted, key=lambda word: wanted[word])
         assert float(row["logprob"]) == pytest.approx(max(wanted.values()), rel=1e-4, abs=1e-4)
+
+
+def test_the_context_manager(world: World) -> None:
+    """Around transformers' own `generate`, whatever shape a module's tokens have."""
+    modules = list(module_layers(world.shape))
+    for names in (modules[1:2], modules[2:], modules):
+        neurons = world.within("med", names)
+        wanted = world.said(world.lines[0], neurons)
+        processor = world.processor.processor
+        with relneuron.ablate(world.model, neurons, modules=modules, processor=processor):
+            assert world.said(world.lines[0], []) == wanted
+        assert world.said(world.lines[0], []) != wanted
+    bare = relneuron.ablate(world.model, neurons, modules=modules)
+    with pytest.raises(RelneuronError, match="need a forward with a picture"), bare:
+        pass
 
 
 # --- what is refused -------------------------------------------------------------------------
