@@ -83,7 +83,7 @@ def _some(layer: ResidualLayer, traced: Trace, generator: torch.Generator) -> li
 def _off(
     model: Any, parts: Sequence[oracle.MLP | oracle.Experts], number: int, index: int
 ) -> Iterator[None]:
-    """One neuron at zero: an input of `down`, which a norm may stand before, or an expert's gate."""
+    """One neuron at zero: an input of `down`, behind any norm, or the gate of an expert."""
     part = parts[number]
     if isinstance(part, oracle.Experts):
         with oracle.switched_off(model, parts, [(number, "gate", index)]):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.zoo.build import KINDS
-from bench.zoo.check import RIGHT, WRONG, Row
+from bench.zoo.check import RIGHT, UNPROVED, WRONG, Row
 from relneuron.artifact.files import atomic_write
 from relneuron.artifact.reading import read_csv
 
@@ -39,15 +39,16 @@ def is_proved(row: Row) -> bool:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """How many types of each mapping came out how."""
-    lines = ["| | types | built | supported | all right | wrong | attribution |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    lines = ["| | types | built | supported | all right | wrong | gains | by hooks, too |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
     for kind in KINDS:
         mine = [row for row in rows if row.mapping == kind]
         built = [row for row in mine if row.oracle != NOTHING]
         supported = [row for row in mine if row.verdict == "supported"]
-        wrong = [row for row in mine if WRONG in row]
+        wrong = [row for row in mine if WRONG in row or row.attribution.startswith(WRONG)]
         gains = [row for row in mine if row.attribution.startswith("supported")]
-        counts = (mine, built, supported, list(filter(is_proved, supported)), wrong, gains)
+        right = [row for row in gains if row.attribution.endswith(f"; {RIGHT}")]
+        counts = (mine, built, supported, list(filter(is_proved, supported)), wrong, gains, right)
         lines.append(f"| {kind} | {' | '.join(str(len(some)) for some in counts)} |")
     return lines
 
@@ -82,9 +83,19 @@ def table(rows: Sequence[Row]) -> list[str]:
         said = [row.counts, row.ablation, row.generation]
         if row.verdict != "supported":
             said = [row.verdict, "", ""]
-        gains = "yes" if row.attribution.startswith("supported") else ""
+        gains = _gains(row)
         lines.append(f"| {row.model_type} | {row.oracle} | {' | '.join(said)} | {gains} |")
     return lines
+
+
+def _gains(row: Row) -> str:
+    """What became of attribution: nothing where it is refused."""
+    if row.attribution.startswith(WRONG):
+        return WRONG
+    if not row.attribution.startswith("supported"):
+        return ""
+    said = RIGHT if row.attribution.endswith(f"; {RIGHT}") else UNPROVED
+    return f"{said}, no heads" if "but for heads" in row.attribution else said
 
 
 def sections(path: Path) -> dict[str, list[str]]:

@@ -338,6 +338,7 @@ class PartsOptions(LoadOptions):
         "Hold the model in so many parts, by its tensor parallel plan of transformers: one in each "
         "process of torchrun --nproc-per-node N -m relneuron ...",
         least=2,
+        most=1024,
     )
 
 

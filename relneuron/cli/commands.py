@@ -303,18 +303,57 @@ def export(
         yield f"-> {path}"
 
 
+_DRY = Only("with --dry-run", lambda o: o.dry_run)
+
+
+@dataclass(frozen=True)
+class DoctorOptions(Options):
+    """What is asked of a model, and of which devices."""
+
+    revision: str | None = option(None, "Revision of a model on the hub.")
+    dry_run: bool = option(
+        False,
+        "Read only the config: what would lie where, in how many bytes, and what does not fit.",
+    )
+    device_map: str | None = option(
+        None,
+        "As of count: auto, balanced, sequential or a file; default: all on one device.",
+        only=_DRY,
+    )
+    tensor_parallel_size: int | None = option(
+        None, "Processes that would hold the model in parts.", least=2, most=1024, only=_DRY
+    )
+    dtype: str | None = option(
+        None,
+        "float32, bfloat16 or float16; default: float32 on a CPU alone, else the model's own.",
+        choices=("float32", "bfloat16", "float16"),
+        only=_DRY,
+    )
+    memory: Sequence[str] = option(
+        (),
+        "Memory for weights on devices, such as 0=80GiB,1=80GiB,cpu=200GiB; default: what is free "
+        "on this machine.",
+        only=_DRY,
+    )
+
+
 def doctor(
+    options: DoctorOptions,
     model: Annotated[str | None, Argument("[MODEL]", "Model to check.")] = None,
-    revision: Annotated[str | None, Named("Revision of a model on the hub.")] = None,
-) -> Iterator[str]:
+) -> Iterator[str | Printed]:
     """What works on this machine, and for this model, and why not."""
     from relneuron.cli.doctor import machine_report, model_report, processor_of
     from relneuron.cli.show import rows_of
     from relneuron.model.load import load_model, load_tokenizer
     from relneuron.texts.tokens import policy_text
 
-    if model is None and revision is not None:
-        refuse_stray("--revision", "with a MODEL")
+    revision = options.revision
+    for flag, is_asked in (("--revision", revision is not None), ("--dry-run", options.dry_run)):
+        if model is None and is_asked:
+            refuse_stray(flag, "with a MODEL")
+    if model is not None and options.dry_run:
+        yield from _dry_run(model, options)
+        return
     yield from rows_of(machine_report())
     if model is None:
         return
@@ -331,6 +370,37 @@ def doctor(
         supported = False
     yield from rows_of(rows)
     if not supported:
+        raise SystemExit(1)
+
+
+def _dry_run(model: str, options: DoctorOptions) -> Iterator[str | Printed]:
+    from relneuron.cli.doctor import plan_report
+    from relneuron.model.load import asked_map
+    from relneuron.model.plan import memory_here, plan, read_memory
+
+    need("a model", "transformers")
+    n_parts = options.tensor_parallel_size
+    if n_parts is not None and options.device_map is not None:
+        raise RelneuronError(
+            "--device-map and --tensor-parallel-size both say where the model goes",
+            "leave out one of them",
+            2,
+        )
+    where = asked_map(options.device_map) if options.device_map is not None else None
+    memory = read_memory(options.memory) or memory_here()
+    own = "auto" if n_parts is not None or {*memory} - {"cpu", "disk"} else "float32"
+    found = plan(
+        model,
+        memory=memory,
+        revision=options.revision,
+        dtype=options.dtype or own,
+        device_map=where,
+        n_parts=n_parts,
+    )
+    table, said, fits = plan_report(found, n_parts)
+    yield table
+    yield from said
+    if not fits:
         raise SystemExit(1)
 
 

@@ -16,7 +16,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import EXTRAS, install_command, missing
 from relneuron.artifact.manifest import versions
 from relneuron.artifact.neurons import Shape
-from relneuron.artifact.stage import load
+from relneuron.artifact.stage import Printed, load
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
 from relneuron.model.instrument import instrument
@@ -26,6 +26,7 @@ from relneuron.model.mlps.find import Verdict, inspect_layers
 from relneuron.model.mlps.modules import inspect_modules
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.pictures import Processor, load_processor, picture_run, reads_pictures
+from relneuron.model.plan import Place, Plan
 
 
 def machine_report() -> list[tuple[str, str]]:
@@ -172,3 +173,67 @@ def _fault(model: Any, mlps: Sequence[Part]) -> str | None:
     except Exception as error:
         return f"a forward of two tokens fails: {first_line(error)}"
     return None
+
+
+def plan_report(plan: Plan, parts: int | None) -> tuple[Printed, list[str], bool]:
+    """The table of a plan, what is to be said of it, and whether all weights lie in memory."""
+    columns = ["process" if parts else "device", "layers", "besides", "weights", "memory"]
+    columns += ["left", "cache a token", "counters", "masks"]
+    rows = [_place_row(place, plan) for place in plan.places]
+    n_layers, total = len(plan.widths), sum(place.weights for place in plan.places)
+    said = [
+        f"{plan.n_parameters:,} parameters, {str(plan.dtype).removeprefix('torch.')}, "
+        f"{_size(total)} of weights{' in all processes' if parts else ''}, {n_layers} layers",
+        f"neurons of the MLPs, as the config says: {_ranges(plan.widths)}; without weights it is "
+        "not proved what an MLP is, and if it is supported: relneuron doctor MODEL",
+        "cache: keys and values of a token (count keeps none); counters: of a group at a site, 4.5 "
+        "times as many with --moments; masks: of a condition; activations come to it",
+    ]
+    if parts:
+        said.append("count takes a model in parts; one with experts, and other commands, do not")
+    if plan.no_cache:
+        said.append(f"cache: not told, {plan.no_cache}")
+    kept = [place for place in plan.places if place.device in ("cpu", "disk") and place.weights]
+    if kept and len(plan.places) > len(kept):
+        said.append("weights on the cpu or the disk are brought to a GPU for every forward")
+    fits = True
+    for place in plan.places:
+        where = f"{columns[0]} {place.device}"
+        if place.missing:
+            fits = False
+            said.append(f"{where}: {_size(place.missing)} of weights more than its memory")
+        elif place.device == "disk" and place.weights:
+            fits = False
+            said.append(f"no device has memory for {_size(place.weights)}: they lie on the disk")
+    return Printed(columns, rows), said, fits
+
+
+def _place_row(place: Place, plan: Plan) -> list[str]:
+    layers = place.layers
+    is_one_run = bool(layers) and layers == list(range(layers[0], layers[-1] + 1))
+    runs = f"{layers[0]}-{layers[-1]}" if is_one_run else ", ".join(map(str, layers))
+    others = [other.rpartition(".")[2] for other in place.others[:4]]
+    others += ["..."] if len(place.others) > 4 else []
+    known = place.memory is not None
+    return [
+        str(place.device),
+        runs or "none",
+        ", ".join(others) or "none",
+        _size(place.weights),
+        _size(place.memory or 0) if known else "",
+        _size(max(0, (place.memory or 0) - place.weights)) if known else "",
+        "" if plan.no_cache else _size(place.cache),
+        _size(place.counters),
+        _size(place.masks),
+    ]
+
+
+def _ranges(widths: Sequence[int]) -> str:
+    """The widths of runs of layers."""
+    texts, begin = [], 0
+    for width, run in groupby(widths):
+        end = begin + len(list(run)) - 1
+        where = f"layer {begin}" if begin == end else f"layers {begin}-{end}"
+        texts.append(f"{width or 'none'} ({where})")
+        begin = end + 1
+    return ", ".join(texts)

@@ -1,15 +1,18 @@
 """What a model's configuration says of its neurons, for files that come without their model.
 
-`import` asks it for neurons and counts of other authors.
+`import` asks it for neurons and counts of other authors; `widths.py` knows the names of widths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.modules import MODULES
 from relneuron.artifact.reading import one_line
 from relneuron.model.identity import check_model_folder
+from relneuron.model.widths import mlp_width
 
 
 def read_config(name_or_path: str) -> Any:
@@ -33,7 +36,7 @@ def config_shape(name_or_path: str) -> Json:
     config = read_config(name_or_path).get_text_config()
     sizes = {
         "layers": getattr(config, "num_hidden_layers", None),
-        "width": _width(config),
+        "width": mlp_width(config),
         "hidden": getattr(config, "hidden_size", None),
     }
     for key, value in sizes.items():
@@ -47,19 +50,63 @@ def config_shape(name_or_path: str) -> Json:
 
 _SAID = {"layers": "how many layers it has", "hidden": "its hidden size"}
 _SAID["width"] = "the one width of its MLPs"
-# What configurations call the width of an MLP, and models that do not say it where it is 4 D.
-_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
-_FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
 
 
-def _width(config: Any) -> Any:
-    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
-    found = (getattr(config, name, None) for name in _WIDTHS)
-    width = next((value for value in found if value is not None), None)
-    hidden = getattr(config, "hidden_size", None)
-    if width is None and type(hidden) is int:
-        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
-            return ratio * hidden
-        if config.model_type in _FOUR_TIMES:
-            return 4 * hidden
-    return width
+# --- of models that read pictures ---------------------------------------------------------------
+
+
+def modules_shape(name_or_path: str, modules: Sequence[str] | None = None) -> Json:
+    """What files say of the shape of some modules of a model (`model_shape`), default: of all.
+
+    The language model's, the vision tower's and the Q-Former's are in the configurations of their
+    own; the projector of a LLaVA is one MLP, as wide as the language model's hidden size. Raises
+    RelneuronError for a module that the configuration does not know.
+    """
+    known = _sizes(name_or_path)
+    asked = [name for name in MODULES if name in (known if modules is None else modules)]
+    for name in asked:
+        if name not in known:
+            raise RelneuronError(
+                f"the configuration of {name_or_path} has no module {name}",
+                f"it has {', '.join(known)}: give the model that the files were made with",
+            )
+    shape = config_shape(name_or_path)
+    if asked == ["language"]:
+        return shape
+    widths, hiddens = (
+        [size[i] for name in asked for size in [known[name]] * known[name][0]] for i in (1, 2)
+    )
+    found: Json = {"id": shape["id"], "layers": len(widths)}
+    found |= {"width": max(widths), "hidden": max(hiddens)}
+    if min(widths) < max(widths):
+        found["widths"] = widths
+    if min(hiddens) < max(hiddens):
+        found["hiddens"] = hiddens
+    return found | {"modules": {name: known[name][0] for name in asked}}
+
+
+def _sizes(name_or_path: str) -> dict[str, tuple[int, int, int]]:
+    """By module its layers, and the width and the hidden size of its MLPs."""
+    config = read_config(name_or_path)
+    text = config_shape(name_or_path)
+    found = {"language": (text["layers"], text["width"], text["hidden"])}
+    vision = _own(getattr(config, "vision_config", None))
+    if vision is not None:
+        found["vision"] = vision
+    if hasattr(config, "projector_hidden_act"):
+        found["projector"] = (1, text["hidden"], text["hidden"])
+    qformer = _own(getattr(config, "qformer_config", None))
+    if qformer is not None:
+        found |= {"qformer_query": qformer}
+        # BLIP-2's reads no text.
+        if config.model_type.startswith("instructblip"):
+            found |= {"qformer_text": qformer}
+    return found
+
+
+def _own(config: Any) -> tuple[int, int, int] | None:
+    """The sizes of a module that has a configuration of the usual names."""
+    names = ("num_hidden_layers", "intermediate_size", "hidden_size")
+    sizes = [getattr(config, name, None) for name in names]
+    known = [size for size in sizes if type(size) is int and size > 0]
+    return (known[0], known[1], known[2]) if len(known) == len(names) else None

@@ -70,6 +70,21 @@ def choose_device(asked: str | None, how: str = "use --device") -> str:
     return "cpu" if kind == "cpu" else asked
 
 
+def asked_map(asked: str) -> str | dict[str, Any]:
+    """A way to spread, or {module: device} of a file, of any devices."""
+    if asked in ("auto", "balanced", "sequential"):
+        return asked
+    path = Path(asked)
+    if not path.is_file():
+        raise RelneuronError(
+            f"--device-map {asked} is no file", "use auto, balanced, sequential or a JSON file", 2
+        )
+    found = read_json(path, asked)
+    if not (isinstance(found, dict) and found):
+        raise RelneuronError(f"{asked} is no JSON object", 'write {"model.layers.0": 0, ...}', 2)
+    return found
+
+
 def read_device_map(asked: str, device: str | None) -> str | dict[str, Any]:
     """What accelerate takes of `--device-map`: a way to spread, or {module: device} of a file."""
     if device is not None:
@@ -82,16 +97,9 @@ def read_device_map(asked: str, device: str | None) -> str | dict[str, Any]:
             "leave out --device-map, or run one process",
             2,
         )
-    if asked in ("auto", "balanced", "sequential"):
-        return asked
-    path = Path(asked)
-    if not path.is_file():
-        raise RelneuronError(
-            f"--device-map {asked} is no file", "use auto, balanced, sequential or a JSON file", 2
-        )
-    found = read_json(path, asked)
-    if not (isinstance(found, dict) and found):
-        raise RelneuronError(f"{asked} is no JSON object", 'write {"model.layers.0": 0, ...}', 2)
+    found = asked_map(asked)
+    if isinstance(found, str):
+        return found
     for place in {*map(str, found.values())} - {"disk"}:
         choose_device(f"cuda:{place}" if place.isdecimal() else place, f"in {asked} write disk or")
     return found
@@ -184,17 +192,11 @@ def _read_model(
     parts: int | None,
     stack: ExitStack,
 ) -> tuple[Any, Json]:
-    """The model where it belongs, and what loading it said; `stack` outlives the model.
+    """The model where it belongs, and what loading it said; `stack` outlives the model."""
+    from transformers import AutoConfig
 
-    Its class is that for models with pictures, if there is no causal language model of its kind.
-    """
-    import transformers as hf
-
-    config = hf.AutoConfig.from_pretrained(name, revision=revision)
-    kind = hf.AutoModelForCausalLM
-    has_pictures = type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if has_pictures and type(config) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = hf.AutoModelForImageTextToText
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    kind = model_kind(config)
     is_quantised = getattr(config, "quantization_config", None) is not None
     asked: Json = {"revision": revision, "output_loading_info": True}
     asked["dtype"] = dtype or ("float32" if device == "cpu" and not is_quantised else "auto")
@@ -214,6 +216,19 @@ def _read_model(
     is_here = not {"device_map", "distributed_config"} & asked.keys()
     model, info = kind.from_pretrained(name, **asked)
     return (model.to(device) if is_here else model), info
+
+
+def model_kind(config: Any) -> Any:
+    """The class that makes a model of a configuration.
+
+    It is that for models with pictures, if there is no causal language model of its kind.
+    """
+    import transformers as hf
+
+    has_pictures = type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if has_pictures and type(config) not in hf.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return hf.AutoModelForImageTextToText
+    return hf.AutoModelForCausalLM
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:

@@ -21,6 +21,8 @@ from relneuron.artifact.installed import need
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.layers import compute_dtype, first_line, input_device
 
+_MASKS = ("attention_mask", "qformer_attention_mask")  # of text
+
 
 def reads_pictures(model: Any) -> bool:
     """Whether a model is of a kind that transformers gives pictures and text."""
@@ -68,7 +70,8 @@ class Processor:
 
         A text that has a marker for each of its pictures, or the bare image token, stays as it is;
         before any other one stands a line with a marker for each picture (`<image>\\n{text}`, as
-        arXiv 2406.11193 asks). `where` is how an error calls the record.
+        arXiv 2406.11193 asks). `where` is how an error calls the record. Patches that a processor
+        fills a picture up with are run, and count, as any others.
         """
         found = max(text.count(one) if one else 0 for one in (self.marker, self.token))
         if self.marker and found not in (0, len(pictures)):
@@ -85,7 +88,13 @@ class Processor:
                 f"{where}: the processor does not take it ({first_line(error)})",
                 "give every record all that the model's processor needs, text and pictures",
             ) from error
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        if not all(tensors[name].all() for name in _MASKS if name in tensors):
+            raise RelneuronError(
+                f"{where}: the processor pads a text that is alone",
+                "save it with padding False (processor.tokenizer, save_pretrained)",
+            )
+        return tensors
 
     def _is_put_by_itself(self) -> bool:
         try:

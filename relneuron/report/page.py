@@ -41,6 +41,7 @@ class PageKind:
     hints  ... and so does one with one of these, where no mark of any kind is
     again  what to do about files that are damaged
     build  "module:function", called with a folder and the titles of the rankings: its `Page`
+    first  whether its marks count before those of kinds that do not say so
     """
 
     name: str
@@ -50,6 +51,7 @@ class PageKind:
     hints: tuple[str, ...]
     again: str
     build: str
+    first: bool = False
 
 
 # What a page is
@@ -111,8 +113,9 @@ class Page:
 
 def kind_of(folder: Path, kinds: Sequence[PageKind]) -> PageKind:
     """The first kind of which the folder has a mark, or else a hint; the first of all if none."""
-    for files in ([kind.marks for kind in kinds], [kind.hints for kind in kinds]):
-        for kind, names in zip(kinds, files, strict=True):
+    ordered = sorted(kinds, key=lambda kind: not kind.first)
+    for files in ([kind.marks for kind in ordered], [kind.hints for kind in ordered]):
+        for kind, names in zip(ordered, files, strict=True):
             if any((folder / name).exists() for name in names):
                 return kind
     return kinds[0]

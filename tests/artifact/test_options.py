@@ -17,7 +17,7 @@ from relneuron.artifact.options import Flag, Kind, Only, Options, like, option, 
 from relneuron.artifact.stage import load
 from relneuron.cli.flags import taken
 from relneuron.cli.main import app, stages
-from relneuron.methods import rankings
+from relneuron.methods import attributions, rankings
 from relneuron.texts.options import read_shard
 
 TEXTS = ("en", "a b", "-x", "--top", "it's", 'say "no"', "中文", "{prompt}", "a\\b", "50 %")
@@ -29,6 +29,8 @@ def classes_of(stage: Any) -> list[type[Options]]:
     """The classes of options that a command takes."""
     if stage.name == "identify":
         return [ranking.options for ranking in rankings().values()]
+    if stage.name == "attribute":
+        return [one.options for one in attributions().values()]
     parameters = inspect.signature(load(stage.run), eval_str=True).parameters.values()
     hints = [p.annotation for p in parameters if isinstance(p.annotation, type)]
     return [hint for hint in hints if issubclass(hint, Options)]
@@ -107,7 +109,7 @@ def test_options_come_back_from_their_words(command: str, cls: type[Options]) ->
 
 def test_every_command_that_has_options_is_here() -> None:
     assert {name for name, _ in TAKEN} == {stage.name for stage in stages()} - {
-        *("merge", "import", "export", "report", "doctor")
+        *("merge", "import", "export", "report")
     }
 
 

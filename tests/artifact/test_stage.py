@@ -94,7 +94,13 @@ STUDIES: dict[str, list[str]] = {
         f"{ATTRIBUTE} --kinds ffn_neuron,head,query_layer --tolerance 1e-3 --norm-bias"
         " --no-compare --format parquet --target prediction",
     ],
-    "attribution of a table": [f"attribute {{model}} {{table}} -o {{d}} --strict --quiet {SPREAD}"],
+    "attribution of a table": [
+        f"attribute {{model}} {{table}} -o {{d}} --strict --quiet {SPREAD}",
+        "attribute {model} {table} -o {d} --method ig --steps 3 --schedule midpoint --answer mean"
+        " --baseline replaced --extend argmax --site act --precision float64 --quiet",
+        "attribute {model} {table} -o {d} --method relevance --of probability --quiet"
+        " --rules conservative",
+    ],
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
         f" --threshold 0.1 --max-tokens 600 --packing documents --bos window --exclude-bos {LOAD}"

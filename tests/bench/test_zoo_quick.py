@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 import relneuron
-from bench.zoo import build, oracle
+from bench.zoo import build, gains, oracle
 from bench.zoo.check import FAILED, RIGHT, UNPROVED, WRONG, Inputs, Row, check
 from bench.zoo.page import fill, is_proved
+from relneuron.methods.gains.values import value_scores
 from relneuron.model.mlps import find
+from relneuron.model.stream.trace import Trace
 from tests.conftest import ROOT
 
 instrument, ablate = relneuron.instrument, relneuron.ablate
@@ -24,7 +26,7 @@ instrument, ablate = relneuron.instrument, relneuron.ablate
 def test_all_is_right(model_type: str) -> None:
     row = check("causal", model_type)
     assert row.verdict == "supported" and is_proved(row), row
-    assert row.reason == ""
+    assert row.reason == "" and row.attribution == "supported: 4 heads a layer; right"
 
 
 @contextmanager
@@ -104,6 +106,30 @@ def test_a_faulty_ablation_is_wrong(
     row = check("causal", "llama")
     assert getattr(row, column) == WRONG, row
     assert not is_proved(row)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+def test_gains_of_other_factors_are_wrong(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    own = Trace.ffn_coefficient
+
+    def off(self: Trace, layer: Any, e: int, index: int) -> float:
+        return own(self, layer, e, index) * (1.001 if layer.layer == 2 else 1)
+
+    monkeypatch.setattr(Trace, "ffn_coefficient", off)
+    row = check("causal", model_type)
+    assert row.attribution.startswith(f"{WRONG}: layer 2, neuron ")
+    assert row.attribution.endswith("it does not write what the state loses without it")
+    monkeypatch.setattr(Trace, "ffn_coefficient", own)
+    monkeypatch.setattr(gains, "value_scores", other_gains)
+    row = check("causal", model_type)
+    assert row.attribution.startswith(f"{WRONG}: layer 1") and "its gain is" in row.attribution
+
+
+def other_gains(*args: Any, **options: Any) -> Any:
+    found = value_scores(*args, **options)
+    assert found.ffn_neuron is not None
+    found.ffn_neuron[:, 1] += 1e-3
+    return found
 
 
 def test_another_reading_than_the_oracle_s_is_never_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from relneuron.artifact.options import Options, options_of
 from relneuron.artifact.stage import load
 from relneuron.cli.flags import Command
 from relneuron.cli.main import app, stages
-from relneuron.methods import rankings
+from relneuron.methods import attributions, rankings
 from tests.kit.corpus_commands import check_refused
 
 # What each `identify --method` takes.
@@ -85,6 +85,7 @@ MODEL = ["no-such/model"]
 RUN = ["run", *MODEL, "--facts", "f", "-o", "o"]
 ABLATE = ["ablate", *MODEL, "n.json", "p.jsonl", "-o", "e.csv"]
 ATTRIBUTE = ["attribute", *MODEL, "p.jsonl", "-o", "a"]
+IG = [*ATTRIBUTE, "--method", "ig"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
 STRAY: list[tuple[list[str], str, str]] = [
@@ -111,6 +112,12 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--accept-object-prefix",
         "without --generate",
     ),
+    ([*IG, "--extend", "argmax"], "--extend", "with --answer mean or sum"),
+    (
+        [*IG, "--target", "prediction", "--answer", "mean"],
+        "--answer",
+        "with --target answer",
+    ),
     ([*ATTRIBUTE, "--no-compare", "--intervene", "5"], "--intervene", "with --compare"),
     ([*ATTRIBUTE, "--no-compare", "--random-seeds", "5"], "--random-seeds", "with --compare"),
     (
@@ -135,6 +142,16 @@ STRAY: list[tuple[list[str], str, str]] = [
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
     (["doctor", "--revision", "main"], "--revision", "with a MODEL"),
+    (["doctor", "--dry-run"], "--dry-run", "with a MODEL"),
+    *(
+        (["doctor", *MODEL, option, value], option, "with --dry-run")
+        for option, value in (
+            ("--memory", "0=3GB"),
+            ("--device-map", "auto"),
+            ("--dtype", "float16"),
+            ("--tensor-parallel-size", "2"),
+        )
+    ),
     (
         ["identify", "d", "-o", "n.json", "--method", "lape", "--top", "5", "--top-rate", "0.5"],
         "--top-rate",
@@ -181,6 +198,7 @@ def test_every_rule_is_tried() -> None:
     """Each option that counts only beside others, of each command that takes it."""
     tried = {(words[0], option) for words, option, _ in STRAY}
     classes = {"identify": [ranking.options for ranking in rankings().values()]}
+    classes["attribute"] = [one.options for one in attributions().values()]
     for stage in stages():
         hints = inspect.signature(load(stage.run), eval_str=True).parameters.values()
         found = [p.annotation for p in hints if isinstance(p.annotation, type)]

@@ -37,6 +37,8 @@ KNOWN = {
     "analyses": ("main", "all", "sizes", "gain", "perplexity"),
     "dtype": ("float32", "bfloat16", "float16"),
     "device": ("cpu", "cuda", "cuda:9", "meta"),
+    "memory": ("0=80GiB,cpu=1GB", "cpu=1KB", "0=80GiB,0=1GB", "0=x"),
+    "tensor_parallel_size": ("2", "3"),
     "device_map": ("auto", "balanced", "cpu", "study/manifest.json"),
     "backend": ("auto", "cpu", "reference", "triton"),
     "sites": ("act", "gate,up", "down"),

@@ -28,10 +28,12 @@ from relneuron.methods.counts.counter import Counter
 from relneuron.model.load import load_model
 from relneuron.model.mlps import proof
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.plan import plan
 from tests.conftest import FAMILIES, tiny_model
 from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, KILLED, LEFT, Faults, Study, files_of, run_ranks
 from tests.kit.counted import Numbers, check_between, draw, packed
+from tests.kit.experts import expert_model
 
 TWO = ("--tensor-parallel-size", "2")
 PACKED = {
@@ -182,9 +184,42 @@ def contexts(folder: Path) -> None:
         both(lambda rank, path=path: look(rank, path))
 
 
+def check_bytes(rank: int, path: str, model: Any) -> None:
+    """What a plan without weights says of a process is what it holds."""
+    held = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        held[own.data_ptr()] = own.numel() * own.element_size()
+    found = plan(path, memory={}, n_parts=2, dtype="float32").places[rank]
+    assert found.weights == sum(held.values())
+    ids, cache = torch.zeros(1, 1, dtype=torch.int64), 0
+    with torch.no_grad():
+        for layer in model(ids, use_cache=True).past_key_values.layers:
+            cache += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    assert found.cache == cache
+
+
+def experts(folder: Path) -> None:
+    """Experts in parts are refused with a reason; their bytes are told all the same."""
+    expert_model("qwen3").save_pretrained(folder)
+
+    def act(rank: int) -> None:
+        model = load_model(str(folder), tensor_parallel_size=2)
+        check_bytes(rank, str(folder), model)
+        try:
+            find_mlps(model)
+        except relneuron.RelneuronError as error:
+            assert "its experts' weights are sharded over devices" in error.cause
+        else:
+            raise AssertionError("experts in parts were found")
+
+    both(act)
+
+
 def look(rank: int, path: str) -> None:
     one, two = load_model(path), load_model(path, tensor_parallel_size=2)
     ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(5))
+    check_bytes(rank, path, two)
     mlps = find_mlps(two)
     assert [mlp.n_neurons for mlp in mlps] == [mlp.width for mlp in find_mlps(one)]
     assert all(mlp.is_whole and mlp.width < mlp.n_neurons for mlp in mlps)

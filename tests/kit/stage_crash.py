@@ -32,10 +32,11 @@ from tests.kit.count_crash import KILLED, Faults, code_of
 
 QUICK = ("--noise", 0, "--permutations", 0, "--bootstrap", 0, "--quiet")
 ASKED = ("--random-seeds", 1, "--quiet")
+IG = ("--steps", 2, "--splits", "eva", "--quiet")
 # In their order, with the steps between two kills: a file has six, so five meets each kind.
 # 0: not killed here (methods/gains/test_attribute_resume.py does it), but made for the next one.
 STAGES = {"prompts": 1, "record": 5, "identify": 5, "ablate": 5, "report": 5, "export": 5}
-STAGES |= {"attribute": 0, "gains": 5, "edit": 5}
+STAGES |= {"attribute": 0, "gains": 5, "edit": 5, "ig": 0, "facts": 5}
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Study:
             "export": ["export", place, "-o", place / "export"],
             "attribute": ["attribute", self.model, prompts, "-o", place, "--quiet"],
             "gains": ["identify", place, "-o", place / "gain.json", "--method", "logprob_gain"],
+            "ig": ["attribute", self.model, prompts, "-o", place, "--method", "ig", *IG],
+            "facts": ["identify", place, "-o", place / "kn.json", "--method", "knowledge_neurons"],
             # What is edited has paths of its own in the command that the manifest keeps.
             "edit": ["edit", self.model, *beside, "-o", place / "edited", "--sets", "lives_in"],
         }

@@ -48,6 +48,41 @@ def test_the_members_of_each_layer(family: str, implementation: str) -> None:
     assert bool(residual.no_heads) == (family == "jetmoe")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_layer_may_add_up_its_experts_and_its_mlp_itself(dtype: torch.dtype) -> None:
+    """Granite 4: no module gives the sum, which is multiplied before it is added."""
+    transformers = pytest.importorskip("transformers")
+    granite = expert_model("granite").config
+    config = transformers.GraniteMoeSharedConfig(
+        **{**granite.to_dict(), "shared_intermediate_size": 40, "residual_multiplier": 0.3}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.config._experts_implementation = "eager"
+    residual = read_residual_model(model)
+    layer, ids = residual.layers[1], [5, 6, 7, 8]
+    block = model.model.layers[1]
+    assert layer.ffn.factor == 0.3 and layer.ffn.also is block.shared_mlp.output_linear
+    found = trace(residual, [ids])
+    index = layer.mixture[1].start + 3
+    written = found.ffn_coefficient(layer, 0, index) * layer.ffn_value(index).double()
+    outputs: list[Tensor] = []
+
+    def see(_module: Any, _args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        outputs.append(state.view(4, -1)[-1].double())
+
+    handle = block.register_forward_hook(see)
+    model(torch.tensor([ids]))
+    block.shared_mlp.output_linear.weight[:, 3] = 0
+    model(torch.tensor([ids]))
+    handle.remove()
+    near = 4 * torch.finfo(dtype).eps * float(outputs[0].abs().max())
+    torch.testing.assert_close(outputs[0] - outputs[1], written, rtol=0, atol=max(near, 1e-7))
+    assert dtype == torch.bfloat16 or float(written.abs().max()) > 10 * near
+
+
 @pytest.mark.parametrize("factor", [2.5, 0.125])
 def test_what_experts_give_may_be_multiplied_with_what_the_model_says(factor: float) -> None:
     model = expert_model("qwen2", torch.float64, "eager")

@@ -347,6 +347,20 @@ def test_what_a_processor_does_not_take_is_an_error_that_names_the_line() -> Non
         made.inputs([picture(1)], "", "a.jsonl, line 3")
 
 
+def test_a_text_that_is_padded_is_refused() -> None:
+    """Its padding would be counted."""
+    _, processor = tiny("llava")
+    made = Processor(processor)
+    true = processor.__call__
+
+    def padded(**asked: Any) -> Any:
+        return true(**asked, padding="max_length", max_length=40)
+
+    made.processor = padded
+    with pytest.raises(RelneuronError, match="^line 3: the processor pads a text that is alone"):
+        made.inputs([picture(1)], "what?", "line 3")
+
+
 def test_a_processor_is_known_by_its_content(tmp_path: Any, made: Made) -> None:
     kind, _, processor = made
     pictures.register()

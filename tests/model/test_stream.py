@@ -207,6 +207,15 @@ def test_other_architectures(config: str, changes: dict[str, Any], reason: str) 
     assert reason in why_refused(other_model(config, **changes))
 
 
+def test_a_model_that_is_another_one_with_eager_attention() -> None:
+    """PaliGemma's mask of text is causal with sdpa, and is not with eager attention."""
+    from bench.zoo import build
+
+    assert "with eager attention, which gives the weights" in why_refused(
+        build.build("image-text", "paligemma")
+    )
+
+
 class Hidden:
     """A factor that no config and no module names."""
 

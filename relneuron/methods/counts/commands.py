@@ -146,9 +146,9 @@ FORMATS = ("lape", "mmneuron")
 def _import_mmneuron(
     files: list[str], model: str, output: Path, names: Sequence[str], force: bool
 ) -> Iterator[str]:
-    from relneuron.methods.counts.config_modules import modules_shape
     from relneuron.methods.counts.folders import import_counts, import_masks, name_mmneuron
     from relneuron.methods.counts.mmneuron_files import DOMAINS
+    from relneuron.model.config import modules_shape
 
     masks, logs = name_mmneuron(files)
     if masks:

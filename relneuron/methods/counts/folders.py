@@ -339,8 +339,8 @@ def import_masks(
     force: bool = False,
 ) -> NeuronFile:
     """Make `output` a neurons.json of MMNeuron's masks `{module: file}`, of the modules given."""
-    from relneuron.methods.counts.config_modules import modules_shape
     from relneuron.methods.counts.mmneuron_files import module_named, read_masks
+    from relneuron.model.config import modules_shape
 
     refuse_output(output, "import", force)
     shape = modules_shape(model, [module_named(name) for name in paths])

@@ -385,6 +385,11 @@ def counted(study: GroupStudy, tables: Tables) -> Section | None:
     for key, text in bounds.items():
         if np.isfinite(value := study.selected(key)):
             seen.append(f"{text} {percent(value)} of the tokens ({key}).")
+    chosen = study.neurons.selection.get("modules", {}) if study.neurons else {}
+    for name, facts in chosen.items() if isinstance(chosen, dict) else ():
+        lines = (f"{key} {percent(facts[key])}" for key in bounds if facts.get(key) is not None)
+        if said := ", ".join(lines):
+            seen.append(f"Of {name}: {said}.")
     shown = [(name, tables[name]) for name in ("groups", "names") if name in tables]
     question = "How much text is behind the numbers, and where are the lines drawn?"
     return Section("counted", "What was counted", question, seen, tables=shown, open=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -333,33 +333,24 @@ def traced_scores(
     """
     targets = targets.to(residual.unembed.device)
     part, x = residual.layers[layer], trace.r[layer][:, -1]
-    shared: dict[str, Any] = {
-        "methods": methods,
-        "offset": residual.offset if norm_bias else None,
-        "cap": residual.cap,
-        "backend": backend,
-    }
+    places, values, coefficients, valid = trace.columns(part)
     known = None if ranks is None else ranks.get(layer, targets)
-    if not part.mixture:
-        return layer_scores(
-            *(x, part.ffn_values(), trace.ffn_coefficients(layer)),
-            *(residual.unembed, trace.scale, targets),
-            gain=None if gain is None else gain[:, : part.n_neurons],
-            ranks=known,
-            **shared,
-        )
-    sentences = torch.arange(len(x), device=x.device)
-    shape, dtype = (len(x), part.n_neurons), residual.unembed.dtype
-    found = {name: x.new_full(shape, -torch.inf, dtype=dtype) for name in methods}
-    for block in trace.blocks(part, sentences, sentences.new_full((len(x),), -1)):
-        rows = cast(Tensor, block.rows)
-        scores = layer_scores(
-            *(x[rows], block.values, block.coefficients()),
-            *(residual.unembed, trace.scale[rows], targets[rows]),
-            gain=None if gain is None else gain[rows, block.span],
-            ranks=None if known is None else known[rows, block.span],
-            **shared,
-        )
-        for name in methods:
-            found[name][rows, block.span] = scores[name]
-    return found
+    gain = None if gain is None else gain[:, : part.n_neurons]
+    if places is not None:
+        known, gain = (None if one is None else one[:, places] for one in (known, gain))
+    found = layer_scores(
+        *(x, values, coefficients, residual.unembed, trace.scale, targets),
+        methods=methods,
+        gain=gain,
+        ranks=known,
+        offset=residual.offset if norm_bias else None,
+        cap=residual.cap,
+        backend=backend,
+    )
+    if places is None or valid is None:
+        return found
+    whole = {}
+    for name, scores in found.items():
+        whole[name] = scores.new_full((len(x), part.n_neurons), -torch.inf)
+        whole[name][:, places] = scores.where(valid, -torch.inf)
+    return whole

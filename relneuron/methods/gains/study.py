@@ -26,6 +26,7 @@ from relneuron.artifact.gains import (
     PROMOTED_COLUMNS,
     TARGETS,
     Target,
+    ffn_widths,
     read_attributions,
     read_targets,
 )
@@ -160,7 +161,7 @@ class AttributionStudy:
 
 def n_top(model: Json, asked: Json) -> int:
     """How many of a sentence's neurons are compared as its value and its query neurons."""
-    share = max(1, int(MOST_SHARE * int(model["layers"]) * int(model["width"])))
+    share = max(1, int(MOST_SHARE * sum(ffn_widths(model))))
     return min(PAPER_TOP, int(asked.get("top", PAPER_TOP)), share)
 
 

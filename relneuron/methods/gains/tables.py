@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from relneuron.artifact.gains import ffn_widths
+from relneuron.artifact.neurons import Shape
 from relneuron.methods.gains.study import LAYERS, NEURONS, AttributionStudy, Effect, Promoted, Unit
 from relneuron.report.tables import Array, Cell, Share, Table
 
@@ -111,10 +113,12 @@ def head_table(study: AttributionStudy) -> Table:
 # Neurons
 
 
-def unit_name(unit: Unit) -> str:
-    """L3.17 for an FFN neuron, L3.H0.17 for an attention neuron."""
+def unit_name(unit: Unit, shape: Shape) -> str:
+    """L3.17 for an FFN neuron, of an expert L3 expert 2 17; L3.H0.17 for an attention neuron."""
     _, layer, head, index = unit
-    return f"L{layer}.{index}" if head < 0 else f"L{layer}.H{head}.{index}"
+    if head >= 0:
+        return f"L{layer}.H{head}.{index}"
+    return shape.name(layer, "gate", index).replace(".gate", "").replace(" gate", "")
 
 
 def neuron_table(study: AttributionStudy, kind: str) -> Table:
@@ -123,6 +127,7 @@ def neuron_table(study: AttributionStudy, kind: str) -> Table:
     score: its mean over the sentences where the neuron is among the best.
     """
     rows: list[list[Cell]] = []
+    shape = Shape.of(study.model)
     for r, relation in enumerate(study.relations):
         found = [
             (times, study.sums.total[r, unit] / times, unit)
@@ -133,7 +138,8 @@ def neuron_table(study: AttributionStudy, kind: str) -> Table:
         for rank, (times, score, unit) in enumerate(best, 1):
             share = Share(times / study.n_sentences[r])
             about = study.promoted.get(unit, UNKNOWN)
-            rows.append([relation, rank, unit_name(unit), times, share, score, about.coefficient])
+            name = unit_name(unit, shape)
+            rows.append([relation, rank, name, times, share, score, about.coefficient])
             rows[-1] += [quoted(about.raised), quoted(about.lowered)]
     columns = ["relation", "rank", "neuron", "sentences", "share", "score", "coefficient"]
     columns += ["raises", "lowers"]
@@ -176,7 +182,7 @@ def value_query_table(study: AttributionStudy) -> Table:
     rows: list[list[Cell]] = []
     if {"ffn_neuron", "query_ffn_neuron"} <= study.sums.places.keys():
         counts = value_query_counts(study)
-        total = int(study.model["layers"]) * int(study.model["width"])
+        total = sum(ffn_widths(study.model))
         of = np.array([study.relations.index(target.relation) for target in study.scored])
         for r, relation in enumerate(study.relations):
             value, both, query = counts[of == r].mean(axis=0).tolist()

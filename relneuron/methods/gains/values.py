@@ -6,7 +6,7 @@ layers, heads, positions within heads, FFN neurons and attention neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -66,22 +66,15 @@ class _Setting(NamedTuple):
         """(E,): the scale at the base points x (E, D)."""
         return self.frozen if self.own_norm is None else self.own_norm.scale(x)
 
-    def at(self, rows: Tensor | None) -> _Setting:
-        """Of some of the sentences."""
-        if rows is None:
-            return self
-        return self._replace(frozen=self.frozen[rows], targets=self.targets[rows])
-
 
 class _Neurons(NamedTuple):
-    """Neurons of a layer, from number `start` on, that some of the sentences have."""
+    """Neurons of a layer: those of the numbers `places` (K,) int64; None: all, in order."""
 
-    rows: Tensor | None  # (n,) int64; None: all sentences
-    start: int
+    places: Tensor | None
     layer: GainLayer
 
 
-_Layer = Callable[[], Iterator[_Neurons]]
+_Layer = Callable[[], _Neurons]
 
 
 def value_scores(
@@ -234,22 +227,16 @@ def _writes(
 # --- neurons ---------------------------------------------------------------------------------
 
 
-def _ffn_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> Iterator[_Neurons]:
-    x = trace.r[layer.layer][:, -1]
-    if not layer.mixture:
-        coefficients = trace.ffn_coefficients(layer.layer)
-        yield _Neurons(None, 0, _gain_layer(x, layer.ffn_values(), coefficients, setting, None))
-        return
-    sentences = torch.arange(len(x), device=x.device)
-    for block in trace.blocks(layer, sentences, sentences.new_full((len(x),), -1)):
-        own = _gain_layer(x[block.rows], block.values, block.coefficients(), setting, None)
-        yield _Neurons(block.rows, block.start, own)
+def _ffn_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> _Neurons:
+    places, values, coefficients, valid = trace.columns(layer)
+    x, valid = trace.r[layer.layer][:, -1], None if valid is None else valid[:, None]
+    return _Neurons(places, _gain_layer(x, values, coefficients, setting, valid))
 
 
-def _attention_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> Iterator[_Neurons]:
+def _attention_neurons(trace: Trace, layer: ResidualLayer, setting: _Setting) -> _Neurons:
     x, coefficients = trace.h[layer.layer][:, -1], trace.coefficients(layer.layer)
     own = _gain_layer(x, layer.attention_values(), coefficients, setting, trace.mask)
-    yield _Neurons(None, 0, own)
+    return _Neurons(None, own)
 
 
 def _gain_layer(
@@ -289,80 +276,58 @@ def _all(
     if mode not in FULL_MODES:
         return None
     found = []
-    for make in layers:
-        whole: Tensor | None = None
-        for rows, start, layer in make():
-            own = setting.at(rows)
-            gains = logprob_gain(
-                layer.x,
-                layer.values,
-                layer.coefficients,
-                setting.unembed,
-                own.scale(layer.x),
-                own.targets,
-                mode=mode,
-                tolerance=tolerance,
-                scale_after=layer.scale_after,
-                **setting.shared,
-            )
-            gains = cast(Tensor, gains)
-            if rows is None and gains.shape[-1] == width:
-                whole = gains
-                continue
-            if whole is None:
-                whole = gains.new_zeros(len(setting.targets), width)
-            places = slice(start, start + gains.shape[-1])
-            whole[slice(None) if rows is None else rows, places] = gains
-        found.append(cast(Tensor, whole))
+    for places, layer in (make() for make in layers):
+        gains = logprob_gain(
+            layer.x,
+            layer.values,
+            layer.coefficients,
+            setting.unembed,
+            setting.scale(layer.x),
+            setting.targets,
+            mode=mode,
+            tolerance=tolerance,
+            scale_after=layer.scale_after,
+            **setting.shared,
+        )
+        gains = cast(Tensor, gains)
+        if places is None and gains.shape[-1] == width:
+            found.append(gains)
+            continue
+        whole = gains.new_zeros(len(gains), width)
+        if places is None:
+            whole[:, : gains.shape[1]] = gains
+        else:
+            whole[:, places] = gains
+        found.append(whole)
     return _stack(found)
 
 
 def _top(layers: Sequence[_Layer], setting: _Setting, top: int, is_made: bool) -> TopGains:
     """The largest gains over all layers.
 
-    Merged from each layer's largest where it has its own scale, where its neurons are not those of
-    all sentences, or where its value vectors (`is_made`) are not its weight but made of it, so
-    that those of one layer are held at a time.
+    Merged from each layer's largest where it has its own scale, or where its value vectors
+    (`is_made`) are not its weight but made of it, so that those of one layer are held at a time.
     """
     if setting.own_norm is None and not is_made:
         return logprob_gain_top(
-            [one.layer for make in layers for one in make()],
-            *(setting.unembed, setting.frozen, setting.targets),
+            *([make().layer for make in layers], setting.unembed, setting.frozen, setting.targets),
             top=top,
             **setting.shared,
         )
-    best: TopGains | None = None
-    for number, make in reversed(list(enumerate(layers))):
-        for rows, start, layer in make():  # those with the higher numbers first
-            own = setting.at(rows)
-            found = logprob_gain_top(
-                [layer], setting.unembed, own.scale(layer.x), own.targets, top=top, **setting.shared
-            )
-            is_none = found.index < 0
-            found = found._replace(
-                layer=torch.where(is_none, -1, number),
-                index=torch.where(is_none, -1, found.index + start),
-            )
-            if best is None:
-                best = _none(found, len(setting.targets))
-            _merge(best, found, rows, top)
-    return cast(TopGains, best)
-
-
-def _none(like: TopGains, n_sentences: int) -> TopGains:
-    """No gains yet, of so many sentences."""
-    shape = (n_sentences, like.gain.shape[1])
-    gain = like.gain.new_full(shape, -torch.inf)
-    return TopGains(gain, *(part.new_full(shape, -1) for part in (like.layer, like.index)))
-
-
-def _merge(best: TopGains, found: TopGains, rows: Tensor | None, top: int) -> None:
-    """Put the largest of both into `best`, in place; of equal ones those in it come first."""
-    taken = slice(None) if rows is None else rows
-    both = [torch.cat([old[taken], new], 1) for old, new in zip(best, found, strict=True)]
-    order = both[0].argsort(dim=1, descending=True, stable=True)[:, :top]
-    for old, part in zip(best, both, strict=True):
-        old[taken] = part.gather(1, order)
+    found = []
+    for number, (places, layer) in enumerate(make() for make in layers):
+        scale = setting.scale(layer.x)
+        best = logprob_gain_top(
+            [layer], setting.unembed, scale, setting.targets, top=top, **setting.shared
+        )
+        index = best.index if places is None else places[best.index.clamp(min=0)]
+        is_none = best.index < 0
+        layer_of = torch.where(is_none, -1, number)
+        found.append(best._replace(layer=layer_of, index=torch.where(is_none, -1, index)))
+    # Later layers first, and a stable sort: of equal gains the later (layer, index) stays first.
+    gain, layer_of, index = (torch.cat(parts, 1) for parts in zip(*reversed(found), strict=True))
+    order = gain.argsort(dim=1, descending=True, stable=True)[:, :top]
+    return TopGains(gain.gather(1, order), layer_of.gather(1, order), index.gather(1, order))
 
 
 def _without_padding(found: TopGains, n_pad: Tensor, width: int) -> TopGains:

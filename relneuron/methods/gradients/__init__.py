@@ -1,9 +1,10 @@
-"""Neurons by the gradient of an answer: integrated gradients, relevance, and what chooses by them.
+"""Neurons by the gradient of an answer: integrated gradients, gradient x activation, and their kin.
 
-`attribute --method ig|relevance` writes the scores of every neuron and sentence (`attribute.py`,
-`options.py`, `commands.py`). `rank` chooses, of what `scored` reads: `facts`, `clusters`,
-`consistency` and `shares` are what each paper chooses by, as pure functions. `edit` (`editing`)
-changes what the neurons write. No torch here.
+`attribute --method ig|relevance` writes the scores of every neuron and sentence (`attribute.py`);
+`options.py` and `commands.py` are its command line. Of them `rank` chooses, as `scored` reads them
+and `choices` says: `facts`, `clusters`, `consistency` and `shares` are what each paper chooses by,
+as pure functions. `edit` (`editing`) changes what the neurons write; `study`, `tables`, `page` and
+`figures` are the report's. No torch here.
 """
 
 from relneuron.artifact.gradients import FILES, IG, RELEVANCE
@@ -34,4 +35,5 @@ METHOD = Method(
         Ranking("relevance", "share of the relevance", ShareOptions, **_RELEVANCE),
     ),
     supports=f"{_HERE}.commands:supports",
+    page=f"{_HERE}.study:PAGE",
 )

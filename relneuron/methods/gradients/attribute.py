@@ -153,7 +153,8 @@ def attribute(
         if method == IG:
             atomic_write(folder / COMPLETENESS, _completeness(prompts, found))
             names.append(COMPLETENESS)
-        notices = [*targets.notices, *target_notices(tokenizer, prompts, targets.targets)]
+        firsts = [goal[0] for goal in asking.goals]
+        notices = [*targets.notices, *target_notices(tokenizer, prompts, firsts)]
         notices += asking.notices(described["dtype"]) + budget.notices
         for notice in notices:
             warnings.warn(notice, stacklevel=2)

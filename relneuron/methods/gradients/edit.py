@@ -58,6 +58,7 @@ def check_output(model: str, output: Path, force: bool) -> None:
             f"{output} is the model's own folder, which stays as it is", "give another -o", 2
         )
     ours = {name for name, stage in unfinished(output).items() if stage == "edit"}
+    ours |= {"manifest.json"} if ours else set()
     there = sorted(p.name for p in output.iterdir()) if output.is_dir() else []
     for name in there:
         if not (force or name in ours or name.startswith(".")):

@@ -94,8 +94,13 @@ def identify_gradients(
             if table in written:
                 atomic_write(table, csv_bytes(FACT_COLUMNS, (f.cells() for f in study.facts)))
             result.write(output)
+            stage = "identify" if output.name == "neurons.json" else f"identify_{method}"
+            # What another method said of the neurons that are replaced is no longer so.
+            replaced = manifest.data["stages"].get(stage, {"files": []})["files"]
+            for name in {*replaced} - {path.name for path in written}:
+                (output.parent / name).unlink(missing_ok=True)
             manifest.finish(
-                "identify" if output.name == "neurons.json" else f"identify_{method}",
+                stage,
                 _inputs(folder, kind, method, options),
                 written,
                 reads=[folder / FILES[kind], folder / "prompts.jsonl"],

@@ -39,7 +39,7 @@ def find_experts(
     mostly they are a gated MLP, which this does not look for.
     """
     names = dict(layer.named_modules())
-    all_found = {name: parts for name, m in names.items() if (parts := _parts(m)) is not None}
+    all_found = {name: parts for name, m in names.items() if (parts := expert_parts(m)) is not None}
     found = {name: parts for name, parts in all_found.items() if (parts[0] == "shared") == shared}
     if len(found) != 1:
         if found:
@@ -70,7 +70,7 @@ def find_experts(
     return experts, f"{experts.path}: {experts.activation or 'its own gating'}, {shape}"
 
 
-def _parts(module: nn.Module) -> tuple[str, tuple[str, ...], str] | None:
+def expert_parts(module: nn.Module) -> tuple[str, tuple[str, ...], str] | None:
     """How a module of experts is called, and the names of its parameters; None for another one."""
 
     def has(names: tuple[str, ...], n_dims: int) -> bool:
@@ -104,7 +104,7 @@ def _describe(
     weights = [cast(Tensor, _get(module, name)) for name in (*inputs, output)]
     why = next(filter(None, map(unreadable, weights)), None)
     if why is not None:
-        return f"its weights are {why}"
+        return f"its experts' weights are {why}"
     if is_training(module):
         return f"in {TRAINING}"
     if getattr(module, "_is_expert_parallel", False):

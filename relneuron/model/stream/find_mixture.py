@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product, takewhile
+from itertools import chain, product, takewhile
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -53,13 +53,17 @@ def experts_in(number: int, path: str, layer: nn.Module) -> list[Experts]:
 
 
 class _Total(NamedTuple):
-    """What the parts of a mixture add up to, and the call whose output has it, behind a norm."""
+    """What the parts of a mixture add up to, and the call whose output has it, behind a norm.
+
+    Or two calls, which the layer itself adds up.
+    """
 
     call: Call
     norm: Norm | None
     tensor: Tensor
     factors: list[float]  # of the experts, then of the MLPs
     weights: list[Call | None]  # the map that weighs each MLP
+    also: nn.Module | None = None
 
 
 def find_mixture(
@@ -84,11 +88,12 @@ def find_mixture(
     holders = [m for m in whole.module.modules() if within & {id(x) for x in m.modules()}]
     held = list(dict.fromkeys((*numbers, *held_numbers(*holders), 1 / len(inside))))
     reason = ""
-    for total in _totals(calls, inside, len(sources), held, (h, after)):
+    totals = _totals(calls, inside, len(sources), held, (h, after))
+    for total in chain(totals, _both(sources, [mlp.down for mlp in beside])):
         try:
             added = sum_of(calls, [total.call], [*inside, total.tensor], h, after, numbers)
         except Unfound as error:
-            reason = reason or str(error)
+            reason = reason or (str(error) if total.also is None else "")
             continue
         attention = write_of(calls, added.attention, added.factors[0])
         streams = {"r": h + attention.added(added.attention.y), "h": h}
@@ -104,7 +109,7 @@ def find_mixture(
             module=whole.module,
             attention=attention,
             heads=heads,
-            ffn=Write(total.call.module, None, total.norm, added.factors[1]),
+            ffn=Write(total.call.module, None, total.norm, added.factors[1], total.also),
             gate=None,
             up=None,
             mlp=None,
@@ -174,6 +179,14 @@ def _totals(
                     yield _Total(behind[1], behind[0], tensor, factors, list(weights))
             elif (norm := as_norm(call)) is not None:
                 yield _Total(call, norm, tensor, factors, list(weights))
+
+
+def _both(sources: Sequence[Call], downs: Sequence[Call]) -> Iterator[_Total]:
+    """The sum of experts and an MLP that no module gives: the layer adds them up (Granite 4)."""
+    if len(sources) == len(downs) == 1:
+        one, other = sources[0], downs[0]
+        y = one.y + other.y
+        yield _Total(replace(one, y=y), None, y, [1.0, 1.0], [None], other.module)
 
 
 def _factors(

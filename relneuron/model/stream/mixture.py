@@ -7,8 +7,9 @@ and the scores in methods/gains/ take the neurons block by block.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,6 +83,32 @@ class Block(NamedTuple):
             return neurons
         wide = torch.promote_types(neurons.dtype, torch.float32)
         return neurons.to(wide) * self.scale[:, None].to(wide)
+
+
+class Columns(NamedTuple):
+    """A layer's neurons that wrote at the last token of any of E sentences, side by side."""
+
+    places: Tensor | None  # (K,) int64, ascending: their numbers in the layer; None: all, in order
+    values: Tensor  # (K, D)
+    coefficients: Tensor  # (E, K), 0 of experts that a sentence's token was not sent to
+    valid: Tensor | None  # (E, K) bool: those that it was sent to; None: all
+
+
+def side_by_side(blocks: Iterable[Block], n_sentences: int, device: torch.device) -> Columns:
+    """The columns of blocks at the last token of each sentence."""
+    parts = sorted(blocks, key=lambda block: block.start)
+    numbers = [torch.arange(*block.span.indices(block.span.stop), device=device) for block in parts]
+    values = torch.cat([block.values for block in parts])
+    found = [block.coefficients() for block in parts]
+    coefficients = found[0].new_zeros(n_sentences, len(values))
+    valid = torch.zeros(n_sentences, len(values), dtype=torch.bool, device=device)
+    start = 0
+    for block, own in zip(parts, found, strict=True):
+        some = slice(start, start + len(block.values))
+        coefficients[block.rows, some] = own.to(coefficients.dtype)
+        valid[block.rows, some] = True
+        start = some.stop
+    return Columns(torch.cat(numbers), values, coefficients, valid)
 
 
 @dataclass(frozen=True)
@@ -236,3 +263,36 @@ def given_to(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if kwargs:
         args = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
     return args
+
+
+def blocks_of(
+    mixture: Sequence[Member],
+    sent: Sequence[Sent],
+    place: tuple[Tensor, Tensor],
+    scale: Tensor | None,
+    behind: Callable[[Tensor], Tensor],
+) -> Iterator[Block]:
+    """A block for each expert that any of n places was sent to, the higher numbers first.
+
+    `place` are the sentences and tokens (n,) int64, `scale` (n,) float64 that of the layer's write
+    there, and `behind` what its norm makes of columns.
+    """
+    for member, own in reversed(list(zip(mixture, sent, strict=True))):
+        experts = own.expert[place]
+        for expert in sorted({*experts.flatten().tolist()} - {-1}, reverse=True):
+            rows, slot = (experts == expert).nonzero(as_tuple=True)
+            here = (place[0][rows], place[1][rows], slot)
+            factor = own.scale[here] if scale is None else own.scale[here] * scale[rows]
+            bias = member.bias(expert)
+            yield Block(
+                rows,
+                member.start + expert * member.width,
+                behind(member.values(expert)),
+                None if bias is None else behind(bias),
+                factor,
+                partial(_some, own.neurons, here),
+            )
+
+
+def _some(neurons: Tensor, place: tuple[Tensor, ...], some: slice) -> Tensor:
+    return neurons[..., some][place]

@@ -36,7 +36,8 @@ def unsupported(model: Any, reason: str) -> RelneuronError:
 class Write:
     """What a part adds to the stream: factor * norm(linear(neurons)), of which any may be absent.
 
-    `source` is the module whose output, times `factor`, is added. `linear` is None where that is
+    `source` is the module whose output, with that of `also` if there is one, times `factor`, is
+    added. `linear` is None where that is
     no linear map of anything: then nothing in it is told apart, or `ResidualLayer.mixture` does it.
     """
 
@@ -44,9 +45,10 @@ class Write:
     linear: nn.Module | None
     norm: Norm | None
     factor: float
+    also: nn.Module | None = None
 
     def added(self, output: Tensor) -> Tensor:
-        """What is added where the source gives `output`, in the model's own arithmetic."""
+        """What is added where the sources give `output`, in the model's own arithmetic."""
         return output if self.factor == 1 else output * self.factor
 
     def values(self, index: Tensor | int | None = None) -> Tensor:

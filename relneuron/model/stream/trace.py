@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.batches import pad
-from relneuron.model.stream.mixture import Block, ExpertMember, MlpMember, Sent, given_to
+from relneuron.model.stream.mixture import (
+    Block,
+    Columns,
+    ExpertMember,
+    MlpMember,
+    Sent,
+    blocks_of,
+    given_to,
+    side_by_side,
+)
 from relneuron.model.stream.parts import Heads, ResidualLayer, ResidualModel, Write, unsupported
 
 _PARTS = (
@@ -103,27 +112,16 @@ class Trace:
 
             yield Block(None, 0, layer.ffn_values(), None, at, read)
             return
-        for member, sent in reversed(list(zip(layer.mixture, self.sent[i], strict=True))):
-            experts = sent.expert[sentence, column]
-            for expert in sorted({*experts.flatten().tolist()}, reverse=True):
-                if expert < 0:
-                    continue
-                rows, slot = (experts == expert).nonzero(as_tuple=True)
-                place = (sentence[rows], column[rows], slot)
-                own = sent.scale[place] if at is None else sent.scale[place] * at[rows]
-                bias = member.bias(expert)
-                yield Block(
-                    rows,
-                    member.start + expert * member.width,
-                    layer.ffn.behind(member.values(expert)),
-                    None if bias is None else layer.ffn.behind(bias),
-                    own,
-                    partial(_some, sent.neurons, place),
-                )
+        place = (sentence, column)
+        yield from blocks_of(layer.mixture, self.sent[i], place, at, layer.ffn.behind)
 
-
-def _some(neurons: Tensor, place: tuple[Tensor, ...], some: slice) -> Tensor:
-    return neurons[..., some][place]
+    def columns(self, layer: ResidualLayer) -> Columns:
+        """The FFN neurons of a layer at the last position."""
+        if not layer.mixture:
+            return Columns(None, layer.ffn_values(), self.ffn_coefficients(layer.layer), None)
+        sentences = torch.arange(len(self.mask), device=self.mask.device)
+        blocks = self.blocks(layer, sentences, torch.full_like(sentences, -1))
+        return side_by_side(blocks, len(sentences), sentences.device)
 
 
 def scaled(value: Tensor, scale: Tensor | None, e: int) -> float:
@@ -222,8 +220,15 @@ class _Reading:
     def _read_write(
         self, stack: ExitStack, write: Write, to: list[Tensor], scales: list[Tensor | None]
     ) -> None:
+        sources = [write.source] if write.also is None else [write.source, write.also]
+        given: list[Tensor] = []
+
         def read(output: Any) -> None:
-            to.append(write.added(self._shaped(_tensor(output))).clone())
+            given.append(self._shaped(_tensor(output)).clone())
+            if len(given) == len(sources):
+                y = given[0] if len(given) == 1 else given[0] + given[1]
+                to.append(write.added(y))
+                given.clear()
 
         def read_scale(output: Any) -> None:
             y = self._shaped(_tensor(output))
@@ -239,7 +244,8 @@ class _Reading:
             stack.callback(hook.remove)
         else:
             self._read_output(stack, write.linear or write.source, read_scale)
-        self._read_output(stack, write.source, read)
+        for source in sources:
+            self._read_output(stack, source, read)
 
     def _read_mixture(self, stack: ExitStack, layer: ResidualLayer) -> None:
         for number, member in enumerate(layer.mixture):

@@ -31,7 +31,7 @@ class GainLayer(NamedTuple):
     values: Tensor  # (K, D)
     coefficients: Tensor  # (E, K) or (E, P, K)
     scale_after: Tensor | None = None  # like coefficients
-    valid: Tensor | None = None  # (E, P) bool; others are never chosen
+    valid: Tensor | None = None  # (E, P) or (E, P, K) bool; others are never chosen
 
 
 class TopGains(NamedTuple):
@@ -312,6 +312,8 @@ def _check_layer(layer: GainLayer, n_sentences: int, hidden: int) -> None:
             raise ValueError("logprob_gain: scale_after must be positive")
     if layer.valid is not None:
         shape = (n_sentences, c.shape[1] if c.dim() == 3 else 1)
+        if isinstance(layer.valid, Tensor) and layer.valid.dim() == 3:
+            shape = (*shape, c.shape[-1])
         _check_shape("valid", layer.valid, f"{shape} bool", shape)
         if layer.valid.dtype != torch.bool:
             raise _error("valid", f"{shape} bool", layer.valid)

@@ -29,7 +29,8 @@ class Search:
             reach = base.reach()
             bound = base.first_order() + base.rounding(reach) + base.head.bend * reach * reach
             if usable is not None:
-                bound = bound.masked_fill(~usable[:, :, None], -torch.inf)
+                usable = usable if usable.dim() == 3 else usable[:, :, None]
+                bound = bound.masked_fill(~usable, -torch.inf)
             bounds.append(bound.reshape(len(base.x), -1))
             sizes.append(bounds[-1].shape[1])
         self.bounds = torch.cat(bounds, 1)  # (E, all neurons)

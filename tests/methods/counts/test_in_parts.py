@@ -50,6 +50,11 @@ def test_the_contexts_of_a_model_in_parts(tmp_path: Path) -> None:
 
 
 @in_two
+def test_experts_in_parts_are_refused(tmp_path: Path) -> None:
+    done("experts", tmp_path)
+
+
+@in_two
 def test_the_end_of_one_is_the_end_of_all(tmp_path: Path) -> None:
     done("ends_of_one", tmp_path)
 

@@ -14,7 +14,6 @@ from relneuron.artifact.counts import NAME, RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.methods.counts.config_modules import modules_shape
 from relneuron.methods.counts.folders import name_mmneuron
 from relneuron.methods.counts.mmneuron_files import (
     DOMAINS,
@@ -23,6 +22,7 @@ from relneuron.methods.counts.mmneuron_files import (
     write_masks,
     write_snapshots,
 )
+from relneuron.model.config import modules_shape
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.pictures import Processor, picture_run

@@ -189,6 +189,29 @@ def test_the_largest_are_those_of_the_experts_that_the_token_was_sent_to(scored:
     assert int((every.layer >= 0).sum()) == int((gains > -torch.inf).sum())
 
 
+def test_an_own_norm_is_of_each_vector(scored: Scored) -> None:
+    """The scale of the final norm at x + v, by its own formula."""
+    residual, found, target = scored.residual, scored.found, scored.target
+    asked: dict[str, Any] = {"ffn": "exact", "attention": None, "own_norm": True, "top": 30}
+    ours = value_scores(residual, found, target, **asked)
+    assert ours.ffn_neuron is not None and ours.ffn_top is not None
+    for layer in residual.layers:
+        sent, x = scored.sent(layer.layer), found.r[layer.layer][0, -1]
+        values = torch.cat(list(layer.value_blocks())).double()
+        factors = [found.ffn_coefficient(layer, 0, k) for k in range(layer.n_neurons)]
+        states = torch.cat(
+            [x[None], x + torch.tensor(factors, dtype=torch.float64)[:, None] * values]
+        )
+        scale = (states.square().mean(1) + residual.eps).rsqrt()
+        logits = scale[:, None] * (states @ residual.unembed.T)
+        logprob = logits.log_softmax(1)[:, target[0]]
+        want = logprob[1:] - logprob[0]
+        torch.testing.assert_close(ours.ffn_neuron[0, layer.layer], want, rtol=0, atol=1e-9)
+        assert not ours.ffn_neuron[0, layer.layer, ~sent].any()
+    best = ours.ffn_neuron[0].flatten().max()
+    assert float(ours.ffn_top.gain[0, 0]) == pytest.approx(float(best), abs=1e-12)
+
+
 def test_keys_are_the_rows_of_each_expert_behind_the_norm(scored: Scored) -> None:
     for layer in scored.residual.layers:
         gain = scored.blocks[layer.layer].post_attention_layernorm.weight.detach().double()

@@ -1,0 +1,68 @@
+"""How many neurons a model has by its config, where no weights are at hand to prove it.
+
+`plan.py` plans with it, and files of other authors, which hold no shape, are read by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from relneuron.model.layers import Unfound, features
+from relneuron.model.mlps.candidates import linear_maps
+from relneuron.model.mlps.find_experts import expert_parts
+
+# What configurations call the width of an MLP, and models that do not say it where it is 4 D.
+_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
+_FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
+_SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
+_N_SHARED = ("n_shared_experts", "num_shared_experts")
+
+
+def mlp_width(config: Any) -> Any:
+    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
+    width = _first(config, _WIDTHS)
+    hidden = getattr(config, "hidden_size", None)
+    if width is None and type(hidden) is int:
+        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
+            return ratio * hidden
+        if config.model_type in _FOUR_TIMES:
+            return 4 * hidden
+    return width
+
+
+def _first(config: Any, names: Sequence[str]) -> Any:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def told_widths(model: Any, layers: Sequence[nn.Module]) -> list[int]:
+    """How many neurons the MLPs of each layer have by the config, those of experts by their shape.
+
+    0 where no linear map of a layer has so many inputs.
+    """
+    config = model.config.get_text_config()
+    width, shared = mlp_width(config), _first(config, _SHARED)
+    if not shared and (each := getattr(config, "moe_intermediate_size", None)):
+        shared = each * (_first(config, _N_SHARED) or 0)
+    widths = []
+    for number, layer in enumerate(layers):
+        experts = [(m, parts) for m in layer.modules() if (parts := expert_parts(m)) is not None]
+        routed = sum(m.get_parameter(parts[2]).numel() for m, parts in experts)
+        routed //= config.hidden_size if experts else 1
+        own = width[number] if isinstance(width, list | tuple) else width
+        told = (shared if experts else own) or 0
+        widths.append(routed + (told if last_map(layer, told) is not None else 0))
+    return widths
+
+
+def last_map(layer: nn.Module, width: int) -> str | None:
+    """The path of the last linear map in a layer that has so many inputs."""
+    found = None
+    for path, module in linear_maps(layer).items():
+        with suppress(Unfound):
+            found = path if width and features(module)[0] == width else found
+    return found
