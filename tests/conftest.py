@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Files whose tests take more than eight seconds on one core; `make check` leaves them out.
 SLOW = {
-    "ablation": "evaluate expertise modes",
+    "ablation": "evaluate expertise modes pictures sampled",
     "analyses": "beside_study page",
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",

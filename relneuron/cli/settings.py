@@ -25,6 +25,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
+    # record reads text, which only the language model has neurons for.
+    module_sets: bool = False
     # A study has its relations' templates.
     choices: int | None = None
     choose_from: int = 4

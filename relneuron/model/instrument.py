@@ -28,6 +28,7 @@ from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch
+from relneuron.model.pictures import Processor, picture_run
 from relneuron.model.states import LayerState, Tokens, mask_states, replacements
 
 
@@ -152,6 +153,8 @@ def ablate(
     *,
     mode: str = "zero",
     value: float | Sequence[float] | None = None,
+    modules: Sequence[str] = ("language",),
+    processor: Any = None,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Switch neurons off while the model runs, generation included, at every position.
@@ -161,11 +164,17 @@ def ablate(
     the attention's projections). `mode`: "zero", outputs become 0 (arXiv 2502.17355, section
     3.3); "scale", outputs times `value`; "mean", outputs become `value`, a number for all or one
     per neuron: their mean responses, say.
+
+    Of a model that reads pictures the layers may be those of several `modules`, numbered through as
+    in the file of the neurons: `modules=neurons.model.get("modules", ("language",))`. They are
+    found in a forward with a picture, which the model's `processor` of transformers makes ready.
     """
     chosen = list(neurons)
     if not chosen:
         warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
-    mlps = find_mlps(model, attention=any(site in ATTENTION for _, site, *_ in chosen))
+    run = picture_run(model, Processor(processor)) if processor is not None else None
+    attention = any(site in ATTENTION for _, site, *_ in chosen)
+    mlps = find_mlps(model, attention=attention, modules=tuple(modules), run=run)
     if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
         raise RelneuronError(
             f"mode {mode!r} with the value {value}",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import relneuron
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import module_sets
 from relneuron.ablation.generate import generate
@@ -281,18 +282,27 @@ def test_seeds_penalty_stop_and_lens(llava: World) -> None:
     ):
         assert float(a.pop("entropy")) == pytest.approx(float(b.pop("entropy")), rel=1e-4)
         assert a == b
-    # Of the last layer it is the entropy of the model's own next token.
-    row = list(csv.DictReader(first.splitlines()))[1]
-    with torch.no_grad():
-        logits = llava.model(**sent(llava.model, llava.inputs(llava.lines[0]))).logits[0, -1]
-    entropy = float(torch.distributions.Categorical(logits=logits).entropy())
-    assert (row["mask"], row["id"], row["layer"]) == ("none", "p0", "1")
-    assert float(row["entropy"]) == pytest.approx(entropy, rel=1e-4)
     greedy = llava.ours(module_sets=True)
     letter = greedy[0].output[1]
     cut = llava.ours(module_sets=True, stop=(letter,))
     for g, whole in zip(cut, greedy, strict=True):
         assert g.output == whole.output.split(letter)[0]
+
+
+def test_the_lens_of_each_kind_ends_at_the_models_own_logits(world: World) -> None:
+    known = module_sets(list(module_layers(world.shape)))
+    world.ours(module_sets=True, lens=1)
+    with (world.folder / "o.lens.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"] == "1"]
+    assert len(rows) == len(known) * len(world.lines)
+    by_id = {line["id"]: line for line in world.lines}
+    for row in rows:
+        line = by_id[row["id"]]
+        neurons = world.within(line["group"], known[row["mask"]])
+        with world.hooked(neurons), torch.no_grad():
+            logits = world.model(**sent(world.model, world.inputs(line))).logits[0, -1]
+        entropy = float(torch.distributions.Categorical(logits=logits).entropy())
+        assert float(row["entropy"]) == pytest.approx(entropy, rel=1e-4)
 
 
 def test_a_killed_run_goes_on(llava: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +406,21 @@ def test_ablate_is_plain_hooks(world: World, tmp_path: Path) -> None:
         wanted = {word: world.logprob(line, neurons, first[word]) for word in first}
         assert row["logprob_of"] == max(wanted, key=lambda word: wanted[word])
         assert float(row["logprob"]) == pytest.approx(max(wanted.values()), rel=1e-4, abs=1e-4)
+
+
+def test_the_context_manager(world: World) -> None:
+    """Around transformers' own `generate`, whatever shape a module's tokens have."""
+    modules = list(module_layers(world.shape))
+    for names in (modules[1:2], modules[2:], modules):
+        neurons = world.within("med", names)
+        wanted = world.said(world.lines[0], neurons)
+        processor = world.processor.processor
+        with relneuron.ablate(world.model, neurons, modules=modules, processor=processor):
+            assert world.said(world.lines[0], []) == wanted
+        assert world.said(world.lines[0], []) != wanted
+    bare = relneuron.ablate(world.model, neurons, modules=modules)
+    with pytest.raises(RelneuronError, match="need a forward with a picture"), bare:
+        pass
 
 
 # --- what is refused -------------------------------------------------------------------------

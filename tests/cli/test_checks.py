@@ -91,6 +91,13 @@ GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
+    ([*GENERATE, "--top-k", "5"], "--top-k", "with --temperature"),
+    ([*GENERATE, "--seeds", "5"], "--seeds", "with --temperature"),
+    (
+        [*GENERATE, "--measure", "exact", "--anls-threshold", "1"],
+        "--anls-threshold",
+        "with --measure anls",
+    ),
     ([*RUN, "--mean-of", "relation"], "--mean-of", "with --mode mean"),
     ([*RUN, "--pooling", "last", "--exclude-bos"], "--exclude-bos", "with --pooling mean"),
     (
