@@ -66,7 +66,7 @@ SLOW = {
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",
     "cli": "corpus corpus_input errors main",
-    "methods/counts": "batches count page",
+    "methods/counts": "batches count in_parts page",
     "methods/gains": "attribute_resume kinds page",
     "model": "count_experts devices find_experts patch patch_experts",
     "ops/swiglu_stats": "bits cases triton",

@@ -123,6 +123,7 @@ def meta_model(name: str, revision: str | None, dtype: str | None) -> Any:
         wanted = own if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
             model = kind.from_config(config, dtype=wanted)
+        model.tie_weights()  # transformers 5.0 leaves it to loading
     except RelneuronError:
         raise
     except Exception as error:  # a damaged config raises whatever its values lead to
