@@ -66,7 +66,7 @@ SLOW = {
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",
     "cli": "corpus corpus_input errors main",
-    "methods/counts": "batches count page pictured",
+    "methods/counts": "batches count in_parts page pictured",
     "methods/gains": "attribute_resume kinds page",
     "model": "count_experts devices find_experts gradients patch patch_experts pictures",
     "ops/swiglu_stats": "bits cases triton",

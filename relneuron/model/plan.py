@@ -123,6 +123,7 @@ def meta_model(name: str, revision: str | None, dtype: str | None) -> Any:
         wanted = own if dtype in (None, "auto") else getattr(torch, str(dtype))
         with torch.device("meta"):
             model = kind.from_config(config, dtype=wanted)
+        model.tie_weights()  # transformers 5.0 leaves it to loading
     except RelneuronError:
         raise
     except Exception as error:  # a damaged config raises whatever its values lead to
@@ -164,7 +165,15 @@ def _cache_bytes(model: Any) -> list[int]:
         ]
         return [sum(t.numel() * t.element_size() for t in own) for own in tensors]
 
-    return [three - two for two, three in zip(kept(2), kept(3), strict=True)]
+    own = model.config.get_text_config().pad_token_id
+    try:
+        with suppress(Exception):  # some look for padding in the ids, others need to
+            model.config.pad_token_id = model.config.get_text_config().pad_token_id = None
+        few = kept(2)
+    except Exception:
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = own
+        few = kept(2)
+    return [three - two for two, three in zip(few, kept(3), strict=True)]
 
 
 # --- what lies where -------------------------------------------------------------------------

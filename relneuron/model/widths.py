@@ -16,18 +16,22 @@ from relneuron.model.mlps.candidates import linear_maps
 from relneuron.model.mlps.find_experts import expert_parts
 
 # What configurations call the width of an MLP, and models that do not say it where it is 4 D.
-_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "dff")
+_WIDTHS = (
+    *("intermediate_size", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "n_inner"),
+    *("d_ff", "dff", "dim_ff"),
+)
+_RATIOS = ("expansion_ratio", "intermediate_multiple_size")
 _FOUR_TIMES = ("bloom", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt")
 _SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
-_N_SHARED = ("n_shared_experts", "num_shared_experts")
+_N_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
 def mlp_width(config: Any) -> Any:
-    """F by a configuration: by its name there, MPT's ratio, or what the architecture has."""
+    """F by a configuration: by its name there, a ratio to D, or what the architecture has."""
     width = _first(config, _WIDTHS)
     hidden = getattr(config, "hidden_size", None)
     if width is None and type(hidden) is int:
-        if type(ratio := getattr(config, "expansion_ratio", None)) is int:
+        if type(ratio := _first(config, _RATIOS)) is int:
             return ratio * hidden
         if config.model_type in _FOUR_TIMES:
             return 4 * hidden
@@ -46,23 +50,28 @@ def told_widths(model: Any, layers: Sequence[nn.Module]) -> list[int]:
     """
     config = model.config.get_text_config()
     width, shared = mlp_width(config), _first(config, _SHARED)
-    if not shared and (each := getattr(config, "moe_intermediate_size", None)):
-        shared = each * (_first(config, _N_SHARED) or 0)
+    if not shared and (each := _first(config, ("moe_intermediate_size", *_WIDTHS))):
+        shared = each * (_first(config, _N_SHARED) or 0) if type(each) is int else None
     widths = []
     for number, layer in enumerate(layers):
         experts = [(m, parts) for m in layer.modules() if (parts := expert_parts(m)) is not None]
         routed = sum(m.get_parameter(parts[2]).numel() for m, parts in experts)
         routed //= config.hidden_size if experts else 1
-        own = width[number] if isinstance(width, list | tuple) else width
-        told = (shared if experts else own) or 0
+        own = (*width, *[0] * len(layers))[number] if isinstance(width, list | tuple) else width
+        if experts:
+            own = shared or (own if "shared" in (last_map(layer, own or 0) or "") else 0)
+        told = own or 0
         widths.append(routed + (told if last_map(layer, told) is not None else 0))
     return widths
 
 
 def last_map(layer: nn.Module, width: int) -> str | None:
-    """The path of the last linear map in a layer that has so many inputs."""
+    """The path of the last linear map in a layer that has so many inputs; none of a state space."""
     found = None
     for path, module in linear_maps(layer).items():
+        beside = layer.get_submodule(path.rpartition(".")[0]).children()
+        if any(isinstance(other, nn.Conv1d) for other in beside):
+            continue
         with suppress(Unfound):
             found = path if width and features(module)[0] == width else found
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.counting import counting_state, tables
@@ -69,6 +70,9 @@ def test_the_bytes_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -
     assert found.widths == widths and place.layers == list(range(len(widths)))
     counters = [tables(mlp, counting_state(mlp, 1, ("act",)))["count.act"] for mlp in mlps]
     assert place.counters == sum(t.numel() * t.element_size() for t in counters)
+    if transformers.__version__.startswith("5.0."):  # its autocast knows no meta device
+        assert place.cache == 0 and "autocast" in str(found.no_cache)
+        return
     assert found.no_cache is None
     ids = torch.zeros(1, 1, dtype=torch.int64)
     with torch.no_grad():
@@ -167,6 +171,7 @@ def large() -> None:
     assert parts.places[3].counters == 80 * 28672 // 8 * 8
 
 
+@pytest.mark.slow
 def test_70_billion_parameters_take_little_memory() -> None:
     process = Forked(large)
     assert process.wait() == 0, process.said()
