@@ -30,7 +30,7 @@ def test_the_page_says_what_the_files_hold(tmp_path: Path) -> None:
     assert (
         "times 2 at the last token of the prompt its answer's probability changes by −55.1" in text
     )
-    assert "6 answers of what they are about" in text
+    assert changed in text and "6 answers of what they are about" in text
     assert "Right answers: 50.0 % before, 50.0 % after" in text.replace("\xa0", " ")
     how = json.loads((folder / "neurons.json").read_text())["selection"]["how"]
     above = f"{how['consistent']} of {how['consistent'] + how['inconsistent']} facts are consistent"
