@@ -181,6 +181,7 @@ def commands(
         "generate": [model_folder, corpus / "prompts.txt", "--neurons", neurons],
         "import": ["a.pth", "--model", model_folder, "--names", "a"],
         "export": [neurons],
+        "edit": [model_folder, neurons, prompts],
         "report": [study],
         "bench": ["--quick"],
     }

@@ -34,6 +34,7 @@ PARTS = "--no-compare --kinds ffn_neuron"
 NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --windows 2 {COUNT}"
 LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
 IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
+KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
@@ -56,6 +57,12 @@ MADE = [
     "ablate model sentences/neurons.json study/prompts.jsonl -o columns/effects.parquet --any-set"
     " --splits eva --random-seeds 1 --quiet",
     "export study -o exported/expertise.csv",
+    "attribute model study/prompts.jsonl -o knowledge --method ig --steps 2 --splits eva --quiet",
+    f"{KNOW} -o knowledge/neurons.json",
+    "ablate model knowledge/neurons.json knowledge/prompts.jsonl -o knowledge/effects.csv --quiet"
+    " --splits eva --random-seeds 1 --analyses matched --unrelated 2",
+    "export study/prompts.jsonl -o theirs/facts.json",
+    *(f"export knowledge/neurons.json -o theirs/neurons.{kind}" for kind in ("json", "jsonl")),
     "!record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
     f"!{ABLATE} -o unfinished/effects.csv --batch-tokens 64",
     f"!{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
@@ -194,6 +201,29 @@ CASES = {
     "identify counts": Case(
         f"identify counts -o out/neurons.json {LAPE}",
         _of("counts", "counts.safetensors", "manifest.json"),
+    ),
+    "prompts of sentences": Case(
+        "prompts theirs/facts.json -o out/prompts.jsonl", given=("theirs/facts.json",)
+    ),
+    **{
+        f"import facts, {kind}": Case(
+            f"import theirs/neurons.{kind} --model model -o out/neurons.json",
+            given=(f"theirs/neurons.{kind}",),
+        )
+        for kind in ("json", "jsonl")
+    },
+    "identify facts": Case(
+        f"{KNOW} -o out/neurons.json",
+        _of("knowledge", "ig.safetensors", "prompts.jsonl", "manifest.json"),
+    ),
+    "edit": Case(
+        "edit model knowledge/neurons.json knowledge/prompts.jsonl -o out/edited --quiet",
+        _of("knowledge", "neurons.json", "prompts.jsonl", "manifest.json"),
+    ),
+    "report of facts": Case(
+        "report knowledge -o out/report.html",
+        _of("knowledge", "facts.csv", "neurons.json", "prompts.jsonl", "completeness.csv")
+        + _of("knowledge", "effects.csv", "conditions.csv", "manifest.json"),
     ),
     "merge": Case(
         "merge half1 half2 -o out",

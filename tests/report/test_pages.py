@@ -28,10 +28,11 @@ from relneuron.report.page import PageKind, kind_of, make_page, render, write_re
 from relneuron.report.tables import visible
 from tests.kit.attribution_studies import write_attribution
 from tests.kit.corpus_studies import write_corpus_study
+from tests.kit.gradient_studies import write_fact_study
 from tests.kit.pages import PAYLOADS, Page, ids
 from tests.kit.studies import SETS, write_study, write_whole_study
 
-RELATIONS, COUNTS, GAINS = PAGES
+RELATIONS, COUNTS, GAINS, FACTS = PAGES
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ def hostile_attribution(folder: Path, text: str) -> None:
     described = {text: {text: [text]}, "fallbacks": [text]}
     relations = (f"a {text}", "b")
     write_attribution(folder, relations, token=text, model=text, manifest=described, n=3, top=12)
+
+
+def hostile_facts(folder: Path, text: str) -> None:
+    described = {text: {text: [text]}, "fallbacks": [text]}
+    relations = (f"a {text}", "b")
+    write_fact_study(
+        folder,
+        relations=relations,
+        subject=text,
+        model=text,
+        prediction=text,
+        manifest=described,
+    )
 
 
 def write_splits(folder: Path, **options: Any) -> Path:
@@ -165,6 +179,27 @@ CASES = {
             ("neurons.json", '"gate"', '"gait"'),
             ("neurons.json", '"width": 50', '"width": 49'),
             ("neurons.json", '"layers": 4', '"layers": 5'),
+            ("manifest.json", "study/1", "study/2"),
+        ),
+    ),
+    "facts": Case(
+        FACTS,
+        write_fact_study,
+        hostile_facts,
+        ("changes", "sizes", "layers", "consistency", "completeness", "made"),
+        5,
+        "neurons.json",
+        (
+            ("facts.csv", "likes,likes/C Ann,2,", "likes,likes/C Ann,x,"),
+            ("facts.csv", "likes/C Ann", "likes/D Ann"),
+            ("facts.csv", "n_union", "union"),
+            ("completeness.csv", ",0,0.5,", ",x,0.5,"),
+            ("completeness.csv", ",0.35,", ",nan,"),
+            ("effects.csv", "clean,likes,eva,likes.C Ann.0,", "clean,likes,eva,x,"),
+            ("effects.csv", "likes/C Ann,likes,", "x,likes,"),
+            ("conditions.csv", "likes/C Ann,set", "clean,set"),
+            ("neurons.json", '"gate"', "3"),
+            ("neurons.json", '"layers": 3', '"layers": null'),
             ("manifest.json", "study/1", "study/2"),
         ),
     ),
@@ -240,8 +275,8 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    [hostile_relations, hostile_analyses, hostile_attribution, hostile_corpus],
-    ids=["relations", "analyses", "attribution", "corpus"],
+    [hostile_relations, hostile_analyses, hostile_attribution, hostile_corpus, hostile_facts],
+    ids=["relations", "analyses", "attribution", "corpus", "facts"],
 )
 def test_text_stays_text(hostile: Callable[[Path, str], object], tmp_path: Path) -> None:
     def page_with(text: str) -> Page:
@@ -357,6 +392,8 @@ def test_changed_and_lost_files_are_named(case: Case, tmp_path: Path) -> None:
         (("nll.csv",), COUNTS),
         (("neurons.json",), COUNTS),
         (("neurons.json", "prompts.jsonl"), RELATIONS),
+        (("facts.csv", "effects.csv", "targets.csv"), FACTS),
+        (("ig.safetensors", "effects.csv"), RELATIONS),
     ],
 )
 def test_the_folder_says_what_it_is(files: tuple[str, ...], kind: PageKind, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def changes_plot(table: Table) -> str:
         "unrelated_change": ("other prompts", kit.MUTED),
         "matched": ("random neurons, range of seeds", kit.RANDOM),
     }
-    shift = dict(zip(series, (-0.2, 0.0, 0.2), strict=True))
+    shift = dict(zip(series, (-0.27, 0.0, 0.27), strict=True))
     columns = [f"{key}{end}" for key in series for end in ("", "_low", "_high")]
     low, high = kit.ends(0.0, *(100 * table.floats(name) for name in columns))
     room = 0.04 * (high - low or 1)
@@ -32,8 +32,8 @@ def changes_plot(table: Table) -> str:
         y = np.arange(len(names))
         for key, (_, colour) in series.items():
             mean, least, most = (100 * table.floats(f"{key}{end}") for end in ("", "_low", "_high"))
-            ax.hlines(y + shift[key], least, most, color=colour, lw=5, alpha=0.35)
-            ax.plot(mean, y + shift[key], "o", color=colour, ms=5, clip_on=False)
+            ax.hlines(y + shift[key], least, most, color=colour, lw=4, alpha=0.35)
+            ax.plot(mean, y + shift[key], "o", color=colour, ms=4.5, clip_on=False)
         ax.set(xlim=(low - room, high + room), xlabel="change of the answer's probability, %")
         ratios = [f"{x:.3g}" if np.isfinite(x) else "–" for x in table.floats("pcr")]
         kit.beside(ax, "PCR", ratios)

@@ -95,10 +95,8 @@ def identify_gradients(
                 atomic_write(table, csv_bytes(FACT_COLUMNS, (f.cells() for f in study.facts)))
             result.write(output)
             stage = "identify" if output.name == "neurons.json" else f"identify_{method}"
-            # What another method said of the neurons that are replaced is no longer so.
-            replaced = manifest.data["stages"].get(stage, {"files": []})["files"]
-            for name in {*replaced} - {path.name for path in written}:
-                (output.parent / name).unlink(missing_ok=True)
+            if stage == "identify":
+                _remove_replaced(manifest, written)
             manifest.finish(
                 stage,
                 _inputs(folder, kind, method, options),
@@ -135,6 +133,13 @@ def rank(
         yield (
             f"{found['consistent']:,} facts are consistent ({cut}), {found['inconsistent']:,} not"
         )
+
+
+def _remove_replaced(manifest: Manifest, written: Sequence[Path]) -> None:
+    """Delete what was said of the neurons that are replaced: another method's scores, labels."""
+    replaced = manifest.data["stages"].get("identify", {"files": []})["files"]
+    for name in {*replaced} - {path.name for path in written}:
+        (manifest.path.parent / name).unlink(missing_ok=True)
 
 
 def _inputs(folder: Path, kind: str, method: str, options: Options) -> Json:

@@ -17,9 +17,9 @@ from relneuron.artifact.effects import (
     read_conditions,
     read_effects,
 )
-from relneuron.artifact.files import Json, sha256
+from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.gradients import COMPLETENESS, COMPLETENESS_COLUMNS
-from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import Cells, read_csv
 from relneuron.methods.gradients.scored import FACT_COLUMNS, FACTS
@@ -86,7 +86,7 @@ def read_fact_study(folder: Path) -> FactStudy:
     with opened(folder, PAGE) as manifest:
         prompts = {prompt.id: prompt for prompt in read_prompts(folder / "prompts.jsonl")}
         gaps = folder / COMPLETENESS
-        return FactStudy(
+        study = FactStudy(
             manifest,
             NeuronFile.read(folder / "neurons.json"),
             prompts,
@@ -94,6 +94,23 @@ def read_fact_study(folder: Path) -> FactStudy:
             list(read_csv(gaps, COMPLETENESS_COLUMNS)) if gaps.exists() else [],
             _changes(folder, manifest, prompts),
         )
+        _check(folder, study)
+        return study
+
+
+def _check(folder: Path, study: FactStudy) -> None:
+    """Raise unless facts.csv is of the sets of neurons.json."""
+    method = study.neurons.method
+    if "how" not in study.neurons.selection:
+        raise RelneuronError(
+            f"{folder / FACTS} is not of the neurons beside it, which {method} chose",
+            f"delete {FACTS}, or run again: relneuron {_IDENTIFY} --force",
+        )
+    known = {row[name] for row in study.facts for name in ("relation", "fact")}
+    for name, rows in study.neurons.sets.items():
+        check_neurons(rows, study.neurons.model)
+        if name not in known:
+            raise ValueError(f"{FACTS} has no fact or relation {name}")
 
 
 def _changes(folder: Path, manifest: Json, prompts: Mapping[str, Prompt]) -> Table | None:

@@ -222,9 +222,15 @@ def test_the_manifest_knows_what_was_chosen_from_what(e4: Path) -> None:
     assert set(stages["identify"]["reads"]) == {FILES[IG], "prompts.jsonl"}
     (words,) = stages["identify"]["commands"]
     assert words[:5] == ["identify", "STUDY", "-o", "STUDY/neurons.json", "--method"]
+    # What another method says of neurons that are chosen in its place goes with them.
+    (e4 / "scores.safetensors").write_bytes(b"of another method")
+    manifest = Manifest(e4)
+    manifest.data["stages"]["identify"]["files"].append("scores.safetensors")
+    manifest.save()
     with pytest.raises(RelneuronError, match="neurons.json exists"):
         chosen(e4, "qrnca", QueryOptions())
     chosen(e4, "qrnca", QueryOptions(), force=True)
+    assert not (e4 / "scores.safetensors").exists() and (e4 / f"kn.{FACTS}").exists()
 
 
 def test_what_does_not_fit_is_refused(e4: Path, tmp_path: Path) -> None:
