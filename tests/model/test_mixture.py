@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
 from relneuron.model.stream.mixture import ExpertMember, MlpMember
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import trace
@@ -214,3 +216,13 @@ def test_a_router_that_passes_tokens_by_is_refused() -> None:
 
     model = build.build("causal", "longcat_flash")
     assert "its router may pass a token by the experts" in why_refused(model)
+
+
+def test_files_name_the_routed_experts_where_others_of_their_kind_are_beside_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "InklingTextConfig"):
+        pytest.skip("this transformers has no Inkling")
+    from bench.zoo import build
+
+    shape = model_shape(find_mlps(build.build("causal", "inkling_text")))
+    assert shape["experts"] == [4] * 4 and shape["width"] == 5 * shape["expert_width"]

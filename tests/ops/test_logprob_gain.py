@@ -235,6 +235,20 @@ def test_what_is_not_valid_is_never_chosen() -> None:
     assert longer.gain.shape == (2, 40) and torch.equal(longer.index[:, :10], found.index)
 
 
+def test_what_is_valid_may_differ_from_neuron_to_neuron() -> None:
+    given = problem((3, 2, 30, 16, 40))
+    valid = torch.rand(3, 2, 30, generator=torch.Generator().manual_seed(4)) < 0.4
+    layer = GainLayer(given["x"], given["values"], given["coefficients"], None, valid)
+    shared = {name: given[name] for name in ("unembed", "scale", "targets")}
+    found = logprob_gain_top([layer], **shared, top=8)
+    every = logprob_gain(**given, mode="exact")
+    best = every.masked_fill(~valid, -torch.inf).flatten(1).topk(8, dim=1)
+    torch.testing.assert_close(found.gain, best.values, rtol=0, atol=1e-5)
+    assert torch.equal(found.index, best.indices)
+    with pytest.raises(ValueError, match=r"valid must be \(3, 2, 30\) bool"):
+        logprob_gain_top([layer._replace(valid=valid[..., 1:])], **shared, top=8)
+
+
 # --- promises --------------------------------------------------------------------------------
 
 

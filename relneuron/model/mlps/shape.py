@@ -54,7 +54,8 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
             raise RelneuronError(
                 "the layers differ in the width of their experts", "give a model of one width"
             )
-        numbers = {part.layer: part.n_experts for part in experts}
+        # Routed experts come before those that every token goes to.
+        numbers = {part.layer: part.n_experts for part in reversed(experts)}
         shape["experts"] = [numbers.get(layer, 0) for layer in range(len(widths))]
         shape["expert_width"] = experts[0].expert_width
     if len({mlp.hidden for mlp in mlps}) > 1:

@@ -57,11 +57,14 @@ def read_residual_model(model: Any) -> ResidualModel:
     by names: an MLP down(activation(gate(x)) * up(x)) or down(activation(up(x))), what else each
     layer adds to the stream (attention, or anything in its place), norms in front of them, behind
     them or both, one block after the other or side by side, constants that they are multiplied
-    with. On another random sentence must hold, in every layer, h + attention write + FFN write =
-    next h, number by number in the model's arithmetic; neurons @ value vectors + bias = FFN write;
-    and scale * h^L @ unembed.T + offset = the model's logits. Where the sum over heads and
-    positions of alpha * val @ value vectors + bias = attention write does not hold, or an attention
-    gives no weights, `no_heads` says so.
+    with. In the place of an MLP may stand experts, with or without MLPs beside them, each of which
+    may be multiplied with a constant or with the sigmoid of a map to one number. On another random
+    sentence must hold, in every layer, h + attention write + FFN write = next h, number by number
+    in the model's arithmetic; neurons @ value vectors + bias = FFN write; and scale * h^L @
+    unembed.T + offset = the model's logits. Where the sum over heads and positions of alpha * val @
+    value vectors + bias = attention write does not hold, or an attention gives no weights,
+    `no_heads` says so. With the model's own attention its logits must be those that it has with
+    eager attention, which gives the weights.
 
     Raises RelneuronError with the layer and what does not hold; for weights that are sharded,
     offloaded, quantised or on several devices; and for a model in train mode.

@@ -289,9 +289,14 @@ def test_interventions_are_those_of_a_model_without_the_value_vectors(scored: Sc
         module: Any = edited.get_submodule(names[id(member.experts.module)])
         weights = member.experts.output.weights(module, member.n_experts)  # (E, F, D), a view
         weights.data[index // WIDTH, index % WIDTH] = 0
+    heads = [] if residual.no_heads else [3, 20, HIDDEN + 7]
+    for place in heads:
+        block = edited.model.layers[place // HIDDEN]
+        block.self_attn.o_proj.weight.data[:, place % HIDDEN] = 0
     with torch.no_grad():
         want = edited(torch.tensor([IDS])).logits[0, -1].double()
-    found = intervene(residual, [IDS], [target], [[off()], [off(places)]], batch_tokens=100)
+    offs = [[off()], [off(places, heads)]]
+    found = intervene(residual, [IDS], [target], offs, batch_tokens=100)
     logprob = want.log_softmax(0)[target]
     assert found.logprob[1, 0] == pytest.approx(float(logprob), abs=1e-6)
     assert found.rank[1, 0] == 1 + int((want > want[target]).sum())
