@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_schedules() -> None:
 FAMILIES = ("llama", "qwen3", "gemma3", "phi3", "gpt2")
 UNNAMED = ("gpt_neox", "bloom", "cohere2")
 # Whose rounding is about 1e-6 of the largest number, as their weights are large.
-ROUGH = ("stablelm", "olmo2", "bart", "large gpt2")
+ROUGH = ("olmo2", "bart", "large gpt2")
 LENGTHS = (9, 14, 1)
 
 
@@ -245,7 +246,7 @@ def test_the_baseline_of_replaced_tokens_is_their_mean() -> None:
     ("family", "why"),
     [
         ("bert", "earlier tokens see the last one"),
-        ("recurrent_gemma", "keeps no keys and values"),
+        ("recurrent_gemma", "keeps no keys and values|takes no cache"),
         ("openai-gpt", "takes no cache"),
     ],
 )
@@ -255,7 +256,7 @@ def test_where_it_is_not_exact_the_definition_serves(family: str, why: str) -> N
     with pytest.raises(Unfound, match=why):
         read_staircase(sites)
     integrator = Integrator(sites, points)
-    assert integrator.staircase is None and why in integrator.why_not
+    assert integrator.staircase is None and re.search(why, integrator.why_not)
     found = integrator(lines([5]), [7], 100)
     assert off(found, integrate_reference(sites, lines([5]), [7], points)) == 0
 
