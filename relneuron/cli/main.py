@@ -22,6 +22,7 @@ _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _ABLATION = "relneuron.cli.commands", "relneuron.ablation.commands"
+_EXCHANGE = "relneuron.cli.exchange"
 
 
 def stages() -> list[Stage]:
@@ -36,8 +37,8 @@ def stages() -> list[Stage]:
         Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
         Stage("nll", f"{_ABLATION}:nll", _ASKS),
         Stage("generate", f"{_ABLATION}:generate", _ASKS),
-        Stage("import", f"{_HERE}:import_files", ("transformers", "filelock")),
-        Stage("export", f"{_HERE}:export", ("filelock",)),
+        Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
+        Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
         Stage("bench", f"{_HERE}:bench"),
         Stage("doctor", f"{_HERE}:doctor"),

@@ -38,6 +38,26 @@ GIVEN = {
     "filter_rate": 0.95,
     "bar_ratio": 0.95,
     "precision": "float32",
+    "module": "all",
+    "sets": "fact",
+    "threshold": 0.1,
+    "kind": "adaptive",
+    "share": 0.5,
+    "stepped": None,
+    "negative_prompts": 3,
+    "common": 0.3,
+    "keep_common": None,
+    "decimals": 6,
+    "consistency": "cs2",
+    "cut": 0.3,
+    "otsu": None,
+    "neurons": "cas",
+    "cas_share": 0.3,
+    "mean_weight": 0.7,
+    "deviation_weight": 0.3,
+    "unbiased": None,
+    "specific": 0.5,
+    "sums": "positive",
 }
 
 
@@ -78,7 +98,7 @@ def test_an_unknown_method_names_all(relneuron: Any, tmp_path: Path) -> None:
     for method in ("lap", "", "LAPE"):
         words = ["identify", tmp_path, "-o", tmp_path / "n.json", "--method", method]
         fix = check_refused(relneuron, tmp_path, f"unknown method {method!r}", *words)
-        assert fix == "fix:   use ap, lape, probability, mean, random, logprob_gain"
+        assert fix == f"fix:   use {', '.join(METHODS)}"
 
 
 MODEL = ["no-such/model"]
@@ -86,8 +106,11 @@ RUN = ["run", *MODEL, "--facts", "f", "-o", "o"]
 ABLATE = ["ablate", *MODEL, "n.json", "p.jsonl", "-o", "e.csv"]
 ATTRIBUTE = ["attribute", *MODEL, "p.jsonl", "-o", "a"]
 IG = [*ATTRIBUTE, "--method", "ig"]
+IDENTIFY = ["identify", "d", "-o", "n.json", "--method"]
+EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
@@ -138,6 +161,21 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--names",
         "with a .neuron.pth",
     ),
+    ([*RUN, "--scale-at", "output"], "--scale-at", "with --mode scale"),
+    ([*ABLATE, "--scale-at", "output"], "--scale-at", "with --mode scale"),
+    (["prompts", "f", "-o", "p.jsonl", "--choose-from", "5"], "--choose-from", "with --choices"),
+    *(([*EDIT, option, value], option, "with --to") for option, value in EDITS),
+    (
+        [*IDENTIFY, "knowledge_neurons", "--stepped", "--share", "0.9"],
+        "--share",
+        "without --stepped",
+    ),
+    ([*IDENTIFY, "query_localization", "--otsu", "--cut", "0.9"], "--cut", "without --otsu"),
+    (
+        [*IDENTIFY, "query_localization", "--neurons", "query", "--cas-share", "0.9"],
+        "--cas-share",
+        "with --neurons cas",
+    ),
     (["bench", "--quick", "--full"], "--quick", "without --full"),
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
@@ -153,7 +191,7 @@ STRAY: list[tuple[list[str], str, str]] = [
         )
     ),
     (
-        ["identify", "d", "-o", "n.json", "--method", "lape", "--top", "5", "--top-rate", "0.5"],
+        [*IDENTIFY, "lape", "--top", "5", "--top-rate", "0.5"],
         "--top-rate",
         "without --top",
     ),
