@@ -22,9 +22,10 @@ from relneuron.model.ask import cache_of
 from relneuron.model.instrument import instrument
 from relneuron.model.layers import decoder_layers, device_of, first_line, input_device
 from relneuron.model.mlps.candidates import Run
-from relneuron.model.mlps.find import Verdict, inspect_layers
+from relneuron.model.mlps.find import inspect_layers
 from relneuron.model.mlps.modules import inspect_modules
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.mlps.verdict import Verdict
 from relneuron.model.pictures import Processor, load_processor, picture_run, reads_pictures
 from relneuron.model.plan import Place, Plan
 

@@ -150,7 +150,7 @@ def test_another_reading_than_the_oracle_s_is_never_right(monkeypatch: pytest.Mo
 def test_an_mlp_that_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     inspect_layers = find.inspect_layers
     for module in ("bench.zoo.check", "relneuron.model.mlps.find"):
-        monkeypatch.setattr(f"{module}.inspect_layers", lambda model: inspect_layers(model)[:3])
+        monkeypatch.setattr(f"{module}.inspect_layers", lambda model, *_: inspect_layers(model)[:3])
     row = check("causal", "llama")
     assert row.verdict == "supported"
     assert row.counts == row.generation == UNPROVED

@@ -24,9 +24,10 @@ from relneuron.artifact.modules import MODULES, is_asked, layers_of
 from relneuron.model.layers import compute_dtype, decoder_layers, first_line, without_hooks
 from relneuron.model.mlps import candidates, proof
 from relneuron.model.mlps.candidates import Candidate, Hooks, Run, Seen, linear_maps
-from relneuron.model.mlps.find import Verdict, inspect_layers, supported, verdict_of
+from relneuron.model.mlps.find import inspect_layers
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
+from relneuron.model.mlps.verdict import Verdict, supported, verdict_of
 
 BELONG = "give a processor that belongs to the model: see `relneuron doctor MODEL`"
 
