@@ -183,11 +183,13 @@ def peak_rise(run: Callable[[], object]) -> int:
     return bytes_of("VmHWM") - before
 
 
-def peak_rises(names: Iterable[str], arguments: Sequence[str]) -> dict[str, int | None]:
+def peak_rises(
+    names: Iterable[str], arguments: Sequence[str], module: str = "bench.attribution"
+) -> dict[str, int | None]:
     """`peak_rise` of each contestant in a process of its own; None where the system is another."""
     if not sys.platform.startswith("linux"):
         return dict.fromkeys(names)
-    command = [sys.executable, "-m", "bench.attribution", *arguments, "--memory"]
+    command = [sys.executable, "-m", module, *arguments, "--memory"]
     return {name: int(subprocess.check_output([*command, name])) for name in names}
 
 

@@ -29,8 +29,10 @@ from relneuron.artifact.reading import read_csv
 from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.rank import identify_gains
+from relneuron.methods.gradients.attribute import attribute as gradients
 from relneuron.methods.gradients.choices import KnowledgeOptions
 from relneuron.methods.gradients.edit import edit_model
+from relneuron.methods.gradients.options import IgOptions
 from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
@@ -68,6 +70,7 @@ def reported(loaded: Any, corpus: Any, root: Path, out: Path, *, of: str) -> obj
     return write_report(root / of, out / "report.html", PAGES)
 
 
+IG = IgOptions(steps=2, splits=("eva",))
 STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "record": (
         lambda m, c, r, o: record("m", *m, r / "study" / "prompts.jsonl", o, quiet=True),
@@ -102,6 +105,10 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "attribute": (
         lambda m, c, r, o: attributed(m, r / "study" / "prompts.jsonl", o),
+        ("study/prompts.jsonl",),
+    ),
+    "attribute ig": (
+        lambda m, c, r, o: gradients("m", *m, r / "study" / "prompts.jsonl", o, IG, quiet=True),
         ("study/prompts.jsonl",),
     ),
     "identify gains": (

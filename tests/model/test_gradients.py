@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.zoo.build import build
 from relneuron.artifact.files import RelneuronError
@@ -94,13 +96,18 @@ def test_schedules() -> None:
 # Grouped heads; query and key norms; sliding windows; packed; ungated, learned positions; and types
 # that nothing here was written for: side by side, scaled, with biases of position, post-norms.
 FAMILIES = ("llama", "qwen3", "gemma3", "phi3", "gpt2")
-UNNAMED = ("gpt_neox", "bloom", "cohere2", "bart")
-ROUGH = ("stablelm", "olmo2")  # whose rounding is more than 1e-6 of the largest number
+UNNAMED = ("gpt_neox", "bloom", "cohere2")
+# Whose rounding is about 1e-6 of the largest number, as their weights are large.
+ROUGH = ("olmo2", "bart", "large gpt2")
 LENGTHS = (9, 14, 1)
 
 
 def model_of(family: str) -> Any:
     if family == "gpt2":
+        sizes = {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=96, **sizes)).eval()
+    if family == "large gpt2":
         return attributed_model("gpt2")
     if family in (*UNNAMED, *ROUGH):
         return build("causal", family)
@@ -239,7 +246,7 @@ def test_the_baseline_of_replaced_tokens_is_their_mean() -> None:
     ("family", "why"),
     [
         ("bert", "earlier tokens see the last one"),
-        ("recurrent_gemma", "keeps no keys and values"),
+        ("recurrent_gemma", "keeps no keys and values|takes no cache"),
         ("openai-gpt", "takes no cache"),
     ],
 )
@@ -249,7 +256,7 @@ def test_where_it_is_not_exact_the_definition_serves(family: str, why: str) -> N
     with pytest.raises(Unfound, match=why):
         read_staircase(sites)
     integrator = Integrator(sites, points)
-    assert integrator.staircase is None and why in integrator.why_not
+    assert integrator.staircase is None and re.search(why, integrator.why_not)
     found = integrator(lines([5]), [7], 100)
     assert off(found, integrate_reference(sites, lines([5]), [7], points)) == 0
 

@@ -85,9 +85,10 @@ def acting(part: Projection, act: Callable[[Tensor], Tensor | None]) -> Iterator
 
     def changed(y: Tensor) -> Tensor | None:
         new = act(part.of(y))
-        if new is None or new.shape == y.shape:
+        if new is None or new.shape[-1] == y.shape[-1]:
             return new
-        y = y.clone()  # a part of a packed map's output
+        # A part of a packed map's output, of which there may be more rows now.
+        y = y.expand(*new.shape[:-1], -1).clone()
         part.of(y).copy_(new)
         return y
 
