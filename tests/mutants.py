@@ -388,9 +388,31 @@ MUTANTS = {
         "np.nan_to_num(values)",
         "analyses/test_analyses.py::test_accuracy_by_hand",
     ),
+    "methods.gradients.facts: half of a fact's prompts is more than half": Mutant(
+        "if n > bar)",
+        "if n >= bar)",
+        "methods/gradients/test_selections.py::"
+        "test_a_neuron_of_half_of_the_prompts_is_not_of_more_than_half",
+    ),
+    "methods.gradients.clusters: common neurons stay": Mutant(
+        "if not (remove and p in shared)",
+        "if not (False and p in shared)",
+        "methods/gradients/test_selections.py::test_query_neurons_of_the_vector",
+    ),
+    "methods.gradients.edit: an old answer is added, too": Mutant(
+        "- options.old_factor * vectors[0]",
+        "+ options.old_factor * vectors[0]",
+        "methods/gradients/test_edit.py::"
+        "test_moved_vectors_take_the_old_answer_off_and_add_the_new_one[output]",
+    ),
+    "ablation.conditions: a set is asked nothing but its own prompts": Mutant(
+        "min(n or 0, len(others))",
+        "0",
+        "ablation/test_facts.py::test_a_set_of_a_fact_is_asked_its_prompts_and_some_others",
+    ),
     "report.page: a hint of a kind of study is as good as a mark": Mutant(
-        "([kind.marks for kind in kinds], [kind.hints for kind in kinds])",
-        "([(*kind.marks, *kind.hints) for kind in kinds],)",
+        "([kind.marks for kind in ordered], [kind.hints for kind in ordered])",
+        "([(*kind.marks, *kind.hints) for kind in ordered],)",
         "report/test_pages.py::test_the_folder_says_what_it_is",
     ),
 }

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load
 from torch import Tensor
 
@@ -337,7 +338,7 @@ def read_checkpoint(folder: Path, inputs: Json) -> Checkpoint | None:
         )
     try:
         return _read(folder, data, inputs)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise RelneuronError(
             f"{path} was written by another version of relneuron ({error!r})",
             "go on with that version, or --force to count again",
