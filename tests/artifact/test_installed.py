@@ -128,6 +128,7 @@ def command_of(
             + ["--off", "en", "--max-new-tokens", 2, "-o", out / "g.jsonl"],
             "import": [out / "a.pth", "--model", model_folder, "--names", "a", "-o", out / "i"],
             "export": [neurons, "-o", out / "n.pth"],
+            "edit": [model_folder, neurons, prompts, "-o", out / "edited"],
             "report": [study, "-o", out / "r.html"],
             "doctor": [],
         }
