@@ -61,14 +61,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Files whose tests take more than eight seconds on one core; `make check` leaves them out.
 SLOW = {
-    "ablation": "evaluate expertise modes pictures sampled",
+    "ablation": "evaluate expertise facts modes pictures sampled",
     "analyses": "beside_study page",
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",
     "cli": "corpus corpus_input errors main",
     "methods/counts": "batches count in_parts page pictured",
     "methods/gains": "attribute_resume kinds page",
-    "model": "count_experts devices find_experts gradients patch patch_experts pictures",
+    "methods/gradients": "edit page planted",
+    "model": "count_experts devices find_experts gradients patch patch_experts pictures values",
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",
