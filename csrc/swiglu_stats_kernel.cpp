@@ -4,8 +4,7 @@
 // that the processor cannot run.
 #include "swiglu_stats.h"
 
-#include "swiglu_stats_activation.h"
-#include "swiglu_stats_records.h"
+#include "swiglu_stats_rows.h"
 
 namespace relneuron {
 namespace RELNEURON_ISA {
@@ -23,19 +22,6 @@ RELNEURON_INLINE void for_each_column(int64_t width, Visit visit) {
         if (column < width) visit(column, at, plane, lane);
       }
     }
-  }
-}
-
-// Hits of a block in planes, added to the counts of its columns.
-template <typename Element>
-RELNEURON_INLINE void add_hits(int64_t* count, U32 plane0, U32 plane1) {
-  float natural[block_width];
-  Element::to_natural(natural, {float_of(plane0), float_of(plane1)});
-  constexpr int half = n_lanes / 2;
-  for (int at = 0; at < block_width; at += n_lanes) {
-    const U32 hits = load<U32>(natural + at);
-    store(count + at, load<U64>(count + at) + widen<0>(hits));
-    store(count + at + half, load<U64>(count + at + half) + widen<1>(hits));
   }
 }
 
@@ -102,194 +88,22 @@ void move_response(float* row, float* planes, int64_t width, bool write) {
   }
 }
 
-// ---- Neighbouring rows of one range of columns, their tokens in the same group and prompt.
-
-constexpr int n_rows_max = 4;
-
+// do_rows of 1, 2 and n_rows_max rows.
 template <typename Storage>
-struct Rows {
-  const Storage* gate[n_rows_max];
-  const Storage* up[n_rows_max];
-  Storage* out[n_rows_max];
-  const uint32_t* keep[n_rows_max];  // of the token's condition, from the first column of F on
+struct Loops {
+  void (*by_rows[3])(const Task&, const Rows<Storage>&, int64_t, int64_t, int64_t, int64_t,
+                     int64_t);
 };
-
-// What h is: of a call without up it is act.
-enum class Out { none, product, act };
-
-struct Task {
-  Slot slots[n_sites_max];        // by site, of the tokens' group
-  int64_t* counts[n_sites_max];   // in place of slots: of the group, from the range's first column on
-  bool is_counted[n_sites_max];   // by site
-  float* responses[n_sites_max];  // by site, in planes of the range; null = none
-  bool is_direct, has_moments, has_keep, stream;
-  bool needs_act, needs_product;  // of statistics and responses; h needs its own
-  bool is_part_full;              // after these rows
-  float threshold;
-  const float* act_table;
-};
-
-// `at` counts columns within the range, `f` within F; the rows begin at `at`. With Out::none only
-// what the statistics need is loaded and computed.
-template <typename Element, Activation activation, int n_rows, Out out>
-RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::Storage>& rows,
-                               int64_t at, int64_t f) {
-  Block act[n_rows] = {}, product[n_rows] = {};
-  const bool needs_product = out == Out::product || task.needs_product;
-  const bool needs_act = out != Out::none || task.needs_act;
-  // Responses of gate and up are added here, where their values are at hand.
-  float* const gate_sums = task.responses[site_gate];
-  float* const up_sums = task.responses[site_up];
-  Block gate_sum = {}, up_sum = {};
-  if (gate_sums) gate_sum = Float32::load_block(gate_sums + at);
-  if (up_sums) up_sum = Float32::load_block(up_sums + at);
-  for (int r = 0; r < n_rows; ++r) {
-    const Block gate = Element::load_block(rows.gate[r] + at);
-    Block up = {};
-    if (needs_product || up_sums) up = Element::load_block(rows.up[r] + at);
-    if (gate_sums) {
-      for (int i = 0; i < 2; ++i) gate_sum.plane[i] += gate.plane[i];
-    }
-    if (up_sums) {
-      for (int i = 0; i < 2; ++i) up_sum.plane[i] += up.plane[i];
-    }
-    if constexpr (activation == Activation::residual) {
-      act[r] = gate;
-    } else if (!needs_act) {
-      continue;
-    } else if constexpr (Element::is_half) {
-      U32 index[2];
-      Element::load_indices(rows.gate[r] + at, index);
-      for (int i = 0; i < 2; ++i) act[r].plane[i] = look_up(task.act_table, index[i]);
-    } else {
-      for (int i = 0; i < 2; ++i) act[r].plane[i] = activate<activation>(gate.plane[i]);
-    }
-    if (!needs_product) continue;
-    for (int i = 0; i < 2; ++i) {
-      const F32 x = act[r].plane[i], y = up.plane[i];
-      product[r].plane[i] = Element::round(activation == Activation::residual ? y + x : x * y);
-    }
-  }
-  if (gate_sums) Float32::to_natural(gate_sums + at, gate_sum);
-  if (up_sums) Float32::to_natural(up_sums + at, up_sum);
-
-  const auto record = [&](Site site, const Block (&value)[n_rows]) RELNEURON_LAMBDA {
-    if (task.is_counted[site] && task.is_direct) {
-      U32 hits[2] = {};
-      for (const Block& x : value) {
-        for (int i = 0; i < 2; ++i) {
-          hits[i] = add_where_greater(hits[i], x.plane[i], splat(task.threshold), 1u);
-        }
-      }
-      add_hits<Element>(task.counts[site] + at, hits[0], hits[1]);
-    } else if (task.is_counted[site]) {
-      add_counts(task.slots[site].counts(at), value, splat(task.threshold));
-      if (task.has_moments) {
-        add_moments(task.slots[site].moments(at), task.slots[site].totals(at), value,
-                    task.is_part_full);
-      }
-    }
-    if (site != site_gate && site != site_up && task.responses[site]) {
-      add_responses(task.responses[site] + at, value);
-    }
-  };
-  const auto record_input = [&](Site site, const typename Element::Storage* const* from)
-      RELNEURON_LAMBDA {
-    if (!task.is_counted[site]) return;
-    Block value[n_rows];
-    for (int r = 0; r < n_rows; ++r) value[r] = Element::load_block(from[r] + at);
-    record(site, value);
-  };
-  if constexpr (activation == Activation::residual) {
-    record(site_gate, act);
-  } else {
-    record_input(site_gate, rows.gate);
-    record_input(site_up, rows.up);
-    record(site_act, act);
-    if (task.is_counted[site_product] || task.responses[site_product]) {
-      Block value[n_rows];
-      for (int r = 0; r < n_rows; ++r) {
-        for (int i = 0; i < 2; ++i) value[r].plane[i] = Element::exact(product[r].plane[i]);
-      }
-      record(site_product, value);
-    }
-  }
-
-  if constexpr (out == Out::none) return;
-  for (int r = 0; r < n_rows; ++r) {
-    U32 packed[block_width * sizeof(typename Element::Storage) / sizeof(U32)];
-    Element::pack(out == Out::act ? act[r] : product[r], packed);
-    if (task.has_keep) {
-      const uint32_t bits = rows.keep[r][f / 32] >> (f % 32);
-      if constexpr (activation == Activation::residual) {
-        // Where the neuron is dropped the residual alone is left.
-        U32 rest[sizeof packed / sizeof(U32)];
-        memcpy(rest, rows.up[r] + at, sizeof rest);
-        Element::keep(bits, packed);
-        Element::keep(~bits, rest);
-        for (size_t i = 0; i < sizeof packed / sizeof(U32); ++i) packed[i] |= rest[i];
-      } else {
-        Element::keep(bits, packed);
-      }
-    }
-    for (size_t i = 0; i < sizeof packed / sizeof(U32); ++i) {
-      void* const to = reinterpret_cast<U32*>(rows.out[r] + at) + i;
-      if (task.stream) {
-        stream(to, packed[i]);
-      } else {
-        store(to, packed[i]);
-      }
-    }
-  }
-}
-
-// The rows after these, to be fetched meanwhile, are `next_gate` and `next_up` elements away.
-template <typename Element, Activation activation, int n_rows, Out out>
-void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int64_t f,
-             int64_t width, int64_t next_gate, int64_t next_up) {
-  using Storage = typename Element::Storage;
-  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up];
-  int64_t at = 0;
-  for (; at + block_width <= width; at += block_width) {
-    for (int r = 0; r < n_rows; ++r) {
-      const char* const gate = reinterpret_cast<const char*>(rows.gate[r] + at + next_gate);
-      const char* const up = reinterpret_cast<const char*>(rows.up[r] + at + next_up);
-      for (size_t line = 0; line < block_width * sizeof(Storage); line += 64) {
-        __builtin_prefetch(gate + line, 0, 3);
-        if (needs_up) __builtin_prefetch(up + line, 0, 3);
-      }
-    }
-    do_block<Element, activation, n_rows, out>(task, rows, at, f + at);
-  }
-  if (at == width) return;
-  // The last columns in blocks of their own, filled up with zeros.
-  alignas(64) Storage rest[3][n_rows][block_width] = {};
-  const size_t rest_bytes = static_cast<size_t>(width - at) * sizeof(Storage);
-  Rows<Storage> rest_rows = rows;
-  for (int r = 0; r < n_rows; ++r) {
-    memcpy(rest[0][r], rows.gate[r] + at, rest_bytes);
-    memcpy(rest[1][r], rows.up[r] + at, rest_bytes);
-    rest_rows.gate[r] = rest[0][r] - at;
-    rest_rows.up[r] = rest[1][r] - at;
-    rest_rows.out[r] = rest[2][r] - at;
-  }
-  Task rest_task = task;
-  int64_t rest_counts[n_sites_max][block_width] = {};
-  if (task.is_direct) {
-    for (int site = 0; site < n_sites_max; ++site) rest_task.counts[site] = rest_counts[site] - at;
-  }
-  do_block<Element, activation, n_rows, out>(rest_task, rest_rows, at, f + at);
-  for (int site = 0; task.is_direct && site < n_sites_max; ++site) {
-    if (!task.is_counted[site]) continue;
-    for (int64_t i = at; i < width; ++i) task.counts[site][i] += rest_counts[site][i - at];
-  }
-  if constexpr (out == Out::none) return;
-  for (int r = 0; r < n_rows; ++r) memcpy(rows.out[r] + at, rest[2][r], rest_bytes);
-}
 
 template <typename Element, Activation activation, Out out>
-void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
-                 int64_t f_end, unsigned char* scratch) {
+constexpr Loops<typename Element::Storage> loops = {{
+    do_rows<Element, activation, 1, out>, do_rows<Element, activation, 2, out>,
+    do_rows<Element, activation, n_rows_max, out>}};
+
+template <typename Element>
+void run_columns(const Loops<typename Element::Storage>& chosen, const SwigluStatsArgs& args,
+                 const SwigluStatsPlan& plan, int64_t f_begin, int64_t f_end,
+                 unsigned char* scratch) {
   using Storage = typename Element::Storage;
   const Layout layout(args, f_end - f_begin);
   const int64_t keep_stride = (args.F + 31) / 32;
@@ -382,18 +196,14 @@ void run_columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64
           const int64_t row = t + r;
           rows.gate[r] = static_cast<const Storage*>(args.gate) + row * args.stride_gt + f;
           rows.up[r] = up + row * args.stride_ut + f;
-          if constexpr (out != Out::none) {
-            rows.out[r] = static_cast<Storage*>(args.out) + row * args.stride_ht + f;
-          }
+          if (args.out) rows.out[r] = static_cast<Storage*>(args.out) + row * args.stride_ht + f;
           const int64_t condition = args.condition_ids ? args.condition_ids[row] : 0;
           if (args.keep) rows.keep[r] = args.keep + condition * keep_stride;
         }
         t += n_rows;
         const int64_t n_next = t + n_rows <= args.T ? n_rows : 0;
-        const auto run = n_rows == 1   ? do_rows<Element, activation, 1, out>
-                         : n_rows == 2 ? do_rows<Element, activation, 2, out>
-                                       : do_rows<Element, activation, n_rows_max, out>;
-        run(task, rows, f, width, n_next * args.stride_gt, n_next * args.stride_ut);
+        const auto run = chosen.by_rows[n_rows == n_rows_max ? 2 : n_rows - 1];
+        run(task, rows, f, 0, width, n_next * args.stride_gt, n_next * args.stride_ut);
       }
       if (!task.is_direct) for_each_slot([&](const Slot& slot, int64_t first) {
         add_slot_counts<Element>(args, slot, first, width);
@@ -415,38 +225,41 @@ using Activations =
          Activation::relu2, Activation::quick_gelu, Activation::tanh, Activation::residual>;
 
 template <typename Element, Activation activation>
-auto pick_out(Out out) {
+const Loops<typename Element::Storage>& pick_out(Out out) {
   if constexpr (activation != Activation::residual) {
-    if (out == Out::act) return run_columns<Element, activation, Out::act>;
+    if (out == Out::act) return loops<Element, activation, Out::act>;
   }
-  return out == Out::none ? run_columns<Element, activation, Out::none>
-                          : run_columns<Element, activation, Out::product>;
+  return out == Out::none ? loops<Element, activation, Out::none>
+                          : loops<Element, activation, Out::product>;
 }
 
 template <Activation... each>
-auto pick_float(List<each...>, Activation activation, Out out) {
-  static_assert(sizeof...(each) == n_activations, "each activation has a function");
+const Loops<float>& pick_float(List<each...>, Activation activation, Out out) {
+  static_assert(sizeof...(each) == n_activations, "each activation has its loops");
   constexpr decltype(&pick_out<Float32, Activation::silu>) table[] = {pick_out<Float32, each>...};
   return table[static_cast<int>(activation)](out);
 }
 
-// 16-bit types look the activation up, so one function serves all of them.
+// 16-bit types look the activation up, so the same loops serve all of them.
 template <typename Element>
-auto pick_half(Activation activation, Out out) {
+const Loops<uint16_t>& pick_half(Activation activation, Out out) {
   return activation == Activation::residual ? pick_out<Element, Activation::residual>(out)
                                             : pick_out<Element, Activation::silu>(out);
-}
-
-auto pick(DType dtype, Activation activation, Out out) {
-  if (dtype == DType::bfloat16) return pick_half<BFloat16>(activation, out);
-  if (dtype == DType::float16) return pick_half<Float16>(activation, out);
-  return pick_float(Activations{}, activation, out);
 }
 
 void columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,
              int64_t f_end, unsigned char* scratch) {
   const Out out = !args.out ? Out::none : args.up ? Out::product : Out::act;
-  pick(args.dtype, args.activation, out)(args, plan, f_begin, f_end, scratch);
+  if (args.dtype == DType::bfloat16) {
+    const auto& chosen = pick_half<BFloat16>(args.activation, out);
+    run_columns<BFloat16>(chosen, args, plan, f_begin, f_end, scratch);
+  } else if (args.dtype == DType::float16) {
+    const auto& chosen = pick_half<Float16>(args.activation, out);
+    run_columns<Float16>(chosen, args, plan, f_begin, f_end, scratch);
+  } else {
+    const auto& chosen = pick_float(Activations{}, args.activation, out);
+    run_columns<Float32>(chosen, args, plan, f_begin, f_end, scratch);
+  }
 }
 
 int64_t scratch_bytes(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t n_columns) {
