@@ -72,7 +72,9 @@ def test_counters_are_those_of_every_token_that_an_expert_sees(
             assert ours.weight is None
         else:
             assert ours.weight is not None
-            torch.testing.assert_close(ours.weight, weight / tokens, equal_nan=True)
+            # The router's weights are float32 numbers of two forwards, which round apart.
+            wanted = (weight / tokens).float()
+            torch.testing.assert_close(ours.weight.float(), wanted, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
