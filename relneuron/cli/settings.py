@@ -25,7 +25,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
-    # A study has its relations' templates.
+    # A study has its relations' templates, and asks every set everything.
+    unrelated: int | None = None
     choices: int | None = None
     choose_from: int = 4
 

@@ -38,6 +38,25 @@ GIVEN = {
     "filter_rate": 0.95,
     "bar_ratio": 0.95,
     "precision": "float32",
+    "threshold": 0.2,
+    "sets": "fact",
+    "kind": "adaptive",
+    "share": 0.5,
+    "stepped": None,
+    "negative_prompts": 2,
+    "common": 0.3,
+    "keep_common": None,
+    "decimals": 6,
+    "consistency": "cs1",
+    "cut": 0.3,
+    "otsu": None,
+    "mean_weight": 0.7,
+    "deviation_weight": 0.3,
+    "unbiased": None,
+    "neurons": "cas",
+    "cas_share": 0.3,
+    "specific": 0.5,
+    "sums": "positive",
 }
 
 
@@ -78,7 +97,8 @@ def test_an_unknown_method_names_all(relneuron: Any, tmp_path: Path) -> None:
     for method in ("lap", "", "LAPE"):
         words = ["identify", tmp_path, "-o", tmp_path / "n.json", "--method", method]
         fix = check_refused(relneuron, tmp_path, f"unknown method {method!r}", *words)
-        assert fix == "fix:   use ap, lape, probability, mean, random, logprob_gain"
+        known = "ap, lape, probability, mean, random, logprob_gain, knowledge_neurons, qrnca"
+        assert fix == f"fix:   use {known}, query_localization, relevance"
 
 
 MODEL = ["no-such/model"]
@@ -88,7 +108,26 @@ ATTRIBUTE = ["attribute", *MODEL, "p.jsonl", "-o", "a"]
 IG = [*ATTRIBUTE, "--method", "ig"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+FACTS = ["identify", "d", "-o", "n.json", "--method"]
+EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "o"]
 STRAY: list[tuple[list[str], str, str]] = [
+    (["prompts", "f", "-o", "p", "--choose-from", "3"], "--choose-from", "with --choices"),
+    ([*RUN, "--scale-at", "product"], "--scale-at", "with --mode scale"),
+    ([*ABLATE, "--scale-at", "product"], "--scale-at", "with --mode scale"),
+    (
+        [*FACTS, "knowledge_neurons", "--stepped", "--share", "0.4"],
+        "--share",
+        "without --stepped",
+    ),
+    ([*FACTS, "query_localization", "--otsu", "--cut", "0.4"], "--cut", "without --otsu"),
+    (
+        [*FACTS, "query_localization", "--neurons", "union", "--cas-share", "0.5"],
+        "--cas-share",
+        "with --neurons cas",
+    ),
+    ([*EDIT, "--old-factor", "2"], "--old-factor", "with --to"),
+    ([*EDIT, "--new-factor", "2"], "--new-factor", "with --to"),
+    ([*EDIT, "--embedding", "input"], "--embedding", "with --to"),
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--mean-of", "relation"], "--mean-of", "with --mode mean"),
