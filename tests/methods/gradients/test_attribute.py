@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from relneuron.methods.gradients.options import GradientOptions, IgOptions, Rele
 from relneuron.model.gradients.reference import alphas
 from tests.kit.attributed import attributed_model
 from tests.kit.attribution_runs import Attributed, files_of
+from tests.kit.forked import Forked
 from tests.kit.slopes import plain_ig
 
 SMALL = IgOptions(steps=3, batch_tokens=60)
@@ -266,6 +269,33 @@ def test_killed_at_every_step_it_ends_with_the_same_bytes(
             run(llama, tmp_path / str(last), options)
         run(llama, tmp_path / str(last), options)
         assert files_of(tmp_path / str(last)) == expected, last
+
+
+def attribute_and_die(folder: Path) -> None:
+    """A run that is killed behind its second commit, with half a line in its journal."""
+    true, n = Journal.commit, 0
+
+    def commit(self: Journal) -> None:
+        nonlocal n
+        n += 1
+        true(self)
+        if n == 2:
+            with self.path.open("ab") as file:
+                file.write(b'{"key": "cut sh')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.SAVE_EVERY_S = 0.0
+    Journal.commit = commit  # type: ignore[method-assign]
+    run(Attributed("llama", folder), folder / "out")
+
+
+def test_a_process_that_is_killed_goes_on(
+    llama: Attributed, tmp_path: Path, whole: dict[str, Path]
+) -> None:
+    assert Forked(attribute_and_die, tmp_path).wait() == -signal.SIGKILL
+    assert (tmp_path / "out" / "attribute_ig.journal").exists()
+    run(llama, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(whole[IG])
 
 
 def test_what_was_scored_is_not_scored_again(
