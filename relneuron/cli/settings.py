@@ -27,7 +27,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     validate: bool = True
     # record reads text, which only the language model has neurons for.
     module_sets: bool = False
-    # A study has its relations' templates.
+    # A study has its relations' templates, and asks every set everything.
+    unrelated: int | None = None
     choices: int | None = None
     choose_from: int = 4
 

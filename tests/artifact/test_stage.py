@@ -52,7 +52,7 @@ GRADIENTS = "attribute {model} {d}/prompts.jsonl -o {d} --splits eva,eva2 --quie
 STUDIES: dict[str, list[str]] = {
     "run": [
         "run {model} --facts {facts} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --attention"
-        " --ends bottom --unrelated 5"
+        " --ends bottom"
     ],
     "run with sets beside": [
         "run {model} --facts {suffixed} -o {d} --eva 8 --top 40 --random-seeds 1 --quiet --seed 2"
