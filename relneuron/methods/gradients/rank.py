@@ -116,11 +116,12 @@ def rank(
 ) -> Iterator[str]:
     """`identify` with one of the rankings of gradients: says the sets and how they came about."""
     chosen = identify_gradients(folder, output, options, method=method, force=force, quiet=quiet)
+    found = chosen.selection["how"]
     for name, neurons in list(chosen.sets.items())[:SAID]:
-        yield f"{name}: {len(neurons):,} neurons"
+        why = _why_empty(found, name) if not neurons else ""
+        yield f"{name}: {len(neurons):,} neurons{why}"
     if len(chosen.sets) > SAID:
         yield f"... {len(chosen.sets) - SAID:,} more sets"
-    found = chosen.selection["how"]
     if "facts" in found:
         yield (
             f"{found['facts']:,} facts, {found['neurons_per_fact']:.3g} neurons each on average, "
@@ -133,6 +134,15 @@ def rank(
         yield (
             f"{found['consistent']:,} facts are consistent ({cut}), {found['inconsistent']:,} not"
         )
+
+
+def _why_empty(found: Json, name: str) -> str:
+    """Why a relation has no neuron by its shares; of other rankings the sets of facts say it."""
+    if "specific" not in found:
+        return ""
+    if found["with_their_share"][name]:
+        return ": none has any relevance there"
+    return f": none has a share of {found['specific']:g} of its relevance there (--specific)"
 
 
 def _remove_replaced(manifest: Manifest, written: Sequence[Path]) -> None:

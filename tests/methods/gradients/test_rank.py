@@ -205,6 +205,19 @@ def test_relevance_by_its_shares(tmp_path: Path) -> None:
         chosen(alone, "relevance", ShareOptions())
 
 
+def test_a_relation_without_neurons_is_told_why(relneuron: Run, tmp_path: Path) -> None:
+    all_over, none = np.array([[2.0, 2, 1, 0]]), np.array([[-1.0, 0, 0, 0]])
+    facts = [("r", "x", [all_over]), ("s", "y", [all_over]), ("t", "z", [none])]
+    folder = gradient_study(tmp_path, facts, RELEVANCE)
+    words = ["identify", folder, "-o", folder / "n.json", "--method", "relevance", "--quiet"]
+    code, out, err = relneuron(*words, "--specific", 0.6)
+    assert code == 0, err
+    assert "r: 0 neurons: none has a share of 0.6 of its relevance there (--specific)\n" in out
+    code, out, err = relneuron(*words, "--specific", 0, "--force")
+    assert code == 0, err
+    assert "s: 1 neurons\nt: 0 neurons: none has any relevance there\n" in out
+
+
 def test_layers_have_their_own_widths(tmp_path: Path) -> None:
     scores = fact({1, 6}, width=8)
     scores[0][1, 5] = 9.0  # beyond the second layer's width: no neuron
