@@ -127,7 +127,9 @@ def test_counters_and_logits_are_those_of_the_model_in_memory(spread: Any) -> No
         ours, theirs = what(spread), what(plain)
         assert len(ours) == len(theirs) > 4
         assert all(map(torch.equal, ours, theirs))
-    assert not torch.equal(ours[0], ours[1]) and torch.equal(ours[0][1], ours[-1][1])
+    assert not torch.equal(ours[0], ours[1])
+    # Of the row without a neuron off: the kernels' activation rounds apart from torch's.
+    torch.testing.assert_close(ours[0][1], ours[-1][1])
     assert same_entries(before, entries(spread))
     accelerate.hooks.remove_hook_from_submodules(spread)
     assert torch.equal(spread(ids()).logits, plain(ids()).logits)

@@ -177,11 +177,9 @@ class Staircase:
         model, n = self.sites.model, hidden.shape[1]
         known = inspect.signature(model.forward).parameters
         more: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-        if "position_ids" in known:
-            # Any position of the context will do: nothing looks at it.
-            more["position_ids"] = torch.zeros(len(hidden), n, dtype=torch.int64)
-            more["position_ids"] = more["position_ids"].to(self.sites.device)
         tokens = torch.zeros(len(hidden), n, dtype=torch.int64, device=self.sites.device)
+        if "position_ids" in known:
+            more["position_ids"] = tokens  # any of the context will do: nothing looks at it
         with _handing_on(self.sites.layers, hidden, prefill.is_tuple):
             logits: Tensor = model(input_ids=tokens, **more).logits
         return logits
