@@ -43,7 +43,15 @@ from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import trace
 
 
-def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:
+def make_model(
+    vocabulary: int,
+    hidden: int,
+    width: int,
+    layers: int,
+    *,
+    key_heads: int = 2,
+    positions: int = 128,
+) -> Any:
     """A Llama of random weights with grouped heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,8 +62,8 @@ def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:
         intermediate_size=width,
         num_hidden_layers=layers,
         num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=positions,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.attribution import peak_rise, peak_rises
+from bench.attribution import make_model, peak_rise, peak_rises
 from bench.rows import add_rows
 from relneuron.bench.machine import where
 from relneuron.model.gradients.reference import alphas
@@ -40,23 +40,6 @@ from relneuron.model.gradients.sites import Sites, acting, frozen, probability, 
 from relneuron.model.gradients.staircase import read_staircase
 
 PEER, ONE, MANY = "layer by layer", "staircase, one prompt", "staircase"
-
-
-def make_model(vocabulary: int, hidden: int, width: int, layers: int) -> Any:
-    """A Llama of random weights with grouped heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class Race:
@@ -146,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     o = parser.parse_args(arguments)
     torch.set_num_threads(o.threads)
-    model = make_model(o.vocabulary, o.hidden, o.width, o.layers)
+    model = make_model(o.vocabulary, o.hidden, o.width, o.layers, key_heads=4, positions=512)
     race = Race(model, o.prompts, o.tokens, o.steps)
     contestants = race.contestants()
     every: dict[str, Callable[[], object]] = {

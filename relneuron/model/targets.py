@@ -1,19 +1,21 @@
-"""The tokens that sentences are asked for: the first one of an answer, or one that is given.
+"""Which sentences are asked, and for which tokens: an answer's first one, or one that is given.
 
-The stages that attribute call it with the sentences of `texts/knowledge.py`.
+The stages that attribute call it; the sentences are those of `texts/knowledge.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.manifest import checked
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
 from relneuron.model.questions import Questions, encode, object_continuations
-from relneuron.texts.knowledge import TargetPrompt
+from relneuron.texts.knowledge import TargetPrompt, read_knowledge
 from relneuron.texts.tokens import (
     Continuation,
     blank_notice,
@@ -179,3 +181,25 @@ def _n_logits(model: Any) -> int | None:
     """V, the tokens that the unembedding knows; not known without one."""
     head = model.get_output_embeddings()
     return None if head is None else int(head.weight.shape[0])
+
+
+def read_asked(
+    path: Path, folder: Path, splits: Sequence[str], *, answers: bool
+) -> tuple[list[Prompt], list[Prompt]]:
+    """All prompts of a file or of facts, and those of some splits (default: of all), to ask.
+
+    Refuses an output `folder` that is a file, or the folder of the facts.
+    """
+    if folder.is_file():
+        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
+    everything = read_knowledge(checked(path), answers=answers)
+    if path.is_dir() and path.resolve() == folder.resolve():
+        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
+    prompts = [p for p in everything if not splits or p.split in splits]
+    if not prompts:
+        raise RelneuronError(
+            f"{path} has no prompt of the splits {', '.join(splits)}",
+            "name others with --splits",
+            2,
+        )
+    return everything, prompts

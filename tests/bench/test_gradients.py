@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from bench import gradients
+from bench.attribution import make_model
 from relneuron.model.gradients.reference import integrate_reference
 
 
 @pytest.fixture(scope="module")
 def race() -> gradients.Race:
-    return gradients.Race(gradients.make_model(90, 64, 48, 2), 2, 6, 3)
+    return gradients.Race(make_model(90, 64, 48, 2, key_heads=4), 2, 6, 3)
 
 
 def test_all_contestants_give_what_the_definition_gives(race: gradients.Race) -> None:
@@ -28,7 +29,7 @@ def test_a_wrong_contestant_has_no_time(
 ) -> None:
     monkeypatch.setattr(gradients, "peak_rises", lambda *_: {})
     monkeypatch.setattr(gradients, "Race", lambda *_: race)
-    monkeypatch.setattr(gradients, "make_model", lambda *_: race.model)
+    monkeypatch.setattr(gradients, "make_model", lambda *_, **__: race.model)
     monkeypatch.setattr(race, "ours", lambda n: torch.zeros(n, 2, 48))
     before = torch.get_num_threads()
     try:

@@ -41,7 +41,7 @@ from relneuron.artifact.gains import (
     targets_bytes,
 )
 from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, json_digest, locked, versions
+from relneuron.artifact.manifest import Manifest, json_digest, locked, versions
 from relneuron.artifact.prompts import (
     Prompt,
     check_copy,
@@ -62,8 +62,8 @@ from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
-from relneuron.model.targets import encode_targets
-from relneuron.texts.knowledge import TargetPrompt, read_knowledge
+from relneuron.model.targets import encode_targets, read_asked
+from relneuron.texts.knowledge import TargetPrompt
 from relneuron.texts.tokens import policy_text, target_notices, token_text
 
 JOURNAL = "attribute.journal"
@@ -109,19 +109,8 @@ def attribute(
     """
     options = options or AttributeOptions()
     options.check_installed()
-    if folder.is_file():
-        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
     is_predicted = options.target == "prediction"
-    everything = read_knowledge(checked(prompts_path), answers=not is_predicted)
-    if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
-        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
-    prompts = [p for p in everything if not options.splits or p.split in options.splits]
-    if not prompts:
-        raise RelneuronError(
-            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
-            "name others with --splits",
-            2,
-        )
+    everything, prompts = read_asked(prompts_path, folder, options.splits, answers=not is_predicted)
     residual = read_residual_model(model)
     check_heads(type(model).__name__, residual.no_heads, options)
     targets = encode_targets(

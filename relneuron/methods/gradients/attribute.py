@@ -33,7 +33,6 @@ from relneuron.artifact.gradients import (
 from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import (
     Manifest,
-    checked,
     json_digest,
     locked,
     same_model,
@@ -54,8 +53,7 @@ from relneuron.model.gradients.sites import read_sites
 from relneuron.model.gradients.wide import in_float64
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
-from relneuron.model.targets import encode_targets
-from relneuron.texts.knowledge import read_knowledge
+from relneuron.model.targets import encode_targets, read_asked
 from relneuron.texts.tokens import policy_text, target_notices
 
 Array = np.ndarray[Any, Any]
@@ -85,19 +83,8 @@ def attribute(
     """
     method = IG if isinstance(options, IgOptions) else RELEVANCE
     stage, written = f"attribute_{method}", FILES[method]
-    if folder.is_file():
-        raise RelneuronError(f"{folder} is a file", "give a folder", 2)
     is_predicted = options.target == "prediction"
-    everything = read_knowledge(checked(prompts_path), answers=not is_predicted)
-    if prompts_path.is_dir() and prompts_path.resolve() == folder.resolve():
-        raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
-    prompts = [p for p in everything if not options.splits or p.split in options.splits]
-    if not prompts:
-        raise RelneuronError(
-            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
-            "name others with --splits",
-            2,
-        )
+    everything, prompts = read_asked(prompts_path, folder, options.splits, answers=not is_predicted)
     sites = read_sites(model, options.site)
     targets = encode_targets(
         tokenizer, model, prompts, answers=not is_predicted, batch_tokens=options.batch_tokens

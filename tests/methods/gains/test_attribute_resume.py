@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,8 @@ from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.attribute import JOURNAL
 from tests.kit.attribution_runs import OPTIONS, Attributed, files_of
+from tests.kit.dying import Killed, Points
 from tests.kit.forked import Forked
-
-
-class Killed(BaseException):
-    """As a kill: nothing catches it, and nothing is saved on the way out."""
-
 
 COMMIT = (Journal, "commit")
 STEPS = (
@@ -40,34 +35,6 @@ STEPS = (
     (relneuron.artifact.manifest, "atomic_write"),
 )
 
-
-class Points:
-    """Counts some steps of a run, and dies before the `last` one."""
-
-    def __init__(self, last: int, steps: Sequence[tuple[Any, str]] = STEPS) -> None:
-        self.last, self.steps, self.n = last, steps, 0
-
-    def __enter__(self) -> None:
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
-        for owner, name in self.steps:
-            self._count(owner, name)
-
-    def _count(self, owner: Any, name: str) -> None:
-        true = getattr(owner, name)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self.n += 1
-            if self.n == self.last:
-                raise Killed
-            return true(*args, **kwargs)
-
-        self.patch.setattr(owner, name, step)
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.undo()
-
-
 SMALL = replace(OPTIONS, top=5, random_seeds=0, batch_tokens=60)
 
 
@@ -78,13 +45,13 @@ def test_killed_at_every_step_it_ends_with_the_same_bytes(
     llama.attribute(tmp_path / "whole", SMALL)
     whole = files_of(tmp_path / "whole")
     assert JOURNAL not in whole
-    points = Points(0)
+    points = Points(0, STEPS)
     with points:
         llama.attribute(tmp_path / "counted", SMALL)
     assert files_of(tmp_path / "counted") == whole and points.n > 15
     for last in range(1, points.n + 1):
         output = tmp_path / str(last)
-        with pytest.raises(Killed), Points(last):
+        with pytest.raises(Killed), Points(last, STEPS):
             llama.attribute(output, SMALL)
         llama.attribute(output, SMALL)
         assert files_of(output) == whole, last
@@ -160,7 +127,7 @@ def test_a_process_that_is_killed_goes_on(llama: Attributed, tmp_path: Path) -> 
 
 def test_gains_that_are_gone_are_scored_again(llama: Attributed, tmp_path: Path) -> None:
     llama.attribute(tmp_path / "whole", SMALL)
-    with Points(4), pytest.raises(Killed):
+    with Points(4, STEPS), pytest.raises(Killed):
         llama.attribute(tmp_path / "out", SMALL)
     assert b'"key": "attribute ' in (tmp_path / "out" / JOURNAL).read_bytes()
     (tmp_path / "out" / "gains.safetensors").unlink()

@@ -36,6 +36,7 @@ from relneuron.methods.gradients.options import GradientOptions, IgOptions, Rele
 from relneuron.model.gradients.reference import alphas
 from tests.kit.attributed import attributed_model
 from tests.kit.attribution_runs import Attributed, files_of
+from tests.kit.dying import Killed, Points
 from tests.kit.forked import Forked
 from tests.kit.slopes import plain_ig
 
@@ -214,10 +215,6 @@ def test_the_row_of_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- resumed, and made again -----------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """As a kill: nothing catches it, and nothing is saved on the way out."""
-
-
 STEPS = (
     (Journal, "commit"),
     (Journal, "remove"),
@@ -228,44 +225,16 @@ STEPS = (
 )
 
 
-class Dying:
-    """Counts the steps of a run, and dies before the `last` one."""
-
-    def __init__(self, last: int) -> None:
-        self.last, self.n = last, 0
-
-    def __enter__(self) -> Dying:
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(Journal, "SAVE_EVERY_S", 0.0)
-        for owner, name in STEPS:
-            self._count(owner, name)
-        return self
-
-    def _count(self, owner: Any, name: str) -> None:
-        true = getattr(owner, name)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self.n += 1
-            if self.n == self.last:
-                raise Killed
-            return true(*args, **kwargs)
-
-        self.patch.setattr(owner, name, step)
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.undo()
-
-
 @pytest.mark.parametrize("options", [SMALL, RELEVANT], ids=["ig", "relevance"])
 def test_killed_at_every_step_it_ends_with_the_same_bytes(
     llama: Attributed, tmp_path: Path, whole: dict[str, Path], options: GradientOptions
 ) -> None:
     expected = files_of(whole[IG if options is SMALL else RELEVANCE])
-    with Dying(0) as counted:
+    with Points(0, STEPS) as counted:
         run(llama, tmp_path / "counted", options)
     assert files_of(tmp_path / "counted") == expected and counted.n > 8
     for last in range(1, counted.n + 1):
-        with pytest.raises(Killed), Dying(last):
+        with pytest.raises(Killed), Points(last, STEPS):
             run(llama, tmp_path / str(last), options)
         run(llama, tmp_path / str(last), options)
         assert files_of(tmp_path / str(last)) == expected, last
@@ -323,7 +292,7 @@ def test_what_was_scored_is_not_scored_again(
 def test_scores_that_were_changed_meanwhile_are_made_again(
     llama: Attributed, tmp_path: Path, whole: dict[str, Path]
 ) -> None:
-    with Dying(6), pytest.raises(Killed):
+    with Points(6, STEPS), pytest.raises(Killed):
         run(llama, tmp_path / "out")
     path = tmp_path / "out" / FILES[IG]
     data = bytearray(path.read_bytes())
