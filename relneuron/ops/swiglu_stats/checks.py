@@ -1,4 +1,4 @@
-"""What the arguments of `swiglu_stats` and `residual_stats` must be: every mistake has its message.
+"""What the arguments of `swiglu_stats` and its kin must be: every mistake has its message.
 
 Only `check_ids_range` reads values and waits for a GPU; all else looks at shapes, strides and
 addresses.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from relneuron.ops.swiglu_stats.groups import GroupStats
-from relneuron.ops.swiglu_stats.reference import RESIDUAL, Call
+from relneuron.ops.swiglu_stats.reference import DIFFERENCE, RESIDUAL, Call
 from relneuron.ops.tensors import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What an op and its inputs are called, where a Call's activation tells that it is another one.
+_OTHERS = {RESIDUAL: ("residual_stats", "x", "residual"), DIFFERENCE: ("pair_stats", "a", "b")}
 
 
 class Names(NamedTuple):
@@ -252,11 +254,8 @@ def _check_pairs(
     call: Call, written: Sequence[Tensor | None], read: Sequence[Tensor | None]
 ) -> None:
     """`check_memory` with names, of arguments whose ranges intersect."""
-    op, gate, up = "swiglu_stats", "gate", "up"
-    if call.activation == RESIDUAL:
-        op, gate, up = "residual_stats", "x", "residual"
-    elif call.out is None:
-        op = "swiglu_stats_only"
+    own = "swiglu_stats_only" if call.out is None else "swiglu_stats"
+    op, gate, up = _OTHERS.get(call.activation, (own, "gate", "up"))
     fields = ("count", "tokens", "sum", "sum_sq", "max", "n_nonfinite")
     labels = ["out", *(f"stats.{name}" for name in fields)]
     labels += [f"responses[{site!r}]" for site in call.responses]
@@ -292,7 +291,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_ids_range(call: Call) -> None:
     """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
-    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
+    op, *_ = _OTHERS.get(call.activation, ("swiglu_stats",))
     first_response = next(iter(call.responses.values()), None)
     for name, ids, low, size, origin in (
         ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),

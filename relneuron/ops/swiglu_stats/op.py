@@ -186,7 +186,7 @@ def run_checked(
     backend: str,
     only_stats: bool = False,
 ) -> Tensor | None:
-    """Check the arguments and run the op that torch sees; `residual_stats` enters here, too.
+    """Check the arguments and run the op that torch sees; its kin enter here, too.
 
     Returns h, or None with `only_stats`.
     """
