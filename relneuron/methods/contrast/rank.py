@@ -102,7 +102,7 @@ def identify_contrast(
     refuse_output(output, "identify", force)
     path = folder / NAME
     described, manifest = Manifest(folder).data, Manifest(output.parent)
-    contrast, model = _read(folder, described)
+    contrast, model = read_contrast(folder, described)
     there, able = _able(model, options)
     inputs: Json = {
         "digests": {NAME: sha256(path)} | {name: sha256(p) for name, p in _beside(options)},
@@ -179,7 +179,7 @@ def _beside(options: ContrastOptions) -> list[tuple[str, Path]]:
 # --- what is ranked --------------------------------------------------------------------------
 
 
-def _read(folder: Path, described: Json) -> tuple[Contrast, Json]:
+def read_contrast(folder: Path, described: Json) -> tuple[Contrast, Json]:
     """The contrast, which must be as it was written and fit the model; and the model."""
     path = require(checked(folder / NAME), MADE_BY)
     model = described.get("model")
@@ -202,18 +202,12 @@ def _read(folder: Path, described: Json) -> tuple[Contrast, Json]:
 def _able(model: Json, options: ContrastOptions) -> tuple[Array, Array]:
     """(L, F) bool: the neurons that there are, and those of them that may be ranked."""
     order = Shape.of(model)
-    unknown = [layer for layer in options.without_layers if not 0 <= layer < order.layers]
-    if unknown:
-        raise RelneuronError(
-            f"--without-layers {unknown[0]}: there are the layers 0 to {order.layers - 1}",
-            "layers count from zero",
-            2,
-        )
     there = np.zeros((order.layers, order.widths["gate"]), bool)
     for layer in range(order.layers):
         there[layer, : order.width(layer, "gate")] = True
-    able = there.copy()
-    able[list(options.without_layers)] = False
+    kept = kept_layers(order.layers, options.without_layers)
+    able = np.zeros_like(there)
+    able[kept] = there[kept]
     for name, path in _beside(options):
         neurons = NeuronFile.read(checked(path))
         neurons.check_model(model)
@@ -223,10 +217,23 @@ def _able(model: Json, options: ContrastOptions) -> tuple[Array, Array]:
                 named[layer, index] |= site in ("gate", "up")
         able &= named if name == "within" else ~named
     if not able.any():
-        raise RelneuronError(
-            "no neuron is left to rank", "leave out --without-layers, --within or --without", 2
-        )
+        raise RelneuronError("no neuron is left to rank", "leave out --within or --without", 2)
     return there, able
+
+
+def kept_layers(n_layers: int, without: Sequence[int]) -> list[int]:
+    """The layers that are not left out, of which there must be one."""
+    wrong = [layer for layer in without if not 0 <= layer < n_layers]
+    if wrong:
+        raise RelneuronError(
+            f"--without-layers {wrong[0]}: there are the layers 0 to {n_layers - 1}",
+            "layers count from zero",
+            2,
+        )
+    kept = [layer for layer in range(n_layers) if layer not in without]
+    if not kept:
+        raise RelneuronError("--without-layers leaves no layer", "leave out fewer", 2)
+    return kept
 
 
 def _ranked(

@@ -150,12 +150,15 @@ def refused(folder: Path, match: str, **asked: Any) -> RelneuronError:
 
 def test_what_cannot_be_ranked_is_refused(e3: Path) -> None:
     assert "layers 0 to 1" in refused(e3, "--without-layers 2", without_layers=(2,)).cause
-    refused(e3, "no neuron is left to rank", without_layers=(0, 1))
+    refused(e3, "--without-layers leaves no layer", without_layers=(0, 1))
     refused(e3, "--from-rank 6, but 6 neurons", from_rank=6)
     refused(e3, "--rate 0.05 of 6 neurons is none")
     assert "its groups are all" in refused(e3, "no group 'b'", groups=("b",)).fix
     refused(e3, "names twice", groups=("all", "all"))
     other = e3.parent / "other.json"
+    shape = {"layers": 2, "width": 3, "hidden": 2}
+    NeuronFile(shape, "ap", {"p": []}, {}).write(other)
+    refused(e3, "no neuron is left to rank", within=other, top=1)
     NeuronFile({"layers": 5, "width": 3, "hidden": 2}, "ap", {"p": []}, {}).write(other)
     refused(e3, "of a model of shape", within=other, top=1)
 
