@@ -117,6 +117,11 @@ IDENTIFY = ["identify", "d", "-o", "n.json", "--method"]
 EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
+JUDGED = (
+    *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
+    *(("--dtype", "float16"), ("--device", "cuda")),
+)
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
@@ -172,6 +177,10 @@ STRAY: list[tuple[list[str], str, str]] = [
     ([*ABLATE, "--scale-at", "output"], "--scale-at", "with --mode scale"),
     (["prompts", "f", "-o", "p.jsonl", "--choose-from", "5"], "--choose-from", "with --choices"),
     *(([*EDIT, option, value], option, "with --to") for option, value in EDITS),
+    *(
+        ([*EFFECT, option, value], option, "with a classifier as --cost")
+        for option, value in JUDGED
+    ),
     (
         [*IDENTIFY, "knowledge_neurons", "--stepped", "--share", "0.9"],
         "--share",
