@@ -33,11 +33,12 @@ ROOMS = {
     "methods.counts": _STUDY,
     "methods.gains": _STUDY,
     "methods.gradients": _STUDY,
+    "methods.contrast": _STUDY,
     "bench": {"ops", "testing", "artifact"},
     "demo": {"artifact", "texts", "model"},
     "cli": _STUDY
     | {"bench", "demo", "methods", "methods.responses", "methods.counts"}
-    | {"methods.gains", "methods.gradients"},
+    | {"methods.gains", "methods.gradients", "methods.contrast"},
 }
 
 
