@@ -1,6 +1,6 @@
 """What `ablate`, `nll` and `generate` are asked for: which neurons are off, and how it is measured.
 
-The stages, their commands and cli/run.py take these options.
+The stages, their commands and study/run.py take these options.
 """
 
 from __future__ import annotations
