@@ -1,6 +1,6 @@
 """What `ablate`, `nll`, `generate` and `effect` are asked for: what is off, and what is measured.
 
-The stages, their commands and cli/run.py take these options.
+The stages, their commands and study/run.py take these options.
 """
 
 from __future__ import annotations
