@@ -276,6 +276,10 @@ CASES = {
         " --set en",
         ("counts/counts.safetensors",),
     ),
+    "effect": Case(
+        "effect said.jsonl -o out/e.csv --cost costs.csv:cost",
+        given=("said.jsonl", "costs.csv"),
+    ),
     "generate, unfinished": Case(
         "generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
         f" {CONTINUE} --off en,zh --batch-tokens 8",
@@ -357,6 +361,12 @@ def _write_tables(root: Path) -> None:
     (root / "table.jsonl").write_text("".join(lines))
     (root / "prompts.jsonl").write_text("".join(lines[:2]))
     (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\n")
+    masks = [(mask, key) for mask in ("clean", "donor", "en") for key in "pq"]
+    said = [{"mask": m, "set": "", "id": k, "prompt": k, "output": m * 2} for m, k in masks]
+    more = {"n_tokens": 2, "stopped": "eos"}
+    (root / "said.jsonl").write_text("".join(json.dumps(one | more) + "\n" for one in said))
+    costs = [f"{m},{k},{len(m)}\n" for m, k in masks]
+    (root / "costs.csv").write_text("".join(["mask,id,cost\n", *costs]))
 
 
 def _write_concepts(folder: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.contrast import DIFFERENCE, A, B, Contrast
+from relneuron.artifact.contrast import DIFFERENCE, NAME, A, B, Contrast
+from relneuron.artifact.manifest import Manifest
 
 Array = np.ndarray[Any, Any]
 
@@ -50,3 +52,18 @@ def contrast_of(groups: Mapping[str, tuple[Array, Array]]) -> Contrast:
                 arrays.setdefault(f"{name}.{site}", []).append(array)
     tokens = np.array([len(first) for first, _ in groups.values()], np.int64)
     return Contrast(list(groups), tokens, {name: np.stack(own) for name, own in arrays.items()})
+
+
+def write_contrast(
+    folder: Path, groups: Mapping[str, tuple[Array, Array]] | None = None, **facts: Any
+) -> Path:
+    """A folder as the stage `contrast` leaves it, of arrays; by default E3 in one group."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contrast = contrast_of(groups or {"all": (M1, M2)})
+    contrast.write(folder / NAME)
+    n_layers, width = contrast.rms().shape
+    model = {"id": "first", "layers": n_layers, "width": width, "hidden": 2}
+    manifest = Manifest(folder)
+    manifest.describe(**({"model": model, "groups": contrast.groups} | facts))
+    manifest.finish("contrast", {"prompts": "x"}, [folder / NAME], reads=[])
+    return folder
