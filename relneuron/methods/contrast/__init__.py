@@ -21,4 +21,5 @@ METHOD = Method(
             run=f"{_HERE}.rank:rank",
         ),
     ),
+    page=f"{_HERE}.study:PAGE",
 )
