@@ -16,6 +16,8 @@ NAME = "contrast.safetensors"
 A, B, DIFFERENCE = "a", "b", "difference"
 SITES = (A, B, DIFFERENCE)
 RMS = "rms"
+# Stages of other kinds of study, in whose folder no contrast is begun.
+APART = ("prompts", "record", "attribute", "count")
 MADE_BY = "contrast MODEL_A MODEL_B PROMPTS -o DIR"
 
 

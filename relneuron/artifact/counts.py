@@ -21,8 +21,8 @@ from relneuron.artifact.reading import open_tensors
 NAME = "counts.safetensors"
 RAN, ROUTED, WEIGHT = "tokens.layer", "tokens.expert", "weight.expert"
 BESIDE: dict[str, Any] = {RAN: np.int64, ROUTED: np.int64, WEIGHT: np.float64}
-# Stages of a study of relations, in whose folder no counts are begun.
-APART = ("prompts", "record", "attribute")
+# Stages of other kinds of study, in whose folder no counts are begun.
+APART = ("prompts", "record", "attribute", "contrast")
 SITES = ("gate", "up", "act", "product", "down")
 # What each statistic is made of, and with which value a group that was never seen begins.
 DTYPES = {"count": np.int64, "sum": np.float64, "sum_sq": np.float64, "max": np.float32}

@@ -39,10 +39,10 @@ def count(
     on where it stopped. Under torchrun several processes share the work, each with the whole
     model, or with a part of it (--tensor-parallel-size).
     """
-    from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
     from relneuron.model.load import load
+    from relneuron.model.ranks import local_device
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)
