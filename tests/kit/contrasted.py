@@ -14,7 +14,7 @@ from relneuron.ablation.outputs import Generated, lines_bytes
 from relneuron.artifact.contrast import DIFFERENCE, NAME, A, B, Contrast
 from relneuron.artifact.files import csv_bytes
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.contrast.choices import ContrastOptions
+from relneuron.methods.contrast.choices import ChangeOptions
 from relneuron.methods.contrast.rank import identify_contrast
 
 Array = np.ndarray[Any, Any]
@@ -104,7 +104,7 @@ def write_contrast_study(
         pairs[name] = a, (a + scale * rng.normal(size=a.shape)).astype(np.float32)
     shape = {"id": model, "layers": layers, "width": width, "hidden": 16}
     write_contrast(folder, pairs, model=shape, model_b=shape | {"id": f"{model} b"})
-    options = ContrastOptions(sizes=tuple(sizes), by_group=by_group)
+    options = ChangeOptions(sizes=tuple(sizes), by_group=by_group)
     sets = identify_contrast(folder, folder / "neurons.json", options, force=True).sets
     if manifest is not None:
         path = folder / "manifest.json"
