@@ -10,10 +10,10 @@ import pytest
 from relneuron.artifact.contrast import NAME, Contrast
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.cli.pages import PAGES, titles
 from relneuron.methods.contrast.study import PAGE, read_contrast_study
 from relneuron.methods.contrast.tables import contrast_tables, gini
 from relneuron.report.page import kind_of, make_page, render
+from relneuron.study.pages import PAGES, titles
 from tests.kit.contrasted import M1, M2, write_contrast, write_contrast_study
 from tests.kit.pages import tables_of, text_of
 
