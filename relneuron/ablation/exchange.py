@@ -167,15 +167,17 @@ def from_donor(
 ) -> tuple[FromDonor, Json]:
     """The source of a donor's values, and what a manifest says of the donor.
 
-    Raises RelneuronError where there is no donor, or one that does not fit the model.
+    Raises RelneuronError without a donor or its name, and for one that does not fit the model.
     """
-    if donor is None:
+    if donor is None or name is None:
         raise RelneuronError(
-            "--mode patch has no model that gives values", "give donor_model=MODEL", 2
+            "a mode patch, the name of a donor and the donor itself belong together",
+            "give mode='patch', donor=NAME and donor_model=MODEL",
+            2,
         )
     donor_parts = find_for(donor, neurons, None)
     check_pair(model, donor, parts, donor_parts)
-    described = describe_model(name or "donor", donor, donor_parts, backend)
+    described = describe_model(name, donor, donor_parts, backend)
     return FromDonor(model, donor, donor_parts, backend), described
 
 

@@ -34,7 +34,7 @@ from relneuron.ablation.exchange import (
 )
 from relneuron.ablation.measures import find_measure
 from relneuron.ablation.noise import FromNoise, prompt_key
-from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions, check_donor
+from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
 from relneuron.ablation.outputs import (
     SCORES,
     Generated,
@@ -288,13 +288,11 @@ def read_source(
 
     `folder` has the stored moments, `donor` is the other model.
     """
-    if donor is not None and options.mode != "patch":
-        check_donor("donor", options.mode)
-    if options.mode == "zero":
-        return None, {}
-    if options.mode == "patch":
+    if options.donor is not None or donor is not None:
         source, described = from_donor(options.donor, donor, model, mlps, neurons, backend)
         return source, {"donor": same_model(described)}
+    if options.mode == "zero":
+        return None, {}
     path, moments = stored_moments(folder, model_shape(mlps))
     inputs = {"moments": sha256(path)}
     if options.mode == "mean":

@@ -18,10 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from relneuron.ablation.continuer import Continuer
 from relneuron.ablation.exchange import FromDonor, Rows, exchanged_states
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import GenerateOptions
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
+from relneuron.model.exchange import Put
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
@@ -54,7 +58,7 @@ def pair(model_folder: Path) -> Iterator[tuple[Any, Any, Any]]:
 def sets() -> dict[str, list[tuple[int, str, int, float]]]:
     rng = np.random.default_rng(0)
     found = {}
-    for name, n in (("few", 20), ("many", 60)):
+    for name, n in (("few", 20), ("many", 40)):
         chosen = sorted(rng.choice(LAYERS * WIDTH, n, replace=False).tolist())
         found[name] = [(c // WIDTH, "gate", c % WIDTH, 0.5) for c in chosen]
     found["few"][3] = (found["few"][3][0], "up", *found["few"][3][2:])
@@ -229,7 +233,7 @@ def mlp_of(module: Gated) -> Any:
 
 def test_vector_e3() -> None:
     """methods 3(h): the patched outputs of an MLP of three neurons."""
-    from relneuron.model.exchange import Put, Take
+    from relneuron.model.exchange import Take
     from relneuron.model.states import LayerState
 
     x = torch.tensor([[[1.0, -0.5]]])
@@ -249,3 +253,222 @@ def test_vector_e3() -> None:
         ):
             found = a(x)[0, 0]
         assert torch.allclose(found, torch.tensor([0.36552929, -0.10039086]), atol=1e-7)
+
+
+# --- what decides the text -------------------------------------------------------------------
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(pair: Any, study: Path) -> None:
+    lines = (study / "p.jsonl").read_text().splitlines()
+    (study / "p.jsonl").write_text("\n".join(lines[::6]) + "\n")
+    asked = {"temperature": 0.9, "seeds": 2, "max_new_tokens": 5}
+    made = ours(pair, study, off=("clean", "few", "donor"), **asked)
+    assert len({g.output for g in made}) > len(lines[::6])
+    alone = ours(pair, study, "alone.jsonl", off=("few",), batch_tokens=1, **asked)
+    assert alone == made[len(alone) : 2 * len(alone)]
+
+
+def test_rows_that_ended_leave_both_caches(
+    pair: Any, study: Path, sets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import DynamicCache
+
+    left: list[int] = []
+    true = DynamicCache.batch_select_indices
+
+    def select(self: Any, rows: Tensor) -> None:
+        left.append(len(rows))
+        true(self, rows)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", select)
+    made = ours(pair, study, off=("few",), stop=("a", "e"))
+    assert left[::2] == left[1::2] == sorted(left[::2], reverse=True) and len(left) > 2
+    monkeypatch.undo()
+    owner = next(c for c in DynamicCache.__mro__ if "batch_select_indices" in vars(c))
+    monkeypatch.delattr(owner, "batch_select_indices")
+    assert ours(pair, study, "whole.jsonl", off=("few",), stop=("a", "e")) == made
+
+
+def test_a_killed_run_goes_on_and_with_another_donor_begins_again(
+    pair: Any, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _, tokenizer = pair
+    asked = {"off": ("few", "donor"), "batch_tokens": 300, "max_new_tokens": 3}
+    monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
+    true, calls, last = Continuer.go_on, 0, 0
+
+    def dies(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        return true(self, *args)
+
+    monkeypatch.setattr(Continuer, "go_on", dies)
+    whole = ours(pair, study, "whole.jsonl", **asked)
+    n_batches, calls, last = calls, 0, 3
+    with pytest.raises(KeyboardInterrupt):
+        ours(pair, study, **asked)
+    kept, last = (study / "o.jsonl.journal").read_bytes(), 0
+    assert ours(pair, study, **asked) == whole
+    assert calls == n_batches + 1 > 4  # that of the batch that was under way
+    (study / "o.jsonl").unlink()
+    (study / "o.jsonl.journal").write_bytes(kept)
+    other = (a, shaken(a, 0.1, 9), tokenizer)
+    with pytest.warns(match=r"other inputs .inputs\.donor\.digest: .* is done again"):
+        made = ours(other, study, **asked)
+    assert made == ours(other, study, "other.jsonl", **asked) != whole
+
+
+def test_random_sets_have_as_many_other_neurons_of_each_layer(
+    pair: Any, study: Path, sets: Any
+) -> None:
+    from relneuron.ablation.conditions import other_places
+    from relneuron.artifact.neurons import Shape
+
+    order = Shape.of(SHAPE)
+    own = by_layer(sets["few"])
+    drawn = [
+        by_layer(order.neurons(other_places(order.places(sets["few"]), SHAPE, seed, "few",
+                                            products=True)))
+        for seed in range(4)
+    ]  # fmt: skip
+    assert len({str(one) for one in drawn}) == 4
+    for one in drawn:
+        assert {layer: len(some) for layer, some in one.items()} == {
+            layer: len(some) for layer, some in own.items()
+        }
+        assert not any({*some} & {*own[layer]} for layer, some in one.items())
+    asked = {"random_seeds": 2, "max_new_tokens": 4}
+    made = ours(pair, study, off=("clean", "few"), **asked)
+    masks = list(dict.fromkeys(g.mask for g in made))
+    assert masks == ["clean", "few", "random.0", "random.1"]
+    # It is the set that the random neurons make.
+    path = study / "neurons.json"
+    data = json.loads(path.read_text())
+    data["sets"]["other"] = [
+        [layer, "gate", index, 0.0] for layer, some in drawn[1].items() for index in some
+    ]
+    path.write_text(json.dumps(data))
+    again = ours(pair, study, "r.jsonl", off=("other",), max_new_tokens=4)
+    assert [g[1:] for g in again] == [g[1:] for g in made[120:]]
+    made = ours(pair, study, "s.jsonl", off=("few", "many"), random_seeds=1, max_new_tokens=1)
+    masks = list(dict.fromkeys(g.mask for g in made))
+    assert masks == ["few", "random.0.few", "many", "random.0.many"]
+    with pytest.raises(RelneuronError, match="not as many others for a random set"):
+        ours(pair, study, "t.jsonl", off=("all",), random_seeds=1)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "cause"),
+    [
+        ({"mode": "zero"}, "--from and --mode patch belong together"),
+        ({"donor": None}, "--from and --mode patch belong together"),
+        ({"off": ("clean",)}, "--mode patch changes nothing of the model itself"),
+        ({"set_to": "few"}, "beside --set or --module-sets"),
+        ({"off": ("de",)}, "no set 'de'"),
+        ({"off": ("donor",), "mode": "zero", "donor": None}, "no set 'donor'"),
+        ({"off": ("down",)}, "has the neuron L0.down.3, which is no input of down"),
+        ({"off": ("few",), "mode": "mean", "donor": None}, "counts.safetensors does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(
+    pair: Any, study: Path, asked: dict[str, Any], cause: str
+) -> None:
+    data = json.loads((study / "neurons.json").read_text())
+    data["sets"]["down"] = [[0, "down", 3, 0.1]]
+    (study / "neurons.json").write_text(json.dumps(data))
+    before = {path.name for path in study.iterdir()}
+    with pytest.raises(RelneuronError, match=cause) as caught:
+        ours(pair, study, **{"off": ("few",), **asked})
+    assert "\n" not in caught.value.cause + caught.value.fix
+    assert {path.name for path in study.iterdir()} == before
+
+
+def test_models_that_do_not_fit_together(pair: Any, study: Path) -> None:
+    a, _, tokenizer = pair
+    other = model_of("llama", vocab_size=99, num_hidden_layers=2, intermediate_size=40)
+    with pytest.raises(RelneuronError, match="width 48 and 40, tokens .* and 99"):
+        ours((a, other, tokenizer), study, off=("few",))
+    with pytest.raises(RelneuronError, match="belong together"):
+        ours((a, None, tokenizer), study, off=("few",))
+
+
+def test_a_patch_that_puts_nothing_there_is_found(
+    pair: Any, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Put, "__call__", lambda self, h, tokens, shape: h)
+    with pytest.raises(RelneuronError, match="other products in every MLP did not change"):
+        ours(pair, study, off=("few",))
+    assert not (study / "o.jsonl").exists()
+
+
+# --- questions with one answer ---------------------------------------------------------------
+
+
+def test_ablate_answers_with_another_models_values(
+    pair: Any, fact_folder: Path, tmp_path: Path
+) -> None:
+    """Predictions of two greedy tokens are those of the plain loop, under every condition."""
+    from relneuron.ablation.ablate import ablate_prompts
+    from relneuron.artifact.manifest import Manifest
+    from relneuron.artifact.prompts import read_prompts
+    from relneuron.texts.options import PromptsOptions
+    from relneuron.texts.prompts import write_prompts
+    from tests.kit.files import read_rows
+
+    a, b, tokenizer = pair
+    write_prompts(fact_folder, tmp_path / "prompts.jsonl", PromptsOptions(eva=4))
+    rng, sets = np.random.default_rng(3), {}
+    for name in ("likes_fruit", "lives_in", "works_as"):
+        chosen = sorted(rng.choice(LAYERS * WIDTH, 40, replace=False).tolist())
+        sets[name] = [(c // WIDTH, "gate", c % WIDTH, 0.5) for c in chosen]
+    neurons = tmp_path / "neurons.json"
+    NeuronFile({"id": "m", **SHAPE}, "contrast", sets, {}).write(neurons)
+
+    def asked(other: Any, folder: Path, **asked: Any) -> list[dict[str, str]]:
+        files = (neurons, tmp_path / "prompts.jsonl", folder / "effects.csv")
+        given = {"mode": "patch", "donor": "b", "random_seeds": 2, "splits": ("eva",)} | asked
+        ablate_prompts("m", a, tokenizer, *files, donor_model=other, quiet=True, **given)
+        return read_rows(folder / "effects.csv")
+
+    rows = asked(b, tmp_path / "one")
+    conditions = read_rows(tmp_path / "one" / "conditions.csv")
+    assert [c["condition"] for c in conditions] == ["clean", *sets, "random.0", "random.1"]
+    assert {c["n_neurons"] for c in conditions} == {"0", "40"}
+    prompts = {p.id: p.prompt for p in read_prompts(tmp_path / "prompts.jsonl")}
+    maps = (downs(a), downs(b))
+
+    def said(chosen: Any, prompt: str) -> str:
+        ids = tokenizer(prompt)["input_ids"]
+        made = patched_loop(a, b, maps, chosen, ids, penalised(1.0), 2, [tokenizer.eos_token_id])
+        return str(tokenizer.decode(made, skip_special_tokens=True)).strip().rstrip("\ufffd")
+
+    checked = [row for row in rows if row["condition"] in ("clean", "lives_in")]
+    for row in checked[::2]:
+        chosen = by_layer(sets.get(row["condition"], []))
+        assert row["prediction"] == said(chosen, prompts[row["id"]]), row
+    clean, own = (
+        [row["prediction"] for row in rows if row["condition"] == name]
+        for name in ("clean", "lives_in")
+    )
+    assert clean != own
+    entry = Manifest(tmp_path / "one").data["stages"]["ablate"]
+    words = [word for part in entry["commands"] for word in part]
+    assert words[words.index("--from") + 1] == "b" and "patch" in words
+    assert entry["inputs"]["donor"]["digest"] != Manifest(tmp_path / "one").data["model"]["digest"]
+    # At the prompt's tokens only, and of a model that is the same: nothing changes.
+    same = asked(copy.deepcopy(a), tmp_path / "same", positions="prompt", generate=3)
+    found = {name: [r["prediction"] for r in same if r["condition"] == name] for name in sets}
+    assert {str(some) for some in found.values()} == {
+        str([r["prediction"] for r in same if r["condition"] == "clean"])
+    }
+    with pytest.raises(RelneuronError, match="belong together"):
+        asked(b, tmp_path / "no", mode="zero", donor=None)
+    with pytest.raises(RelneuronError, match="other inputs: donor.digest"):
+        Manifest(tmp_path / "one").is_done(
+            "ablate", entry["inputs"] | {"donor": entry["inputs"]["donor"] | {"digest": "x"}}
+        )
