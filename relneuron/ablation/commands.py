@@ -1,4 +1,4 @@
-"""The commands that switch sets of neurons off: ablate, nll, generate."""
+"""The commands that switch sets of neurons off: ablate, nll, generate; effect of what was said."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
+from relneuron.ablation.options import AblateOptions, EffectOptions, GenerateOptions, NllOptions
 from relneuron.artifact.files import check_folder, require
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
@@ -211,3 +211,18 @@ def generate(
     if options.measure:
         yield score_table(made, options.measure)
     yield f"{len(made):,} outputs -> {output}"
+
+
+def effect(
+    outputs: Annotated[Path, Argument("OUTPUTS", "The .jsonl of generate --from.")],
+    output: Output,
+    options: EffectOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """How much of the donor's change of a cost patched neurons cause: effect.csv."""
+    from relneuron.ablation.effect import effect as effect_stage
+    from relneuron.ablation.effect import effect_table
+
+    yield effect_table(effect_stage(outputs, output, options, force=force, quiet=quiet))
+    yield f"-> {output}"

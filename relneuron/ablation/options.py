@@ -1,6 +1,6 @@
-"""What `ablate`, `nll` and `generate` are asked for: which neurons are off, and how it is measured.
+"""What `ablate`, `nll`, `generate` and `effect` are asked for: what is off, and what is measured.
 
-The stages, their commands and cli/run.py take these options.
+The stages, their commands and study/run.py take these options.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Only, OomOptions, escaped, option, unescaped
+from relneuron.artifact.options import (
+    LoadOptions,
+    Only,
+    OomOptions,
+    Options,
+    escaped,
+    like,
+    option,
+    unescaped,
+)
 from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import PackingOptions
 
@@ -307,3 +316,50 @@ class GenerateOptions(OomOptions):
     def n_seeds(self) -> int:
         """How often a prompt is asked: greedy text is the same with every seed."""
         return self.seeds if self.temperature is not None else 1
+
+
+OUTPUT = "{output}"
+_CLASSIFIER = Only("with a classifier as --cost", lambda o: Path(o.cost).is_dir())
+
+
+@dataclass(frozen=True)
+class EffectOptions(Options):
+    """What an output costs, whoever says it."""
+
+    cost: str = option(
+        "",
+        "What an output costs: FILE.csv:COLUMN (a row by mask and id, and seed if there are "
+        "several), a folder with a classifier of texts, or a function of a prompt and an output "
+        "as module:function.",
+    )
+    label: str | None = option(
+        None, "Which of the classifier's logits is the cost: a name or a number.", only=_CLASSIFIER
+    )
+    template: str | None = option(
+        None,
+        "What the classifier reads, such as 'USER: {prompt} ASSISTANT: {output}'; default: the "
+        "prompt and the output behind it.",
+        read=unescaped,
+        show=escaped,
+        only=_CLASSIFIER,
+    )
+    batch_tokens: int = option(
+        8192, "Tokens of a batch, padding included.", least=1, only=_CLASSIFIER
+    )
+    dtype: str | None = like(LoadOptions, "dtype", only=_CLASSIFIER)
+    device: str | None = like(LoadOptions, "device", only=_CLASSIFIER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cost:
+            raise RelneuronError(
+                "--cost does not say what an output costs",
+                "give FILE.csv:COLUMN, a classifier's folder, or module:function",
+                2,
+            )
+        if self.template is not None and self.template.count(OUTPUT) != 1:
+            raise RelneuronError(
+                f"the template {self.template!r} does not have {OUTPUT} once",
+                f"use 'USER: {{prompt}} ASSISTANT: {OUTPUT}', say",
+                2,
+            )
