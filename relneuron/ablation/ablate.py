@@ -62,6 +62,7 @@ from relneuron.model.converse import Step
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pair import Pair
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
@@ -105,7 +106,7 @@ def ablate_prompts(
     prompts_path: Path,
     output: Path,
     *,
-    donor_model: Any = None,
+    pair: Pair | None = None,
     processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -116,12 +117,13 @@ def ablate_prompts(
 
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
-    2502.17355, section 3.3). With the mode `patch` their products become those of `donor_model`,
-    which reads the same tokens; `donor` is its name. `logprob` is the log-probability in nats of
-    the object's first token after the prompt, with the space before it (`predict.Answers`): of
-    several right objects the most probable one's, named by `logprob_of`. `given` is the one that
-    the prediction gives, if it is right; `choice`, where prompts have options, the most probable of
-    these. `output` is .csv or .parquet; the files in `BESIDE` stand in its folder.
+    2502.17355, section 3.3). With the mode `patch` their products become those of the other model
+    of `pair`, which reads the same tokens; `donor` is its name, and `model` is `pair.a`. `logprob`
+    is the log-probability in nats of the object's first token after the prompt, with the space
+    before it (`predict.Answers`): of several right objects the most probable one's, named by
+    `logprob_of`. `given` is the one that the prediction gives, if it is right; `choice`, where
+    prompts have options, the most probable of these. `output` is .csv or .parquet; the files in
+    `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -139,10 +141,10 @@ def ablate_prompts(
             2,
         )
     check_positions(options.positions, neurons, prompts)
-    mlps = find_for(model, neurons, processor)
+    mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    described = describe_model(name, model, mlps, backend)
+    described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     Manifest(output.parent).check_model(described)
     sets, doubles = read_sets(neurons, shape)
     known = rows_about(everything)
@@ -182,9 +184,8 @@ def ablate_prompts(
         unrelated=options.unrelated,
         products=options.mode == "patch",
     )
-    source, of_donor = None, None
-    if options.donor is not None or donor_model is not None:
-        source, of_donor = from_donor(options.donor, donor_model, model, mlps, neurons, backend)
+    exchanged = from_donor(pair, options.donor, options.mode)
+    if exchanged:
         check_products(plan, mlps, prompts, options.mode)
     n_tokens = options.generate or N_ANSWER_TOKENS
     questions = encode(tokenizer, model, prompts, n_tokens=n_tokens, processor=processor)
@@ -209,14 +210,14 @@ def ablate_prompts(
     how = read_how(
         *(options, plan, responses, everything, shape),
         by_product=by_product(neurons),
-        source=source,
+        exchanged=exchanged,
     )
-    asker = Asker(source.model if source else model, tokenizer)
+    asker = Asker(exchanged or model, tokenizer)
     first_prompt = first_inputs(questions, asker.pad)
     check_canary(model, mlps, first_prompt, backend)
-    if source:
-        check_exchange(model, mlps, first_prompt, backend)
-    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, of_donor)
+    if exchanged:
+        check_exchange(model, exchanged.mlps, first_prompt)
+    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, pair)
     inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
     with locked(output.parent):

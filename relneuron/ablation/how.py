@@ -13,7 +13,6 @@ import numpy as np
 
 from relneuron.ablation.conditions import Ablation, Places, read_sets, scores_beside
 from relneuron.ablation.evaluate import How
-from relneuron.ablation.exchange import Source
 from relneuron.ablation.expertise import forced_values
 from relneuron.ablation.options import FORCED, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import Json, RelneuronError, sha256
@@ -21,7 +20,9 @@ from relneuron.artifact.manifest import checked, same_model
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
+from relneuron.model.exchange import Exchanged
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.pair import Pair
 
 # Sets found in another way, beside the neurons, and the analysis that compares them.
 SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
@@ -92,7 +93,7 @@ def ablate_inputs(
     neurons: Path,
     prompts: Path,
     options: AblateOptions,
-    donor: Json | None = None,
+    pair: Pair | None = None,
 ) -> Json:
     """What the stage depends on, for the manifest; of the donor not by which name it was given."""
     beside = files_beside(neurons, prompts, options)
@@ -103,7 +104,7 @@ def ablate_inputs(
         "prompts": sha256(prompts),
         "beside": {name: sha256(path) for name, path in beside.items()},
         **options.recorded(),
-        "donor": same_model(donor) if donor else None,
+        "donor": same_model(pair.described[1]) if pair else None,
     }
 
 
@@ -134,16 +135,16 @@ def read_how(
     shape: Mapping[str, int],
     *,
     by_product: bool = False,
-    source: Source | None = None,
+    exchanged: Exchanged | None = None,
 ) -> How:
     """What happens to the neurons of each condition; values come from recorded responses.
 
     `by_product`: whether the neurons were found by the gradient of their product (`by_product`).
-    `source`: where another model's values come from, with the mode `patch`.
+    `exchanged`: the model with another model's values, with the mode `patch`.
     """
     if options.mode not in FROM_RESPONSES:
         at = options.scale_at or ("product" if by_product else "output")
-        return How(options.mode, options.factor or 0.0, at == "product", source=source)
+        return How(options.mode, options.factor or 0.0, at == "product", model=exchanged)
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mode in FORCED:
         found = forced_values(responses.parent, options.mode, shape)
