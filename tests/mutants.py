@@ -380,7 +380,7 @@ MUTANTS = {
     "artifact.neurons: every seed draws the same neurons": Mutant(
         "relneuron.random.{seed}",
         "relneuron.random.",
-        "cli/test_run.py::test_random_sets_are_as_large_and_all_differ",
+        "study/test_run.py::test_random_sets_are_as_large_and_all_differ",
     ),
     "artifact.manifest: a stage stays done when a file it read is another": Mutant(
         'name not in files or known.get(name, {}).get("sha256") != digest',

@@ -1,6 +1,6 @@
 """What `ablate`, `nll`, `generate` and `effect` are asked for: what is off, and what is measured.
 
-The stages, their commands and cli/run.py take these options.
+The stages, their commands and study/run.py take these options.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 # Modes whose values are of responses to what the set's relation was found with, or compared with,
 # and the column of expertise.csv that they are.
 FORCED = {"p50": "on_p50", "p90": "on_p90", "off_mean": "off_mean"}
-MODES = ("zero", "mean", "scale", *FORCED)
+MODES = ("zero", "mean", "scale", "patch", *FORCED)
+# Of text that goes on: what the products of a set become.
+STORED = ("mean", "noise")  # modes that need stored moments
+EXCHANGES = ("zero", "patch", *STORED)
+CLEAN, DONOR = "clean", "donor"  # the model itself, and the one that values come from
 FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
 POSITIONS = ("all", "prompt", "last")
@@ -45,9 +49,10 @@ class AblateOptions(OomOptions):
     `mean` (outputs become their mean response over the det prompts: of all relations, or with
     `mean_of` "relation" of the relation that the set belongs to), or `p50`, `p90`, `off_mean`: the
     median or 90th percentile of their responses on what the set's relation was found with, or the
-    mean on what it was compared with (random sets: of all of these). `positions`: `all` tokens,
-    those of the `prompt`, or the `last` of the prompt and all of the answer; the neutral sentences
-    have all. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    mean on what it was compared with (random sets: of all of these); or `patch`: the products
+    become those of the model `donor`, which reads the same tokens. `positions`: `all` tokens, those
+    of the `prompt`, or the `last` of the prompt and all of the answer; the neutral sentences have
+    all. `generate`: answers of so many greedy tokens, right if they begin with the object.
     `choose`: the answer is the option with the greatest log-likelihood behind the prompt, or the
     greatest one divided by the option's number of characters.
     """
@@ -76,9 +81,14 @@ class AblateOptions(OomOptions):
     )
     mode: str = option(
         "zero",
-        "What a neuron's output becomes: zero, mean, scale; or of its responses p50 or p90 on the "
-        "relation's positives, off_mean on its negatives.",
+        "What a neuron's output becomes: zero, mean, scale; patch, another model's value; or of "
+        "its responses p50 or p90 on the relation's positives, off_mean on its negatives.",
         choices=MODES,
+    )
+    donor: str | None = option(
+        None,
+        "Model that reads the same tokens, whose values the neurons get with --mode patch.",
+        flag="from",
     )
     factor: float | None = option(None, "Factor of the outputs, with --mode scale.")
     scale_at: str | None = option(
@@ -140,6 +150,15 @@ class AblateOptions(OomOptions):
             raise RelneuronError(
                 "--factor and --mode scale belong together", "use --mode scale --factor 0.5, say", 2
             )
+        check_donor(self.donor, self.mode)
+
+
+def check_donor(donor: str | None, mode: str) -> None:
+    """Refuse another model without the mode that takes its values, and the reverse."""
+    if (donor is not None) != (mode == "patch"):
+        raise RelneuronError(
+            "--from and --mode patch belong together", "use --mode patch --from MODEL", 2
+        )
 
 
 @dataclass(frozen=True)
@@ -156,8 +175,6 @@ class NllOptions(PackingOptions, OomOptions):
     )
 
 
-CLEAN = "clean"
-DONOR = "donor"  # the other model itself, where values of another model are put in
 STOP = ("\nQ:", "\nA:")  # arXiv 2402.16438: the next question of the model's own making
 
 
@@ -169,11 +186,49 @@ class GenerateOptions(OomOptions):
     of the output has its logit divided by `repetition_penalty` if it is positive, times it
     otherwise (arXiv 1909.05858). With a `temperature` it is sampled (`continuer.sample`), once with
     each of the seeds 0 to `seeds` - 1; a prompt's draw is the same whatever is off.
+
+    `mode` says what becomes of a set's neurons (arXiv 2406.14144): `zero`, or of their products
+    `patch`, those of the model `donor` at the same tokens, `mean`, a stored mean of them, or
+    `noise`, themselves and noise of so many stored standard deviations.
     """
 
     off: Sequence[str] = option(
         (CLEAN,),
-        "Sets to switch off, one run of the prompts each; clean is no set.",
+        "Sets to switch off, or what --mode says, one run of the prompts each; clean is no set, "
+        "and donor the model of --from itself.",
+    )
+    mode: str = option(
+        "zero",
+        "What the sets' neurons become: zero; patch, their value in another model that reads the "
+        "same text; mean, their stored mean; noise, themselves and noise.",
+        choices=EXCHANGES,
+    )
+    donor: str | None = option(
+        None, "Model whose values the neurons get, with --mode patch.", flag="from"
+    )
+    moments: Path | None = option(
+        None,
+        "Folder with the means of --mode mean and the deviations of --mode noise: counts of the "
+        "site product, made with --moments; default: that of the neurons.",
+        only=Only("with --mode mean or noise", lambda o: o.mode in STORED),
+    )
+    noise: float = option(
+        3.0,
+        "Standard deviations of the noise that is added.",
+        above=0,
+        only=Only("with --mode noise", lambda o: o.mode == "noise"),
+    )
+    noise_seed: int = option(
+        0,
+        "Seed of the noise.",
+        least=0,
+        only=Only("with --mode noise", lambda o: o.mode == "noise"),
+    )
+    random_seeds: int = option(
+        0,
+        "Number of random sets for each set of --off: as many other neurons of each layer.",
+        least=0,
+        only=Only("with a set in --off", lambda o: bool(o.sets_off)),
     )
     set_to: str | None = option(None, "Set whose neurons get their mean activation.", flag="set")
     counts: Path | None = option(
@@ -232,6 +287,7 @@ class GenerateOptions(OomOptions):
         None,
         "Read the layers of so many tokens of each output by the logit lens: entropy, top tokens.",
         least=1,
+        only=Only("without --from", lambda o: o.donor is None),
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
 
@@ -244,8 +300,29 @@ class GenerateOptions(OomOptions):
                 "leave out --module-sets, or the others",
                 2,
             )
+        check_donor(self.donor, self.mode)
+        if self.mode != "zero" and (self.module_sets or self.set_to is not None):
+            raise RelneuronError(
+                f"--mode {self.mode} says what the neurons of --off become, beside --set or "
+                "--module-sets",
+                "leave out --mode, or the others",
+                2,
+            )
+        asks_donor = self.mode == "patch" and DONOR in self.off
+        if self.mode != "zero" and not (self.sets_off or asks_donor):
+            raise RelneuronError(
+                f"--mode {self.mode} changes nothing of the model itself",
+                "name sets with --off",
+                2,
+            )
         if "" in self.stop:
             raise RelneuronError("an empty stop string ends every text", "leave it out", 2)
+
+    @property
+    def sets_off(self) -> list[str]:
+        """The sets that `off` names, each once."""
+        own = (CLEAN, "", DONOR) if self.mode == "patch" else (CLEAN, "")
+        return [name for name in dict.fromkeys(self.off) if name not in own]
 
     @property
     def n_seeds(self) -> int:

@@ -22,8 +22,8 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.options import options_of
 from relneuron.artifact.stage import command, commands, moved, placed
 from relneuron.cli import main as cli
-from relneuron.cli.run import _whole
-from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
+from relneuron.study.run import _whole
+from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines

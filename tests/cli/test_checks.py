@@ -58,6 +58,13 @@ GIVEN = {
     "unbiased": None,
     "specific": 0.5,
     "sums": "positive",
+    "rate": 0.05,
+    "sizes": "5,10",
+    "from_rank": 3,
+    "without_layers": "0",
+    "by_group": None,
+    "within": "n.json",
+    "without": "n.json",
 }
 
 
@@ -205,6 +212,12 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--top-rate",
         "without --top",
     ),
+    (
+        [*IDENTIFY, "contrast", "--top", "5", "--rate", "0.5"],
+        "--rate",
+        "without --top and --sizes",
+    ),
+    ([*IDENTIFY, "contrast", "--sizes", "5", "--top", "4"], "--top", "without --sizes"),
 ]
 
 

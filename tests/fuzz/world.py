@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from relneuron.artifact.journal import Journal
-from relneuron.methods.counts.counter import write_checkpoint
+from relneuron.model.checkpoint import write_checkpoint
 from tests.conftest import train_model, write_facts
 
 GROUPS = ("en", "zh")
@@ -404,7 +404,8 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
 
 def _die(n_blocks: int = 2) -> None:
     """Have this process end, as if it was killed, once a stage has noted some blocks."""
-    from relneuron.methods.counts import count, counter
+    from relneuron.methods.counts import count
+    from relneuron.model import checkpoint
 
     noted = 0
 
@@ -426,4 +427,4 @@ def _die(n_blocks: int = 2) -> None:
         step()
 
     Journal.add = add_and_die  # type: ignore[method-assign]
-    count.write_checkpoint = counter.write_checkpoint = write_and_die
+    count.write_checkpoint = checkpoint.write_checkpoint = write_and_die
