@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 import relneuron
+from relneuron.methods import NAMES
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "relneuron"
 # The rooms, and which of the others each may import. The rooms of the kernels and the files need
 # none; a method needs no other method.
 _STUDY = {"artifact", "model", "texts", "report", "ablation", "analyses", "ops"}
-_METHODS = {"methods", "methods.responses", "methods.counts", "methods.gains", "methods.gradients"}
+_METHODS = [f"methods.{name}" for name in NAMES]
 ROOMS = {
     "ops": {"_cpu"},
     "testing": {"ops"},
@@ -31,14 +32,11 @@ ROOMS = {
     "ablation": {"artifact", "model", "texts"},
     "analyses": {"artifact", "report"},
     "methods": {"artifact"},
-    "methods.responses": _STUDY,
-    "methods.counts": _STUDY,
-    "methods.gains": _STUDY,
-    "methods.gradients": _STUDY,
+    **dict.fromkeys(_METHODS, _STUDY),
     "bench": {"ops", "testing", "artifact"},
     "demo": {"artifact", "texts", "model"},
-    "study": _STUDY | _METHODS,
-    "cli": _STUDY | _METHODS | {"bench", "demo", "study"},
+    "study": _STUDY | {"methods", *_METHODS},
+    "cli": _STUDY | {"methods", *_METHODS, "bench", "demo", "study"},
 }
 
 

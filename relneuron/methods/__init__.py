@@ -11,7 +11,7 @@ from importlib import import_module
 
 from relneuron.artifact.stage import Attribution, Method, Ranking
 
-NAMES = ("responses", "counts", "gains", "gradients")
+NAMES = ("responses", "counts", "gains", "gradients", "contrast")
 
 
 def methods() -> list[Method]:
