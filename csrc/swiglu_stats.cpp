@@ -105,7 +105,7 @@ bool should_stream(const SwigluStatsArgs& args) {
 // Counting act > 0 alone needs no act: it is gate > 0, or gate above the pattern given here, where
 // what is above 0 can round to it: half of 2^-149 for silu, the square of 2^-75 for relu2.
 SwigluStatsArgs without_act(SwigluStatsArgs args) {
-  const bool is_known = args.activation != Activation::gelu;
+  const bool is_known = is_function(args.activation) && args.activation != Activation::gelu;
   if (args.out == nullptr && args.dtype == DType::float32 && is_known && args.n_sites == 1 &&
       args.sites[0] == site_act && args.threshold_bits == 0 && args.sum == nullptr &&
       args.n_responses == 0) {
@@ -134,7 +134,7 @@ void swiglu_stats(const SwigluStatsArgs& given, const char* isa, int n_threads) 
   const int64_t most_slots =
       std::max<int64_t>(8, std::min<int64_t>(n_slots_max, slots_bytes_max / slot_bytes));
   const Groups groups = plan_groups(args, most_slots, plan);
-  if (args.dtype != DType::float32 && args.activation != Activation::residual) {
+  if (args.dtype != DType::float32 && is_function(args.activation)) {
     plan.act_table = act_table(args.dtype, args.activation);
   }
   plan.stream = should_stream(args);

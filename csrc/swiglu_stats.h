@@ -10,8 +10,16 @@ namespace relneuron {
 // The numbers are the positions in the tuples of the same names in Python.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // `residual` is the op residual_stats: h = up + gate where kept; its one site is the gate's.
-enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, quick_gelu, tanh, residual };
-constexpr int n_activations = 8;
+// `difference` is the op pair_stats: act = gate - up in float32, only statistics, without product.
+enum class Activation : int {
+  silu, gelu, gelu_tanh, relu, relu2, quick_gelu, tanh, residual, difference
+};
+constexpr int n_activations = 9;
+
+// Whether act is a function of gate alone.
+constexpr bool is_function(Activation activation) {
+  return activation != Activation::residual && activation != Activation::difference;
+}
 enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_sites_max = 4 };
 
 // A null pointer says that the argument was not given. Strides count elements.

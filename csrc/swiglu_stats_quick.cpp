@@ -179,7 +179,7 @@ bool take_all(PyObject* const* a, Call& call, SwigluStatsArgs& args) {
     if (!matrix(arg_up, false)) return false;
     args.up = t.data;
     args.stride_ut = t.strides[0];
-  } else if (args.activation == Activation::residual) {
+  } else if (!is_function(args.activation)) {
     return false;
   }
   if (is_given(arg_out)) {

@@ -67,7 +67,10 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
   for (int r = 0; r < n_rows; ++r) {
     const Block gate = Element::load_block(rows.gate[r] + at);
     Block up = {};
-    if (needs_product || up_sums) up = Element::load_block(rows.up[r] + at);
+    constexpr bool is_difference = activation == Activation::difference;
+    if (needs_product || up_sums || (is_difference && needs_act)) {
+      up = Element::load_block(rows.up[r] + at);
+    }
     if (gate_sums) {
       for (int i = 0; i < 2; ++i) gate_sum.plane[i] += gate.plane[i];
     }
@@ -78,6 +81,8 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
       act[r] = gate;
     } else if (!needs_act) {
       continue;
+    } else if constexpr (is_difference) {
+      for (int i = 0; i < 2; ++i) act[r].plane[i] = gate.plane[i] - up.plane[i];
     } else if constexpr (Element::is_half) {
       U32 index[2];
       Element::load_indices(rows.gate[r] + at, index);
@@ -170,7 +175,8 @@ template <typename Element, Activation activation, int n_rows, Out out>
 void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int64_t f,
              int64_t begin, int64_t end, int64_t next_gate, int64_t next_up) {
   using Storage = typename Element::Storage;
-  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up];
+  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up] ||
+                        (activation == Activation::difference && task.needs_act);
   int64_t at = begin;
   for (; at + block_width <= end; at += block_width) {
     for (int r = 0; r < n_rows; ++r) {

@@ -1,8 +1,9 @@
 """relneuron: find the neurons of a language model that carry a relation, and switch them off.
 
-`instrument` and `ablate` act on a running model; `ops` are the kernels; `testing` holds another
-backend to their contract; `cli` is the command line. Names are imported when they are first used,
-so that `relneuron.ops` needs torch and nothing else, and Ctrl-C is heard before it is imported.
+`load` reads what a study left as data frames; `instrument` and `ablate` act on a running model;
+`ops` are the kernels; `testing` holds another backend to their contract; `cli` is the command line.
+Names are imported when they are first used, so that `relneuron.ops` needs torch and nothing else,
+and Ctrl-C is heard before it is imported.
 """
 
 from __future__ import annotations
@@ -17,28 +18,33 @@ if TYPE_CHECKING:
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.model.instrument import ablate, instrument
     from relneuron.model.mlps.find import find_mlps
+    from relneuron.study.folder import Study, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NeuronFile",
     "RelneuronError",
+    "Study",
     "__version__",
     "ablate",
     "ablate_prompts",
     "find_mlps",
     "instrument",
+    "load",
     "ops",
 ]
 
 _HOMES = {
     "NeuronFile": "artifact.neurons",
     "RelneuronError": "artifact.files",
+    "Study": "study.folder",
     "ablate": "model.instrument",
     "ablate_prompts": "ablation.ablate",
     "find_gated_mlps": "model.mlps.find",
     "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
+    "load": "study.folder",
 }
 
 

@@ -305,6 +305,26 @@ MUTANTS = {
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
+    "ablation.effect: numerator and denominator are of two draws": Mutant(
+        "ratios = drawn[:, number] / drawn[:, 0]",
+        "ratios = drawn[:, number] / np.roll(drawn[:, 0], 1)",
+        "ablation/test_effect.py::test_the_interval_draws_prompts_with_all_that_is_theirs",
+    ),
+    "ablation.effect: a denominator that may be 0 is hidden": Mutant(
+        "is_certain = not donor_low <= 0 <= donor_high",
+        "is_certain = bool(whole)",
+        "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
+    ),
+    "ablation.costs: a cost is that of the other seed": Mutant(
+        "if any(line.seed is not None for line in lines)",
+        "if False",
+        "ablation/test_effect.py::test_a_table_that_lacks_costs",
+    ),
+    "model.classifier: texts are filled up with a token that one ends in": Mutant(
+        "if t not in last",
+        "if t >= 0",
+        "model/test_classifier.py::test_no_pad_token_is_the_last_one_of_a_text",
+    ),
     "ablation.rows: equal logits stand before the target": Mutant(
         "rank = 1 + (logits > own).sum(1)",
         "rank = (logits >= own).sum(1)",
@@ -350,7 +370,7 @@ MUTANTS = {
     "artifact.neurons: every seed draws the same neurons": Mutant(
         "relneuron.random.{seed}",
         "relneuron.random.",
-        "cli/test_run.py::test_random_sets_are_as_large_and_all_differ",
+        "study/test_run.py::test_random_sets_are_as_large_and_all_differ",
     ),
     "artifact.manifest: a stage stays done when a file it read is another": Mutant(
         'name not in files or known.get(name, {}).get("sha256") != digest',

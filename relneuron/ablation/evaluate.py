@@ -7,6 +7,7 @@ condition with three prompts costs three rows and not a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
+from relneuron.ablation.exchange import Rows, Source, exchanged_states
+from relneuron.ablation.options import DONOR
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.batches import Budget, cut
@@ -52,19 +55,23 @@ class How:
     """What happens to the chosen neurons.
 
     `zero`: outputs become 0; `scale`: outputs times `factor`, or with `at_product` what down reads;
-    `mean`: outputs become `means`, (M,) float32 of all neurons by condition name.
+    `mean`: outputs become `means`, (M,) float32 of all neurons by condition name. With a `source`
+    the products of the neurons become what it says.
     """
 
     mode: str = "zero"
     factor: float = 0.0
     at_product: bool = False
     means: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    source: Source | None = None
 
 
 def same_ablation(plan: Sequence[Ablation], how: How) -> list[int]:
     """For each condition the first one that does just the same: it is asked for both."""
-    first: dict[tuple[bytes, int], int] = {}
-    keys = [(a.places.tobytes(), id(how.means.get(a.condition.name))) for a in plan]
+    first: dict[tuple[bytes, int, bool], int] = {}
+    values = (id(how.means.get(a.condition.name)) for a in plan)
+    donors = (a.condition.kind == DONOR for a in plan)
+    keys = zip((a.places.tobytes() for a in plan), values, donors, strict=True)
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
@@ -102,6 +109,8 @@ def wave_states(
     """Per Part, what switches off the neurons of the conditions of a wave; row 0 is clean."""
     shape = Shape.of(model_shape(mlps))
     members = [plan[i] for i in wave if i < len(plan)]
+    if how.source is not None:
+        return exchanged_states(members, mlps, how.source)
     off = np.zeros((len(members) + 1, shape.total), bool)
     for row, ablation in enumerate(members):
         off[row + 1, ablation.places] = True
@@ -177,7 +186,8 @@ class Evaluator:
             if key not in self.journal.done:
                 if wave != current:
                     states, current = wave_states(self.plan, wave, self.mlps, self.how), wave
-                with Patch(self.mlps, states, backend=self.backend) as patch:
+                beside = self.how.source.running() if self.how.source else nullcontext()
+                with Patch(self.mlps, states, backend=self.backend) as patch, beside:
                     part = partial(self._ask, patch, wave, ask, positions)
                     said = self._budget.run(batch, lambda row: lengths[row.prompt], part)
                 self.journal.add(key, said)
@@ -191,7 +201,25 @@ class Evaluator:
         """One forward's rows, or those of a few."""
         ids = torch.tensor([row.condition - wave.start + 1 for row in part], device="cpu").int()
         mark = _marker(patch, ids.to(self.asker.device), positions)
+        if self.how.source is not None:
+            mark = self._with_source(self.how.source, patch, part, mark)
         return ask([row.prompt for row in part], mark)
+
+    def _with_source(
+        self, source: Source, patch: Patch, part: list[Row], mark: Callable[[Step], None]
+    ) -> Callable[[Step], None]:
+        """`mark` that also tells the source of values what the rows of the next forward are."""
+        asked, device = [self.plan[row.condition] for row in part], self.asker.device
+        is_donor = torch.tensor([a.condition.kind == DONOR for a in asked], device=device)
+        is_chosen = torch.tensor([a.places.size > 0 for a in asked], device=device)
+
+        def mark_both(step: Step) -> None:
+            mark(step)
+            prompts = [part[row].prompt for row in step.rows.tolist()]
+            here = is_donor[step.rows], is_chosen[step.rows]
+            source.mark(Rows(prompts, *here, patch.tokens.n_needed))
+
+        return mark_both
 
 
 def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]:

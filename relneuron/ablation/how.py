@@ -1,6 +1,6 @@
 """What happens to the neurons of each condition, and what the results of `ablate` depend on.
 
-The stage and cli/run.py call it.
+The stage and study/run.py call it.
 """
 
 from __future__ import annotations

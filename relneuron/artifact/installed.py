@@ -26,6 +26,7 @@ EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
     "PIL": "pictures",
+    "peft": "adapters",
 }
 PROJECTS = {"PIL": "pillow"}  # installed by another name than they are imported by
 

@@ -26,6 +26,7 @@ from relneuron.artifact.files import (
 from relneuron.artifact.reading import read_json
 
 SCHEMA = "relneuron.study/1"
+_KINDS = {"count": "groups of text", "contrast": "two models"}  # of a study, by its stage
 
 
 def versions() -> Json:
@@ -43,6 +44,7 @@ _MANIFEST_KEYS = (
     "schema",
     "versions",
     "model",
+    "model_b",
     "dtype",
     "sites",
     "threshold",
@@ -131,7 +133,7 @@ class Manifest:
         """
         entry = self.data["stages"].get(stage)
         if entry is None and self.data["stages"].keys() & {*apart} and not force:
-            kind = "groups of text" if "count" in self.data["stages"] else "relations"
+            kind = next((k for s, k in _KINDS.items() if s in self.data["stages"]), "relations")
             raise RelneuronError(
                 f"{self.path.parent} holds a study of {kind}",
                 "use another output, or --force to forget what was identified and ablated there",
@@ -183,8 +185,8 @@ class Manifest:
         )
 
     def check_model(self, model: Json) -> None:
-        """Refuse the folder of a recorded or counted study of another model, or other weights."""
-        for stage in ("record", "count"):
+        """Refuse the folder of a study of another model, or of other weights."""
+        for stage in ("record", "count", "contrast"):
             known = self.data["stages"].get(stage, {}).get("inputs", {}).get("model") or {}
             if any(key in known and known[key] != model.get(key) for key in MODEL_KEYS):
                 raise RelneuronError(

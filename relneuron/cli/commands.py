@@ -27,8 +27,8 @@ from relneuron.artifact.options import (
 )
 from relneuron.artifact.stage import Attribution, Printed, Ranking, load
 from relneuron.cli.flags import check_only, given, taken
-from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods import attributions, rankings
+from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from relneuron.texts.options import PromptsOptions
 
 
@@ -68,8 +68,8 @@ def _study(
     force: bool,
     quiet: bool,
 ) -> Iterator[str | Printed]:
-    from relneuron.cli.run import run_study
     from relneuron.cli.show import say
+    from relneuron.study.run import run_study
 
     report = run_study(model, facts, output, options, name=name, force=force, quiet=quiet, say=say)
     yield accuracy_table(report.parent)
@@ -193,7 +193,7 @@ def identify(
 
 def report(folder: Study, output: Output, force: bool = False) -> Iterator[str]:
     """All artifacts of a study -> one HTML file that opens offline."""
-    from relneuron.cli.run import report_stage
+    from relneuron.study.run import report_stage
 
     yield f"report: {report_stage(folder, output, force=force)}"
 

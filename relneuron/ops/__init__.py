@@ -18,13 +18,15 @@ from relneuron.ops.logprob_gain.op import (
     logprob_gain_top,
     logprob_gain_vectors,
 )
-from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
+from relneuron.ops.swiglu_stats.groups import PAIR_SITES, SITES, GroupStats
 from relneuron.ops.swiglu_stats.op import swiglu_stats, swiglu_stats_only
+from relneuron.ops.swiglu_stats.pair_stats import pair_stats
 from relneuron.ops.swiglu_stats.reference import ACTIVATIONS
 from relneuron.ops.swiglu_stats.residual import residual_stats
 
 __all__ = [
     "ACTIVATIONS",
+    "PAIR_SITES",
     "SITES",
     "BackendStatus",
     "GainLayer",
@@ -35,6 +37,7 @@ __all__ = [
     "logprob_gain",
     "logprob_gain_top",
     "logprob_gain_vectors",
+    "pair_stats",
     "residual_stats",
     "swiglu_stats",
     "swiglu_stats_only",

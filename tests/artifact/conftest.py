@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from relneuron.ablation.nll import nll
-from relneuron.cli.pages import PAGES
-from relneuron.cli.run import run_study
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import write_report
+from relneuron.study.pages import PAGES
+from relneuron.study.run import run_study
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, OPTIONS, attributed, counted
 from tests.kit.counted import rank_counts

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.options import ANALYSES, NllOptions
-from relneuron.cli.settings import RunOptions
 from relneuron.methods.counts.count import count
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
+from relneuron.study.settings import RunOptions
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 

@@ -126,6 +126,7 @@ def command_of(
             "merge": [study, study, "-o", out / "m"],
             "generate": [model_folder, corpus / "prompts.txt", "--neurons", neurons]
             + ["--off", "en", "--max-new-tokens", 2, "-o", out / "g.jsonl"],
+            "effect": [out / "g.jsonl", "-o", out / "e.csv", "--cost", "c.csv:cost"],
             "import": [out / "a.pth", "--model", model_folder, "--names", "a", "-o", out / "i"],
             "export": [neurons, "-o", out / "n.pth"],
             "edit": [model_folder, neurons, prompts, "-o", out / "edited"],

@@ -26,7 +26,6 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.folders import export_counts, merge
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.gradients.attribute import attribute as gradients
@@ -37,6 +36,7 @@ from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.report.page import write_report
+from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, attributed, flip
 from tests.kit.counted import rank_counts

@@ -22,8 +22,8 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.options import options_of
 from relneuron.artifact.stage import command, commands, moved, placed
 from relneuron.cli import main as cli
-from relneuron.cli.run import _whole
-from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
+from relneuron.study.run import _whole
+from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
@@ -34,7 +34,7 @@ RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
 # They write no study, and a model's folder no page.
-NO_STUDY = {"generate", "export", "report", "doctor", "bench", "edit"}
+NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")

@@ -58,6 +58,13 @@ GIVEN = {
     "unbiased": None,
     "specific": 0.5,
     "sums": "positive",
+    "rate": 0.05,
+    "sizes": "5,10",
+    "from_rank": 3,
+    "without_layers": "0",
+    "by_group": None,
+    "within": "n.json",
+    "without": "n.json",
 }
 
 
@@ -110,6 +117,11 @@ IDENTIFY = ["identify", "d", "-o", "n.json", "--method"]
 EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
+JUDGED = (
+    *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
+    *(("--dtype", "float16"), ("--device", "cuda")),
+)
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
@@ -165,6 +177,10 @@ STRAY: list[tuple[list[str], str, str]] = [
     ([*ABLATE, "--scale-at", "output"], "--scale-at", "with --mode scale"),
     (["prompts", "f", "-o", "p.jsonl", "--choose-from", "5"], "--choose-from", "with --choices"),
     *(([*EDIT, option, value], option, "with --to") for option, value in EDITS),
+    *(
+        ([*EFFECT, option, value], option, "with a classifier as --cost")
+        for option, value in JUDGED
+    ),
     (
         [*IDENTIFY, "knowledge_neurons", "--stepped", "--share", "0.9"],
         "--share",
@@ -195,6 +211,12 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--top-rate",
         "without --top",
     ),
+    (
+        [*IDENTIFY, "contrast", "--top", "5", "--rate", "0.5"],
+        "--rate",
+        "without --top and --sizes",
+    ),
+    ([*IDENTIFY, "contrast", "--sizes", "5", "--top", "4"], "--top", "without --sizes"),
 ]
 
 

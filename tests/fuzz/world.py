@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from relneuron.artifact.journal import Journal
-from relneuron.methods.counts.counter import write_checkpoint
+from relneuron.model.checkpoint import write_checkpoint
 from tests.conftest import train_model, write_facts
 
 GROUPS = ("en", "zh")
@@ -276,6 +276,10 @@ CASES = {
         " --set en",
         ("counts/counts.safetensors",),
     ),
+    "effect": Case(
+        "effect said.jsonl -o out/e.csv --cost costs.csv:cost",
+        given=("said.jsonl", "costs.csv"),
+    ),
     "generate, unfinished": Case(
         "generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
         f" {CONTINUE} --off en,zh --batch-tokens 8",
@@ -357,6 +361,12 @@ def _write_tables(root: Path) -> None:
     (root / "table.jsonl").write_text("".join(lines))
     (root / "prompts.jsonl").write_text("".join(lines[:2]))
     (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\n")
+    masks = [(mask, key) for mask in ("clean", "donor", "en") for key in "pq"]
+    said = [{"mask": m, "set": "", "id": k, "prompt": k, "output": m * 2} for m, k in masks]
+    more = {"n_tokens": 2, "stopped": "eos"}
+    (root / "said.jsonl").write_text("".join(json.dumps(one | more) + "\n" for one in said))
+    costs = [f"{m},{k},{len(m)}\n" for m, k in masks]
+    (root / "costs.csv").write_text("".join(["mask,id,cost\n", *costs]))
 
 
 def _write_concepts(folder: Path) -> None:
@@ -394,7 +404,8 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
 
 def _die(n_blocks: int = 2) -> None:
     """Have this process end, as if it was killed, once a stage has noted some blocks."""
-    from relneuron.methods.counts import count, counter
+    from relneuron.methods.counts import count
+    from relneuron.model import checkpoint
 
     noted = 0
 
@@ -416,4 +427,4 @@ def _die(n_blocks: int = 2) -> None:
         step()
 
     Journal.add = add_and_die  # type: ignore[method-assign]
-    count.write_checkpoint = counter.write_checkpoint = write_and_die
+    count.write_checkpoint = checkpoint.write_checkpoint = write_and_die

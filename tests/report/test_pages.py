@@ -23,9 +23,9 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.stage import STUDY, command
-from relneuron.cli.pages import PAGES
 from relneuron.report.page import PageKind, kind_of, make_page, render, write_report
 from relneuron.report.tables import visible
+from relneuron.study.pages import PAGES
 from tests.kit.attribution_studies import write_attribution
 from tests.kit.corpus_studies import write_corpus_study
 from tests.kit.gradient_studies import write_fact_study
@@ -256,7 +256,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
     settings.write_text("font.size: 20\naxes.grid: True\n", encoding="utf-8")
     code = (
         "import sys, pathlib\n"
-        "from relneuron.cli.pages import PAGES\n"
+        "from relneuron.study.pages import PAGES\n"
         "from relneuron.report.page import write_report\n"
         "for name in sys.argv[1:]:\n"
         "    write_report(pathlib.Path(name), pathlib.Path(name + '.2.html'), PAGES)\n"

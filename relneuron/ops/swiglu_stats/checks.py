@@ -1,4 +1,4 @@
-"""What the arguments of `swiglu_stats` and `residual_stats` must be: every mistake has its message.
+"""What the arguments of `swiglu_stats` and its kin must be: every mistake has its message.
 
 Only `check_ids_range` reads values and waits for a GPU; all else looks at shapes, strides and
 addresses.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from relneuron.ops.swiglu_stats.groups import GroupStats
-from relneuron.ops.swiglu_stats.reference import RESIDUAL, Call
+from relneuron.ops.swiglu_stats.reference import DIFFERENCE, RESIDUAL, Call
 from relneuron.ops.tensors import check_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What an op and its inputs are called, where a Call's activation tells that it is another one.
+_OTHERS = {RESIDUAL: ("residual_stats", "x", "residual"), DIFFERENCE: ("pair_stats", "a", "b")}
 
 
 class Names(NamedTuple):
@@ -27,6 +29,7 @@ class Names(NamedTuple):
     up: str | None  # None: the call is without it
     sites: tuple[str, ...]
     codes: tuple[str, ...]
+    has_gradient: bool = False  # its result, to the inputs
 
 
 def check_given(
@@ -37,7 +40,7 @@ def check_given(
     responses: Mapping[str, Tensor] | None,
     others: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
-    """All arguments are plain tensors without a gradient; returns those of `stats`."""
+    """All arguments are plain tensors, and no gradient is lost; returns those of `stats`."""
     inputs = {names.gate: gate}
     if names.up is None:
         if not isinstance(gate, Tensor):
@@ -53,7 +56,7 @@ def check_given(
         raise ValueError(f"{names.op}: {names.gate} must have data, got a tensor on meta")
     for site, tensor in responses.items() if responses else ():
         others = {**others, f"responses[{site!r}]": tensor}
-    check_tensors(names.op, inputs, others)
+    check_tensors(names.op, inputs, others, inputs if names.has_gradient else ())
     if stats is None:
         return {}
     if not isinstance(stats, GroupStats):
@@ -71,6 +74,16 @@ def check_inputs(names: Names, gate: Tensor, up: Tensor | None, out: Tensor | No
             _check_matrix(names, name, tensor, "(T, F)", shape, gate.dtype, gate, writable=False)
     if out is not None:
         _check_matrix(names, "out", out, "(T, F)", shape, gate.dtype, gate, writable=True)
+
+
+def check_out(names: Names, gate: Tensor, out: Tensor | None) -> None:
+    """A result with a gradient is a tensor of its own, as torch's are."""
+    if out is not None:
+        wants = names.gate if gate.requires_grad else names.up
+        raise ValueError(
+            f"{names.op}: out must be left out where {wants} requires grad, got "
+            f"{_describe(out)}; or call it under torch.no_grad()"
+        )
 
 
 def check_statistics(
@@ -252,11 +265,8 @@ def _check_pairs(
     call: Call, written: Sequence[Tensor | None], read: Sequence[Tensor | None]
 ) -> None:
     """`check_memory` with names, of arguments whose ranges intersect."""
-    op, gate, up = "swiglu_stats", "gate", "up"
-    if call.activation == RESIDUAL:
-        op, gate, up = "residual_stats", "x", "residual"
-    elif call.out is None:
-        op = "swiglu_stats_only"
+    own = "swiglu_stats_only" if call.out is None else "swiglu_stats"
+    op, gate, up = _OTHERS.get(call.activation, (own, "gate", "up"))
     fields = ("count", "tokens", "sum", "sum_sq", "max", "n_nonfinite")
     labels = ["out", *(f"stats.{name}" for name in fields)]
     labels += [f"responses[{site!r}]" for site in call.responses]
@@ -292,7 +302,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_ids_range(call: Call) -> None:
     """Refuse ids out of range before anything is written (on a GPU this waits for the device)."""
-    op = "residual_stats" if call.activation == RESIDUAL else "swiglu_stats"
+    op, *_ = _OTHERS.get(call.activation, ("swiglu_stats",))
     first_response = next(iter(call.responses.values()), None)
     for name, ids, low, size, origin in (
         ("group_ids", call.group_ids, -1, call.tokens, "G={} from stats"),

@@ -17,6 +17,8 @@ from relneuron.ops.tensors import check_tensors
 SITES = ("gate", "up", "act", "product")
 # The site of `residual_stats`.
 DOWN = "down"
+# Those of `pair_stats`.
+PAIR_SITES = ("a", "b", "difference")
 
 
 class GroupStats:
@@ -25,7 +27,7 @@ class GroupStats:
     groups     G, the number of groups (relations)
     width      F, the number of neurons
     sites      which of gate, up, act, product (see `swiglu_stats`) are recorded, or down (see
-               `residual_stats`)
+               `residual_stats`), or which of a, b, difference (see `pair_stats`)
     threshold  a value v at a site is active when v > threshold, compared exactly
     moments    also record sums, sums of squares, maxima and the number of non-finite values
 
@@ -58,10 +60,10 @@ class GroupStats:
         if isinstance(sites, str):
             raise TypeError(f"GroupStats: sites must be a sequence such as ({sites!r},), got str")
         sites = tuple(sites)
-        if not sites or len(set(sites)) != len(sites) or not set(sites) <= {*SITES, DOWN}:
+        known = (*SITES, DOWN, *PAIR_SITES)
+        if not sites or len(set(sites)) != len(sites) or not set(sites) <= set(known):
             raise ValueError(
-                f"GroupStats: sites must be one or more distinct names of {(*SITES, DOWN)}, "
-                f"got {sites}"
+                f"GroupStats: sites must be one or more distinct names of {known}, got {sites}"
             )
         threshold = float(threshold)
         if math.isnan(threshold):

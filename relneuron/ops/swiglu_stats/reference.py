@@ -30,8 +30,10 @@ TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = tuple(TORCH_ACTIVATIONS)
 # What a Call may name besides: h = up + gate where kept and up elsewhere, the op residual_stats.
 RESIDUAL = "residual"
+# Likewise act = gate - up in float32, never rounded to their dtype, without h: the op pair_stats.
+DIFFERENCE = "difference"
 # The position is the code in the C++ and Triton kernels.
-CODES = (*ACTIVATIONS, RESIDUAL)
+CODES = (*ACTIVATIONS, RESIDUAL, DIFFERENCE)
 
 
 @dataclass(slots=True)
@@ -95,7 +97,7 @@ def _compute_h(call: Call, h: Tensor) -> None:
     else:
         torch.mul(TORCH_ACTIVATIONS[call.activation](gate), up, out=h)
     if call.keep is not None:
-        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
+        keep = keep_bits(call.keep, call.condition_ids, gate.shape[1])
         if call.activation == RESIDUAL:
             assert up is not None
             torch.where(keep, h, up, out=h)
@@ -123,7 +125,7 @@ def _add_statistics(call: Call, index: int, value: Tensor, ids: Tensor) -> None:
     call.max[index].scatter_reduce_(0, where, candidates, reduce="amax", include_self=True)
 
 
-def _keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor:
+def keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor:
     """The bit mask as (T, F) bool, or (1, F) when all tokens take row 0."""
     neuron = torch.arange(width, device=keep.device)
     bits = (keep[:, neuron // 32] >> (neuron % 32).int()) & 1
@@ -133,12 +135,14 @@ def _keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor
 def site_values(
     gate: Tensor, up: Tensor | None, activation: str, sites: Collection[str]
 ) -> dict[str, Tensor]:
-    """The values of the asked sites as float32, each rounded to the dtype of gate."""
+    """The values of the asked sites as float32, each but a difference rounded to gate's dtype."""
     dtype = gate.dtype
     values = {"gate": gate.float()}
     if up is not None:
         values["up"] = up.float()
-    if not {"act", "product"}.isdisjoint(sites):
+    if activation == DIFFERENCE:
+        values["act"] = values["gate"] - values["up"]
+    elif not {"act", "product"}.isdisjoint(sites):
         values["act"] = _activation(values["gate"], activation).to(dtype).float()
     if "product" in sites:
         values["product"] = (values["act"] * values["up"]).to(dtype).float()

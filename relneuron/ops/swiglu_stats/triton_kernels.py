@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from relneuron.ops.swiglu_stats.triton_math import (
+    DIFFERENCE,
     RESIDUAL,
     SITE_ACT,
     SITE_GATE,
@@ -76,8 +77,9 @@ def _step(
     if ACTIVATION == RESIDUAL:
         tl.store(h_cells, _add(up, gate, kept, PTX), mask=live)
     else:
-        act = _act(gate, weight, ACTIVATION, EXACT, PTX)
-        tl.store(h_cells, _multiply(act, up, kept, PTX), mask=live)
+        act = _act(gate, up, weight, ACTIVATION, EXACT, PTX)
+        if ACTIVATION != DIFFERENCE:
+            tl.store(h_cells, _multiply(act, up, kept, PTX), mask=live)
 
     x = _widen(gate, PTX)
     if ROWS[SITE_GATE] >= 0:
@@ -118,7 +120,7 @@ def _step(
 # A size or bit pattern of 1 would otherwise become a compile-time constant without `.to`.
 @triton.jit(do_not_specialize=["G", "threshold_bits", "high_bits", "low_bits"])
 def _swiglu_stats_kernel(
-    h_ptr,  # (T, F)
+    h_ptr,  # (T, F), None where there is no h, that is of a difference
     count_ptr,  # (S, G, F) int64, None without statistics
     tokens_ptr,  # (G,) int64
     partial_ptr,  # (tiles, S, G, 4, F) float32, None without moments
@@ -185,7 +187,11 @@ def _swiglu_stats_kernel(
         high_bits.to(tl.float32, bitcast=True),
         low_bits.to(tl.float32, bitcast=True),
     )
-    h_tile = h_ptr + first * stride_ht + offs_f[None, :]
+    # An address in place of an h that is not there and that nothing is stored to.
+    h_tile = gate_ptr
+    if h_ptr is not None:
+        h_tile = h_ptr
+    h_tile += first * stride_ht + offs_f[None, :]
     gate_tile = gate_ptr + first * stride_gt + offs_f[None, :]
     if up_ptr is not None:
         up_tile = up_ptr + first * stride_ut + offs_f[None, :]

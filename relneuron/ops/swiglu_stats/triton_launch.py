@@ -21,7 +21,7 @@ from relneuron.ops.swiglu_stats import reference
 from relneuron.ops.swiglu_stats import triton_kernels as kernels
 from relneuron.ops.swiglu_stats import triton_sums as sums
 from relneuron.ops.swiglu_stats.groups import SITES
-from relneuron.ops.swiglu_stats.reference import CODES, Call
+from relneuron.ops.swiglu_stats.reference import CODES, DIFFERENCE, Call
 from relneuron.ops.swiglu_stats.triton_limits import _limits_of
 
 
@@ -124,8 +124,10 @@ def plan(call: Call, config: LaunchConfig, *, is_nvidia: bool) -> list[Launch]:
     """
     if call.gate.shape[0] == 0:
         return []
-    # The kernel always writes h.
-    out = torch.empty_like(call.gate) if call.out is None else call.out
+    # The kernel always writes h, if there is one.
+    out = call.out
+    if out is None and call.activation != DIFFERENCE:
+        out = torch.empty_like(call.gate)
     forms = _kept_forms(call, out, config, is_nvidia)
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -190,7 +192,7 @@ class Shapes(NamedTuple):
     strides_r: tuple[int | None, ...]  # of the responses of each site, None if it has none
 
     @classmethod
-    def of(cls, call: Call, out: Tensor) -> Shapes:
+    def of(cls, call: Call, out: Tensor | None) -> Shapes:
         gate, responses = call.gate, call.responses
         return cls(
             gate.shape[0],
@@ -203,7 +205,7 @@ class Shapes(NamedTuple):
             0 if call.tokens is None else call.tokens.shape[0],
             call.sum is not None,
             call.group_ids is not None,
-            out.stride(0),
+            0 if out is None else out.stride(0),
             gate.stride(0),
             0 if call.up is None else call.up.stride(0),
             0 if call.keep is None else 4 * call.keep.shape[1],
@@ -214,7 +216,7 @@ class Shapes(NamedTuple):
         )
 
 
-def _kept_forms(call: Call, out: Tensor, config: LaunchConfig, is_nvidia: bool) -> Forms:
+def _kept_forms(call: Call, out: Tensor | None, config: LaunchConfig, is_nvidia: bool) -> Forms:
     """`_forms`, which of a known call are at hand."""
     known = call.known
     if known is not None and known.kept is not None:
@@ -381,9 +383,10 @@ def _gate_limits(shapes: Shapes) -> tuple[int, int | None] | None:
     """(high, low) as float32 bits when the kernel may compute act in the fast form, else None.
 
     The exact form is needed where its bits are recorded: in float32, and for the site product. For
-    the site act gate is enough: it tells hits and the maximum. relu and relu2 need no fast form.
+    the site act gate is enough: it tells hits and the maximum. relu, relu2 and a difference need no
+    fast form.
     """
-    is_exact = shapes.dtype == torch.float32 or shapes.activation in ("relu", "relu2")
+    is_exact = shapes.dtype == torch.float32 or shapes.activation in ("relu", "relu2", DIFFERENCE)
     if is_exact or "product" in shapes.sites:
         return None
     if "act" not in shapes.sites:

@@ -30,6 +30,7 @@ RELU2 = tl.constexpr(CODES.index("relu2"))
 QUICK = tl.constexpr(CODES.index("quick_gelu"))
 TANH = tl.constexpr(CODES.index("tanh"))
 RESIDUAL = tl.constexpr(CODES.index("residual"))
+DIFFERENCE = tl.constexpr(CODES.index("difference"))
 
 LOG2_E = tl.constexpr(reference.LOG2_E)
 LN2_HIGH = tl.constexpr(reference.LN2_HIGH)
@@ -390,10 +391,13 @@ def _fast_activation(x, weight, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _act(gate, weight, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PTX: tl.constexpr):
-    """The site act in the dtype of gate; in the fast form times `weight`."""
-    if EXACT:
-        wide = _exact_activation(_widen(gate, PTX), ACTIVATION)
+def _act(gate, up, weight, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PTX: tl.constexpr):
+    """The site act in the dtype of gate, a difference in float32; the fast form times `weight`."""
+    if ACTIVATION == DIFFERENCE:
+        result = _widen(gate, PTX) - _widen(up, PTX)
+    elif EXACT:
+        result = _narrow(_exact_activation(_widen(gate, PTX), ACTIVATION), gate.dtype, PTX)
     else:
         wide = _fast_activation(_widen(gate, PTX), weight, ACTIVATION, PTX)
-    return _narrow(wide, gate.dtype, PTX)
+        result = _narrow(wide, gate.dtype, PTX)
+    return result

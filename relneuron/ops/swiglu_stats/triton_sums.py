@@ -147,7 +147,7 @@ def _moments_kernel(
                 elif SITE == SITE_UP:
                     value = _widen(up, PTX)
                 else:
-                    act = _act(gate, None, ACTIVATION, True, PTX)
+                    act = _act(gate, up, None, ACTIVATION, True, PTX)
                     if SITE == SITE_PRODUCT:
                         act = _multiply(act, up, None, PTX)
                     value = _widen(act, PTX)
@@ -225,7 +225,7 @@ def _responses_kernel(
         if up_response_ptr is not None:
             up_sum += _widen(up, PTX)
         if act_response_ptr is not None or product_response_ptr is not None:
-            act = _act(gate, None, ACTIVATION, EXACT, PTX)
+            act = _act(gate, up, None, ACTIVATION, EXACT, PTX)
             act_sum += _widen(act, PTX)
             if up_ptr is not None:
                 product_sum += _widen(_multiply(act, up, None, PTX), PTX)

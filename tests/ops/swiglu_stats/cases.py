@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from relneuron.ops import ACTIVATIONS, SITES
+from relneuron.ops import ACTIVATIONS, SITES, GroupStats
 from relneuron.ops.swiglu_stats import reference
 from relneuron.testing import assert_same_bits
 from relneuron.testing import oracle as data
@@ -63,6 +63,11 @@ def oracle(result: Result, gate: Tensor, up: Tensor | None, ids: Tensor, activat
     if up is not None:
         call_values["up"] = up
         call_values["product"] = (call_values["act"].float() * up.float()).to(gate.dtype)
+    check_values(stats, call_values, ids)
+
+
+def check_values(stats: GroupStats, call_values: dict[str, Tensor], ids: Tensor) -> None:
+    """Of the values (T, F) at each site; sums in the order of the tokens."""
     for group in range(stats.groups):
         rows = [t for t, at in enumerate(ids.tolist()) if at == group]
         assert int(stats.tokens[group]) == len(rows)

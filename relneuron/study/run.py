@@ -21,8 +21,6 @@ from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
-from relneuron.cli.pages import PAGES, titles
-from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import (
@@ -50,6 +48,8 @@ from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
 from relneuron.model.stream.read import read_residual_model
 from relneuron.report.page import files_read, write_report
+from relneuron.study.pages import PAGES, titles
+from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from relneuron.texts.facts import Relation, read_relations, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (

@@ -1,0 +1,27 @@
+"""Neurons by how far two models' values are apart on the same tokens (arXiv 2406.14144).
+
+`contrast` is the pass, a `job` of batches whose `lines` say what is read and compared, added up by
+`counter`; `options` and `commands` are its command line. `rank` chooses by the contrast that a
+folder holds, as `choices` says; `authors_files` reads and writes the authors' scores. `study`,
+`tables`, `page` and `figures` are the report's. No torch here.
+"""
+
+from relneuron.artifact.contrast import NAME
+from relneuron.artifact.stage import Method, Ranking, Stage
+from relneuron.methods.contrast.choices import ContrastOptions
+
+_HERE = "relneuron.methods.contrast"
+
+METHOD = Method(
+    stages=(Stage("contrast", f"{_HERE}.commands:contrast", ("transformers", "tqdm", "filelock")),),
+    rankings=(
+        Ranking(
+            "contrast",
+            "change between two models",
+            ContrastOptions,
+            reads=NAME,
+            of="a contrast of two models",
+            run=f"{_HERE}.rank:rank",
+        ),
+    ),
+)
