@@ -317,9 +317,9 @@ MUTANTS = {
         'found[""]',
         "ablation/test_modes.py::test_equal_sets_of_two_relations_have_the_means_of_each",
     ),
-    "ablation.ablate: a long answer is right if the object begins with it": Mutant(
-        "if options.generate is None:\n            right",
-        "if True:\n            right",
+    "ablation.asking: a long answer is right if the object begins with it": Mutant(
+        "if self.options.generate is not None:\n            return begins_with",
+        "if False:\n            return begins_with",
         "ablation/test_modes.py::test_a_longer_answer_is_right_only_if_it_begins_with_the_object",
     ),
     "ablation.nll: the mean is over tokens, not over windows": Mutant(
@@ -336,6 +336,16 @@ MUTANTS = {
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "model.choose: the option's last token is not scored": Mutant(
+        "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
+        "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
+    ),
+    "model.choose: the answer begins one token late": Mutant(
+        "inside.sum(1, keepdim=True) - 1",
+        "inside.sum(1, keepdim=True) - 2",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
     ),
     "ablation.effect: numerator and denominator are of two draws": Mutant(
         "ratios = drawn[:, number] / drawn[:, 0]",
