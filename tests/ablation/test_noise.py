@@ -14,8 +14,7 @@ from torch import Tensor
 from relneuron.ablation.noise import normal, prompt_key
 from relneuron.artifact.counts import NAME, Counts
 from tests.ablation.test_generate import LAYERS, WIDTH
-from tests.ablation.test_patching import by_layer, downs, ours, pair, sets, study
-from tests.kit.patched import penalised
+from tests.ablation.test_patching import by_layer, downs, ours, pair, penalised, sets, study
 
 __all__ = ["pair", "sets", "study"]  # fixtures
 
@@ -73,7 +72,7 @@ def test_stored_values_are_put_by_plain_hooks(
             for _ in range(4):
                 with torch.no_grad():
                     logits = a(torch.tensor([wanted])).logits[0, -1]
-                wanted.append(penalised(1.1)(logits, wanted))
+                wanted += penalised(1.1)(logits[None], [wanted])
                 if wanted[-1] == tokenizer.eos_token_id:
                     break
         text = tokenizer.decode(wanted[len(tokens) :], skip_special_tokens=True)

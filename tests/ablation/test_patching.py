@@ -1,6 +1,6 @@
 """Patching: products that become another model's, against plain hooks and two KV caches.
 
-The reference (tests/kit/patched.py) takes one prompt at a time; ours mixes masks and prompts in
+The reference (bench/patching.py) takes one prompt at a time; ours mixes masks and prompts in
 batches.
 """
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.patching import patched_loop
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import Ablation, other_places
 from relneuron.ablation.continuer import Continuer
@@ -45,7 +46,6 @@ from tests.ablation.test_generate import LAYERS, SHAPE, WIDTH, model_of
 from tests.conftest import tiny_model
 from tests.kit.files import read_rows
 from tests.kit.pairs import save_adapter
-from tests.kit.patched import patched_loop, penalised
 
 NEW = 8
 WORDS = ("Person1", "lives", "in a", "house and", "eats an", "apple ,", "plum", "or the", "pear")
@@ -99,6 +99,20 @@ def ours(pair: tuple[Any, Any, Any], study: Path, name: str = "o.jsonl", **asked
     return generate("m", a, tokenizer, *places, options, pair=other, backend=backend, quiet=True)
 
 
+def penalised(penalty: float) -> Any:
+    """The most probable token, after the penalty of `generate` for those that stood before."""
+
+    def choose(logits: Tensor, before: list[list[int]]) -> list[int]:
+        logits = logits.clone()
+        for row, line in enumerate(before):
+            seen = torch.tensor(sorted({*line}))
+            own = logits[row, seen]
+            logits[row, seen] = torch.where(own < 0, own * penalty, own / penalty)
+        return logits.argmax(-1).tolist()
+
+    return choose
+
+
 def by_layer(neurons: Sequence[Sequence[Any]]) -> Mapping[int, list[int]]:
     layers = sorted({n[0] for n in neurons})
     return {layer: sorted({n[2] for n in neurons if n[0] == layer}) for layer in layers}
@@ -126,8 +140,7 @@ def check_loop(pair: Any, made: Sequence[Any], sets: Any, maps: Any = None) -> N
         models, own = ((b, b), (maps[1], maps[1])) if donor else ((a, b), maps)
         chosen = by_layer(sets.get(g.mask, []))
         prompt = tokenizer(g.prompt)["input_ids"]
-        wanted = patched_loop(*models, own, chosen, prompt, penalised(1.1), NEW, [end])
-        wanted = wanted[:-1] if wanted[-1] == end else wanted
+        [wanted] = patched_loop(*models, own, chosen, [prompt], penalised(1.1), NEW, [end])
         text = tokenizer.decode(wanted, skip_special_tokens=True)
         assert (g.output, g.n_tokens) == (text.rstrip("\ufffd"), len(wanted)), g
 
@@ -457,7 +470,8 @@ def test_ablate_answers_with_another_models_values(
 
     def said(chosen: Any, prompt: str) -> str:
         ids = tokenizer(prompt)["input_ids"]
-        made = patched_loop(a, b, maps, chosen, ids, penalised(1.0), 2, [tokenizer.eos_token_id])
+        ends = [tokenizer.eos_token_id]
+        [made] = patched_loop(a, b, maps, chosen, [ids], penalised(1.0), 2, ends)
         return str(tokenizer.decode(made, skip_special_tokens=True)).strip().rstrip("\ufffd")
 
     checked = [row for row in rows if row["condition"] in ("clean", "lives_in")]
