@@ -223,7 +223,7 @@ MUTANTS = {
         "else inside",
         "methods/counts/test_batches.py::test_a_batch_is_its_windows",
     ),
-    "methods.counts.folders: the last shard may be missing": Mutant(
+    "methods.counts.merge: the last shard may be missing": Mutant(
         "range(1, of + 1)",
         "range(1, of)",
         "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",
@@ -285,9 +285,9 @@ MUTANTS = {
         'found[""]',
         "ablation/test_modes.py::test_equal_sets_of_two_relations_have_the_means_of_each",
     ),
-    "ablation.ablate: a long answer is right if the object begins with it": Mutant(
-        "if options.generate is None:\n            right",
-        "if True:\n            right",
+    "ablation.asking: a long answer is right if the object begins with it": Mutant(
+        "if self.options.generate is not None:\n            return begins_with",
+        "if False:\n            return begins_with",
         "ablation/test_modes.py::test_a_longer_answer_is_right_only_if_it_begins_with_the_object",
     ),
     "ablation.nll: the mean is over tokens, not over windows": Mutant(
@@ -304,6 +304,16 @@ MUTANTS = {
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "model.choose: the option's last token is not scored": Mutant(
+        "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
+        "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
+    ),
+    "model.choose: the answer begins one token late": Mutant(
+        "inside.sum(1, keepdim=True) - 1",
+        "inside.sum(1, keepdim=True) - 2",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
     ),
     "ablation.effect: numerator and denominator are of two draws": Mutant(
         "ratios = drawn[:, number] / drawn[:, 0]",

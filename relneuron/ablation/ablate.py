@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from relneuron.ablation.asking import asking
 from relneuron.ablation.conditions import (
     Ablation,
     default_sizes,
@@ -36,7 +37,6 @@ from relneuron.ablation.how import (
 )
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import (
-    alone,
     check_positions,
     find_for,
     first_inputs,
@@ -58,7 +58,6 @@ from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker
 from relneuron.model.canary import check_canary, check_exchange
-from relneuron.model.converse import Step
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.shape import model_shape
@@ -67,10 +66,8 @@ from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
     Questions,
-    begins_with,
     encode,
     given_object,
-    is_correct,
 )
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
@@ -122,8 +119,9 @@ def ablate_prompts(
     is the log-probability in nats of the object's first token after the prompt, with the space
     before it (`predict.Answers`): of several right objects the most probable one's, named by
     `logprob_of`. `given` is the one that the prediction gives, if it is right; `choice`, where
-    prompts have options, the most probable of these. `output` is .csv or .parquet; the files in
-    `BESIDE` stand in its folder.
+    prompts have options, the most probable of these. With `choose` an option is the answer, and
+    `logprob` that of the right option as a whole (asking.py). `output` is .csv or .parquet; the
+    files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -187,12 +185,19 @@ def ablate_prompts(
     exchanged = from_donor(pair, options.donor, options.mode)
     if exchanged:
         check_products(plan, mlps, prompts, options.mode)
-    n_tokens = options.generate or N_ANSWER_TOKENS
-    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens, processor=processor)
+    questions = encode(
+        tokenizer,
+        model,
+        prompts,
+        n_tokens=options.generate or N_ANSWER_TOKENS,
+        processor=processor,
+        options=options.choose is None,
+    )
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
     notices += questions.notices
-    notices += target_notices(tokenizer, prompts, questions.answers)
+    if options.choose is None:
+        notices += target_notices(tokenizer, prompts, questions.answers)
     notices += left_out(
         options.analyses,
         sizes,
@@ -213,6 +218,7 @@ def ablate_prompts(
         exchanged=exchanged,
     )
     asker = Asker(exchanged or model, tokenizer)
+    way = asking(asker, questions, options)
     first_prompt = first_inputs(questions, asker.pad)
     check_canary(model, mlps, first_prompt, backend)
     if exchanged:
@@ -225,20 +231,11 @@ def ablate_prompts(
         evaluator = Evaluator(
             asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
-        forced = options.generate is None and asker.forces_exactly(questions)
         rows = _asked(plan, how)
         scored = _scored(plan, texts, how)
-        bar = progress_bar(len(rows) + len(scored), "ablate", "answer", quiet)
+        bar = progress_bar(way.n_rows(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
-            answers = evaluator.run(
-                "answers",
-                rows,
-                [len(ids) + 1 for ids in questions.ids],
-                _asking(asker, questions, forced=forced, n_tokens=n_tokens),
-                bar.update,
-                options.positions,
-                alone(questions),
-            )
+            answers = way.answers(evaluator, rows, bar.update)
             nll = {}
             if texts:
                 lengths = [len(ids) for ids in texts.ids]
@@ -246,15 +243,12 @@ def ablate_prompts(
                     "sentences", scored, lengths, partial(asker.score, texts), bar.update
                 )
         first = same_ablation(plan, how)
-        right: Callable[[str, str], bool] = begins_with
-        if options.generate is None:
-            right = partial(is_correct, accept_object_prefix=options.accept_object_prefix)
         effects: list[tuple[Any, ...]] = []
         for place, ablation in enumerate(plan):
             condition = ablation.condition.name
             for row in ablation.prompts:
                 p, (said, logprob, which, *choice) = prompts[row], answers[Row(first[place], row)]
-                given = given_object(said, p.objects, right)
+                given = given_object(said, p.objects, way.is_right)
                 values = (said, given, int(bool(given)), p.objects[which], logprob)
                 chosen = ("" if k < 0 else p.options[k] for k in choice)
                 about = (condition, p.relation, split_name(p, own), p.id)
@@ -290,7 +284,7 @@ def ablate_prompts(
             conditions=len(plan),
             prompts=len(prompts),
             answers=len(effects),
-            answering=f"{n_tokens} greedy tokens" + (", teacher-forced" if forced else ""),
+            answering=way.described,
             random_set_size=set_size,
             commands=command(
                 "ablate",
@@ -350,22 +344,6 @@ def _perplexity_rows(
         for row in _sentences_of(a, texts)
         for p in [texts.prompts[row]]
     ]
-
-
-def _asking(
-    asker: Asker, questions: Questions, *, forced: bool, n_tokens: int
-) -> Callable[[list[int], Callable[[Step], None]], list[Any]]:
-    def ask(rows: list[int], mark: Callable[[Step], None]) -> list[Any]:
-        if forced:
-            answers = asker.ask_forced(questions, rows, mark)
-        else:
-            answers = asker.ask(questions, rows, mark, n_tokens)
-        found = [answers.predictions, answers.logprobs, answers.which]
-        # Of prompts without options there is no more to say.
-        found += [answers.choices] if questions.options else []
-        return list(zip(*found, strict=True))
-
-    return ask
 
 
 def check_format(output: Path) -> None:

@@ -32,6 +32,7 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # A study has its relations' templates, and asks every set everything.
     unrelated: int | None = None
     choices: int | None = None
+    choose: str | None = None
     choose_from: int = 4
 
     def __post_init__(self) -> None:

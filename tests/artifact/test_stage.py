@@ -120,6 +120,8 @@ STUDIES: dict[str, list[str]] = {
         "identify {d} -o {d}/neurons.json --method qrnca --sets fact --common 0.9 --keep-common"
         " --decimals 8 --top 5 --threshold 0.1",
         "identify {d} -o {d}/stepped.json --method knowledge_neurons --stepped",
+        "ablate {model} {d}/stepped.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 0"
+        " --choose acc_norm --any-set --quiet",
     ],
     "query localization": [
         "prompts {facts} -o {d}/prompts.jsonl --eva 8",

@@ -145,8 +145,9 @@ STRAY: list[tuple[list[str], str, str]] = [
     (
         [*ABLATE, "--generate", "5", "--accept-object-prefix"],
         "--accept-object-prefix",
-        "without --generate",
+        "without --generate and --choose",
     ),
+    ([*ABLATE, "--generate", "5", "--choose", "acc"], "--choose", "without --generate"),
     ([*IG, "--extend", "argmax"], "--extend", "with --answer mean or sum"),
     (
         [*IG, "--target", "prediction", "--answer", "mean"],
