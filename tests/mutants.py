@@ -305,6 +305,11 @@ MUTANTS = {
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
+    ),
     "model.choose: the option's last token is not scored": Mutant(
         "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
         "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",

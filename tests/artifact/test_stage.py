@@ -151,6 +151,7 @@ STUDIES: dict[str, list[str]] = {
         f" --window 24 --boundaries position {COUNT} {SPREAD}",
         "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
         "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
+        " --join '\\n\\n'"
         f" --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
     ],
     "corpus of token ids": [

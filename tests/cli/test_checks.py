@@ -117,6 +117,7 @@ IDENTIFY = ["identify", "d", "-o", "n.json", "--method"]
 EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+NLL = ["nll", *MODEL, "n.json", "en=a.txt", "-o", "c"]
 EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
 JUDGED = (
     *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
@@ -168,6 +169,7 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--checkpoint-seconds",
         "without --checkpoint-batches",
     ),
+    ([*NLL, "--packing", "documents", "--join", " "], "--join", "with --packing packed"),
     ([*GENERATE, "--counts", "c"], "--counts", "with --set"),
     (
         ["import", "en=a.pth", "--model", "m", "-o", "o", "--names", "en"],
