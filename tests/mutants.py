@@ -223,7 +223,7 @@ MUTANTS = {
         "else inside",
         "methods/counts/test_batches.py::test_a_batch_is_its_windows",
     ),
-    "methods.counts.folders: the last shard may be missing": Mutant(
+    "methods.counts.merge: the last shard may be missing": Mutant(
         "range(1, of + 1)",
         "range(1, of)",
         "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",

@@ -17,7 +17,6 @@ from typing import Any
 from relneuron.ablation.asking import asking
 from relneuron.ablation.conditions import (
     Ablation,
-    Places,
     default_sizes,
     empty_sets,
     plan_conditions,
@@ -26,7 +25,16 @@ from relneuron.ablation.conditions import (
     scores_beside,
 )
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, by_product, files_beside, read_how
+from relneuron.ablation.exchange import check_products, from_donor
+from relneuron.ablation.how import (
+    SETS_BESIDE,
+    ablate_inputs,
+    by_product,
+    files_beside,
+    left_out,
+    read_how,
+    sets_beside,
+)
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import (
     check_positions,
@@ -49,10 +57,11 @@ from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker
-from relneuron.model.canary import check_canary
+from relneuron.model.canary import check_canary, check_exchange
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pair import Pair
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
@@ -94,6 +103,7 @@ def ablate_prompts(
     prompts_path: Path,
     output: Path,
     *,
+    pair: Pair | None = None,
     processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -104,12 +114,14 @@ def ablate_prompts(
 
     `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
     neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
-    2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt, with the space before it (`predict.Answers`): of several right objects the
-    most probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it
-    is right; `choice`, where prompts have options, the most probable of these. With `choose` an
-    option is the answer, and `logprob` that of the right option as a whole (asking.py). `output`
-    is .csv or .parquet; the files in `BESIDE` stand in its folder.
+    2502.17355, section 3.3). With the mode `patch` their products become those of the other model
+    of `pair`, which reads the same tokens; `donor` is its name, and `model` is `pair.a`. `logprob`
+    is the log-probability in nats of the object's first token after the prompt, with the space
+    before it (`predict.Answers`): of several right objects the most probable one's, named by
+    `logprob_of`. `given` is the one that the prediction gives, if it is right; `choice`, where
+    prompts have options, the most probable of these. With `choose` an option is the answer, and
+    `logprob` that of the right option as a whole (asking.py). `output` is .csv or .parquet; the
+    files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
@@ -127,10 +139,10 @@ def ablate_prompts(
             2,
         )
     check_positions(options.positions, neurons, prompts)
-    mlps = find_for(model, neurons, processor)
+    mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    described = describe_model(name, model, mlps, backend)
+    described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     Manifest(output.parent).check_model(described)
     sets, doubles = read_sets(neurons, shape)
     known = rows_about(everything)
@@ -147,7 +159,7 @@ def ablate_prompts(
     if {"sizes", "sites"} & {*options.analyses}:
         rankings = read_rankings(checked(scores_beside(neurons_path)), sets, shape)
     concepts, gains = (
-        _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
+        sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
         if analysis in options.analyses
         else {}
         for analysis in ("concepts", "gain")
@@ -168,7 +180,11 @@ def ablate_prompts(
         with_modules=options.module_sets,
         own=own,
         unrelated=options.unrelated,
+        products=options.mode == "patch",
     )
+    exchanged = from_donor(pair, options.donor, options.mode)
+    if exchanged:
+        check_products(plan, mlps, prompts, options.mode)
     questions = encode(
         tokenizer,
         model,
@@ -182,7 +198,7 @@ def ablate_prompts(
     notices += questions.notices
     if options.choose is None:
         notices += target_notices(tokenizer, prompts, questions.answers)
-    notices += _left_out(
+    notices += left_out(
         options.analyses,
         sizes,
         known=min(map(len, rankings.values()), default=Shape.of(shape).total),
@@ -196,11 +212,18 @@ def ablate_prompts(
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     responses = neurons_path.parent / "responses.safetensors"
-    how = read_how(options, plan, responses, everything, shape, by_product=by_product(neurons))
-    asker = Asker(model, tokenizer)
+    how = read_how(
+        *(options, plan, responses, everything, shape),
+        by_product=by_product(neurons),
+        exchanged=exchanged,
+    )
+    asker = Asker(exchanged or model, tokenizer)
     way = asking(asker, questions, options)
-    check_canary(model, mlps, first_inputs(questions, asker.pad), backend)
-    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
+    first_prompt = first_inputs(questions, asker.pad)
+    check_canary(model, mlps, first_prompt, backend)
+    if exchanged:
+        check_exchange(model, exchanged.mlps, first_prompt)
+    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, pair)
     inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
     with locked(output.parent):
@@ -274,15 +297,6 @@ def ablate_prompts(
     return accuracy
 
 
-def _sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
-    """The sets of a neurons.json beside the study's own; none if it is not there."""
-    if not path.exists():
-        return {}
-    found = NeuronFile.read(checked(path))
-    found.check_model(shape)
-    return read_sets(found, shape)[0]
-
-
 def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
     """Neutral sentences as prompts that ask nothing."""
     if "perplexity" not in options.analyses or not path.exists():
@@ -291,29 +305,6 @@ def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
         Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
         for s in read_sentences(checked(path))
     ]
-
-
-def _left_out(
-    analyses: Sequence[str],
-    sizes: Sequence[int],
-    *,
-    known: int,
-    total: int,
-    has: Mapping[str, bool],
-) -> list[str]:
-    """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
-    unranked = "no scores.safetensors beside the neurons ranks them so"
-    larger = ", ".join(str(size) for size in sizes if size > known)
-    why = {
-        f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
-        "sites": unranked if known < total else "",
-        **{name: f"no {path} beside the neurons" for name, path in SETS_BESIDE.items()},
-        "perplexity": "no sentences.jsonl beside the prompts",
-    }
-    why |= {name: "" for name, is_there in has.items() if is_there}
-    if not larger:
-        del why["sizes "]
-    return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]
 
 
 def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:

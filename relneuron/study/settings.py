@@ -25,6 +25,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
+    # A study is of one model.
+    donor: str | None = None
     # record reads text, which only the language model has neurons for.
     module_sets: bool = False
     # A study has its relations' templates, and asks every set everything.
@@ -40,6 +42,12 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
             raise RelneuronError(
                 f"run ranks by ap, not by {self.method}",
                 f"leave out --method{other if self.method in rankings() else ''}",
+                2,
+            )
+        if self.mode == "patch":
+            raise RelneuronError(
+                "run has no second model for --mode patch",
+                "use another mode, or relneuron ablate --mode patch --from MODEL",
                 2,
             )
         if self.mode in FROM_RESPONSES and self.drop_responses:

@@ -26,7 +26,8 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.methods.counts.folders import export_counts, merge
+from relneuron.methods.counts.folders import export_counts
+from relneuron.methods.counts.merge import merge
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.gradients.attribute import attribute as gradients
 from relneuron.methods.gradients.choices import KnowledgeOptions
