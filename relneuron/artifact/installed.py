@@ -28,7 +28,10 @@ EXTRAS = {
     "PIL": "pictures",
     "peft": "adapters",
 }
-PROJECTS = {"PIL": "pillow"}  # installed by another name than they are imported by
+PROJECTS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # installed by another name than they are imported by
 
 
 def missing(*packages: str) -> list[str]:
