@@ -233,6 +233,38 @@ MUTANTS = {
         "counts.tokens_at()[:, None, 0 * there]",
         "methods/counts/test_pictured.py::test_layers_that_saw_fewer_tokens_have_their_own_rates",
     ),
+    # methods/contrast
+    "methods.contrast.lines: predicting is where a token is read": Mutant(
+        "range(n - 1, m - 1)",
+        "range(n, m)",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks"
+        "[llama-predicting]",
+    ),
+    "methods.contrast.lines: the first token of a prompt stands behind its padding": Mutant(
+        "first = ids.shape[1] - len(line)",
+        "first = 0",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-prompt]",
+    ),
+    "methods.contrast.lines: the other model writes the completions": Mutant(
+        "self.pair.only(self.options.completion_by)",
+        'self.pair.only("a")',
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-b]",
+    ),
+    "model.adapters: an adapter of what a layer reads scales all rows": Mutant(
+        "whole[chosen] = changed",
+        "whole[:] = changed[:1]",
+        "model/test_adapters.py::test_rows_of_one_forward_are_those_of_two[ia3-own0]",
+    ),
+    "model.adapters: a model's own weights may be another's": Mutant(
+        "if more or changed or not layers:",
+        "if more or not layers:",
+        "model/test_adapters.py::test_trained_biases_are_refused",
+    ),
+    "model.pair: what A left is kept to the end": Mutant(
+        "own, kept[number] = kept[number], None",
+        "own = kept[number]",
+        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
+    ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
         "if True",

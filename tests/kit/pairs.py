@@ -81,6 +81,15 @@ def other(model: Any, *, seed: int = 3, by: float = 0.02) -> Any:
     return made
 
 
+def write_other(model: Path, folder: Path) -> Path:
+    """A folder with `other` of a folder's model, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other(AutoModelForCausalLM.from_pretrained(model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 class Words(Numbers):
     """A tokenizer of texts such as "5 17 3", whose text ends with token 2."""
 

@@ -1,4 +1,4 @@
-"""The commands `contrast`, of two models side by side, and `probe`."""
+"""The commands `contrast`, of two models and prompts, and `probe`, of one."""
 
 from __future__ import annotations
 
