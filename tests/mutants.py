@@ -337,6 +337,21 @@ MUTANTS = {
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
+    "methods.contrast.classify: a probe is measured on what it learnt": Mutant(
+        "fit(values[inside], labels[inside])",
+        "fit(values, labels)",
+        "methods/contrast/test_probe.py::test_cross_validation_is_that_of_scikit_learn",
+    ),
+    "model.products: the first token is read": Mutant(
+        "h[:, -1, torch.tensor",
+        "h[:, 0, torch.tensor",
+        "methods/contrast/test_probe.py::test_products_are_those_of_plain_hooks",
+    ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
+    ),
     "model.choose: the option's last token is not scored": Mutant(
         "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
         "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
