@@ -29,6 +29,9 @@ def config_of(kind: str) -> Any:
     attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
     return {
         "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **lora),
+        "dora": lambda: LoraConfig(
+            target_modules=["q_proj", *mlp], use_dora=True, use_rslora=True, **lora
+        ),
         "lora of all": lambda: LoraConfig(target_modules=[*attention, *mlp], **lora),
         "ia3": lambda: IA3Config(
             target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
