@@ -1,9 +1,9 @@
 """relneuron: find the neurons of a language model that carry a relation, and switch them off.
 
-`load` reads what a study left as data frames; `instrument` and `ablate` act on a running model;
-`ops` are the kernels; `testing` holds another backend to their contract; `cli` is the command line.
-Names are imported when they are first used, so that `relneuron.ops` needs torch and nothing else,
-and Ctrl-C is heard before it is imported.
+`run` makes a whole study of a model in memory, `load` reads any study as data frames; `instrument`
+and `ablate` act on a running model; `ops` are the kernels; `testing` holds another backend to their
+contract; `cli` is the command line. Names are imported when they are first used, so that
+`relneuron.ops` needs torch and nothing else, and Ctrl-C is heard before it is imported.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from relneuron.model.instrument import ablate, instrument
     from relneuron.model.mlps.find import find_mlps
     from relneuron.study.folder import Study, load
+    from relneuron.study.memory import run
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "instrument",
     "load",
     "ops",
+    "run",
 ]
 
 _HOMES = {
@@ -45,6 +47,7 @@ _HOMES = {
     "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
     "load": "study.folder",
+    "run": "study.memory",
 }
 
 
