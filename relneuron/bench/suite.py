@@ -314,7 +314,7 @@ def swiglu_stats_contestants(
     b.add_ours_ungated()
     b.add_training("relneuron", bench_training.ours)
     b.add_training("eager", bench_training.eager)
-    b.add_training("recomputed, Liger's way", bench_training.liger_way)
+    b.add_training("in place, Liger's way", bench_training.liger_way)
     fine = lambda h: None  # noqa: E731
     triad = lambda gate, up, out: torch.add(gate, up, out=out)  # noqa: E731
     copy = lambda gate, up, out: out.copy_(gate)  # noqa: E731

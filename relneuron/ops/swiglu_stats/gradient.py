@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relneuron.ops.backends import choose_backend, cpu_module
 from relneuron.ops.swiglu_stats.checks import DTYPES
-from relneuron.ops.swiglu_stats.cpu_launch import address
+from relneuron.ops.swiglu_stats.cpu_launch import address, is_eager
 from relneuron.ops.swiglu_stats.reference import ACTIVATIONS, TORCH_ACTIVATIONS, keep_bits
 from relneuron.ops.tensors import is_plain
 
@@ -193,7 +193,9 @@ def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         found = gradient_reference(*given)
     else:
-        found = _gradient_op(*given, ctx.backend)
+        # torch's dispatcher takes longer than a small call.
+        run = _gradient_impl if is_eager() else _gradient_op
+        found = run(*given, ctx.backend)
     d_gate, d_up = found[0] if wants_gate else None, found[-1] if wants_up else None
     return d_gate, d_up, *[None] * 5
 
