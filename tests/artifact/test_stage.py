@@ -25,6 +25,7 @@ from relneuron.cli import main as cli
 from relneuron.study.run import _whole
 from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
+from tests.kit.pairs import save_moved
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
 
@@ -119,6 +120,8 @@ STUDIES: dict[str, list[str]] = {
         f"{GRADIENTS} --method ig --steps 3",
         "identify {d} -o {d}/neurons.json --method qrnca --sets fact --common 0.9 --keep-common"
         " --decimals 8 --top 5 --threshold 0.1",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --mode patch --from {donor} --splits eva --unrelated 2 --quiet",
         "identify {d} -o {d}/stepped.json --method knowledge_neurons --stepped",
         "ablate {model} {d}/stepped.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 0"
         " --choose acc_norm --any-set --quiet",
@@ -261,6 +264,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     return {
         "model": str(model_folder),
+        "donor": str(save_moved(model_folder, folder / "donor")),
         "chat": str(folder / "chat"),
         "facts": str(fact_folder),
         "suffixed": str(suffixed),
