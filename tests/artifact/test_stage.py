@@ -120,8 +120,6 @@ STUDIES: dict[str, list[str]] = {
         f"{GRADIENTS} --method ig --steps 3",
         "identify {d} -o {d}/neurons.json --method qrnca --sets fact --common 0.9 --keep-common"
         " --decimals 8 --top 5 --threshold 0.1",
-        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
-        " --mode patch --from {donor} --splits eva --unrelated 2 --quiet",
         "identify {d} -o {d}/stepped.json --method knowledge_neurons --stepped",
         "ablate {model} {d}/stepped.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 0"
         " --choose acc_norm --any-set --quiet",
@@ -138,6 +136,8 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8",
         f"{GRADIENTS} --method ig --steps 3",
         "identify {d} -o {d}/neurons.json --method query_localization --otsu",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --mode patch --from {donor} --splits eva --unrelated 2 --any-set --quiet",
     ],
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
