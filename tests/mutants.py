@@ -223,7 +223,7 @@ MUTANTS = {
         "else inside",
         "methods/counts/test_batches.py::test_a_batch_is_its_windows",
     ),
-    "methods.counts.folders: the last shard may be missing": Mutant(
+    "methods.counts.merge: the last shard may be missing": Mutant(
         "range(1, of + 1)",
         "range(1, of)",
         "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",
@@ -232,6 +232,38 @@ MUTANTS = {
         "counts.tokens_at()[:, None, there // width]",
         "counts.tokens_at()[:, None, 0 * there]",
         "methods/counts/test_pictured.py::test_layers_that_saw_fewer_tokens_have_their_own_rates",
+    ),
+    # methods/contrast
+    "methods.contrast.lines: predicting is where a token is read": Mutant(
+        "range(n - 1, m - 1)",
+        "range(n, m)",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks"
+        "[llama-predicting]",
+    ),
+    "methods.contrast.lines: the first token of a prompt stands behind its padding": Mutant(
+        "first = ids.shape[1] - len(line)",
+        "first = 0",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-prompt]",
+    ),
+    "methods.contrast.lines: the other model writes the completions": Mutant(
+        "self.pair.only(self.options.completion_by)",
+        'self.pair.only("a")',
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-b]",
+    ),
+    "model.adapters: an adapter of what a layer reads scales all rows": Mutant(
+        "whole[chosen] = changed",
+        "whole[:] = changed[:1]",
+        "model/test_adapters.py::test_rows_of_one_forward_are_those_of_two[ia3-own0]",
+    ),
+    "model.adapters: a model's own weights may be another's": Mutant(
+        "if more or changed or not layers:",
+        "if more or not layers:",
+        "model/test_adapters.py::test_trained_biases_are_refused",
+    ),
+    "model.pair: what A left is kept to the end": Mutant(
+        "own, kept[number] = kept[number], None",
+        "own = kept[number]",
+        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
     ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
@@ -285,9 +317,9 @@ MUTANTS = {
         'found[""]',
         "ablation/test_modes.py::test_equal_sets_of_two_relations_have_the_means_of_each",
     ),
-    "ablation.ablate: a long answer is right if the object begins with it": Mutant(
-        "if options.generate is None:\n            right",
-        "if True:\n            right",
+    "ablation.asking: a long answer is right if the object begins with it": Mutant(
+        "if self.options.generate is not None:\n            return begins_with",
+        "if False:\n            return begins_with",
         "ablation/test_modes.py::test_a_longer_answer_is_right_only_if_it_begins_with_the_object",
     ),
     "ablation.nll: the mean is over tokens, not over windows": Mutant(
@@ -304,6 +336,16 @@ MUTANTS = {
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "model.choose: the option's last token is not scored": Mutant(
+        "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
+        "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
+    ),
+    "model.choose: the answer begins one token late": Mutant(
+        "inside.sum(1, keepdim=True) - 1",
+        "inside.sum(1, keepdim=True) - 2",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
     ),
     "ablation.effect: numerator and denominator are of two draws": Mutant(
         "ratios = drawn[:, number] / drawn[:, 0]",

@@ -25,6 +25,7 @@ from relneuron.texts.options import SourceOptions, Sources
 
 if TYPE_CHECKING:
     from relneuron.ablation.nll import Cell
+    from relneuron.model.pair import Pair
 
 
 def ablate(
@@ -41,14 +42,12 @@ def ablate(
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
     from relneuron.ablation.pictured import processor_for
     from relneuron.model.instrument import Clock
-    from relneuron.model.load import load
 
     refuse_outputs(output, force)
     check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     found, asked = NeuronFile.read(neurons), read_prompts(prompts)
-    loaded, tokenizer = load(model, load_options)
-    donor = load_donor(options.donor, load_options)
+    loaded, tokenizer, pair = load_with(model, options.donor, load_options)
     with Clock(loaded) as clock:
         ablate_prompts(
             model,
@@ -58,7 +57,7 @@ def ablate(
             prompts,
             output,
             **vars(options),
-            donor_model=donor,
+            pair=pair,
             processor=processor_for(model, load_options, found, asked),
             backend=load_options.backend,
             force=force,
@@ -69,15 +68,15 @@ def ablate(
     yield f"-> {output}"
 
 
-def load_donor(name: str | None, options: LoadOptions) -> Any:
-    """The model of --from, if there is one, loaded as the other is; --revision is not of it."""
-    from relneuron.model.load import load_model
+def load_with(model: str, donor: str | None, options: LoadOptions) -> tuple[Any, Any, Pair | None]:
+    """A model, its tokenizer, and with the donor of --from the pair that they are."""
+    from relneuron.model.load import load
+    from relneuron.model.pair import load_pair
 
-    if name is None:
-        return None
-    return load_model(
-        name, dtype=options.dtype, device=options.device, device_map=options.device_map
-    )
+    if donor is None:
+        return *load(model, options), None
+    pair = load_pair(model, donor, options)
+    return pair.a, pair.tokenizer, pair
 
 
 def accuracy_table(folder: Path) -> Printed:
@@ -189,11 +188,9 @@ def generate(
     from relneuron.ablation.generate import generate as generate_stage
     from relneuron.ablation.outputs import score_table
     from relneuron.ablation.pictured import processor_for
-    from relneuron.model.load import load
 
     found, asked = NeuronFile.read(neurons), read_questions(prompts, options.template)
-    loaded, tokenizer = load(model, load_options)
-    donor = load_donor(options.donor, load_options)
+    loaded, tokenizer, pair = load_with(model, options.donor, load_options)
     made = generate_stage(
         model,
         loaded,
@@ -202,7 +199,7 @@ def generate(
         prompts,
         output,
         options,
-        donor_model=donor,
+        pair=pair,
         processor=processor_for(model, load_options, found, asked),
         backend=load_options.backend,
         force=force,

@@ -1,97 +1,60 @@
 """Products of chosen neurons that become other values: another model's, a mean, or noisy ones.
 
-`ablate` and `generate` make one source of values (`--mode patch, mean, noise`), and the evaluator
-asks it for the states of each wave of conditions. What a product is: the input of down, activation
-times up, after any scale of an adapter (arXiv 2406.14144, whose forms of patching these are).
+`ablate` and `generate` run such a model in place of their own (`--mode patch, mean, noise`), and
+the evaluator tells it the neurons of each wave of conditions. A product is what down reads,
+activation times up (arXiv 2406.14144, whose forms of patching these are).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
-from relneuron.ablation.pictured import find_for
+from relneuron.artifact.contrast import NAME as CONTRAST
+from relneuron.artifact.contrast import Contrast
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.counts import Counts
-from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
-from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import Prompt
-from relneuron.model.exchange import Put, Take, Value
+from relneuron.model.exchange import Exchanged, Put
 from relneuron.model.layers import device_of
-from relneuron.model.load import describe_model
 from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
-from relneuron.model.paired import Paired, check_pair
-from relneuron.model.states import LayerState
+from relneuron.model.pair import Pair
+from relneuron.model.paired import Paired
 
 Array = np.ndarray[Any, Any]
 PRODUCTS = ("gate", "up")  # a neuron at either is the product of its number
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Of a forward that is about to run, its rows: their prompts, and what they are."""
-
-    prompts: Sequence[int]
-    is_donor: Tensor  # (b,) bool: the other model answers
-    is_chosen: Tensor  # (b,) bool: some neuron of the row gets another value
-    n_needed: int | None  # as `states.Tokens` has it
-
-
-class Source(Protocol):
-    """Where values come from; `model` is run in place of the patched one."""
-
-    @property
-    def model(self) -> Any: ...
-
-    def begin(self) -> None:
-        """Forget the values of the wave before."""
-
-    def value(self, number: int, part: Part, index: Array) -> Value:
-        """What the products `index` (K,) of the part with a number become."""
-
-    def running(self) -> AbstractContextManager[object]:
-        """Around the forwards of a batch."""
-
-    def mark(self, rows: Rows) -> None:
-        """Before each forward."""
-
-
-def exchanged_states(
-    members: Sequence[Ablation], parts: Sequence[Part], source: Source
-) -> list[LayerState]:
-    """Per part, what exchanges the products of the conditions of a wave; row 0 is clean."""
-    shape = Shape.of(model_shape(parts))
-    chosen = np.zeros((len(members) + 1, shape.total), bool)
+def puts_of(
+    members: Sequence[Ablation], mlps: Sequence[MLP], shape: dict[str, Any]
+) -> dict[int, Put]:
+    """The products that the conditions of a wave exchange, by the place of the MLP."""
+    order = Shape.of(shape)
+    chosen = np.zeros((len(members) + 1, order.total), bool)
     for row, ablation in enumerate(members):
         chosen[row + 1, ablation.places] = True
-    source.begin()
-    states = []
-    for number, part in enumerate(parts):
-        spans = [shape.span(part.layer, site) for site in PRODUCTS if site in shape.widths]
-        sites = [chosen[:, span][:, part.inside] for span in spans if span.start < span.stop]
-        own = np.logical_or.reduce(sites) if sites else chosen[:, :0]
+    puts = {}
+    for number, mlp in enumerate(mlps):
+        spans = [order.span(mlp.layer, site) for site in PRODUCTS if site in order.widths]
+        sites = [chosen[:, span][:, mlp.inside] for span in spans if span.start < span.stop]
+        own = np.logical_or.reduce(sites)
         index = np.flatnonzero(own.any(0))
-        if not len(index):
-            states.append(LayerState())
-            continue
-        device = device_of(part.module)
-        put = Put(
-            torch.from_numpy(index).to(device),
-            torch.from_numpy(own[:, index]).to(device),
-            source.value(number, part, index),
-        )
-        states.append(LayerState(product=put))
-    return states
+        if len(index):
+            device = device_of(mlp.module)
+            both = (torch.from_numpy(x).to(device) for x in (index, own[:, index]))
+            puts[number] = Put(*both)
+    return puts
 
 
 def check_products(
@@ -120,116 +83,74 @@ def check_products(
             part = experts.get(layer)
             if part is not None and part.inside.start <= index < part.inside.stop:
                 raise RelneuronError(
-                    f"--mode {mode}: {ablation.condition.name} has a neuron of an expert, which "
-                    "not every token reaches",
+                    f"--mode {mode}: {ablation.condition.name} has the neuron "
+                    f"{order.name(layer, site, index)}, which not every token reaches",
                     "leave out the neurons of experts, or use --mode zero",
                 )
 
 
-# --- another model ---------------------------------------------------------------------------
+def from_donor(pair: Pair | None, donor: str | None, mode: str) -> Paired | None:
+    """The model A of a pair with values of B, where the mode is `patch`.
 
-
-class FromDonor:
-    """The values of another model that reads the same tokens beside the patched one."""
-
-    def __init__(self, model: Any, donor: Any, donor_parts: Sequence[Part], backend: str) -> None:
-        self._pair = Paired(model, donor, donor_parts, backend)
-        self._parts = donor_parts
-        self._taken: dict[int, Take] = {}
-
-    @property
-    def model(self) -> Any:
-        return self._pair
-
-    def begin(self) -> None:
-        self._taken.clear()
-
-    def value(self, number: int, part: Part, index: Array) -> Value:
-        device = device_of(self._parts[number].module)
-        self._taken[number] = Take(torch.from_numpy(index).to(device))
-        return self._taken[number].give
-
-    def running(self) -> AbstractContextManager[object]:
-        states = [LayerState(product=self._taken.get(i)) for i in range(len(self._parts))]
-        return self._pair.keeping(states)
-
-    def mark(self, rows: Rows) -> None:
-        self._pair.begin(rows.is_donor, rows.is_chosen, rows.n_needed)
-
-
-def from_donor(
-    name: str | None,
-    donor: Any,
-    model: Any,
-    parts: Sequence[Part],
-    neurons: NeuronFile,
-    backend: str,
-) -> tuple[FromDonor, Json]:
-    """The source of a donor's values, and what a manifest says of the donor.
-
-    Raises RelneuronError where there is no donor, or one that does not fit the model.
+    Raises RelneuronError for a donor's name without a pair, and the reverse.
     """
-    if donor is None:
+    if (pair is None) != (donor is None):
         raise RelneuronError(
-            "--mode patch has no model that gives values", "give donor_model=MODEL", 2
+            "a mode patch, the name of a donor and a pair of models belong together",
+            f"give mode='patch', donor=NAME and pair=pair_of(...), and not with mode {mode!r}",
+            2,
         )
-    donor_parts = find_for(donor, neurons, None)
-    check_pair(model, donor, parts, donor_parts)
-    described = describe_model(name or "donor", donor, donor_parts, backend)
-    return FromDonor(model, donor, donor_parts, backend), described
+    return Paired(pair) if pair else None
 
 
 # --- values that are stored ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Of all products over the tokens that were read, (L, F) float32."""
 
-    mean: Array
-    std: Array  # unbiased
+    mean: Array  # of the donor, where there are two models
+    std: Array  # unbiased, of the model that is patched
 
 
-def stored_moments(folder: Path, shape: dict[str, int]) -> tuple[Path, Moments]:
-    """The moments of the products in `folder`, over all groups, and the file that has them."""
-    path = folder / COUNTS
-    counts = Counts.read(
-        checked(path), "count MODEL GROUP=TEXT... -o DIR --sites product --moments"
-    )
-    site = "product" if "sum.product" in counts.arrays or shape.get("gated", True) else "act"
-    sums, squares = (counts.arrays.get(f"{name}.{site}") for name in ("sum", "sum_sq"))
-    if sums is None or squares is None:
+def stored_moments(folder: Path, shape: dict[str, Any]) -> tuple[Path, Moments]:
+    """The moments of the products in `folder`, over all groups, and the file that has them.
+
+    That is a contrast, or counts of the site product with moments (act, of MLPs without a gate).
+    """
+    path = folder / CONTRAST
+    found: Counts
+    if path.exists():
+        found, sites = Contrast.read(checked(path)), ("b", "a")
+    else:
+        path, site = folder / COUNTS, "product" if shape.get("gated", True) else "act"
+        made_by = f"count MODEL GROUP=TEXT... -o DIR --sites {site} --moments"
+        found, sites = Counts.read(checked(path), made_by), (site, site)
+        if f"sum_sq.{site}" not in found.arrays:
+            raise RelneuronError(
+                f"{path} holds no moments of the site {site}", f"make it with: relneuron {made_by}"
+            )
+    if found.tokens.sum() < 2:
+        raise RelneuronError(f"{path} is of fewer than two tokens", "read more text")
+    mean, std = found.mean(sites[0]), found.std(sites[1])
+    if mean.shape != (shape["layers"], shape["width"]):
         raise RelneuronError(
-            f"{path} holds no moments of the products",
-            f"count with the site {site} and moments: relneuron count ... --sites {site} --moments",
-        )
-    if sums.shape[1:] != (shape["layers"], shape["width"]):
-        raise RelneuronError(
-            f"{path} is of a model with {sums.shape[1]} layers and width {sums.shape[2]}, this one "
+            f"{path} is of a model with {mean.shape[0]} layers and width {mean.shape[1]}, this one "
             f"has {shape['layers']} and {shape['width']}",
-            "count on this model",
+            "count or contrast this model",
         )
-    n = np.maximum(counts.tokens_at().sum(0), 1)[:, None]
-    mean = sums.sum(0) / n
-    spread = np.maximum(squares.sum(0) - n * mean**2, 0) / np.maximum(n - 1, 1)
-    return path, Moments(mean.astype(np.float32), np.sqrt(spread).astype(np.float32))
+    # No token runs some layers of some models, and nothing is put there.
+    return path, Moments(*(np.nan_to_num(x).astype(np.float32) for x in (mean, std)))
 
 
-@dataclass
-class FromMeans:
-    """Stored means, the same at every token."""
+class FromMeans(Exchanged):
+    """Stored means (L, F) float32, the same at every token."""
 
-    model: Any
-    means: Array  # (L, F) float32
+    def __init__(self, model: Any, mlps: Sequence[MLP], means: Array) -> None:
+        super().__init__(model, mlps)
+        self._means = means
 
-    def begin(self) -> None: ...
-
-    def value(self, number: int, part: Part, index: Array) -> Value:
-        row = torch.from_numpy(self.means[part.layer, part.inside][index])
-        row = row.to(device_of(part.module))
-        return lambda own, shape: row.to(own.dtype).expand_as(own)
-
-    def running(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def mark(self, rows: Rows) -> None: ...
+    def values(self, number: int, own: Tensor) -> Tensor:
+        mlp = self.mlps[number]
+        means = torch.from_numpy(self._means[mlp.layer, mlp.inside]).to(own.device)
+        return means[self.puts[number].index]

@@ -27,14 +27,13 @@ from relneuron.ablation.continuer import Continuer
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
 from relneuron.ablation.exchange import (
     FromMeans,
-    Source,
     check_products,
     from_donor,
     stored_moments,
 )
 from relneuron.ablation.measures import find_measure
 from relneuron.ablation.noise import FromNoise, prompt_key
-from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions, check_donor
+from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
 from relneuron.ablation.outputs import (
     SCORES,
     Generated,
@@ -61,9 +60,12 @@ from relneuron.artifact.manifest import Manifest, checked, locked, same_model
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, read_questions
 from relneuron.model.canary import check_canary, check_exchange
+from relneuron.model.exchange import Exchanged
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.pair import Pair
 from relneuron.model.patch import Patch
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import encode
@@ -89,7 +91,7 @@ def generate_inputs(
         "prompts": sha256(prompts),
         **asked,
         "counts": sha256(counts) if counts else None,
-        # As `read_source` says: not by what they are called.
+        # As `read_exchanged` says: not by what they are called.
         "donor": None,
         "moments": None,
     }
@@ -150,7 +152,7 @@ def generate(
     output: Path,
     options: GenerateOptions | None = None,
     *,
-    donor_model: Any = None,
+    pair: Pair | None = None,
     processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -164,8 +166,9 @@ def generate(
     off.
 
     With another `options.mode` than zero the products of a mask's neurons become other values
-    (ablation/exchange.py): with `patch` those of `donor_model`, whose name `options.donor` is, at
-    the same tokens of the prompt and of the output; the mask `donor` is that model itself.
+    (ablation/exchange.py): with `patch` those of the other model of `pair`, whose name
+    `options.donor` is, at the same tokens of the prompt and of the output; the mask `donor` is that
+    model itself, and `model` is `pair.a`.
 
     With `options.module_sets` a mask is one of the sets of modules (`conditions.module_sets`), and
     of each prompt the neurons of its own group in these modules are off.
@@ -185,7 +188,7 @@ def generate(
     prompts = read_questions(checked(prompts_path), options.template)
     if measure:
         check_answers(prompts)
-    mlps = find_for(model, neurons, processor)
+    mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     masks = plan_masks(neurons, options, shape, prompts)
@@ -209,23 +212,21 @@ def generate(
         named = listed([prompts[row].id for row in blank])
         why = "which the tokenizer joins to the next word: a model hardly knows it alone"
         warnings.warn(f"{named}: the prompt ends in a space, {why}", stacklevel=2)
-    described = describe_model(name, model, mlps, backend)
+    described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     notices = other_weights(f"{neurons_path}: neurons", neurons.model, described)
     if counts:
         counted_in = Manifest(counts.parent).data.get("model", {})
         notices += other_weights(f"{counts}: means", counted_in, described)
     folder = options.moments or neurons_path.parent
-    source, of_values = read_source(
-        options, model, mlps, neurons, folder, prompts, donor_model, backend
-    )
-    how = How(options.mode, source=source)
+    exchanged, of_values = read_exchanged(options, model, mlps, folder, prompts, pair)
+    how = How(options.mode, model=exchanged)
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
-    continuer = Continuer(source.model if source else model, tokenizer, options)
+    continuer = Continuer(exchanged or model, tokenizer, options)
     first_prompt = first_inputs(questions, continuer.pad)
     check_canary(model, mlps, first_prompt, backend)
-    if source:
-        check_exchange(model, mlps, first_prompt, backend)
+    if exchanged:
+        check_exchange(model, exchanged.mlps, first_prompt)
     inputs = generate_inputs(described, tokenizer, neurons_path, prompts_path, counts, options)
     inputs |= of_values
     inputs |= pictured_inputs(processor, prompts)
@@ -274,33 +275,29 @@ def generate(
     return lines
 
 
-def read_source(
+def read_exchanged(
     options: GenerateOptions,
     model: Any,
-    mlps: Sequence[Part],
-    neurons: NeuronFile,
+    parts: Sequence[Part],
     folder: Path,
     prompts: Sequence[Prompt],
-    donor: Any,
-    backend: str,
-) -> tuple[Source | None, Json]:
-    """Where the values of `options.mode` come from, and what the texts depend on of that.
+    pair: Pair | None,
+) -> tuple[Exchanged | None, Json]:
+    """The model with what `options.mode` says, and what the texts depend on of that.
 
-    `folder` has the stored moments, `donor` is the other model.
+    `folder` has the stored moments.
     """
-    if donor is not None and options.mode != "patch":
-        check_donor("donor", options.mode)
+    paired = from_donor(pair, options.donor, options.mode)
+    if paired and pair:
+        return paired, {"donor": same_model(pair.described[1])}
     if options.mode == "zero":
         return None, {}
-    if options.mode == "patch":
-        source, described = from_donor(options.donor, donor, model, mlps, neurons, backend)
-        return source, {"donor": same_model(described)}
-    path, moments = stored_moments(folder, model_shape(mlps))
-    inputs = {"moments": sha256(path)}
+    path, moments = stored_moments(folder, model_shape(parts))
+    inputs, mlps = {"moments": sha256(path)}, [p for p in parts if isinstance(p, MLP) and p.runs]
     if options.mode == "mean":
-        return FromMeans(model, moments.mean), inputs
+        return FromMeans(model, mlps, moments.mean), inputs
     keys = [prompt_key(options.noise_seed, p.id) for p in prompts for _ in range(options.n_seeds)]
-    return FromNoise(model, moments.std, options.noise, keys), inputs
+    return FromNoise(model, mlps, moments.std, options.noise, keys), inputs
 
 
 def check_answers(prompts: Sequence[Prompt]) -> None:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.ablation.exchange import Array, Rows
-from relneuron.model.exchange import Value
-from relneuron.model.layers import device_of
-from relneuron.model.mlps.shape import Part
+from relneuron.model.exchange import Exchanged
+from relneuron.model.mlps.mlp import MLP
+
+Array = np.ndarray[Any, Any]
 
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -48,51 +46,33 @@ def prompt_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-@dataclass
-class FromNoise:
+class FromNoise(Exchanged):
     """The products themselves and `factor` standard deviations of noise.
 
     The noise of a token is drawn from the seed, its prompt, layer, neuron and position: it is the
     same whatever else is in the batch, under every condition and with every seed of a sample.
+
+    stds  (L, F) float32
+    keys  of the prompts, as `prompt_key` makes them
     """
 
-    patched: Any
-    stds: Array  # (L, F) float32
-    factor: float
-    keys: Sequence[int]  # of the prompts, `prompt_key`
-    _rows: list[int] = field(default_factory=list)
-    _tokens: Tensor | None = None
-
-    @property
-    def model(self) -> Any:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.patched, name)
+    def __init__(
+        self, model: Any, mlps: Sequence[MLP], stds: Array, factor: float, keys: Sequence[int]
+    ) -> None:
+        super().__init__(model, mlps)
+        self._spread = stds * np.float32(factor)
+        self._keys = keys
+        self._places = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, **given: Any) -> Any:
-        keys = torch.tensor([self.keys[row] for row in self._rows], device="cpu")
-        places = given["position_ids"]
-        self._tokens = keys.to(places.device)[:, None] + places if self._rows else None
-        return self.patched(**given)
+        if self.rows is not None:
+            keys = torch.tensor([self._keys[row] for row in self.rows.prompts], device="cpu")
+            self._places = keys[:, None].to(given["position_ids"].device) + given["position_ids"]
+        return super().__call__(**given)
 
-    def begin(self) -> None: ...
-
-    def value(self, number: int, part: Part, index: Array) -> Value:
-        device = device_of(part.module)
-        spread = self.stds[part.layer, part.inside][index] * np.float32(self.factor)
-        stds = torch.from_numpy(spread).to(device)
-        neurons = torch.from_numpy((part.layer << 32) + part.inside.start + index).to(device)
-
-        def noisy(own: Tensor, shape: torch.Size) -> Tensor:
-            assert self._tokens is not None, "the rows are said before each forward"
-            tokens = self._tokens[:, -shape[1] :].reshape(-1).to(device)
-            return (own.float() + normal(tokens, neurons) * stds).to(own.dtype)
-
-        return noisy
-
-    def running(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def mark(self, rows: Rows) -> None:
-        self._rows = list(rows.prompts)
+    def values(self, number: int, own: Tensor) -> Tensor:
+        mlp, index = self.mlps[number], self.puts[number].index
+        spread = torch.from_numpy(self._spread[mlp.layer, mlp.inside]).to(own.device)[index]
+        neurons = (mlp.layer << 32) + mlp.inside.start + index
+        drawn = normal(self._places.to(own.device).reshape(-1), neurons).reshape(own.shape)
+        return own.float() + drawn * spread

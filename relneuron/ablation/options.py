@@ -23,6 +23,7 @@ from relneuron.artifact.options import (
 from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import PackingOptions
 
+CHOOSE = ("acc", "acc_norm")
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 # Modes whose values are of responses to what the set's relation was found with, or compared with,
 # and the column of expertise.csv that they are.
@@ -52,6 +53,8 @@ class AblateOptions(OomOptions):
     become those of the model `donor`, which reads the same tokens. `positions`: `all` tokens, those
     of the `prompt`, or the `last` of the prompt and all of the answer; the neutral sentences have
     all. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    `choose`: the answer is the option with the greatest log-likelihood behind the prompt, or the
+    greatest one divided by the option's number of characters.
     """
 
     splits: Sequence[str] = option(
@@ -123,6 +126,15 @@ class AblateOptions(OomOptions):
     accept_object_prefix: bool = option(
         False,
         "Also count a prediction that begins with the object as correct ('Japan.' for 'Japan').",
+        only=Only(
+            "without --generate and --choose", lambda o: o.generate is None and o.choose is None
+        ),
+    )
+    choose: str | None = option(
+        None,
+        "Answer with one of a prompt's options, whole: the most probable one (acc), or the most "
+        "probable one by its characters (acc_norm).",
+        choices=CHOOSE,
         only=Only("without --generate", lambda o: o.generate is None),
     )
     module_sets: bool = option(

@@ -74,6 +74,31 @@ class Counts:
     def has_moments(self) -> bool:
         return any(name.startswith("sum.") for name in self.arrays)
 
+    def mean(self, site: str) -> Array:
+        """The mean of the finite values at a site over the tokens of all groups, (L, F) float64."""
+        n, total, _ = self._moments(site)
+        with np.errstate(invalid="ignore"):
+            found: Array = total / n
+        return found
+
+    def std(self, site: str) -> Array:
+        """Their unbiased standard deviation, (L, F) float64; NaN for fewer than two tokens."""
+        n, total, total_sq = self._moments(site)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # What is left of equal values by rounding may be below 0.
+            variance = np.maximum(total_sq - total * (total / n), 0) / (n - 1)
+            found: Array = np.where(n > 1, np.sqrt(variance), np.nan)
+        return found
+
+    def _moments(self, site: str) -> tuple[Array, Array, Array]:
+        """n, sum and sum of squares of the finite values over all groups, (L, F) float64 each."""
+        tokens = self.tokens_at()[:, :, None] - self.arrays[f"n_nonfinite.{site}"]
+        return (
+            tokens.sum(0).astype(np.float64),
+            self.arrays[f"sum.{site}"].sum(0),
+            self.arrays[f"sum_sq.{site}"].sum(0),
+        )
+
     def __add__(self, other: Self) -> Self:
         """The statistics of both inputs together; groups are matched by their names."""
         if self.arrays.keys() != other.arrays.keys():

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import relneuron
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -32,8 +33,8 @@ def versions() -> Json:
     """The versions that can change a number."""
     from importlib.metadata import PackageNotFoundError, version
 
-    result = {"python": platform.python_version()}
-    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
+    result = {"python": platform.python_version(), "relneuron": relneuron.__version__}
+    for package in ("torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
         with suppress(PackageNotFoundError):
             result[package] = version(package)
     return result

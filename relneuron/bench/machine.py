@@ -36,7 +36,7 @@ def processor(device: str) -> str:
         return torch.cuda.get_device_name(torch.device(device))
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

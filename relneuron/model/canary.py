@@ -15,13 +15,12 @@ from torch import Tensor
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Shape
-from relneuron.model.exchange import Put
-from relneuron.model.layers import device_of
-from relneuron.model.mlps.experts import Experts
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.pair import Taps
 from relneuron.model.patch import Patch
 from relneuron.model.pictures import sent
-from relneuron.model.states import LayerState, mask_states
+from relneuron.model.states import mask_states
 
 
 def check_canary(
@@ -61,26 +60,14 @@ def check_canary(
                 )
 
 
-def check_exchange(model: Any, mlps: Sequence[Part], tokens: Tensor, backend: str) -> None:
-    """Raise unless other products change the logits: guards against a patch that puts none there.
+def check_exchange(model: Any, mlps: Sequence[MLP], tokens: Tensor) -> None:
+    """Raise unless other products change the logits: guards against a model that reads none.
 
     Every product of the MLPs becomes one more than it is. `tokens` (B, T).
     """
-
-    def one_more(own: Tensor, shape: torch.Size) -> Tensor:
-        return own + 1
-
-    states = []
-    for mlp in mlps:
-        device = device_of(mlp.module)
-        every = torch.arange(mlp.width, device=device)
-        chosen = torch.ones(1, mlp.width, dtype=torch.bool, device=device)
-        # A product of experts is not exchanged.
-        put = None if isinstance(mlp, Experts) else Put(every, chosen, one_more)
-        states.append(LayerState(product=put))
     with torch.no_grad():
         clean = model(input_ids=tokens).logits
-        with Patch(mlps, states, backend=backend):
+        with Taps(mlps, lambda number, h: h + 1):
             other = model(input_ids=tokens).logits
     if torch.equal(clean, other):
         raise RelneuronError(

@@ -1,59 +1,81 @@
-"""What a patch does with products, the inputs of down: it keeps some of them, or puts others there.
+"""A model whose chosen products, the inputs of down, become other values in every forward.
 
-`ablation/exchange.py` makes these for a patch's states: the values come from another model that
-reads the same tokens (model/paired.py), from stored means, or are the products' own with noise.
+`ablate` and `generate` run it in place of the model: the values are those of another model that
+reads the same tokens (model/paired.py), or stored means and noise (ablation/exchange.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from relneuron.model.mlps.mlp import MLP
+from relneuron.model.pair import Taps
 from relneuron.model.states import Tokens
 
-# Of the products (T, K) of some neurons and the shape of the layer's input, what they become.
-Value = Callable[[Tensor, torch.Size], Tensor]
 
-
-@dataclass
-class Take:
-    """Keeps the products (T, K) of the neurons `index` (K,) of the forward that ran last."""
-
-    index: Tensor
-    kept: Tensor | None = None
-
-    def __call__(self, h: Tensor, tokens: Tokens, shape: torch.Size) -> Tensor:
-        self.kept = h[:, self.index]
-        return h
-
-    def give(self, own: Tensor, shape: torch.Size) -> Tensor:
-        """What was kept, once, for products `own` (T, K) of the same tokens in another model."""
-        kept, self.kept = self.kept, None
-        if kept is None or kept.shape != own.shape:
-            found = None if kept is None else tuple(kept.shape)
-            raise ValueError(
-                f"Take: products {tuple(own.shape)} (from the patched model) are expected of the "
-                f"other model, got {found}"
-            )
-        return kept.to(own.device, own.dtype)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Put:
-    """Puts `value` in the place of the products `index` (K,) that are `chosen` (C, K) bool."""
+    """Of one MLP the neurons `index` (K,) whose products may become other values.
+
+    `chosen` (C, K) bool: those of each condition; row 0 is clean.
+    """
 
     index: Tensor
     chosen: Tensor
-    value: Value
 
-    def __call__(self, h: Tensor, tokens: Tokens, shape: torch.Size) -> Tensor:
-        rows = tokens.rows(shape)
-        own = h[:, self.index]
-        where = self.chosen[:1]
-        if rows is not None:
-            where = self.chosen[rows.expand(shape[:-1]).reshape(-1).long()]
-        # A copy: h may be a tensor of the model's own.
-        return h.index_copy(1, self.index, torch.where(where, self.value(own, shape), own))
+
+@dataclass(frozen=True)
+class Rows:
+    """Of a forward that is about to run: the prompts of its rows, and what they are."""
+
+    prompts: Sequence[int]
+    is_donor: Tensor  # (b,) bool: another model answers
+    is_chosen: Tensor  # (b,) bool: some neuron of the row gets another value
+
+
+class Exchanged:
+    """Stands where a model does; a subclass says in `values` what products become.
+
+    Before each forward `tokens` say the conditions of its tokens, as a patch's do, and `rows` the
+    rest; until then the model runs as it is. Everything else that is asked of it the model answers.
+    """
+
+    def __init__(self, model: Any, mlps: Sequence[MLP]) -> None:
+        self.patched, self.mlps = model, mlps
+        self.puts: Mapping[int, Put] = {}  # by the place of the MLP among `mlps`
+        self.tokens = Tokens()
+        self.rows: Rows | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.patched, name)
+
+    def __call__(self, **given: Any) -> Any:
+        if self.rows is None:
+            return self.patched(**given)
+        with Taps(self.mlps, self.see):
+            return self.patched(**given)
+
+    def see(self, number: int, h: Tensor) -> Tensor | None:
+        """A copy of h (b, t, F) with other values at the chosen neurons; None without any."""
+        put = self.puts.get(number)
+        if put is None:
+            return None
+        own = h[..., put.index]
+        where = put.chosen[self.conditions(h)]
+        new = torch.where(where, self.values(number, own).to(own.device, own.dtype), own)
+        return h.index_copy(-1, put.index, new)
+
+    def conditions(self, h: Tensor) -> Tensor:
+        """Of the tokens of h (b, t, F) the rows of `chosen`: (b, t) or (b, 1) int64."""
+        rows = self.tokens.on(h.device).rows(h.shape)
+        assert rows is not None, "the conditions are said before each forward"
+        return rows.long()
+
+    def values(self, number: int, own: Tensor) -> Tensor:
+        """What the products `own` (b, t, K) of an MLP's neurons `index` become."""
+        raise NotImplementedError

@@ -322,7 +322,6 @@ class _Forward(_Patched):
         h = cast(Tensor, h)
         for state, tokens, _ in acting:
             h = replace_act(h, up, state, tokens, x.shape)
-            h = h if state.product is None else state.product(h, tokens, x.shape)
         return self._written(self.mlp.down(h.reshape(*x.shape[:-1], self.mlp.width)))
 
     def _act(
@@ -384,5 +383,4 @@ class _Inside(_Patched):
             h = masked(h, state, tokens, x.shape)
             if "act" not in values:
                 h = replace_act(h, values.get("up"), state, tokens, x.shape)
-            h = h if state.product is None else state.product(h, tokens, x.shape)
         return h.reshape(x.shape)

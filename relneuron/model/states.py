@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,8 +35,6 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
-    # Of h (T, F), the products, what down reads in its place (model/exchange.py).
-    product: Callable[[Tensor, Tokens, torch.Size], Tensor] | None = None
     # Of experts: (G,) int64, tokens that came, and (E * G,) float64, sums of the router's weights.
     seen: Tensor | None = None
     routing: Tensor | None = None

@@ -25,11 +25,14 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
+    # A study is of one model.
+    donor: str | None = None
     # record reads text, which only the language model has neurons for.
     module_sets: bool = False
     # A study has its relations' templates, and asks every set everything.
     unrelated: int | None = None
     choices: int | None = None
+    choose: str | None = None
     choose_from: int = 4
 
     def __post_init__(self) -> None:
@@ -39,6 +42,12 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
             raise RelneuronError(
                 f"run ranks by ap, not by {self.method}",
                 f"leave out --method{other if self.method in rankings() else ''}",
+                2,
+            )
+        if self.mode == "patch":
+            raise RelneuronError(
+                "run has no second model for --mode patch",
+                "use another mode, or relneuron ablate --mode patch --from MODEL",
                 2,
             )
         if self.mode in FROM_RESPONSES and self.drop_responses:

@@ -26,7 +26,9 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
-from relneuron.methods.counts.folders import export_counts, merge
+from relneuron.methods.contrast.rank import identify_contrast
+from relneuron.methods.counts.folders import export_counts
+from relneuron.methods.counts.merge import merge
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.methods.gradients.attribute import attribute as gradients
 from relneuron.methods.gradients.choices import KnowledgeOptions
@@ -38,7 +40,7 @@ from relneuron.methods.responses.record import record
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, attributed, flip
+from tests.artifact.handed import NLL, attributed, contrasted, flip
 from tests.kit.counted import rank_counts
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
@@ -139,6 +141,20 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "identify counts": (
         lambda m, c, r, o: rank_counts(r / "counts", o / "neurons.json", top=5),
         ("counts/counts.safetensors", "counts/manifest.json"),
+    ),
+    "contrast": (
+        lambda m, c, r, o: contrasted(m, r / "study" / "prompts.jsonl", o),
+        ("study/prompts.jsonl",),
+    ),
+    "identify contrast": (
+        lambda m, c, r, o: identify_contrast(r / "contrast", o / "neurons.json"),
+        ("contrast/contrast.safetensors", "contrast/manifest.json"),
+    ),
+    "report contrast": (
+        partial(reported, of="contrast"),
+        tuple(
+            f"contrast/{name}" for name in ("manifest.json", "contrast.safetensors", "neurons.json")
+        ),
     ),
     "merge": (
         lambda m, c, r, o: merge([r / "half1", r / "half2"], o),

@@ -13,7 +13,7 @@ import torch
 from relneuron.ablation.nll import nll
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.counts.folders import merge
+from relneuron.methods.counts.merge import merge
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.study.run import run_study
 from relneuron.texts.sources import parse_sources

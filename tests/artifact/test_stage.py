@@ -19,12 +19,14 @@ import torch
 import typer.main
 
 from relneuron.artifact.manifest import Manifest
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import options_of
 from relneuron.artifact.stage import command, commands, moved, placed
 from relneuron.cli import main as cli
 from relneuron.study.run import _whole
 from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
+from tests.kit.pairs import write_other
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
 
@@ -120,6 +122,8 @@ STUDIES: dict[str, list[str]] = {
         "identify {d} -o {d}/neurons.json --method qrnca --sets fact --common 0.9 --keep-common"
         " --decimals 8 --top 5 --threshold 0.1",
         "identify {d} -o {d}/stepped.json --method knowledge_neurons --stepped",
+        "ablate {model} {d}/stepped.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 0"
+        " --choose acc_norm --any-set --quiet",
     ],
     "query localization": [
         "prompts {facts} -o {d}/prompts.jsonl --eva 8",
@@ -192,6 +196,26 @@ STUDIES: dict[str, list[str]] = {
         "import {imported}/neurons.pth --model {model} -o {d}/neurons.json --names en,zh",
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
     ],
+    "two models": [
+        "contrast {model} {model_b} {prompts} -o {d} --completion-by b --positions predicting"
+        " --max-new-tokens 3 --template 'So {{prompt}}' --batch-tokens 300 --quiet"
+        f" {EXACT}",
+        "identify {d} -o {d}/neurons.json --method contrast --sizes 5,20 --groups likes_fruit"
+        " --without-layers 0",
+    ],
+    "two models, neurons within others": [
+        "contrast {model} {model_b} {prompts} -o {d} --tokens prompt --quiet",
+        "identify {d} -o {d}/neurons.json --method contrast --rate 0.5 --from-rank 2 --by-group"
+        " --within {neurons}",
+    ],
+    "shards of two models": [
+        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-a --tokens last --shard 1/2 {SPREAD}"
+        " --batch-tokens 300 --quiet",
+        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-b --tokens last --shard 2/2 {SPREAD}"
+        " --batch-tokens 300 --quiet",
+        "merge {d}-a {d}-b -o {d}",
+        "identify {d} -o {d}/neurons.json --method contrast --top 4 --without {neurons}",
+    ],
     "demo": [
         "demo -o {d} --analyses perplexity --top 20 --permutations 0 --bootstrap 0 --noise 0"
         " --random-seeds 0 --quiet",
@@ -257,8 +281,14 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     (folder / "pictures" / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
     shutil.copytree(model_folder, folder / "chat")
     (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    write_other(model_folder, folder / "model_b")
+    shape = {"layers": 2, "width": 48, "hidden": 32}
+    some = [(layer, "gate", i, 1.0) for layer in (0, 1) for i in range(9)]
+    NeuronFile(shape, "ap", {"some": some}, {}).write(folder / "neurons.json")
     return {
         "model": str(model_folder),
+        "model_b": str(folder / "model_b"),
+        "neurons": str(folder / "neurons.json"),
         "chat": str(folder / "chat"),
         "facts": str(fact_folder),
         "suffixed": str(suffixed),

@@ -116,6 +116,7 @@ IG = [*ATTRIBUTE, "--method", "ig"]
 IDENTIFY = ["identify", "d", "-o", "n.json", "--method"]
 EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
+CONTRAST = ["contrast", *MODEL, *MODEL, "p.jsonl", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
 EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
 JUDGED = (
@@ -145,8 +146,9 @@ STRAY: list[tuple[list[str], str, str]] = [
     (
         [*ABLATE, "--generate", "5", "--accept-object-prefix"],
         "--accept-object-prefix",
-        "without --generate",
+        "without --generate and --choose",
     ),
+    ([*ABLATE, "--generate", "5", "--choose", "acc"], "--choose", "without --generate"),
     ([*IG, "--extend", "argmax"], "--extend", "with --answer mean or sum"),
     (
         [*IG, "--target", "prediction", "--answer", "mean"],
@@ -168,6 +170,19 @@ STRAY: list[tuple[list[str], str, str]] = [
         "without --checkpoint-batches",
     ),
     ([*GENERATE, "--counts", "c"], "--counts", "with --set"),
+    *(
+        ([*CONTRAST, "--tokens", "last", option, value], option, "with --tokens completion")
+        for option, value in (
+            ("--completion-by", "b"),
+            ("--positions", "predicting"),
+            ("--max-new-tokens", "5"),
+        )
+    ),
+    (
+        [*CONTRAST, "--checkpoint-batches", "1", "--checkpoint-seconds", "1"],
+        "--checkpoint-seconds",
+        "without --checkpoint-batches",
+    ),
     (
         ["import", "en=a.pth", "--model", "m", "-o", "o", "--names", "en"],
         "--names",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from relneuron.ablation.effect import Effect, causal_effects
+from relneuron.ablation.outputs import Generated, lines_bytes
 from relneuron.artifact.contrast import DIFFERENCE, NAME, A, B, Contrast
+from relneuron.artifact.files import csv_bytes
 from relneuron.artifact.manifest import Manifest
+from relneuron.methods.contrast.choices import ChangeOptions
+from relneuron.methods.contrast.rank import identify_contrast
 
 Array = np.ndarray[Any, Any]
 
@@ -66,4 +72,58 @@ def write_contrast(
     manifest = Manifest(folder)
     manifest.describe(**({"model": model, "groups": contrast.groups} | facts))
     manifest.finish("contrast", {"prompts": "x"}, [folder / NAME], reads=[])
+    return folder
+
+
+def write_contrast_study(
+    folder: Path,
+    groups: Sequence[str] = ("x", "y"),
+    *,
+    layers: int = 4,
+    width: int = 60,
+    sizes: Sequence[int] = (5, 20, 60),
+    text: str = "yes",
+    model: str = "a/model",
+    manifest: Mapping[str, Any] | None = None,
+    measured: bool = True,
+    by_group: bool = False,
+) -> Path:
+    """A contrast of random numbers, its sets, and by `measured` texts and their effects.
+
+    A tenth of the neurons of the last half of the layers change ten times as much as the others.
+    With the K neurons of a set A writes B's text behind the first K / 6 of 12 prompts, with random
+    ones behind none or one.
+    """
+    (folder / "manifest.json").unlink(missing_ok=True)
+    rng = np.random.default_rng(3)
+    scale = np.full((layers, width), 0.05)
+    scale[layers // 2 :, ::10] = 0.5
+    pairs = {}
+    for n, name in enumerate(groups):
+        a = rng.normal(size=(40 + 10 * n, layers, width)).astype(np.float32)
+        pairs[name] = a, (a + scale * rng.normal(size=a.shape)).astype(np.float32)
+    shape = {"id": model, "layers": layers, "width": width, "hidden": 16}
+    write_contrast(folder, pairs, model=shape, model_b=shape | {"id": f"{model} b"})
+    options = ChangeOptions(sizes=tuple(sizes), by_group=by_group)
+    sets = identify_contrast(folder, folder / "neurons.json", options, force=True).sets
+    if manifest is not None:
+        path = folder / "manifest.json"
+        known = json.loads(path.read_text(encoding="utf-8"))
+        del known["digest"]
+        path.write_text(json.dumps(known | {"files": {}} | dict(manifest)), encoding="utf-8")
+    if not measured:
+        return folder
+    said = {"clean": 0, "donor": 12}
+    for name, neurons in sets.items():
+        said |= {name: min(12, len(neurons) // 6)}
+        said |= {f"random.{seed}.{name}": seed for seed in (0, 1)}
+    lines = [
+        Generated(mask, "", f"p{i}", f"{text} {i}?", f"{text} {i < n}", 2, "eos")
+        for mask, n in said.items()
+        for i in range(12)
+    ]
+    costs = {m: np.array([[-float(i < n)] for i in range(12)]) for m, n in said.items()}
+    (folder / "outputs.jsonl").write_bytes(lines_bytes(lines))
+    rows = [["" if cell is None else cell for cell in row] for row in causal_effects(costs)]
+    (folder / "effect.csv").write_bytes(csv_bytes(Effect._fields, rows))
     return folder

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tests.conftest import tiny_model
+from tests.kit.counted import VOCABULARY, Numbers
 
 ADAPTERS = ("lora", "lora of all", "ia3", "ia3 of down")
 
@@ -32,14 +39,20 @@ def config_of(kind: str) -> Any:
     }[kind]()
 
 
+@contextmanager
+def ignoring_peft() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.24 by a name that it gives up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def save_adapter(kind: str | Any, folder: Path, *, model: Any = None, seed: int = 5) -> Path:
     """The folder of an adapter over `tiny_model("llama")`, or a model; its numbers are drawn."""
     from peft import get_peft_model
 
     config = config_of(kind) if isinstance(kind, str) else kind
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.24 by a name that it gives up.
-        warnings.simplefilter("ignore", FutureWarning)
+    with ignoring_peft():
         peft = get_peft_model(model or tiny_model("llama"), config)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -54,6 +67,69 @@ def peft_model(folder: Path, **changes: Any) -> Any:
     """The model with the adapter of a folder, as peft itself runs it."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with ignoring_peft():
         return PeftModel.from_pretrained(tiny_model("llama", **changes), folder).eval()
+
+
+def other(model: Any, *, seed: int = 3, by: float = 0.02) -> Any:
+    """A copy of a model, all of whose weights are moved a little."""
+    made = deepcopy(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(torch.randn_like(weight) * by)
+    return made
+
+
+def write_other(model: Path, folder: Path) -> Path:
+    """A folder with `other` of a folder's model, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other(AutoModelForCausalLM.from_pretrained(model)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+class Words(Numbers):
+    """A tokenizer of texts such as "5 17 3", whose text ends with token 2."""
+
+    eos_token_id = 2
+    chat_template: str | None = None
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return list(map(str, ids))
+
+
+def write_prompts(path: Path, n: int = 9, *, groups: str = "xyz", longest: int = 12) -> Path:
+    """Prompts of different lengths, each of a group."""
+    rng = random.Random(7)
+    lines = [
+        {"id": f"p{i}", "group": groups[i % len(groups)], "prompt": " ".join(map(str, drawn))}
+        for i in range(n)
+        for drawn in [[rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, longest))]]
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read_by(model: Any, maps: Sequence[str], ids: Sequence[int]) -> Tensor:
+    """(T, L, F): what the modules of these paths read while a model reads tokens, by hooks."""
+    seen: list[Tensor] = []
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda _, x: seen.append(x[0][0]))
+        for path in maps
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(ids)]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen, 1)
+
+
+def written_by(model: Any, ids: Sequence[int], n: int) -> list[int]:
+    """What transformers' own generate() writes greedily, without the end of text."""
+    start = torch.tensor([list(ids)])
+    made = model.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=n, do_sample=False
+    )[0, len(ids) :].tolist()
+    return made[: made.index(2)] if 2 in made else made

@@ -8,7 +8,7 @@ folder holds, as `choices` says; `authors_files` reads and writes the authors' s
 
 from relneuron.artifact.contrast import NAME
 from relneuron.artifact.stage import Method, Ranking, Stage
-from relneuron.methods.contrast.choices import ContrastOptions
+from relneuron.methods.contrast.choices import ChangeOptions
 
 _HERE = "relneuron.methods.contrast"
 
@@ -18,10 +18,11 @@ METHOD = Method(
         Ranking(
             "contrast",
             "change between two models",
-            ContrastOptions,
+            ChangeOptions,
             reads=NAME,
             of="a contrast of two models",
             run=f"{_HERE}.rank:rank",
         ),
     ),
+    page=f"{_HERE}.study:PAGE",
 )

@@ -14,7 +14,7 @@ _NO_SIZES = Only("without --sizes", lambda o: not o.sizes, clashes=True)
 
 
 @dataclass(frozen=True)
-class ContrastOptions(Options):
+class ChangeOptions(Options):
     """Which neurons of the ranking by change are chosen, and on which tokens it is made."""
 
     top: int | None = option(

@@ -1,4 +1,4 @@
-"""The command `contrast`."""
+"""The command `contrast`: two models, prompts, and what was found."""
 
 from __future__ import annotations
 

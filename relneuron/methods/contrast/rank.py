@@ -28,7 +28,7 @@ from relneuron.artifact.files import (
 from relneuron.artifact.manifest import Manifest, checked, json_digest, locked
 from relneuron.artifact.neurons import NeuronFile, ScoredNeuron, Shape, check_neurons
 from relneuron.artifact.stage import command, placed
-from relneuron.methods.contrast.choices import ContrastOptions
+from relneuron.methods.contrast.choices import ChangeOptions
 
 METHOD = "contrast"
 ALL = "contrast"  # the set of a ranking by the tokens of all groups
@@ -84,7 +84,7 @@ class _Ranked:
 
 
 def identify_contrast(
-    folder: Path, output: Path, options: ContrastOptions | None = None, *, force: bool = False
+    folder: Path, output: Path, options: ChangeOptions | None = None, *, force: bool = False
 ) -> NeuronFile:
     """Choose the neurons that differ most between the models of `folder`'s contrast.
 
@@ -98,7 +98,7 @@ def identify_contrast(
     (R, L, F) float32, a row for each name in the metadata's `sets`, before anything is left out;
     NaN where a layer has fewer neurons.
     """
-    options = options or ContrastOptions()
+    options = options or ChangeOptions()
     refuse_output(output, "identify", force)
     path = folder / NAME
     described, manifest = Manifest(folder).data, Manifest(output.parent)
@@ -151,7 +151,7 @@ def identify_contrast(
 def rank(
     folder: Path,
     output: Path,
-    options: ContrastOptions,
+    options: ChangeOptions,
     *,
     method: str,
     force: bool,
@@ -165,13 +165,13 @@ def rank(
         yield f"{name}: {len(neurons):,} neurons{ends}"
 
 
-def _words(options: ContrastOptions, folder: Path) -> list[str]:
+def _words(options: ChangeOptions, folder: Path) -> list[str]:
     """The options as the recorded command takes them, files of the folder named from there."""
     paths = {str(path): placed(path, folder) for _, path in _beside(options)}
     return [paths.get(word, word) for word in options.words()]
 
 
-def _beside(options: ContrastOptions) -> list[tuple[str, Path]]:
+def _beside(options: ChangeOptions) -> list[tuple[str, Path]]:
     found = ((name, getattr(options, name)) for name in BESIDE)
     return [(name, path) for name, path in found if path is not None]
 
@@ -199,7 +199,7 @@ def read_contrast(folder: Path, described: Json) -> tuple[Contrast, Json]:
     return contrast, model
 
 
-def _able(model: Json, options: ContrastOptions) -> tuple[Array, Array]:
+def _able(model: Json, options: ChangeOptions) -> tuple[Array, Array]:
     """(L, F) bool: the neurons that there are, and those of them that may be ranked."""
     order = Shape.of(model)
     there = np.zeros((order.layers, order.widths["gate"]), bool)
@@ -237,7 +237,7 @@ def kept_layers(n_layers: int, without: Sequence[int]) -> list[int]:
 
 
 def _ranked(
-    contrast: Contrast, there: Array, able: Array, options: ContrastOptions, where: str
+    contrast: Contrast, there: Array, able: Array, options: ChangeOptions, where: str
 ) -> dict[str, _Ranked]:
     """By the name of their set the rankings: one, or one for each group that has tokens."""
     asked = contrast.groups if options.groups is None else list(options.groups)
@@ -267,7 +267,7 @@ def _ranked(
 
 
 def _sets(
-    ranked: Mapping[str, _Ranked], sizes: Sequence[int], options: ContrastOptions, n_able: int
+    ranked: Mapping[str, _Ranked], sizes: Sequence[int], options: ChangeOptions, n_able: int
 ) -> tuple[dict[str, list[ScoredNeuron]], list[str]]:
     """The sets by name, and a line for each that has fewer neurons than its size."""
     first = options.from_rank

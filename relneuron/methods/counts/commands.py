@@ -96,8 +96,8 @@ def merge(
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Add finished counts of one model: counts.safetensors."""
-    from relneuron.methods.counts.folders import merge as merge_stage
+    """Add finished counts of one model, or contrasts of the same two: their file of both."""
+    from relneuron.methods.counts.merge import merge as merge_stage
 
     check_folder(output)
     total = merge_stage(folders, output, force=force)

@@ -15,7 +15,7 @@ from relneuron.artifact.contrast import NAME
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.methods.contrast.choices import ContrastOptions
+from relneuron.methods.contrast.choices import ChangeOptions
 from relneuron.methods.contrast.rank import identify_contrast, ranking
 from tests.kit.contrasted import M1, M2, contrast_of, write_contrast
 
@@ -25,7 +25,7 @@ Places = list[tuple[int, int]]
 def chosen(folder: Path, name: str = "contrast", **asked: Any) -> Places:
     """The (layer, index) of a set, which is at the site gate."""
     path = folder / "neurons.json"
-    found = identify_contrast(folder, path, ContrastOptions(**asked), force=True)
+    found = identify_contrast(folder, path, ChangeOptions(**asked), force=True)
     assert NeuronFile.read(path) == found
     assert {site for rows in found.sets.values() for _, site, *_ in rows} <= {"gate"}
     return [(layer, index) for layer, _, index, _ in found.sets[name]]
@@ -143,7 +143,7 @@ def test_the_manifest_makes_the_same_sets_again(relneuron: Any, drawn: Path) -> 
 def refused(folder: Path, match: str, **asked: Any) -> RelneuronError:
     before = sorted(folder.iterdir())
     with pytest.raises(RelneuronError, match=match) as error:
-        identify_contrast(folder, folder / "none.json", ContrastOptions(**asked))
+        identify_contrast(folder, folder / "none.json", ChangeOptions(**asked))
     assert sorted(folder.iterdir()) == before
     return error.value
 
