@@ -337,6 +337,21 @@ MUTANTS = {
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
+    "methods.contrast.classify: a probe is measured on what it learnt": Mutant(
+        "fit(values[inside], labels[inside])",
+        "fit(values, labels)",
+        "methods/contrast/test_probe.py::test_cross_validation_is_that_of_scikit_learn",
+    ),
+    "model.products: the first token is read": Mutant(
+        "h[:, -1, torch.tensor",
+        "h[:, 0, torch.tensor",
+        "methods/contrast/test_probe.py::test_products_are_those_of_plain_hooks",
+    ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
+    ),
     "model.choose: the option's last token is not scored": Mutant(
         "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
         "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
@@ -376,6 +391,42 @@ MUTANTS = {
         'own.positive if name.startswith("on_") else own.negative',
         'own.negative if name.startswith("on_") else own.positive',
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
+    ),
+    # a study from Python
+    "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
+        "return min(width, order.width(layer, inner))",
+        "return width",
+        "study/test_folder.py::test_layers_of_different_width",
+    ),
+    "study.folder: a file that a killed run began is read": Mutant(
+        "not is_known and any(",
+        "is_known and any(",
+        "study/test_folder.py::test_what_is_unfinished_is_said",
+    ),
+    "study.folder: gains of sentences that were not scored count": Mutant(
+        'if kept or asked.get("keep") != "known"',
+        'if kept or asked.get("keep") == "known"',
+        "study/test_folder.py::test_an_attribution",
+    ),
+    "study.facts: a study of other facts is overwritten": Mutant(
+        "before != written if is_made",
+        "False if is_made",
+        "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
+    ),
+    "study.run: a stage of a model in memory names a command": Mutant(
+        'entry["commands"] = []',
+        "pass",
+        "study/test_memory.py::test_it_writes_what_the_command_writes",
+    ),
+    "artifact.chosen: one set of several is taken": Mutant(
+        "names is None and len(file.sets) != 1",
+        "names is None and not file.sets",
+        "artifact/test_chosen.py::test_one_set_needs_no_name_and_several_do",
+    ),
+    "model.stream.linear: what an adapter adds is left out": Mutant(
+        "if adapters is None or module.merged",
+        "if True or module.merged",
+        "methods/gains/test_adapted.py::test_gains_are_those_of_what_hooks_hear",
     ),
     # analyses
     "analyses.drops: own and other relations are swapped": Mutant(

@@ -28,9 +28,11 @@ EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
     "PIL": "pictures",
+    "sklearn": "probe",
     "peft": "adapters",
 }
-PROJECTS = {"PIL": "pillow"}  # installed by another name than they are imported by
+# Installed by another name than they are imported by.
+PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def missing(*packages: str) -> list[str]:

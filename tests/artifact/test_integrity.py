@@ -40,7 +40,7 @@ from relneuron.methods.responses.record import record
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, attributed, contrasted, flip
+from tests.artifact.handed import NLL, attributed, contrasted, flip, probed
 from tests.kit.counted import rank_counts
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
@@ -182,6 +182,14 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "generate": (generated, ("counts/neurons.json", "study/prompts.jsonl")),
     "generate steered": (partial(generated, set_to="a"), ("counts/counts.safetensors",)),
+    "probe": (
+        lambda m, c, r, o: probed(m, r, o),
+        ("counts/neurons.json", "study/prompts.jsonl"),
+    ),
+    "probe, applied": (
+        lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
+        ("probe/probe.safetensors",),
+    ),
     "report groups": (
         partial(reported, of="counts"),
         tuple(

@@ -153,7 +153,12 @@ STUDIES: dict[str, list[str]] = {
         f" --window 24 --boundaries position {COUNT} {SPREAD}",
         "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
         "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
-        f" --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
+        f" --join '\\n\\n' --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
+        "probe {model} {prompts} -o {d} --neurons {d}/neurons.json --set en --top 3 --folds 2"
+        " --labels {labels}:y --mask s --above 0.5 --seed 3 --random-seeds 1 --quiet"
+        f" --template 'Q: {{{{prompt}}}}' --batch-tokens 60 {EXACT}",
+        "probe {model} {prompts} -o {d} --apply {d}/probe.safetensors --quiet"
+        " --labels {labels}:y --mask s",
     ],
     "corpus of token ids": [
         f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
@@ -237,6 +242,9 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         values = torch.arange(400, dtype=torch.int32) * 7 % 90
         (folder / f"{name}.bin").write_bytes(values.numpy().tobytes())
     assert call("prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", 8) == 0
+    asked = (folder / "prompts.jsonl").read_text().splitlines()
+    labels = [f"s,{json.loads(line)['id']},{i % 2}" for i, line in enumerate(asked)]
+    (folder / "labels.csv").write_text("\n".join(["mask,id,y", *labels]) + "\n")
     suffixed = folder / "suffixed"
     suffixed.mkdir()
     for path in fact_folder.iterdir():
@@ -300,6 +308,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         "ids": str(folder / "ids.bin"),
         "ids2": str(folder / "ids2.bin"),
         "prompts": str(folder / "prompts.jsonl"),
+        "labels": str(folder / "labels.csv"),
         "table": str(folder / "facts.csv"),
         "imported": str(lapes),
         "llava": str(folder / "llava"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relneuron.model.load import load_model, load_tokenizer
 from tests.conftest import tiny_model
 from tests.kit.counted import VOCABULARY, Numbers
 
@@ -27,6 +29,9 @@ def config_of(kind: str) -> Any:
     attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
     return {
         "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **lora),
+        "dora": lambda: LoraConfig(
+            target_modules=["q_proj", *mlp], use_dora=True, use_rslora=True, **lora
+        ),
         "lora of all": lambda: LoraConfig(target_modules=[*attention, *mlp], **lora),
         "ia3": lambda: IA3Config(
             target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
@@ -60,6 +65,22 @@ def save_adapter(kind: str | Any, folder: Path, *, model: Any = None, seed: int 
             if weight.requires_grad:
                 weight.copy_(torch.randn_like(weight) * 0.3 + (1.0 if "ia3" in name else 0.0))
     peft.save_pretrained(str(folder))
+    return folder
+
+
+def moved(model: Any, scale: float, seed: int, only: Sequence[str] = ()) -> Any:
+    """A copy of a model, some of whose weights were changed: those with one of `only` in a name."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for name, weight in other.named_parameters():
+        if not only or any(word in name for word in only):
+            weight.data += scale * torch.randn(weight.shape, generator=generator)
+    return other
+
+
+def save_moved(model: Path, folder: Path, scale: float = 0.15, seed: int = 3) -> Path:
+    """The folder of a model with other weights and the same tokenizer."""
+    moved(load_model(str(model)), scale, seed).save_pretrained(folder)
+    load_tokenizer(str(model)).save_pretrained(folder)
     return folder
 
 
