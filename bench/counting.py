@@ -36,12 +36,14 @@ from torch.nn import functional as F
 from bench.rows import add_rows
 from relneuron.bench.machine import where
 from relneuron.demo import CHECKPOINT
-from relneuron.methods.counts.batches import Batch, make_batch, plan_pool
+from relneuron.methods.counts.batches import Batch, make_batch
 from relneuron.methods.counts.count import count
-from relneuron.methods.counts.counter import Checkpoint, Counter, Position, write_checkpoint
+from relneuron.methods.counts.counter import Counter
+from relneuron.model.checkpoint import Checkpoint, Position, write_checkpoint
 from relneuron.model.load import load_tokenizer
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.passes import plan_pool
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window
@@ -196,7 +198,9 @@ def time_stage(model: Any, n_tokens: int, window: int) -> dict[str, float]:
         done = count("model", model, tokenizer, sources, folder / "out", options, quiet=True)
         assert done is not None, "a new folder is counted"
         began = time.perf_counter()
-        write_checkpoint(folder, {}, Checkpoint(done.counts, Position(None, 0, 0)))
+        write_checkpoint(
+            folder / "count.checkpoint", {}, Checkpoint(done.counts, Position(None, 0, 0))
+        )
         checkpoint = time.perf_counter() - began
     return {
         "tokens_per_s": done.tokens / done.seconds,

@@ -98,7 +98,7 @@ class Sum {
   int n_listed_ = 0;
   // With AVX-512: N of the positives that are not in the sum yet, 0 of those that were skipped. Their
   // reciprocals are gathered together.
-  uint32_t* list_;
+  [[maybe_unused]] uint32_t* list_;
 };
 
 // Sorted label words, as bytes: one relation of a group.

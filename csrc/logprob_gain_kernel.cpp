@@ -22,7 +22,6 @@ constexpr int panel_rows = 6;
 constexpr int panel_tokens = 2 * n_lanes;
 constexpr int64_t depth = 256;  // elements of the inner products at a time: a panel stays in L1
 constexpr int64_t terms = 128;  // of them so many make one sum: longer ones round away more
-constexpr int64_t n_vectors = tile_tokens / n_lanes;
 
 // Logits that move by less than these take a polynomial for exp(y) - 1; up to large_move exp(y) fits a
 // float32, beyond that the largest exponent is taken out first.

@@ -4,6 +4,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -15,19 +18,27 @@ namespace {
 
 constexpr const char* isa_names[n_isas] = {"portable", "avx2", "avx512"};
 
+#if defined(__x86_64__)
+// Whether the processor has all of these features of its pages 1 and 7, and the system saves these
+// registers of a thread. __builtin_cpu_supports is in a library that Clang lacks in Visual Studio.
+bool has(unsigned of_page_1, unsigned of_page_7, unsigned saved) {
+  unsigned a, b, c, d;
+  of_page_1 |= bit_OSXSAVE;  // xgetbv is there
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & of_page_1) != of_page_1) return false;
+  __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  if ((a & saved) != saved) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & of_page_7) == of_page_7;
+}
+#endif
+
 bool is_usable(Isa isa) {
 #ifdef RELNEURON_HAVE_AVX2
-  if (isa == isa_avx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  }
+  constexpr unsigned of_both_7 = bit_BMI | bit_BMI2, of_both_1 = bit_POPCNT;
+  if (isa == isa_avx2) return has(of_both_1 | bit_F16C | bit_FMA, of_both_7 | bit_AVX2, 0x06);
 #endif
 #ifdef RELNEURON_HAVE_AVX512
-  if (isa == isa_avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  }
+  constexpr unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  if (isa == isa_avx512) return has(of_both_1, of_both_7 | avx512, 0xe6);
 #endif
   return isa == isa_portable;
 }

@@ -132,27 +132,24 @@ RELNEURON_INLINE F32 look_up(const float* table, U32 index) {
 #endif
 }
 
-// The top bit of every lane, that of lane 0 lowest.
-RELNEURON_INLINE uint64_t top_bits(I32 x) {
+// The top bit of every lane, that of lane 0 lowest, for lanes of 32 or 64 bits. Any vector of such: a
+// comparison's lanes are int, long or long long, as compiler and system have it.
+template <typename Vector>
+RELNEURON_INLINE uint64_t top_bits(Vector x) {
+  constexpr bool is_narrow = sizeof x[0] == 4;
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(x));
+  const __m512i lanes = reinterpret_cast<__m512i>(x);
+  return is_narrow ? _mm512_movepi32_mask(lanes) : _mm512_movepi64_mask(lanes);
 #elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x)));
+  const int bits = is_narrow ? _mm256_movemask_ps(reinterpret_cast<__m256>(x))
+                             : _mm256_movemask_pd(reinterpret_cast<__m256d>(x));
+  return static_cast<uint32_t>(bits);
 #else
   uint64_t bits = 0;
-  for (int lane = 0; lane < n_lanes; ++lane) {
-    bits |= static_cast<uint64_t>(static_cast<uint32_t>(x[lane]) >> 31) << lane;
+  for (int lane = 0; lane < (is_narrow ? n_lanes : n_lanes / 2); ++lane) {
+    bits |= static_cast<uint64_t>(x[lane] < 0) << lane;
   }
   return bits;
-#endif
-}
-RELNEURON_INLINE uint64_t top_bits(I64 x) {
-#if defined(__AVX512F__)
-  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(x));
-#elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(x)));
-#else
-  return static_cast<uint64_t>(x[0]) >> 63 | static_cast<uint64_t>(x[1]) >> 63 << 1;
 #endif
 }
 
@@ -258,6 +255,20 @@ RELNEURON_INLINE U64 widen(U32 x) {
       _mm256_cvtepu32_epi64(_mm256_extracti128_si256(reinterpret_cast<__m256i>(x), half)));
 #else
   return U64{x[2 * half], x[2 * half + 1]};
+#endif
+}
+
+// The way back, each rounded to nearest.
+RELNEURON_INLINE F32 narrow(F64 lower, F64 upper) {
+#if defined(__AVX512F__)
+  const __m512d halves = _mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(lower)));
+  return _mm512_castpd_ps(
+      _mm512_insertf64x4(halves, _mm256_castps_pd(_mm512_cvtpd_ps(upper)), 1));
+#elif defined(__AVX2__)
+  return _mm256_set_m128(_mm256_cvtpd_ps(upper), _mm256_cvtpd_ps(lower));
+#else
+  return F32{static_cast<float>(lower[0]), static_cast<float>(lower[1]),
+             static_cast<float>(upper[0]), static_cast<float>(upper[1])};
 #endif
 }
 

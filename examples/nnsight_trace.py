@@ -27,7 +27,7 @@ def run_with_neurons(
     group_ids (B * T,) int32 says where each token is counted, -1 = nowhere. keep[layer] is a mask
     (1, ceil(F/32)) int32: bit f % 32 of word f // 32 clear = neuron f is off.
     """
-    with torch.no_grad(), model.trace(tokens):  # the op has no gradient
+    with torch.no_grad(), model.trace(tokens):
         for layer, block in enumerate(model.model.layers):
             gate, up = block.mlp.gate_proj.output, block.mlp.up_proj.output
             h = ops.swiglu_stats(

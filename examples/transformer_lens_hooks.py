@@ -55,6 +55,6 @@ def run_with_neurons(
             (f"blocks.{layer}.mlp.hook_pre_linear", see_up),  # the output of up_proj
             (f"blocks.{layer}.mlp.hook_post", replace_h),  # the input of down_proj
         ]
-    with torch.no_grad():  # the op has no gradient
+    with torch.no_grad():
         logits: Tensor = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
     return logits

@@ -73,6 +73,7 @@ SLOW = {
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",
+    "study": "memory",
     "testing": "contract",
     "texts": "polish tokens_study",
 }

@@ -223,7 +223,7 @@ MUTANTS = {
         "else inside",
         "methods/counts/test_batches.py::test_a_batch_is_its_windows",
     ),
-    "methods.counts.folders: the last shard may be missing": Mutant(
+    "methods.counts.merge: the last shard may be missing": Mutant(
         "range(1, of + 1)",
         "range(1, of)",
         "methods/counts/test_merge.py::test_the_same_windows_twice_and_missing_shards",
@@ -232,6 +232,38 @@ MUTANTS = {
         "counts.tokens_at()[:, None, there // width]",
         "counts.tokens_at()[:, None, 0 * there]",
         "methods/counts/test_pictured.py::test_layers_that_saw_fewer_tokens_have_their_own_rates",
+    ),
+    # methods/contrast
+    "methods.contrast.lines: predicting is where a token is read": Mutant(
+        "range(n - 1, m - 1)",
+        "range(n, m)",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks"
+        "[llama-predicting]",
+    ),
+    "methods.contrast.lines: the first token of a prompt stands behind its padding": Mutant(
+        "first = ids.shape[1] - len(line)",
+        "first = 0",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-prompt]",
+    ),
+    "methods.contrast.lines: the other model writes the completions": Mutant(
+        "self.pair.only(self.options.completion_by)",
+        'self.pair.only("a")',
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-b]",
+    ),
+    "model.adapters: an adapter of what a layer reads scales all rows": Mutant(
+        "whole[chosen] = changed",
+        "whole[:] = changed[:1]",
+        "model/test_adapters.py::test_rows_of_one_forward_are_those_of_two[ia3-own0]",
+    ),
+    "model.adapters: a model's own weights may be another's": Mutant(
+        "if more or changed or not layers:",
+        "if more or not layers:",
+        "model/test_adapters.py::test_trained_biases_are_refused",
+    ),
+    "model.pair: what A left is kept to the end": Mutant(
+        "own, kept[number] = kept[number], None",
+        "own = kept[number]",
+        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
     ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
@@ -285,9 +317,9 @@ MUTANTS = {
         'found[""]',
         "ablation/test_modes.py::test_equal_sets_of_two_relations_have_the_means_of_each",
     ),
-    "ablation.ablate: a long answer is right if the object begins with it": Mutant(
-        "if options.generate is None:\n            right",
-        "if True:\n            right",
+    "ablation.asking: a long answer is right if the object begins with it": Mutant(
+        "if self.options.generate is not None:\n            return begins_with",
+        "if False:\n            return begins_with",
         "ablation/test_modes.py::test_a_longer_answer_is_right_only_if_it_begins_with_the_object",
     ),
     "ablation.nll: the mean is over tokens, not over windows": Mutant(
@@ -300,10 +332,75 @@ MUTANTS = {
         "logits / penalty",
         "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
     ),
+    "ablation.conditions: a random set has neurons of the set that it is beside": Mutant(
+        "if i not in own]",
+        "if True]",
+        "ablation/test_patching.py::test_random_sets_have_as_many_other_neurons_of_each_layer",
+    ),
+    "ablation.how: a study does not depend on its donor": Mutant(
+        "same_model(pair.described[1]) if pair else None",
+        "None",
+        "ablation/test_patching.py::test_ablate_answers_with_another_models_values",
+    ),
+    "ablation.noise: noise depends on what shares the batch": Mutant(
+        'device) + given["position_ids"]',
+        'device) + torch.arange(given["position_ids"].shape[1])',
+        "ablation/test_noise.py::test_stored_values_are_put_by_plain_hooks",
+    ),
+    "model.paired: rows that ended stay in the adapter's half of the cache": Mutant(
+        "torch.cat([rows, rows + n_before])",
+        "torch.cat([rows, rows])",
+        "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "methods.contrast.classify: a probe is measured on what it learnt": Mutant(
+        "fit(values[inside], labels[inside])",
+        "fit(values, labels)",
+        "methods/contrast/test_probe.py::test_cross_validation_is_that_of_scikit_learn",
+    ),
+    "model.products: the first token is read": Mutant(
+        "h[:, -1, torch.tensor",
+        "h[:, 0, torch.tensor",
+        "methods/contrast/test_probe.py::test_products_are_those_of_plain_hooks",
+    ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
+    ),
+    "model.choose: the option's last token is not scored": Mutant(
+        "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
+        "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
+    ),
+    "model.choose: the answer begins one token late": Mutant(
+        "inside.sum(1, keepdim=True) - 1",
+        "inside.sum(1, keepdim=True) - 2",
+        "ablation/test_choose.py::test_choices_are_those_of_a_plain_loop",
+    ),
+    "ablation.effect: numerator and denominator are of two draws": Mutant(
+        "ratios = drawn[:, number] / drawn[:, 0]",
+        "ratios = drawn[:, number] / np.roll(drawn[:, 0], 1)",
+        "ablation/test_effect.py::test_the_interval_draws_prompts_with_all_that_is_theirs",
+    ),
+    "ablation.effect: a denominator that may be 0 is hidden": Mutant(
+        "is_certain = not donor_low <= 0 <= donor_high",
+        "is_certain = bool(whole)",
+        "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
+    ),
+    "ablation.costs: a cost is that of the other seed": Mutant(
+        "if any(line.seed is not None for line in lines)",
+        "if False",
+        "ablation/test_effect.py::test_a_table_that_lacks_costs",
+    ),
+    "model.classifier: texts are filled up with a token that one ends in": Mutant(
+        "if t not in last",
+        "if t >= 0",
+        "model/test_classifier.py::test_no_pad_token_is_the_last_one_of_a_text",
     ),
     "ablation.rows: equal logits stand before the target": Mutant(
         "rank = 1 + (logits > own).sum(1)",
@@ -314,6 +411,42 @@ MUTANTS = {
         'own.positive if name.startswith("on_") else own.negative',
         'own.negative if name.startswith("on_") else own.positive',
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
+    ),
+    # a study from Python
+    "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
+        "return min(width, order.width(layer, inner))",
+        "return width",
+        "study/test_folder.py::test_layers_of_different_width",
+    ),
+    "study.folder: a file that a killed run began is read": Mutant(
+        "not is_known and any(",
+        "is_known and any(",
+        "study/test_folder.py::test_what_is_unfinished_is_said",
+    ),
+    "study.folder: gains of sentences that were not scored count": Mutant(
+        'if kept or asked.get("keep") != "known"',
+        'if kept or asked.get("keep") == "known"',
+        "study/test_folder.py::test_an_attribution",
+    ),
+    "study.facts: a study of other facts is overwritten": Mutant(
+        "before != written if is_made",
+        "False if is_made",
+        "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
+    ),
+    "study.run: a stage of a model in memory names a command": Mutant(
+        'entry["commands"] = []',
+        "pass",
+        "study/test_memory.py::test_it_writes_what_the_command_writes",
+    ),
+    "artifact.chosen: one set of several is taken": Mutant(
+        "names is None and len(file.sets) != 1",
+        "names is None and not file.sets",
+        "artifact/test_chosen.py::test_one_set_needs_no_name_and_several_do",
+    ),
+    "model.stream.linear: what an adapter adds is left out": Mutant(
+        "if adapters is None or module.merged",
+        "if True or module.merged",
+        "methods/gains/test_adapted.py::test_gains_are_those_of_what_hooks_hear",
     ),
     # analyses
     "analyses.drops: own and other relations are swapped": Mutant(
@@ -350,7 +483,7 @@ MUTANTS = {
     "artifact.neurons: every seed draws the same neurons": Mutant(
         "relneuron.random.{seed}",
         "relneuron.random.",
-        "cli/test_run.py::test_random_sets_are_as_large_and_all_differ",
+        "study/test_run.py::test_random_sets_are_as_large_and_all_differ",
     ),
     "artifact.manifest: a stage stays done when a file it read is another": Mutant(
         'name not in files or known.get(name, {}).get("sha256") != digest',

@@ -30,8 +30,8 @@ from bench.planted import (
 )
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.conftest import ROOT
 
 SETTINGS = {"eva": 12, "suffix": "", "random_seeds": 1, "splits": ("eva",)}

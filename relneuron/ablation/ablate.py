@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from relneuron.ablation.asking import asking
 from relneuron.ablation.conditions import (
     Ablation,
-    Places,
     default_sizes,
     empty_sets,
     plan_conditions,
@@ -25,10 +26,18 @@ from relneuron.ablation.conditions import (
     scores_beside,
 )
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
-from relneuron.ablation.how import SETS_BESIDE, ablate_inputs, by_product, files_beside, read_how
+from relneuron.ablation.exchange import check_products, from_donor
+from relneuron.ablation.how import (
+    SETS_BESIDE,
+    ablate_inputs,
+    by_product,
+    files_beside,
+    left_out,
+    read_how,
+    sets_beside,
+)
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import (
-    alone,
     check_positions,
     find_for,
     first_inputs,
@@ -49,19 +58,17 @@ from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker
-from relneuron.model.canary import check_canary
-from relneuron.model.converse import Step
+from relneuron.model.canary import check_canary, check_exchange
 from relneuron.model.identity import other_weights
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pair import Pair
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
     N_ANSWER_TOKENS,
     Questions,
-    begins_with,
     encode,
     given_object,
-    is_correct,
 )
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
@@ -96,7 +103,9 @@ def ablate_prompts(
     neurons_path: Path,
     prompts_path: Path,
     output: Path,
+    options: AblateOptions | None = None,
     *,
+    pair: Pair | None = None,
     processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -105,18 +114,21 @@ def ablate_prompts(
 ) -> list[tuple[str, str, str, int, int, float]]:
     """Ask the prompts of some splits under every condition; returns accuracy.csv's rows.
 
-    `asked` are the fields of `AblateOptions`. By default a condition sets the outputs of its
-    neurons to zero at all positions of the prompt and of the answer, KV cache included (arXiv
-    2502.17355, section 3.3). `logprob` is the log-probability in nats of the object's first token
-    after the prompt, with the space before it (`predict.Answers`): of several right objects the
-    most probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it
-    is right; `choice`, where prompts have options, the most probable of these. `output` is .csv or
-    .parquet; the files in `BESIDE` stand in its folder.
+    `asked` are fields of `AblateOptions` in place of those of `options`. By default a condition
+    sets the outputs of its neurons to zero at all positions of prompt and answer, KV cache included
+    (arXiv 2502.17355, section 3.3). With the mode `patch` their products become those of the other
+    model of `pair`, which reads the same tokens; `donor` is its name, and `model` is `pair.a`.
+    `logprob` is the log-probability in nats of the object's first token after the prompt, with the
+    space before it (`predict.Answers`): of several right objects the most probable one's, named by
+    `logprob_of`. `given` is the one that the prediction gives, if it is right; `choice`, where
+    prompts have options, the most probable of these. With `choose` an option is the answer, and
+    `logprob` that of the right option as a whole (asking.py). `output` is .csv or .parquet; the
+    files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.
     """
-    options = AblateOptions(**asked)
+    options = replace(options or AblateOptions(), **asked)
     refuse_outputs(output, force)
     check_format(output)
     neurons = NeuronFile.read(checked(neurons_path))
@@ -129,10 +141,10 @@ def ablate_prompts(
             2,
         )
     check_positions(options.positions, neurons, prompts)
-    mlps = find_for(model, neurons, processor)
+    mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
-    described = describe_model(name, model, mlps, backend)
+    described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     Manifest(output.parent).check_model(described)
     sets, doubles = read_sets(neurons, shape)
     known = rows_about(everything)
@@ -149,7 +161,7 @@ def ablate_prompts(
     if {"sizes", "sites"} & {*options.analyses}:
         rankings = read_rankings(checked(scores_beside(neurons_path)), sets, shape)
     concepts, gains = (
-        _sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
+        sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
         if analysis in options.analyses
         else {}
         for analysis in ("concepts", "gain")
@@ -170,14 +182,25 @@ def ablate_prompts(
         with_modules=options.module_sets,
         own=own,
         unrelated=options.unrelated,
+        products=options.mode == "patch",
     )
-    n_tokens = options.generate or N_ANSWER_TOKENS
-    questions = encode(tokenizer, model, prompts, n_tokens=n_tokens, processor=processor)
+    exchanged = from_donor(pair, options.donor, options.mode)
+    if exchanged:
+        check_products(plan, mlps, prompts, options.mode)
+    questions = encode(
+        tokenizer,
+        model,
+        prompts,
+        n_tokens=options.generate or N_ANSWER_TOKENS,
+        processor=processor,
+        options=options.choose is None,
+    )
     sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
     notices += questions.notices
-    notices += target_notices(tokenizer, prompts, questions.answers)
-    notices += _left_out(
+    if options.choose is None:
+        notices += target_notices(tokenizer, prompts, questions.answers)
+    notices += left_out(
         options.analyses,
         sizes,
         known=min(map(len, rankings.values()), default=Shape.of(shape).total),
@@ -191,10 +214,18 @@ def ablate_prompts(
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     responses = neurons_path.parent / "responses.safetensors"
-    how = read_how(options, plan, responses, everything, shape, by_product=by_product(neurons))
-    asker = Asker(model, tokenizer)
-    check_canary(model, mlps, first_inputs(questions, asker.pad), backend)
-    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options)
+    how = read_how(
+        *(options, plan, responses, everything, shape),
+        by_product=by_product(neurons),
+        exchanged=exchanged,
+    )
+    asker = Asker(exchanged or model, tokenizer)
+    way = asking(asker, questions, options)
+    first_prompt = first_inputs(questions, asker.pad)
+    check_canary(model, mlps, first_prompt, backend)
+    if exchanged:
+        check_exchange(model, exchanged.mlps, first_prompt)
+    inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, pair)
     inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
     with locked(output.parent):
@@ -202,20 +233,11 @@ def ablate_prompts(
         evaluator = Evaluator(
             asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
-        forced = options.generate is None and asker.forces_exactly(questions)
         rows = _asked(plan, how)
         scored = _scored(plan, texts, how)
-        bar = progress_bar(len(rows) + len(scored), "ablate", "answer", quiet)
+        bar = progress_bar(way.n_rows(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
-            answers = evaluator.run(
-                "answers",
-                rows,
-                [len(ids) + 1 for ids in questions.ids],
-                _asking(asker, questions, forced=forced, n_tokens=n_tokens),
-                bar.update,
-                options.positions,
-                alone(questions),
-            )
+            answers = way.answers(evaluator, rows, bar.update)
             nll = {}
             if texts:
                 lengths = [len(ids) for ids in texts.ids]
@@ -223,15 +245,12 @@ def ablate_prompts(
                     "sentences", scored, lengths, partial(asker.score, texts), bar.update
                 )
         first = same_ablation(plan, how)
-        right: Callable[[str, str], bool] = begins_with
-        if options.generate is None:
-            right = partial(is_correct, accept_object_prefix=options.accept_object_prefix)
         effects: list[tuple[Any, ...]] = []
         for place, ablation in enumerate(plan):
             condition = ablation.condition.name
             for row in ablation.prompts:
                 p, (said, logprob, which, *choice) = prompts[row], answers[Row(first[place], row)]
-                given = given_object(said, p.objects, right)
+                given = given_object(said, p.objects, way.is_right)
                 values = (said, given, int(bool(given)), p.objects[which], logprob)
                 chosen = ("" if k < 0 else p.options[k] for k in choice)
                 about = (condition, p.relation, split_name(p, own), p.id)
@@ -267,7 +286,7 @@ def ablate_prompts(
             conditions=len(plan),
             prompts=len(prompts),
             answers=len(effects),
-            answering=f"{n_tokens} greedy tokens" + (", teacher-forced" if forced else ""),
+            answering=way.described,
             random_set_size=set_size,
             commands=command(
                 "ablate",
@@ -280,15 +299,6 @@ def ablate_prompts(
     return accuracy
 
 
-def _sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
-    """The sets of a neurons.json beside the study's own; none if it is not there."""
-    if not path.exists():
-        return {}
-    found = NeuronFile.read(checked(path))
-    found.check_model(shape)
-    return read_sets(found, shape)[0]
-
-
 def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
     """Neutral sentences as prompts that ask nothing."""
     if "perplexity" not in options.analyses or not path.exists():
@@ -297,29 +307,6 @@ def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
         Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
         for s in read_sentences(checked(path))
     ]
-
-
-def _left_out(
-    analyses: Sequence[str],
-    sizes: Sequence[int],
-    *,
-    known: int,
-    total: int,
-    has: Mapping[str, bool],
-) -> list[str]:
-    """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
-    unranked = "no scores.safetensors beside the neurons ranks them so"
-    larger = ", ".join(str(size) for size in sizes if size > known)
-    why = {
-        f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
-        "sites": unranked if known < total else "",
-        **{name: f"no {path} beside the neurons" for name, path in SETS_BESIDE.items()},
-        "perplexity": "no sentences.jsonl beside the prompts",
-    }
-    why |= {name: "" for name, is_there in has.items() if is_there}
-    if not larger:
-        del why["sizes "]
-    return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]
 
 
 def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:
@@ -359,22 +346,6 @@ def _perplexity_rows(
         for row in _sentences_of(a, texts)
         for p in [texts.prompts[row]]
     ]
-
-
-def _asking(
-    asker: Asker, questions: Questions, *, forced: bool, n_tokens: int
-) -> Callable[[list[int], Callable[[Step], None]], list[Any]]:
-    def ask(rows: list[int], mark: Callable[[Step], None]) -> list[Any]:
-        if forced:
-            answers = asker.ask_forced(questions, rows, mark)
-        else:
-            answers = asker.ask(questions, rows, mark, n_tokens)
-        found = [answers.predictions, answers.logprobs, answers.which]
-        # Of prompts without options there is no more to say.
-        found += [answers.choices] if questions.options else []
-        return list(zip(*found, strict=True))
-
-    return ask
 
 
 def check_format(output: Path) -> None:

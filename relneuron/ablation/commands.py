@@ -1,12 +1,12 @@
-"""The commands that switch sets of neurons off: ablate, nll, generate."""
+"""The commands that switch sets of neurons off: ablate, nll, generate; effect of what was said."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
+from relneuron.ablation.options import AblateOptions, EffectOptions, GenerateOptions, NllOptions
 from relneuron.artifact.files import check_folder, require
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
@@ -25,6 +25,7 @@ from relneuron.texts.options import SourceOptions, Sources
 
 if TYPE_CHECKING:
     from relneuron.ablation.nll import Cell
+    from relneuron.model.pair import Pair
 
 
 def ablate(
@@ -41,13 +42,12 @@ def ablate(
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
     from relneuron.ablation.pictured import processor_for
     from relneuron.model.instrument import Clock
-    from relneuron.model.load import load
 
     refuse_outputs(output, force)
     check_format(output)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     found, asked = NeuronFile.read(neurons), read_prompts(prompts)
-    loaded, tokenizer = load(model, load_options)
+    loaded, tokenizer, pair = load_with(model, options.donor, load_options)
     with Clock(loaded) as clock:
         ablate_prompts(
             model,
@@ -57,6 +57,7 @@ def ablate(
             prompts,
             output,
             **vars(options),
+            pair=pair,
             processor=processor_for(model, load_options, found, asked),
             backend=load_options.backend,
             force=force,
@@ -65,6 +66,17 @@ def ablate(
     yield accuracy_table(output.parent)
     yield f"ablate: {clock}"
     yield f"-> {output}"
+
+
+def load_with(model: str, donor: str | None, options: LoadOptions) -> tuple[Any, Any, Pair | None]:
+    """A model, its tokenizer, and with the donor of --from the pair that they are."""
+    from relneuron.model.load import load
+    from relneuron.model.pair import load_pair
+
+    if donor is None:
+        return *load(model, options), None
+    pair = load_pair(model, donor, options)
+    return pair.a, pair.tokenizer, pair
 
 
 def accuracy_table(folder: Path) -> Printed:
@@ -168,14 +180,17 @@ def generate(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """Continuations of prompts with sets of neurons off, or set to another group's mean."""
+    """Continuations of prompts with sets of neurons off, or set to other values.
+
+    These are another group's mean (--set), or what --mode says: another model's values at every
+    token (--mode patch --from MODEL), stored means, or noise.
+    """
     from relneuron.ablation.generate import generate as generate_stage
     from relneuron.ablation.outputs import score_table
     from relneuron.ablation.pictured import processor_for
-    from relneuron.model.load import load
 
     found, asked = NeuronFile.read(neurons), read_questions(prompts, options.template)
-    loaded, tokenizer = load(model, load_options)
+    loaded, tokenizer, pair = load_with(model, options.donor, load_options)
     made = generate_stage(
         model,
         loaded,
@@ -184,6 +199,7 @@ def generate(
         prompts,
         output,
         options,
+        pair=pair,
         processor=processor_for(model, load_options, found, asked),
         backend=load_options.backend,
         force=force,
@@ -192,3 +208,18 @@ def generate(
     if options.measure:
         yield score_table(made, options.measure)
     yield f"{len(made):,} outputs -> {output}"
+
+
+def effect(
+    outputs: Annotated[Path, Argument("OUTPUTS", "The .jsonl of generate --from.")],
+    output: Output,
+    options: EffectOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """How much of the donor's change of a cost patched neurons cause: effect.csv."""
+    from relneuron.ablation.effect import effect as effect_stage
+    from relneuron.ablation.effect import effect_table
+
+    yield effect_table(effect_stage(outputs, output, options, force=force, quiet=quiet))
+    yield f"-> {output}"

@@ -211,6 +211,36 @@ def matched_places(places: Places, shape: Mapping[str, int], seed: int, name: st
     return np.array(sorted(drawn), np.int64)
 
 
+def other_places(
+    places: Places, shape: Mapping[str, int], seed: int, name: str, *, products: bool = False
+) -> Places:
+    """As many neurons of each layer and site as `places` has, drawn from those that it has not.
+
+    With `products` gate and up of one number are the same neuron, and what is drawn is of gate.
+    Raises RelneuronError where a layer has too few others.
+    """
+    order = Shape.of(shape)
+    rows = order.neurons(np.sort(places))
+    if products:
+        rows = [(layer, "gate" if site == "up" else site, index) for layer, site, index in rows]
+    chosen: dict[tuple[int, str], set[int]] = {}
+    for layer, site, index in rows:
+        chosen.setdefault((layer, site), set()).add(index)
+    rng = random.Random(f"relneuron.others.{seed}.{name}")
+    drawn: list[int] = []
+    for (layer, site), own in sorted(chosen.items()):
+        span = order.span(layer, site)
+        rest = [i for i in range(order.width(layer, site)) if i not in own]
+        if len(rest) < len(own):
+            raise RelneuronError(
+                f"{name} has {len(own)} of the {order.width(layer, site)} neurons of {site} in "
+                f"layer {layer}: there are not as many others for a random set",
+                "leave out --random-seeds, or give a smaller set",
+            )
+        drawn += [span.start + i for i in rng.sample(rest, len(own))]
+    return np.array(sorted(drawn), np.int64)
+
+
 def plan_conditions(
     sets: Mapping[str, Places],
     rankings: Mapping[str, Places],
@@ -225,6 +255,7 @@ def plan_conditions(
     with_modules: bool = False,
     own: Mapping[str, str] | None = None,
     unrelated: int | None = None,
+    products: bool = False,
 ) -> list[Ablation]:
     """All conditions of a study, `clean` first, each with the prompts it is asked.
 
@@ -235,6 +266,7 @@ def plan_conditions(
     of the main split (eva in the files' own language, or else the first by `split_order`); matched
     sets, ranges of ranks and sets of modules (`with_modules`) only those of it that their own set
     is about. `own`: each relation's own language, where that of `prompts` is not known from them.
+    With `products` a random set has as many other neurons of each layer as the largest set has.
     """
     everything = range(len(prompts))
     languages = own_languages(prompts) if own is None else own
@@ -253,9 +285,12 @@ def plan_conditions(
     for name, places in sets.items():
         rows = everything if unrelated is None else drawn_for[name]
         add(name, places, rows, "set", relation=name)
-    largest = max(map(len, sets.values()), default=0)
+    largest = max(sets, key=lambda name: len(sets[name]), default="")
     for seed in range(random_seeds):
-        drawn = order.places(random_neurons(shape, largest, seed))
+        if products:
+            drawn = other_places(sets[largest], shape, seed, largest, products=True)
+        else:
+            drawn = order.places(random_neurons(shape, len(sets.get(largest, _NONE)), seed))
         add(f"random.{seed}", drawn, everything, "random", seed=seed)
     for name, places in sets.items():
         asked = [i for i in drawn_for[name] if splits[i] == main]

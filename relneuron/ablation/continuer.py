@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from relneuron.ablation.options import GenerateOptions
-from relneuron.model.ask import Asker, cache_of
+from relneuron.model.ask import Asker, cache_of, ignore
 from relneuron.model.converse import Step, go_through
 from relneuron.model.lens import Lens, Read
 from relneuron.model.questions import Questions
@@ -43,6 +43,21 @@ class Continuer(Asker):
 
         Rows of a prompt with pictures must be of that prompt alone.
         """
+        return self._continue(questions, rows, before_step).said()
+
+    @torch.no_grad()
+    def write(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = ignore,
+    ) -> list[list[int]]:
+        """The tokens of each row's continuation, without the one that ends the text."""
+        return self._continue(questions, rows, before_step).made
+
+    def _continue(
+        self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
+    ) -> Texts:
         prompts = [row // self.decoding.n_seeds for row in rows]
         if questions.has_pictures(prompts[0]):
             return self._look(questions, rows, before_step)
@@ -70,11 +85,11 @@ class Continuer(Asker):
                 tokens, mask = tokens[kept], mask[kept]
             entering = torch.ones_like(tokens)
             mask = torch.cat([mask, entering], 1)
-        return texts.said()
+        return texts
 
     def _look(
         self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]
-    ) -> list[Said]:
+    ) -> Texts:
         """`go_on` of one prompt with pictures, in so many rows, all of which go on to the end."""
         texts, everyone = Texts(self, questions, rows), range(len(rows))
         prompt = rows[0] // self.decoding.n_seeds
@@ -88,7 +103,7 @@ class Continuer(Asker):
 
         most = self.decoding.max_new_tokens
         go_through(self.model, questions.inputs(prompt), len(rows), most, choose, before_step)
-        return texts.said()
+        return texts
 
     def decoded(self, made: Sequence[int]) -> str:
         return self._decoded(made)

@@ -7,6 +7,7 @@ condition with three prompts costs three rows and not a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
+from relneuron.ablation.exchange import puts_of
+from relneuron.ablation.options import DONOR
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.batches import Budget, cut
 from relneuron.model.converse import Step
+from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Tokens, off_state, replacements
@@ -28,6 +32,9 @@ from relneuron.model.states import LayerState, Tokens, off_state, replacements
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
 ANYONE = -1  # whose rows share batches with all others that may
 
+
+# What changes neurons in the forwards, by the conditions of its `tokens`.
+Acting = Patch | Exchanged
 
 # Says something of each of some prompts, and before each forward what its tokens are.
 Ask = Callable[[list[int], Callable[[Step], None]], list[Any]]
@@ -52,19 +59,23 @@ class How:
     """What happens to the chosen neurons.
 
     `zero`: outputs become 0; `scale`: outputs times `factor`, or with `at_product` what down reads;
-    `mean`: outputs become `means`, (M,) float32 of all neurons by condition name.
+    `mean`: outputs become `means`, (M,) float32 of all neurons by condition name. With a
+    `model` that runs in place of the patched one, their products become what it says.
     """
 
     mode: str = "zero"
     factor: float = 0.0
     at_product: bool = False
     means: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    model: Exchanged | None = None
 
 
 def same_ablation(plan: Sequence[Ablation], how: How) -> list[int]:
     """For each condition the first one that does just the same: it is asked for both."""
-    first: dict[tuple[bytes, int], int] = {}
-    keys = [(a.places.tobytes(), id(how.means.get(a.condition.name))) for a in plan]
+    first: dict[tuple[bytes, int, bool], int] = {}
+    values = (id(how.means.get(a.condition.name)) for a in plan)
+    donors = (a.condition.kind == DONOR for a in plan)
+    keys = zip((a.places.tobytes() for a in plan), values, donors, strict=True)
     return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
@@ -176,25 +187,57 @@ class Evaluator:
             key = f"{what} {number}"
             if key not in self.journal.done:
                 if wave != current:
-                    states, current = wave_states(self.plan, wave, self.mlps, self.how), wave
-                with Patch(self.mlps, states, backend=self.backend) as patch:
-                    part = partial(self._ask, patch, wave, ask, positions)
+                    states, current = self._begin(wave), wave
+                with self._acting(states) as acting:
+                    part = partial(self._ask, acting, wave, ask, positions)
                     said = self._budget.run(batch, lambda row: lengths[row.prompt], part)
                 self.journal.add(key, said)
             found.update(zip(batch, self.journal.done[key], strict=True))
             advance(len(batch))
         return found
 
+    def _begin(self, wave: range) -> list[LayerState]:
+        """What a patch does under the conditions of a wave; an exchanged model is told it."""
+        model = self.how.model
+        if model is None:
+            return wave_states(self.plan, wave, self.mlps, self.how)
+        members = [self.plan[i] for i in wave if i < len(self.plan)]
+        model.puts = puts_of(members, model.mlps, model_shape(self.mlps))
+        return []
+
+    def _acting(self, states: Sequence[LayerState]) -> AbstractContextManager[Acting]:
+        """What changes neurons in the forwards of a batch."""
+        if self.how.model is not None:
+            return nullcontext(self.how.model)
+        return Patch(self.mlps, states, backend=self.backend)
+
     def _ask(
-        self, patch: Patch, wave: range, ask: Ask, positions: str, part: list[Row]
+        self, acting: Acting, wave: range, ask: Ask, positions: str, part: list[Row]
     ) -> list[Any]:
         """One forward's rows, or those of a few."""
         ids = torch.tensor([row.condition - wave.start + 1 for row in part], device="cpu").int()
-        mark = _marker(patch, ids.to(self.asker.device), positions)
+        mark = _marker(acting, ids.to(self.asker.device), positions)
+        if isinstance(acting, Exchanged):
+            mark = self._with_rows(acting, part, mark)
         return ask([row.prompt for row in part], mark)
 
+    def _with_rows(
+        self, model: Exchanged, part: list[Row], mark: Callable[[Step], None]
+    ) -> Callable[[Step], None]:
+        """`mark` that also tells an exchanged model what the rows of the next forward are."""
+        asked, device = [self.plan[row.condition] for row in part], self.asker.device
+        is_donor = torch.tensor([a.condition.kind == DONOR for a in asked], device=device)
+        is_chosen = torch.tensor([a.places.size > 0 for a in asked], device=device)
 
-def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]:
+        def mark_rows(step: Step) -> None:
+            mark(step)
+            prompts = [part[row].prompt for row in step.rows.tolist()]
+            model.rows = Rows(prompts, is_donor[step.rows], is_chosen[step.rows])
+
+        return mark_rows
+
+
+def _marker(acting: Acting, ids: Tensor, positions: str) -> Callable[[Step], None]:
     """Says before each forward which condition each token has; 0 = clean."""
 
     def mark(step: Step) -> None:
@@ -207,7 +250,7 @@ def _marker(patch: Patch, ids: Tensor, positions: str) -> Callable[[Step], None]
             inside = column < prompt_end if positions == "prompt" else column >= prompt_end - 1
             conditions = conditions[:, None] * inside
         n_needed = step.n_needed if step.n_needed < width else None
-        patch.tokens = Tokens(
+        acting.tokens = Tokens(
             conditions=conditions.int(), n_needed=n_needed, stacked=step.has_pictures
         )
 

@@ -15,11 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.ablation.conditions import Ablation, empty_sets, module_conditions, read_sets
+from relneuron.ablation.conditions import (
+    Ablation,
+    Places,
+    empty_sets,
+    module_conditions,
+    other_places,
+    read_sets,
+)
 from relneuron.ablation.continuer import Continuer
 from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.exchange import (
+    FromMeans,
+    check_products,
+    from_donor,
+    stored_moments,
+)
 from relneuron.ablation.measures import find_measure
-from relneuron.ablation.options import CLEAN, GenerateOptions
+from relneuron.ablation.noise import FromNoise, prompt_key
+from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
 from relneuron.ablation.outputs import (
     SCORES,
     Generated,
@@ -45,10 +59,13 @@ from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, read_questions
-from relneuron.model.canary import check_canary
+from relneuron.model.canary import check_canary, check_exchange
+from relneuron.model.exchange import Exchanged
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.pair import Pair
 from relneuron.model.patch import Patch
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import encode
@@ -74,6 +91,9 @@ def generate_inputs(
         "prompts": sha256(prompts),
         **asked,
         "counts": sha256(counts) if counts else None,
+        # As `read_exchanged` says: not by what they are called.
+        "donor": None,
+        "moments": None,
     }
 
 
@@ -82,7 +102,8 @@ def plan_masks(
 ) -> dict[str, list[Ablation]]:
     """The masks asked for, each once, and what is off under each, in which prompts.
 
-    A set that is named is off in all prompts; of a set of modules each prompt's own group is.
+    A set that is named is off in all prompts; of a set of modules each prompt's own group is. The
+    random sets of a set follow it: `random.<seed>`, of several sets `random.<seed>.<set>`.
     """
     sets, _ = read_sets(neurons, shape)
     if options.module_sets:
@@ -90,14 +111,27 @@ def plan_masks(
         for row, prompt in enumerate(prompts):
             asked.setdefault(prompt.relation, []).append(row)
         return module_conditions(sets, shape, asked)
-    if CLEAN in sets:
-        raise RelneuronError(f"a set is named {CLEAN}, as is the model itself", "rename the set")
-    sets = {CLEAN: np.empty(0, np.int64)} | sets
-    plan = {}
+    models = (CLEAN, DONOR) if options.mode == "patch" else (CLEAN,)
+    for name in models:
+        if name in sets:
+            raise RelneuronError(f"a set is named {name}, as is a model itself", "rename the set")
+    known = dict.fromkeys(models, np.empty(0, np.int64)) | sets
+    plan: dict[str, list[Ablation]] = {}
+
+    def add(name: str, places: Places, kind: str, **about: Any) -> None:
+        if name in plan:
+            raise RelneuronError(f"two masks are named {name}", "rename the set")
+        condition = Condition(name, kind, n_neurons=len(places), **about)
+        plan[name] = [Ablation(condition, np.sort(places), range(len(prompts)))]
+
+    several, products = len(options.sets_off) > 1, options.mode != "zero"
     for name in dict.fromkeys(name or CLEAN for name in options.off):
-        check_set(name, sets)
-        about = Condition(name, "set" if name != CLEAN else CLEAN, n_neurons=len(sets[name]))
-        plan[name] = [Ablation(about, np.sort(sets[name]), range(len(prompts)))]
+        check_set(name, known)
+        add(name, known[name], name if name in models else "set")
+        for seed in range(options.random_seeds if name in sets else 0):
+            drawn = other_places(sets[name], shape, seed, name, products=products)
+            own = f"random.{seed}.{name}" if several else f"random.{seed}"
+            add(own, drawn, "random", relation=name, seed=seed)
     return plan
 
 
@@ -118,6 +152,7 @@ def generate(
     output: Path,
     options: GenerateOptions | None = None,
     *,
+    pair: Pair | None = None,
     processor: Processor | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -129,6 +164,11 @@ def generate(
     is no mask. With `options.set_to` the neurons of that set are instead at their mean activation
     in the counts of `options.counts` (default: the neurons' folder), at all tokens, whatever is
     off.
+
+    With another `options.mode` than zero the products of a mask's neurons become other values
+    (ablation/exchange.py): with `patch` those of the other model of `pair`, whose name
+    `options.donor` is, at the same tokens of the prompt and of the output; the mask `donor` is that
+    model itself, and `model` is `pair.a`.
 
     With `options.module_sets` a mask is one of the sets of modules (`conditions.module_sets`), and
     of each prompt the neurons of its own group in these modules are off.
@@ -148,15 +188,17 @@ def generate(
     prompts = read_questions(checked(prompts_path), options.template)
     if measure:
         check_answers(prompts)
-    mlps = find_for(model, neurons, processor)
+    mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     masks = plan_masks(neurons, options, shape, prompts)
     plan = [ablation for some in masks.values() for ablation in some]
-    asked = {a.condition.name: a.places for a in plan if a.condition.kind != CLEAN}
+    asked = {a.condition.name: a.places for a in plan if a.condition.kind not in (CLEAN, DONOR)}
     # With --set something is done, whatever is off.
     for notice in empty_sets({"": (0,), **asked} if set_to or not asked else asked):
         warnings.warn(notice, stacklevel=2)
+    if options.mode != "zero":
+        check_products(plan, mlps, prompts, options.mode)
     counts = (options.counts or neurons_path.parent) / NAME if set_to else None
     steering: Any = nullcontext()
     if set_to and counts:
@@ -170,25 +212,32 @@ def generate(
         named = listed([prompts[row].id for row in blank])
         why = "which the tokenizer joins to the next word: a model hardly knows it alone"
         warnings.warn(f"{named}: the prompt ends in a space, {why}", stacklevel=2)
-    described = describe_model(name, model, mlps, backend)
+    described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     notices = other_weights(f"{neurons_path}: neurons", neurons.model, described)
     if counts:
         counted_in = Manifest(counts.parent).data.get("model", {})
         notices += other_weights(f"{counts}: means", counted_in, described)
+    folder = options.moments or neurons_path.parent
+    exchanged, of_values = read_exchanged(options, model, mlps, folder, prompts, pair)
+    how = How(options.mode, model=exchanged)
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
-    continuer = Continuer(model, tokenizer, options)
-    check_canary(model, mlps, first_inputs(questions, continuer.pad), backend)
+    continuer = Continuer(exchanged or model, tokenizer, options)
+    first_prompt = first_inputs(questions, continuer.pad)
+    check_canary(model, mlps, first_prompt, backend)
+    if exchanged:
+        check_exchange(model, exchanged.mlps, first_prompt)
     inputs = generate_inputs(described, tokenizer, neurons_path, prompts_path, counts, options)
+    inputs |= of_values
     inputs |= pictured_inputs(processor, prompts)
-    first, n_seeds = same_ablation(plan, How()), options.n_seeds
+    first, n_seeds = same_ablation(plan, how), options.n_seeds
     pairs = [(first[i], p) for i, ablation in enumerate(plan) for p in ablation.prompts]
     rows = [Row(i, p * n_seeds + seed) for i, p in dict.fromkeys(pairs) for seed in range(n_seeds)]
     lengths = [len(ids) + n_new for ids in questions.ids for _ in range(n_seeds)]
     with locked(output.parent):
         journal = Journal(journal_path, inputs)
         evaluator = Evaluator(
-            continuer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
+            continuer, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
         ask = partial(continuer.go_on, questions)
         bar = progress_bar(len(rows), "generate", "text", quiet)
@@ -224,6 +273,31 @@ def generate(
                 path.unlink(missing_ok=True)
         journal.remove()
     return lines
+
+
+def read_exchanged(
+    options: GenerateOptions,
+    model: Any,
+    parts: Sequence[Part],
+    folder: Path,
+    prompts: Sequence[Prompt],
+    pair: Pair | None,
+) -> tuple[Exchanged | None, Json]:
+    """The model with what `options.mode` says, and what the texts depend on of that.
+
+    `folder` has the stored moments.
+    """
+    paired = from_donor(pair, options.donor, options.mode)
+    if paired and pair:
+        return paired, {"donor": same_model(pair.described[1])}
+    if options.mode == "zero":
+        return None, {}
+    path, moments = stored_moments(folder, model_shape(parts))
+    inputs, mlps = {"moments": sha256(path)}, [p for p in parts if isinstance(p, MLP) and p.runs]
+    if options.mode == "mean":
+        return FromMeans(model, mlps, moments.mean), inputs
+    keys = [prompt_key(options.noise_seed, p.id) for p in prompts for _ in range(options.n_seeds)]
+    return FromNoise(model, mlps, moments.std, options.noise, keys), inputs
 
 
 def check_answers(prompts: Sequence[Prompt]) -> None:

@@ -1,6 +1,6 @@
 """What happens to the neurons of each condition, and what the results of `ablate` depend on.
 
-The stage and cli/run.py call it.
+The stage and study/run.py call it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.ablation.conditions import Ablation, scores_beside
+from relneuron.ablation.conditions import Ablation, Places, read_sets, scores_beside
 from relneuron.ablation.evaluate import How
 from relneuron.ablation.expertise import forced_values
 from relneuron.ablation.options import FORCED, FROM_RESPONSES, AblateOptions
@@ -20,7 +20,9 @@ from relneuron.artifact.manifest import checked, same_model
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import RECORDED, Prompt
 from relneuron.artifact.reading import RESPONSE_ROWS, check_rows, open_tensors
+from relneuron.model.exchange import Exchanged
 from relneuron.model.identity import tokenizer_digest
+from relneuron.model.pair import Pair
 
 # Sets found in another way, beside the neurons, and the analysis that compares them.
 SETS_BESIDE = {"concepts": "concepts/neurons.json", "gain": "attribution/neurons.json"}
@@ -44,6 +46,38 @@ def files_beside(neurons: Path, prompts: Path, options: AblateOptions) -> dict[s
     return {n: folder / n for n, folder in others.items() if folder and (folder / n).exists()}
 
 
+def sets_beside(path: Path, shape: Mapping[str, int]) -> dict[str, Places]:
+    """The sets of a neurons.json beside the study's own; none if it is not there."""
+    if not path.exists():
+        return {}
+    found = NeuronFile.read(checked(path))
+    found.check_model(shape)
+    return read_sets(found, shape)[0]
+
+
+def left_out(
+    analyses: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    known: int,
+    total: int,
+    has: Mapping[str, bool],
+) -> list[str]:
+    """What was asked for and cannot be made, and why; `known` ranks of each ranking are."""
+    unranked = "no scores.safetensors beside the neurons ranks them so"
+    larger = ", ".join(str(size) for size in sizes if size > known)
+    why = {
+        f"sizes {larger}": unranked if known < total else f"the model has {total} neurons",
+        "sites": unranked if known < total else "",
+        **{name: f"no {path} beside the neurons" for name, path in SETS_BESIDE.items()},
+        "perplexity": "no sentences.jsonl beside the prompts",
+    }
+    why |= {name: "" for name, is_there in has.items() if is_there}
+    if not larger:
+        del why["sizes "]
+    return [f"{name} left out: {r}" for name, r in why.items() if r and name.split()[0] in analyses]
+
+
 def by_product(neurons: NeuronFile) -> bool:
     """Whether neurons say that they were found by the gradient of what down reads.
 
@@ -54,9 +88,14 @@ def by_product(neurons: NeuronFile) -> bool:
 
 
 def ablate_inputs(
-    model: Json, tokenizer: Any, neurons: Path, prompts: Path, options: AblateOptions
+    model: Json,
+    tokenizer: Any,
+    neurons: Path,
+    prompts: Path,
+    options: AblateOptions,
+    pair: Pair | None = None,
 ) -> Json:
-    """What the stage depends on, for the manifest."""
+    """What the stage depends on, for the manifest; of the donor not by which name it was given."""
     beside = files_beside(neurons, prompts, options)
     return {
         "model": same_model(model),
@@ -65,6 +104,7 @@ def ablate_inputs(
         "prompts": sha256(prompts),
         "beside": {name: sha256(path) for name, path in beside.items()},
         **options.recorded(),
+        "donor": same_model(pair.described[1]) if pair else None,
     }
 
 
@@ -95,14 +135,16 @@ def read_how(
     shape: Mapping[str, int],
     *,
     by_product: bool = False,
+    exchanged: Exchanged | None = None,
 ) -> How:
     """What happens to the neurons of each condition; values come from recorded responses.
 
     `by_product`: whether the neurons were found by the gradient of their product (`by_product`).
+    `exchanged`: the model with another model's values, with the mode `patch`.
     """
     if options.mode not in FROM_RESPONSES:
         at = options.scale_at or ("product" if by_product else "output")
-        return How(options.mode, options.factor or 0.0, at == "product")
+        return How(options.mode, options.factor or 0.0, at == "product", model=exchanged)
     of = {a.condition.name: a.condition.relation for a in plan}
     if options.mode in FORCED:
         found = forced_values(responses.parent, options.mode, shape)

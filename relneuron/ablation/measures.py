@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ NAMES = ("exact", "anls", "letter")
 ANLS_THRESHOLD = 0.5  # arXiv 1905.13648, section 5.1
 LETTERS = "ABCDE"
 N_RESAMPLES = 2000
+INSIDE = (0.025, 0.975)  # the ends of a 95 % interval
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -99,9 +100,7 @@ def _letter(text: str) -> str:
 def find_measure(name: str, threshold: float = ANLS_THRESHOLD) -> Measure:
     """The measure of a name in NAMES, or a function `module:function(prediction, answers)`.
 
-    A module is looked for where Python looks, and in the working directory. Raises RelneuronError
-    for another name, a module that cannot be imported, and what is no function in it; what such a
-    function gives must be a finite number.
+    Raises RelneuronError for another name, and as `find_function` does.
     """
     known: dict[str, Measure] = {
         "exact": exact_match,
@@ -110,46 +109,64 @@ def find_measure(name: str, threshold: float = ANLS_THRESHOLD) -> Measure:
     }
     if name in known:
         return known[name]
-    module, colon, function = name.partition(":")
-    if not (colon and module and function):
+    if ":" not in name:
         raise RelneuronError(
             f"unknown --measure {name!r}",
             f"use {', '.join(NAMES)}, or a function of your own as module:function",
             2,
         )
-    fix = "give module:function, a function of a prediction and a list of answers"
+    own = find_function(
+        "--measure",
+        name,
+        "a prediction and a list of answers",
+        lambda prediction, _: f"the answer {prediction[:60]!r}",
+    )
+    return lambda prediction, answers: own(prediction, list(answers))
+
+
+def find_function(
+    flag: str, name: str, takes: str, shown: Callable[..., str]
+) -> Callable[..., float]:
+    """The function `module:function` that an option names; what it gives is a finite number.
+
+    A module is looked for where Python looks, and in the working directory. `takes` says what the
+    function is of, and `shown` what it was given, for errors. Raises RelneuronError for a module
+    that cannot be imported, what is no function in it, and a function that raises or gives no
+    finite number.
+    """
+    module, _, function = name.partition(":")
+    fix = f"give module:function, a function of {takes}"
+    if not (module and function):
+        raise RelneuronError(f"unknown {flag} {name!r}", fix, 2)
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # a module of the user's raises whatever it runs into
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RelneuronError(
-            f"--measure {name}: {module} cannot be imported ({said})", fix, 2
-        ) from (error)
+        raise RelneuronError(f"{flag} {name}: {module} cannot be imported ({said})", fix, 2) from (
+            error
+        )
     finally:
         sys.path.remove(here)
     if not callable(found):
-        raise RelneuronError(f"--measure {name}: {module} has no function {function}", fix, 2)
-    return partial(_checked, name, found)
+        raise RelneuronError(f"{flag} {name}: {module} has no function {function}", fix, 2)
+    return partial(_checked, f"{flag} {name}", found, shown)
 
 
-def _checked(
-    name: str, measure: Callable[[str, list[str]], object], prediction: str, answers: Sequence[str]
-) -> float:
+def _checked(said: str, function: Callable[..., Any], shown: Callable[..., str], *of: Any) -> float:
     """What a user's function gives, if it is a number."""
     try:
-        value = float(measure(prediction, list(answers)))  # type: ignore[arg-type]
+        value = float(function(*of))
     except Exception as error:  # it is the user's
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RelneuronError(
-            f"--measure {name} failed on the answer {prediction[:60]!r}: {said}",
+            f"{said} failed on {shown(*of)}: {why}",
             "mend the function; the texts are kept, so that only scores are made again",
         ) from error
     if not math.isfinite(value):
         raise RelneuronError(
-            f"--measure {name} gives {value} for the answer {prediction[:60]!r}",
-            "let the function give a finite number",
+            f"{said} gives {value} for {shown(*of)}", "let the function give a finite number"
         )
     return value
 
@@ -178,8 +195,15 @@ def summarise(scores: NDArray[np.float64]) -> Score:
     n, n_seeds = scores.shape
     of_seeds = scores.mean(0)
     own = scores.mean(1)
-    rng = np.random.default_rng(0)
-    means = np.array([own[rng.integers(0, n, n)].mean() for _ in range(N_RESAMPLES)])
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    low, high = np.quantile(resampled(own), INSIDE).tolist()
     spread = float(of_seeds.std(ddof=1)) if n_seeds > 1 else None
     return Score(n, n_seeds, float(scores.mean()), spread, low, high)
+
+
+def resampled(own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N_RESAMPLES, ...) means of an array (questions, ...) over questions drawn with replacement.
+
+    What stands in one row is drawn together, and the draw is the same in every run.
+    """
+    rng, n = np.random.default_rng(0), len(own)
+    return np.array([own[rng.integers(0, n, n)].mean(0) for _ in range(N_RESAMPLES)])

@@ -1,6 +1,6 @@
-"""What `ablate`, `nll` and `generate` are asked for: which neurons are off, and how it is measured.
+"""What `ablate`, `nll`, `generate` and `effect` are asked for: what is off, and what is measured.
 
-The stages, their commands and cli/run.py take these options.
+The stages, their commands and study/run.py take these options.
 """
 
 from __future__ import annotations
@@ -10,15 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Only, OomOptions, escaped, option, unescaped
+from relneuron.artifact.options import (
+    LoadOptions,
+    Only,
+    OomOptions,
+    Options,
+    escaped,
+    like,
+    option,
+    unescaped,
+)
 from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import PackingOptions
 
+CHOOSE = ("acc", "acc_norm")
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
 # Modes whose values are of responses to what the set's relation was found with, or compared with,
 # and the column of expertise.csv that they are.
 FORCED = {"p50": "on_p50", "p90": "on_p90", "off_mean": "off_mean"}
-MODES = ("zero", "mean", "scale", *FORCED)
+MODES = ("zero", "mean", "scale", "patch", *FORCED)
+# Of text that goes on: what the products of a set become.
+STORED = ("mean", "noise")  # modes that need stored moments
+EXCHANGES = ("zero", "patch", *STORED)
+CLEAN, DONOR = "clean", "donor"  # the model itself, and the one that values come from
 FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
 POSITIONS = ("all", "prompt", "last")
@@ -35,9 +49,12 @@ class AblateOptions(OomOptions):
     `mean` (outputs become their mean response over the det prompts: of all relations, or with
     `mean_of` "relation" of the relation that the set belongs to), or `p50`, `p90`, `off_mean`: the
     median or 90th percentile of their responses on what the set's relation was found with, or the
-    mean on what it was compared with (random sets: of all of these). `positions`: `all` tokens,
-    those of the `prompt`, or the `last` of the prompt and all of the answer; the neutral sentences
-    have all. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    mean on what it was compared with (random sets: of all of these); or `patch`: the products
+    become those of the model `donor`, which reads the same tokens. `positions`: `all` tokens, those
+    of the `prompt`, or the `last` of the prompt and all of the answer; the neutral sentences have
+    all. `generate`: answers of so many greedy tokens, right if they begin with the object.
+    `choose`: the answer is the option with the greatest log-likelihood behind the prompt, or the
+    greatest one divided by the option's number of characters.
     """
 
     splits: Sequence[str] = option(
@@ -64,9 +81,14 @@ class AblateOptions(OomOptions):
     )
     mode: str = option(
         "zero",
-        "What a neuron's output becomes: zero, mean, scale; or of its responses p50 or p90 on the "
-        "relation's positives, off_mean on its negatives.",
+        "What a neuron's output becomes: zero, mean, scale; patch, another model's value; or of "
+        "its responses p50 or p90 on the relation's positives, off_mean on its negatives.",
         choices=MODES,
+    )
+    donor: str | None = option(
+        None,
+        "Model that reads the same tokens, whose values the neurons get with --mode patch.",
+        flag="from",
     )
     factor: float | None = option(None, "Factor of the outputs, with --mode scale.")
     scale_at: str | None = option(
@@ -104,6 +126,15 @@ class AblateOptions(OomOptions):
     accept_object_prefix: bool = option(
         False,
         "Also count a prediction that begins with the object as correct ('Japan.' for 'Japan').",
+        only=Only(
+            "without --generate and --choose", lambda o: o.generate is None and o.choose is None
+        ),
+    )
+    choose: str | None = option(
+        None,
+        "Answer with one of a prompt's options, whole: the most probable one (acc), or the most "
+        "probable one by its characters (acc_norm).",
+        choices=CHOOSE,
         only=Only("without --generate", lambda o: o.generate is None),
     )
     module_sets: bool = option(
@@ -119,6 +150,15 @@ class AblateOptions(OomOptions):
             raise RelneuronError(
                 "--factor and --mode scale belong together", "use --mode scale --factor 0.5, say", 2
             )
+        check_donor(self.donor, self.mode)
+
+
+def check_donor(donor: str | None, mode: str) -> None:
+    """Refuse another model without the mode that takes its values, and the reverse."""
+    if (donor is not None) != (mode == "patch"):
+        raise RelneuronError(
+            "--from and --mode patch belong together", "use --mode patch --from MODEL", 2
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +166,14 @@ class NllOptions(PackingOptions, OomOptions):
     """What of each text is read, and under which masks beside the sets."""
 
     windows: int = option(256, "Maximum number of windows of each group.", least=1)
+    join: str | None = option(
+        None,
+        "Text that joins the documents of a group to one, such as \\n\\n for blank lines between "
+        "them, as perplexity is measured on Wikitext; default: each is tokenised by itself.",
+        read=unescaped,
+        show=escaped,
+        only=Only("with --packing packed", lambda o: o.mode == "packed"),
+    )
     random_sets: int = option(
         0, "Number of random sets, each as large as the largest set.", least=0
     )
@@ -135,7 +183,6 @@ class NllOptions(PackingOptions, OomOptions):
     )
 
 
-CLEAN = "clean"
 STOP = ("\nQ:", "\nA:")  # arXiv 2402.16438: the next question of the model's own making
 
 
@@ -147,11 +194,49 @@ class GenerateOptions(OomOptions):
     of the output has its logit divided by `repetition_penalty` if it is positive, times it
     otherwise (arXiv 1909.05858). With a `temperature` it is sampled (`continuer.sample`), once with
     each of the seeds 0 to `seeds` - 1; a prompt's draw is the same whatever is off.
+
+    `mode` says what becomes of a set's neurons (arXiv 2406.14144): `zero`, or of their products
+    `patch`, those of the model `donor` at the same tokens, `mean`, a stored mean of them, or
+    `noise`, themselves and noise of so many stored standard deviations.
     """
 
     off: Sequence[str] = option(
         (CLEAN,),
-        "Sets to switch off, one run of the prompts each; clean is no set.",
+        "Sets to switch off, or what --mode says, one run of the prompts each; clean is no set, "
+        "and donor the model of --from itself.",
+    )
+    mode: str = option(
+        "zero",
+        "What the sets' neurons become: zero; patch, their value in another model that reads the "
+        "same text; mean, their stored mean; noise, themselves and noise.",
+        choices=EXCHANGES,
+    )
+    donor: str | None = option(
+        None, "Model whose values the neurons get, with --mode patch.", flag="from"
+    )
+    moments: Path | None = option(
+        None,
+        "Folder with the means of --mode mean and the deviations of --mode noise: counts of the "
+        "site product, made with --moments; default: that of the neurons.",
+        only=Only("with --mode mean or noise", lambda o: o.mode in STORED),
+    )
+    noise: float = option(
+        3.0,
+        "Standard deviations of the noise that is added.",
+        above=0,
+        only=Only("with --mode noise", lambda o: o.mode == "noise"),
+    )
+    noise_seed: int = option(
+        0,
+        "Seed of the noise.",
+        least=0,
+        only=Only("with --mode noise", lambda o: o.mode == "noise"),
+    )
+    random_seeds: int = option(
+        0,
+        "Number of random sets for each set of --off: as many other neurons of each layer.",
+        least=0,
+        only=Only("with a set in --off", lambda o: bool(o.sets_off)),
     )
     set_to: str | None = option(None, "Set whose neurons get their mean activation.", flag="set")
     counts: Path | None = option(
@@ -210,6 +295,7 @@ class GenerateOptions(OomOptions):
         None,
         "Read the layers of so many tokens of each output by the logit lens: entropy, top tokens.",
         least=1,
+        only=Only("without --from", lambda o: o.donor is None),
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
 
@@ -222,10 +308,78 @@ class GenerateOptions(OomOptions):
                 "leave out --module-sets, or the others",
                 2,
             )
+        check_donor(self.donor, self.mode)
+        if self.mode != "zero" and (self.module_sets or self.set_to is not None):
+            raise RelneuronError(
+                f"--mode {self.mode} says what the neurons of --off become, beside --set or "
+                "--module-sets",
+                "leave out --mode, or the others",
+                2,
+            )
+        asks_donor = self.mode == "patch" and DONOR in self.off
+        if self.mode != "zero" and not (self.sets_off or asks_donor):
+            raise RelneuronError(
+                f"--mode {self.mode} changes nothing of the model itself",
+                "name sets with --off",
+                2,
+            )
         if "" in self.stop:
             raise RelneuronError("an empty stop string ends every text", "leave it out", 2)
+
+    @property
+    def sets_off(self) -> list[str]:
+        """The sets that `off` names, each once."""
+        own = (CLEAN, "", DONOR) if self.mode == "patch" else (CLEAN, "")
+        return [name for name in dict.fromkeys(self.off) if name not in own]
 
     @property
     def n_seeds(self) -> int:
         """How often a prompt is asked: greedy text is the same with every seed."""
         return self.seeds if self.temperature is not None else 1
+
+
+OUTPUT = "{output}"
+_CLASSIFIER = Only("with a classifier as --cost", lambda o: Path(o.cost).is_dir())
+
+
+@dataclass(frozen=True)
+class EffectOptions(Options):
+    """What an output costs, whoever says it."""
+
+    cost: str = option(
+        "",
+        "What an output costs: FILE.csv:COLUMN (a row by mask and id, and seed if there are "
+        "several), a folder with a classifier of texts, or a function of a prompt and an output "
+        "as module:function.",
+    )
+    label: str | None = option(
+        None, "Which of the classifier's logits is the cost: a name or a number.", only=_CLASSIFIER
+    )
+    template: str | None = option(
+        None,
+        "What the classifier reads, such as 'USER: {prompt} ASSISTANT: {output}'; default: the "
+        "prompt and the output behind it.",
+        read=unescaped,
+        show=escaped,
+        only=_CLASSIFIER,
+    )
+    batch_tokens: int = option(
+        8192, "Tokens of a batch, padding included.", least=1, only=_CLASSIFIER
+    )
+    dtype: str | None = like(LoadOptions, "dtype", only=_CLASSIFIER)
+    device: str | None = like(LoadOptions, "device", only=_CLASSIFIER)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.cost:
+            raise RelneuronError(
+                "--cost does not say what an output costs",
+                "give FILE.csv:COLUMN, a classifier's folder, or module:function",
+                2,
+            )
+        if self.template is not None and self.template.count(OUTPUT) != 1:
+            raise RelneuronError(
+                f"the template {self.template!r} does not have {OUTPUT} once",
+                f"use 'USER: {{prompt}} ASSISTANT: {OUTPUT}', say",
+                2,
+            )

@@ -1,6 +1,7 @@
 """What `generate` writes: a line for each text, the means of their scores, and what layers say.
 
-`ablation/generate.py` calls it, and the command for the table that it prints.
+`ablation/generate.py` calls it, the command for the table that it prints, and `effect.py`, which
+reads the lines again.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from relneuron.ablation.measures import summarise
-from relneuron.artifact.files import csv_bytes
+from relneuron.artifact.files import RelneuronError, csv_bytes, require
+from relneuron.artifact.reading import one_line, parse_json, read_lines
 from relneuron.artifact.stage import Printed
-from relneuron.model.lens import Read
-from relneuron.model.lens import stages as stages_of
+
+if TYPE_CHECKING:
+    from relneuron.model.lens import Read
 
 SCORES = (
     *("mask", "group", "measure", "n_prompts", "n_seeds", "score", "sd_seeds", "low", "high"),
@@ -56,6 +59,32 @@ def lines_bytes(lines: Sequence[Generated]) -> bytes:
     """The JSONL of all lines."""
     given = ({k: v for k, v in line._asdict().items() if v is not None} for line in lines)
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in given).encode()
+
+
+_FIX = "give the .jsonl that relneuron generate wrote"
+
+
+def read_outputs(path: Path) -> list[Generated]:
+    """The lines of a JSONL that `lines_bytes` made, each mask, prompt and seed once."""
+    found: dict[tuple[str, str, int | None], Generated] = {}
+    for number, text in read_lines(require(path, "generate MODEL PROMPTS -o outputs.jsonl")):
+        if not text.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = parse_json(text, where, _FIX)
+            line = Generated(**{name: record[name] for name in Generated._fields if name in record})
+            if not all(isinstance(one, str) for one in line[:5]):
+                raise TypeError("a field is no text")
+            if not isinstance(line.seed, int | None):
+                raise TypeError("its seed is no number")
+        except TypeError as error:
+            raise RelneuronError(f"{where}: no output ({one_line(error)})", _FIX) from error
+        if found.setdefault((line.mask, line.id, line.seed), line) is not line:
+            raise RelneuronError(f"{where}: a second output of {line.mask} for {line.id}", _FIX)
+    if not found:
+        raise RelneuronError(f"{path} holds no output", _FIX)
+    return list(found.values())
 
 
 def score_rows(lines: Sequence[Generated], measure: str) -> list[tuple[Any, ...]]:
@@ -100,6 +129,8 @@ def lens_tables(
     mean entropy of each layer over the tokens of a mask and group, and the stage, 1 to 3, that
     `lens.stages` puts the layer in (empty with fewer than three layers).
     """
+    from relneuron.model.lens import stages as stages_of  # which brings torch
+
     texts: dict[int, str] = {}
     rows: list[tuple[Any, ...]] = []
     curves: dict[tuple[str, str], list[list[float]]] = {}

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from safetensors.numpy import save
@@ -21,8 +21,8 @@ from relneuron.artifact.reading import open_tensors
 NAME = "counts.safetensors"
 RAN, ROUTED, WEIGHT = "tokens.layer", "tokens.expert", "weight.expert"
 BESIDE: dict[str, Any] = {RAN: np.int64, ROUTED: np.int64, WEIGHT: np.float64}
-# Stages of a study of relations, in whose folder no counts are begun.
-APART = ("prompts", "record", "attribute")
+# Stages of other kinds of study, in whose folder no counts are begun.
+APART = ("prompts", "record", "attribute", "contrast")
 SITES = ("gate", "up", "act", "product", "down")
 # What each statistic is made of, and with which value a group that was never seen begins.
 DTYPES = {"count": np.int64, "sum": np.float64, "sum_sq": np.float64, "max": np.float32}
@@ -54,6 +54,12 @@ class Counts:
     arrays: dict[str, Array]
     beside: dict[str, Array] = field(default_factory=dict)
 
+    # What a kind of counts has of its own: the sites, and how its files call themselves.
+    SITES: ClassVar[tuple[str, ...]] = SITES
+    KEY: ClassVar[str] = "relneuron.counts"
+    WHAT: ClassVar[str] = "file of counts"
+    MADE_BY: ClassVar[str] = "count MODEL GROUP=TEXT... -o DIR"
+
     def tokens_at(self) -> Array:
         """(G, L) int64, the tokens that each layer ran."""
         layers = next(iter(self.arrays.values())).shape[1]
@@ -62,13 +68,38 @@ class Counts:
 
     @property
     def sites(self) -> list[str]:
-        return [site for site in SITES if f"count.{site}" in self.arrays]
+        return [site for site in self.SITES if f"count.{site}" in self.arrays]
 
     @property
     def has_moments(self) -> bool:
         return any(name.startswith("sum.") for name in self.arrays)
 
-    def __add__(self, other: Counts) -> Counts:
+    def mean(self, site: str) -> Array:
+        """The mean of the finite values at a site over the tokens of all groups, (L, F) float64."""
+        n, total, _ = self._moments(site)
+        with np.errstate(invalid="ignore"):
+            found: Array = total / n
+        return found
+
+    def std(self, site: str) -> Array:
+        """Their unbiased standard deviation, (L, F) float64; NaN for fewer than two tokens."""
+        n, total, total_sq = self._moments(site)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # What is left of equal values by rounding may be below 0.
+            variance = np.maximum(total_sq - total * (total / n), 0) / (n - 1)
+            found: Array = np.where(n > 1, np.sqrt(variance), np.nan)
+        return found
+
+    def _moments(self, site: str) -> tuple[Array, Array, Array]:
+        """n, sum and sum of squares of the finite values over all groups, (L, F) float64 each."""
+        tokens = self.tokens_at()[:, :, None] - self.arrays[f"n_nonfinite.{site}"]
+        return (
+            tokens.sum(0).astype(np.float64),
+            self.arrays[f"sum.{site}"].sum(0),
+            self.arrays[f"sum_sq.{site}"].sum(0),
+        )
+
+    def __add__(self, other: Self) -> Self:
         """The statistics of both inputs together; groups are matched by their names."""
         if self.arrays.keys() != other.arrays.keys():
             raise RelneuronError(
@@ -90,17 +121,17 @@ class Counts:
         tokens = mine.tokens + theirs.tokens
         # Of several modules another one may have run the most.
         tokens = beside[RAN].max(axis=1) if RAN in beside else tokens
-        return Counts(groups, tokens, arrays, beside)
+        return type(self)(groups, tokens, arrays, beside)
 
-    def of_layers(self, layers: range) -> Counts:
+    def of_layers(self, layers: range) -> Self:
         """Some layers only, of a module, as if they were the whole model; padding stays."""
         inside = slice(layers.start, layers.stop)
         ran = self.tokens_at()[:, inside]
         beside = {name: array[:, inside] for name, array in self.beside.items()} | {RAN: ran}
         arrays = {name: array[:, inside] for name, array in self.arrays.items()}
-        return Counts(self.groups, ran.max(axis=1), arrays, beside)
+        return type(self)(self.groups, ran.max(axis=1), arrays, beside)
 
-    def take(self, groups: Sequence[str]) -> Counts:
+    def take(self, groups: Sequence[str]) -> Self:
         """These groups only, in this order; one that is not here has no token."""
         rows = [self.groups.index(name) if name in self.groups else -1 for name in groups]
 
@@ -116,13 +147,13 @@ class Counts:
             for name, array in self.arrays.items()
         }
         beside = {name: pick(array, 0) for name, array in self.beside.items()}
-        return Counts(list(groups), pick(self.tokens, 0), arrays, beside)
+        return type(self)(list(groups), pick(self.tokens, 0), arrays, beside)
 
     def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
         """The file's bytes; `metadata` is kept beside the groups."""
         # One key only: safetensors writes several in an order that changes from run to run.
         text = json.dumps({"groups": self.groups, **(metadata or {})}, ensure_ascii=False)
-        data: bytes = save(self.tensors(), {"relneuron.counts": text})
+        data: bytes = save(self.tensors(), {self.KEY: text})
         return data
 
     def tensors(self) -> dict[str, Array]:
@@ -130,7 +161,7 @@ class Counts:
         return {"tokens": self.tokens, **self.beside, **self.arrays}
 
     @classmethod
-    def of_tensors(cls, groups: list[str], tensors: dict[str, Array]) -> Counts:
+    def of_tensors(cls, groups: list[str], tensors: dict[str, Array]) -> Self:
         """The reverse of `tensors`."""
         beside = {name: tensors.pop(name) for name in BESIDE if name in tensors}
         return cls(groups, tensors.pop("tokens"), tensors, beside)
@@ -139,10 +170,10 @@ class Counts:
         atomic_write(path, self.to_bytes())
 
     @classmethod
-    def read(cls, path: Path, made_by: str = "count MODEL GROUP=TEXT... -o DIR") -> Counts:
+    def read(cls, path: Path, made_by: str | None = None) -> Self:
         """The counts of a file, or an error that says what is wrong with it."""
-        with open_tensors(path, made_by, what="file of counts") as file:
-            about = file.about("relneuron.counts")
+        with open_tensors(path, made_by or cls.MADE_BY, what=cls.WHAT) as file:
+            about = file.about(cls.KEY)
             if not isinstance(about, dict) or "groups" not in about or "tokens" not in file.names:
                 raise file.wrong("it has no groups or no tokens")
             groups = about["groups"]
@@ -150,16 +181,21 @@ class Counts:
                 raise file.wrong(f"the groups are {groups}")
             arrays = {}
             for name in file.names:
-                kind = BESIDE.get(name) or DTYPES.get(name.partition(".")[0], np.int64)
-                n_dims = {"tokens": 1, RAN: 2}.get(name, 3)
-                shape = (len(groups), None, None)[:n_dims]
+                shape, kind = cls._form(name, len(groups))
                 arrays[name] = file.get(name, shape, _TYPES[kind])
-            counts = cls.of_tensors(groups, arrays)
             try:
+                counts = cls.of_tensors(groups, arrays)
                 counts._check()
             except ValueError as error:
                 raise file.wrong(str(error)) from error
         return counts
+
+    @classmethod
+    def _form(cls, name: str, n_groups: int) -> tuple[tuple[int | None, ...], Any]:
+        """The shape of a tensor of the file (None: any length) and its type."""
+        n_dims = {"tokens": 1, RAN: 2}.get(name, 3)
+        kind = BESIDE.get(name) or DTYPES.get(name.partition(".")[0], np.int64)
+        return (n_groups, None, None)[:n_dims], kind
 
     def _check(self) -> None:
         shapes: dict[bool, tuple[int, ...]] = {}

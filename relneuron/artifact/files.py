@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -39,7 +39,8 @@ def atomic_write(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder; on any error the
-    temporary file is removed and the old file stays.
+    temporary file is removed and the old file stays. On Windows, where a file that somebody reads
+    cannot be replaced, it waits a second for them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -51,7 +52,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
+        _replace(Path(name), path)
     except BaseException:
         with suppress(OSError):
             Path(name).unlink()
@@ -59,8 +60,24 @@ def atomic_write(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+# Seconds between tries to replace a file on Windows: a scanner of viruses reads every new file.
+_WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for wait_s in _WAITS_S if os.name == "nt" else ():
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(wait_s)
+    temporary.replace(path)
+
+
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power cut, where a folder can be opened."""
+    if os.name == "nt":  # its file system keeps a journal of renames
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -243,9 +260,8 @@ def create_safetensors(
     if existing != head or path.stat().st_size != len(head) + offset:
         with path.open("r+b" if existing == head else "wb") as file:
             try:
-                file.truncate(len(head) + offset)
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, len(head) + offset)
+                _reserve(file, len(head) + offset)
+                file.seek(0)
                 file.write(head)
             except BaseException:
                 path.unlink(missing_ok=True)
@@ -255,6 +271,21 @@ def create_safetensors(
         start = len(head) + header[name]["data_offsets"][0]
         result[name] = np.memmap(path, np.float32, "r+", start, shape)
     return result
+
+
+def _reserve(file: IO[bytes], n_bytes: int) -> None:
+    """Give a file its length and the space for it; what is new in it is zeros."""
+    old = file.seek(0, os.SEEK_END)
+    file.truncate(n_bytes)  # on Windows this reserves it
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+    elif os.name == "posix":  # macOS leaves a hole until something is written
+        file.seek(old)
+        for begin in range(old, n_bytes, _ZEROS):
+            file.write(bytes(min(_ZEROS, n_bytes - begin)))
+
+
+_ZEROS = 1 << 20  # bytes that are written at a time
 
 
 def rows_digest(arrays: Sequence[np.ndarray[Any, Any]], rows: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import relneuron
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -25,14 +26,15 @@ from relneuron.artifact.files import (
 from relneuron.artifact.reading import read_json
 
 SCHEMA = "relneuron.study/1"
+_KINDS = {"count": "groups of text", "contrast": "two models"}  # of a study, by its stage
 
 
 def versions() -> Json:
     """The versions that can change a number."""
     from importlib.metadata import PackageNotFoundError, version
 
-    result = {"python": platform.python_version()}
-    for package in ("relneuron", "torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
+    result = {"python": platform.python_version(), "relneuron": relneuron.__version__}
+    for package in ("torch", "transformers", "tokenizers", "triton", "numpy", "scipy"):
         with suppress(PackageNotFoundError):
             result[package] = version(package)
     return result
@@ -42,6 +44,7 @@ _MANIFEST_KEYS = (
     "schema",
     "versions",
     "model",
+    "model_b",
     "dtype",
     "sites",
     "threshold",
@@ -130,7 +133,7 @@ class Manifest:
         """
         entry = self.data["stages"].get(stage)
         if entry is None and self.data["stages"].keys() & {*apart} and not force:
-            kind = "groups of text" if "count" in self.data["stages"] else "relations"
+            kind = next((k for s, k in _KINDS.items() if s in self.data["stages"]), "relations")
             raise RelneuronError(
                 f"{self.path.parent} holds a study of {kind}",
                 "use another output, or --force to forget what was identified and ablated there",
@@ -182,8 +185,8 @@ class Manifest:
         )
 
     def check_model(self, model: Json) -> None:
-        """Refuse the folder of a recorded or counted study of another model, or other weights."""
-        for stage in ("record", "count"):
+        """Refuse the folder of a study of another model, or of other weights."""
+        for stage in ("record", "count", "contrast"):
             known = self.data["stages"].get(stage, {}).get("inputs", {}).get("model") or {}
             if any(key in known and known[key] != model.get(key) for key in MODEL_KEYS):
                 raise RelneuronError(

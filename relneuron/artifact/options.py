@@ -66,10 +66,11 @@ def option(default: Any, help: str, **says: Any) -> Any:
     return field(default=default, metadata={"flag": Flag(help, **says)})
 
 
-def like(options: type[Options], name: str, default: Any = ...) -> Any:
-    """The option of another class, with its default or one of its own."""
+def like(options: type[Options], name: str, default: Any = ..., **says: Any) -> Any:
+    """The option of another class, with its default or one of its own; `says` as in `option`."""
     (found,) = (f for f in fields(options) if f.name == name)
-    return field(default=found.default if default is ... else default, metadata=found.metadata)
+    flag = replace(found.metadata["flag"], **says)
+    return field(default=found.default if default is ... else default, metadata={"flag": flag})
 
 
 def refuse_stray(flag: str, condition: str) -> NoReturn:

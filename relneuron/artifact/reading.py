@@ -276,6 +276,10 @@ class Tensors:
             raise self.wrong(f"{key} are no names, each of its own")
         return list(found)
 
+    def n_dims(self, name: str) -> int:
+        """How many dimensions a tensor of the file has."""
+        return len(self._file.get_slice(name).get_shape())
+
     def shape(self, name: str, shape: Sequence[int | None], *dtypes: str) -> tuple[int, ...]:
         """A tensor's shape: this one (None: any length), of one of the `dtypes` (default: F32)."""
         if name not in self.names:
@@ -293,9 +297,13 @@ class Tensors:
         return found
 
     def get(
-        self, name: str, shape: Sequence[int | None], *dtypes: str, rows: slice | None = None
+        self,
+        name: str,
+        shape: Sequence[int | None],
+        *dtypes: str,
+        rows: slice | tuple[slice, ...] | None = None,
     ) -> Any:
-        """A tensor as `shape` checks it, or some of its `rows`."""
+        """A tensor as `shape` checks it, or some of its `rows` (and columns)."""
         self.shape(name, shape, *dtypes)
         return self._file.get_tensor(name) if rows is None else self._file.get_slice(name)[rows]
 

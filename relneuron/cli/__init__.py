@@ -1,4 +1,5 @@
 """The command line: commands and options, what is checked before, what is printed.
 
-May import every room. Begin with `main`; `run` is the order of the stages, `pages` the report.
+May import every room. Begin with `main`; the order of a whole study's stages is
+`study.run`.
 """

@@ -6,9 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from relneuron.artifact.files import check_folder
+from relneuron.artifact.contrast import NAME as CONTRAST
+from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.options import Argument, Named, Output, refuse_stray
+from relneuron.artifact.options import Argument, Named, Output, refuse_stray, split, whole_number
+
+# Whose files are meant, where neither the file nor the folder says it.
+FORMATS = ("lape", "mmneuron", "safety")
+Without = Annotated[
+    str,
+    Named(
+        "Of a .pt of safety neurons: layers that it has no rows for, from zero, such as 31; the "
+        "authors leave out the last one of a Llama-2-7B."
+    ),
+]
 
 
 def import_files(
@@ -19,7 +30,7 @@ def import_files(
             "One .neuron.pth of the LAPE authors, or their files of counts as GROUP=FILE; files "
             "called activation.GROUP.train.MODEL, or a folder of them, say it themselves. Or the "
             ".json of knowledge neurons, or the .jsonl of QRNCA. Of MMNeuron masks called "
-            "MODEL-MODULE, or snapshots called DOMAIN_K.log.",
+            "MODEL-MODULE, or snapshots called DOMAIN_K.log. Of safety neurons a .pt of scores.",
         ),
     ],
     model: Annotated[str, Named("Model that the files belong to; only its config.json is read.")],
@@ -31,15 +42,27 @@ def import_files(
             "if it is left out."
         ),
     ] = "",
-    format: Annotated[str, Named("Whose files: lape or mmneuron (of masks and counts).")] = "lape",
+    format: Annotated[
+        str, Named("Whose files: lape, mmneuron (of masks and counts) or safety (a .pt of scores).")
+    ] = "lape",
+    top: Annotated[
+        int | None,
+        Named("Neurons of a .pt of safety neurons to take; default: 5 % of those it ranks."),
+    ] = None,
+    without_layers: Without = "",
     force: bool = False,
 ) -> Iterator[str]:
     """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats."""
-    from relneuron.methods.counts.commands import check_format
     from relneuron.methods.counts.commands import import_files as import_counted
     from relneuron.methods.gradients.authors_files import SUFFIXES, import_facts
 
-    check_format(format)
+    _check_format(format)
+    if format == "safety":
+        yield from _import_safety(files, model, output, names, top, _layers(without_layers), force)
+        return
+    for flag, is_given in (("--top", top is not None), ("--without-layers", without_layers != "")):
+        if is_given:
+            refuse_stray(flag, "with --format safety")
     is_theirs = format == "mmneuron" or len(files) > 1 or "=" in files[0]
     if is_theirs or Path(files[0]).suffix not in SUFFIXES:
         yield from import_counted(files, model, output, names, format, force)
@@ -52,37 +75,87 @@ def import_files(
     yield f"-> {output}"
 
 
+def _import_safety(
+    files: list[str],
+    model: str,
+    output: Path,
+    names: str,
+    top: int | None,
+    without_layers: list[int],
+    force: bool,
+) -> Iterator[str]:
+    from relneuron.methods.contrast.authors_files import import_scores
+
+    if names:
+        refuse_stray("--names", "with a .neuron.pth")
+    if len(files) > 1:
+        raise RelneuronError(f"{len(files)} files of safety neurons", "give one .pt", 2)
+    if top is not None and top < 1:
+        raise RelneuronError(f"--top must be at least 1, got {top}", "choose a positive number", 2)
+    path = Path(files[0])
+    chosen = import_scores(path, model, output, top=top, without_layers=without_layers, force=force)
+    for name, neurons in chosen.sets.items():
+        yield f"{name}: {len(neurons):,} of {chosen.selection['ranked']:,} neurons"
+    yield f"-> {output}"
+
+
+def _check_format(name: str) -> None:
+    """Refuse a format that is nobody's."""
+    if name not in FORMATS:
+        raise RelneuronError(f"unknown --format {name!r}", f"use {', '.join(FORMATS)}", 2)
+
+
+def _layers(text: str) -> list[int]:
+    numbers = [whole_number(part) for part in split(text)]
+    if None in numbers:
+        raise RelneuronError(
+            f"unknown number in --without-layers {text!r}", "use numbers such as 0,31", 2
+        )
+    return [number for number in numbers if number is not None]
+
+
 def export(
     source: Annotated[
         Path,
         Argument(
             "NEURONS|PROMPTS|DIR",
-            "A neurons.json, a prompts.jsonl, or a counted or identified directory.",
+            "A neurons.json, a prompts.jsonl, or a counted, identified or contrasted directory.",
         ),
     ],
     output: Output,
     format: Annotated[
         str, Named("Whose files: lape or mmneuron (of neurons and counts).")
     ] = "lape",
+    without_layers: Without = "",
     force: bool = False,
 ) -> Iterator[str]:
-    """Files of others: LAPE's and MMNeuron's, selfcond's expertise.csv, facts and theirs.
+    """Files of others: LAPE's and MMNeuron's, selfcond's expertise.csv, facts, safety neurons.
 
     A neurons.json becomes a .neuron.pth, expertise.csv where -o ends in .csv, the neurons of facts
     in the form of knowledge neurons where it ends in .json and of QRNCA in .jsonl; a prompts.jsonl
     their facts with sentences; a counted directory files of counts; an identified one
-    expertise.csv, or one a concept below a folder. With --format mmneuron a folder with a mask of
-    each module, or a snapshot of each group.
+    expertise.csv, or one a concept below a folder; a contrasted one a .pt of scores, as of safety
+    neurons. With --format mmneuron a folder with a mask of each module, or a snapshot of each
+    group.
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked
+    from relneuron.methods.contrast.authors_files import export_scores
     from relneuron.methods.counts.authors_files import write_neuron_pth
-    from relneuron.methods.counts.commands import check_format
     from relneuron.methods.counts.folders import export_counts
     from relneuron.methods.counts.mmneuron_files import write_masks
     from relneuron.methods.gradients.authors_files import SUFFIXES, export_facts, export_queries
 
-    check_format(format)
+    _check_format(format)
+    is_contrast = (source / CONTRAST).exists()
+    if is_contrast or format == "safety":
+        if is_contrast and format == "mmneuron":
+            raise RelneuronError(f"{source} holds a contrast, no counts", "leave out --format", 2)
+        export_scores(source, output, without_layers=_layers(without_layers), force=force)
+        yield f"-> {output}"
+        return
+    if without_layers:
+        refuse_stray("--without-layers", "with a contrasted directory")
     if source.is_file() and source.suffix == ".jsonl":
         export_queries(checked(source), output, force=force)
         yield f"-> {output}"

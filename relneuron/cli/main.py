@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -37,6 +38,7 @@ def stages() -> list[Stage]:
         Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
         Stage("nll", f"{_ABLATION}:nll", _ASKS),
         Stage("generate", f"{_ABLATION}:generate", _ASKS),
+        Stage("effect", f"{_ABLATION}:effect", _WORKS),
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
@@ -71,6 +73,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name's letters that it cannot say
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
         code = app(standalone_mode=False)

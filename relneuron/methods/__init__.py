@@ -1,8 +1,8 @@
 """Ways to find neurons, a folder each; `NAMES` is the only list of them.
 
-A method may import all rooms but `cli`, and no other method. A folder's `__init__` says in its
-METHOD what it brings: commands, rankings, attributions, a page of the
-report. To add one: a folder and its name.
+A method may import all rooms but `cli` and `study`, and no other method. A folder's `__init__` says
+in its METHOD what it brings: commands, rankings, attributions, a page of the report. To add one: a
+folder and its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 
 from relneuron.artifact.stage import Attribution, Method, Ranking
 
-NAMES = ("responses", "counts", "gains", "gradients")
+NAMES = ("responses", "counts", "gains", "gradients", "contrast")
 
 
 def methods() -> list[Method]:

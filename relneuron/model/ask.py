@@ -68,7 +68,7 @@ def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
     return [row[k] for row, k in zip(scores, which, strict=True)], which
 
 
-def _ignore(step: Step) -> None:
+def ignore(step: Step) -> None:
     """Marks nothing."""
 
 
@@ -107,7 +107,7 @@ class Asker:
         self,
         questions: Questions,
         rows: Sequence[int],
-        before_step: Callable[[Step], None] = _ignore,
+        before_step: Callable[[Step], None] = ignore,
         n_tokens: int = N_ANSWER_TOKENS,
     ) -> Answers:
         """Greedy decoding of `n_tokens`, argmax over float32 logits, ending at EOS.
@@ -226,7 +226,7 @@ class Asker:
         self,
         questions: Questions,
         rows: Sequence[int],
-        before_step: Callable[[Step], None] = _ignore,
+        before_step: Callable[[Step], None] = ignore,
     ) -> Answers:
         """The answers of `ask`, mostly from one forward: the object's first token is put in.
 
@@ -318,7 +318,7 @@ class Asker:
         self,
         questions: Questions,
         rows: Sequence[int],
-        before_step: Callable[[Step], None] = _ignore,
+        before_step: Callable[[Step], None] = ignore,
     ) -> None:
         """One forward over the prompts, for what `before_step` marks in it."""
         tokens, mask = self.pad([questions.ids[row] for row in rows])
@@ -330,7 +330,7 @@ class Asker:
         self,
         questions: Questions,
         rows: Sequence[int],
-        before_step: Callable[[Step], None] = _ignore,
+        before_step: Callable[[Step], None] = ignore,
     ) -> list[float]:
         """-log p of each prompt's own tokens after its first one, summed, in nats."""
         tokens, mask = self.pad([questions.ids[row] for row in rows])

@@ -15,7 +15,9 @@ from torch import Tensor
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Shape
+from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.pair import Taps
 from relneuron.model.patch import Patch
 from relneuron.model.pictures import sent
 from relneuron.model.states import mask_states
@@ -56,3 +58,19 @@ def check_canary(
                     "effective",
                     "give the model uncompiled, with its own forward methods",
                 )
+
+
+def check_exchange(model: Any, mlps: Sequence[MLP], tokens: Tensor) -> None:
+    """Raise unless other products change the logits: guards against a model that reads none.
+
+    Every product of the MLPs becomes one more than it is. `tokens` (B, T).
+    """
+    with torch.no_grad():
+        clean = model(input_ids=tokens).logits
+        with Taps(mlps, lambda number, h: h + 1):
+            other = model(input_ids=tokens).logits
+    if torch.equal(clean, other):
+        raise RelneuronError(
+            "other products in every MLP did not change the logits: the patch is not effective",
+            "give the model uncompiled, with its own forward methods",
+        )

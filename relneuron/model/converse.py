@@ -24,7 +24,8 @@ class Step:
 
     rows: Tensor  # (b,) int64: its rows among the prompts asked
     mask: Tensor  # (b, t) 1 for the tokens that enter it, 0 for padding
-    n_answer: int  # how many of its t columns, the last ones, are tokens of the answer
+    # How many of its t columns, the last ones, are tokens of the answer: of all rows, or (b, 1).
+    n_answer: int | Tensor
     n_needed: int  # of how many columns, the last ones, the logits are looked at
     has_pictures: bool = False  # of each row the same, beside its tokens
 

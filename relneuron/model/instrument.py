@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from relneuron.artifact.chosen import choose_neurons
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
+from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape, check_neurons
 from relneuron.model.counting import ROUTED, TOKENS, WEIGHT, counting_state, tables
 from relneuron.model.layers import input_device
 from relneuron.model.mlps.find import find_mlps
@@ -146,35 +148,45 @@ def instrument(
         yield Probe(names, stats, patch)
 
 
+LANGUAGE = ("language",)  # the modules of a model of text
+
+
 @contextmanager
 def ablate(
     model: Any,
-    neurons: Iterable[Sequence[Any]],
+    neurons: NeuronFile | str | Path | Iterable[Sequence[Any]] | Any,
     *,
+    sets: str | Sequence[str] | None = None,
     mode: str = "zero",
     value: float | Sequence[float] | None = None,
-    modules: Sequence[str] = ("language",),
+    modules: Sequence[str] | None = None,
     processor: Any = None,
     backend: str = "auto",
 ) -> Iterator[None]:
     """Switch neurons off while the model runs, generation included, at every position.
 
-    `neurons`: (layer, site, index) triples, or rows of neurons.json; sites are gate and up (the
-    outputs of gate_proj and up_proj), down (the output of down_proj), and q, k, v and o (those of
-    the attention's projections). `mode`: "zero", outputs become 0 (arXiv 2502.17355, section
-    3.3); "scale", outputs times `value`; "mean", outputs become `value`, a number for all or one
-    per neuron: their mean responses, say.
+    `neurons`: a NeuronFile or the path of one, of which `sets` names one set or several (needless
+    where it has one only); a data frame with the columns layer, site and index, and for `sets` set;
+    or (layer, site, index) triples. Sites are gate and up (the outputs of gate_proj and up_proj),
+    down (the output of down_proj), and q, k, v and o (those of the attention's projections). A file
+    of neurons of a model of another shape is refused. `mode`: "zero", outputs become 0 (arXiv
+    2502.17355, section 3.3); "scale", outputs times `value`; "mean", outputs become `value`, a
+    number for all or one per neuron: their mean responses, say.
 
     Of a model that reads pictures the layers may be those of several `modules`, numbered through as
-    in the file of the neurons: `modules=neurons.model.get("modules", ("language",))`. They are
-    found in a forward with a picture, which the model's `processor` of transformers makes ready.
+    in the file of the neurons (default: those of the file, else ("language",)). They are found in a
+    forward with a picture, which the model's `processor` of transformers makes ready.
     """
-    chosen = list(neurons)
+    chosen, file = choose_neurons(neurons, sets)
+    if modules is None:
+        modules = file.model.get("modules", LANGUAGE) if file is not None else LANGUAGE
     if not chosen:
         warnings.warn("ablate: no neuron is given, so that nothing is off", stacklevel=3)
     run = picture_run(model, Processor(processor)) if processor is not None else None
     attention = any(site in ATTENTION for _, site, *_ in chosen)
     mlps = find_mlps(model, attention=attention, modules=tuple(modules), run=run)
+    if file is not None:
+        file.check_model(model_shape(mlps))
     if (value is None) != (mode == "zero") or mode not in ("zero", "scale", "mean"):
         raise RelneuronError(
             f"mode {mode!r} with the value {value}",

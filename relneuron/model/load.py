@@ -32,7 +32,7 @@ from relneuron.ops.backends import MADE_FOR
 _SPREAD: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # what --device-map said of a model
 
 
-def _settle_arithmetic() -> None:
+def settle_arithmetic() -> None:
     """So that the same study gives the same bits, also on a busy machine."""
     # Said aloud, the number of threads holds for MKL, too; else it may take fewer of them from call
     # to call, and sums are rounded in another order.
@@ -134,7 +134,7 @@ def load_model(
     device = choose_device(device)
     if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
-    _settle_arithmetic()
+    settle_arithmetic()
     looks_local = check_model_folder(name)
     if looks_local and revision is not None:
         raise RelneuronError(

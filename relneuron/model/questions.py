@@ -106,6 +106,7 @@ def encode(
     answers: bool = True,
     n_tokens: int = N_ANSWER_TOKENS,
     processor: Processor | None = None,
+    options: bool = True,
 ) -> Questions:
     """Tokenise prompts, with the special tokens that the tokenizer puts before a text (BOS).
 
@@ -114,16 +115,16 @@ def encode(
     tokens, from the pictures and the text. Raises RelneuronError for an empty prompt, one that
     with `n_tokens` of answer does not fit the context, and an object without a token; without
     `answers` objects are not looked at. A picture that cannot be read raises, as do pictures
-    without a processor.
+    without a processor. Without `options` how a prompt goes on with its own is not looked at.
     """
     texts, notices = [prompt.prompt for prompt in prompts], []
     found: list[list[Continuation]] = []
-    options: list[list[tuple[int, ...]]] = []
+    choices: list[list[tuple[int, ...]]] = []
     if answers:
         texts, changed = without_blanks(tokenizer, texts, [prompt.object for prompt in prompts])
         notices = [blank_notice([prompts[row].id for row in changed])] if changed else []
         found = object_continuations(tokenizer, prompts, texts)
-        options = _options(tokenizer, prompts, texts)
+        choices = _options(tokenizer, prompts, texts) if options else []
     ids = encode_texts(tokenizer, texts)
     pictured = {row for row, prompt in enumerate(prompts) if prompt.images}
     for row in sorted(pictured):
@@ -158,7 +159,7 @@ def encode(
         for prompt, some in zip(prompts, found, strict=False)
     ]
     firsts = [some[0][-1] for some in starts]
-    return Questions(list(prompts), ids, firsts, starts, notices, options, processor, texts)
+    return Questions(list(prompts), ids, firsts, starts, notices, choices, processor, texts)
 
 
 def _options(

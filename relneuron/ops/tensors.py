@@ -1,12 +1,12 @@
 """What every op asks of its tensors before their shapes: plain memory, and no gradient to lose.
 
-The kernels read addresses, so what stands there must be the values, and no op has a gradient. Each
-op calls `check_tensors` first.
+The kernels read addresses, so what stands there must be the values; and but for h of `swiglu_stats`
+no op has a gradient. Each op calls `check_tensors` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -31,12 +31,16 @@ _REASONS = {
 
 
 def check_tensors(
-    op: str, tensors: Mapping[str, object], optional: Mapping[str, object] | None = None
+    op: str,
+    tensors: Mapping[str, object],
+    optional: Mapping[str, object] | None = None,
+    differentiable: Collection[str] = (),
 ) -> None:
     """Refuse what is no tensor, what a kernel cannot read as it lies, and gradients.
 
-    `tensors`, and `optional` ones that may be None: the op's arguments by name. While torch
-    compiles, only gradients are looked at: the compiler resolves the rest.
+    `tensors`, and `optional` ones that may be None: the op's arguments by name; of those that are
+    `differentiable` the op has a gradient. While torch compiles, only gradients are looked at: the
+    compiler resolves the rest.
     """
     is_compiling = torch.compiler.is_compiling()
     has_gradients = torch.is_grad_enabled()
@@ -49,14 +53,14 @@ def check_tensors(
                 raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
             if not is_compiling and dispatch_keys(tensor).raw_repr() not in PLAIN:
                 _check_plain(op, name, tensor)
-            if has_gradients and tensor.requires_grad:
+            if has_gradients and tensor.requires_grad and name not in differentiable:
                 raise ValueError(
-                    f"{op}: {name} must not require grad, the op has no gradient; "
+                    f"{op}: {name} must not require grad, the op gives it none; "
                     f"pass {name}.detach(), or call it under torch.no_grad()"
                 )
             if has_tangents and _has_tangent(tensor):
                 raise ValueError(
-                    f"{op}: {name} must not have a tangent, the op has no gradient; "
+                    f"{op}: {name} must not have a tangent, the op takes it no further; "
                     f"pass torch.autograd.forward_ad.unpack_dual({name}).primal"
                 )
 

@@ -283,13 +283,18 @@ def read_relation(path: Path, *, suffix: str | None = None) -> Relation:
     JSON, lacks `samples`, has an empty subject or object, a template without exactly one `{}`, or
     a key or a language twice.
     """
-    data = _read(path)
+    return relation_of(path.stem, read_json(path, _FACT_FILE), str(path), suffix=suffix)
+
+
+def relation_of(name: str, content: Any, where: str, *, suffix: str | None = None) -> Relation:
+    """The relation that the content of a fact file is (`read_relation`); errors name `where`."""
+    data = _validated(content, where)
     unknown = _unknown_keys(data)
     if unknown:
-        warnings.warn(f"{path}: unknown, not read: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(f"{where}: unknown, not read: {', '.join(unknown)}", stacklevel=3)
     main, zero_shot = data.prompt_templates, data.prompt_templates_zs
-    if path.stem in _PAPER and tuple(main) == _PAPER[path.stem][0]:
-        paper = _PAPER[path.stem][1]
+    if name in _PAPER and tuple(main) == _PAPER[name][0]:
+        paper = _PAPER[name][1]
         main, zero_shot = list(paper.main), list(paper.alternative)
     if suffix is None:
         default = SUFFIX if _same_code(data.language) == ENGLISH else ""
@@ -302,7 +307,7 @@ def read_relation(path: Path, *, suffix: str | None = None) -> Relation:
         for code, found in data.languages.items()
     }
     return Relation(
-        path.stem,
+        name,
         _templates(main, zero_shot, suffix),
         tuple(fact_of(sample.subject, sample.object) for sample in data.samples),
         languages,
@@ -321,8 +326,7 @@ _FACT_FILE = (
 )
 
 
-def _read(path: Path) -> _FactFile:
-    data = read_json(path, _FACT_FILE)
+def _validated(data: Any, where: str) -> _FactFile:
     try:
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
@@ -331,10 +335,10 @@ def _read(path: Path) -> _FactFile:
         cause = one_line(error)
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            place = ".".join(str(part) for part in first["loc"])
             said = re.sub(" or instance of .*", "", first["msg"])
-            cause = f"{where}: {said}" if where else said
-        raise RelneuronError(f"{path}: {cause}", f"give a valid {_FACT_FILE}") from error
+            cause = f"{place}: {said}" if place else said
+        raise RelneuronError(f"{where}: {cause}", f"give a valid {_FACT_FILE}") from error
 
 
 def read_relations(folder: Path, *, suffix: str | None = None) -> list[Relation]:

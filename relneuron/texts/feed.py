@@ -89,7 +89,7 @@ class Feed:
         self.vocabulary = vocabulary
         if vocabulary is None and tokenizer is not None:
             self.vocabulary = len(tokenizer)
-        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        n_cores = usable_cores()
         self.n_workers = n_workers or max(1, min(len(sources), n_cores // 2))
         self._threads_each = max(1, n_cores // (2 * self.n_workers))
         states: list[Json | None] = [None] * len(sources)
@@ -263,6 +263,10 @@ def _check(sources: Sequence[Source], tokenizer: Any, packing: Packing) -> None:
                 "give them as two groups, or choose another --bos",
                 2,
             )
+        if packing.join is not None and has_ids:
+            raise RelneuronError(
+                f"--join is of texts, and {source.name} holds token ids", "leave out --join", 2
+            )
 
 
 def _named_groups(sources: Sequence[Source]) -> list[str]:
@@ -309,6 +313,19 @@ class _Thread:
         self._thread.join(1.0)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use; where the system does not tell, those it has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 2
+
+
+def _apart() -> dict[str, Any]:
+    """A process group of its own: Ctrl-C in the terminal is for the parent alone."""
+    on_windows = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)
+    return {"process_group": 0} if on_windows is None else {"creationflags": on_windows}
+
+
 class _Process:
     """A worker process and the thread that reads what it sends."""
 
@@ -318,13 +335,12 @@ class _Process:
         environment.setdefault("TOKENIZERS_PARALLELISM", "true")
         environment.setdefault("RAYON_NUM_THREADS", str(n_threads))
         environment.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        # A process group of its own: Ctrl-C in the terminal is for the parent alone.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            process_group=0,
+            **_apart(),
         )
         self._reader = threading.Thread(target=self._read, name="corpus", daemon=True)
         self._reader.start()

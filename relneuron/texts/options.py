@@ -44,6 +44,13 @@ def read_shard(text: str) -> tuple[int, int]:
     return place, n
 
 
+def check_shard(shard: tuple[int, int]) -> None:
+    """Refuse a part that is none."""
+    number, of = shard
+    if not 1 <= number <= of:
+        raise RelneuronError(f"--shard {number}/{of} does not exist", "use 1/3, 2/3, 3/3", 2)
+
+
 @dataclass(frozen=True)
 class PromptsOptions(SeedOptions):
     """How facts become prompts."""
@@ -188,9 +195,7 @@ class CountOptions(PackingOptions, OomOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number, of = self.shard
-        if not 1 <= number <= of:
-            raise RelneuronError(f"--shard {number}/{of} does not exist", "use 1/3, 2/3, 3/3", 2)
+        check_shard(self.shard)
 
 
 def choose_packing(

@@ -27,8 +27,8 @@ from relneuron.artifact.effects import KINDS, read_conditions, read_effects
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape, top_k
 from relneuron.artifact.options import options_of, read
-from relneuron.cli.settings import DemoOptions, RunOptions
 from relneuron.model.ask import Asker
+from relneuron.study.settings import DemoOptions, RunOptions
 from tests.kit.files import read_rows
 from tests.kit.hooked import N_NEURONS, RELATIONS, SHAPE, TOP, Study
 

@@ -23,7 +23,7 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.analyses.page import off
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import random_neurons
-from relneuron.cli.settings import RunOptions
+from relneuron.study.settings import RunOptions
 from tests.kit.files import read_rows
 from tests.kit.hooked import RELATIONS, SHAPE, TOP, Hooked, Study
 

@@ -23,9 +23,9 @@ from relneuron.analyses.study import read_scores, read_study
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.neurons import Neuron
-from relneuron.cli.pages import PAGES
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import label
+from relneuron.study.pages import PAGES
 from tests.kit.pages import PAYLOADS, Page
 from tests.kit.studies import RELATIONS, SETS, write_study
 

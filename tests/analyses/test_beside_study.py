@@ -13,15 +13,15 @@ import torch
 from pytest import MonkeyPatch
 from safetensors.numpy import load_file
 
-import relneuron.cli.run
 import relneuron.methods.gains.scorer
+import relneuron.study.run
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.kit.files import contents, read_rows
 
 OPTIONS = RunOptions(eva=8, top=40, random_seeds=1, batch_tokens=256, analyses=("gain",))
@@ -112,7 +112,7 @@ def test_the_gains_survive_crashes_and_are_made_once(
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
     breaking(relneuron.methods.gains.scorer.Scorer, "score", after=False)
     breaking(Manifest, "finish", after=True)
-    breaking(relneuron.cli.run, "identify_gains", after=True)
+    breaking(relneuron.study.run, "identify_gains", after=True)
     failures: list[OSError] = []
     while len(failures) < 40:
         try:
@@ -126,7 +126,7 @@ def test_the_gains_survive_crashes_and_are_made_once(
 
     # What is done is not done again: nothing of it is there to be called.
     monkeypatch.setattr(relneuron.methods.gains.scorer.Scorer, "score", None)
-    monkeypatch.setattr(relneuron.cli.run, "identify_gains", None)
+    monkeypatch.setattr(relneuron.study.run, "identify_gains", None)
     run_study(str(model_folder), fact_folder, copy, OPTIONS, quiet=True)
     assert contents(copy) == contents(study)
 
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_attributed_has_a_study_without(
     def refuse(model: Any) -> None:
         raise RelneuronError("this model has norms behind its layers", "give another model")
 
-    monkeypatch.setattr(relneuron.cli.run, "read_residual_model", refuse)
+    monkeypatch.setattr(relneuron.study.run, "read_residual_model", refuse)
     with pytest.warns(UserWarning, match="gain left out") as caught:
         run_study(str(model_folder), fact_folder, tmp_path / "s", OPTIONS, quiet=True)
     messages = [str(warning.message) for warning in caught]

@@ -23,11 +23,11 @@ from relneuron.analyses.page import build
 from relneuron.analyses.study import read_study
 from relneuron.artifact.effects import conditions_bytes
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.pages import PAGES
 from relneuron.report import kit
 from relneuron.report.kit import drop_heatmap
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import Share, Table, show
+from relneuron.study.pages import PAGES
 from tests.kit.pages import Page, downloads, ids, text_of
 from tests.kit.studies import RELATIONS, RIGHT, SETS, condition_of, write_study, write_whole_study
 

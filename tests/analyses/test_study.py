@@ -21,8 +21,8 @@ from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import read_csv
-from relneuron.cli.run import report_stage
 from relneuron.report.page import render
+from relneuron.study.run import report_stage
 from tests.kit.corpus_studies import write_corpus_study
 from tests.kit.studies import RIGHT, SETS, write_study, write_whole_study
 

@@ -12,14 +12,18 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import relneuron.artifact.files
 import relneuron.artifact.journal
 import relneuron.artifact.manifest
 from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
@@ -28,6 +32,14 @@ from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.artifact.prompts import Prompt, read_prompts
 from relneuron.artifact.reading import read_csv
+
+
+@contextmanager
+def on_windows() -> Iterator[None]:
+    """os.name as files.py reads it; pathlib's own must stay, or it makes other paths."""
+    system = SimpleNamespace(**{**vars(os), "name": "nt"})
+    with mock.patch.object(relneuron.artifact.files, "os", system):
+        yield
 
 
 @pytest.mark.parametrize("call", ["fsync", "fdopen", "chmod", "replace"])
@@ -55,6 +67,49 @@ def test_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_windows_opens_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refused(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError):
+        atomic_write(tmp_path / "file", b"posix")
+    with on_windows():
+        atomic_write(tmp_path / "file", b"windows")
+    assert (tmp_path / "file").read_bytes() == b"windows"
+
+
+@pytest.mark.parametrize(("n_refusals", "written"), [(3, b"new"), (99, b"old")])
+def test_on_windows_a_write_waits_for_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_refusals: int, written: bytes
+) -> None:
+    path, asked, waited = tmp_path / "file", [], []
+    atomic_write(path, b"old")
+    replaces = Path.replace
+
+    def replace(temporary: Path, target: Path) -> Path:
+        asked.append(target)
+        if len(asked) <= n_refusals:
+            raise PermissionError(errno.EACCES, "the file is used by another process")
+        return replaces(temporary, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(relneuron.artifact.files.time, "sleep", waited.append)
+    with on_windows(), nullcontext() if written == b"new" else pytest.raises(PermissionError):
+        atomic_write(path, b"new")
+    assert path.read_bytes() == written and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert waited == [*relneuron.artifact.files._WAITS_S[:n_refusals]] and sum(waited) < 1
+    assert len(asked) == len(waited) + 1
+    asked.clear()
+    with pytest.raises(PermissionError):  # a fault of rights elsewhere is one at once
+        atomic_write(path, b"new")
+    assert len(asked) == 1
 
 
 def test_a_journal_cut_anywhere_keeps_its_whole_lines(tmp_path: Path) -> None:
@@ -183,6 +238,24 @@ def test_memory_maps_are_a_safetensors_file(tmp_path: Path) -> None:
     loaded = load_file(path)
     assert loaded["down.0"].tolist() == [[0, 0], [0, 0], [0, 1]]
     assert (create_safetensors(path, {"gate.0": (4, 5)})["gate.0"] == 0).all()
+
+
+@pytest.mark.parametrize("system", ["posix", "nt"])
+def test_memory_maps_where_a_length_is_no_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(relneuron.artifact.files, "_ZEROS", 1000)
+    path, shapes = tmp_path / "r.safetensors", {"gate.0": (301, 5)}
+    with on_windows() if system == "nt" else nullcontext():
+        create_safetensors(path, shapes)["gate.0"][:] = 7
+        assert (create_safetensors(path, shapes)["gate.0"] == 7).all()
+        n_bytes = path.stat().st_size
+        os.truncate(path, n_bytes - 301 * 4)  # what a kill left: the rest is zeros again
+        again = create_safetensors(path, shapes)["gate.0"]
+        assert path.stat().st_size == n_bytes and again.sum() == 7 * 301 * 4
+    if system == "posix":
+        assert path.stat().st_blocks * 512 >= n_bytes
 
 
 def neuron_file() -> NeuronFile:

@@ -13,9 +13,9 @@ import torch
 from relneuron.ablation.nll import nll
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.cli.run import run_study
-from relneuron.methods.counts.folders import merge
+from relneuron.methods.counts.merge import merge
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.study.run import run_study
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, OPTIONS, counted
 from tests.artifact.test_integrity import STAGES, ablated, generated

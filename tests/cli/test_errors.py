@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -140,3 +141,13 @@ def test_a_closed_pipe_ends_without_a_word(tmp_path: Path) -> None:
     os.close(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert (tmp_path / "said").read_text() == ""
+
+
+def test_names_in_letters_that_the_output_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pipe is not UTF-8, as on Windows, a name is spelled out."""
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, "cp1252", write_through=True))
+    monkeypatch.setattr(cli, "app", lambda standalone_mode: print("\u0141\xf3d\u017a"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert pipe.getvalue() == b"\\u0141\xf3d\\u017a" + os.linesep.encode()

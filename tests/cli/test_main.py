@@ -321,7 +321,7 @@ def test_usage_errors_and_unexpected_errors(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("relneuron.cli.run.report_stage", interrupted)
+    monkeypatch.setattr("relneuron.study.run.report_stage", interrupted)
     code, _, err = relneuron("report", by_stages, "-o", "r.html")
     assert code == 130
     assert f"relneuron report {by_stages} -o r.html" in err

@@ -175,6 +175,9 @@ def commands(
         "identify": [study, "--method", "lape"],
         "ablate": [model_folder, neurons, prompts],
         "attribute": [model_folder, prompts],
+        "contrast": [model_folder, model_folder, prompts],
+        "probe": [model_folder, prompts, "--apply", "probe.safetensors"],
+        "effect": ["outputs.jsonl", "--cost", "costs.csv:cost"],
         "count": [model_folder, *sources(corpus), *COUNT],
         "nll": [model_folder, neurons, *sources(corpus), *COUNT],
         "merge": [study, study],
@@ -265,8 +268,12 @@ def test_a_model_that_also_holds_an_adapter(
     shutil.copytree(model_folder, both)
     (both / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x"}))
     words = ["record", both, prompts, "-o", tmp_path / "o", "--quiet"]
-    with pytest.warns(UserWarning, match="holds an adapter .* it is ignored without peft"):
-        assert relneuron(*words)[0] == 0
+    with monkeypatch.context() as without:
+        without.setattr("relneuron.model.load.find_spec", lambda _: None)
+        for place in ("integrations.peft", "models.auto.auto_factory"):
+            without.setattr(f"transformers.{place}.is_peft_available", lambda: False)
+        with pytest.warns(UserWarning, match="holds an adapter .* it is ignored without peft"):
+            assert relneuron(*words)[0] == 0
     peft = type(sys)("peft")
     peft.__spec__ = ModuleSpec("peft", None)
     monkeypatch.setitem(sys.modules, "peft", peft)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from relneuron.artifact.journal import Journal
-from relneuron.methods.counts.counter import write_checkpoint
+from relneuron.model.checkpoint import write_checkpoint
 from tests.conftest import train_model, write_facts
 
 GROUPS = ("en", "zh")
@@ -35,6 +35,7 @@ NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --wind
 LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
 IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
 KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
+PROBE = "--labels labels.csv:y --set en --top 2 --folds 2 --random-seeds 0 --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
@@ -47,6 +48,7 @@ MADE = [
     f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
+    f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
         f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
         for n in (1, 2)
@@ -276,6 +278,19 @@ CASES = {
         " --set en",
         ("counts/counts.safetensors",),
     ),
+    "probe": Case(
+        f"probe model prompts.txt -o out --neurons counts/neurons.json {PROBE}",
+        ("counts/neurons.json",),
+        ("prompts.txt", "labels.csv"),
+    ),
+    "probe, applied": Case(
+        "probe model prompts.txt -o out --apply probe/probe.safetensors --quiet",
+        ("probe/probe.safetensors", "probe/manifest.json"),
+    ),
+    "effect": Case(
+        "effect said.jsonl -o out/e.csv --cost costs.csv:cost",
+        given=("said.jsonl", "costs.csv"),
+    ),
     "generate, unfinished": Case(
         "generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
         f" {CONTINUE} --off en,zh --batch-tokens 8",
@@ -356,7 +371,14 @@ def _write_tables(root: Path) -> None:
     lines = [json.dumps(dict(zip(head, row, strict=True))) + "\n" for row in rows]
     (root / "table.jsonl").write_text("".join(lines))
     (root / "prompts.jsonl").write_text("".join(lines[:2]))
-    (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\n")
+    (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\nPerson3 eats\nOslo\n")
+    (root / "labels.csv").write_text("id,y\n1,0\n2,1\n3,1\n4,0\n")
+    masks = [(mask, key) for mask in ("clean", "donor", "en") for key in "pq"]
+    said = [{"mask": m, "set": "", "id": k, "prompt": k, "output": m * 2} for m, k in masks]
+    more = {"n_tokens": 2, "stopped": "eos"}
+    (root / "said.jsonl").write_text("".join(json.dumps(one | more) + "\n" for one in said))
+    costs = [f"{m},{k},{len(m)}\n" for m, k in masks]
+    (root / "costs.csv").write_text("".join(["mask,id,cost\n", *costs]))
 
 
 def _write_concepts(folder: Path) -> None:
@@ -394,7 +416,8 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
 
 def _die(n_blocks: int = 2) -> None:
     """Have this process end, as if it was killed, once a stage has noted some blocks."""
-    from relneuron.methods.counts import count, counter
+    from relneuron.methods.counts import count
+    from relneuron.model import checkpoint
 
     noted = 0
 
@@ -416,4 +439,4 @@ def _die(n_blocks: int = 2) -> None:
         step()
 
     Journal.add = add_and_die  # type: ignore[method-assign]
-    count.write_checkpoint = counter.write_checkpoint = write_and_die
+    count.write_checkpoint = checkpoint.write_checkpoint = write_and_die

@@ -109,6 +109,10 @@ class _File:
 class Study:
     """A model and a corpus of numbers; runs of `relneuron count` over it, each a fork."""
 
+    command: Sequence[str] = ("count", "m")
+    counter: Any = Counter  # whose `count` counts a batch
+    result = "counts.safetensors"
+
     def __init__(self, folder: Path, n_tokens: int, *words: str) -> None:
         torch.set_num_threads(1)
         self.folder = folder
@@ -140,15 +144,15 @@ class Study:
         said = os.open(self.folder / "said", flags)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        true, log = Counter.count, os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        true, log = self.counter.count, os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-        def note(self: Counter, batch: Any) -> None:
-            true(self, batch)
+        def note(counter: Any, *batch: Any) -> None:
+            true(counter, *batch)
             os.write(log, b".")
 
-        Counter.count = note  # type: ignore[method-assign]
+        self.counter.count = note
         before()
-        sys.argv = ["relneuron", "count", "m", *self.words, *words, "-o", str(output)]
+        sys.argv = ["relneuron", *self.command, *self.words, *words, "-o", str(output)]
         cli.main()
         raise SystemExit(0)
 
@@ -194,8 +198,7 @@ def files_of(output: Path) -> dict[str, bytes]:
 
 def check_checkpoint(output: Path) -> None:
     """If there is one, it is whole."""
-    path = output / "count.checkpoint"
-    if path.exists():
+    for path in output.glob("*.checkpoint"):
         digest, _, data = path.read_bytes().partition(b"\n")
         assert hashlib.sha256(data).hexdigest().encode() == digest, path
 
@@ -211,7 +214,7 @@ def every_step(study: Study, *, kills: bool) -> int:
     """Fail at the first step, at the second one, ...; returns how many there are."""
     assert study.run(study.folder / "whole") == 0, study.said()
     whole, n_batches = files_of(study.folder / "whole"), study.batches()
-    assert whole.keys() == LEFT
+    assert whole.keys() == {".lock", study.result, "manifest.json"}
 
     def act() -> None:
         if kills:
@@ -281,18 +284,18 @@ def join(rank: int, size: int, port: int) -> None:
     }
 
 
-def stop_after(n_batches: int) -> None:
-    """As if Ctrl-C came while the n-th batch is counted."""
-    true, seen = Counter.count, 0
+def stop_after(counter: Any, n_batches: int) -> None:
+    """As if Ctrl-C came while the n-th batch is counted by a class of counters."""
+    true, seen = counter.count, 0
 
-    def count(self: Counter, batch: Any) -> None:
+    def count(self: Any, *batch: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == n_batches:
             os.kill(os.getpid(), signal.SIGINT)
-        true(self, batch)
+        true(self, *batch)
 
-    Counter.count = count  # type: ignore[method-assign]
+    counter.count = count
 
 
 def run_ranks(
@@ -314,7 +317,7 @@ def run_ranks(
             if size > 1:
                 join(rank, size, port)
             if stop is not None:
-                stop_after(stop)
+                stop_after(study.counter, stop)
             act(rank)
 
         pids.append(study.start(output, *words, before=before))

@@ -123,7 +123,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
         yield stopped
 
-    monkeypatch.setattr(relneuron.methods.counts.count, "_interruptible", interruptible)
+    monkeypatch.setattr(relneuron.methods.counts.count, "interruptible", interruptible)
 
 
 def note_batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

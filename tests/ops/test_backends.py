@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -95,3 +96,19 @@ def test_triton_runs_where_it_is_installed() -> None:
     for op in ("swiglu_stats", "average_precision", "logprob_gain"):
         assert backends.triton_module(op).__name__ == f"relneuron.ops.{op}.triton_launch"
     assert available_backends()["triton"].works
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not CPUINFO.is_file() or not STATUS["cpu"].works, reason="needs Linux, kernels")
+def test_the_instruction_sets_are_those_that_the_processor_has() -> None:
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    has = {*next((line for line in lines if line.startswith("flags")), "").split()}
+    of_both = "bmi1 bmi2 popcnt "
+    asked = {
+        "avx2": of_both + "avx2 f16c fma",
+        "avx512": of_both + "avx512f avx512bw avx512dq avx512vl",
+    }
+    found = [level for level, needed in asked.items() if {*needed.split()} <= has]
+    assert backends.cpu_module().isa_levels() == ["portable", *found]

@@ -111,7 +111,7 @@ MAKERS = {
     *("as_tensor", "asarray", "empty_strided", "randperm", "scalar_tensor", "tensor", "zeros"),
 }
 # Tensors for torch.distributed, whose backend decides where they may be.
-EXCEPT = {"relneuron/methods/counts/batches.py"}
+EXCEPT = {"relneuron/model/ranks.py"}
 
 
 def makers_without_device(path: Path) -> list[str]:

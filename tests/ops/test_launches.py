@@ -94,7 +94,9 @@ WRONG: dict[str, Callable[[], dict[str, Any]]] = {
     "on meta": lambda: given(up=torch.ones(3, 8, device="meta")),
     "sparse": lambda: given(up=torch.ones(3, 8, device=DEVICE).to_sparse()),
     "negative bit": lambda: given(up=torch.complex(torch.ones(3, 8), torch.ones(3, 8)).conj().imag),
-    "gradient": lambda: given(up=torch.ones(3, 8, device=DEVICE, requires_grad=True)),
+    "gradient": lambda: given(
+        up=torch.ones(3, 8, device=DEVICE, requires_grad=True), out=torch.ones(3, 8, device=DEVICE)
+    ),
     "ids of int64": lambda: given(group_ids=ids(0, 0, 0).long()),
     "ids out of range": lambda: given(group_ids=ids(0, 2, 0)),
     "condition out of range": lambda: given(condition_ids=ids(0, -1, 0)),

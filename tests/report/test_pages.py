@@ -1,6 +1,6 @@
 """What holds for the page of every kind of study: whole, offline, the same bytes, text stays text.
 
-The studies are those of studies.py, corpus_studies.py and attribution_studies.py; no model is
+The studies are those of studies.py, corpus_studies.py and their like in the kit; no model is
 needed. What a kind's page says is in the test_report files.
 """
 
@@ -23,16 +23,17 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.stage import STUDY, command
-from relneuron.cli.pages import PAGES
 from relneuron.report.page import PageKind, kind_of, make_page, render, write_report
 from relneuron.report.tables import visible
+from relneuron.study.pages import PAGES
 from tests.kit.attribution_studies import write_attribution
+from tests.kit.contrasted import write_contrast_study
 from tests.kit.corpus_studies import write_corpus_study
 from tests.kit.gradient_studies import write_fact_study
 from tests.kit.pages import PAYLOADS, Page, ids
 from tests.kit.studies import SETS, write_study, write_whole_study
 
-RELATIONS, COUNTS, GAINS, FACTS = PAGES
+RELATIONS, COUNTS, GAINS, FACTS, CONTRAST = PAGES
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def hostile_facts(folder: Path, text: str) -> None:
         model=text,
         prediction=text,
         manifest=described,
+    )
+
+
+def hostile_contrast(folder: Path, text: str) -> None:
+    noted = {"inputs": {text: text}, "files": [], "commands": command("contrast", text, text)}
+    described = {text: {text: [text]}, "fallbacks": [text], "stages": {"contrast": noted}}
+    names = (f"a {text}", "b")
+    write_contrast_study(
+        folder, names, text=text, model=text, manifest=described, sizes=(5, 20), by_group=True
     )
 
 
@@ -203,6 +213,25 @@ CASES = {
             ("manifest.json", "study/1", "study/2"),
         ),
     ),
+    "contrast": Case(
+        CONTRAST,
+        write_contrast_study,
+        hostile_contrast,
+        ("effects", "texts", "layers", "concentration", "scores", "groups", "made"),
+        5,
+        "effect.csv",
+        (
+            ("effect.csv", "contrast@5,12,", "contrast@6,12,"),
+            ("effect.csv", ",cost,", ",price,"),
+            ("effect.csv", "contrast@20,12,1,0.0", "contrast@20,12,1,x"),
+            ("outputs.jsonl", '"mask": "contrast@5"', '"mask": "other"'),
+            ("outputs.jsonl", '"id": "p1"', '"id": "p0"'),
+            ("neurons.json", '"gate"', '"gait"'),
+            ("neurons.json", '"layers": 4', '"layers": 5'),
+            ("manifest.json", '"layers": 4', '"layers": 5'),
+            ("manifest.json", "study/1", "study/2"),
+        ),
+    ),
 }
 
 
@@ -256,7 +285,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
     settings.write_text("font.size: 20\naxes.grid: True\n", encoding="utf-8")
     code = (
         "import sys, pathlib\n"
-        "from relneuron.cli.pages import PAGES\n"
+        "from relneuron.study.pages import PAGES\n"
         "from relneuron.report.page import write_report\n"
         "for name in sys.argv[1:]:\n"
         "    write_report(pathlib.Path(name), pathlib.Path(name + '.2.html'), PAGES)\n"
@@ -275,8 +304,11 @@ def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    [hostile_relations, hostile_analyses, hostile_attribution, hostile_corpus, hostile_facts],
-    ids=["relations", "analyses", "attribution", "corpus", "facts"],
+    [
+        *(hostile_relations, hostile_analyses, hostile_attribution, hostile_corpus),
+        *(hostile_facts, hostile_contrast),
+    ],
+    ids=["relations", "analyses", "attribution", "corpus", "facts", "contrast"],
 )
 def test_text_stays_text(hostile: Callable[[Path, str], object], tmp_path: Path) -> None:
     def page_with(text: str) -> Page:
@@ -394,6 +426,7 @@ def test_changed_and_lost_files_are_named(case: Case, tmp_path: Path) -> None:
         (("neurons.json", "prompts.jsonl"), RELATIONS),
         (("facts.csv", "effects.csv", "targets.csv"), FACTS),
         (("ig.safetensors", "effects.csv"), RELATIONS),
+        (("contrast.safetensors", "effects.csv", "prompts.jsonl"), CONTRAST),
     ],
 )
 def test_the_folder_says_what_it_is(files: tuple[str, ...], kind: PageKind, tmp_path: Path) -> None:

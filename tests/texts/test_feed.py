@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.texts import feed
 from relneuron.texts import read as corpus_read
 from relneuron.texts import windows as corpus_windows
 from relneuron.texts.feed import Feed
@@ -275,3 +277,15 @@ def test_a_streamed_folder_goes_on_in_another_process(tmp_path: Path, tokenizer:
         assert feed.expected_tokens is None
     rest, groups, notes = everything(sources, tokenizer, packing, state=feed.state())
     assert (found + rest, groups, notes) == expected
+
+
+def test_cores_and_ctrl_c_on_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert feed.usable_cores() == len(os.sched_getaffinity(0))
+    assert feed._apart() == {"process_group": 0}
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS and Windows
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert feed.usable_cores() == 12
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert feed.usable_cores() == 2
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    assert feed._apart() == {"creationflags": 512}

@@ -16,11 +16,11 @@ import torch
 from relneuron.analyses.page import page
 from relneuron.analyses.study import read_study
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
 from relneuron.methods.responses.preview import warn_of_unknown
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import Page
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.kit.files import read_rows
 from tests.kit.polish import RELATIONS, SUFFIX, nfc, right_answers, train, write_facts
 from tests.kit.studies import write_study

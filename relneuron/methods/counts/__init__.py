@@ -1,7 +1,7 @@
 """Neurons of groups of text by how often they are active: LAPE (arXiv 2402.16438) and baselines.
 
-`count` is the corpus pass, `folders` adds and imports, `rank` chooses; `authors_files`: of others;
-`page`, `study`, `tables` and `figures` are the report's. No torch here.
+`count` is the corpus pass, `merge` adds, `folders` imports and exports, `rank` chooses;
+`authors_files`: of others; `page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
 from relneuron.artifact.stage import Method, Ranking, Stage

@@ -29,7 +29,7 @@ from relneuron.artifact.files import (
 )
 from relneuron.artifact.manifest import locked
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.methods.counts.torch_files import dense, load_torch, saved
+from relneuron.artifact.torch_files import dense, load_torch, saved
 
 GATE_SITES = ("gate", "act", "up", "product")  # zeroing any of them is the same ablation
 _COUNT_NAME = re.compile(r"activation\.([^.]+)\.train\..+")

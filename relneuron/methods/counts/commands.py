@@ -39,10 +39,10 @@ def count(
     on where it stopped. Under torchrun several processes share the work, each with the whole
     model, or with a part of it (--tensor-parallel-size).
     """
-    from relneuron.methods.counts.batches import local_device
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
     from relneuron.model.load import load
+    from relneuron.model.ranks import local_device
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)
@@ -96,8 +96,8 @@ def merge(
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Add finished counts of one model: counts.safetensors."""
-    from relneuron.methods.counts.folders import merge as merge_stage
+    """Add finished counts of one model, or contrasts of the same two: their file of both."""
+    from relneuron.methods.counts.merge import merge as merge_stage
 
     check_folder(output)
     total = merge_stage(folders, output, force=force)
@@ -112,7 +112,6 @@ def import_files(
     from relneuron.methods.counts.folders import import_counts, import_neurons, name_counts
     from relneuron.model.config import config_shape
 
-    check_format(format)
     if format == "mmneuron":
         yield from _import_mmneuron(files, model, output, split(names), force)
         return
@@ -132,15 +131,6 @@ def import_files(
         fix = "give one .neuron.pth, or counts as GROUP=FILE"
         raise RelneuronError(f"unknown files: {' '.join(files)}", fix, 2)
     yield f"-> {output}"
-
-
-def check_format(name: str) -> None:
-    """Refuse a format that is nobody's."""
-    if name not in FORMATS:
-        raise RelneuronError(f"unknown --format {name!r}", f"use {' or '.join(FORMATS)}", 2)
-
-
-FORMATS = ("lape", "mmneuron")
 
 
 def _import_mmneuron(

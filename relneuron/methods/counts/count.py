@@ -6,37 +6,34 @@ the same bits; under `torchrun` several processes share the batches and add thei
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from relneuron.artifact.counts import APART, NAME, Counts, tokens_of_modules
-from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
-from relneuron.artifact.manifest import Manifest, locked, same_model, versions
-from relneuron.methods.counts.batches import Ranks, joined
-from relneuron.methods.counts.counter import (
-    CHECKPOINT,
-    Checkpoint,
-    Counter,
-    Position,
-    Saver,
-    Speed,
-    check_boundaries,
-    read_checkpoint,
-    write_checkpoint,
-)
-from relneuron.methods.counts.job import Job, TextJob
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.manifest import Manifest, same_model, versions
+from relneuron.methods.counts.counter import Counter, Speed, check_boundaries
+from relneuron.methods.counts.job import CorpusJob, TextJob
 from relneuron.methods.counts.pictured import PictureJob, check_options, picture_inputs
 from relneuron.model.batches import Budget
+from relneuron.model.checkpoint import (
+    Checkpoint,
+    Position,
+    Saver,
+    drop_checkpoint,
+    held,
+    interruptible,
+    refusal,
+    write_checkpoint,
+)
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.pictures import Processor, picture_run
+from relneuron.model.ranks import joined
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -47,6 +44,8 @@ from relneuron.texts.options import (
 from relneuron.texts.picture_feed import PictureFeed
 from relneuron.texts.sources import Source, describe_sources
 from relneuron.texts.windows import Packing
+
+CHECKPOINT = "count.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def count_inputs(
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "sources": describe_sources(sources),
-        "packing": asdict(packing),
+        "packing": packing.recorded(),
         **asked,
         "shard": "{}/{}".format(*options.shard),
     }
@@ -148,12 +147,14 @@ def count(
     )
     if options.boundaries == "position":
         check_boundaries(counter)
-    with joined(model) as ranks, _held(folder, ranks), _interruptible() as stopped:
+    with joined(model) as ranks, held(folder, ranks), interruptible() as stopped:
         if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
-                _drop_checkpoint(folder, inputs)
+                drop_checkpoint(folder / CHECKPOINT, inputs)
             return None
-        refused = _begin(folder, inputs, force=force) if ranks.rank == 0 else None
+        refused = None
+        if ranks.rank == 0:
+            refused = refusal(folder / CHECKPOINT, folder / NAME, inputs, force=force)
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
             raise refused or RelneuronError("the first process refused", "see what it says")
@@ -167,10 +168,10 @@ def count(
             counter=counter,
             speed=Speed(counter),
             ranks=ranks,
-            saver=Saver(folder, inputs, ranks, options, stopped),
+            saver=Saver(folder / CHECKPOINT, inputs, ranks, options, stopped),
             quiet=quiet,
         )
-        feed = job.run_in_memory(folder, inputs)
+        feed = job.run_in_memory()
         counts = ranks.add(counter.result(feed.groups))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
@@ -195,7 +196,7 @@ def _job(
     *,
     vocabulary: int,
     **common: Any,
-) -> Job[Any, Any]:
+) -> CorpusJob[Any, Any]:
     options, ranks = common["options"], common["ranks"]
     if processor is not None:
         budget = Budget(
@@ -215,25 +216,6 @@ def _job(
     return TextJob(
         budget=budget, tokenizer=tokenizer, packing=packing, vocabulary=vocabulary, **common
     )
-
-
-def _begin(folder: Path, inputs: Json, *, force: bool) -> RelneuronError | None:
-    """Why nothing may be written, if so; a folder with a checkpoint is a count that goes on."""
-    try:
-        if read_checkpoint(folder, inputs) is None:
-            refuse_overwrite(folder / NAME, force)
-    except RelneuronError as error:
-        if not force:
-            return error
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    return None
-
-
-def _drop_checkpoint(folder: Path, inputs: Json) -> None:
-    """Delete what a count that was killed behind its manifest left; another count's stays."""
-    with suppress(RelneuronError):
-        if read_checkpoint(folder, inputs) is not None:
-            (folder / CHECKPOINT).unlink()
 
 
 def _finish(
@@ -269,7 +251,8 @@ def _finish(
     path = folder / NAME
     if not (folder / CHECKPOINT).exists():
         # Without it counts that have no manifest yet would be another's, not to be overwritten.
-        write_checkpoint(folder, inputs, Checkpoint(counts.take([]), Position(None, 0, 0)))
+        nothing = Checkpoint(counts.take([]), Position(None, 0, 0))
+        write_checkpoint(folder / CHECKPOINT, inputs, nothing)
     counts.write(path)
     manifest = Manifest(folder)
     manifest.describe(
@@ -314,28 +297,3 @@ def _tokens_of_modules(described: Json, counts: Counts) -> Json:
     if "modules" not in described:
         return {}
     return {"modules": {n: dict(t) for n, t in tokens_of_modules(described, counts).items()}}
-
-
-def _held(folder: Path, ranks: Ranks) -> Any:
-    """The folder's lock, for the one process that writes."""
-    return locked(folder) if ranks.rank == 0 else nullcontext()
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C only asks to stop, behind the batch and its checkpoint; the second stops."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

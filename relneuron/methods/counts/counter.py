@@ -1,35 +1,24 @@
 """The counting itself: a patched model that takes batches, and its counters.
 
 `count` runs it over a corpus, the bench file times it beside the bare model.
-
-The state of an unfinished count is one file, counters and the position in every source: `count`
-writes it every so many seconds and begins from it. It is replaced at once (temporary file, fsync,
-rename) and begins with its digest, so what is read is what was written, whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load
 from torch import Tensor
 
 from relneuron.artifact.counts import BESIDE, DTYPES, RAN, Counts
-from relneuron.artifact.files import Json, RelneuronError, atomic_write
-from relneuron.artifact.manifest import differences
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import layers_of
-from relneuron.methods.counts.batches import Batch, Pictured, Ranks
+from relneuron.methods.counts.batches import Batch, Pictured
 from relneuron.model.counting import TOKENS, counting_state, fill, tables
 from relneuron.model.layers import decoder_layers, input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
@@ -37,7 +26,6 @@ from relneuron.model.patch import Patch, StatisticsDone
 from relneuron.model.pictures import sent
 from relneuron.model.shards import part_number
 from relneuron.model.states import LayerState, Tokens
-from relneuron.texts.options import CountOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -287,113 +275,3 @@ def check_boundaries(counter: Counter) -> None:
             f"with attention {attention!r} a document sees the ones before it in its window",
             "use --boundaries none, or --packing documents",
         )
-
-
-# The state of an unfinished count
-
-CHECKPOINT = "count.checkpoint"
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a count stands: the pool of windows that it is in, and the batches of it that are done.
-
-    feed      where the sources stood at the pool's begin (corpus_feed.Feed.state)
-    done      batches of the pool that are counted
-    number    batches before the pool
-    n_tokens  in all batches so far
-    """
-
-    feed: Json | None
-    done: int
-    number: int
-    n_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    counts: Counts
-    position: Position
-
-
-def write_checkpoint(folder: Path, inputs: Json, found: Checkpoint) -> None:
-    data = found.counts.to_bytes({"inputs": inputs, "position": asdict(found.position)})
-    digest = hashlib.sha256(data).hexdigest()
-    atomic_write(folder / CHECKPOINT, digest.encode() + b"\n" + data)
-
-
-def read_checkpoint(folder: Path, inputs: Json) -> Checkpoint | None:
-    """The checkpoint of a folder, None if there is none.
-
-    One that is not as it was written, or was made from other inputs, raises.
-    """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    digest, _, data = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(data).hexdigest().encode() != digest:
-        raise RelneuronError(
-            f"{path} is not the file that was written (its digest differs)",
-            "restore it, or --force to count again",
-        )
-    try:
-        return _read(folder, data, inputs)
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise RelneuronError(
-            f"{path} was written by another version of relneuron ({error!r})",
-            "go on with that version, or --force to count again",
-        ) from error
-
-
-def _read(folder: Path, data: bytes, inputs: Json) -> Checkpoint:
-    size = int.from_bytes(data[:8], "little")
-    described = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["relneuron.counts"])
-    changed = differences(described["inputs"], json.loads(json.dumps(inputs)))
-    if changed:
-        raise RelneuronError(
-            f"{folder} holds an unfinished count of other inputs: {'; '.join(changed)}",
-            "use another output, or --force to count again",
-        )
-    arrays = load(data)
-    counts = Counts.of_tensors(described["groups"], arrays)
-    return Checkpoint(counts, Position(**described["position"]))
-
-
-_GO_ON, _SAVE, _STOP = 0, 1, 2
-_LOOK_EVERY = 8  # batches of each process between two looks at what the others want
-
-
-@dataclass
-class Saver:
-    """Writes checkpoints when they are due, or when the user wants to stop."""
-
-    folder: Path
-    inputs: Json
-    ranks: Ranks
-    options: CountOptions
-    stopped: Callable[[], bool]
-    seconds: float = 0.0  # that it took
-    _last: float = field(default_factory=time.monotonic)
-    _batches: int = 0
-
-    def look(self, number: int, counts: Callable[[], Counts], position: Position) -> None:
-        """After every batch; processes tell each other what they want at fixed batches."""
-        self._batches += 1
-        every = 1 if self.ranks.size == 1 else _LOOK_EVERY * self.ranks.shares
-        if (number + 1) % every:
-            return
-        if self.options.checkpoint_batches is not None:
-            due = self._batches >= self.options.checkpoint_batches
-        else:
-            due = time.monotonic() - self._last >= self.options.checkpoint_seconds
-        want = self.ranks.largest(_STOP if self.stopped() else _SAVE if due else _GO_ON)
-        if want == _GO_ON:
-            return
-        began = time.monotonic()
-        total = self.ranks.add(counts())
-        if self.ranks.rank == 0:
-            write_checkpoint(self.folder, self.inputs, Checkpoint(total, position))
-        self._last, self._batches = time.monotonic(), 0
-        self.seconds += self._last - began
-        if want == _STOP:
-            raise KeyboardInterrupt

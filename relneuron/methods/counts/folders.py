@@ -1,16 +1,14 @@
-"""Counted folders that are made of other files: counts added, the authors' files in and out.
+"""Counted folders that are made of other files, and other files of them.
 
-The commands `relneuron merge`, `import` and `export` call it; no model is needed. What is added are
-runs on several machines, or shards of one corpus; authors_files.py reads and writes the files of
-LAPE's authors, mmneuron_files.py those of MMNeuron; both need torch, so they are imported where
-they are called.
+The commands `relneuron import` and `export` call it; no model is needed. authors_files.py reads and
+writes the files of LAPE's authors, mmneuron_files.py those of MMNeuron; both need torch, so they
+are imported where they are called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from relneuron.artifact.counts import APART, NAME, Counts
 from relneuron.artifact.files import (
@@ -24,176 +22,11 @@ from relneuron.artifact.files import (
 from relneuron.artifact.manifest import (
     Manifest,
     checked,
-    differences,
-    json_digest,
     locked,
     versions,
 )
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.stage import STUDY, command, moved, placed
-
-# Where and how a model runs: two counts of it can still be added.
-_PLACE = ("backend", "device", "device_map", "tensor_parallel_size", "attention")
-# What must be equal for two counts to mean the same.
-_APART = ("shard", "batch_tokens", "processor")
-_SAME = ("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries")
-
-
-def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Counts:
-    """The sum of finished counts, written to `output`; groups are matched by their names.
-
-    Model, tokenizer, sites, threshold and what is not counted must agree; a file that is not as it
-    was written, the same windows twice, and a missing shard raise. Integers are exact; sums are
-    added in the order of the folders.
-    """
-    if len(folders) < 2:
-        raise RelneuronError("there is nothing to merge", "give two or more finished counts", 2)
-    runs = [_finished(folder) for folder in folders]
-    first, first_folder = runs[0], folders[0]
-    for folder, run in zip(folders[1:], runs[1:], strict=True):
-        changed = differences(_relevant(first), _relevant(run))
-        if changed:
-            raise RelneuronError(
-                f"{first_folder} and {folder} cannot be added: {'; '.join(changed)}",
-                "merge counts of one model with the same sites, threshold and tokenizer",
-            )
-    _check_parts(folders, runs)
-    if output.resolve() in [folder.resolve() for folder in folders]:
-        raise RelneuronError(f"{output} is one of the counts", "choose another output", 2)
-    inputs = {**_relevant(first), "parts": {str(i): part for i, part in enumerate(_parts(runs))}}
-    with locked(output):
-        manifest = Manifest(output)
-        if manifest.is_done("count", inputs, apart=APART, force=force):
-            return Counts.read(output / NAME)
-        total = Counts.read(checked(folders[0] / NAME))
-        for folder in folders[1:]:
-            total = total + Counts.read(checked(folder / NAME))
-        path = output / NAME
-        # A run that was killed before its manifest left these bytes.
-        if not path.is_file() or path.read_bytes() != total.to_bytes():
-            refuse_overwrite(path, force)
-            total.write(path)
-        described = Manifest(first_folder).data
-        kept = ("versions", "model", "dtype", "sites", "threshold", "fallbacks")
-        tokens = dict(zip(total.groups, total.tokens.tolist(), strict=True))
-        manifest.describe(
-            **{key: described[key] for key in kept if key in described},
-            groups=total.groups,
-            tokens={
-                "counted": tokens,
-                "parts": [Manifest(folder).data.get("tokens") for folder in folders],
-            },
-        )
-        # A part is made beside the whole, STUDY.1, STUDY.2, ..., if a command makes it.
-        parts = [Manifest(folder).data["stages"]["count"].get("commands") for folder in folders]
-        places = [
-            f"{STUDY}.{i}" if made else placed(folder, output)
-            for i, (folder, made) in enumerate(zip(folders, parts, strict=True), 1)
-        ]
-        made_by = [
-            words
-            for made, place in zip(parts, places, strict=True)
-            for words in moved(made or [], place)
-        ]
-        made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish("count", inputs, [output / NAME], reads=[], apart=APART, commands=made_by)
-    return total
-
-
-def _finished(folder: Path) -> Json:
-    """The inputs of a folder's count, which must be finished and as it was written."""
-    manifest = Manifest(folder) if folder.is_dir() else None
-    entry = manifest.data["stages"].get("count") if manifest else None
-    if manifest is None or entry is None:
-        raise RelneuronError(
-            f"{folder} holds no finished count", "finish it with: relneuron count ... -o DIR"
-        )
-    if not manifest.is_intact(NAME):
-        raise RelneuronError(f"{folder / NAME} is not there", "restore it, or count again")
-    inputs: Json = entry["inputs"]
-    return inputs
-
-
-def _relevant(inputs: Json) -> Json:
-    """What must agree; where a part was counted need not."""
-    found = {key: inputs.get(key) for key in _SAME}
-    found |= {"processor": inputs["processor"]} if "processor" in inputs else {}
-    model = {k: v for k, v in (found["model"] or {}).items() if k not in _PLACE}
-    return found | {"model": model}
-
-
-def _parts(runs: Sequence[Json]) -> list[Json]:
-    """What was counted, without how: merged counts are the parts that they were made of."""
-    parts: list[Json] = []
-    for run in runs:
-        if "parts" in run:
-            parts += [run["parts"][key] for key in sorted(run["parts"], key=int)]
-        else:
-            what = {k: v for k, v in run.items() if k not in (*_SAME, *_APART)}
-            shard = run.get("shard", "1/1")
-            part = {"corpus": json_digest(what), "shard": shard, "texts": _texts(run)}
-            # The plan of batches decides which windows a shard has; the whole has all.
-            parts.append(part | ({} if shard == "1/1" else {"plan": run.get("batch_tokens")}))
-    return parts
-
-
-def _texts(run: Json) -> Json:
-    """Each text of a corpus by a digest of its group and what is in it, whatever it is called."""
-    found: Json = {}
-    for source in run.get("sources", {}).values():
-        about = [source.get(key) for key in ("group", "group_column", "groups", "text_column")]
-        files = source["files"].values()
-        for file in (file for file in files if file["kind"] != "hf"):
-            found[json_digest([*about, file["sha256"]])] = file["name"]
-        # The splits of a data set can lie in the same files.
-        if dataset := [file for file in files if file["kind"] == "hf"]:
-            found[json_digest([*about, dataset])] = dataset[0]["name"]
-    return found
-
-
-def _check_parts(folders: Sequence[Path], runs: Sequence[Json]) -> None:
-    """Refuse what would be counted twice, and a corpus of which a shard is missing."""
-    shards: dict[str, dict[str, Path]] = {}
-    plans: dict[str, Any] = {}
-    texts: dict[str, tuple[str, Path]] = {}
-    for folder, run in zip(folders, runs, strict=True):
-        for part in _parts([run]):
-            corpus = part["corpus"]
-            for text, name in part["texts"].items():
-                if texts.setdefault(text, (corpus, folder))[0] != corpus:
-                    raise RelneuronError(
-                        f"{texts[text][1]} and {folder} both count {name}",
-                        "count each text once",
-                    )
-            if "plan" in part and plans.setdefault(corpus, part["plan"]) != part["plan"]:
-                raise RelneuronError(
-                    f"{folder} and another shard of its corpus have not the same batches",
-                    "count all shards with the same --batch-tokens",
-                )
-            known = shards.setdefault(part["corpus"], {})
-            if part["shard"] in known:
-                raise RelneuronError(
-                    f"{known[part['shard']]} and {folder} count the same windows",
-                    "give each count once",
-                )
-            known[part["shard"]] = folder
-    for known in shards.values():
-        sizes = {shard.partition("/")[2] for shard in known}
-        if len(sizes) > 1:
-            names = ", ".join(f"{folder} ({shard})" for shard, folder in known.items())
-            raise RelneuronError(f"shards of different numbers: {names}", "count them again")
-        of = int(sizes.pop())
-        missing = [f"{i}/{of}" for i in range(1, of + 1) if f"{i}/{of}" not in known]
-        if missing:
-            one = next(iter(known.values()))
-            raise RelneuronError(
-                f"shard {', '.join(missing)} of the corpus of {one} is missing",
-                "count it with --shard and merge all of them",
-            )
-
-
-# Files of the authors of LAPE and of MMNeuron
-
+from relneuron.artifact.stage import STUDY, command, placed
 
 # What the authors count: SiLU(gate) > 0. MMNeuron's files also have the sums of the activations.
 _EVENT: Json = {"sites": ["act"], "threshold": 0.0, "moments": False}

@@ -6,128 +6,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from relneuron.artifact.files import Json
-from relneuron.artifact.journal import progress_bar
-from relneuron.methods.counts.batches import (
-    Ranks,
-    check_vocabulary,
-    make_batch,
-    plan_pool,
-    pool_windows,
-)
-from relneuron.methods.counts.counter import (
-    Checkpoint,
-    Counter,
-    Position,
-    Saver,
-    Speed,
-    read_checkpoint,
-)
-from relneuron.model.batches import Budget, cut
+from relneuron.methods.counts.batches import check_vocabulary, make_batch, pool_windows
+from relneuron.methods.counts.counter import Speed
+from relneuron.model.batches import cut
+from relneuron.model.passes import AnyFeed, Item, Job, Restart, plan_pool
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import Source
 from relneuron.texts.windows import Packing, Window
 
-AnyFeed = TypeVar("AnyFeed", bound=Any)  # what a job reads: `Feed` or `PictureFeed`
-Item = TypeVar("Item")  # a window or a record
-
-
-class Restart(Exception):
-    """Memory ran out in the middle of a forward, some of whose layers have counted."""
-
 
 @dataclass
-class Job(Generic[AnyFeed, Item]):
-    """The batches of this process; `unit` is what they are counted in."""
+class CorpusJob(Job[AnyFeed, Item]):
+    """A pass over sources, whose speed is looked at."""
 
-    sources: Sequence[Source]
     options: CountOptions
-    counter: Counter
-    speed: Speed
-    ranks: Ranks
-    budget: Budget
-    saver: Saver
-    quiet: bool
-    waiting: float = 0.0  # seconds, for what is counted
+    sources: Sequence[Source] = ()
+    speed: Speed = field(kw_only=True)
 
-    unit = "token"
-
-    def open(self, state: Json | None) -> AnyFeed:
-        """What is read, from a state on."""
-        raise NotImplementedError
-
-    def plan(self, feed: AnyFeed, number: int) -> list[tuple[list[Item], int]]:
-        """The next batches of all processes, from a number on, and how many units each has."""
-        raise NotImplementedError
-
-    def count_batch(self, items: list[Item]) -> None:
-        raise NotImplementedError
-
-    def run(self, start: Checkpoint | None) -> AnyFeed:
-        """Count everything from a checkpoint on; returns what was read, to its end."""
-        self.counter.clear()
-        # Each share is counted from zero; the first adds to what was counted before.
-        if start is not None and self.ranks.share == 0:
-            self.counter.restore(start.counts)
-        position = start.position if start else Position(None, 0, 0)
-        feed = self.open(position.feed)
-        is_quiet = self.quiet or self.ranks.rank > 0
-        bar = progress_bar(None, "count", self.unit, is_quiet, scale=True, done=position.n_tokens)
-        try:
-            with bar, feed, self.counter:
-                self._count_pools(feed, position, bar)
-        finally:
-            self.waiting += feed.waited_s
-        return feed
-
-    def run_in_memory(self, folder: Path, inputs: Json) -> AnyFeed:
-        """The whole count; from the last checkpoint again each time the memory is too small."""
-        while True:
-            with suppress(Restart):
-                return self.run(read_checkpoint(folder, inputs))
-
-    def _count_pools(self, feed: AnyFeed, position: Position, bar: Any) -> None:
-        skip, number, n_tokens = position.done, position.number, position.n_tokens
-        while True:
-            begin = feed.state()
-            batches = self.plan(feed, number)
-            if not batches:
-                return
-            self.counter.grow(len(feed.groups))
-            for place, (members, n) in enumerate(batches[skip:], skip):
-                if self.is_mine(number + place):
-                    self.count_batch(members)
-                n_tokens += n
-                self._show(bar, feed, n_tokens)
-                self.saver.look(
-                    number + place,
-                    lambda: self.counter.result(feed.groups),
-                    Position(begin, place + 1, number, n_tokens),
-                )
-            skip, number = 0, number + len(batches)
-
-    def is_mine(self, number: int) -> bool:
-        """Whether this process counts the batch of a number."""
-        shard, of = self.options.shard
-        return number % of == shard - 1 and number // of % self.ranks.shares == self.ranks.share
-
-    def _show(self, bar: Any, feed: AnyFeed, n_tokens: int) -> None:
-        if bar.disable:
-            return
-        bar.total = feed.expected_tokens
-        if self.speed.share is not None:
-            bar.set_postfix_str(f"{self.speed.share:.2f} of the bare forward", refresh=False)
-        bar.update(n_tokens - bar.n)
+    def note(self) -> str:
+        share = self.speed.share
+        return "" if share is None else f"{share:.2f} of the bare forward"
 
 
 @dataclass
-class TextJob(Job[Feed, Window]):
+class TextJob(CorpusJob[Feed, Window]):
     """Windows of text: some of about one length in a batch."""
 
     tokenizer: Any = None

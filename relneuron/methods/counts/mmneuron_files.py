@@ -28,8 +28,8 @@ from relneuron.artifact.files import (
 from relneuron.artifact.manifest import locked
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.torch_files import FLOATS, dense, load_torch, saved
 from relneuron.methods.counts.authors_files import GATE_SITES, read_lists, warn_doubles
-from relneuron.methods.counts.torch_files import FLOATS, dense, load_torch, saved
 
 DOMAINS = ("ad", "med", "rs", "com", "doc")  # of their five lists, in their order
 STEP = 100_000  # vision tokens of a snapshot: it is `{domain}_{k}.log` when k * STEP have been seen

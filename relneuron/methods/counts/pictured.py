@@ -15,8 +15,8 @@ from typing import Any
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.options import options_of
 from relneuron.methods.counts.batches import Pictured, check_tokens
-from relneuron.methods.counts.counter import Checkpoint
-from relneuron.methods.counts.job import Job
+from relneuron.methods.counts.job import CorpusJob
+from relneuron.model.checkpoint import Checkpoint
 from relneuron.model.layers import first_line
 from relneuron.model.mlps.modules import BELONG
 from relneuron.model.pictures import Processor, load_processor, reads_pictures
@@ -111,7 +111,7 @@ class _Ready:
 
 
 @dataclass
-class PictureJob(Job[PictureFeed, _Ready]):
+class PictureJob(CorpusJob[PictureFeed, _Ready]):
     """Records, one a forward; a thread reads and prepares those that follow."""
 
     processor: Processor | None = None

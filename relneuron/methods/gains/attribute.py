@@ -130,7 +130,7 @@ def attribute(
         json_digest([targets.ids, targets.targets]),
         options,
     )
-    if Manifest(folder).is_done("attribute", inputs, apart=("count",), force=force):
+    if Manifest(folder).is_done("attribute", inputs, apart=("count", "contrast"), force=force):
         (folder / JOURNAL).unlink(missing_ok=True)
         return
     refuse_outputs(folder, force)
@@ -219,7 +219,7 @@ def attribute(
             inputs,
             files,
             reads=[folder / "prompts.jsonl"],
-            apart=("count",),
+            apart=("count", "contrast"),
             sentences=len(prompts),
             kept=n_kept,
             **_said(residual, options, sizes if n_kept else None),

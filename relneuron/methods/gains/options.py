@@ -1,6 +1,6 @@
 """What `attribute` is asked for, and what its results depend on.
 
-The stage, its command and cli/run.py call it.
+The stage, its command and study/run.py call it.
 """
 
 from __future__ import annotations

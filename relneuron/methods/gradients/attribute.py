@@ -101,7 +101,7 @@ def attribute(
     }
     path = folder / f"{stage}.journal"
     manifest = Manifest(folder)
-    if manifest.is_done(stage, inputs, apart=("count",), force=force):
+    if manifest.is_done(stage, inputs, apart=("count", "contrast"), force=force):
         path.unlink(missing_ok=True)
         return
     may = force or (path.exists() and stage not in manifest.data["stages"])
@@ -154,7 +154,7 @@ def attribute(
             inputs,
             [folder / file for file in names],
             reads=[folder / "prompts.jsonl"],
-            apart=("count",),
+            apart=("count", "contrast"),
             sentences=len(prompts),
             how=asking.how(described["dtype"]),
             tokens={"special": policy_text(tokenizer), "several": targets.n_several},

@@ -29,6 +29,7 @@ class Names(NamedTuple):
     up: str | None  # None: the call is without it
     sites: tuple[str, ...]
     codes: tuple[str, ...]
+    has_gradient: bool = False  # its result, to the inputs
 
 
 def check_given(
@@ -39,7 +40,7 @@ def check_given(
     responses: Mapping[str, Tensor] | None,
     others: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
-    """All arguments are plain tensors without a gradient; returns those of `stats`."""
+    """All arguments are plain tensors, and no gradient is lost; returns those of `stats`."""
     inputs = {names.gate: gate}
     if names.up is None:
         if not isinstance(gate, Tensor):
@@ -55,7 +56,7 @@ def check_given(
         raise ValueError(f"{names.op}: {names.gate} must have data, got a tensor on meta")
     for site, tensor in responses.items() if responses else ():
         others = {**others, f"responses[{site!r}]": tensor}
-    check_tensors(names.op, inputs, others)
+    check_tensors(names.op, inputs, others, inputs if names.has_gradient else ())
     if stats is None:
         return {}
     if not isinstance(stats, GroupStats):
@@ -73,6 +74,16 @@ def check_inputs(names: Names, gate: Tensor, up: Tensor | None, out: Tensor | No
             _check_matrix(names, name, tensor, "(T, F)", shape, gate.dtype, gate, writable=False)
     if out is not None:
         _check_matrix(names, "out", out, "(T, F)", shape, gate.dtype, gate, writable=True)
+
+
+def check_out(names: Names, gate: Tensor, out: Tensor | None) -> None:
+    """A result with a gradient is a tensor of its own, as torch's are."""
+    if out is not None:
+        wants = names.gate if gate.requires_grad else names.up
+        raise ValueError(
+            f"{names.op}: out must be left out where {wants} requires grad, got "
+            f"{_describe(out)}; or call it under torch.no_grad()"
+        )
 
 
 def check_statistics(

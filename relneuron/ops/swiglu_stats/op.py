@@ -22,18 +22,20 @@ from relneuron.ops.swiglu_stats.checks import (
     check_inputs,
     check_masks,
     check_memory,
+    check_out,
     check_statistics,
 )
 from relneuron.ops.swiglu_stats.cpu_launch import is_eager, ran_quickly, swiglu_stats_cpu
+from relneuron.ops.swiglu_stats.gradient import needs_gradient, with_gradient
 from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
 from relneuron.ops.swiglu_stats.reference import ACTIVATIONS, Call, swiglu_stats_reference
 from relneuron.ops.swiglu_stats.repeat import Known, known, likeness, remember
 
-NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES)
-NAMES_ONLY = NAMES._replace(op="swiglu_stats_only")
+NAMES = Names("swiglu_stats", "gate", "up", SITES, SITES, has_gradient=True)
+NAMES_ONLY = NAMES._replace(op="swiglu_stats_only", has_gradient=False)
 # Without up there is no product.
 UNGATED = NAMES._replace(up=None, sites=("gate", "act"), codes=("gate", "act"))
-UNGATED_ONLY = UNGATED._replace(op=NAMES_ONLY.op)
+UNGATED_ONLY = UNGATED._replace(op=NAMES_ONLY.op, has_gradient=False)
 
 # Two threads that add to the same counters would lose some of each other's tokens.
 _ADDING = threading.Lock()
@@ -104,9 +106,14 @@ def swiglu_stats(
     thread counts and instruction sets; only the reference on a GPU leaves the order to torch.
     Subnormal values count also when torch flushes them to zero (`torch.set_flush_denormal`).
 
-    Returns h (T, F) in the dtype of gate: `out` if given. There is no gradient: with grad mode on,
-    tensors that require it are refused. Threads may share `stats` and `responses`: calls that add
-    to some take turns.
+    Gradient. That of h, ops/swiglu_stats/gradient.py: d_gate = dh up activation'(gate), d_up = dh
+    activation(gate), exactly +0 where `keep` drops a neuron. gate and up may require grad (then
+    without `out`), nothing else may; statistics and responses have none. Not inside torch.func or
+    vmap, and no tangents. Gradient checkpointing runs a forward twice, which counts twice here
+    (`relneuron.instrument` counts once).
+
+    Returns h (T, F) in the dtype of gate: `out` if given. Threads may share `stats` and
+    `responses`: calls that add to some take turns.
     """
     _check_activation("swiglu_stats", activation)
     h = run_checked(
@@ -142,8 +149,9 @@ def swiglu_stats_only(
 ) -> None:
     """The statistics of `swiglu_stats`, without h: for who has h already, or needs none.
 
-    Arguments, statistics and exactness are those of `swiglu_stats`. cpu reads only what the sites
-    are made of (up for the sites up and product) and writes no (T, F) tensor.
+    Arguments, statistics and exactness are those of `swiglu_stats`; there is no gradient, and what
+    requires grad is refused. cpu reads only what the sites are made of (up for the sites up and
+    product) and writes no (T, F) tensor.
     """
     _check_activation("swiglu_stats_only", activation)
     run_checked(
@@ -191,8 +199,8 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
+    given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
     if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and is_eager():
-        given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
         h = out
         if h is None and not only_stats and gate.layout is torch.strided:
             h = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -246,33 +254,47 @@ def run_checked(
     check_inputs(names, gate, up, out)
     check_statistics(names, gate, stats, group_ids, responses, prompt_ids)
     check_masks(names, gate, keep, condition_ids)
-    if out is None and not only_stats:
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     site_of = dict(zip(names.sites, names.codes, strict=True))
     sites = () if stats is None else tuple([site_of[site] for site in stats.sites])
     response_sites = tuple([site_of[site] for site in responses or ()])
-    _swiglu_stats_op(
-        gate,
-        up,
-        out,
-        activation,
-        ",".join(sites),
-        stats._threshold_bits if stats is not None else 0,
-        counters.get("count"),
-        counters.get("tokens"),
-        counters.get("sum"),
-        counters.get("sum_sq"),
-        counters.get("max"),
-        counters.get("n_nonfinite"),
-        group_ids,
-        ",".join(response_sites),
-        list(responses.values()) if responses else [],
-        prompt_ids,
-        keep,
-        condition_ids,
-        ids_checked,
-        backend,
-    )
+    has_gradient = needs_gradient(gate, up)
+
+    def launch(h: Tensor | None) -> None:
+        # Autograd takes its grad mode away, and the quick way is open.
+        if has_gradient and gate.is_cpu and backend in ("auto", "cpu") and is_eager():
+            with _ADDING if stats is not None or responses else _ALONE:
+                if ran_quickly(names, activation, gate, up, h, *given):
+                    return
+        _swiglu_stats_op(
+            gate,
+            up,
+            h,
+            activation,
+            ",".join(sites),
+            stats._threshold_bits if stats is not None else 0,
+            counters.get("count"),
+            counters.get("tokens"),
+            counters.get("sum"),
+            counters.get("sum_sq"),
+            counters.get("max"),
+            counters.get("n_nonfinite"),
+            group_ids,
+            ",".join(response_sites),
+            list(responses.values()) if responses else [],
+            prompt_ids,
+            keep,
+            condition_ids,
+            ids_checked,
+            backend,
+        )
+
+    if has_gradient:
+        check_out(names, gate, out)
+        of_h = (gate, up, activation, keep, condition_ids, ids_checked, backend)
+        return with_gradient(launch, bool(sites or response_sites), *of_h)
+    if out is None and not only_stats:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    launch(out)
     if key is not None:
         remember(key, Known(sites, response_sites))
     return out

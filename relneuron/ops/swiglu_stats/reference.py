@@ -97,7 +97,7 @@ def _compute_h(call: Call, h: Tensor) -> None:
     else:
         torch.mul(TORCH_ACTIVATIONS[call.activation](gate), up, out=h)
     if call.keep is not None:
-        keep = _keep_bits(call.keep, call.condition_ids, gate.shape[1])
+        keep = keep_bits(call.keep, call.condition_ids, gate.shape[1])
         if call.activation == RESIDUAL:
             assert up is not None
             torch.where(keep, h, up, out=h)
@@ -125,7 +125,7 @@ def _add_statistics(call: Call, index: int, value: Tensor, ids: Tensor) -> None:
     call.max[index].scatter_reduce_(0, where, candidates, reduce="amax", include_self=True)
 
 
-def _keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor:
+def keep_bits(keep: Tensor, condition_ids: Tensor | None, width: int) -> Tensor:
     """The bit mask as (T, F) bool, or (1, F) when all tokens take row 0."""
     neuron = torch.arange(width, device=keep.device)
     bits = (keep[:, neuron // 32] >> (neuron % 32).int()) & 1

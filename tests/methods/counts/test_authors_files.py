@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from relneuron.artifact import torch_files
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.methods.counts import torch_files
 from relneuron.methods.counts.authors_files import (
     read_counts_pth,
     read_neuron_pth,

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.methods.counts.batches import make_batch, plan_pool, pool_windows
+from relneuron.methods.counts.batches import make_batch, pool_windows
 from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Counter
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.passes import plan_pool
 from relneuron.texts.options import CountOptions, choose_packing
 from relneuron.texts.sources import File, Source
 from relneuron.texts.windows import Window

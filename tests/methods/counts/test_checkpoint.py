@@ -15,8 +15,8 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.counts.count import count
-from relneuron.methods.counts.counter import CHECKPOINT, Counter
+from relneuron.methods.counts.count import CHECKPOINT, count
+from relneuron.methods.counts.counter import Counter
 from relneuron.texts.options import CountOptions
 from tests.conftest import tiny_model
 from tests.kit.count_crash import GROUPS, files_of

@@ -19,7 +19,8 @@ import pytest
 
 from relneuron.artifact.manifest import Manifest
 from relneuron.cli import main as cli
-from relneuron.methods.counts.counter import CHECKPOINT, Counter
+from relneuron.methods.counts.count import CHECKPOINT
+from relneuron.methods.counts.counter import Counter
 from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, check_checkpoint, files_of
 from tests.kit.counted import draw, note_batches, run, stopping, write_corpus

@@ -12,7 +12,7 @@ import pytest
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
-from relneuron.methods.counts.folders import merge
+from relneuron.methods.counts.merge import merge
 from tests.conftest import tiny_model
 from tests.kit.count_crash import LEFT, files_of
 from tests.kit.counted import Numbers, assert_equal, draw, run

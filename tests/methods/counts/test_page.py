@@ -15,10 +15,10 @@ import pytest
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.page import build
 from relneuron.methods.counts.study import PAGE, read_group_study
 from relneuron.report.page import kind_of, render, write_report
+from relneuron.study.pages import PAGES
 from tests.kit.corpus_studies import GROUPS, kept, write_corpus_study
 from tests.kit.pages import Page, ids, rows_of, tables_of, text_of, write_csv
 

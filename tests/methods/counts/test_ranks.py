@@ -18,7 +18,7 @@ import torch
 
 from relneuron.artifact.counts import Counts
 from relneuron.cli import main as cli
-from relneuron.methods.counts.batches import Ranks, joined, local_device
+from relneuron.model.ranks import Ranks, joined, local_device
 from tests.kit import count_crash
 from tests.kit.count_crash import GROUPS, LEFT, files_of
 from tests.kit.counted import draw

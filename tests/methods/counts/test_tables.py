@@ -17,12 +17,12 @@ from scipy.stats import false_discovery_control, wilcoxon
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import sha256
 from relneuron.artifact.manifest import Manifest
-from relneuron.cli.pages import PAGES
 from relneuron.methods.counts.page import build, page
 from relneuron.methods.counts.study import read_group_study
 from relneuron.methods.counts.tables import group_tables
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import amount
+from relneuron.study.pages import PAGES
 from tests.kit.corpus_studies import GROUPS, entropies, kept, sets_of, write_corpus_study
 from tests.kit.counted import rank_counts
 from tests.kit.pages import Page, ids, rows_of, tables_of, text_of

@@ -22,14 +22,14 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.stage import commands
-from relneuron.cli.pages import PAGES, titles
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import kind_of, render
+from relneuron.study.pages import PAGES, titles
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.kit.files import contents, read_rows
 
 OPTIONS = RunOptions(eva=8, top=20, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9)

@@ -12,13 +12,13 @@ import torch
 
 from relneuron.ablation.rows import intervene, off, widths
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.pages import PAGES
 from relneuron.methods.gains.scores import query_scores
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import Trace, trace
 from relneuron.report.page import write_report
+from relneuron.study.pages import PAGES
 from tests.kit.attribution_runs import OPTIONS, Attributed, rows_by
 from tests.kit.darkened import log_p, state_before, written
 from tests.kit.files import read_rows

@@ -16,11 +16,11 @@ import pytest
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import table_bytes
-from relneuron.cli.pages import PAGES
 from relneuron.methods.gains.page import build
 from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables
 from relneuron.report.page import render, write_report
+from relneuron.study.pages import PAGES
 from tests.kit.attribution_studies import RELATIONS, F, H, L, write_attribution
 from tests.kit.pages import Page, ids, rows_of, text_of
 

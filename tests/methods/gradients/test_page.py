@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.pages import PAGES, titles
 from relneuron.methods.gradients.choices import KnowledgeOptions
 from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.methods.gradients.study import PAGE
 from relneuron.report.page import kind_of, make_page, render
+from relneuron.study.pages import PAGES, titles
 from tests.kit.gradient_studies import write_fact_study
 from tests.kit.pages import Page
 

@@ -1,6 +1,6 @@
 """Pickles of torch that others wrote: read without running anything in them, and written.
 
-`authors_files.py` (LAPE's) and `mmneuron_files.py` read and write by it.
+The methods' readers of other authors' files use it.
 """
 
 from __future__ import annotations

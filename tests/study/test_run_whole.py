@@ -10,8 +10,8 @@ import pytest
 
 from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.effects import KINDS
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.kit.files import contents, read_rows
 
 WHOLE = RunOptions(eva=8, top=40, random_seeds=2, batch_tokens=512, analyses=ANALYSES)

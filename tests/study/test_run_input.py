@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-import relneuron.cli.run
+import relneuron.study.run
 from relneuron.ablation.options import ANALYSES
 from relneuron.artifact.files import RelneuronError
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 
 OPTIONS = RunOptions(
     eva=4, top=40, random_seeds=2, batch_tokens=512, permutations=0, bootstrap=0, noise=0
@@ -115,7 +115,7 @@ def test_other_options_are_refused_before_the_concepts_study(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the concepts' study was begun")
 
-    monkeypatch.setattr(relneuron.cli.run, "concept_study", never)
+    monkeypatch.setattr(relneuron.study.run, "concept_study", never)
     options = replace(OPTIONS, analyses=("concepts",))
     with pytest.raises(RelneuronError, match="ablate was made from other inputs: analyses"):
         run_study(str(model_folder), fact_folder, study, options, quiet=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from relneuron.ablation.options import FROM_RESPONSES, AblateOptions
+from relneuron.ablation.options import ANALYSES, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import LoadOptions, Options, like, option
+from relneuron.artifact.options import LoadOptions, Options, like, option, options_of, refuse_stray
 from relneuron.methods import rankings
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.texts.options import PromptsOptions
 
 DEMO = "relneuron demo"  # what the bundled model is called
+CONTRAST = "contrast"  # the demo of two models
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,14 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
+    # A study is of one model.
+    donor: str | None = None
     # record reads text, which only the language model has neurons for.
     module_sets: bool = False
     # A study has its relations' templates, and asks every set everything.
     unrelated: int | None = None
     choices: int | None = None
+    choose: str | None = None
     choose_from: int = 4
 
     def __post_init__(self) -> None:
@@ -39,6 +43,12 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
             raise RelneuronError(
                 f"run ranks by ap, not by {self.method}",
                 f"leave out --method{other if self.method in rankings() else ''}",
+                2,
+            )
+        if self.mode == "patch":
+            raise RelneuronError(
+                "run has no second model for --mode patch",
+                "use another mode, or relneuron ablate --mode patch --from MODEL",
                 2,
             )
         if self.mode in FROM_RESPONSES and self.drop_responses:
@@ -59,5 +69,24 @@ class DemoOptions(Options):
     bootstrap: int = like(RunOptions, "bootstrap")
     noise: int = like(RunOptions, "noise")
     random_seeds: int = like(RunOptions, "random_seeds")
-    analyses: Sequence[str] = like(RunOptions, "analyses", ("gain",))
+    analyses: Sequence[str] = like(
+        RunOptions,
+        "analyses",
+        ("gain",),
+        help="Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
+        "concepts, gain, perplexity; or contrast alone, a study of two models.",
+        choices=(*ANALYSES, CONTRAST),
+    )
     sizes: Sequence[int] | None = like(RunOptions, "sizes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if CONTRAST not in self.analyses:
+            return
+        if self.analyses != (CONTRAST,):
+            raise RelneuronError(
+                "--analyses contrast is a study of its own", "give it alone, and its own -o", 2
+            )
+        for name, (f, says, _) in options_of(DemoOptions).items():
+            if name != "analyses" and getattr(self, name) != f.default:
+                refuse_stray(says.flag, "without --analyses contrast")

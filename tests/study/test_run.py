@@ -20,9 +20,9 @@ from torch import Tensor
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import read_prompts
-from relneuron.cli.run import run_study
-from relneuron.cli.settings import RunOptions
 from relneuron.model.load import load_model, load_tokenizer
+from relneuron.study.run import run_study
+from relneuron.study.settings import RunOptions
 from tests.kit.files import contents, read_rows
 from tests.kit.forked import Forked, command
 

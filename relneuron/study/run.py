@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,11 @@ from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import check_names
 from relneuron.ablation.how import ablate_inputs
 from relneuron.ablation.options import AblateOptions
-from relneuron.artifact.files import RelneuronError, atomic_write, sha256, writing
+from relneuron.artifact.files import RelneuronError, sha256
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import NeuronFile, default_top
-from relneuron.artifact.prompts import Prompt, prompts_bytes, read_prompts
-from relneuron.artifact.reading import read_csv
+from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
-from relneuron.cli.pages import PAGES, titles
-from relneuron.cli.settings import DEMO, DemoOptions, RunOptions
-from relneuron.methods.gains.attribute import attribute
-from relneuron.methods.gains.options import AttributeOptions
-from relneuron.methods.gains.rank import (
-    are_dropped,
-    drop_gains,
-    identify_gains,
-    identify_gains_inputs,
-)
-from relneuron.methods.gains.study import BEST
 from relneuron.methods.responses.concepts import concept_study, concept_subjects
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
@@ -48,15 +34,17 @@ from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
-from relneuron.model.stream.read import read_residual_model
 from relneuron.report.page import files_read, write_report
-from relneuron.texts.facts import Relation, read_relations, split_facts
+from relneuron.study.facts import Facts
+from relneuron.study.gain import gain_study
+from relneuron.study.pages import PAGES, titles
+from relneuron.study.settings import DEMO, DemoOptions, RunOptions
+from relneuron.texts.facts import Relation, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (
     chat_wrap,
     make_prompts,
     prompts_inputs,
-    refuse_concepts,
     write_prompts,
 )
 from relneuron.texts.tokens import check_bos
@@ -76,7 +64,7 @@ def open_study(folder: Path, force: bool) -> Manifest:
 
 def check_asked(
     options: RunOptions,
-    facts: Path,
+    facts: str,
     relations: Sequence[Relation],
     prompts: Sequence[Prompt],
     shape: dict[str, int],
@@ -113,38 +101,73 @@ def run_study(
     quiet: bool = False,
     say: Callable[[str], object] = lambda text: None,
 ) -> Path:
-    """Make, or go on with, the study in `folder`; returns the report's path.
+    """Make, or go on with, the study in `folder` of a model by its name; returns the report's path.
 
     `name` stands for the model in the manifest (default: `model_path`); `say` is told how long it
     took. Everything that can be refused is checked before anything is written.
     """
-    o, name = options, name or model_path
-    if not facts.exists():
-        raise RelneuronError(f"{facts} does not exist", "give a folder of fact files", 2)
-    refuse_concepts(facts)
+    o = options
+
+    def load() -> tuple[Any, Any]:
+        model = load_model(
+            model_path, revision=o.revision, dtype=o.dtype, device=o.device, device_map=o.device_map
+        )
+        return model, load_tokenizer(model_path, revision=o.revision)
+
+    called = name or model_path
+    return make_study(
+        called,
+        load,
+        Facts.of(facts),
+        folder,
+        options,
+        whole=lambda: _whole(called, model_path, facts, folder, options),
+        force=force,
+        quiet=quiet,
+        say=say,
+    )
+
+
+def make_study(
+    name: str,
+    load: Callable[[], tuple[Any, Any]],
+    facts: Facts,
+    folder: Path,
+    options: RunOptions,
+    *,
+    whole: Callable[[], list[list[str]]] | None = None,
+    force: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+) -> Path:
+    """Make, or go on with, the study in `folder`; returns the report's path.
+
+    `name` stands for the model in the manifest, `load` returns it and its tokenizer; `whole` is
+    asked for the one command that makes the study. Without it the model was in memory, and no
+    command of a stage that asked it makes its files again.
+    """
+    o = options
     check_installed(o.noise)
     open_study(folder, force)
-    relations = read_relations(facts, suffix=o.suffix)
+    facts.check(folder, force)
+    relations = facts.relations(o.suffix)
     if len(relations) < 2:
         raise RelneuronError(
-            f"{facts} has one relation, and nothing to tell its neurons from",
+            f"{facts.where} has one relation, and nothing to tell its neurons from",
             "give a folder with the fact files of at least two relations",
             2,
         )
     for relation in relations:
         split_facts(relation, o.eva, o.seed)
-    model = load_model(
-        model_path, revision=o.revision, dtype=o.dtype, device=o.device, device_map=o.device_map
-    )
+    model, tokenizer = load()
     mlps = find_mlps(model, attention=o.attention)
-    tokenizer = load_tokenizer(model_path, revision=o.revision)
     chat = tokenizer if o.chat_template else None
     wrap = chat_wrap(chat) if chat else str
     wanted = [p for r in relations for p in make_prompts(r, n_eva=o.eva, seed=o.seed, wrap=wrap)]
     questions = encode(tokenizer, model, wanted)
     if o.exclude_bos:
         check_bos(tokenizer, questions.ids)
-    check_asked(o, facts, relations, wanted, model_shape(mlps))
+    check_asked(o, facts.where, relations, wanted, model_shape(mlps))
     described = describe_model(name, model, mlps, o.backend)
 
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
@@ -152,9 +175,10 @@ def run_study(
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
-        asking = o.part(PromptsOptions)
-        if not manifest.is_done("prompts", prompts_inputs(facts, asking, chat), force=force):
-            write_prompts(facts, prompts, asking, chat=chat, force=True)
+        asking, placed_facts = o.part(PromptsOptions), facts.place(folder)
+        inputs = prompts_inputs(placed_facts, asking, chat)
+        if not manifest.is_done("prompts", inputs, force=force):
+            write_prompts(placed_facts, prompts, asking, chat=chat, force=True)
 
         recording, ranking = o.part(RecordOptions), o.part(RankOptions)
         manifest = Manifest(folder)
@@ -239,7 +263,11 @@ def run_study(
                 force=True,
                 quiet=quiet,
             )
-        _record_whole(folder, _whole(name, model_path, facts, folder, o))
+        if whole is not None:
+            record_whole(folder, whole(), IN_WHOLE)
+        else:
+            for place in (folder, *(folder / name for name in _WITHIN)):
+                _forget_commands(place)
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / "report.html", force=force, resume=True)
@@ -263,85 +291,38 @@ def _whole(
     return []
 
 
-def _record_whole(folder: Path, whole: list[list[str]]) -> None:
+def record_whole(folder: Path, whole: list[list[str]], stages: Sequence[str]) -> None:
     """Have the stages of a whole study name the one command that makes them."""
     manifest = Manifest(folder)
-    entries = [manifest.data["stages"][stage] for stage in IN_WHOLE]
+    entries = [manifest.data["stages"][stage] for stage in stages]
     if whole and any(entry.get("commands") != whole for entry in entries):
         for entry in entries:
             entry["commands"] = whole
-        manifest.data["stages"].pop("report", None)  # which printed others
+        # Which printed others; what is known of its files would stand in the next one.
+        for name in manifest.data["stages"].pop("report", {}).get("files", ()):
+            manifest.data["files"].pop(name, None)
         manifest.save()
 
 
-def gain_study(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    study: Path,
-    *,
-    batch_tokens: int = 4096,
-    oom: str = "split",
-    drop: bool = False,
-    backend: str = "auto",
-    force: bool = False,
-    quiet: bool = False,
-) -> NeuronFile | None:
-    """Make, or go on with, `study`/attribution: as many neurons by gain as each set has by AP.
-
-    The gains are those of the det prompts that are answered right, which the sets were found with;
-    with `drop` gains.safetensors goes once the neurons are chosen. Returns the neurons, or None,
-    with a warning, if the model cannot be attributed.
-    """
-    try:
-        read_residual_model(model)
-    except RelneuronError as error:
-        warnings.warn(f"gain left out: {error.cause}", stacklevel=2)
-        return None
-    validated = read_csv(checked(study / "validated.csv"), ("id", "correct"))
-    right = {row["id"] for row in validated if row.flag("correct")}
-    everything = read_prompts(checked(study / "prompts.jsonl"))
-    data = prompts_bytes([p for p in everything if p.split == "det" and p.id in right])
-    sets = NeuronFile.read(checked(study / "neurons.json")).sets
-    chosen: dict[str, Any] = {"kept_only": False}
-    chosen["top"] = {relation: len(neurons) for relation, neurons in sets.items()}
-    options = AttributeOptions(
-        kinds=("ffn_neuron",), top=BEST, compare=False, batch_tokens=batch_tokens, oom=oom
-    )
-    folder = study / "attribution"
-    prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
-    with locked(folder):
-        inputs = {"right": hashlib.sha256(data).hexdigest()}
-        if not Manifest(folder).is_done("prompts", inputs, force=force):
-            with writing("prompts", folder, [prompts]):
-                atomic_write(prompts, data)
-                Manifest(folder).finish("prompts", inputs, [prompts], reads=[])
-        if are_dropped(folder):
-            inputs = identify_gains_inputs(folder, **chosen)
-            if not Manifest(folder).is_done("identify", inputs, force=force):
-                Manifest(folder).forget("attribute")
-        # What no manifest knows is left of a run that was killed.
-        again = force or "attribute" not in Manifest(folder).data["stages"]
-        attribute(
-            name,
-            model,
-            tokenizer,
-            prompts,
-            folder,
-            options,
-            backend=backend,
-            force=again,
-            quiet=quiet,
-        )
-        inputs = identify_gains_inputs(folder, **chosen)
-        if not Manifest(folder).is_done("identify", inputs, force=force):
-            identify_gains(folder, neurons, **chosen, force=True, quiet=quiet)
-        if drop:
-            drop_gains(folder)
-    return NeuronFile.read(neurons)
+_WITHIN = ("concepts", "attribution")  # studies within a study
+_OF_A_MODEL = ("record", "attribute", "ablate")  # stages whose command names one
 
 
-def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
+def _forget_commands(folder: Path) -> None:
+    """Have the stages that ask a model say that they were made from Python: it has no name."""
+    if not (folder / "manifest.json").exists():
+        return
+    manifest = Manifest(folder)
+    stages = manifest.data["stages"]
+    entries = [stages[stage] for stage in _OF_A_MODEL if stages.get(stage, {}).get("commands")]
+    if entries:
+        for entry in entries:
+            entry["commands"] = []
+        stages.pop("report", None)  # which printed others
+        manifest.save()
+
+
+def report_stage(folder: Path, output: Path, *, force: bool = False, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
     names = [name for name in files_read(PAGES) if (folder / name).exists()]

@@ -1,0 +1,89 @@
+"""What each output of `generate` costs: a column of a csv, a classifier's logit, or a function.
+
+`effect.py` compares them, and `methods/contrast/probe.py` may learn them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from relneuron.ablation.measures import find_function
+from relneuron.ablation.options import OUTPUT, EffectOptions
+from relneuron.ablation.outputs import Generated
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.installed import need
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.prompts import FIELD
+from relneuron.artifact.reading import read_csv
+
+COSTS = ("mask", "id", "seed", "cost")
+
+Price = Callable[[Sequence[Generated]], list[float]]
+
+
+def find_price(options: EffectOptions, *, quiet: bool = False) -> Price:
+    """What says the cost of lines, as `options.cost` names it; each cost is a finite number."""
+    path, _, column = options.cost.rpartition(":")
+    if Path(options.cost).is_dir():
+        return _classified(options, quiet)
+    if path.endswith(".csv") and column:
+        return _of_column(Path(path), column)
+    own = find_function(
+        "--cost",
+        options.cost,
+        "a prompt and an output; or FILE.csv:COLUMN, or a classifier's folder",
+        lambda _, output: f"the output {output[:60]!r}",
+    )
+    return lambda lines: [own(line.prompt, line.output) for line in lines]
+
+
+def _of_column(path: Path, column: str) -> Price:
+    """A column of a csv, by the mask and id of its rows, and by their seed where lines have one."""
+
+    def price(lines: Sequence[Generated]) -> list[float]:
+        by = ("mask", "id", "seed") if any(line.seed is not None for line in lines) else COSTS[:2]
+        found: dict[tuple[str, ...], float] = {}
+        for row in read_csv(path, (*by, column)):
+            key = tuple(row[name] for name in by)
+            if key in found:
+                raise RelneuronError(
+                    f"{path}, line {row.line}: a second row of {', '.join(key)}",
+                    "give each output one row",
+                )
+            found[key] = row.finite(column)
+        keys = [tuple(str(getattr(line, name)) for name in by) for line in lines]
+        missing = [key for key in keys if key not in found]
+        if missing:
+            raise RelneuronError(
+                f"{path} has no {column} of {', '.join(missing[0])}, and {len(missing) - 1} more "
+                "outputs",
+                f"give it a row of each output, with the columns {', '.join((*by, column))}",
+            )
+        return [found[key] for key in keys]
+
+    return price
+
+
+def _classified(options: EffectOptions, quiet: bool) -> Price:
+    """A classifier's logit of prompt and output in the template."""
+    need("a classifier as --cost", "transformers")
+    from relneuron.model.classifier import load_classifier  # which brings torch
+
+    classifier = load_classifier(options.cost, dtype=options.dtype, device=options.device)
+    label = classifier.place_of(options.label)
+    template = options.template or FIELD + OUTPUT
+
+    def price(lines: Sequence[Generated]) -> list[float]:
+        texts = [written(template, line) for line in lines]
+        with progress_bar(len(texts), "effect", "text", quiet) as bar:
+            return classifier.logits(texts, label, options.batch_tokens, bar.update)
+
+    return price
+
+
+def written(template: str, line: Generated) -> str:
+    """A template with the prompt and the output of a line, whatever these have in braces."""
+    given = {FIELD: line.prompt, OUTPUT: line.output}
+    return re.sub("|".join(map(re.escape, given)), lambda found: given[found[0]], template)
