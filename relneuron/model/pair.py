@@ -181,7 +181,7 @@ def _refuse(what: str, names: tuple[str, str]) -> None:
 def _warn_of_base(adapter: str, base: str) -> None:
     about = read_json(Path(adapter) / ADAPTER, ADAPTER)
     said = about.get("base_model_name_or_path") if isinstance(about, dict) else None
-    if said and Path(said).name != Path(base).resolve().name:
+    if isinstance(said, str) and said and Path(said).name != Path(base).resolve().name:
         warnings.warn(
             f"{adapter} says that it is an adapter of {said}, not of {base}", stacklevel=3
         )
