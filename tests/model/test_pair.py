@@ -16,7 +16,7 @@ from relneuron.model.adapters import load_adapter
 from relneuron.model.pair import Taps, load_pair, pair_of, read_both, running
 from tests.conftest import tiny_model
 from tests.kit.experts import expert_model
-from tests.kit.pairs import Words, other, peft_model, save_adapter
+from tests.kit.pairs import Words, moved, peft_model, save_adapter
 from tests.kit.speakers import byte_level
 
 # --- what does not fit -----------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_tokenizers_of_other_tokens_or_templates() -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
     model = tiny_model("llama", vocab_size=400)
-    for name, one in {"a": model, "b": other(model)}.items():
+    for name, one in {"a": model, "b": moved(model)}.items():
         one.save_pretrained(root / name)
         byte_level(["cat"]).save_pretrained(root / name)
     save_adapter("ia3", root / "adapter", model=model)
@@ -225,7 +225,7 @@ def test_what_was_kept_of_a_is_dropped_layer_by_layer() -> None:
     import weakref
 
     a = tiny_model("llama")
-    pair, kept = pair_of(a, other(a), Words()), []
+    pair, kept = pair_of(a, moved(a), Words()), []
 
     def see(number: int, one: Tensor, _: Tensor) -> None:
         gc.collect()
