@@ -260,10 +260,10 @@ MUTANTS = {
         "if more or not layers:",
         "model/test_adapters.py::test_trained_biases_are_refused",
     ),
-    "model.pair: what A left is kept to the end": Mutant(
-        "own, kept[number] = kept[number], None",
-        "own = kept[number]",
-        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
+    "model.pair: a smaller batch is held in memory of its own": Mutant(
+        "buffer.numel() < h.numel()",
+        "buffer.numel() != h.numel()",
+        "model/test_pair.py::test_what_a_left_is_held_in_the_same_memory_for_all_batches",
     ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
