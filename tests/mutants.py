@@ -233,6 +233,38 @@ MUTANTS = {
         "counts.tokens_at()[:, None, 0 * there]",
         "methods/counts/test_pictured.py::test_layers_that_saw_fewer_tokens_have_their_own_rates",
     ),
+    # methods/contrast
+    "methods.contrast.lines: predicting is where a token is read": Mutant(
+        "range(n - 1, m - 1)",
+        "range(n, m)",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks"
+        "[llama-predicting]",
+    ),
+    "methods.contrast.lines: the first token of a prompt stands behind its padding": Mutant(
+        "first = ids.shape[1] - len(line)",
+        "first = 0",
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-prompt]",
+    ),
+    "methods.contrast.lines: the other model writes the completions": Mutant(
+        "self.pair.only(self.options.completion_by)",
+        'self.pair.only("a")',
+        "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-b]",
+    ),
+    "model.adapters: an adapter of what a layer reads scales all rows": Mutant(
+        "whole[chosen] = changed",
+        "whole[:] = changed[:1]",
+        "model/test_adapters.py::test_rows_of_one_forward_are_those_of_two[ia3-own0]",
+    ),
+    "model.adapters: a model's own weights may be another's": Mutant(
+        "if more or changed or not layers:",
+        "if more or not layers:",
+        "model/test_adapters.py::test_trained_biases_are_refused",
+    ),
+    "model.pair: what A left is kept to the end": Mutant(
+        "own, kept[number] = kept[number], None",
+        "own = kept[number]",
+        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
+    ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
         "if True",
@@ -325,6 +357,21 @@ MUTANTS = {
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
     ),
+    "methods.contrast.classify: a probe is measured on what it learnt": Mutant(
+        "fit(values[inside], labels[inside])",
+        "fit(values, labels)",
+        "methods/contrast/test_probe.py::test_cross_validation_is_that_of_scikit_learn",
+    ),
+    "model.products: the first token is read": Mutant(
+        "h[:, -1, torch.tensor",
+        "h[:, 0, torch.tensor",
+        "methods/contrast/test_probe.py::test_products_are_those_of_plain_hooks",
+    ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
+    ),
     "model.choose: the option's last token is not scored": Mutant(
         "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",
         "torch.where(inside == 1, -nll.double(), 0.0)[:, :-1].sum(1)",
@@ -364,6 +411,42 @@ MUTANTS = {
         'own.positive if name.startswith("on_") else own.negative',
         'own.negative if name.startswith("on_") else own.positive',
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
+    ),
+    # a study from Python
+    "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
+        "return min(width, order.width(layer, inner))",
+        "return width",
+        "study/test_folder.py::test_layers_of_different_width",
+    ),
+    "study.folder: a file that a killed run began is read": Mutant(
+        "not is_known and any(",
+        "is_known and any(",
+        "study/test_folder.py::test_what_is_unfinished_is_said",
+    ),
+    "study.folder: gains of sentences that were not scored count": Mutant(
+        'if kept or asked.get("keep") != "known"',
+        'if kept or asked.get("keep") == "known"',
+        "study/test_folder.py::test_an_attribution",
+    ),
+    "study.facts: a study of other facts is overwritten": Mutant(
+        "before != written if is_made",
+        "False if is_made",
+        "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
+    ),
+    "study.run: a stage of a model in memory names a command": Mutant(
+        'entry["commands"] = []',
+        "pass",
+        "study/test_memory.py::test_it_writes_what_the_command_writes",
+    ),
+    "artifact.chosen: one set of several is taken": Mutant(
+        "names is None and len(file.sets) != 1",
+        "names is None and not file.sets",
+        "artifact/test_chosen.py::test_one_set_needs_no_name_and_several_do",
+    ),
+    "model.stream.linear: what an adapter adds is left out": Mutant(
+        "if adapters is None or module.merged",
+        "if True or module.merged",
+        "methods/gains/test_adapted.py::test_gains_are_those_of_what_hooks_hear",
     ),
     # analyses
     "analyses.drops: own and other relations are swapped": Mutant(

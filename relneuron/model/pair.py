@@ -264,14 +264,17 @@ def read_both(pair: Pair, rows: Rows, see: Callable[[int, Tensor, Tensor], None]
         twice = [torch.cat([one, one]) for one in rows]
         is_b = torch.arange(len(twice[0]), device="cpu") >= len(rows[0])
         with pair.adapter.rows(is_b):
-            _read(pair.a, pair.mlps[0], (twice[0], twice[1], twice[2]), of_both)
+            read_one(pair.a, pair.mlps[0], (twice[0], twice[1], twice[2]), of_both)
         return
-    _read(pair.a, pair.mlps[0], rows, of_a)
-    _read(pair.b, pair.mlps[1], rows, of_b)
+    read_one(pair.a, pair.mlps[0], rows, of_a)
+    read_one(pair.b, pair.mlps[1], rows, of_b)
 
 
-def _read(model: Any, mlps: Sequence[MLP], rows: Rows, see: See) -> None:
-    """One forward of the model without its lm_head."""
+def read_one(model: Any, mlps: Sequence[MLP], rows: Rows, see: See) -> None:
+    """One forward of a model without its lm_head; `see(number, h)` as `Taps` has it.
+
+    `see` may end it with StatisticsDone behind the last MLP that it wants.
+    """
     ids, mask, positions = (one.to(input_device(model)) for one in rows)
     body = getattr(model, "base_model", model)
     seen: list[int] = []

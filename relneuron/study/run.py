@@ -320,7 +320,7 @@ def _forget_commands(folder: Path) -> None:
         manifest.save()
 
 
-def report_stage(folder: Path, output: Path, *, force: bool, resume: bool = False) -> Path:
+def report_stage(folder: Path, output: Path, *, force: bool = False, resume: bool = False) -> Path:
     """Write the report unless it is there, made from the same files."""
     manifest = Manifest(folder)
     names = [name for name in files_read(PAGES) if (folder / name).exists()]

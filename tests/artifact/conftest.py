@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from relneuron.ablation.nll import nll
+from relneuron.artifact.prompts import read_questions
+from relneuron.methods.contrast.rank import identify_contrast
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.study.run import run_study
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, OPTIONS, attributed, counted
+from tests.artifact.handed import NLL, OPTIONS, attributed, contrasted, counted, probed
 from tests.kit.counted import rank_counts
 from tests.kit.gradient_studies import gradient_study
 
@@ -57,7 +59,7 @@ def made(
     corpus: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Folders that the stages wrote: study, attribution, counts with all that follows, halves."""
+    """Folders that the stages wrote: study, attribution, counts with all that follows, ..."""
     root = tmp_path_factory.mktemp("made")
     run_study(str(model_folder), facts, root / "study", OPTIONS, quiet=True)
     attributed(loaded, root / "study" / "prompts.jsonl", root / "attribution")
@@ -73,8 +75,14 @@ def made(
     neurons = root / "counts" / "neurons.json"
     chosen = {"top_rate": 0.2, "filter_rate": 0.5, "bar_ratio": 0.5}
     rank_counts(root / "counts", neurons, **chosen)
+    ids = [prompt.id for prompt in read_questions(root / "study" / "prompts.jsonl")]
+    rows = [f"{key},{number % 2}\n" for number, key in enumerate(ids)]
+    (root / "labels.csv").write_text("".join(["id,y\n", *rows]))
+    probed(loaded, root, root / "probe")
     nll("m", *loaded, neurons, parse_sources(corpus), root / "counts", NLL, quiet=True)
     # A second choice: the manifest's entry is now this one's.
     rank_counts(root / "counts", root / "counts" / "random.json", method="random", top=9)
     write_report(root / "counts", root / "counts" / "report.html", PAGES)
+    contrasted(loaded, root / "study" / "prompts.jsonl", root / "contrast")
+    identify_contrast(root / "contrast", root / "contrast" / "neurons.json")
     return root

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.options import ANALYSES, NllOptions
+from relneuron.methods.contrast.contrast import contrast
+from relneuron.methods.contrast.options import ContrastOptions, ProbeOptions
+from relneuron.methods.contrast.probe import probe
 from relneuron.methods.counts.count import count
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
+from relneuron.model.pair import pair_of
 from relneuron.study.settings import RunOptions
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
+from tests.kit.pairs import other
 
 OPTIONS = RunOptions(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
@@ -29,6 +35,24 @@ def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any
 def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
     options = CountOptions(window=16, moments=True, **changes)
     count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
+
+
+def probed(loaded: tuple[Any, Any], root: Path, folder: Path, **asked: Any) -> object:
+    """A probe of every second prompt of the study, or what `asked` says."""
+    prompts = root / "study" / "prompts.jsonl"
+    learned = {"neurons": root / "counts" / "neurons.json", "of_set": "a", "top": 3, "folds": 2}
+    learned |= {"labels": f"{root / 'labels.csv'}:y", "random_seeds": 0}
+    options = ProbeOptions(**(asked or learned))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the set has fewer neurons, say
+        return probe("m", *loaded, prompts, folder, options, quiet=True)
+
+
+def contrasted(loaded: tuple[Any, Any], prompts: Path, folder: Path) -> None:
+    """The model beside one whose weights are moved a little."""
+    model, tokenizer = loaded
+    options = ContrastOptions(tokens="last")
+    contrast(pair_of(model, other(model), tokenizer), prompts, folder, options, quiet=True)
 
 
 def flip(path: Path, rng: random.Random, end: int | None = None) -> None:

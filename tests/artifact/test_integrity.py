@@ -26,6 +26,7 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import read_csv
+from relneuron.methods.contrast.rank import identify_contrast
 from relneuron.methods.counts.folders import export_counts
 from relneuron.methods.counts.merge import merge
 from relneuron.methods.gains.rank import identify_gains
@@ -40,7 +41,7 @@ from relneuron.model.pair import pair_of
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, attributed, flip
+from tests.artifact.handed import NLL, attributed, contrasted, flip, probed
 from tests.kit.counted import rank_counts
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
@@ -150,6 +151,20 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
         lambda m, c, r, o: rank_counts(r / "counts", o / "neurons.json", top=5),
         ("counts/counts.safetensors", "counts/manifest.json"),
     ),
+    "contrast": (
+        lambda m, c, r, o: contrasted(m, r / "study" / "prompts.jsonl", o),
+        ("study/prompts.jsonl",),
+    ),
+    "identify contrast": (
+        lambda m, c, r, o: identify_contrast(r / "contrast", o / "neurons.json"),
+        ("contrast/contrast.safetensors", "contrast/manifest.json"),
+    ),
+    "report contrast": (
+        partial(reported, of="contrast"),
+        tuple(
+            f"contrast/{name}" for name in ("manifest.json", "contrast.safetensors", "neurons.json")
+        ),
+    ),
     "merge": (
         lambda m, c, r, o: merge([r / "half1", r / "half2"], o),
         tuple(f"half2/{name}" for name in ("counts.safetensors", "manifest.json")),
@@ -180,6 +195,14 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "generate mean": (
         lambda m, c, r, o: generated(m, c, r, o, mode="mean", off="a", moments=r / "products"),
         ("products/counts.safetensors", "products/manifest.json"),
+    ),
+    "probe": (
+        lambda m, c, r, o: probed(m, r, o),
+        ("counts/neurons.json", "study/prompts.jsonl"),
+    ),
+    "probe, applied": (
+        lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
+        ("probe/probe.safetensors",),
     ),
     "report groups": (
         partial(reported, of="counts"),
