@@ -56,8 +56,8 @@ PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i * 12 // 40)) for i i
 @pytest.fixture(scope="module")
 def pair(model_folder: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Two models with one tokenizer; texts differ from mask to mask."""
-    a = pairs.other(load_model(str(model_folder)), by=0.2, seed=2, only=["down_proj"])
-    yield a, pairs.other(a, by=0.15, seed=3), load_tokenizer(str(model_folder))
+    a = pairs.moved(load_model(str(model_folder)), 0.2, 2, ["down_proj"])
+    yield a, pairs.moved(a, 0.15, 3), load_tokenizer(str(model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_packed_and_ungated_models(model_folder: Path, study: Path, sets: Any, f
         (study / "neurons.json").write_text(json.dumps(data))
     else:
         a = model_of(family, vocab_size=len(tokenizer), eos_token_id=1, num_hidden_layers=2)
-    trio = (a, pairs.other(a, by=0.15, seed=5), tokenizer)
+    trio = (a, pairs.moved(a, 0.15, 5), tokenizer)
     made = ours(trio, study, off=("donor", "many"))
     check_loop(trio, made[36:] if family == "phi3" else made[36:50], sets)
     assert [g.output for g in made[:40]] != [g.output for g in made[40:]]
@@ -229,7 +229,7 @@ def test_all_neurons_of_a_model_that_differs_in_gate_and_up_say_what_it_says(
 ) -> None:
     """All that differs is replaced: the causal effect C is 1, of any cost."""
     a, _, tokenizer = pair
-    b = pairs.other(a, by=0.3, seed=7, only=["gate_proj", "up_proj"])
+    b = pairs.moved(a, 0.3, 7, ["gate_proj", "up_proj"])
     made = ours((a, b, tokenizer), study, off=("clean", "donor", "all"))
     clean, donor, patched = (made[40 * i :][:40] for i in range(3))
     assert [g[1:] for g in patched] == [g[1:] for g in donor]
@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on_and_with_another_donor_begins_again(
     assert calls == n_batches + 1 > 4  # that of the batch that was under way
     (study / "o.jsonl").unlink()
     (study / "o.jsonl.journal").write_bytes(kept)
-    other = (a, pairs.other(a, by=0.1, seed=9), tokenizer)
+    other = (a, pairs.moved(a, 0.1, 9), tokenizer)
     with pytest.warns(match=r"other inputs .inputs\.donor\.digest: .* is done again"):
         made = ours(other, study, **asked)
     assert made == ours(other, study, "other.jsonl", **asked) != whole

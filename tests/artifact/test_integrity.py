@@ -191,11 +191,6 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "generate": (generated, ("counts/neurons.json", "study/prompts.jsonl")),
     "generate steered": (partial(generated, set_to="a"), ("counts/counts.safetensors",)),
-    "generate patched": (generated_by, ("counts/neurons.json", "study/prompts.jsonl")),
-    "generate mean": (
-        lambda m, c, r, o: generated(m, c, r, o, mode="mean", off="a", moments=r / "products"),
-        ("products/counts.safetensors", "products/manifest.json"),
-    ),
     "probe": (
         lambda m, c, r, o: probed(m, r, o),
         ("counts/neurons.json", "study/prompts.jsonl"),
@@ -203,6 +198,11 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "probe, applied": (
         lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
         ("probe/probe.safetensors",),
+    ),
+    "generate patched": (generated_by, ("counts/neurons.json", "study/prompts.jsonl")),
+    "generate mean": (
+        lambda m, c, r, o: generated(m, c, r, o, mode="mean", off="a", moments=r / "products"),
+        ("products/counts.safetensors", "products/manifest.json"),
     ),
     "report groups": (
         partial(reported, of="counts"),

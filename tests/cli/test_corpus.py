@@ -26,7 +26,7 @@ from tests.kit.corpus_commands import (
     sources,
 )
 from tests.kit.counted import plain_counts
-from tests.kit.pairs import write_other
+from tests.kit.pairs import save_moved
 
 
 def test_the_counts_are_plain_hooks(model_folder: Path, study: Path) -> None:
@@ -155,7 +155,7 @@ def test_text_is_generated_with_sets_off_and_set(
 def test_text_is_generated_with_another_models_values(
     relneuron: Any, model_folder: Path, corpus: Path, study: Path, tmp_path: Path
 ) -> None:
-    donor = write_other(model_folder, tmp_path / "donor", by=0.15)
+    donor = save_moved(model_folder, tmp_path / "donor")
     words = ["generate", model_folder, corpus / "prompts.txt", "-o", tmp_path / "o.jsonl"]
     words += ["--neurons", study / "neurons.json", "--max-new-tokens", 4, "--quiet"]
     words += ["--off", "clean,en,donor", "--mode", "patch", "--random-seeds", 1, "--from"]
