@@ -108,8 +108,8 @@ def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
     return found
 
 
-def by_mask(lines: Sequence[Generated], costs: Sequence[float]) -> dict[str, Costs]:
-    """Costs (prompts, seeds) of each mask: each has the outputs to the prompts of `clean`."""
+def by_mask(lines: Sequence[Generated], costs: Sequence[float], where: Path) -> dict[str, Costs]:
+    """Costs (prompts, seeds) of each mask in a file: each has outputs to the prompts of `clean`."""
     found: dict[str, dict[tuple[str, int | None], float]] = {}
     for line, cost in zip(lines, costs, strict=True):
         found.setdefault(line.mask, {})[line.id, line.seed] = cost
@@ -121,7 +121,7 @@ def by_mask(lines: Sequence[Generated], costs: Sequence[float]) -> dict[str, Cos
             key, seed = next(iter({*asked} ^ {*of}))
             which = key if seed is None else f"{key} (seed {seed})"
             raise RelneuronError(
-                f"{mask} and {CLEAN} are not of the same outputs: one has none for {which}",
+                f"{where}: of {mask} and {CLEAN} only one has an output for {which}",
                 "generate all masks in one command",
             )
     return {
@@ -158,9 +158,9 @@ def effect(
             "--off SET -o OUTPUTS",
             2,
         )
-    by_mask(lines, [0.0] * len(lines))
+    by_mask(lines, [0.0] * len(lines), outputs)
     costs = find_price(options, quiet=quiet)(lines)
-    found = causal_effects(by_mask(lines, costs))
+    found = causal_effects(by_mask(lines, costs, outputs))
     if found[0].low is None:
         warnings.warn(
             f"the donor's cost differs by {found[0].donor_low:.4g} to {found[0].donor_high:.4g} "

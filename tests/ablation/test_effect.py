@@ -220,7 +220,7 @@ def test_what_cannot_be_compared(relneuron: Any, tmp_path: Path) -> None:
         (lines(("clean", "s")), "lacks the mask donor: it has clean, s"),
         (lines(("donor", "s")), "lacks the mask clean"),
         (lines(("clean", "donor")), "lacks a mask of patched neurons"),
-        (lines()[:-1], "s and clean are not of the same outputs: one has none for q"),
+        (lines()[:-1], "of s and clean only one has an output for q"),
         (lines() + lines()[:1], "line 7: a second output of clean for p"),
         ([], "holds no output"),
     ):
