@@ -1,9 +1,10 @@
 """relneuron: find the neurons of a language model that carry a relation, and switch them off.
 
-`run` makes a whole study of a model in memory, `load` reads any study as data frames; `instrument`
-and `ablate` act on a running model; `ops` are the kernels; `testing` holds another backend to their
-contract; `cli` is the command line. Names are imported when they are first used, so that
-`relneuron.ops` needs torch and nothing else, and Ctrl-C is heard before it is imported.
+`run` makes a whole study of a model in memory, `load` reads any study as data frames, `stages` are
+the commands as functions; `instrument` and `ablate` act on a running model; `ops` are the kernels;
+`testing` holds another backend to their contract; `cli` is the command line. Names are imported
+when they are first used, so that `relneuron.ops` needs torch and nothing else, and Ctrl-C is heard
+before it is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.model.instrument import ablate, instrument
     from relneuron.model.mlps.find import find_mlps
+    from relneuron.study import stages
     from relneuron.study.folder import Study, load
     from relneuron.study.memory import run
 
@@ -35,6 +37,7 @@ __all__ = [
     "load",
     "ops",
     "run",
+    "stages",
 ]
 
 _HOMES = {
@@ -54,6 +57,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("relneuron.ops")  # Python sets it here
+    if name == "stages":
+        globals()[name] = import_module("relneuron.study.stages")
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module 'relneuron' has no attribute {name!r}")
     value = getattr(import_module(f"relneuron.{_HOMES[name]}"), name)

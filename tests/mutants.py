@@ -332,6 +332,26 @@ MUTANTS = {
         "logits / penalty",
         "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
     ),
+    "ablation.conditions: a random set has neurons of the set that it is beside": Mutant(
+        "if i not in own]",
+        "if True]",
+        "ablation/test_patching.py::test_random_sets_have_as_many_other_neurons_of_each_layer",
+    ),
+    "ablation.how: a study does not depend on its donor": Mutant(
+        "same_model(pair.described[1]) if pair else None",
+        "None",
+        "ablation/test_patching.py::test_ablate_answers_with_another_models_values",
+    ),
+    "ablation.noise: noise depends on what shares the batch": Mutant(
+        'device) + given["position_ids"]',
+        'device) + torch.arange(given["position_ids"].shape[1])',
+        "ablation/test_noise.py::test_stored_values_are_put_by_plain_hooks",
+    ),
+    "model.paired: rows that ended stay in the adapter's half of the cache": Mutant(
+        "torch.cat([rows, rows + n_before])",
+        "torch.cat([rows, rows])",
+        "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
@@ -391,6 +411,42 @@ MUTANTS = {
         'own.positive if name.startswith("on_") else own.negative',
         'own.negative if name.startswith("on_") else own.positive',
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
+    ),
+    # a study from Python
+    "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
+        "return min(width, order.width(layer, inner))",
+        "return width",
+        "study/test_folder.py::test_layers_of_different_width",
+    ),
+    "study.folder: a file that a killed run began is read": Mutant(
+        "not is_known and any(",
+        "is_known and any(",
+        "study/test_folder.py::test_what_is_unfinished_is_said",
+    ),
+    "study.folder: gains of sentences that were not scored count": Mutant(
+        'if kept or asked.get("keep") != "known"',
+        'if kept or asked.get("keep") == "known"',
+        "study/test_folder.py::test_an_attribution",
+    ),
+    "study.facts: a study of other facts is overwritten": Mutant(
+        "before != written if is_made",
+        "False if is_made",
+        "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
+    ),
+    "study.run: a stage of a model in memory names a command": Mutant(
+        'entry["commands"] = []',
+        "pass",
+        "study/test_memory.py::test_it_writes_what_the_command_writes",
+    ),
+    "artifact.chosen: one set of several is taken": Mutant(
+        "names is None and len(file.sets) != 1",
+        "names is None and not file.sets",
+        "artifact/test_chosen.py::test_one_set_needs_no_name_and_several_do",
+    ),
+    "model.stream.linear: what an adapter adds is left out": Mutant(
+        "if adapters is None or module.merged",
+        "if True or module.merged",
+        "methods/gains/test_adapted.py::test_gains_are_those_of_what_hooks_hear",
     ),
     # analyses
     "analyses.drops: own and other relations are swapped": Mutant(

@@ -137,12 +137,14 @@ def progress_bar(
 ) -> Any:
     """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`.
 
-    A `total` of None is not known yet; with `scale` numbers are shown as 12.3k; `done` of them were
-    done before.
+    In a notebook it is a widget. A `total` of None is not known yet; with `scale` numbers are shown
+    as 12.3k; `done` of them were done before.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
-    off = True if quiet else None
+    # A notebook's output is no terminal, and shows widgets all the same.
+    is_widget = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
+    off = True if quiet else False if is_widget else None
     return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.installed import need
 from relneuron.artifact.options import LoadOptions, options_of
-from relneuron.model.load import settle_arithmetic
-from relneuron.study.facts import Facts
 from relneuron.study.folder import Study, load
-from relneuron.study.run import make_study
 from relneuron.study.settings import RunOptions
 
 # What only says how a model is loaded by its name.
 _LOADING = frozenset(f.name for f in fields(LoadOptions)) - {"backend"}
+_NEEDS = ("transformers", "pydantic", "tqdm", "filelock", "jinja2", "matplotlib", "scipy")
 
 
 def run(
@@ -45,6 +44,12 @@ def run(
 
     Raises RelneuronError for what cannot be done, before anything is written.
     """
+    need("relneuron.run", *_NEEDS)
+    # What the package brings by name is imported without them.
+    from relneuron.model.load import settle_arithmetic
+    from relneuron.study.facts import Facts
+    from relneuron.study.run import make_study
+
     check_given(model, tokenizer)
     _check_options(options)
     settle_arithmetic()

@@ -130,6 +130,7 @@ JUDGED = (
     *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
     *(("--dtype", "float16"), ("--device", "cuda")),
 )
+PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
@@ -191,6 +192,13 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--checkpoint-seconds",
         "without --checkpoint-batches",
     ),
+    ([*GENERATE, "--moments", "c"], "--moments", "with --mode mean or noise"),
+    *(
+        ([*GENERATE, "--off", "en", "--mode", "mean", option, "2"], option, "with --mode noise")
+        for option in ("--noise", "--noise-seed")
+    ),
+    ([*GENERATE, "--random-seeds", "2"], "--random-seeds", "with a set in --off"),
+    ([*GENERATE, *PATCH, "--lens", "2"], "--lens", "without --from"),
     (
         ["import", "en=a.pth", "--model", "m", "-o", "o", "--names", "en"],
         "--names",

@@ -97,6 +97,33 @@ def test_the_same_run_again_asks_nothing(
     assert contents(in_memory) == before
 
 
+def test_the_stages_one_by_one_are_the_study(
+    model_folder: Path, fact_folder: Path, by_name: Path, tmp_path: Path
+) -> None:
+    stages, (model, tokenizer) = relneuron.stages, given(model_folder)
+    prompts, neurons = tmp_path / "prompts.jsonl", tmp_path / "neurons.json"
+    stages.prompts(fact_folder, prompts, stages.PromptsOptions(eva=8))
+    asking = stages.RecordOptions(batch_tokens=256)
+    stages.record("m", model, tokenizer, prompts, tmp_path, asking, quiet=True)
+    ranking = stages.RankOptions(top=20, permutations=5, bootstrap=5, noise=20)
+    stages.identify(tmp_path, neurons, ranking, quiet=True)
+    off = stages.AblateOptions(random_seeds=1, batch_tokens=256)
+    output = tmp_path / "effects.csv"
+    stages.ablate("m", model, tokenizer, neurons, prompts, output, off, quiet=True)
+    for name in ("prompts.jsonl", "validated.csv", "scores.safetensors", "effects.csv"):
+        assert (tmp_path / name).read_bytes() == (by_name / name).read_bytes()
+    stages.ablate(
+        *("m", model, tokenizer, neurons, prompts, tmp_path / "o" / "effects.csv", off),
+        **{"splits": ("eva2",), "quiet": True},
+    )
+    found = relneuron.load(tmp_path / "o").effects
+    assert {*found["split"]} == {"eva2"} and {*found["condition"]} == {
+        "clean",
+        "random.0",
+        *TEMPLATES,
+    }
+
+
 def test_facts_in_memory_ask_the_same(
     model_folder: Path, fact_folder: Path, by_name: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,46 @@ from relneuron.model.stream.norms import Norm
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """A linear map's matrix (out, in), a view of its weight; GPT-2's Conv1D stores (in, out)."""
+    """A linear map's matrix (out, in), a view of its weight; GPT-2's Conv1D stores (in, out).
+
+    With the active LoRA adapters of peft that are not merged it is a new tensor, of the weight's
+    dtype as one would be that they are merged into.
+    """
     weight = cast(Tensor, module.weight).detach()
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    for delta in _added(module):
+        weight = (weight + delta).to(weight.dtype)
+    return weight.T if _is_transposed(module) else weight
+
+
+def size(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear map."""
+    rows, columns = cast(Tensor, module.weight).shape
+    return (columns, rows) if _is_transposed(module) else (rows, columns)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(getattr(module, "base_layer", module)).__name__ == "Conv1D"
+
+
+def _added(module: Any) -> Iterator[Tensor]:
+    """What each active adapter adds to a map's weight; nothing of what is more than a sum.
+
+    Whether that is all that the module does is for find.py to prove.
+    """
+    adapters = getattr(module, "lora_A", None)
+    if adapters is None or module.merged or module.disable_adapters:
+        return
+    for name in module.active_adapters:
+        if name in adapters:
+            yield module.get_delta_weight(name).detach()
 
 
 def bias_of(module: nn.Module) -> Tensor:
     """(out,) float64, zeros where the map has none."""
     bias = getattr(module, "bias", None)
     if bias is None:
-        weight = matrix(module)
-        return weight.new_zeros(len(weight), dtype=torch.float64)
+        weight = cast(Tensor, module.weight)
+        return weight.new_zeros(size(module)[0], dtype=torch.float64)
     return cast(Tensor, bias).detach().double()
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from relneuron.model.layers import Parts, Projection
 from relneuron.model.mlps.experts import Experts
-from relneuron.model.stream.linear import Read, bias_of, matrix
+from relneuron.model.stream.linear import Read, bias_of, matrix, size
 from relneuron.model.stream.norms import Norm
 
 
@@ -216,7 +216,7 @@ class MlpMember:
 
     @property
     def width(self) -> int:
-        return matrix(self.down).shape[1]
+        return size(self.down)[1]
 
     @property
     def n_neurons(self) -> int:

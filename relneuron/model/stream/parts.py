@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.layers import Parts, Projection
 from relneuron.model.mlps.shape import Part
-from relneuron.model.stream.linear import Read, bias_of, matrix
+from relneuron.model.stream.linear import Read, bias_of, matrix, size
 from relneuron.model.stream.mixture import ExpertMember, Member
 from relneuron.model.stream.norms import Norm
 
@@ -135,7 +135,7 @@ class ResidualLayer:
         """F, or those of all members of a mixture."""
         if self.mixture:
             return sum(member.n_neurons for member in self.mixture)
-        return matrix(self.down).shape[1]
+        return size(self.down)[1]
 
     @property
     def is_gated(self) -> bool:
@@ -187,7 +187,7 @@ class ResidualLayer:
 
     def _inputs(self, maps: dict[str, nn.Module | None]) -> tuple[Projection, ...]:
         return tuple(
-            Projection(site, self.path, module, 0, matrix(module).shape[1], of_input=True)
+            Projection(site, self.path, module, 0, size(module)[1], of_input=True)
             for site, module in maps.items()
             if module is not None
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from relneuron.model.layers import Unfound
 from relneuron.model.mlps.experts import Experts
-from relneuron.model.stream.linear import Read, Rows, matrix, without_head
+from relneuron.model.stream.linear import Read, Rows, size, without_head
 from relneuron.model.stream.mixture import given_to
 from relneuron.model.stream.norms import Norm, read_norm
 from relneuron.model.stream.parts import unsupported
@@ -44,7 +44,7 @@ class Call:
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
             return False
-        return matrix(self.module).shape == (self.y.shape[1], self.x.shape[1])
+        return size(self.module) == (self.y.shape[1], self.x.shape[1])
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
