@@ -154,8 +154,8 @@ def effect(
         what = f"the mask {missing[0]}" if missing else "a mask of patched neurons"
         raise RelneuronError(
             f"{outputs} lacks {what}: it has {', '.join(masks)}",
-            "make it with: relneuron generate MODEL PROMPTS --from DONOR --neurons NEURONS "
-            "--off SET -o OUTPUTS",
+            "make it with: relneuron generate MODEL PROMPTS --mode patch --from DONOR --neurons "
+            "NEURONS --off clean,donor,SET -o OUTPUTS",
             2,
         )
     by_mask(lines, [0.0] * len(lines), outputs)
