@@ -62,10 +62,10 @@ class Effect(NamedTuple):
 def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
     """The causal effect of each mask, from costs (prompts, seeds) of every mask, clean and donor.
 
-    C = E[F(w1~) - F(w1)] / E[F(w2) - F(w1)] (arXiv 2406.14144, section 3.3) over prompts and
-    seeds, where w1 is the text of the model itself, w1~ that of the patched model and w2 that of
-    the donor, to the same prompt. The interval is a bootstrap by percentiles: prompts are drawn
-    with all of their seeds and masks, so that numerator and denominator are of one draw.
+    C = E[F(w1~) - F(w1)] / E[F(w2) - F(w1)] (arXiv 2406.14144) over prompts and seeds, where w1 is
+    the text of the model itself, w1~ that of the patched model and w2 that of the donor, to the
+    same prompt. The interval is a bootstrap by percentiles: prompts are drawn with all of their
+    seeds and masks, so that numerator and denominator are of one draw.
     """
     clean, donor = costs[CLEAN], costs[DONOR]
     n_prompts, n_seeds = clean.shape
