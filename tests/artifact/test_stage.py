@@ -160,7 +160,7 @@ STUDIES: dict[str, list[str]] = {
         " --labels {labels}:y --mask s --above 0.5 --seed 3 --random-seeds 1 --quiet"
         f" --template 'Q: {{{{prompt}}}}' --batch-tokens 60 {EXACT}",
         "probe {model} {prompts} -o {d} --apply {d}/probe.safetensors --quiet"
-        " --labels {labels}:y --mask s",
+        f" --labels {{labels}}:y --mask s --template 'Q: {{{{prompt}}}}' {SPREAD}",
     ],
     "corpus of token ids": [
         f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
