@@ -37,6 +37,8 @@ IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
 KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
 PROBE = "--labels labels.csv:y --set en --top 2 --folds 2 --random-seeds 0 --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
+CONTRAST = "contrast model edited prompts.txt --tokens prompt --quiet"
+CHANGED = "identify contrast --method contrast --rate 0.2 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
 MADE = [
@@ -65,6 +67,10 @@ MADE = [
     " --splits eva --random-seeds 1 --analyses matched --unrelated 2",
     "export study/prompts.jsonl -o theirs/facts.json",
     *(f"export knowledge/neurons.json -o theirs/neurons.{kind}" for kind in ("json", "jsonl")),
+    "edit model knowledge/neurons.json knowledge/prompts.jsonl -o edited --quiet",
+    f"{CONTRAST} -o contrast",
+    f"{CHANGED} -o contrast/neurons.json",
+    "export contrast -o theirs/scores.pt",
     "!record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
     f"!{ABLATE} -o unfinished/effects.csv --batch-tokens 64",
     f"!{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
@@ -226,6 +232,18 @@ CASES = {
         "report knowledge -o out/report.html",
         _of("knowledge", "facts.csv", "neurons.json", "prompts.jsonl", "completeness.csv")
         + _of("knowledge", "effects.csv", "conditions.csv", "manifest.json"),
+    ),
+    "contrast": Case(f"{CONTRAST} -o out", given=("prompts.txt",)),
+    "identify changes": Case(
+        f"{CHANGED} -o out/neurons.json", _of("contrast", "contrast.safetensors", "manifest.json")
+    ),
+    "report of a contrast": Case(
+        "report contrast -o out/report.html",
+        _of("contrast", "contrast.safetensors", "neurons.json", "manifest.json"),
+    ),
+    "import scores": Case(
+        "import theirs/scores.pt --model model -o out/neurons.json --format safety",
+        given=("theirs/scores.pt",),
     ),
     "merge": Case(
         "merge half1 half2 -o out",
