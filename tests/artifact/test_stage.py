@@ -203,6 +203,11 @@ STUDIES: dict[str, list[str]] = {
         "import {imported}/neurons.pth --model {model} -o {d}/neurons.json --names en,zh",
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
     ],
+    "imported scores": [
+        "import {imported}/scores.pt --model {model} -o {d}/neurons.json --format safety --top 6"
+        " --without-layers 0",
+        f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
+    ],
     "two models": [
         "contrast {model} {donor} {prompts} -o {d} --completion-by b --positions predicting"
         " --max-new-tokens 3 --template 'So {{prompt}}' --batch-tokens 300 --quiet"
@@ -267,6 +272,10 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     index = [[torch.tensor([1, 5]), torch.tensor([7])], [torch.tensor([2]), torch.tensor([3])]]
     torch.save(index, lapes / "neurons.pth")
     torch.manual_seed(0)
+    scores = torch.rand(1, 48)
+    order = scores[0].argsort(descending=True)
+    ranks = torch.stack([torch.zeros_like(order), order], 1)
+    torch.save((scores, ranks, *torch.rand(4, 1, 48).clone().unbind()), lapes / "scores.pt")
     for name in ("en", "zh"):
         counts = {"n": 1000, "over_zero": torch.randint(0, 1000, (2, 48))}
         torch.save(counts, lapes / name)
