@@ -4,8 +4,8 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 DEMO ?= relneuron-demo
 VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The oldest transformers that pyproject.toml allows, with what that needs in other versions, and the
 # tests of all that calls it. The whole suite runs with the newest one.
 OLDEST := transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 \
@@ -54,4 +54,4 @@ $(VENV)/.oldest: $(VENV)/.test Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist relneuron/_cpu*.so
+	rm -rf $(VENV) build dist relneuron/_cpu*.so relneuron/_cpu*.pyd

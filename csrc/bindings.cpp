@@ -15,6 +15,7 @@
 #include "average_precision.h"
 #include "logprob_gain.h"
 #include "runtime.h"
+#include "swiglu_gradient.h"
 #include "swiglu_stats.h"
 #include "swiglu_stats_quick.h"
 
@@ -42,7 +43,8 @@ void swiglu_stats(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride_ht
                   const std::vector<int64_t>& strides_rn, uintptr_t prompt_ids, uintptr_t keep,
                   uintptr_t condition_ids, const std::string& isa, int n_threads) {
   require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2");
-  require(activation >= 0 && activation < relneuron::n_activations, "an activation has a number");
+  require(activation >= 0 && activation <= static_cast<int>(relneuron::Activation::difference),
+          "an activation has a number");
   require(T >= 0 && F >= 0, "T and F must not be negative");
   require(sites.size() <= relneuron::n_sites_max, "at most four sites");
   require(response_sites.size() <= relneuron::n_sites_max, "at most four responses");
@@ -87,6 +89,35 @@ void swiglu_stats(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride_ht
 
   const py::gil_scoped_release release;
   relneuron::swiglu_stats(args, isa.c_str(), n_threads);
+}
+
+void swiglu_gradient(uintptr_t d_gate, uintptr_t d_up, uintptr_t dh, uintptr_t gate, uintptr_t up,
+                     int64_t stride_dt, int64_t stride_gt, int64_t stride_ut, int64_t T, int64_t F,
+                     int dtype, int activation, uintptr_t keep, uintptr_t condition_ids,
+                     const std::string& isa, int n_threads) {
+  require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2");
+  require(activation >= 0 && activation < static_cast<int>(relneuron::Activation::residual),
+          "an activation has a number");
+  require(T >= 0 && F >= 0, "T and F must not be negative");
+
+  relneuron::SwigluGradientArgs args;
+  args.d_gate = pointer<void>(d_gate);
+  args.d_up = pointer<void>(d_up);
+  args.dh = pointer<const void>(dh);
+  args.gate = pointer<const void>(gate);
+  args.up = pointer<const void>(up);
+  args.stride_dt = stride_dt;
+  args.stride_gt = stride_gt;
+  args.stride_ut = stride_ut;
+  args.T = T;
+  args.F = F;
+  args.dtype = static_cast<relneuron::DType>(dtype);
+  args.activation = static_cast<relneuron::Activation>(activation);
+  args.keep = pointer<const uint32_t>(keep);
+  args.condition_ids = pointer<const int32_t>(condition_ids);
+
+  const py::gil_scoped_release release;
+  relneuron::swiglu_gradient(args, isa.c_str(), n_threads);
 }
 
 // numpy's sort of an integer type, which is as good as any there is (x86-simd-sort, Highway); a plain
@@ -199,6 +230,15 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("condition_ids").noconvert(), py::arg("isa").noconvert(),
         py::arg("n_threads").noconvert(),
         "The kernel of relneuron.ops.swiglu_stats; addresses are not checked.");
+  m.def("swiglu_gradient", &swiglu_gradient, py::kw_only(), py::arg("d_gate").noconvert(),
+        py::arg("d_up").noconvert(), py::arg("dh").noconvert(), py::arg("gate").noconvert(),
+        py::arg("up").noconvert(), py::arg("stride_dt").noconvert(),
+        py::arg("stride_gt").noconvert(), py::arg("stride_ut").noconvert(),
+        py::arg("T").noconvert(), py::arg("F").noconvert(), py::arg("dtype").noconvert(),
+        py::arg("activation").noconvert(), py::arg("keep").noconvert(),
+        py::arg("condition_ids").noconvert(), py::arg("isa").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of the gradient of relneuron.ops.swiglu_stats; addresses are not checked.");
   if (PyModule_AddFunctions(m.ptr(), quick_methods) != 0) throw py::error_already_set();
   m.def("average_precision", &average_precision, py::kw_only(), py::arg("ap").noconvert(),
         py::arg("values").noconvert(), py::arg("stride_vn").noconvert(),

@@ -258,6 +258,20 @@ RELNEURON_INLINE U64 widen(U32 x) {
 #endif
 }
 
+// The way back, each rounded to nearest.
+RELNEURON_INLINE F32 narrow(F64 lower, F64 upper) {
+#if defined(__AVX512F__)
+  const __m512d halves = _mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(lower)));
+  return _mm512_castpd_ps(
+      _mm512_insertf64x4(halves, _mm256_castps_pd(_mm512_cvtpd_ps(upper)), 1));
+#elif defined(__AVX2__)
+  return _mm256_set_m128(_mm256_cvtpd_ps(upper), _mm256_cvtpd_ps(lower));
+#else
+  return F32{static_cast<float>(lower[0]), static_cast<float>(lower[1]),
+             static_cast<float>(upper[0]), static_cast<float>(upper[1])};
+#endif
+}
+
 RELNEURON_INLINE U32 load_wide(const uint16_t* from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(load<__m256i>(from)));

@@ -332,10 +332,45 @@ MUTANTS = {
         "logits / penalty",
         "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
     ),
+    "ablation.conditions: a random set has neurons of the set that it is beside": Mutant(
+        "if i not in own]",
+        "if True]",
+        "ablation/test_patching.py::test_random_sets_have_as_many_other_neurons_of_each_layer",
+    ),
+    "ablation.how: a study does not depend on its donor": Mutant(
+        "same_model(pair.described[1]) if pair else None",
+        "None",
+        "ablation/test_patching.py::test_ablate_answers_with_another_models_values",
+    ),
+    "ablation.noise: noise depends on what shares the batch": Mutant(
+        'device) + given["position_ids"]',
+        'device) + torch.arange(given["position_ids"].shape[1])',
+        "ablation/test_noise.py::test_stored_values_are_put_by_plain_hooks",
+    ),
+    "model.paired: rows that ended stay in the adapter's half of the cache": Mutant(
+        "torch.cat([rows, rows + n_before])",
+        "torch.cat([rows, rows])",
+        "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
         "ablation/test_generate.py::test_mean_activations_are_sums_by_tokens",
+    ),
+    "methods.contrast.classify: a probe is measured on what it learnt": Mutant(
+        "fit(values[inside], labels[inside])",
+        "fit(values, labels)",
+        "methods/contrast/test_probe.py::test_cross_validation_is_that_of_scikit_learn",
+    ),
+    "model.products: the first token is read": Mutant(
+        "h[:, -1, torch.tensor",
+        "h[:, 0, torch.tensor",
+        "methods/contrast/test_probe.py::test_products_are_those_of_plain_hooks",
+    ),
+    "texts.windows: empty documents are left out between joined ones": Mutant(
+        'self.packing.join is not None and piece.content == ""',
+        "False",
+        "texts/test_windows.py::test_joined_documents_are_tokenised_as_one",
     ),
     "model.choose: the option's last token is not scored": Mutant(
         "torch.where(inside == 1, -nll.double(), 0.0).sum(1)",

@@ -46,9 +46,14 @@ class Continuer(Asker):
         return self._continue(questions, rows, before_step).said()
 
     @torch.no_grad()
-    def write(self, questions: Questions, rows: Sequence[int]) -> list[list[int]]:
+    def write(
+        self,
+        questions: Questions,
+        rows: Sequence[int],
+        before_step: Callable[[Step], None] = ignore,
+    ) -> list[list[int]]:
         """The tokens of each row's continuation, without the one that ends the text."""
-        return self._continue(questions, rows, ignore).made
+        return self._continue(questions, rows, before_step).made
 
     def _continue(
         self, questions: Questions, rows: Sequence[int], before_step: Callable[[Step], None]

@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +116,7 @@ def nll_inputs(
         "tokenizer": tokenizer_digest(tokenizer),
         "neurons": sha256(neurons),
         "sources": describe_sources(sources),
-        "packing": asdict(packing),
+        "packing": packing.recorded(),
         "windows": options.windows,
         "random_sets": options.random_sets,
         "batch_tokens": options.batch_tokens,
@@ -139,7 +139,8 @@ def nll(
     """Read each group's text under every mask; writes nll.csv and nll_windows.csv to `folder`.
 
     A mask switches off a set of neurons.json at all tokens; `clean` is none. Of each group the
-    first `options.windows` windows of `options.window` tokens are read. The NLL of a window is the
+    first `options.windows` windows of `options.window` tokens are read; with `options.join` of its
+    documents as one text. The NLL of a window is the
     mean of -ln p of its tokens but the first, in nats.
 
     `nll.journal` lets a killed run go on with the same bits. Out of memory halves the batches from
@@ -156,7 +157,7 @@ def nll(
     sets, doubles = read_sets(neurons, shape)
     notices = empty_sets(sets)
     cut = choose_packing(model, tokenizer, sources, options)
-    cut = replace(cut, max_tokens=windows * cut.window)
+    cut = replace(cut, max_tokens=windows * cut.window, join=options.join)
     plan = plan_masks(sets, shape, random_sets)
     described = describe_model(name, model, mlps, backend)
     Manifest(folder).check_model(described)

@@ -166,6 +166,14 @@ class NllOptions(PackingOptions, OomOptions):
     """What of each text is read, and under which masks beside the sets."""
 
     windows: int = option(256, "Maximum number of windows of each group.", least=1)
+    join: str | None = option(
+        None,
+        "Text that joins the documents of a group to one, such as \\n\\n for blank lines between "
+        "them, as perplexity is measured on Wikitext; default: each is tokenised by itself.",
+        read=unescaped,
+        show=escaped,
+        only=Only("with --packing packed", lambda o: o.mode == "packed"),
+    )
     random_sets: int = option(
         0, "Number of random sets, each as large as the largest set.", least=0
     )

@@ -1,4 +1,4 @@
-"""The optional packages: whether they are there, and what installs the ones that are not.
+"""How relneuron was installed; the optional packages, and what installs those that are not there.
 
 The command line asks before it starts, and a stage before it reads or writes what needs one.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from contextlib import suppress
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import relneuron
 from relneuron.artifact.files import Json, RelneuronError
 
 # Each package, by the name it is imported by, and the extra of pyproject.toml that brings it.
@@ -26,9 +28,11 @@ EXTRAS = {
     "datasets": "data",
     "pyarrow": "data",
     "PIL": "pictures",
+    "sklearn": "probe",
     "peft": "adapters",
 }
-PROJECTS = {"PIL": "pillow"}  # installed by another name than they are imported by
+# Installed by another name than they are imported by.
+PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def missing(*packages: str) -> list[str]:
@@ -71,15 +75,65 @@ def install_command(*extras: str) -> str:
     return f"{pip} {shlex.join([*options, named])}"
 
 
+def how_installed() -> str:
+    """How the relneuron that runs came here, from where, by what, and its commit if it is known."""
+    found = None
+    with suppress(PackageNotFoundError):
+        found = distribution("relneuron")
+    root = Path(__file__).resolve().parents[2]
+    by = (found.read_text("INSTALLER") or "").strip() if found else ""
+    about: Json = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
+    if (root / "pyproject.toml").is_file():
+        place = _folder_of(about)
+        is_editable = place and place.resolve() == root and about["dir_info"].get("editable")
+        how = f"editable, by {by}" if is_editable else "not installed, run where it lies"
+        said = [f"{how}: {root}", *([f"commit {commit()}"] if commit() != "-" else [])]
+    else:
+        said = [f"a wheel, by {by or 'hand'}: {root}"]
+        if "vcs_info" in about:
+            said.append(f"of {about['url']}, commit {about['vcs_info']['commit_id']}")
+        elif "url" in about:
+            said.append(f"of {about['url']}")
+    if found and found.version != relneuron.__version__:
+        said.append(f"but installed as {found.version}: install it again")
+    return ", ".join(said)
+
+
+def _folder_of(about: Json) -> Path | None:
+    """The folder that was installed, of a direct_url.json that is about one."""
+    if "dir_info" not in about:
+        return None
+    return Path(url2pathname(urlsplit(str(about["url"])).path))
+
+
+def commit() -> str:
+    """The commit that the package's checkout is at, `+dirty` with changes, `-` if it is none."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        # Without optional locks nothing is written, not even git's index.
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return "-"  # installed inside of somebody else's checkout
+        name = git("rev-parse", "--short=12", "HEAD")
+        return name + (
+            "+dirty" if git("status", "--porcelain", "--", ".", ":!bench/results") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
 def _origin(found: Distribution) -> list[str] | None:
     """The words that install this distribution again, its extras left out; None: not known."""
     text = found.read_text("direct_url.json")
     if not text:
         return None
     about: Json = json.loads(text)
-    url, parts = str(about["url"]), urlsplit(str(about["url"]))
-    if "dir_info" in about:
-        place = Path(url2pathname(parts.path))
+    url, parts, place = str(about["url"]), urlsplit(str(about["url"])), _folder_of(about)
+    if place:
         if not place.is_dir():
             return None
         return ["-e", str(place)] if about["dir_info"].get("editable") else [str(place)]

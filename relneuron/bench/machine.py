@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from relneuron.artifact.installed import commit
 from relneuron.artifact.manifest import versions
 
 
@@ -46,23 +46,3 @@ def machine(device: str) -> str:
     """The processor's name as a file name."""
     plain = re.sub(r"\((r|tm)\)", "", processor(device).lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
-def commit() -> str:
-    """The commit that the package's checkout is at, `+dirty` with changes, `-` if it is none."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        # Without optional locks nothing is written, not even git's index.
-        command = ["git", "--no-optional-locks", "-C", str(root), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return "-"  # installed inside of somebody else's checkout
-        name = git("rev-parse", "--short=12", "HEAD")
-        return name + (
-            "+dirty" if git("status", "--porcelain", "--", ".", ":!bench/results") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "-"

@@ -21,6 +21,7 @@ from relneuron import ops
 from relneuron.bench import gain as bench_gain
 from relneuron.bench import peers
 from relneuron.bench import ranking as bench_ranking
+from relneuron.bench import training as bench_training
 from relneuron.bench.case import Case, Contestant, near
 from relneuron.testing import assert_accurate
 
@@ -113,6 +114,7 @@ class _Bench:
                 backend="reference",
             )
         ]
+        self.training = bench_training.Training(gate, up)
         self.contestants: list[Contestant] = []
 
     def _stats(self, moments: bool = False) -> ops.GroupStats:
@@ -248,6 +250,17 @@ class _Bench:
         least = 3 if is_gated else 2
         self.add(variant, name, run, moved=moved, least=least, compare=compare, missing=missing)
 
+    def add_training(self, name: str, forward: bench_training.Forward) -> None:
+        """Forward and backward: h of two inputs, and two gradients of three."""
+
+        def compare(h: Tensor) -> None:
+            self.same_h(h)
+            self.training.check()
+
+        call = self.training.call(forward)
+        is_base = forward is bench_training.ours
+        self.add("training", name, call, moved=8, least=8, compare=compare, is_base=is_base)
+
     def add_summing(self, name: str, call: Callable[..., None], moved: float) -> None:
         sums = self._sums()
 
@@ -299,6 +312,9 @@ def swiglu_stats_contestants(
     ours = lambda gate, up, out: ops.swiglu_stats(gate, up, out=out)  # noqa: E731
     b.add("swiglu", "relneuron", ours, moved=3)
     b.add_ours_ungated()
+    b.add_training("relneuron", bench_training.ours)
+    b.add_training("eager", bench_training.eager)
+    b.add_training("in place, Liger's way", bench_training.liger_way)
     fine = lambda h: None  # noqa: E731
     triad = lambda gate, up, out: torch.add(gate, up, out=out)  # noqa: E731
     copy = lambda gate, up, out: out.copy_(gate)  # noqa: E731

@@ -25,10 +25,10 @@ from relneuron.artifact.options import (
     options_of,
     refuse_stray,
 )
-from relneuron.artifact.stage import Attribution, Printed, Ranking, load
+from relneuron.artifact.stage import STUDY, Attribution, Printed, Ranking, command, load
 from relneuron.cli.flags import check_only, given, taken
 from relneuron.methods import attributions, rankings
-from relneuron.study.settings import DEMO, DemoOptions, RunOptions
+from relneuron.study.settings import CONTRAST, DEMO, DemoOptions, RunOptions
 from relneuron.texts.options import PromptsOptions
 
 
@@ -38,13 +38,35 @@ def demo(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """The whole study on the bundled demo model, on a CPU."""
+    """The whole study on the bundled demo model, on a CPU; or of it and a second one."""
     from relneuron.demo import CHECKPOINT, FACTS, TOP
 
+    if CONTRAST in options.analyses:
+        yield from _two_models(output, force, quiet)
+        return
     asked = RunOptions(device="cpu", dtype="float32", **vars(options))
     if asked.top is None and asked.fdr is None:
         asked = replace(asked, top=TOP)
     yield from _study(str(CHECKPOINT), FACTS, output, asked, DEMO, force, quiet)
+
+
+def _two_models(output: Path, force: bool, quiet: bool) -> Iterator[str]:
+    """The demo's model, and the same one taught other answers to one relation."""
+    from relneuron.cli.show import say
+    from relneuron.demo import CHECKPOINT, tuned
+    from relneuron.model.load import load as load_model
+    from relneuron.model.pair import pair_of
+    from relneuron.study.contrast import Plan, contrast_study
+    from relneuron.study.run import open_study
+
+    open_study(output, force)
+    how = LoadOptions(device="cpu", dtype="float32")
+    second = tuned.make_tuned(output, force=force)
+    (a, tokenizer), (b, other) = (load_model(str(one), how) for one in (CHECKPOINT, second))
+    pair = pair_of(a, b, tokenizer, other, names=(DEMO, f"{DEMO}, {tuned.RELATION} retaught"))
+    made_by = command("demo", "-o", STUDY, analyses=CONTRAST)
+    plan = Plan(*tuned.prompts(), cost=f"{tuned.__name__}:cost", made_by=made_by)
+    yield f"report: {contrast_study(pair, plan, output, force=force, quiet=quiet, say=say)}"
 
 
 def run(

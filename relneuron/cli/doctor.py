@@ -13,10 +13,11 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.installed import EXTRAS, install_command, missing
+from relneuron.artifact.installed import EXTRAS, how_installed, install_command, missing
 from relneuron.artifact.manifest import versions
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.stage import Printed, load
+from relneuron.cli.main import stages
 from relneuron.methods import methods
 from relneuron.model.ask import cache_of
 from relneuron.model.instrument import instrument
@@ -31,8 +32,9 @@ from relneuron.model.plan import Place, Plan
 
 
 def machine_report() -> list[tuple[str, str]]:
-    """(name, finding) rows: versions, devices, backends and extras, with what is missing."""
+    """(name, finding) rows: versions, devices, backends, extras, commands, with what is missing."""
     rows = [(name, value) for name, value in versions().items()]
+    rows.append(("installed", how_installed()))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     rows += [("CPU threads", str(torch.get_num_threads())), ("GPU", gpu)]
     for backend, status in ops.available_backends().items():
@@ -42,7 +44,18 @@ def machine_report() -> list[tuple[str, str]]:
         absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
         verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
         rows.append((f"extra {extra}", verdict))
-    return rows
+    return [*rows, *_command_rows()]
+
+
+def _command_rows() -> Iterator[tuple[str, str]]:
+    """Which commands have the packages that they need, and which ones the others lack."""
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for stage in stages():
+        lacking.setdefault(tuple(missing(*stage.needs)), []).append(stage.name)
+    ready = lacking.pop((), [])
+    yield "commands", f"{', '.join(ready)}: all they need is there" if lacking else "all can run"
+    for absent, names in lacking.items():
+        yield f"without {', '.join(absent)}", f"no {', '.join(names)}"
 
 
 def model_report(model: Any, run: Run | None = None) -> tuple[list[tuple[str, str]], bool]:

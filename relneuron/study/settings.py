@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from relneuron.ablation.options import FROM_RESPONSES, AblateOptions
+from relneuron.ablation.options import ANALYSES, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import LoadOptions, Options, like, option
+from relneuron.artifact.options import LoadOptions, Options, like, option, options_of, refuse_stray
 from relneuron.methods import rankings
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.texts.options import PromptsOptions
 
 DEMO = "relneuron demo"  # what the bundled model is called
+CONTRAST = "contrast"  # the demo of two models
 
 
 @dataclass(frozen=True)
@@ -68,5 +69,24 @@ class DemoOptions(Options):
     bootstrap: int = like(RunOptions, "bootstrap")
     noise: int = like(RunOptions, "noise")
     random_seeds: int = like(RunOptions, "random_seeds")
-    analyses: Sequence[str] = like(RunOptions, "analyses", ("gain",))
+    analyses: Sequence[str] = like(
+        RunOptions,
+        "analyses",
+        ("gain",),
+        help="Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
+        "concepts, gain, perplexity; or contrast alone, a study of two models.",
+        choices=(*ANALYSES, CONTRAST),
+    )
     sizes: Sequence[int] | None = like(RunOptions, "sizes")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if CONTRAST not in self.analyses:
+            return
+        if self.analyses != (CONTRAST,):
+            raise RelneuronError(
+                "--analyses contrast is a study of its own", "give it alone, and its own -o", 2
+            )
+        for name, (f, says, _) in options_of(DemoOptions).items():
+            if name != "analyses" and getattr(self, name) != f.default:
+                refuse_stray(says.flag, "without --analyses contrast")

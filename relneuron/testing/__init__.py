@@ -1,4 +1,4 @@
-"""For those who write a backend of `swiglu_stats`, or test with our rule; needs torch only.
+"""For those who write a backend of an op, or test with our rule; needs torch and numpy only.
 
 `check_backend(fn)` holds an implementation to the op's contract, `backend_checks()` gives the same
 checks one by one for a test runner; docs/backend.md shows both. `assert_accurate` is the one
@@ -6,7 +6,9 @@ tolerance rule of this project.
 """
 
 from relneuron.testing import (  # noqa: F401  they register
+    checks_gain,
     checks_h,
+    checks_ranking,
     checks_stats,
     checks_sums,
     checks_ungated,
@@ -14,6 +16,7 @@ from relneuron.testing import (  # noqa: F401  they register
 from relneuron.testing.accuracy import assert_accurate, assert_same_bits
 from relneuron.testing.contract import (
     FEATURES,
+    OPS,
     Check,
     ContractError,
     Report,
@@ -23,6 +26,7 @@ from relneuron.testing.contract import (
 
 __all__ = [
     "FEATURES",
+    "OPS",
     "Check",
     "ContractError",
     "Report",

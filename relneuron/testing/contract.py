@@ -1,4 +1,4 @@
-"""`check_backend`: holds someone's implementation of `swiglu_stats` to the contract of the op.
+"""`check_backend`: holds someone's implementation of an op to the op's contract.
 
 The checks register themselves here from `checks_*.py`; each promises one thing and is a test of
 its own for a test runner (`backend_checks`), or one line of the report (`check_backend`).
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from relneuron.ops import ACTIVATIONS, SITES, GroupStats
 from relneuron.ops.swiglu_stats.reference import ieee_arithmetic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What an implementation may leave out:
+# What an implementation of swiglu_stats may leave out:
 #   counts, moments  updates `stats` without and with moments=True
 #   responses        adds to `responses`
 #   masks            takes `keep` and `condition_ids`
@@ -39,7 +39,37 @@ FEATURES = (
     "errors",
 )
 
-Backend = Callable[..., Tensor]
+
+class Op(NamedTuple):
+    """What an implementation of an op can claim, and the arguments that it gets without names."""
+
+    inputs: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    features: tuple[str, ...]
+    activations: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+
+
+# Of average_precision and logprob_gain, features are options and what their names say: `double` is
+# float64 compared as such, `positions` coefficients (E, P, K), `certified` and `top` are modes.
+OPS = {
+    "swiglu_stats": Op(("gate", "up"), DTYPES, FEATURES, ACTIVATIONS, SITES),
+    "average_precision": Op(
+        ("values", "labels"), (*DTYPES, torch.float64), ("weights", "strides", "errors")
+    ),
+    "logprob_gain": Op(
+        ("x", "values", "coefficients", "unembed", "scale", "targets"),
+        DTYPES,
+        (
+            *("positions", "offset", "scale_after", "cap", "certified", "top"),
+            *("strides", "errors"),
+        ),
+    ),
+}
+
+UNNAMED = {name for op in OPS.values() for name in op.inputs}
+
+Backend = Callable[..., Any]
 
 
 class ContractError(AssertionError):
@@ -63,24 +93,32 @@ class Report:
 class Claims:
     """What an implementation says it can do; the options of `check_backend`."""
 
+    op: str
+    dtypes: Sequence[torch.dtype]
+    features: Sequence[str]
+    activations: Sequence[str]
+    sites: Sequence[str]
     device: torch.device | str = "cpu"
-    dtypes: Sequence[torch.dtype] = DTYPES
-    activations: Sequence[str] = ACTIVATIONS
-    sites: Sequence[str] = SITES
-    features: Sequence[str] = FEATURES
     max_elements: int | None = None
 
+    @staticmethod
+    def of(op: str | Callable[..., Any], **options: Any) -> Claims:
+        """Of an op or its name; what is not said, or None, is claimed whole."""
+        name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+        if name not in OPS:
+            raise ValueError(f"check_backend: op must be one of {tuple(OPS)}, got {name!r}")
+        known = OPS[name]._asdict()
+        del known["inputs"]
+        return Claims(name, **known | {n: v for n, v in options.items() if v is not None})
+
     def __post_init__(self) -> None:
-        for name, known in (
-            ("dtypes", DTYPES),
-            ("activations", ACTIVATIONS),
-            ("sites", SITES),
-            ("features", FEATURES),
-        ):
-            given = getattr(self, name)
+        for name in ("dtypes", "activations", "sites", "features"):
+            given, known = getattr(self, name), getattr(OPS[self.op], name)
+            if given and not known:
+                raise ValueError(f"check_backend: {self.op} has no {name}, got {given!r}")
             if isinstance(given, str) or not set(given) <= set(known):
                 raise ValueError(f"check_backend: {name} must be some of {known}, got {given!r}")
-            if not given and name != "features":
+            if known and not given and name != "features":
                 raise ValueError(f"check_backend: {name} must not be empty")
         if "moments" in self.features and "counts" not in self.features:
             raise ValueError("check_backend: the feature moments comes with counts")
@@ -94,11 +132,14 @@ class Claims:
         """Why a check does not apply, or None."""
         if self.max_elements is not None and check.elements > self.max_elements:
             return f"a call has {check.elements} elements, max_elements is {self.max_elements}"
+        if "double" in check.needs and torch.float64 not in self.dtypes:
+            return "float64 is not claimed"
         if "half" in check.needs and not self.half_dtypes:
             return "no type of 16 bits is claimed"
         if "flush_to_zero" in check.needs and torch.device(self.device).type != "cpu":
             return "it is about the processor's mode"
-        missing = [name for name in check.needs if name in FEATURES and name not in self.features]
+        known = OPS[self.op].features
+        missing = [name for name in check.needs if name in known and name not in self.features]
         return f"not claimed: {', '.join(missing)}" if missing else None
 
 
@@ -120,6 +161,23 @@ class Subject:
         self.n_threads = torch.get_num_threads()
         self.last_call = "none was made"
         self.last_results: tuple[GroupStats | None, dict[str, Tensor]] = (None, {})
+        self.last_inputs: dict[str, Tensor] = {}
+
+    def call(self, **arguments: Any) -> Any:
+        """Call with copies of the arguments, of any op; its result on the CPU."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        self.last_call = describe_call(given)
+        device = self.claims.device
+        moved = {n: _move(v, device) if isinstance(v, Tensor) else v for n, v in given.items()}
+        unnamed = [moved[name] for name in OPS[self.claims.op].inputs]
+        named = {n: v for n, v in moved.items() if n not in OPS[self.claims.op].inputs}
+        with _threads(self.n_threads):
+            found = self.fn(*unnamed, **named)
+        self.last_inputs = {n: _move(v, "cpu") for n, v in moved.items() if isinstance(v, Tensor)}
+        if isinstance(found, Tensor):
+            return found.cpu()
+        assert isinstance(found, tuple), f"the result is a {type(found).__name__}, not a tensor"
+        return tuple(part.cpu() for part in found)
 
     def run(self, gate: Tensor, up: Tensor | None, **arguments: Any) -> Result:
         """Call with copies of the arguments on the device; arguments that are None stay out."""
@@ -127,7 +185,7 @@ class Subject:
         device = self.claims.device
         given: dict[str, Any] = {"activation": self.claims.activations[0]}
         given |= {name: value for name, value in arguments.items() if value is not None}
-        self.last_call = describe_call(gate, up, given)
+        self.last_call = describe_call({"gate": gate, "up": up, **given})
         stats = given.pop("stats", None)
         moved = {n: _move(v, device) for n, v in given.items() if isinstance(v, Tensor)}
         plain: dict[str, Any] = {"activation": given["activation"]}
@@ -169,7 +227,7 @@ class Check:
     needs: tuple[str, ...]
     elements: int
     _function: CheckFunction = field(repr=False)
-    claims: Claims = Claims()
+    claims: Claims
 
     def __call__(self, fn: Backend) -> None:
         """Raise a ContractError unless `fn` holds the promise."""
@@ -201,58 +259,67 @@ class Check:
 CHECKS: list[Check] = []
 
 
-def check(*needs: str, elements: int = 5000) -> Callable[[CheckFunction], CheckFunction]:
-    """Register a check: the features it needs ("half": a 16-bit type), its largest T x F."""
+def check(
+    *needs: str, elements: int = 5000, op: str = "swiglu_stats"
+) -> Callable[[CheckFunction], CheckFunction]:
+    """Register a check: the features it needs ("half": a 16-bit type, "double": float64), its op.
+
+    `elements` of its largest call: T x F, of average_precision N x M, of logprob_gain all logits.
+    """
 
     def register(function: CheckFunction) -> CheckFunction:
         promise = (function.__doc__ or "").strip()
-        CHECKS.append(Check(function.__name__, promise, needs, elements, function))
+        own = Check(function.__name__, promise, needs, elements, function, Claims.of(op))
+        CHECKS.append(own)
         return function
 
     return register
 
 
-def backend_checks(**options: Any) -> list[Check]:
+def backend_checks(op: str | Callable[..., Any] = "swiglu_stats", **options: Any) -> list[Check]:
     """The checks that apply, for a test runner; the options are those of `check_backend`.
 
     @pytest.mark.parametrize("check", backend_checks(dtypes=[torch.float32]), ids=str)
     def test_contract(check):
         check(my_swiglu_stats)
     """
-    claims = Claims(**options)
-    return [
-        Check(c.name, c.promise, c.needs, c.elements, c._function, claims)
-        for c in CHECKS
-        if claims.reason_to_skip(c) is None
-    ]
+    claims = Claims.of(op, **options)
+    checks = [c for c in CHECKS if c.claims.op == claims.op]
+    return [replace(c, claims=claims) for c in checks if claims.reason_to_skip(c) is None]
 
 
 def check_backend(
     fn: Backend,
+    op: str | Callable[..., Any] = "swiglu_stats",
     *,
     device: torch.device | str = "cpu",
-    dtypes: Sequence[torch.dtype] = DTYPES,
-    activations: Sequence[str] = ACTIVATIONS,
-    sites: Sequence[str] = SITES,
-    features: Sequence[str] = FEATURES,
+    dtypes: Sequence[torch.dtype] | None = None,
+    activations: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
+    features: Sequence[str] | None = None,
     max_elements: int | None = None,
 ) -> Report:
-    """Hold an implementation of `swiglu_stats` to the op's contract.
+    """Hold an implementation of an op to the op's contract.
 
-    fn            is called as `relneuron.ops.swiglu_stats` is, without `backend` and `ids_checked`:
-                  fn(gate, up, activation=...) plus those of stats, group_ids, responses,
-                  prompt_ids, keep, condition_ids and out that a check is about. It updates the
-                  `GroupStats` and the responses in place and returns h
+    fn            is called as the op is, without `backend` and `ids_checked`, and with no more than
+                  a check is about: fn(gate, up, activation=...) plus those of stats, group_ids,
+                  responses, prompt_ids, keep, condition_ids and out, of which it updates the
+                  `GroupStats` and the responses in place; fn(values, labels) plus weights; or
+                  fn(x, values, coefficients, unembed, scale, targets) plus options of
+                  `logprob_gain`. It returns what the op returns
+    op            swiglu_stats | average_precision | logprob_gain, or the op itself
     device        where the tensors of the calls are
     dtypes, activations, sites
-                  what it supports, if not everything
-    features      what it supports of `FEATURES`
-    max_elements  leave out checks with a call of more than this number of gates (a slow
-                  implementation, such as an interpreted kernel)
+                  what it supports, if not everything (the last two are of swiglu_stats)
+    features      what it supports of `OPS[op].features`
+    max_elements  leave out checks with a call of more than this number of elements: gates, values,
+                  or logits (a slow implementation, such as an interpreted kernel)
 
     Integers, maxima and the masking are compared exactly, h by `assert_accurate` and in half types
     by its distance in representable numbers, sums by `assert_accurate` with the rounding of float32
-    and the sum of the absolute terms as scale, so any fixed order of adding is right.
+    and the sum of the absolute terms as scale, so any fixed order of adding is right. Average
+    precision is compared bit by bit, as its sum is one of integers; gains by `assert_accurate`,
+    with both log-probabilities as terms.
 
     Returns a Report. Raises one ContractError, an AssertionError, that lists every check that
     failed: the promise, the worst or first wrong element, and the call that shows it.
@@ -265,11 +332,12 @@ def check_backend(
         "features": features,
         "max_elements": max_elements,
     }
-    claims, checks = Claims(**options), backend_checks(**options)
+    claims, checks = Claims.of(op, **options), backend_checks(op, **options)
     failures = {c.name: reason for c in checks if (reason := c.failure(fn)) is not None}
     if failures:
         raise ContractError(failures, len(checks))
-    skipped = {c.name: why for c in CHECKS if (why := claims.reason_to_skip(c)) is not None}
+    mine = [c for c in CHECKS if c.claims.op == claims.op]
+    skipped = {c.name: why for c in mine if (why := claims.reason_to_skip(c)) is not None}
     return Report(tuple(c.name for c in checks), skipped)
 
 
@@ -299,16 +367,17 @@ def describe(tensor: Tensor) -> str:
     return text if tensor.is_contiguous() else f"{text} with strides {tensor.stride()}"
 
 
-def describe_call(gate: Tensor, up: Tensor | None, arguments: dict[str, Any]) -> str:
+def describe_call(arguments: dict[str, Any]) -> str:
     """The call as a user would write it, with shapes for the values."""
-    parts = [f"gate: {describe(gate)}", "up: None" if up is None else f"up: {describe(up)}"]
+    parts = []
     for name, value in arguments.items():
         if isinstance(value, dict):
             inner = ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items())
             parts.append(f"{name}={{{inner}}}")
         elif isinstance(value, Tensor):
             short = value.dtype == torch.int32 and 0 < value.numel() <= 12
-            parts.append(f"{name}={value.tolist() if short else describe(value)}")
+            text = str(value.tolist()) if short else describe(value)
+            parts.append(f"{name}{': ' if name in UNNAMED else '='}{text}")
         else:
-            parts.append(f"{name}={value!r}")
+            parts.append(f"{name}{': ' if name in UNNAMED else '='}{value!r}")
     return f"fn({', '.join(parts)})"

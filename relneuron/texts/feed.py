@@ -263,6 +263,10 @@ def _check(sources: Sequence[Source], tokenizer: Any, packing: Packing) -> None:
                 "give them as two groups, or choose another --bos",
                 2,
             )
+        if packing.join is not None and has_ids:
+            raise RelneuronError(
+                f"--join is of texts, and {source.name} holds token ids", "leave out --join", 2
+            )
 
 
 def _named_groups(sources: Sequence[Source]) -> list[str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.reading import MIB, too_large
 from relneuron.texts.read import read_chunks
 from relneuron.texts.records import Piece
 from relneuron.texts.sources import ID_KINDS, Source
@@ -37,6 +38,8 @@ class Packing:
     bos         where `bos_id` is put: `document` (before each document), `window` (first in every
                 window, so that window - 1 tokens follow) or `none`; never into token ids
     max_tokens  of each group, BOS tokens included: windows are taken while they fit
+    join        text that joins the documents of a group, empty ones too, to one that is tokenised
+                as a whole; None: each document is tokenised by itself
     """
 
     window: int
@@ -44,6 +47,7 @@ class Packing:
     bos: str = "none"
     bos_id: int | None = None
     max_tokens: int | None = None
+    join: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("packed", "documents"):
@@ -62,6 +66,13 @@ class Packing:
                 f"a window has at least {least} tokens, a group at least 1",
                 2,
             )
+
+    def recorded(self) -> Json:
+        """What a manifest says of it."""
+        said = asdict(self)
+        if self.join is None:
+            del said["join"]
+        return said
 
     @property
     def step(self) -> int:
@@ -217,6 +228,8 @@ class _Windows:
         self.n_textless: int = (state or {}).get("n_textless", 0)
         self.window_bos = packing.bos_id if packing.bos == "window" else None
         self.made: list[tuple[str, Array, Array]] = []
+        self.waiting: dict[str, list[str]] = {}  # texts of each group, and what joins them
+        self.n_waiting = 0  # characters
 
     def state(self, position: Json) -> Json:
         return {
@@ -242,6 +255,9 @@ class _Windows:
 
     def add(self, pieces: Sequence[Piece], encode: Encode) -> None:
         wanted = [piece for piece in pieces if self._is_wanted(piece)]
+        if self.packing.join is not None:
+            self._wait(wanted, self.packing.join)
+            return
         texts = [piece.content for piece in wanted if isinstance(piece.content, str)]
         encoded = iter(encode(texts) if texts else [])
         for piece in wanted:
@@ -252,11 +268,30 @@ class _Windows:
         if self.source.groups is not None and piece.group not in self.source.groups:
             self.n_skipped += 1
             return False
-        if not isinstance(piece.content, np.ndarray) and not piece.content:
+        is_kept = self.packing.join is not None and piece.content == ""
+        if not isinstance(piece.content, np.ndarray) and not piece.content and not is_kept:
             self.n_textless += piece.content is None
             self.n_empty += piece.content is not None
             return False
         return not self.packer(piece.group).is_full
+
+    def _wait(self, pieces: Sequence[Piece], join: str) -> None:
+        """Keep texts until all that they are joined with is there."""
+        for piece in pieces:
+            texts = self.waiting.setdefault(piece.group, [])
+            texts += [join, piece.content] if piece.begins and texts else [piece.content]
+            self.n_waiting += len(piece.content) + len(join)
+        limit = self.source.max_record_mib
+        if self.n_waiting > limit * MIB:
+            raise too_large(self.source.name, "a text of joined documents", limit)
+
+    def end(self, encode: Encode) -> None:
+        """No more pieces come."""
+        for group, texts in self.waiting.items():
+            text = "".join(texts)
+            self._add(Piece(group, text, True), encode([text])[0], True)
+        self.waiting = {}
+        self.end_document()
 
     def _add(self, piece: Piece, tokens: Any, is_text: bool) -> None:
         if piece.begins:
@@ -339,7 +374,7 @@ def make_blocks(
             if windows.is_block():
                 yield windows.block(start, fraction)
                 start = windows.state(chunk.position)
-    windows.end_document()
+    windows.end(encode)
     if windows.made:
         yield windows.block(start, fraction)
     yield windows.notes()

@@ -551,6 +551,26 @@ def test_token_ids_need_no_tokenizer(trained: Any, tmp_path: Path) -> None:
     assert abs(cells[0].nll - wanted) <= 1e-5
 
 
+def test_perplexity_of_joined_text_is_that_of_the_field(trained: Any, tmp_path: Path) -> None:
+    """As on Wikitext-2: the whole text tokenised, full windows, exp of the mean of their NLL."""
+    model, tokenizer, texts, _ = trained
+    args = ("m", model, tokenizer, tmp_path / "neurons.json", parse_sources(texts), tmp_path / "o")
+    cells = nll(*args, NllOptions(window=16, join="\n\n"), quiet=True)
+    sets = json.loads((tmp_path / "neurons.json").read_text())["sets"]
+    for cell in cells:
+        ids = tokenizer("\n\n".join(LINES[cell.group]))["input_ids"]
+        n = len(ids) // 16
+        edited = without(model, sets.get(cell.mask, []))
+        found = [plain(edited, ids[16 * i : 16 * i + 16]) for i in range(n)]
+        assert cell.n_windows == n and cell.n_tokens == 15 * n
+        assert cell.perplexity == pytest.approx(math.exp(np.mean(found)), rel=1e-5)
+    assert Manifest(tmp_path / "o").data["stages"]["nll"]["inputs"]["packing"]["join"] == "\n\n"
+    np.save(tmp_path / "ids.npy", np.zeros(40, np.int32))
+    ids_only = parse_sources([f"fruit={tmp_path / 'ids.npy'}"])
+    with pytest.raises(RelneuronError, match="--join is of texts, and .* holds token ids"):
+        nll(*args[:4], ids_only, tmp_path / "p", NllOptions(window=16, join=" "), quiet=True)
+
+
 def test_a_changed_text_is_another_study(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from relneuron.ablation.exchange import stored_moments
 from relneuron.ablation.noise import normal, prompt_key
+from relneuron.artifact.contrast import NAME as CONTRAST
+from relneuron.artifact.contrast import Contrast
 from relneuron.artifact.counts import NAME, Counts
-from tests.ablation.test_generate import LAYERS, WIDTH
-from tests.ablation.test_patching import by_layer, downs, ours, pair, sets, study
-from tests.kit.patched import penalised
+from relneuron.artifact.files import RelneuronError
+from tests.ablation.test_generate import LAYERS, SHAPE, WIDTH
+from tests.ablation.test_patching import by_layer, downs, ours, pair, penalised, sets, study
 
 __all__ = ["pair", "sets", "study"]  # fixtures
 
@@ -73,7 +76,7 @@ def test_stored_values_are_put_by_plain_hooks(
             for _ in range(4):
                 with torch.no_grad():
                     logits = a(torch.tensor([wanted])).logits[0, -1]
-                wanted.append(penalised(1.1)(logits, wanted))
+                wanted += penalised(1.1)(logits[None], [wanted])
                 if wanted[-1] == tokenizer.eos_token_id:
                     break
         text = tokenizer.decode(wanted[len(tokens) :], skip_special_tokens=True)
@@ -117,3 +120,41 @@ def test_the_seed_and_the_size_of_noise_change_the_text(
     assert texts[0] == texts[3] and len({*map(tuple, texts)}) == 3
     clean = ours(pair, study, "c.jsonl", off=("clean",), mode="zero", donor=None, max_new_tokens=3)
     assert texts[2] == [g.output for g in clean]
+
+
+def test_the_moments_of_a_contrast_are_those_of_the_donor_and_of_the_model(tmp_path: Path) -> None:
+    """The mean of b, which is put there, and the deviation of a, to which noise is added."""
+    rng = np.random.default_rng(2)
+    values = {
+        "a": rng.normal(1, 2, (40, LAYERS, WIDTH)),
+        "b": rng.normal(3, 1, (40, LAYERS, WIDTH)),
+    }
+    values["difference"] = values["a"] - values["b"]
+    arrays: dict[str, Any] = {}
+    for site, x in values.items():
+        arrays |= {
+            f"count.{site}": (x > 0).sum(0)[None],
+            f"sum.{site}": x.sum(0)[None],
+            f"sum_sq.{site}": (x**2).sum(0)[None],
+            f"max.{site}": x.max(0)[None].astype(np.float32),
+            f"n_nonfinite.{site}": np.zeros((1, LAYERS, WIDTH), np.int64),
+        }
+    Contrast(["all"], np.array([40]), arrays).write(tmp_path / CONTRAST)
+    path, moments = stored_moments(tmp_path, SHAPE)
+    assert path == tmp_path / CONTRAST
+    assert np.allclose(moments.mean, values["b"].mean(0), rtol=1e-5)
+    assert np.allclose(moments.std, values["a"].std(0, ddof=1), rtol=1e-5)
+    with pytest.raises(RelneuronError, match="this one has 3 and 48"):
+        stored_moments(tmp_path, SHAPE | {"layers": 3})
+    Contrast(["all"], np.array([1]), arrays).write(tmp_path / CONTRAST)
+    with pytest.raises(RelneuronError, match="fewer than two tokens"):
+        stored_moments(tmp_path, SHAPE)
+
+
+def test_counts_without_moments_of_products_are_refused(study: Path, counted: Any) -> None:
+    whole = Counts.read(study / NAME)
+    arrays = {"count.product": whole.arrays["count.product"]}
+    Counts(whole.groups, whole.tokens, arrays).write(study / NAME)
+    with pytest.raises(RelneuronError, match="holds no moments of the site product") as caught:
+        stored_moments(study, SHAPE)
+    assert "--sites product --moments" in caught.value.fix

@@ -1,6 +1,6 @@
 """Patching: products that become another model's, against plain hooks and two KV caches.
 
-The reference (tests/kit/patched.py) takes one prompt at a time; ours mixes masks and prompts in
+The reference (bench/patching.py) takes one prompt at a time; ours mixes masks and prompts in
 batches.
 """
 
@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.patching import patched_loop
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.conditions import Ablation, other_places
 from relneuron.ablation.continuer import Continuer
+from relneuron.ablation.effect import causal_effects
 from relneuron.ablation.exchange import FromMeans, puts_of
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import GenerateOptions
@@ -44,8 +46,7 @@ from relneuron.texts.prompts import write_prompts
 from tests.ablation.test_generate import LAYERS, SHAPE, WIDTH, model_of
 from tests.conftest import tiny_model
 from tests.kit.files import read_rows
-from tests.kit.pairs import save_adapter
-from tests.kit.patched import patched_loop, penalised
+from tests.kit.pairs import moved, save_adapter
 
 NEW = 8
 WORDS = ("Person1", "lives", "in a", "house and", "eats an", "apple ,", "plum", "or the", "pear")
@@ -53,20 +54,11 @@ WORDS = ("Person1", "lives", "in a", "house and", "eats an", "apple ,", "plum", 
 PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i * 12 // 40)) for i in range(40)]
 
 
-def shaken(model: Any, scale: float, seed: int, only: Sequence[str] = ()) -> Any:
-    """A copy of a model, some of whose weights were moved."""
-    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    for name, weight in other.named_parameters():
-        if not only or any(word in name for word in only):
-            weight.data += scale * torch.randn(weight.shape, generator=generator)
-    return other
-
-
 @pytest.fixture(scope="module")
 def pair(model_folder: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Two models with one tokenizer; texts differ from mask to mask."""
-    a = shaken(load_model(str(model_folder)), 0.2, 2, ["down_proj"])
-    yield a, shaken(a, 0.15, 3), load_tokenizer(str(model_folder))
+    a = moved(load_model(str(model_folder)), 0.2, 2, ["down_proj"])
+    yield a, moved(a, 0.15, 3), load_tokenizer(str(model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +91,20 @@ def ours(pair: tuple[Any, Any, Any], study: Path, name: str = "o.jsonl", **asked
     return generate("m", a, tokenizer, *places, options, pair=other, backend=backend, quiet=True)
 
 
+def penalised(penalty: float) -> Any:
+    """The most probable token, after the penalty of `generate` for those that stood before."""
+
+    def choose(logits: Tensor, before: list[list[int]]) -> list[int]:
+        logits = logits.clone()
+        for row, line in enumerate(before):
+            seen = torch.tensor(sorted({*line}))
+            own = logits[row, seen]
+            logits[row, seen] = torch.where(own < 0, own * penalty, own / penalty)
+        return logits.argmax(-1).tolist()
+
+    return choose
+
+
 def by_layer(neurons: Sequence[Sequence[Any]]) -> Mapping[int, list[int]]:
     layers = sorted({n[0] for n in neurons})
     return {layer: sorted({n[2] for n in neurons if n[0] == layer}) for layer in layers}
@@ -126,8 +132,7 @@ def check_loop(pair: Any, made: Sequence[Any], sets: Any, maps: Any = None) -> N
         models, own = ((b, b), (maps[1], maps[1])) if donor else ((a, b), maps)
         chosen = by_layer(sets.get(g.mask, []))
         prompt = tokenizer(g.prompt)["input_ids"]
-        wanted = patched_loop(*models, own, chosen, prompt, penalised(1.1), NEW, [end])
-        wanted = wanted[:-1] if wanted[-1] == end else wanted
+        [wanted] = patched_loop(*models, own, chosen, [prompt], penalised(1.1), NEW, [end])
         text = tokenizer.decode(wanted, skip_special_tokens=True)
         assert (g.output, g.n_tokens) == (text.rstrip("\ufffd"), len(wanted)), g
 
@@ -165,7 +170,7 @@ def test_packed_and_ungated_models(model_folder: Path, study: Path, sets: Any, f
         (study / "neurons.json").write_text(json.dumps(data))
     else:
         a = model_of(family, vocab_size=len(tokenizer), eos_token_id=1, num_hidden_layers=2)
-    trio = (a, shaken(a, 0.15, 5), tokenizer)
+    trio = (a, moved(a, 0.15, 5), tokenizer)
     made = ours(trio, study, off=("donor", "many"))
     check_loop(trio, made[36:] if family == "phi3" else made[36:50], sets)
     assert [g.output for g in made[:40]] != [g.output for g in made[40:]]
@@ -226,16 +231,16 @@ def test_all_neurons_of_a_model_that_differs_in_gate_and_up_say_what_it_says(
 ) -> None:
     """All that differs is replaced: the causal effect C is 1, of any cost."""
     a, _, tokenizer = pair
-    b = shaken(a, 0.3, 7, ["gate_proj", "up_proj"])
+    b = moved(a, 0.3, 7, ["gate_proj", "up_proj"])
     made = ours((a, b, tokenizer), study, off=("clean", "donor", "all"))
     clean, donor, patched = (made[40 * i :][:40] for i in range(3))
     assert [g[1:] for g in patched] == [g[1:] for g in donor]
-    cost = {
-        mask: sum(g.output.count("e") for g in some)
-        for mask, some in (("clean", clean), ("donor", donor), ("patched", patched))
+    costs = {
+        mask: np.array([[g.output.count("e")] for g in some], float)
+        for mask, some in (("clean", clean), ("donor", donor), ("all", patched))
     }
-    assert cost["donor"] != cost["clean"]
-    assert (cost["patched"] - cost["clean"]) / (cost["donor"] - cost["clean"]) == 1
+    (found,) = causal_effects(costs)
+    assert found.effect == 1 and costs["donor"].sum() != costs["clean"].sum()
 
 
 def test_vector_e3() -> None:
@@ -336,7 +341,7 @@ def test_a_killed_run_goes_on_and_with_another_donor_begins_again(
     assert calls == n_batches + 1 > 4  # that of the batch that was under way
     (study / "o.jsonl").unlink()
     (study / "o.jsonl.journal").write_bytes(kept)
-    other = (a, shaken(a, 0.1, 9), tokenizer)
+    other = (a, moved(a, 0.1, 9), tokenizer)
     with pytest.warns(match=r"other inputs .inputs\.donor\.digest: .* is done again"):
         made = ours(other, study, **asked)
     assert made == ours(other, study, "other.jsonl", **asked) != whole
@@ -457,7 +462,8 @@ def test_ablate_answers_with_another_models_values(
 
     def said(chosen: Any, prompt: str) -> str:
         ids = tokenizer(prompt)["input_ids"]
-        made = patched_loop(a, b, maps, chosen, ids, penalised(1.0), 2, [tokenizer.eos_token_id])
+        ends = [tokenizer.eos_token_id]
+        [made] = patched_loop(a, b, maps, chosen, [ids], penalised(1.0), 2, ends)
         return str(tokenizer.decode(made, skip_special_tokens=True)).strip().rstrip("\ufffd")
 
     checked = [row for row in rows if row["condition"] in ("clean", "lives_in")]

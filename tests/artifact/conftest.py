@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from relneuron.ablation.nll import nll
+from relneuron.artifact.prompts import read_questions
 from relneuron.methods.contrast.rank import identify_contrast
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
@@ -17,7 +18,7 @@ from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.study.run import run_study
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, OPTIONS, attributed, contrasted, counted
+from tests.artifact.handed import NLL, OPTIONS, attributed, contrasted, counted, probed
 from tests.kit.counted import rank_counts
 from tests.kit.gradient_studies import gradient_study
 
@@ -68,11 +69,16 @@ def made(
     facts_asked = [(r, s, list(rng.normal(size=(2, 2, 48)))) for r in "rs" for s in "abc"]
     gradient_study(root / "gradients", facts_asked)
     counted(loaded, corpus, root / "counts")
+    counted(loaded, corpus, root / "products", sites=("product",))
     for shard in (1, 2):
         counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))
     neurons = root / "counts" / "neurons.json"
     chosen = {"top_rate": 0.2, "filter_rate": 0.5, "bar_ratio": 0.5}
     rank_counts(root / "counts", neurons, **chosen)
+    ids = [prompt.id for prompt in read_questions(root / "study" / "prompts.jsonl")]
+    rows = [f"{key},{number % 2}\n" for number, key in enumerate(ids)]
+    (root / "labels.csv").write_text("".join(["id,y\n", *rows]))
+    probed(loaded, root, root / "probe")
     nll("m", *loaded, neurons, parse_sources(corpus), root / "counts", NLL, quiet=True)
     # A second choice: the manifest's entry is now this one's.
     rank_counts(root / "counts", root / "counts" / "random.json", method="random", top=9)

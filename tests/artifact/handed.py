@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.options import ANALYSES, NllOptions
 from relneuron.methods.contrast.contrast import contrast
-from relneuron.methods.contrast.options import ContrastOptions
+from relneuron.methods.contrast.options import ContrastOptions, ProbeOptions
+from relneuron.methods.contrast.probe import probe
 from relneuron.methods.counts.count import count
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
@@ -33,6 +35,17 @@ def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any
 def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
     options = CountOptions(window=16, moments=True, **changes)
     count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
+
+
+def probed(loaded: tuple[Any, Any], root: Path, folder: Path, **asked: Any) -> object:
+    """A probe of every second prompt of the study, or what `asked` says."""
+    prompts = root / "study" / "prompts.jsonl"
+    learned = {"neurons": root / "counts" / "neurons.json", "of_set": "a", "top": 3, "folds": 2}
+    learned |= {"labels": f"{root / 'labels.csv'}:y", "random_seeds": 0}
+    options = ProbeOptions(**(asked or learned))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the set has fewer neurons, say
+        return probe("m", *loaded, prompts, folder, options, quiet=True)
 
 
 def contrasted(loaded: tuple[Any, Any], prompts: Path, folder: Path) -> None:

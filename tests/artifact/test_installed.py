@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import relneuron as relneuron_package
 from relneuron.artifact import installed
 from relneuron.artifact.installed import EXTRAS, PROJECTS, install_command, missing
 from relneuron.cli.main import app, stages
@@ -126,6 +127,8 @@ def command_of(
             "merge": [study, study, "-o", out / "m"],
             "generate": [model_folder, corpus / "prompts.txt", "--neurons", neurons]
             + ["--off", "en", "--max-new-tokens", 2, "-o", out / "g.jsonl"],
+            "contrast": [model_folder, model_folder, prompts, "-o", out / "c"],
+            "probe": [model_folder, prompts, "-o", out / "p", "--apply", out / "a.safetensors"],
             "effect": [out / "g.jsonl", "-o", out / "e.csv", "--cost", "c.csv:cost"],
             "import": [out / "a.pth", "--model", model_folder, "--names", "a", "-o", out / "i"],
             "export": [neurons, "-o", out / "n.pth"],
@@ -179,6 +182,11 @@ def test_a_model_is_only_checked_with_its_library(
     code, out, _ = relneuron("doctor")
     said = f"extra hf without transformers: {install_command('hf')}"
     assert code == 0 and said in [" ".join(line.split()) for line in out.splitlines()]
+    lines = dict(re.findall(r"^(commands|without \S+|installed) +(.*)$", out, re.M))
+    asking = {name for name, needed in NEEDS.items() if "transformers" in needed}
+    assert {*lines["without transformers"].removeprefix("no ").split(", ")} == asking
+    ready = lines["commands"].removesuffix(": all they need is there").split(", ")
+    assert {*ready} == {*NEEDS} - asking and str(ROOT) in lines["installed"]
     code, out, err = relneuron("doctor", model_folder)
     assert code == 1 and "needs transformers" in err and "[hf]" in err
 
@@ -204,6 +212,7 @@ def test_tables_that_need_a_package(
 class Installed:
     """What importlib.metadata knows of an installation."""
 
+    version = relneuron_package.__version__
     requires = ["torch>=2.10", "matplotlib>=3.10; extra == 'plot'", "scipy >=1.15 ; extra=='stats'"]
 
     def __init__(self, origin: object, installer: str = "pip") -> None:
@@ -262,10 +271,68 @@ def test_the_command_fits_the_installation(
     assert install_command("plot").startswith("uv pip install ")
 
 
-def test_the_command_of_a_source_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(name: str) -> None:
-        raise PackageNotFoundError(name)
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        (None, ""),
+        ({"url": "file:///w/relneuron.whl", "archive_info": {}}, ", of file:///w/relneuron.whl"),
+        ({"url": "file:///src", "dir_info": {}}, ", of file:///src"),
+        ({"url": "https://h.org/r.git", "vcs_info": VCS}, ", of https://h.org/r.git, commit abc"),
+    ],
+)
+def test_a_wheel_says_what_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: Any, said: str
+) -> None:
+    monkeypatch.setattr(installed, "__file__", str(tmp_path / "relneuron" / "artifact" / "i.py"))
+    monkeypatch.setattr(installed, "distribution", lambda name: Installed(origin, "uv"))
+    assert installed.how_installed() == f"a wheel, by uv: {tmp_path}{said}"
+    monkeypatch.setattr(Installed, "version", "0.0.1")
+    assert installed.how_installed().endswith(", but installed as 0.0.1: install it again")
 
+
+def test_a_source_tree_says_whether_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "commit", lambda: "abc+dirty")
+    about: dict[str, Any] = {"url": ROOT.as_uri(), "dir_info": {"editable": True}}
+    monkeypatch.setattr(installed, "distribution", lambda name: Installed(about))
+    assert installed.how_installed() == f"editable, by pip: {ROOT}, commit abc+dirty"
+    about["url"] = ROOT.parent.as_uri()
+    assert installed.how_installed().startswith(f"not installed, run where it lies: {ROOT}, comm")
+    monkeypatch.setattr(installed, "commit", lambda: "-")
+    monkeypatch.setattr(installed, "distribution", unknown)
+    assert installed.how_installed() == f"not installed, run where it lies: {ROOT}"
+
+
+def test_the_commit_is_that_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        set_up = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+        return subprocess.run(
+            ("git", *set_up, *words), check=True, capture_output=True, text=True
+        ).stdout
+
+    file = tmp_path / "relneuron" / "artifact" / "installed.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setattr(installed, "__file__", str(file))
+    assert installed.commit() == "-"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    name = git("rev-parse", "HEAD")[:12]
+    assert installed.commit() == name
+    file.write_text("changed", encoding="utf-8")
+    assert installed.commit() == f"{name}+dirty"
+    within = tmp_path / "relneuron" / "lib" / "relneuron" / "artifact" / "installed.py"
+    monkeypatch.setattr(installed, "__file__", str(within))
+    assert installed.commit() == "-"  # in site-packages within somebody's checkout
+
+
+def unknown(name: str) -> None:
+    raise PackageNotFoundError(name)
+
+
+def test_the_command_of_a_source_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "distribution", unknown)
     assert shlex.split(install_command("hf")) == ["pip", "install", f"{ROOT}[hf]"]
 

@@ -26,7 +26,7 @@ from relneuron.cli import main as cli
 from relneuron.study.run import _whole
 from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
-from tests.kit.pairs import write_other
+from tests.kit.pairs import save_moved
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
 
@@ -137,6 +137,8 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8",
         f"{GRADIENTS} --method ig --steps 3",
         "identify {d} -o {d}/neurons.json --method query_localization --otsu",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --mode patch --from {donor} --splits eva --unrelated 2 --any-set --quiet",
     ],
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
@@ -153,7 +155,12 @@ STUDIES: dict[str, list[str]] = {
         f" --window 24 --boundaries position {COUNT} {SPREAD}",
         "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
         "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
-        f" --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
+        f" --join '\\n\\n' --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
+        "probe {model} {prompts} -o {d} --neurons {d}/neurons.json --set en --top 3 --folds 2"
+        " --labels {labels}:y --mask s --above 0.5 --seed 3 --random-seeds 1 --quiet"
+        f" --template 'Q: {{{{prompt}}}}' --batch-tokens 60 {EXACT}",
+        "probe {model} {prompts} -o {d} --apply {d}/probe.safetensors --quiet"
+        " --labels {labels}:y --mask s",
     ],
     "corpus of token ids": [
         f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
@@ -197,21 +204,21 @@ STUDIES: dict[str, list[str]] = {
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
     ],
     "two models": [
-        "contrast {model} {model_b} {prompts} -o {d} --completion-by b --positions predicting"
+        "contrast {model} {donor} {prompts} -o {d} --completion-by b --positions predicting"
         " --max-new-tokens 3 --template 'So {{prompt}}' --batch-tokens 300 --quiet"
         f" {EXACT}",
         "identify {d} -o {d}/neurons.json --method contrast --sizes 5,20 --groups likes_fruit"
         " --without-layers 0",
     ],
     "two models, neurons within others": [
-        "contrast {model} {model_b} {prompts} -o {d} --tokens prompt --quiet",
+        "contrast {model} {donor} {prompts} -o {d} --tokens prompt --quiet",
         "identify {d} -o {d}/neurons.json --method contrast --rate 0.5 --from-rank 2 --by-group"
         " --within {neurons}",
     ],
     "shards of two models": [
-        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-a --tokens last --shard 1/2 {SPREAD}"
+        f"contrast {{model}} {{donor}} {{prompts}} -o {{d}}-a --tokens last --shard 1/2 {SPREAD}"
         " --batch-tokens 300 --quiet",
-        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-b --tokens last --shard 2/2 {SPREAD}"
+        f"contrast {{model}} {{donor}} {{prompts}} -o {{d}}-b --tokens last --shard 2/2 {SPREAD}"
         " --batch-tokens 300 --quiet",
         "merge {d}-a {d}-b -o {d}",
         "identify {d} -o {d}/neurons.json --method contrast --top 4 --without {neurons}",
@@ -237,6 +244,9 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         values = torch.arange(400, dtype=torch.int32) * 7 % 90
         (folder / f"{name}.bin").write_bytes(values.numpy().tobytes())
     assert call("prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", 8) == 0
+    asked = (folder / "prompts.jsonl").read_text().splitlines()
+    labels = [f"s,{json.loads(line)['id']},{i % 2}" for i, line in enumerate(asked)]
+    (folder / "labels.csv").write_text("\n".join(["mask,id,y", *labels]) + "\n")
     suffixed = folder / "suffixed"
     suffixed.mkdir()
     for path in fact_folder.iterdir():
@@ -281,14 +291,13 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     (folder / "pictures" / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
     shutil.copytree(model_folder, folder / "chat")
     (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    write_other(model_folder, folder / "model_b")
     shape = {"layers": 2, "width": 48, "hidden": 32}
     some = [(layer, "gate", i, 1.0) for layer in (0, 1) for i in range(9)]
     NeuronFile(shape, "ap", {"some": some}, {}).write(folder / "neurons.json")
     return {
         "model": str(model_folder),
-        "model_b": str(folder / "model_b"),
         "neurons": str(folder / "neurons.json"),
+        "donor": str(save_moved(model_folder, folder / "donor")),
         "chat": str(folder / "chat"),
         "facts": str(fact_folder),
         "suffixed": str(suffixed),
@@ -300,6 +309,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         "ids": str(folder / "ids.bin"),
         "ids2": str(folder / "ids2.bin"),
         "prompts": str(folder / "prompts.jsonl"),
+        "labels": str(folder / "labels.csv"),
         "table": str(folder / "facts.csv"),
         "imported": str(lapes),
         "llava": str(folder / "llava"),

@@ -118,11 +118,19 @@ EDIT = ["edit", *MODEL, "n.json", "p.jsonl", "-o", "edited"]
 COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 CONTRAST = ["contrast", *MODEL, *MODEL, "p.jsonl", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
+NLL = ["nll", *MODEL, "n.json", "en=a.txt", "-o", "c"]
 EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
+APPLY = ["probe", *MODEL, "p.jsonl", "-o", "o", "--apply", "probe.safetensors"]
+LABELLED = (("--above", "2"), ("--mask", "donor"))
+FITTED = (
+    *(("--neurons", "n.json"), ("--set", "s"), ("--top", "5"), ("--folds", "3")),
+    *(("--seed", "1"), ("--random-seeds", "2")),
+)
 JUDGED = (
     *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
     *(("--dtype", "float16"), ("--device", "cuda")),
 )
+PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
@@ -169,6 +177,7 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--checkpoint-seconds",
         "without --checkpoint-batches",
     ),
+    ([*NLL, "--packing", "documents", "--join", " "], "--join", "with --packing packed"),
     ([*GENERATE, "--counts", "c"], "--counts", "with --set"),
     *(
         ([*CONTRAST, "--tokens", "last", option, value], option, "with --tokens completion")
@@ -183,6 +192,13 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--checkpoint-seconds",
         "without --checkpoint-batches",
     ),
+    ([*GENERATE, "--moments", "c"], "--moments", "with --mode mean or noise"),
+    *(
+        ([*GENERATE, "--off", "en", "--mode", "mean", option, "2"], option, "with --mode noise")
+        for option in ("--noise", "--noise-seed")
+    ),
+    ([*GENERATE, "--random-seeds", "2"], "--random-seeds", "with a set in --off"),
+    ([*GENERATE, *PATCH, "--lens", "2"], "--lens", "without --from"),
     (
         ["import", "en=a.pth", "--model", "m", "-o", "o", "--names", "en"],
         "--names",
@@ -192,6 +208,8 @@ STRAY: list[tuple[list[str], str, str]] = [
     ([*ABLATE, "--scale-at", "output"], "--scale-at", "with --mode scale"),
     (["prompts", "f", "-o", "p.jsonl", "--choose-from", "5"], "--choose-from", "with --choices"),
     *(([*EDIT, option, value], option, "with --to") for option, value in EDITS),
+    *(([*APPLY, option, value], option, "without --apply") for option, value in FITTED),
+    *(([*APPLY, option, value], option, "with --labels") for option, value in LABELLED),
     *(
         ([*EFFECT, option, value], option, "with a classifier as --cost")
         for option, value in JUDGED

@@ -22,9 +22,11 @@ from tests.kit.corpus_commands import (
     GROUPS,
     TEXTS,
     WINDOW,
+    check_refused,
     sources,
 )
 from tests.kit.counted import plain_counts
+from tests.kit.pairs import save_moved
 
 
 def test_the_counts_are_plain_hooks(model_folder: Path, study: Path) -> None:
@@ -148,6 +150,22 @@ def test_text_is_generated_with_sets_off_and_set(
         ("en", "zh"),
         ("en", "zh"),
     ]
+
+
+def test_text_is_generated_with_another_models_values(
+    relneuron: Any, model_folder: Path, corpus: Path, study: Path, tmp_path: Path
+) -> None:
+    donor = save_moved(model_folder, tmp_path / "donor")
+    words = ["generate", model_folder, corpus / "prompts.txt", "-o", tmp_path / "o.jsonl"]
+    words += ["--neurons", study / "neurons.json", "--max-new-tokens", 4, "--quiet"]
+    words += ["--off", "clean,en,donor", "--mode", "patch", "--random-seeds", 1, "--from"]
+    code, out, err = relneuron(*words, donor)
+    assert (code, err) == (0, "")
+    assert out == f"8 outputs -> {tmp_path / 'o.jsonl'}\n"
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["mask"] for row in rows[::2]] == ["clean", "en", "random.0", "donor"]
+    assert rows[0]["output"] != rows[-2]["output"]
+    check_refused(relneuron, tmp_path, "is no model folder", *words, tmp_path, "--force")
 
 
 def test_token_ids_under_the_authors_names_are_counted(

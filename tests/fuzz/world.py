@@ -35,6 +35,7 @@ NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --wind
 LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
 IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
 KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
+PROBE = "--labels labels.csv:y --set en --top 2 --folds 2 --random-seeds 0 --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
@@ -47,6 +48,7 @@ MADE = [
     f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
+    f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
         f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
         for n in (1, 2)
@@ -276,6 +278,15 @@ CASES = {
         " --set en",
         ("counts/counts.safetensors",),
     ),
+    "probe": Case(
+        f"probe model prompts.txt -o out --neurons counts/neurons.json {PROBE}",
+        ("counts/neurons.json",),
+        ("prompts.txt", "labels.csv"),
+    ),
+    "probe, applied": Case(
+        "probe model prompts.txt -o out --apply probe/probe.safetensors --quiet",
+        ("probe/probe.safetensors", "probe/manifest.json"),
+    ),
     "effect": Case(
         "effect said.jsonl -o out/e.csv --cost costs.csv:cost",
         given=("said.jsonl", "costs.csv"),
@@ -360,7 +371,8 @@ def _write_tables(root: Path) -> None:
     lines = [json.dumps(dict(zip(head, row, strict=True))) + "\n" for row in rows]
     (root / "table.jsonl").write_text("".join(lines))
     (root / "prompts.jsonl").write_text("".join(lines[:2]))
-    (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\n")
+    (root / "prompts.txt").write_text("Person1 lives in\nPerson2 eats\nPerson3 eats\nOslo\n")
+    (root / "labels.csv").write_text("id,y\n1,0\n2,1\n3,1\n4,0\n")
     masks = [(mask, key) for mask in ("clean", "donor", "en") for key in "pq"]
     said = [{"mask": m, "set": "", "id": k, "prompt": k, "output": m * 2} for m, k in masks]
     more = {"n_tokens": 2, "stopped": "eos"}

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from tests.conftest import ROOT
 
 Act = Callable[..., object]
@@ -114,6 +116,8 @@ def _become(
 
 @cache
 def _server() -> Any:
+    if not hasattr(os, "fork"):
+        pytest.skip("this system forks no processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.kit.preloaded"])
     with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):

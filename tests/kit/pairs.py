@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from relneuron.model.load import load_model, load_tokenizer
 from tests.conftest import tiny_model
 from tests.kit.counted import VOCABULARY, Numbers
 
@@ -27,6 +28,9 @@ def config_of(kind: str) -> Any:
     attention, mlp = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
     return {
         "lora": lambda: LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **lora),
+        "dora": lambda: LoraConfig(
+            target_modules=["q_proj", *mlp], use_dora=True, use_rslora=True, **lora
+        ),
         "lora of all": lambda: LoraConfig(target_modules=[*attention, *mlp], **lora),
         "ia3": lambda: IA3Config(
             target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
@@ -63,31 +67,28 @@ def save_adapter(kind: str | Any, folder: Path, *, model: Any = None, seed: int 
     return folder
 
 
+def moved(model: Any, scale: float = 0.02, seed: int = 3, only: Sequence[str] = ()) -> Any:
+    """A copy of a model, some of whose weights were changed: those with one of `only` in a name."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for name, weight in other.named_parameters():
+        if not only or any(word in name for word in only):
+            weight.data += scale * torch.randn(weight.shape, generator=generator)
+    return other
+
+
+def save_moved(model: Path, folder: Path, scale: float = 0.15, seed: int = 3) -> Path:
+    """The folder of a model with other weights and the same tokenizer."""
+    moved(load_model(str(model)), scale, seed).save_pretrained(folder)
+    load_tokenizer(str(model)).save_pretrained(folder)
+    return folder
+
+
 def peft_model(folder: Path, **changes: Any) -> Any:
     """The model with the adapter of a folder, as peft itself runs it."""
     from peft import PeftModel
 
     with ignoring_peft():
         return PeftModel.from_pretrained(tiny_model("llama", **changes), folder).eval()
-
-
-def other(model: Any, *, seed: int = 3, by: float = 0.02) -> Any:
-    """A copy of a model, all of whose weights are moved a little."""
-    made = deepcopy(model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.add_(torch.randn_like(weight) * by)
-    return made
-
-
-def write_other(model: Path, folder: Path) -> Path:
-    """A folder with `other` of a folder's model, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    other(AutoModelForCausalLM.from_pretrained(model)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
 
 
 class Words(Numbers):

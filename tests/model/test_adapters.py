@@ -26,7 +26,7 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
     return found
 
 
-@pytest.fixture(scope="module", params=ADAPTERS)
+@pytest.fixture(scope="module", params=(*ADAPTERS, "dora"))
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with an adapter of ours, and the same two as peft has them."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -271,6 +271,36 @@ def test_gradient_checkpointing_counts_once_and_gives_the_same_gradients(reentra
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
+def test_a_training_step_inside_an_ablation_is_that_of_hooks(model: Any) -> None:
+    def without(x: Tensor, index: int) -> Tensor:
+        return torch.where(torch.arange(x.shape[-1]) == index, 0.0, x)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(ids(), use_cache=False).logits.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    with relneuron.instrument(model, 1) as probe, relneuron.ablate(model, NEURONS):
+        probe.batch(torch.ones(B, T))
+        found = gradients()
+    assert [s.tokens.tolist() for s in probe.stats] == [[B * T]] * LAYERS
+    handles = [
+        part(model, layer, "down").register_forward_pre_hook(
+            lambda _, x, index=index: (without(x[0], index),)
+        )
+        for layer, index in ((0, 3), (1, 40))
+    ]
+    down = part(model, 2, "down")
+    handles.append(down.register_forward_hook(lambda _, x, y: without(y, 31)))
+    wanted = gradients()
+    for handle in handles:
+        handle.remove()
+    plain = gradients()
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(found, plain, strict=True))
+
+
 def test_layers_that_share_an_mlp_are_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp

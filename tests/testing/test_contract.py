@@ -16,10 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from relneuron import ops
 from relneuron.ops import available_backends, backends, swiglu_stats
-from relneuron.testing import FEATURES, Check, ContractError, backend_checks, check_backend
+from relneuron.testing import FEATURES, OPS, Check, ContractError, backend_checks, check_backend
 from tests.kit.interpreter import IS_INTERPRETED, quiet
 from tests.testing.mutants import FAULTS, swiglu_stats_with
+from tests.testing.mutants_others import (
+    GAIN,
+    RANKING,
+    average_precision_with,
+    logprob_gain_with,
+)
 
 pytestmark = quiet
 
@@ -56,6 +63,68 @@ def test_the_kernels_for_gpus_hold_the_contract(check: Check) -> None:
     if check.name not in checks:
         pytest.skip("too large for the interpreter")
     checks[check.name](functools.partial(swiglu_stats, backend="triton"))
+
+
+# --- the other ops ---------------------------------------------------------------------------
+
+OTHERS = [check for op in list(OPS)[1:] for check in backend_checks(op)]
+MUTANTS = {
+    "average_precision": (average_precision_with, RANKING),
+    "logprob_gain": (logprob_gain_with, GAIN),
+}
+OTHER_FAULTS = [(op, fault) for op, (_, faults) in MUTANTS.items() for fault in faults]
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["cpu"] if STATUS["cpu"].works else [])])
+@pytest.mark.parametrize("check", OTHERS, ids=str)
+def test_other_ops_hold_their_contracts(check: Check, backend: str) -> None:
+    check(functools.partial(getattr(ops, check.claims.op), backend=backend))
+
+
+@pytest.mark.skipif(not STATUS["triton"].works, reason=STATUS["triton"].detail)
+@pytest.mark.parametrize("check", OTHERS, ids=str)
+def test_other_ops_hold_them_on_gpus(check: Check) -> None:
+    options: dict[str, Any] = {"max_elements": 5000} if IS_INTERPRETED else {"device": "cuda"}
+    checks = {c.name: c for c in backend_checks(check.claims.op, **options)}
+    if check.name not in checks:
+        pytest.skip("too large for the interpreter")
+    checks[check.name](functools.partial(getattr(ops, check.claims.op), backend="triton"))
+
+
+@pytest.mark.parametrize("op", MUTANTS)
+def test_without_a_fault_the_others_are_right(op: str) -> None:
+    fn, _ = MUTANTS[op]
+    report = check_backend(functools.partial(fn, None), op)
+    assert report == check_backend(functools.partial(fn, None), getattr(ops, op))
+    assert report.passed == tuple(c.name for c in backend_checks(op)) and not report.skipped
+
+
+@pytest.mark.parametrize(("op", "fault"), OTHER_FAULTS)
+def test_every_fault_of_the_others_is_found(op: str, fault: str) -> None:
+    fn, faults = MUTANTS[op]
+    checks = {c.name: c for c in backend_checks(op)}
+    reason = checks[faults[fault]].failure(functools.partial(fn, fault))
+    assert reason is not None and checks[faults[fault]].promise in reason
+    assert f"call: fn({OPS[op].inputs[0]}: (" in reason
+
+
+@pytest.mark.parametrize("op", MUTANTS)
+def test_every_check_of_the_others_finds_a_fault(op: str) -> None:
+    assert set(MUTANTS[op][1].values()) == {c.name for c in backend_checks(op)}
+    needs = {name for c in backend_checks(op) for name in c.needs}
+    assert needs >= set(OPS[op].features)
+
+
+def test_less_can_be_claimed_of_the_others() -> None:
+    def plain(values: Tensor, labels: Tensor) -> Tensor:
+        assert values.dtype == torch.float32 and values.is_contiguous()
+        return ops.average_precision(values, labels)
+
+    report = check_backend(plain, "average_precision", dtypes=[torch.float32], features=[])
+    assert report.skipped["a_weight_is_as_many_rows"] == "not claimed: weights"
+    assert report.skipped["float64_is_compared_as_float64"] == "float64 is not claimed"
+    names = {c.name for c in backend_checks("logprob_gain", dtypes=[torch.float32], features=[])}
+    assert "gains_are_the_definition" in names and "half_types_are_read_exactly" not in names
 
 
 # --- seeded faults ---------------------------------------------------------------------------
@@ -155,6 +224,10 @@ def test_less_can_be_claimed() -> None:
         ({"activations": "silu"}, "activations must be some of"),
         ({"features": ["speed"]}, "features must be some of .*speed"),
         ({"features": ["moments"]}, "moments comes with counts"),
+        ({"op": "softmax"}, "op must be one of .*average_precision.*got 'softmax'"),
+        ({"op": ops.residual_stats}, "op must be one of .*got 'residual_stats'"),
+        ({"op": "logprob_gain", "sites": ["gate"]}, "logprob_gain has no sites"),
+        ({"op": "average_precision", "features": ["masks"]}, "features must be some of .*weights"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], match: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,57 @@ def test_the_default_policy_is_the_tokenizers_own() -> None:
     assert default_bos(Speaker([2], 1, [5])) == ("none", None)
     assert default_bos(Speaker([7], None, [5])) == ("none", None)
     assert default_bos(Speaker([], 1, [1])) == ("none", None)  # a text's own token
+
+
+# --- documents that are joined -----------------------------------------------------------------
+
+RECORDS = ["ab c", "", "d", "e f gh", "", "i"]
+
+
+def merging(texts: Sequence[str]) -> list[list[int]]:
+    """One token a character, but one of what meets where documents are joined."""
+    return [[ord(c) for c in text.replace("c\n\n", "#").replace("\n\n\n\n", "*")] for text in texts]
+
+
+@pytest.mark.parametrize("bos", ["document", "window", "none"])
+def test_joined_documents_are_tokenised_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: str
+) -> None:
+    lines = [json.dumps({"text": t, "of": g}) for t in RECORDS for g in ("a", "b")]
+    (tmp_path / "x.jsonl").write_text("".join(line + "\n" for line in [*lines, '{"of": "c"}']))
+    source = parse_sources([str(tmp_path / "x.jsonl")], group_column="of")[0]
+    packing = Packing(4, "packed", bos, None if bos == "none" else BOS, join="\n\n")
+    (whole,) = merging(["\n\n".join(RECORDS)])
+    documents = [("a", whole), ("b", whole)]
+    monkeypatch.setattr(corpus_read, "CHUNK_PIECES", 3)
+    *blocks, notes = make_blocks(source, packing, merging)
+    found = [
+        (block.groups[window.group], window.ids.tolist(), window.first.tolist())
+        for block in blocks
+        for window in block.windows
+    ]
+    assert sorted(found) == sorted(reference(documents, packing)) and len(found) > 7
+    assert notes["records_without_text"] == 1 and notes["empty_documents"] == 0
+    # From the state of a block on the same ones follow.
+    again = list(make_blocks(source, packing, merging, state=blocks[0].start))
+    assert [w.ids.tolist() for w in again[0].windows] == [w.ids.tolist() for w in blocks[0].windows]
+
+
+def test_a_long_line_is_joined_as_one_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij\nkl\n")
+    monkeypatch.setattr(corpus_read, "PIECE_BYTES", 4)
+    (source,) = parse_sources([f"en={tmp_path / 'a.txt'}"])
+    blocks = list(make_blocks(source, Packing(14, join="--"), merging))[:-1]
+    (window,) = (window for block in blocks for window in block.windows)
+    assert "".join(map(chr, window.ids)) == "abcdefghij--kl"
+
+
+def test_joined_documents_are_no_larger_than_a_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(("x" * 999 + "\n") * 1100)
+    (source,) = parse_sources([f"en={tmp_path / 'a.txt'}"])
+    source = replace(source, max_record_mib=1)
+    with pytest.raises(RelneuronError, match="a text of joined documents of more than 1 MiB"):
+        list(make_blocks(source, Packing(14, join="\n\n"), merging))
+    assert list(make_blocks(source, Packing(14, max_tokens=28), merging))

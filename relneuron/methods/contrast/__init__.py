@@ -2,7 +2,8 @@
 
 `contrast` is the pass, a `job` of batches whose `lines` say what is read and compared, added up by
 `counter`; `options` and `commands` are its command line. `rank` chooses by the contrast that a
-folder holds, as `choices` says; `authors_files` reads and writes the authors' scores. `study`,
+folder holds, as `choices` says; `probe` learns what neurons tell at a prompt's last token by the
+regression of `classify`; `authors_files` reads and writes the authors' scores. `study`,
 `tables`, `page` and `figures` are the report's. No torch here.
 """
 
@@ -11,9 +12,13 @@ from relneuron.artifact.stage import Method, Ranking, Stage
 from relneuron.methods.contrast.choices import ChangeOptions
 
 _HERE = "relneuron.methods.contrast"
+_ASKS = ("transformers", "tqdm", "filelock")
 
 METHOD = Method(
-    stages=(Stage("contrast", f"{_HERE}.commands:contrast", ("transformers", "tqdm", "filelock")),),
+    stages=(
+        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS),
+        Stage("probe", f"{_HERE}.commands:probe", (*_ASKS, "sklearn")),
+    ),
     rankings=(
         Ranking(
             "contrast",

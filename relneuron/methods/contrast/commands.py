@@ -1,4 +1,4 @@
-"""The command `contrast`: two models, prompts, and what was found."""
+"""The commands `contrast`, of two models and prompts, and `probe`, of one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Annotated
 
 from relneuron.artifact.contrast import NAME
 from relneuron.artifact.files import check_folder
-from relneuron.artifact.options import Argument, LoadOptions, Output
-from relneuron.methods.contrast.options import ContrastOptions
+from relneuron.artifact.options import Argument, LoadOptions, Model, Output
+from relneuron.artifact.stage import Printed
+from relneuron.methods.contrast.options import ContrastOptions, ProbeOptions
 
 
 def contrast(
@@ -74,3 +75,41 @@ def contrast(
     per_s = made.tokens / max(made.seconds, 1e-9)
     yield f"contrast: {made.seconds:.1f} s, {per_s:,.0f} tokens/s by each model"
     yield f"-> {output / NAME}"
+
+
+def probe(
+    model: Model,
+    prompts: Annotated[Path, Argument("PROMPTS", "A prompts.jsonl, or a .txt of prompts.")],
+    output: Output,
+    options: ProbeOptions,
+    load_options: LoadOptions,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """What neurons tell at the prompt's last token: a logistic regression of labels, probe.csv."""
+    from relneuron.artifact.prompts import read_questions
+    from relneuron.methods.contrast.probe import probe as probe_stage
+    from relneuron.model.load import load
+
+    check_folder(output)
+    read_questions(prompts, options.template)
+    loaded, tokenizer = load(model, load_options)
+    rows = probe_stage(
+        model,
+        loaded,
+        tokenizer,
+        prompts,
+        output,
+        options,
+        backend=load_options.backend,
+        force=force,
+        quiet=quiet,
+    )
+    shown = []
+    for row in rows:
+        within = "" if row.low is None else f"[{row.low:.1%}, {row.high:.1%}]"
+        within += "" if row.sd_sets is None else f"±{row.sd_sets:.1%}"
+        shown.append([row.neurons, f"{row.accuracy:.1%}", within, f"{row.chance:.1%}"])
+    if shown:
+        yield Printed(("neurons", "accuracy", "", "chance"), shown)
+    yield f"-> {output}"

@@ -1,10 +1,12 @@
-"""What `contrast` is asked for: which tokens two models read, and which of them are compared."""
+"""What `contrast` is asked for, which tokens two models read and compare; and what `probe` is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from relneuron.ablation.options import GenerateOptions
+from relneuron.ablation.options import CLEAN, GenerateOptions
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import Only, OomOptions, Options, like, option
 from relneuron.texts.options import CountOptions, check_shard
 
@@ -54,3 +56,56 @@ class ContrastOptions(OomOptions, Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shard(self.shard)
+
+
+_FITTED = Only("without --apply", lambda o: o.apply is None)
+_LABELLED = Only("with --labels", lambda o: o.labels is not None)
+
+
+@dataclass(frozen=True)
+class ProbeOptions(OomOptions):
+    """What a probe learns, of which neurons, or which one is applied."""
+
+    neurons: Path | None = option(
+        None, "A neurons.json, whose first neurons the probe reads.", only=_FITTED
+    )
+    labels: str | None = option(
+        None, "What it learns to tell, FILE.csv:COLUMN: a number to each prompt's id."
+    )
+    above: float = option(
+        0.0, "A prompt is labelled 1 if its number is above this.", only=_LABELLED
+    )
+    mask: str = option(
+        CLEAN, "Of a file with the column mask, as effect writes one, its rows.", only=_LABELLED
+    )
+    of_set: str | None = option(
+        None, "Set of the neurons; default: the only one that there is.", flag="set", only=_FITTED
+    )
+    top: int = option(1500, "How many of its neurons, best first.", least=1, only=_FITTED)
+    folds: int = option(5, "Parts that are left out in turn to measure it.", least=2, only=_FITTED)
+    seed: int = option(0, "Seed of the parts.", least=0, most=2**32 - 1, only=_FITTED)
+    random_seeds: int = option(
+        5,
+        "Number of random sets to compare with, of as many other neurons of each layer.",
+        least=0,
+        only=_FITTED,
+    )
+    apply: Path | None = option(
+        None, "A probe.safetensors to apply to the prompts; with --labels it is scored, too."
+    )
+    template: str | None = like(GenerateOptions, "template")
+    chat_template: bool = like(ContrastOptions, "chat_template")
+    batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.apply is None and (self.neurons is None or self.labels is None):
+            raise RelneuronError(
+                "a probe learns labels from neurons, and one of the two is not given",
+                "add --neurons NEURONS --labels FILE.csv:COLUMN, or --apply PROBE",
+                2,
+            )
+        if self.labels is not None and not self.labels.rpartition(":")[0].endswith(".csv"):
+            raise RelneuronError(
+                f"--labels {self.labels!r} names no column of a csv", "use FILE.csv:COLUMN", 2
+            )

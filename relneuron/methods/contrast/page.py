@@ -164,7 +164,7 @@ def _effects(study: ContrastStudy, tables: Tables) -> Section | None:
         seen,
         "C = (cost of A with B's values − cost of A) / (cost of B − cost of A), of the means over "
         "texts (arXiv 2406.14144): 0 is A, 1 is B. Intervals: bootstrap over prompts. Random: as "
-        "many neurons in each layer, mean and range of the seeds.",
+        "many other neurons of each layer, mean and range of the seeds.",
         [draw.effects_plot(table)],
         [("effects", table)],
         open=1,
@@ -172,16 +172,16 @@ def _effects(study: ContrastStudy, tables: Tables) -> Section | None:
 
 
 def _above_random(rows: Sequence[Mapping[str, Cell]]) -> str:
-    """The smallest set that does more than all of its random sets."""
+    """The smallest set whose interval is above all of its random sets."""
     for row in rows:
-        effect, most = float(row["effect"]), float(row["random_high"])
-        if math.isfinite(most) and effect > most:
+        low, most = float(row["effect_low"]), float(row["random_high"])
+        if low > most:
             return (
                 f"The {n_of(int(row['n_neurons']), 'neuron')} of {label(str(row['set']))} make "
-                f"{percent(effect)} of the change, more than any of "
-                f"{n_of(int(row['n_random']), 'random set')} ({percent(most)} at most)."
+                f"{percent(float(row['effect']))} of the change, {percent(low)} at least; none of "
+                f"{n_of(int(row['n_random']), 'random set')} makes more than {percent(most)}."
             )
-    return "No set makes more of the change than all of its random sets."
+    return "No set makes clearly more of the change than all of its random sets."
 
 
 def _texts(study: ContrastStudy, tables: Tables) -> Section | None:

@@ -83,6 +83,18 @@ class _Ranked:
         ]
 
 
+def identify_contrast_inputs(folder: Path, options: ChangeOptions) -> Json:
+    """What the stage depends on, for the manifest."""
+    described, path = Manifest(folder).data, require(folder / NAME, MADE_BY)
+    return {
+        "digests": {NAME: sha256(path)} | {name: sha256(p) for name, p in _beside(options)},
+        "contrast": json_digest(described["stages"].get("contrast", {}).get("inputs")),
+        "method": METHOD,
+        # Of a file beside only its content decides, whatever it is called.
+        **{k: v for k, v in options.recorded().items() if k not in BESIDE},
+    }
+
+
 def identify_contrast(
     folder: Path, output: Path, options: ChangeOptions | None = None, *, force: bool = False
 ) -> NeuronFile:
@@ -104,13 +116,7 @@ def identify_contrast(
     described, manifest = Manifest(folder).data, Manifest(output.parent)
     contrast, model = read_contrast(folder, described)
     there, able = _able(model, options)
-    inputs: Json = {
-        "digests": {NAME: sha256(path)} | {name: sha256(p) for name, p in _beside(options)},
-        "contrast": json_digest(described["stages"].get("contrast", {}).get("inputs")),
-        "method": METHOD,
-        # Of a file beside only its content decides, whatever it is called.
-        **{k: v for k, v in options.recorded().items() if k not in BESIDE},
-    }
+    inputs = identify_contrast_inputs(folder, options)
     ranked = _ranked(contrast, there, able, options, str(path))
     n_able = int(able.sum())
     sizes = options.sizes or (options.top or round(n_able * options.rate),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ def count_inputs(
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "sources": describe_sources(sources),
-        "packing": asdict(packing),
+        "packing": packing.recorded(),
         **asked,
         "shard": "{}/{}".format(*options.shard),
     }

@@ -21,12 +21,13 @@ from relneuron.ops.swiglu_stats.groups import SITES, GroupStats
 from relneuron.ops.swiglu_stats.reference import CODES, Call
 
 
+def address(tensor: Tensor | None) -> int:
+    """Of the values in memory; 0 of what is not given."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def swiglu_stats_cpu(call: Call, isa: str = "", n_threads: int = 0) -> None:
     """The C++ kernel; `isa` forces an instruction set and `n_threads` a thread count (tests)."""
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
     cpu_module().swiglu_stats(
         out=address(call.out),
         gate=call.gate.data_ptr(),

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from relneuron.ops.backends import choose_backend
-from relneuron.ops.swiglu_stats.reference import TORCH_ACTIVATIONS, keep_bits
+from relneuron.ops.backends import choose_backend, cpu_module
+from relneuron.ops.swiglu_stats.checks import DTYPES
+from relneuron.ops.swiglu_stats.cpu_launch import address, is_eager
+from relneuron.ops.swiglu_stats.reference import ACTIVATIONS, TORCH_ACTIVATIONS, keep_bits
+from relneuron.ops.tensors import is_plain
 
 _aten = torch.ops.aten
 
@@ -74,6 +77,48 @@ def gradient_reference(
     return [d.masked_fill(off, 0.0) for d in found]
 
 
+def gradient_cpu(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    keep: Tensor | None,
+    condition_ids: Tensor | None,
+    wants_gate: bool,
+    wants_up: bool,
+    isa: str = "",
+    n_threads: int = 0,
+) -> list[Tensor]:
+    """The C++ kernel: in float32, d_gate and d_up rounded once; `isa` and `n_threads` for tests."""
+    n_tokens, width = gate.shape
+    if dh.stride(1) != 1:  # autograd made it, and often of one number
+        dh = dh.contiguous()
+    found = [
+        torch.empty_like(gate, memory_format=torch.contiguous_format) if is_wanted else None
+        for is_wanted in (wants_gate, wants_up)
+    ]
+    d_gate, d_up = found
+    cpu_module().swiglu_gradient(
+        d_gate=address(d_gate),
+        d_up=address(d_up),
+        dh=dh.data_ptr(),
+        gate=gate.data_ptr(),
+        up=address(up),
+        stride_dt=dh.stride(0),
+        stride_gt=gate.stride(0),
+        stride_ut=0 if up is None else up.stride(0),
+        T=n_tokens,
+        F=width,
+        dtype=DTYPES.index(gate.dtype),
+        activation=ACTIVATIONS.index(activation),
+        keep=address(keep),
+        condition_ids=address(condition_ids),
+        isa=isa,
+        n_threads=n_threads or torch.get_num_threads(),
+    )
+    return [d for d in found if d is not None]
+
+
 # --------------------------------------------------------------------------------------------------
 # The two ops that torch sees: h alone, for compiled code, and its gradient
 
@@ -106,8 +151,11 @@ def _gradient_impl(
     wants_up: bool,
     backend: str,
 ) -> list[Tensor]:
-    choose_backend("swiglu_stats", backend, gate.device, gate.dtype)
-    return gradient_reference(dh, gate, up, activation, keep, condition_ids, wants_gate, wants_up)
+    given = (dh, gate, up, activation, keep, condition_ids, wants_gate, wants_up)
+    chosen = choose_backend("swiglu_stats", backend, gate.device, gate.dtype)
+    # On a GPU torch's own kernels do it.
+    can_read = chosen == "cpu" and is_plain(dh)
+    return gradient_cpu(*given) if can_read else gradient_reference(*given)
 
 
 def _fake_gradient(dh: Tensor, gate: Tensor, *others: Any) -> list[Tensor]:
@@ -145,7 +193,9 @@ def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         found = gradient_reference(*given)
     else:
-        found = _gradient_op(*given, ctx.backend)
+        # torch's dispatcher takes longer than a small call.
+        run = _gradient_impl if is_eager() else _gradient_op
+        found = run(*given, ctx.backend)
     d_gate, d_up = found[0] if wants_gate else None, found[-1] if wants_up else None
     return d_gate, d_up, *[None] * 5
 

@@ -199,8 +199,8 @@ def run_checked(
     Returns h, or None with `only_stats`.
     """
     check_backend_name(names.op, backend)
+    given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
     if backend in ("auto", "cpu") and type(gate) is Tensor and gate.is_cpu and is_eager():
-        given = (stats, group_ids, responses, prompt_ids, keep, condition_ids, ids_checked)
         h = out
         if h is None and not only_stats and gate.layout is torch.strided:
             h = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -257,8 +257,14 @@ def run_checked(
     site_of = dict(zip(names.sites, names.codes, strict=True))
     sites = () if stats is None else tuple([site_of[site] for site in stats.sites])
     response_sites = tuple([site_of[site] for site in responses or ()])
+    has_gradient = needs_gradient(gate, up)
 
     def launch(h: Tensor | None) -> None:
+        # Autograd takes its grad mode away, and the quick way is open.
+        if has_gradient and gate.is_cpu and backend in ("auto", "cpu") and is_eager():
+            with _ADDING if stats is not None or responses else _ALONE:
+                if ran_quickly(names, activation, gate, up, h, *given):
+                    return
         _swiglu_stats_op(
             gate,
             up,
@@ -282,7 +288,7 @@ def run_checked(
             backend,
         )
 
-    if needs_gradient(gate, up):
+    if has_gradient:
         check_out(names, gate, out)
         of_h = (gate, up, activation, keep, condition_ids, ids_checked, backend)
         return with_gradient(launch, bool(sites or response_sites), *of_h)

@@ -1,0 +1,299 @@
+"""The command `probe`: what neurons of the prompt's last token tell of the answer (2406.14144).
+
+A logistic regression (classify.py) on the products of the first neurons of a set learns the labels
+of prompts, such as whether the model's own answer costs more than 0; it is cross-validated, beside
+probes of random neurons, and can be applied to other prompts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relneuron.ablation.conditions import other_places
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_output,
+    sha256,
+    writing,
+)
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
+from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.prompts import Prompt, read_questions
+from relneuron.artifact.reading import read_csv
+from relneuron.artifact.stage import command, loading, placed
+from relneuron.methods.contrast.classify import (
+    NAME,
+    Labels,
+    Probe,
+    Scored,
+    check_labels,
+    cross_validated,
+    fit,
+    score,
+    summed_up,
+)
+from relneuron.methods.contrast.options import ProbeOptions
+from relneuron.model.batches import Budget
+from relneuron.model.identity import other_weights, tokenizer_digest
+from relneuron.model.load import describe_model
+from relneuron.model.mlps.shape import model_shape
+from relneuron.model.pair import running
+from relneuron.model.products import Array, last_products
+from relneuron.model.questions import Questions, encode
+from relneuron.texts.prompts import chat_wrap
+from relneuron.texts.tokens import listed
+
+PREDICTIONS = ("id", "label", "fold", "predicted", "probability")
+# The files of a probe that is fitted, and of one that is applied.
+FITTED = (NAME, "probe.csv", "probe_predictions.csv")
+APPLIED = ("applied.csv", "applied_predictions.csv")
+
+Neurons = list[tuple[int, int]]  # (layer, index) of products
+
+
+class Asked(NamedTuple):
+    """The model, and the prompts as it reads them."""
+
+    model: Any
+    mlps: Any
+    questions: Questions
+    labels: Labels | None
+
+
+def probe(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    prompts_path: Path,
+    folder: Path,
+    options: ProbeOptions,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> list[Scored]:
+    """Fit a probe, or apply one; returns the rows of probe.csv, or of applied.csv.
+
+    Fitted, `folder` gets probe.safetensors, of all prompts, probe.csv, by cross-validation, and
+    probe_predictions.csv; applied, applied_predictions.csv and, with labels, applied.csv.
+    """
+    stage = "probe" if options.apply is None else "probe_apply"
+    files = [folder / file for file in (FITTED if options.apply is None else APPLIED)]
+    for path in files:
+        refuse_output(path, stage, force)
+    mlps = running(model)
+    prompts = read_questions(checked(prompts_path), options.template)
+    labels = None if options.labels is None else read_labels(options, prompts)
+    if options.chat_template:
+        wrap = chat_wrap(tokenizer)
+        prompts = [replace(prompt, prompt=wrap(prompt.prompt)) for prompt in prompts]
+    questions = encode(tokenizer, model, prompts, answers=False, n_tokens=0)
+    described = describe_model(name, model, mlps, backend)
+    Manifest(folder).check_model(described)
+    asked = Asked(model, mlps, questions, labels)
+    read = options.neurons if options.apply is None else options.apply
+    assert read is not None, "ProbeOptions has one of the two"
+    inputs = {
+        "model": same_model(described),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "prompts": sha256(prompts_path),
+        "probe" if options.apply else "neurons": sha256(read),
+        "labels": sha256(_table(options)[0]) if options.labels else None,
+        **{k: v for k, v in options.recorded().items() if k not in ("neurons", "apply", "labels")},
+        "column": _table(options)[1] if options.labels else None,
+    }
+    make = _fitted if options.apply is None else _applied
+    rows, made, notices = make(asked, described, inputs, options, quiet)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
+    with locked(folder), writing(stage, folder, files):
+        for file, data in made.items():
+            atomic_write(folder / file, data)
+        for path in files:
+            if path.name not in made:
+                path.unlink(missing_ok=True)
+        manifest = Manifest(folder)
+        if "model" not in manifest.data:
+            manifest.describe(versions=versions(), model=described)
+        manifest.finish(
+            stage,
+            inputs,
+            [folder / file for file in made],
+            reads=[prompts_path, read],
+            notices=notices,
+            commands=_command(name, described, prompts_path, folder, options),
+        )
+    return rows
+
+
+Made = tuple[list[Scored], dict[str, bytes], list[str]]
+
+
+def _fitted(
+    asked: Asked, described: Json, inputs: Json, options: ProbeOptions, quiet: bool
+) -> Made:
+    path, labels, shape = options.neurons, asked.labels, model_shape(asked.mlps)
+    assert path is not None and labels is not None, "ProbeOptions has both"
+    file = NeuronFile.read(checked(path))
+    file.check_model(shape)
+    check_labels(labels, options.folds)
+    top, all_of_it = chosen(file, path, options)
+    order = Shape.of(shape)
+    places = np.sort(order.places((layer, "gate", index) for layer, index in top))
+    sets = {"top": top}
+    for seed in range(options.random_seeds):
+        drawn = order.neurons(other_places(places, shape, seed, "probe", products=True))
+        sets[f"random.{seed}"] = [(layer, index) for layer, _, index in drawn]
+    values, notices = _values(
+        asked, [one for some in sets.values() for one in some], options, quiet
+    )
+    notices += other_weights(f"{path}: neurons", file.model, described)
+    if len(top) < options.top:
+        notices.append(f"{path} has {len(top)} such neurons of {options.top}: {all_of_it}")
+    rows, n_short, said = [], 0, None
+    for number, name in enumerate(sets):
+        own = values[:, number * len(top) : (number + 1) * len(top)]
+        found, folds, short = cross_validated(own, labels, options.folds, options.seed)
+        rows.append(score(name, found, labels, len(top)))
+        n_short += short
+        said = said or (found, folds)
+    rows += [summed_up(rows[1:])] if rows[1:] else []
+    coefficients, intercept, has_converged = fit(values[:, : len(top)], labels)
+    n_short += not has_converged
+    if n_short:
+        n_fits = len(sets) * options.folds + 1
+        notices.append(f"{n_short} of {n_fits} fits ended before they converged (100 steps)")
+    about = {**inputs, "reads": "product, last token of the prompt", "scaling": "none"}
+    made = Probe(np.array(top, np.int64), coefficients, intercept, about)
+    assert said is not None, "there is a set"
+    predictions = _predictions(asked.questions.prompts, labels, said[1], said[0])
+    files = zip(FITTED, (made.to_bytes(), _table_of(rows), predictions), strict=True)
+    return rows, dict(files), notices
+
+
+def _applied(
+    asked: Asked, described: Json, inputs: Json, options: ProbeOptions, quiet: bool
+) -> Made:
+    assert options.apply is not None, "else it is fitted"
+    made, shape = Probe.read(checked(options.apply)), Shape.of(model_shape(asked.mlps))
+    for layer, index in made.neurons.tolist():
+        if not (0 <= layer < shape.layers and 0 <= index < shape.width(layer, "gate")):
+            raise RelneuronError(
+                f"{options.apply} reads neuron {index} of layer {layer}, which the model has not",
+                "give the model that the probe was made with",
+            )
+    neurons = [(layer, index) for layer, index in made.neurons.tolist()]
+    values, notices = _values(asked, neurons, options, quiet)
+    notices += other_weights(f"{options.apply}: the probe", made.about.get("model", {}), described)
+    found = made.probabilities(values)
+    files = {APPLIED[1]: _predictions(asked.questions.prompts, asked.labels, None, found)}
+    if asked.labels is None:
+        return [], files, notices
+    rows = [score("applied", found, asked.labels, len(neurons))]
+    return rows, {APPLIED[0]: _table_of(rows), **files}, notices
+
+
+def _values(
+    asked: Asked, neurons: Neurons, options: ProbeOptions, quiet: bool
+) -> tuple[Array, list[str]]:
+    """(N, K) products of the last token, and what a reader must know of them."""
+    budget = Budget(options.batch_tokens, options.oom)
+    questions = asked.questions
+    with progress_bar(len(questions.ids), "probe", "prompt", quiet) as bar:
+        values = last_products(asked.model, asked.mlps, questions, neurons, budget, bar.update)
+    if not np.isfinite(values).all():
+        rows = np.flatnonzero(~np.isfinite(values).all(1)).tolist()
+        raise RelneuronError(
+            f"{listed([questions.prompts[row].id for row in rows])}: values that are not finite",
+            "use --dtype float32",
+        )
+    return values, list(budget.notices)
+
+
+def chosen(file: NeuronFile, path: Path, options: ProbeOptions) -> tuple[Neurons, str]:
+    """The first products of a set, best first; gate and up of one number are the same one."""
+    name = options.of_set
+    if name is None and len(file.sets) == 1:
+        name = next(iter(file.sets))
+    if name is None or name not in file.sets:
+        what = "several sets" if name is None else f"no set {name!r}"
+        raise RelneuronError(f"{path} has {what}", f"use --set: {', '.join(file.sets)}", 2)
+    others = sorted({site for _, site, *_ in file.sets[name]} - {"gate", "up"})
+    if others or not file.sets[name]:
+        what = f"neurons of {', '.join(others)}" if others else "no neuron"
+        raise RelneuronError(
+            f"{path}: {name} has {what}: a probe reads products, what down reads",
+            "give a set of neurons of gate and up, such as identify --method contrast finds",
+        )
+    rows = dict.fromkeys((layer, index) for layer, _, index, _ in file.sets[name])
+    return list(rows)[: options.top], f"all of {name} are read"
+
+
+def read_labels(options: ProbeOptions, prompts: Sequence[Prompt]) -> Labels:
+    """(N,) 1 where a prompt's number is above `options.above`, else 0."""
+    path, column = _table(options)
+    found: dict[str, float] = {}
+    for row in read_csv(checked(path), ("id", column)):
+        if row.get("mask", options.mask) != options.mask:
+            continue
+        if row["id"] in found:
+            raise RelneuronError(
+                f"{path}, line {row.line}: a second number for {row['id']}",
+                "give each prompt one row, or one of --mask",
+            )
+        found[row["id"]] = row.finite(column)
+    missing = [p.id for p in prompts if p.id not in found]
+    if missing:
+        raise RelneuronError(
+            f"{path} has no {column} for {listed(missing)}",
+            "give each prompt a row, or another --mask",
+        )
+    return np.array([found[p.id] > options.above for p in prompts], np.int64)
+
+
+def _table(options: ProbeOptions) -> tuple[Path, str]:
+    path, _, column = (options.labels or "").rpartition(":")
+    return Path(path), column
+
+
+def _predictions(prompts: Sequence[Prompt], labels: Labels | None, folds: Any, found: Any) -> bytes:
+    rows = [
+        (
+            prompt.id,
+            "" if labels is None else int(labels[k]),
+            "" if folds is None else int(folds[k]),
+            int(found[k] > 0.5),
+            float(found[k]),
+        )
+        for k, prompt in enumerate(prompts)
+    ]
+    return csv_bytes(PREDICTIONS, rows)
+
+
+def _table_of(rows: Sequence[Scored]) -> bytes:
+    return csv_bytes(Scored._fields, [["" if x is None else x for x in row] for row in rows])
+
+
+def _command(
+    name: str, described: Json, prompts: Path, folder: Path, options: ProbeOptions
+) -> list[list[str]]:
+    """The command that makes the stage again."""
+    path, column = _table(options)
+    there = replace(
+        options,
+        neurons=options.neurons and Path(placed(options.neurons, folder)),
+        apply=options.apply and Path(placed(options.apply, folder)),
+        labels=options.labels and f"{placed(path, folder)}:{column}",
+    )
+    given = (name, placed(prompts, folder), "-o", placed(folder, folder), *there.words())
+    return command("probe", *given, **loading(described))
