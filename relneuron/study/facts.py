@@ -163,4 +163,4 @@ def _file_name(name: Any, where: str) -> str:
     is_text = isinstance(name, str) and bool(name.strip()) and name.isprintable()
     if not is_text or name.startswith(".") or "/" in name:
         raise RelneuronError(f"{where} is {name!r}", "give a name that a file can have", 2)
-    return name.strip().replace(" ", "_")
+    return str(name).strip().replace(" ", "_")
