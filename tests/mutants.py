@@ -459,7 +459,7 @@ MUTANTS = {
         "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
     ),
     "study.run: a stage of a model in memory names a command": Mutant(
-        'entry["commands"] = []',
+        "_name_commands(place, [], _OF_A_MODEL)",
         "pass",
         "study/test_memory.py::test_it_writes_what_the_command_writes",
     ),
