@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relneuron.bench.suite import CONTESTANTS, SUITES, Case
+from relneuron.bench.sizes import SUITES
+from relneuron.bench.suite import CONTESTANTS, Case
 from relneuron.bench.timing import EFFORTS, Row, append_rows, run_case
 
 _rows: list[Row] = []  # of this session, in the order measured

@@ -573,6 +573,23 @@ MUTANTS = {
         "([(*kind.marks, *kind.hints) for kind in ordered],)",
         "report/test_pages.py::test_the_folder_says_what_it_is",
     ),
+    # ops, and whoever writes one
+    "ops.swiglu_stats.gradient: a neuron that is off has a gradient": Mutant(
+        "return [d.masked_fill(off, 0.0) for d in found]",
+        "return found",
+        "ops/swiglu_stats/test_gradient.py::test_a_dropped_neuron_has_none_whatever_its_values",
+    ),
+    "ops.swiglu_stats.gradient: compiled code with a gradient records nothing": Mutant(
+        "            launch(None)\n",
+        "            pass\n",
+        "ops/swiglu_stats/test_gradient.py::test_compiled_code_gives_the_same",
+    ),
+    "bench.own: what breaks the contract is timed": Mutant(
+        "assert reason is None, reason",
+        "del reason",
+        "bench/test_own.py::"
+        "test_what_breaks_the_contract_has_no_time_though_the_bench_would_not_see_it",
+    ),
 }
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.bench.case import Case, Contestant, near
+from relneuron.bench.own import Own
 from relneuron.ops.backends import choose_backend
+from relneuron.testing import OPS
 
 # T, F, G are the vocabulary, the neurons and the sentences; the layout is the hidden size.
 _case = partial(Case, "logprob_gain", layout="D=256")
@@ -104,7 +106,7 @@ def draw(case: Case, device: str) -> dict[str, Any]:
 
 
 def logprob_gain_contestants(
-    case: Case, device: str, n_sets: int, compiled: bool
+    case: Case, device: str, n_sets: int, compiled: bool, own: Own | None = None
 ) -> list[Contestant]:
     """Everybody who takes part in a case of logprob_gain; plain torch computes in float32."""
     given = draw(case, device)
@@ -116,6 +118,7 @@ def logprob_gain_contestants(
     is_kernel = choose_backend("logprob_gain", "auto", device) != "reference"
     note = "" if is_kernel else "the reference ran: no kernel works here"
     found = []
+    own_name = None if own is None else own.name
 
     def add(
         variant: str, name: str, call: Callable[[], Tensor], right: Tensor, **more: Any
@@ -123,6 +126,8 @@ def logprob_gain_contestants(
         allowed = 2e-5 + 2e-6 * right.abs()
 
         def check() -> None:
+            if name == own_name and own is not None:
+                own.verify(case, device)
             near(call(), right, allowed, "gains")
 
         run = lambda _: call()  # noqa: E731
@@ -137,6 +142,9 @@ def logprob_gain_contestants(
     add("exact", "relneuron", partial(ours, "exact"), want, is_base=True, note=note)
     for name, call in PEERS.items():
         add("exact", name, partial(call, **wide), want)
+    if own is not None:
+        inputs = [given[name] for name in OPS["logprob_gain"].inputs]
+        add("exact", own.name, partial(own.function, *inputs), want)
     add("certified", "relneuron", partial(ours, "certified"), want, is_base=True, note=note)
     add(f"top {top}", "relneuron", ours_top, best, is_base=True, note=note)
 

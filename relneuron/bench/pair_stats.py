@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.bench.case import Case, Contestant, near
+from relneuron.bench.own import Own
 from relneuron.ops.backends import choose_backend
 
 _case = partial(Case, "pair_stats", T=4096)
@@ -115,7 +116,7 @@ class Tuned:
 
 
 def pair_stats_contestants(
-    case: Case, device: str, n_sets: int, compiled: bool
+    case: Case, device: str, n_sets: int, compiled: bool, own: Own | None = None
 ) -> list[Contestant]:
     """Everybody who takes part in a case of pair_stats; the first is what ratios refer to."""
     torch.compiler.reset()  # its limit of shapes per function is for a whole process
@@ -139,6 +140,7 @@ def pair_stats_contestants(
     element_bytes = sets[0][0].element_size()
     least = case.T * case.F * element_bytes
     found: list[Contestant] = []
+    takes_ids = {"relneuron", own.name if own is not None else ""}
 
     def fresh(variant: str) -> ops.GroupStats:
         return ops.GroupStats(
@@ -153,17 +155,19 @@ def pair_stats_contestants(
 
         def run(number: int) -> None:
             a, b, _ = sets[number % len(sets)]
-            if by_group is not None and name != "relneuron":
+            if by_group is not None and name not in takes_ids:
                 a, b = a.index_select(0, by_group), b.index_select(0, by_group)
             call(a, b, stats)
 
         def check() -> None:
+            if own is not None and name == own.name:
+                own.verify(case, device)
             want = fresh(variant)
             ours(*sets[0][:2], want, backend="reference")
             run(0)
             _same_stats(stats, want)
 
-        if by_group is not None and name != "relneuron":
+        if by_group is not None and name not in takes_ids:
             moved += 4
         is_ours, n_bytes = name == "relneuron", (2 * least, round(moved * least))
         said = note if is_ours else ""
@@ -183,6 +187,8 @@ def pair_stats_contestants(
         add(variant, "relneuron", ours)
         for name, make, moved in peers:
             add(variant, name, make(), moved)
+        if own is not None:
+            add(variant, own.name, partial(_called, own, ids))
 
     def ceiling(name: str, call: Callable[[Tensor, Tensor, Tensor], Tensor], n: int) -> None:
         run = lambda number: call(*sets[number % len(sets)])  # noqa: E731
@@ -191,6 +197,10 @@ def pair_stats_contestants(
     ceiling("triad", lambda a, b, out: torch.sub(a, b, out=out), 3)
     ceiling("copy", lambda a, b, out: out.copy_(a), 2)
     return found
+
+
+def _called(own: Own, ids: Tensor, a: Tensor, b: Tensor, stats: ops.GroupStats) -> None:
+    own.function(a, b, stats=stats, group_ids=ids)
 
 
 def _same_stats(stats: ops.GroupStats, want: ops.GroupStats) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.bench.case import Case, Contestant, near
+from relneuron.bench.own import Own
 from relneuron.ops.backends import choose_backend
 
 _case = partial(Case, "average_precision", layout="prompt-major")
@@ -286,7 +287,12 @@ def one_thread() -> Iterator[None]:
 
 
 def average_precision_contestants(
-    case: Case, device: str, n_sets: int, compiled: bool, n_looped: int | None = None
+    case: Case,
+    device: str,
+    n_sets: int,
+    compiled: bool,
+    n_looped: int | None = None,
+    own: Own | None = None,
 ) -> list[Contestant]:
     """Everybody who takes part in a case of average_precision; the first is what ratios refer to.
 
@@ -342,6 +348,13 @@ def average_precision_contestants(
         add(variant, "batched torch", partial(batched_torch, values, labels))
         if device == "cpu":
             add(variant, "batched numpy", partial(batched_numpy, values, labels))
+    if own is not None:
+
+        def same_as_contract(ap: Tensor) -> None:
+            own.verify(case, device, *(["strides"] if not values.is_contiguous() else []))
+            same_bits(ap)
+
+        add("ap", own.name, partial(own.function, values, labels), same_as_contract)
     add(
         variants[-1],
         "sklearn loop",

@@ -25,44 +25,12 @@ from relneuron.bench import peers
 from relneuron.bench import ranking as bench_ranking
 from relneuron.bench import training as bench_training
 from relneuron.bench.case import Case, Contestant, near
+from relneuron.bench.own import Own
 from relneuron.testing import assert_accurate
 
 PROMPT_TOKENS = 20  # length of a prompt in the relations of the LRE data set, about
 CONDITIONS = 13  # the clean one and twelve relations switched off
 RESPONSES = ("gate", "up", "product")
-
-
-# quick: seconds, for tests; usual: what `relneuron bench` runs; full: every size and layout.
-SUITES = {
-    "quick": [
-        *(Case(dtype=dtype, T=64, F=352) for dtype in ("float32", "bfloat16")),
-        *bench_ranking.QUICK,
-        *bench_gain.QUICK,
-        *bench_pair.QUICK,
-    ],
-    "usual": [
-        # Decoding has a row or a few a call: there the inputs are in the caches.
-        *(
-            Case(dtype=dtype, T=T)
-            for dtype in ("float32", "bfloat16")
-            for T in (1, 8, 64, 2048, 8192)
-        ),
-        *bench_ranking.USUAL,
-        *bench_gain.USUAL,
-        *bench_pair.USUAL,
-    ],
-    "full": [
-        *(
-            Case(dtype=dtype, T=T, layout=layout)
-            for dtype in ("float32", "bfloat16", "float16")
-            for layout in ("sorted", "mixed")
-            for T in (64, 512, 2048, 8192)
-        ),
-        *bench_ranking.FULL,
-        *bench_gain.FULL,
-        *bench_pair.FULL,
-    ],
-}
 
 
 # --- swiglu_stats ----------------------------------------------------------------------------
@@ -193,24 +161,58 @@ class _Bench:
         assert not bool(h.masked_select(~bits).any()), "a neuron that is off is not zero"
         self.same_h(torch.where(bits, h, ops.swiglu_stats(gate, up)))
 
-    def add_ours(self, variant: str, *, masks: bool, moments: bool, responses: bool) -> None:
+    def add_ours(
+        self, variant: str, *, masks: bool, moments: bool, responses: bool, own: Own | None = None
+    ) -> None:
+        """Our op, or a user's own in its place, which is held to the contract of it first."""
         stats, sums = self._stats(moments), self._sums() if responses else {}
-        options: dict[str, Any] = {"stats": stats, "group_ids": self.ids32, "ids_checked": True}
+        options: dict[str, Any] = {"stats": stats, "group_ids": self.ids32}
+        features = ["counts"]
         if masks:
             options |= {"keep": self.keep, "condition_ids": self.condition_ids}
+            features.append("masks")
+        if moments:
+            features.append("moments")
         if responses:
             options |= {"responses": sums, "prompt_ids": self.prompt_ids}
+            features.append("responses")
+        missing = "" if own is None else own.missing(*options)
 
         def call(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-            return ops.swiglu_stats(gate, up, out=out, **options)
+            if own is not None:
+                return self.own_h(own, gate, up, out, **options)
+            return ops.swiglu_stats(gate, up, out=out, ids_checked=True, **options)
 
         def compare(h: Tensor) -> None:
+            if own is not None:
+                own.verify(self.case, self.device, *features)
             (self.same_masked_h if masks else self.same_h)(h)
             self._same_stats(stats)
             self._same_sums(sums)
 
         least = 3 + (self._responses_least() if responses else 0)
-        self.add(variant, "relneuron", call, moved=least, least=least, compare=compare)
+        name = "relneuron" if own is None else own.name
+        self.add(variant, name, call, moved=least, least=least, compare=compare, missing=missing)
+
+    @staticmethod
+    def own_h(own: Own, gate: Tensor, up: Tensor, out: Tensor, **options: Any) -> Tensor:
+        """h of a user's own op, in `out` if it takes one."""
+        if own.takes_out:
+            options["out"] = out
+        found: Tensor = own.function(gate, up, activation="silu", **options)
+        return found
+
+    def add_own(self, own: Own) -> None:
+        """A user's own op in every task of ours that it takes the arguments of."""
+
+        def compare(h: Tensor) -> None:
+            own.verify(self.case, self.device)
+            self.same_h(h)
+
+        self.add("swiglu", own.name, partial(self.own_h, own), moved=3, compare=compare)
+        self.add_ours("count", masks=False, moments=False, responses=False, own=own)
+        self.add_ours("moments+masks", masks=True, moments=True, responses=False, own=own)
+        self.add_ours("responses", masks=False, moments=False, responses=True, own=own)
 
     def _responses_least(self) -> float:
         """Elements for three float32 sums that are read and written."""
@@ -305,7 +307,7 @@ class _Bench:
 
 
 def swiglu_stats_contestants(
-    case: Case, device: str, n_sets: int, compiled: bool
+    case: Case, device: str, n_sets: int, compiled: bool, own: Own | None = None
 ) -> list[Contestant]:
     """Everybody who takes part in a case of swiglu_stats; the first is what ratios refer to."""
     torch.compiler.reset()  # its limit of shapes per function is for a whole process
@@ -370,10 +372,12 @@ def swiglu_stats_contestants(
         for form, call, extra, _ in of_group:
             b.add_counting("count", f"{name} {form}", make(call), extra, moved=3)
             b.add_counting("ungated", f"{name} {form}", make(call), extra, moved=2)
+    if own is not None:
+        b.add_own(own)
     return b.contestants
 
 
-CONTESTANTS = {
+CONTESTANTS: dict[str, Callable[..., list[Contestant]]] = {
     "swiglu_stats": swiglu_stats_contestants,
     "average_precision": bench_ranking.average_precision_contestants,
     "logprob_gain": bench_gain.logprob_gain_contestants,

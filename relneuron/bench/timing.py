@@ -22,7 +22,9 @@ from relneuron.artifact.manifest import locked
 from relneuron.artifact.reading import read_csv
 from relneuron.bench.case import Case, Contestant
 from relneuron.bench.machine import where
-from relneuron.bench.suite import CONTESTANTS, SUITES
+from relneuron.bench.own import Own
+from relneuron.bench.sizes import SUITES
+from relneuron.bench.suite import CONTESTANTS
 
 # (run, n_calls) -> milliseconds of each call. `run` takes the number of the call.
 Timer = Callable[[Callable[[int], object], int], list[float]]
@@ -181,6 +183,7 @@ def run_case(
     effort: Effort = EFFORTS["usual"],
     timer: Timer | None = None,
     contestants: Sequence[Contestant] | None = None,
+    own: Own | None = None,
 ) -> list[Row]:
     """Check everybody who takes part, time those who are right, and give a row for each."""
     with torch.no_grad(), warnings.catch_warnings():
@@ -188,7 +191,7 @@ def run_case(
         warnings.simplefilter("ignore", DeprecationWarning)
         if contestants is None:
             n_sets = _n_sets(case, device)
-            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled)
+            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled, own=own)
         notes = [_verdict(contestant) for contestant in contestants]
         right = [c for c, (correct, _) in zip(contestants, notes, strict=True) if correct]
         for contestant, (correct, note) in zip(contestants, notes, strict=True):

@@ -348,6 +348,10 @@ def bench(
     output: Annotated[
         Path | None, Named("Folder for the csv and the roofline.", ("-o", "--output"))
     ] = None,
+    own: Annotated[
+        str | None,
+        Named("Your own OP, held to its contract and then timed.", ("--with",), "MODULE:FUNCTION"),
+    ] = None,
 ) -> Iterator[str | Printed]:
     """The kernels against their peers on this machine, in the same rounds."""
     for flag in ("dtype", "tokens"):
@@ -356,6 +360,7 @@ def bench(
     import torch
 
     from relneuron.artifact.manifest import locked
+    from relneuron.bench.own import load_own
     from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
     from relneuron.cli.show import bench_lines
     from relneuron.model.load import choose_device
@@ -365,6 +370,7 @@ def bench(
     device = choose_device(options.device)
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise RelneuronError(f"bench cannot time the device {device!r}", "use --device cpu", 2)
+    mine = load_own(own, op)
     if options.threads:
         torch.set_num_threads(options.threads)
     if output is not None:
@@ -376,7 +382,7 @@ def bench(
     with locked(output) if output is not None else nullcontext():
         for case in cases:
             compiled, effort = not options.no_compile, EFFORTS[suite]
-            found = run_case(case, device=device, compiled=compiled, effort=effort)
+            found = run_case(case, device=device, compiled=compiled, effort=effort, own=mine)
             yield from bench_lines(str(case), found)
             for what, who, value in summary(found):
                 yield f"  {what}: {value:.2f} x our time ({who})"

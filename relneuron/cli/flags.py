@@ -186,6 +186,10 @@ class Command(TyperCommand):
 
     needs: dict[str, tuple[str, ...]] = {}  # of each command, filled by cli/main.py
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Its sentence in the list of commands, whole: the list breaks lines itself."""
+        return super().get_short_help_str(max(limit, 200))
+
     def invoke(self, ctx: Any) -> Any:
         """Check the packages, the numbers and the output, then run."""
         name = str(self.name)

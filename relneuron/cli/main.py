@@ -9,10 +9,11 @@ import io
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from relneuron import __version__
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
@@ -47,6 +48,21 @@ def stages() -> list[Stage]:
     ]
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"relneuron {__version__}")
+        raise typer.Exit
+
+
+def _of_no_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Show it and leave."),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
 def make_app() -> Any:
     """The command line, of typer."""
     app = typer.Typer(
@@ -58,6 +74,7 @@ def make_app() -> Any:
         help="Find the neurons of a language model that carry a relation, switch them off, and "
         "measure what is lost.",
     )
+    app.callback()(_of_no_command)
     for stage in stages():
         app.command(stage.name, cls=Command)(command(load(stage.run), show))
     Command.needs = {stage.name: stage.needs for stage in stages()}

@@ -153,9 +153,10 @@ def _gradient_impl(
 ) -> list[Tensor]:
     given = (dh, gate, up, activation, keep, condition_ids, wants_gate, wants_up)
     chosen = choose_backend("swiglu_stats", backend, gate.device, gate.dtype)
-    # On a GPU torch's own kernels do it.
-    can_read = chosen == "cpu" and is_plain(dh)
-    return gradient_cpu(*given) if can_read else gradient_reference(*given)
+    if chosen == "cpu" and is_plain(dh):
+        return gradient_cpu(*given)
+    # On a GPU, too: torch's own kernels. Their results may lie as dh does.
+    return [d.contiguous() for d in gradient_reference(*given)]
 
 
 def _fake_gradient(dh: Tensor, gate: Tensor, *others: Any) -> list[Tensor]:

@@ -312,7 +312,8 @@ def test_opcheck(backend: str) -> None:
     gate, up = leaf(6, 40), leaf(6, 40, seed=1)
     keep, conditions = masks(6, 40).values()
     torch.library.opcheck(gradient._hidden_op, (gate, up, "gelu", keep, conditions, False, backend))
-    dh = normal(6, 40, dtype=torch.float32)
+    dh = normal(40, 6, dtype=torch.float32).T
     for wants in ((True, True), (True, False), (False, True)):
         given = (dh, gate.detach(), up.detach(), "silu", keep, conditions, *wants, backend)
         torch.library.opcheck(gradient._gradient_op, given)
+        assert all(d.is_contiguous() for d in gradient._gradient_op(*given))
