@@ -16,7 +16,11 @@ from relneuron.artifact.stage import load
 from tests.conftest import ROOT
 
 API = sorted((ROOT / "docs" / "api").glob("*.md"))
-SHOWN = {name: path for path in API for name in re.findall(r"^::: (.+)$", path.read_text(), re.M)}
+SHOWN = {
+    name: path
+    for path in API
+    for name in re.findall(r"^::: (.+)$", path.read_text(encoding="utf-8"), re.M)
+}
 
 
 @pytest.mark.parametrize("name", SHOWN)
