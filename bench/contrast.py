@@ -247,8 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {"batch_tokens": o.batch_tokens}
     sizes |= {"layers": o.layers, "width": o.width, "hidden": o.hidden}
     given = [word for key, value in sizes.items() for word in (f"--{key}".replace("_", "-"), value)]
-    rows = []
     for kind in o.kinds:
+        rows = []
         with tempfile.TemporaryDirectory() as name:
             pair, *models = make_pair(kind, o, Path(name) / "adapter")
             seconds = race(pair, models, batches(o), o.rounds)
@@ -266,12 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row |= {"peak_mb": round(whole, 1) if is_ours else None}
             row |= {"cached_mb": round(2 * o.tokens * o.layers * o.width * 4 / 1e6, 1)}
             rows.append({**row, **sizes, **where("cpu")})
-            print(*(row[key] for key in ("pair", "contestant", "median_s", "ratio")))
+            print(*(row[key] for key in ("pair", "contestant", "median_s", "ratio")), flush=True)
         print(
             f"{kind}: the peak rises by {one:.0f} MB for one batch of {o.batch_tokens} tokens and "
-            f"by {whole:.0f} MB for {o.tokens}; a cache would take {row['cached_mb']:.0f} MB"
+            f"by {whole:.0f} MB for {o.tokens}; a cache would take {row['cached_mb']:.0f} MB",
+            flush=True,
         )
-    add_rows(o.output, rows)
+        add_rows(o.output, rows)
     return 0
 
 

@@ -43,7 +43,8 @@ void swiglu_stats(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride_ht
                   const std::vector<int64_t>& strides_rn, uintptr_t prompt_ids, uintptr_t keep,
                   uintptr_t condition_ids, const std::string& isa, int n_threads) {
   require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2");
-  require(activation >= 0 && activation < relneuron::n_activations, "an activation has a number");
+  require(activation >= 0 && activation <= static_cast<int>(relneuron::Activation::difference),
+          "an activation has a number");
   require(T >= 0 && F >= 0, "T and F must not be negative");
   require(sites.size() <= relneuron::n_sites_max, "at most four sites");
   require(response_sites.size() <= relneuron::n_sites_max, "at most four responses");

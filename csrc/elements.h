@@ -152,6 +152,19 @@ struct Float16 {
   static constexpr int column(int plane, int lane) { return plane * n_lanes + lane; }
 };
 
+// Hits of a block in planes, added to the counts of its columns.
+template <typename Element>
+RELNEURON_INLINE void add_hits(int64_t* count, U32 plane0, U32 plane1) {
+  float natural[block_width];
+  Element::to_natural(natural, {float_of(plane0), float_of(plane1)});
+  constexpr int half = n_lanes / 2;
+  for (int at = 0; at < block_width; at += n_lanes) {
+    const U32 hits = load<U32>(natural + at);
+    store(count + at, load<U64>(count + at) + widen<0>(hits));
+    store(count + at + half, load<U64>(count + at + half) + widen<1>(hits));
+  }
+}
+
 }  // namespace
 }  // namespace RELNEURON_ISA
 }  // namespace relneuron

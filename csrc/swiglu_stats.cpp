@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "pair_stats.h"
 #include "runtime.h"
 
 namespace relneuron {
@@ -105,7 +106,7 @@ bool should_stream(const SwigluStatsArgs& args) {
 // Counting act > 0 alone needs no act: it is gate > 0, or gate above the pattern given here, where
 // what is above 0 can round to it: half of 2^-149 for silu, the square of 2^-75 for relu2.
 SwigluStatsArgs without_act(SwigluStatsArgs args) {
-  const bool is_known = is_function(args.activation) && args.activation != Activation::gelu;
+  const bool is_known = args.activation != Activation::gelu;
   if (args.out == nullptr && args.dtype == DType::float32 && is_known && args.n_sites == 1 &&
       args.sites[0] == site_act && args.threshold_bits == 0 && args.sum == nullptr &&
       args.n_responses == 0) {
@@ -118,14 +119,22 @@ SwigluStatsArgs without_act(SwigluStatsArgs args) {
 
 }  // namespace
 
+Parts::Parts(const SwigluStatsArgs& args, int n_threads)
+    : n_steps((args.F + column_step - 1) / column_step), F(args.F) {
+  const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
+  n = std::max<int64_t>(1, std::min({static_cast<int64_t>(n_threads), n_steps, worthwhile}));
+}
+
+int64_t Parts::begin(int64_t part) const {
+  return std::min(F, n_steps * part / n * column_step);
+}
+
 void swiglu_stats(const SwigluStatsArgs& given, const char* isa, int n_threads) {
+  if (given.activation == Activation::difference) return pair_stats(given, isa, n_threads);
   const SwigluStatsArgs args = without_act(given);
   const SwigluStatsKernel& kernel = *kernels[find_isa("swiglu_stats", isa)];
-  const int64_t n_steps = (args.F + column_step - 1) / column_step;
-  const int64_t worthwhile = std::max<int64_t>(1, args.T * args.F / min_elements_per_thread);
-  const int64_t n_parts = std::max<int64_t>(
-      1, std::min({static_cast<int64_t>(n_threads), n_steps, worthwhile}));
-  const int64_t part_columns = (n_steps + n_parts - 1) / n_parts * column_step;
+  const Parts parts(args, n_threads);
+  const int64_t part_columns = (parts.n_steps + parts.n - 1) / parts.n * column_step;
 
   SwigluStatsPlan plan;
   plan.n_slots = 1;
@@ -134,24 +143,23 @@ void swiglu_stats(const SwigluStatsArgs& given, const char* isa, int n_threads) 
   const int64_t most_slots =
       std::max<int64_t>(8, std::min<int64_t>(n_slots_max, slots_bytes_max / slot_bytes));
   const Groups groups = plan_groups(args, most_slots, plan);
-  if (args.dtype != DType::float32 && is_function(args.activation)) {
+  if (args.dtype != DType::float32 && args.activation != Activation::residual) {
     plan.act_table = act_table(args.dtype, args.activation);
   }
   plan.stream = should_stream(args);
 
   const int64_t scratch_bytes =
       (kernel.scratch_bytes(args, plan, part_columns) + 63) / 64 * 64;
-  const Scratch scratch = make_scratch(scratch_bytes * n_parts);
+  const Scratch scratch = make_scratch(scratch_bytes * parts.n);
   std::atomic<int64_t> next_part{0};
   auto run_parts = [&] {
     const DefaultFloatMode mode;
-    for (int64_t part; (part = next_part++) < n_parts;) {
-      const int64_t f_begin = n_steps * part / n_parts * column_step;
-      const int64_t f_end = std::min(args.F, n_steps * (part + 1) / n_parts * column_step);
-      kernel.columns(args, plan, f_begin, f_end, scratch.get() + part * scratch_bytes);
+    for (int64_t part; (part = next_part++) < parts.n;) {
+      kernel.columns(args, plan, parts.begin(part), parts.begin(part + 1),
+                     scratch.get() + part * scratch_bytes);
     }
   };
-  run_parallel(run_parts, n_parts);
+  run_parallel(run_parts, parts.n);
 }
 
 }  // namespace relneuron

@@ -10,16 +10,11 @@ namespace relneuron {
 // The numbers are the positions in the tuples of the same names in Python.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // `residual` is the op residual_stats: h = up + gate where kept; its one site is the gate's.
-// `difference` is the op pair_stats: act = gate - up in float32, only statistics, without product.
+// `difference` is the op pair_stats, which has kernels of its own, see pair_stats.h.
 enum class Activation : int {
   silu, gelu, gelu_tanh, relu, relu2, quick_gelu, tanh, residual, difference
 };
-constexpr int n_activations = 9;
-
-// Whether act is a function of gate alone.
-constexpr bool is_function(Activation activation) {
-  return activation != Activation::residual && activation != Activation::difference;
-}
+constexpr int n_activations = 8;  // without difference
 enum Site : int { site_gate = 0, site_up = 1, site_act = 2, site_product = 3, n_sites_max = 4 };
 
 // A null pointer says that the argument was not given. Strides count elements.
@@ -52,6 +47,14 @@ struct SwigluStatsArgs {
 
   const uint32_t* keep = nullptr;          // (C, ceil(F / 32))
   const int32_t* condition_ids = nullptr;  // (T,), null = row 0
+};
+
+// How the columns of a call are split over threads.
+struct Parts {
+  int64_t n, n_steps, F;
+
+  Parts(const SwigluStatsArgs& args, int n_threads);
+  int64_t begin(int64_t part) const;  // of part n: the end
 };
 
 // Runs the op. `isa` names one of isa_levels(), or is empty for the best. The result is the same

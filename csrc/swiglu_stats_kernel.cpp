@@ -222,18 +222,15 @@ template <Activation... each>
 struct List {};
 using Activations =
     List<Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu,
-         Activation::relu2, Activation::quick_gelu, Activation::tanh, Activation::residual,
-         Activation::difference>;
+         Activation::relu2, Activation::quick_gelu, Activation::tanh, Activation::residual>;
 
 template <typename Element, Activation activation>
 const Loops<typename Element::Storage>& pick_out(Out out) {
-  if constexpr (is_function(activation)) {
+  if constexpr (activation != Activation::residual) {
     if (out == Out::act) return loops<Element, activation, Out::act>;
   }
-  if constexpr (activation != Activation::difference) {
-    if (out == Out::product) return loops<Element, activation, Out::product>;
-  }
-  return loops<Element, activation, Out::none>;
+  return out == Out::none ? loops<Element, activation, Out::none>
+                          : loops<Element, activation, Out::product>;
 }
 
 template <Activation... each>
@@ -246,9 +243,8 @@ const Loops<float>& pick_float(List<each...>, Activation activation, Out out) {
 // 16-bit types look the activation up, so the same loops serve all of them.
 template <typename Element>
 const Loops<uint16_t>& pick_half(Activation activation, Out out) {
-  if (activation == Activation::residual) return pick_out<Element, Activation::residual>(out);
-  if (activation == Activation::difference) return pick_out<Element, Activation::difference>(out);
-  return pick_out<Element, Activation::silu>(out);
+  return activation == Activation::residual ? pick_out<Element, Activation::residual>(out)
+                                            : pick_out<Element, Activation::silu>(out);
 }
 
 void columns(const SwigluStatsArgs& args, const SwigluStatsPlan& plan, int64_t f_begin,

@@ -179,8 +179,8 @@ bool take_all(PyObject* const* a, Call& call, SwigluStatsArgs& args) {
     if (!matrix(arg_up, false)) return false;
     args.up = t.data;
     args.stride_ut = t.strides[0];
-  } else if (!is_function(args.activation)) {
-    return false;
+  } else if (args.activation >= Activation::residual) {
+    return false;  // of two inputs
   }
   if (is_given(arg_out)) {
     if (!matrix(arg_out, true)) return false;

@@ -10,19 +10,6 @@ namespace relneuron {
 namespace RELNEURON_ISA {
 namespace {
 
-// Hits of a block in planes, added to the counts of its columns.
-template <typename Element>
-RELNEURON_INLINE void add_hits(int64_t* count, U32 plane0, U32 plane1) {
-  float natural[block_width];
-  Element::to_natural(natural, {float_of(plane0), float_of(plane1)});
-  constexpr int half = n_lanes / 2;
-  for (int at = 0; at < block_width; at += n_lanes) {
-    const U32 hits = load<U32>(natural + at);
-    store(count + at, load<U64>(count + at) + widen<0>(hits));
-    store(count + at + half, load<U64>(count + at + half) + widen<1>(hits));
-  }
-}
-
 // Neighbouring rows of one range of columns, their tokens in the same group and prompt.
 
 constexpr int n_rows_max = 4;
@@ -67,10 +54,7 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
   for (int r = 0; r < n_rows; ++r) {
     const Block gate = Element::load_block(rows.gate[r] + at);
     Block up = {};
-    constexpr bool is_difference = activation == Activation::difference;
-    if (needs_product || up_sums || (is_difference && needs_act)) {
-      up = Element::load_block(rows.up[r] + at);
-    }
+    if (needs_product || up_sums) up = Element::load_block(rows.up[r] + at);
     if (gate_sums) {
       for (int i = 0; i < 2; ++i) gate_sum.plane[i] += gate.plane[i];
     }
@@ -81,8 +65,6 @@ RELNEURON_INLINE void do_block(const Task& task, const Rows<typename Element::St
       act[r] = gate;
     } else if (!needs_act) {
       continue;
-    } else if constexpr (is_difference) {
-      for (int i = 0; i < 2; ++i) act[r].plane[i] = gate.plane[i] - up.plane[i];
     } else if constexpr (Element::is_half) {
       U32 index[2];
       Element::load_indices(rows.gate[r] + at, index);
@@ -175,8 +157,7 @@ template <typename Element, Activation activation, int n_rows, Out out>
 void do_rows(const Task& task, const Rows<typename Element::Storage>& rows, int64_t f,
              int64_t begin, int64_t end, int64_t next_gate, int64_t next_up) {
   using Storage = typename Element::Storage;
-  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up] ||
-                        (activation == Activation::difference && task.needs_act);
+  const bool needs_up = out == Out::product || task.needs_product || task.is_counted[site_up];
   int64_t at = begin;
   for (; at + block_width <= end; at += block_width) {
     for (int r = 0; r < n_rows; ++r) {

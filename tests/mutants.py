@@ -332,6 +332,26 @@ MUTANTS = {
         "logits / penalty",
         "ablation/test_generate.py::test_a_penalty_lowers_logits_of_either_sign",
     ),
+    "ablation.conditions: a random set has neurons of the set that it is beside": Mutant(
+        "if i not in own]",
+        "if True]",
+        "ablation/test_patching.py::test_random_sets_have_as_many_other_neurons_of_each_layer",
+    ),
+    "ablation.how: a study does not depend on its donor": Mutant(
+        "same_model(pair.described[1]) if pair else None",
+        "None",
+        "ablation/test_patching.py::test_ablate_answers_with_another_models_values",
+    ),
+    "ablation.noise: noise depends on what shares the batch": Mutant(
+        'device) + given["position_ids"]',
+        'device) + torch.arange(given["position_ids"].shape[1])',
+        "ablation/test_noise.py::test_stored_values_are_put_by_plain_hooks",
+    ),
+    "model.paired: rows that ended stay in the adapter's half of the cache": Mutant(
+        "torch.cat([rows, rows + n_before])",
+        "torch.cat([rows, rows])",
+        "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",

@@ -70,6 +70,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tanh": {"gated": False, "activation": "tanh", "sites": ("act",)},
     # The op residual_stats, whose one site is the gate's.
     "residual": {"activation": "residual", "sites": ("gate",), "width": 4096, "conditions": True},
+    # The op pair_stats, which writes no h.
+    "pair": {"activation": "difference", "sites": ("gate", "up", "act"), "moments": True},
+    "pair, many groups": {
+        "activation": "difference",
+        "sites": ("gate", "up", "act"),
+        "moments": True,
+        "groups": 40,
+    },
 }
 
 # Of average_precision: rows to sort, then (relations, rows, with weights) to sum over.
@@ -165,7 +173,7 @@ def example_call(
     return Call(
         gate=tensor(n_tokens, width, of=dtype),
         up=tensor(n_tokens, width, of=dtype) if gated else None,
-        out=tensor(n_tokens, width, of=dtype),
+        out=None if activation == "difference" else tensor(n_tokens, width, of=dtype),
         activation=activation,
         sites=sites,
         threshold_bits=0 if stats is None else stats._threshold_bits,

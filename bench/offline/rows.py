@@ -27,7 +27,7 @@ from bench.offline.code import (
     waits,
 )
 from bench.offline.model import GATED, GPUS, predict
-from bench.offline.work import n_inputs, work_of
+from bench.offline.work import n_inputs, of_rows, work_of
 from relneuron.ops import SITES
 from relneuron.ops.swiglu_stats.triton_launch import Launch
 
@@ -219,7 +219,7 @@ def _loop_numbers(
     turn_bytes = n_tensors * n_elements // (launch.num_warps * warp_size) * gate.element_size()
     widths, per_element = [], []
     for body in loops:
-        wanted = STORE if is_main else WIDE_LOAD
+        wanted = of_rows(launch) if is_main else WIDE_LOAD
         if not any(wanted.search(text) for text in body):
             continue
         # More than one turn where the compiler has unrolled the loop.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -62,6 +63,11 @@ def n_inputs(launch: Launch) -> int:
     return 1 if launch.args["up_ptr"] is None else 2
 
 
+def of_rows(launch: Launch) -> re.Pattern[str]:
+    """What only the loops over rows have, of a launch of the main kernel of swiglu_stats."""
+    return WIDE_LOAD if launch.args["h_ptr"] is None else STORE
+
+
 def _part(body: Sequence[str], turns: float, n_wide: int, *, is_cached: bool = False) -> Part:
     """A loop whose turn has n_wide loads of 16 bytes by each thread."""
     per_turn = 16 * n_wide
@@ -85,7 +91,8 @@ def _stats(
 ) -> tuple[list[Part], float]:
     sizes, args = launch.constants, launch.args
     # As in `rows`: the shortest is `blocks`, the longest `rows`.
-    loops = sorted((body for body in inner if any(map(STORE.search, body))), key=len)
+    wanted = of_rows(launch)
+    loops = sorted((body for body in inner if any(map(wanted.search, body))), key=len)
     runs = _n_runs(launch, launch.grid[0], is_mixed)
     n_steps = sizes["TILE_T"] / sizes["BLOCK_T"]
     if is_mixed:

@@ -115,15 +115,15 @@ def ablate_prompts(
     """Ask the prompts of some splits under every condition; returns accuracy.csv's rows.
 
     `asked` are fields of `AblateOptions` in place of those of `options`. By default a condition
-    sets the outputs of its neurons to zero at all positions of the prompt and of the answer, KV
-    cache included (arXiv 2502.17355, section 3.3). With the mode `patch` their products become
-    those of the other model of `pair`, which reads the same tokens; `donor` is its name, and
-    `model` is `pair.a`. `logprob` is the log-probability in nats of the object's first token after
-    the prompt, with the space before it (`predict.Answers`): of several right objects the most
-    probable one's, named by `logprob_of`. `given` is the one that the prediction gives, if it is
-    right; `choice`, where prompts have options, the most probable of these. With `choose` an option
-    is the answer, and `logprob` that of the right option as a whole (asking.py). `output` is .csv
-    or .parquet; the files in `BESIDE` stand in its folder.
+    sets the outputs of its neurons to zero at all positions of prompt and answer, KV cache included
+    (arXiv 2502.17355, section 3.3). With the mode `patch` their products become those of the other
+    model of `pair`, which reads the same tokens; `donor` is its name, and `model` is `pair.a`.
+    `logprob` is the log-probability in nats of the object's first token after the prompt, with the
+    space before it (`predict.Answers`): of several right objects the most probable one's, named by
+    `logprob_of`. `given` is the one that the prediction gives, if it is right; `choice`, where
+    prompts have options, the most probable of these. With `choose` an option is the answer, and
+    `logprob` that of the right option as a whole (asking.py). `output` is .csv or .parquet; the
+    files in `BESIDE` stand in its folder.
 
     Neurons that were found in other weights (those of a model before it was tuned, say) are taken
     with a warning, which the manifest keeps; a folder with the study of other weights is refused.

@@ -17,7 +17,6 @@ from relneuron.artifact.installed import need
 from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.prompts import FIELD
 from relneuron.artifact.reading import read_csv
-from relneuron.model.classifier import load_classifier
 
 COSTS = ("mask", "id", "seed", "cost")
 
@@ -70,6 +69,8 @@ def _of_column(path: Path, column: str) -> Price:
 def _classified(options: EffectOptions, quiet: bool) -> Price:
     """A classifier's logit of prompt and output in the template."""
     need("a classifier as --cost", "transformers")
+    from relneuron.model.classifier import load_classifier  # which brings torch
+
     classifier = load_classifier(options.cost, dtype=options.dtype, device=options.device)
     label = classifier.place_of(options.label)
     template = options.template or FIELD + OUTPUT

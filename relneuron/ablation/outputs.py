@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from relneuron.ablation.measures import summarise
 from relneuron.artifact.files import RelneuronError, csv_bytes, require
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 from relneuron.artifact.stage import Printed
-from relneuron.model.lens import Read
-from relneuron.model.lens import stages as stages_of
+
+if TYPE_CHECKING:
+    from relneuron.model.lens import Read
 
 SCORES = (
     *("mask", "group", "measure", "n_prompts", "n_seeds", "score", "sd_seeds", "low", "high"),
@@ -128,6 +129,8 @@ def lens_tables(
     mean entropy of each layer over the tokens of a mask and group, and the stage, 1 to 3, that
     `lens.stages` puts the layer in (empty with fewer than three layers).
     """
+    from relneuron.model.lens import stages as stages_of  # which brings torch
+
     texts: dict[int, str] = {}
     rows: list[tuple[Any, ...]] = []
     curves: dict[tuple[str, str], list[list[float]]] = {}

@@ -158,8 +158,9 @@ def check_tokenizers(a: Any, b: Any, names: tuple[str, str]) -> None:
         if one.get(token) != other.get(token):
             found = (f"token {x[token]}" if token in x else "no token" for x in (one, other))
             _refuse(f"vocabularies, in which {token!r} is {' and '.join(found)}", names)
-    if a.chat_template != b.chat_template:
-        told = " and ".join("one" if x.chat_template else "none" for x in (a, b))
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in (a, b)]
+    if templates[0] != templates[1]:
+        told = " and ".join("one" if template else "none" for template in templates)
         _refuse(f"chat templates ({told})", names)
     _refuse("rules by which text becomes tokens (special tokens, normaliser, merges)", names)
 
@@ -192,7 +193,8 @@ def _warn_of_base(adapter: str, base: str) -> None:
 class Taps:
     """Shows `see(number, h)` what the down map of each MLP reads, which may be changed.
 
-    A context manager: each map gets a `forward` on the instance, and loses it at the end. `number`
+    A context manager: each map gets a `forward` on the instance, and loses it at the end; of one
+    with an adapter of peft the map beneath. `number`
     is the MLP's place among `mlps`, h (..., F) is not copied; None from `see` leaves it as it is.
     """
 
@@ -202,7 +204,9 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for number, mlp in enumerate(self.mlps):
-            module = mlp.product.module
+            module: Any = mlp.product.module
+            while hasattr(module, "base_layer"):  # an adapter of peft may scale what it reads
+                module = module.base_layer
             before = module.__dict__.get("forward")
             self._before.append((module, before))
             plain = before or partial(type(module).forward, module)
@@ -280,6 +284,12 @@ def read_one(model: Any, mlps: Sequence[MLP], rows: Rows, see: See) -> None:
     seen: list[int] = []
 
     def in_turn(number: int, h: Tensor) -> None:
+        if h.shape[:-1] not in (ids.shape, (ids.numel(),)):
+            raise RelneuronError(
+                f"the MLP of layer {mlps[number].layer} reads {tuple(h.shape[:-1])} tokens of a "
+                f"batch of {tuple(ids.shape)}",
+                "give a model whose MLPs read rows of tokens, in the order of the batch",
+            )
         if number != len(seen):
             raise RelneuronError(
                 f"the model runs the MLP of layer {mlps[number].layer} out of turn",

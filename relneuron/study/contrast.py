@@ -22,7 +22,7 @@ from relneuron.methods.contrast.options import ContrastOptions
 from relneuron.methods.contrast.rank import identify_contrast, identify_contrast_inputs
 from relneuron.methods.contrast.study import EFFECT, OUTPUTS
 from relneuron.model.pair import Pair
-from relneuron.study.run import report_stage
+from relneuron.study.run import record_whole, report_stage
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def contrast_study(
             effect(outputs, effects, EffectOptions(cost=plan.cost), force=True, quiet=quiet)
             costs = effects.with_name(f"{effects.stem}.costs.csv")
             Manifest(folder).finish("effect", inputs, [effects, costs], reads=[outputs])
-        _record_whole(folder, plan.made_by)
+        stages = [stage for stage in Manifest(folder).data["stages"] if stage != "report"]
+        record_whole(folder, plan.made_by, stages)
         return report_stage(folder, folder / "report.html", force=force, resume=True)
 
 
@@ -132,19 +133,8 @@ def _generate(
         asked,
         outputs,
         options,
-        donor_model=pair.b,
+        pair=pair,
         force=True,
         quiet=quiet,
     )
     Manifest(folder).finish("generate", inputs, [outputs], reads=[neurons])
-
-
-def _record_whole(folder: Path, made_by: list[list[str]]) -> None:
-    """Have every stage name the one command that makes them all."""
-    manifest = Manifest(folder)
-    entries = [entry for stage, entry in manifest.data["stages"].items() if stage != "report"]
-    if any(entry.get("commands") != made_by for entry in entries):
-        for entry in entries:
-            entry["commands"] = made_by
-        manifest.data["stages"].pop("report", None)  # which printed others
-        manifest.save()

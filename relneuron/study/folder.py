@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from relneuron.artifact.contrast import Contrast
+from relneuron.artifact.counts import Counts
 from relneuron.artifact.effects import read_conditions
 from relneuron.artifact.files import Json, RelneuronError, require, unfinished
 from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.report.page import PageKind, kind_of
-from relneuron.study import tensors
+from relneuron.study import shown, tensors
 from relneuron.study.frames import Frame, frame, read_any, read_columns
 from relneuron.study.held import HELD, Held
 from relneuron.study.pages import PAGES
@@ -275,6 +276,34 @@ class Study:
         cs2, consistent."""
         return self._table("facts")
 
+    # --- two models
+
+    @cached_property
+    def changes(self) -> Frame:
+        """The change of every neuron between two models: layer, index, rms.
+
+        `rms` is sqrt(mean (a - b)^2) of its value before down, over the tokens of all groups.
+        """
+        return frame(tensors.changes(self._path("changes"), self._order))
+
+    def contrasted(self, group: str) -> Frame:
+        """Both models on a group's tokens: group, layer, site, index, tokens, count, sum, sum_sq,
+        max, n_nonfinite.
+
+        The site is `a` or `b`, the neuron in each model, or their `difference`.
+        """
+        path = self._path("contrasted")
+        return frame(tensors.counts(path, Contrast, [group], self._order))
+
+    @cached_property
+    def causal_effects(self) -> Frame:
+        """What patching does to a cost: mask, n_prompts, n_seeds, cost_clean, cost_donor, cost,
+        effect, low, high.
+
+        `effect` is E[cost - cost_clean] / E[cost_donor - cost_clean] with its 95 % interval.
+        """
+        return self._table("causal_effects")
+
     @cached_property
     def edits(self) -> Frame:
         """What `edit` changed: measure, n, before, before_low, before_high, after, after_low,
@@ -314,7 +343,7 @@ class Study:
 
     def _counts(self, group: str | None) -> dict[str, Any]:
         path, asked = self._path("counts"), None if group is None else [group]
-        return tensors.counts(path, HELD["counts"].made_by, asked, self._order)
+        return tensors.counts(path, Counts, asked, self._order)
 
     @property
     def _order(self) -> Shape | None:
@@ -331,54 +360,29 @@ class Study:
             )
         return model
 
-    # --- what is there
+    def __repr__(self) -> str:
+        return shown.as_text(self.kind.name, self.folder, self._states())
 
-    def _states(self) -> list[tuple[str, str, str, str]]:
-        """Of each table of this kind: its call, what it is, its file's state, the command."""
+    def _repr_html_(self) -> str:
+        """For notebooks: what is there, what is missing, and the commands that make it."""
+        model = (self.manifest.get("model") or {}).get("id")
+        return shown.as_html(self.kind.name, self.folder, model, self._states())
+
+    def _states(self) -> list[shown.State]:
+        """Of each table of this kind of study, and of each that is there."""
         left = unfinished(self.folder)
         rows = []
         for name, held in HELD.items():
             path, of_kind = self._file(held), {*held.files} & self.kind.reads.keys()
+            command = f"relneuron {self._made_by(held)}"
             if path is None and not of_kind:
                 continue
-            command = f"relneuron {self._made_by(held)}"
             if path is None:
                 known = any(self.manifest["files"].get(f, {}).get("dropped") for f in held.files)
                 state = "deleted to save space" if known else "missing"
             elif path.name in left or self._is_begun(held, path):
                 state = "unfinished"
             else:
-                state, command = f"{path.name}, {_size(path.stat().st_size)}", ""
-            rows.append((held.call or name, held.words, state, command))
+                state, command = shown.file_of(path), ""
+            rows.append(shown.State(held.call or name, held.words, state, command))
         return rows
-
-    def __repr__(self) -> str:
-        lines = [f"{self.kind.name} in {self.folder}"]
-        for call, _, state, command in self._states():
-            lines.append(f"  .{call:<24} {state}" + (f": {command}" if command else ""))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        """For notebooks: what is there, what is missing, and the commands that make it."""
-        model = (self.manifest.get("model") or {}).get("id")
-        head = f"<b>{escape(self.kind.name)}</b> in <code>{escape(str(self.folder))}</code>"
-        head += f", model {escape(str(model))}" if model else ""
-        cells = (
-            f"<tr><td style='text-align:left'><code>.{escape(call)}</code></td>"
-            f"<td style='text-align:left'>{escape(words)}</td>"
-            f"<td style='text-align:left'>{escape(state)}"
-            + (f": <code>{escape(command)}</code>" if command else "")
-            + "</td></tr>"
-            for call, words, state, command in self._states()
-        )
-        return f"<div>{head}</div><table>{''.join(cells)}</table>"
-
-
-def _size(n_bytes: int) -> str:
-    """12.3 MB."""
-    size, unit = float(n_bytes), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{n_bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"

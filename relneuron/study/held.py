@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from relneuron.ablation.effect import Effect
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
+from relneuron.artifact import contrast
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.gains import (
@@ -26,6 +28,7 @@ from relneuron.artifact.gains import (
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
 from relneuron.artifact.gradients import COMPLETENESS, COMPLETENESS_COLUMNS, FILES, IG, RELEVANCE
 from relneuron.artifact.gradients import made_by as gradients_by
+from relneuron.methods.contrast.study import EFFECT
 from relneuron.methods.counts.study import NLL, WINDOWS
 from relneuron.methods.gradients.editing import COLUMNS, MEASURES
 from relneuron.methods.gradients.scored import FACT_COLUMNS, FACTS
@@ -154,6 +157,16 @@ HELD = {
         (FACTS,),
         f"{_IDENTIFY} --method knowledge_neurons",
         FACT_COLUMNS,
+    ),
+    "changes": Held("how far two models are apart", (contrast.NAME,), contrast.MADE_BY),
+    "contrasted": Held(
+        "both models in one group", (contrast.NAME,), contrast.MADE_BY, call="contrasted(group)"
+    ),
+    "causal_effects": Held(
+        "what patching does to a cost",
+        (EFFECT,),
+        f"effect outputs.jsonl -o DIR/{EFFECT} --cost COST",
+        Effect._fields[:9],
     ),
     "edits": Held("what an edit changed", (MEASURES,), _EDIT, COLUMNS),
 }

@@ -264,7 +264,7 @@ def make_study(
                 quiet=quiet,
             )
         if whole is not None:
-            _record_whole(folder, whole())
+            record_whole(folder, whole(), IN_WHOLE)
         else:
             for place in (folder, *(folder / name for name in _WITHIN)):
                 _forget_commands(place)
@@ -291,14 +291,16 @@ def _whole(
     return []
 
 
-def _record_whole(folder: Path, whole: list[list[str]]) -> None:
+def record_whole(folder: Path, whole: list[list[str]], stages: Sequence[str]) -> None:
     """Have the stages of a whole study name the one command that makes them."""
     manifest = Manifest(folder)
-    entries = [manifest.data["stages"][stage] for stage in IN_WHOLE]
+    entries = [manifest.data["stages"][stage] for stage in stages]
     if whole and any(entry.get("commands") != whole for entry in entries):
         for entry in entries:
             entry["commands"] = whole
-        manifest.data["stages"].pop("report", None)  # which printed others
+        # Which printed others; what is known of its files would stand in the next one.
+        for name in manifest.data["stages"].pop("report", {}).get("files", ()):
+            manifest.data["files"].pop(name, None)
         manifest.save()
 
 

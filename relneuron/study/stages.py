@@ -31,7 +31,7 @@ _HOMES = {
     "SourceOptions": "texts.options:SourceOptions",
     "count": "methods.counts.count:count",
     "CountOptions": "texts.options:CountOptions",
-    "merge": "methods.counts.folders:merge",
+    "merge": "methods.counts.merge:merge",
     "identify_counts": "methods.counts.rank:identify_counts",
     "LapeOptions": "methods.counts.options:LapeOptions",
     "attribute": "methods.gains.attribute:attribute",

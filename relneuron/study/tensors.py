@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.counts import BESIDE, RAN, SITES
+from relneuron.artifact import contrast
+from relneuron.artifact.counts import BESIDE, RAN, SITES, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import GAIN_ROWS, ffn_widths
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
@@ -22,8 +23,7 @@ from relneuron.methods.gains.rank import mean_gains
 from relneuron.study.frames import Array, Names, check_size
 
 RECORD = "record MODEL prompts.jsonl -o DIR"
-COUNTED = "relneuron.counts"  # the key of what counts.safetensors says of its groups
-_SITES = (*SITES, *ATTENTION)  # the order of the rows
+_SITES = (*SITES, *ATTENTION, *contrast.SITES)  # the order of the rows
 _DTYPES = ("F32", "F64", "I64")
 # Of a table of gains a block of columns is in memory at a time: so many bytes of the file.
 _BLOCK_BYTES = 32 << 20
@@ -94,10 +94,10 @@ def scores(path: Path, made_by: str, relation: str, order: Shape | None) -> dict
         return _neurons(file, place_of(known, relation, "relation or group", path), order)
 
 
-def groups_of(path: Path, made_by: str) -> list[str]:
-    """The groups of a counts.safetensors."""
-    with open_tensors(path, made_by, what="file of counts") as file:
-        about = file.about(COUNTED)
+def groups_of(path: Path, kind: type[Counts]) -> list[str]:
+    """The groups of a file of counts, or of a contrast."""
+    with open_tensors(path, kind.MADE_BY, what=kind.WHAT) as file:
+        about = file.about(kind.KEY)
         groups = about.get("groups") if isinstance(about, dict) else None
         if not (isinstance(groups, list) and all(isinstance(name, str) for name in groups)):
             raise file.wrong(f"the groups are {groups}")
@@ -105,18 +105,18 @@ def groups_of(path: Path, made_by: str) -> list[str]:
 
 
 def counts(
-    path: Path, made_by: str, asked: Sequence[str] | None, order: Shape | None
+    path: Path, kind: type[Counts], asked: Sequence[str] | None, order: Shape | None
 ) -> dict[str, Any]:
     """group, layer, site, index, tokens and what was counted of them, of some groups or of all."""
-    known = groups_of(path, made_by)
+    known = groups_of(path, kind)
     groups = list(known if asked is None else asked)
     rows = [place_of(known, name, "group", path) for name in groups]
     # The other columns take as much as three numbers more.
-    n_numbers = path.stat().st_size // 8 // len(known) * len(groups)
-    check_size(
-        n_numbers, 4 * 8, f"the counts of {len(groups)} groups", "ask for one: counts_of(group)"
-    )
-    parts = [_counted(path, made_by, len(known), row, order) for row in rows]
+    n_numbers = path.stat().st_size // 8 // max(1, len(known)) * len(groups)
+    check_size(n_numbers, 4 * 8, f"the {len(groups)} groups of {path.name}", "ask for one group")
+    parts = [_counted(path, kind, len(known), row, order) for row in rows]
+    if not parts:
+        raise RelneuronError(f"{path} has no group", f"make it again: relneuron {kind.MADE_BY}")
     sites = parts[0]["site"].names
     codes = [{**part, "site": part["site"].codes} for part in parts]
     columns: dict[str, Any] = {
@@ -127,8 +127,10 @@ def counts(
     return {"group": Names(group, groups), **columns}
 
 
-def _counted(path: Path, made_by: str, n: int, row: int, order: Shape | None) -> dict[str, Any]:
-    with open_tensors(path, made_by, what="file of counts") as file:
+def _counted(
+    path: Path, kind: type[Counts], n: int, row: int, order: Shape | None
+) -> dict[str, Any]:
+    with open_tensors(path, kind.MADE_BY, what=kind.WHAT) as file:
         found = _neurons(file, row, order)
         ran = np.broadcast_to(file.get("tokens", (n,), "I64")[row], len(found["layer"]))
         if RAN in file.names:
@@ -136,6 +138,16 @@ def _counted(path: Path, made_by: str, n: int, row: int, order: Shape | None) ->
             ran = of_layers[found["layer"]]
     about = {name: found.pop(name) for name in ("layer", "site", "index")}
     return {**about, "tokens": ran, **found}
+
+
+def changes(path: Path, order: Shape | None) -> dict[str, Any]:
+    """layer, index and the RMS change of every neuron between two models, over all groups."""
+    kind = contrast.Contrast
+    with open_tensors(path, kind.MADE_BY, what=kind.WHAT) as file:
+        rms = file.get(contrast.RMS, (None, None))
+    widths = [_width(order, layer, "product", rms.shape[1]) for layer in range(len(rms))]
+    columns = _of_layers(widths)
+    return {**columns, "rms": rms[columns["layer"], columns["index"]]}
 
 
 def _rows(path: Path, made_by: str, key: str) -> list[str]:

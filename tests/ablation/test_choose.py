@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import random_neurons
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.choose import choose, right_places
+from relneuron.model.pair import pair_of
 from tests.kit.hooked import INSIDE, SHAPE, Hooked, Study
 
 OPTIONS = ("Rome", "in Oslo, where apple and pear grow", "Bern", "Lima or Rome", "Oslo")
@@ -128,3 +131,61 @@ def test_options_may_begin_alike(study: Study, tmp_path: Path) -> None:
     assert len(study.ablate(tmp_path, choose="acc", **asked)) == len(prompts) * 4
     with pytest.raises(RelneuronError, match="begin with the same token"):
         study.ablate(tmp_path / "b", **asked)
+
+
+def test_options_are_read_with_another_models_values(study: Study, tmp_path: Path) -> None:
+    """`--mode patch`: A reads each option with B's products of the same tokens at some neurons."""
+    prompts = asked_of(study, tmp_path / "p.jsonl")
+    a, b = study.model, copy.deepcopy(study.model)
+    generator = torch.Generator().manual_seed(4)
+    for weight in b.parameters():
+        weight.data += 0.15 * torch.randn(weight.shape, generator=generator)
+    off = [(layer, "gate", i) for layer in (0, 1) for i in range(layer, 48, 2)]
+    rows = study.ablate(
+        tmp_path / "o",
+        neurons=study.write_sets(tmp_path / "n.json", {"lives_in": off}),
+        prompts=tmp_path / "p.jsonl",
+        random_seeds=0,
+        mode="patch",
+        donor="b",
+        pair=pair_of(a, b, study.tokenizer, names=("m", "b")),
+        choose="acc",
+        batch_tokens=90,
+    )
+    kept: dict[int, torch.Tensor] = {}
+    index = {layer: [i for at, _, i in off if at == layer] for layer in (0, 1)}
+
+    def keep(layer: int) -> Any:
+        return lambda _, inputs: kept.update({layer: inputs[0].clone()})
+
+    def put(layer: int) -> Any:
+        def patched(_: Any, inputs: Any) -> Any:
+            new = inputs[0].clone()
+            new[..., index[layer]] = kept[layer][..., index[layer]]
+            return (new,)
+
+        return patched
+
+    changed = 0
+    with ExitStack() as stack:
+        for make, model in ((keep, b), (put, a)):
+            for layer, block in enumerate(model.model.layers):
+                hook = block.mlp.down_proj.register_forward_pre_hook(make(layer))
+                stack.callback(hook.remove)
+        for prompt in prompts:
+            found = []
+            for option in OPTIONS:
+                both = (prompt.prompt, f"{prompt.prompt} {option}")
+                context, whole = (study.tokenizer(text)["input_ids"] for text in both)
+                read = torch.tensor([whole[:-1]])
+                with torch.no_grad():
+                    b(read)
+                    logprobs = a(read).logits[0].double().log_softmax(-1)
+                spoken = range(len(context), len(whole))
+                found.append(float(sum(logprobs[i - 1, whole[i]] for i in spoken)))
+            row = rows["lives_in", prompt.id]
+            assert row["prediction"] == OPTIONS[found.index(max(found))]
+            own = found[OPTIONS.index(prompt.object)]
+            assert float(row["logprob"]) == pytest.approx(own, abs=1e-4)
+            changed += abs(own - float(rows["clean", prompt.id]["logprob"])) > 1e-2
+    assert changed > len(prompts) / 2

@@ -37,6 +37,7 @@ from relneuron.methods.gradients.options import IgOptions
 from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
+from relneuron.model.pair import pair_of
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
@@ -57,9 +58,17 @@ def ablated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> ob
 
 def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> object:
     counts, prompts = root / "counts", root / "study" / "prompts.jsonl"
-    output = out / "texts.jsonl"
+    pair = asked.pop("pair", None)
     options = GenerateOptions(**{"max_new_tokens": 4} | asked)
-    return generate("m", *loaded, counts / "neurons.json", prompts, output, options, quiet=True)
+    files = (counts / "neurons.json", prompts, out / "texts.jsonl")
+    return generate("m", *loaded, *files, options, pair=pair, quiet=True)
+
+
+def generated_by(loaded: Any, corpus: Any, root: Path, out: Path) -> object:
+    """Text with the values of another model, which is the same."""
+    model, tokenizer = loaded
+    pair = pair_of(model, copy.deepcopy(model), tokenizer)
+    return generated(loaded, corpus, root, out, pair=pair, mode="patch", donor="b", off="a")
 
 
 def edited(loaded: Any, corpus: Any, root: Path, out: Path) -> object:
@@ -189,6 +198,11 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "probe, applied": (
         lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
         ("probe/probe.safetensors",),
+    ),
+    "generate patched": (generated_by, ("counts/neurons.json", "study/prompts.jsonl")),
+    "generate mean": (
+        lambda m, c, r, o: generated(m, c, r, o, mode="mean", off="a", moments=r / "products"),
+        ("products/counts.safetensors", "products/manifest.json"),
     ),
     "report groups": (
         partial(reported, of="counts"),

@@ -26,7 +26,7 @@ from relneuron.cli import main as cli
 from relneuron.study.run import _whole
 from relneuron.study.settings import DEMO, DemoOptions, RunOptions
 from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
-from tests.kit.pairs import write_other
+from tests.kit.pairs import save_moved
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
 
@@ -137,6 +137,8 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8",
         f"{GRADIENTS} --method ig --steps 3",
         "identify {d} -o {d}/neurons.json --method query_localization --otsu",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --mode patch --from {donor} --splits eva --unrelated 2 --any-set --quiet",
     ],
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
@@ -202,21 +204,21 @@ STUDIES: dict[str, list[str]] = {
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
     ],
     "two models": [
-        "contrast {model} {model_b} {prompts} -o {d} --completion-by b --positions predicting"
+        "contrast {model} {donor} {prompts} -o {d} --completion-by b --positions predicting"
         " --max-new-tokens 3 --template 'So {{prompt}}' --batch-tokens 300 --quiet"
         f" {EXACT}",
         "identify {d} -o {d}/neurons.json --method contrast --sizes 5,20 --groups likes_fruit"
         " --without-layers 0",
     ],
     "two models, neurons within others": [
-        "contrast {model} {model_b} {prompts} -o {d} --tokens prompt --quiet",
+        "contrast {model} {donor} {prompts} -o {d} --tokens prompt --quiet",
         "identify {d} -o {d}/neurons.json --method contrast --rate 0.5 --from-rank 2 --by-group"
         " --within {neurons}",
     ],
     "shards of two models": [
-        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-a --tokens last --shard 1/2 {SPREAD}"
+        f"contrast {{model}} {{donor}} {{prompts}} -o {{d}}-a --tokens last --shard 1/2 {SPREAD}"
         " --batch-tokens 300 --quiet",
-        f"contrast {{model}} {{model_b}} {{prompts}} -o {{d}}-b --tokens last --shard 2/2 {SPREAD}"
+        f"contrast {{model}} {{donor}} {{prompts}} -o {{d}}-b --tokens last --shard 2/2 {SPREAD}"
         " --batch-tokens 300 --quiet",
         "merge {d}-a {d}-b -o {d}",
         "identify {d} -o {d}/neurons.json --method contrast --top 4 --without {neurons}",
@@ -289,14 +291,13 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     (folder / "pictures" / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)) + "\n")
     shutil.copytree(model_folder, folder / "chat")
     (folder / "chat" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    write_other(model_folder, folder / "model_b")
     shape = {"layers": 2, "width": 48, "hidden": 32}
     some = [(layer, "gate", i, 1.0) for layer in (0, 1) for i in range(9)]
     NeuronFile(shape, "ap", {"some": some}, {}).write(folder / "neurons.json")
     return {
         "model": str(model_folder),
-        "model_b": str(folder / "model_b"),
         "neurons": str(folder / "neurons.json"),
+        "donor": str(save_moved(model_folder, folder / "donor")),
         "chat": str(folder / "chat"),
         "facts": str(fact_folder),
         "suffixed": str(suffixed),

@@ -176,6 +176,7 @@ def commands(
         "ablate": [model_folder, neurons, prompts],
         "attribute": [model_folder, prompts],
         "contrast": [model_folder, model_folder, prompts],
+        "probe": [model_folder, prompts, "--apply", "probe.safetensors"],
         "effect": ["outputs.jsonl", "--cost", "costs.csv:cost"],
         "count": [model_folder, *sources(corpus), *COUNT],
         "nll": [model_folder, neurons, *sources(corpus), *COUNT],

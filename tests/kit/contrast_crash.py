@@ -25,7 +25,7 @@ from relneuron.cli import main as cli
 from relneuron.methods.contrast.counter import PairCounter
 from tests.conftest import tiny_model
 from tests.kit.count_crash import EVERY, Study, check_checkpoint, every_step, run_ranks
-from tests.kit.pairs import Words, other, write_prompts
+from tests.kit.pairs import Words, moved, write_prompts
 
 
 class Contrasts(Study):
@@ -43,7 +43,7 @@ class Contrasts(Study):
         asked = ["--max-new-tokens", "3", "--batch-tokens", "34", "--quiet"]
         self.words = [str(prompts), *asked, "--checkpoint-batches", str(EVERY), *words]
         model = tiny_model("llama")
-        pair = relneuron.model.pair.pair_of(model, other(model), Words())
+        pair = relneuron.model.pair.pair_of(model, moved(model), Words())
         relneuron.model.pair.load_pair = lambda *_, **__: pair
 
 

@@ -8,7 +8,6 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def save_adapter(kind: str | Any, folder: Path, *, model: Any = None, seed: int 
     return folder
 
 
-def moved(model: Any, scale: float, seed: int, only: Sequence[str] = ()) -> Any:
+def moved(model: Any, scale: float = 0.02, seed: int = 3, only: Sequence[str] = ()) -> Any:
     """A copy of a model, some of whose weights were changed: those with one of `only` in a name."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for name, weight in other.named_parameters():
@@ -90,25 +89,6 @@ def peft_model(folder: Path, **changes: Any) -> Any:
 
     with ignoring_peft():
         return PeftModel.from_pretrained(tiny_model("llama", **changes), folder).eval()
-
-
-def other(model: Any, *, seed: int = 3, by: float = 0.02) -> Any:
-    """A copy of a model, all of whose weights are moved a little."""
-    made = deepcopy(model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.add_(torch.randn_like(weight) * by)
-    return made
-
-
-def write_other(model: Path, folder: Path) -> Path:
-    """A folder with `other` of a folder's model, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    other(AutoModelForCausalLM.from_pretrained(model)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
 
 
 class Words(Numbers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import LoadOptions
+from relneuron.model.adapters import load_adapter
 from relneuron.model.pair import Taps, load_pair, pair_of, read_both, running
 from tests.conftest import tiny_model
 from tests.kit.experts import expert_model
-from tests.kit.pairs import Words, other, save_adapter
+from tests.kit.pairs import Words, moved, peft_model, save_adapter
 from tests.kit.speakers import byte_level
 
 # --- what does not fit -----------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_tokenizers_of_other_tokens_or_templates() -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
     model = tiny_model("llama", vocab_size=400)
-    for name, one in {"a": model, "b": other(model)}.items():
+    for name, one in {"a": model, "b": moved(model)}.items():
         one.save_pretrained(root / name)
         byte_level(["cat"]).save_pretrained(root / name)
     save_adapter("ia3", root / "adapter", model=model)
@@ -188,13 +190,42 @@ def test_a_model_that_does_not_run_its_layers_is_refused() -> None:
         read_both(pair, rows(IDS), lambda *_: None)
 
 
+def test_a_model_that_turns_its_batch_around_is_refused() -> None:
+    """Its tokens would count in each other's groups."""
+    a, b = tiny_model("llama"), tiny_model("llama")
+    pair = pair_of(a, b, Words())
+    mlp = b.model.layers[1].mlp
+    plain = type(mlp).forward
+    mlp.__dict__["forward"] = lambda x: plain(mlp, x.transpose(0, 1)).transpose(0, 1)
+    with pytest.raises(RelneuronError, match=r"layer 1 reads \(4, 2\) tokens of a batch of \(2, 4"):
+        read_both(pair, rows(IDS), lambda *_: None)
+
+
+def test_an_adapted_model_in_memory_is_read_behind_its_scale(tmp_path: Path) -> None:
+    """As peft holds it, in a pair of two models: the same as the adapter's rows."""
+    save_adapter("ia3 of down", tmp_path)
+    a, b = tiny_model("llama"), peft_model(tmp_path).get_base_model()
+    adapted = tiny_model("llama")
+    one = pair_of(adapted, adapted, Words())
+    pairs = [
+        pair_of(a, b, Words()),
+        replace(one, adapter=load_adapter(adapted, str(tmp_path))),
+    ]
+    seen: list[list[Tensor]] = [[], []]
+    for pair, found in zip(pairs, seen, strict=True):
+        read_both(pair, rows(IDS), lambda _, a, b, found=found: found.extend((a, b)))
+    for two, both in zip(*seen, strict=True):
+        assert torch.allclose(two, both, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(seen[0][0], seen[0][1], rtol=0.1)
+
+
 def test_what_was_kept_of_a_is_dropped_layer_by_layer() -> None:
     """When B's layer i has run, A's h of it and those before are held by nobody."""
     import gc
     import weakref
 
     a = tiny_model("llama")
-    pair, kept = pair_of(a, other(a), Words()), []
+    pair, kept = pair_of(a, moved(a), Words()), []
 
     def see(number: int, one: Tensor, _: Tensor) -> None:
         gc.collect()

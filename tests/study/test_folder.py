@@ -29,6 +29,7 @@ from relneuron.study.frames import TEXTS
 from relneuron.study.held import HELD
 from tests.conftest import ROOT
 from tests.kit.attribution_studies import write_attribution
+from tests.kit.contrasted import write_contrast
 from tests.kit.corpus_studies import write_corpus_study
 from tests.kit.gradient_studies import gradient_study, write_fact_study
 from tests.kit.studies import write_study
@@ -189,6 +190,28 @@ def test_a_study_of_facts(tmp_path: Path) -> None:
     assert np.isnan(study.conditions["seed"][0])
 
 
+def test_a_contrast(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    groups = {
+        name: (*rng.normal(size=(2, n, 2, 5)).astype(np.float32),)
+        for name, n in (("en", 7), ("de", 4))
+    }
+    write_contrast(tmp_path / "s", groups)
+    study = load(tmp_path / "s")
+    a, b = (np.concatenate([both[i] for both in groups.values()]) for i in range(2))
+    change = np.sqrt(np.square(a - b).mean(0))
+    found = study.changes
+    assert found.columns.tolist() == ["layer", "index", "rms"] and len(found) == 10
+    np.testing.assert_allclose(found["rms"], change.reshape(-1), rtol=1e-6)
+    one = study.contrasted("de").set_index(["layer", "site", "index"])
+    assert (one["tokens"] == 4).all() and len(one) == 3 * 10
+    values = groups["de"][1]
+    np.testing.assert_allclose(one.loc[(1, "b", 3), "sum"], values[:, 1, 3].sum(), rtol=1e-6)
+    assert one.loc[(1, "b", 3), "count"] == (values[:, 1, 3] > 0).sum()
+    with pytest.raises(RelneuronError, match="no group 'fr'"):
+        study.contrasted("fr")
+
+
 def test_responses_of_a_prompt(tmp_path: Path) -> None:
     shapes = {f"{site}.{la}": (3, w) for la in range(2) for site, w in (("gate", 5), ("up", 5))}
     shapes |= {f"down.{la}": (3, 4) for la in range(2)}
@@ -217,6 +240,12 @@ def test_analyses_are_the_tables_of_the_report(tmp_path: Path) -> None:
     table = load(tmp_path).analyses["drop"]
     assert table["relation"].tolist() == ["a", "b"] and table["n_prompts"].dtype == np.int64
     assert table["drop"].tolist()[0] == 0.5 and np.isnan(table["drop"][1])
+
+
+def test_the_page_of_docs_names_every_table() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names = {(held.call or name).partition("(")[0] for name, held in HELD.items()} | {"analyses"}
+    assert {name for name in names if not re.search(rf"`[^`|]*\b{name}\b", text)} == set()
 
 
 def test_every_column_is_explained() -> None:
@@ -350,7 +379,7 @@ def test_counts_that_are_too_many_are_asked_for_in_parts(
     monkeypatch.setattr("relneuron.study.frames.MOST_BYTES", 2 * size)
     with pytest.raises(RelneuronError, match="GB as a frame") as error:
         _ = study.counts
-    assert error.value.fix == "ask for one: counts_of(group)"
+    assert error.value.fix == "ask for one group"
     assert len(study.counts_of("en"))
 
 

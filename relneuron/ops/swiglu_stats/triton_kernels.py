@@ -188,10 +188,7 @@ def _swiglu_stats_kernel(
         low_bits.to(tl.float32, bitcast=True),
     )
     # An address in place of an h that is not there and that nothing is stored to.
-    h_tile = gate_ptr
-    if h_ptr is not None:
-        h_tile = h_ptr
-    h_tile += first * stride_ht + offs_f[None, :]
+    h_tile = (gate_ptr if h_ptr is None else h_ptr) + first * stride_ht + offs_f[None, :]
     gate_tile = gate_ptr + first * stride_gt + offs_f[None, :]
     if up_ptr is not None:
         up_tile = up_ptr + first * stride_ut + offs_f[None, :]

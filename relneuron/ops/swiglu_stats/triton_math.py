@@ -17,11 +17,10 @@ from relneuron.ops.swiglu_stats import reference
 from relneuron.ops.swiglu_stats.groups import SITES
 from relneuron.ops.swiglu_stats.reference import CODES
 
-# The code of a site is its position in SITES: gate, up, act, product.
-SITE_GATE = tl.constexpr(SITES.index("gate"))
-SITE_UP = tl.constexpr(SITES.index("up"))
-SITE_ACT = tl.constexpr(SITES.index("act"))
-SITE_PRODUCT = tl.constexpr(SITES.index("product"))
+# The code of a site is its position in SITES.
+SITE_GATE, SITE_UP, SITE_ACT, SITE_PRODUCT = (
+    tl.constexpr(SITES.index(site)) for site in ("gate", "up", "act", "product")
+)
 # The code of an activation is its position in CODES.
 SILU = tl.constexpr(CODES.index("silu"))
 GELU = tl.constexpr(CODES.index("gelu"))
@@ -29,14 +28,12 @@ GELU_TANH = tl.constexpr(CODES.index("gelu_tanh"))
 RELU2 = tl.constexpr(CODES.index("relu2"))
 QUICK = tl.constexpr(CODES.index("quick_gelu"))
 TANH = tl.constexpr(CODES.index("tanh"))
-RESIDUAL = tl.constexpr(CODES.index("residual"))
-DIFFERENCE = tl.constexpr(CODES.index("difference"))
+RESIDUAL, DIFFERENCE = (tl.constexpr(CODES.index(op)) for op in ("residual", "difference"))
 
 LOG2_E = tl.constexpr(reference.LOG2_E)
 LN2_HIGH = tl.constexpr(reference.LN2_HIGH)
 LN2_LOW = tl.constexpr(reference.LN2_LOW)
-EXP_LOW = tl.constexpr(reference.EXP_LOW)
-EXP_HIGH = tl.constexpr(reference.EXP_HIGH)
+EXP_LOW, EXP_HIGH = (tl.constexpr(c) for c in (reference.EXP_LOW, reference.EXP_HIGH))
 SQRT_HALF = tl.constexpr(reference.SQRT_HALF)
 GELU_LINEAR = tl.constexpr(reference.GELU_LINEAR)
 GELU_CUBIC = tl.constexpr(reference.GELU_CUBIC)
@@ -393,11 +390,11 @@ def _fast_activation(x, weight, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def _act(gate, up, weight, ACTIVATION: tl.constexpr, EXACT: tl.constexpr, PTX: tl.constexpr):
     """The site act in the dtype of gate, a difference in float32; the fast form times `weight`."""
+    x = _widen(gate, PTX)
     if ACTIVATION == DIFFERENCE:
-        result = _widen(gate, PTX) - _widen(up, PTX)
+        result = x - _widen(up, PTX)
     elif EXACT:
-        result = _narrow(_exact_activation(_widen(gate, PTX), ACTIVATION), gate.dtype, PTX)
+        result = _narrow(_exact_activation(x, ACTIVATION), gate.dtype, PTX)
     else:
-        wide = _fast_activation(_widen(gate, PTX), weight, ACTIVATION, PTX)
-        result = _narrow(wide, gate.dtype, PTX)
+        result = _narrow(_fast_activation(x, weight, ACTIVATION, PTX), gate.dtype, PTX)
     return result

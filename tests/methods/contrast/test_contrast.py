@@ -24,7 +24,7 @@ from tests.kit.pairs import (
     ADAPTERS,
     Words,
     ignoring_peft,
-    other,
+    moved,
     peft_model,
     read_by,
     save_adapter,
@@ -54,7 +54,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     prompts = write_prompts(folder / "p.jsonl")
     if request.param not in ADAPTERS:
         a = ungated() if request.param == "gpt_neox" else tiny_model(request.param)
-        b = other(a)
+        b = moved(a)
         maps = [mlp.product.path for mlp in running(a)]
         return pair_of(a, b, Words()), prompts, read_by_hand((a, b), (maps, maps), prompts)
     save_adapter(request.param, folder)
@@ -189,7 +189,7 @@ def test_two_equal_models_do_not_differ_at_all(tmp_path: Path) -> None:
 def test_sums_are_those_of_what_the_maps_read(tmp_path: Path) -> None:
     """Of the very forwards of the pass: differences are summed, and never moments subtracted."""
     a = tiny_model("llama")
-    b, seen = other(a, by=1e-6), [[], []]  # type: ignore[var-annotated]
+    b, seen = moved(a, scale=1e-6), [[], []]  # type: ignore[var-annotated]
     for side, model in enumerate((a, b)):
         for layer in model.model.layers:
             layer.mlp.down_proj.register_forward_pre_hook(
@@ -214,7 +214,7 @@ def test_every_batch_is_one_or_two_forwards_without_the_end(tmp_path: Path) -> N
     save_adapter("ia3", tmp_path / "ia3")
     prompts = write_prompts(tmp_path / "p.jsonl", 6)
     a = tiny_model("llama")
-    pairs = {"adapter": adapted(tmp_path / "ia3"), "models": pair_of(a, other(a), Words())}
+    pairs = {"adapter": adapted(tmp_path / "ia3"), "models": pair_of(a, moved(a), Words())}
     rows: list[tuple[str, int]] = []
     for name, pair in pairs.items():
         for side, model in {"a": pair.a, "b": pair.b}.items():
@@ -234,7 +234,7 @@ def test_every_batch_is_one_or_two_forwards_without_the_end(tmp_path: Path) -> N
 
 def test_templates_and_chat_templates(tmp_path: Path) -> None:
     """The model reads the template's text, and the chat template's around it."""
-    pair = pair_of(tiny_model("llama"), other(tiny_model("llama")), Chat())
+    pair = pair_of(tiny_model("llama"), moved(tiny_model("llama")), Chat())
     (tmp_path / "p.txt").write_text("5 6\n7\n")
     read: list[list[int]] = []
     pair.b.model.embed_tokens.register_forward_hook(lambda _, x, y: read.extend(x[0].tolist()))
@@ -257,7 +257,7 @@ def test_a_completion_that_ends_at_once(tmp_path: Path) -> None:
     """It has no token: none is compared, and a contrast of such alone is refused."""
     a = tiny_model("llama")
     a.generation_config.eos_token_id = list(range(96))
-    pair = pair_of(a, other(a), Words())
+    pair = pair_of(a, moved(a), Words())
     prompts = write_prompts(tmp_path / "p.jsonl", 3)
     with pytest.raises(RelneuronError, match="no completion has a token") as error:
         run(pair, prompts, tmp_path / "o")
@@ -276,7 +276,7 @@ def test_a_completion_that_ends_at_once(tmp_path: Path) -> None:
 def test_the_manifest_names_both_models(tmp_path: Path) -> None:
     a = tiny_model("llama")
     prompts = write_prompts(tmp_path / "p.jsonl")
-    found = run(pair_of(a, other(a), Words(), names=("one", "two")), prompts, tmp_path)
+    found = run(pair_of(a, moved(a), Words(), names=("one", "two")), prompts, tmp_path)
     manifest = Manifest(tmp_path).data
     assert (manifest["model"]["id"], manifest["model_b"]["id"]) == ("one", "two")
     assert manifest["model"]["digest"] != manifest["model_b"]["digest"]

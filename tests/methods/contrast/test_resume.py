@@ -28,7 +28,7 @@ from tests.conftest import tiny_model
 from tests.kit import contrast_crash
 from tests.kit.count_crash import files_of
 from tests.kit.forked import Forked
-from tests.kit.pairs import Words, other, write_prompts
+from tests.kit.pairs import Words, moved, write_prompts
 
 ASKED: dict[str, Any] = {"max_new_tokens": 3, "batch_tokens": 34, "checkpoint_seconds": 1e9}
 N_BATCHES = 8
@@ -37,7 +37,7 @@ N_BATCHES = 8
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     model = tiny_model("llama")
-    return pair_of(model, other(model), Words())
+    return pair_of(model, moved(model), Words())
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +204,9 @@ def test_other_inputs_are_refused_by_name_and_force_begins_anew(
     before = files_of(stopped)
     asked = change if isinstance(change, dict) else {}
     if change == "model":
-        pair = pair_of(other(pair.a, seed=8), pair.b, Words())
+        pair = pair_of(moved(pair.a, seed=8), pair.b, Words())
     elif change == "model_b":
-        pair = pair_of(pair.a, other(pair.a, seed=8), Words())
+        pair = pair_of(pair.a, moved(pair.a, seed=8), Words())
     elif change == "tokenizer":
         pair = pair_of(pair.a, pair.b, Words(vocabulary=95))
     elif change == "prompts":
@@ -295,7 +295,7 @@ def test_shards_are_merged_to_the_whole(
 def test_contrasts_of_other_models_are_not_merged(
     pair: Pair, prompts: Path, whole: Path, tmp_path: Path
 ) -> None:
-    run(pair_of(pair.a, other(pair.a, seed=8), Words()), prompts, tmp_path / "b")
+    run(pair_of(pair.a, moved(pair.a, seed=8), Words()), prompts, tmp_path / "b")
     with pytest.raises(RelneuronError, match="cannot be added: model_b.digest") as error:
         merge([whole, tmp_path / "b"], tmp_path / "all")
     assert error.value.fix.startswith("merge contrasts of the same two models")

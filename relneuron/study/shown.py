@@ -1,0 +1,56 @@
+"""How a study folder looks in a notebook and at a prompt: what is there, and what makes the rest.
+
+`folder.Study` calls it; whatever a study holds is shown as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+_LEFT = "<td style='text-align:left'>"
+
+
+class State(NamedTuple):
+    """A table: how it is asked for, what it is, its file, and the command if that is not there."""
+
+    call: str
+    words: str
+    state: str
+    command: str
+
+
+def as_text(kind: str, folder: Path, states: Sequence[State]) -> str:
+    """A line for each table."""
+    lines = [f"{kind} in {folder}"]
+    for one in states:
+        lines.append(f"  .{one.call:<24} {one.state}" + (f": {one.command}" if one.command else ""))
+    return "\n".join(lines)
+
+
+def as_html(kind: str, folder: Path, model: object, states: Sequence[State]) -> str:
+    """A table of tables."""
+    head = f"<b>{escape(kind)}</b> in <code>{escape(str(folder))}</code>"
+    head += f", model {escape(str(model))}" if model else ""
+    rows = (
+        f"<tr>{_LEFT}<code>.{escape(one.call)}</code></td>{_LEFT}{escape(one.words)}</td>"
+        f"{_LEFT}{escape(one.state)}"
+        + (f": <code>{escape(one.command)}</code>" if one.command else "")
+        + "</td></tr>"
+        for one in states
+    )
+    return f"<div>{head}</div><table>{''.join(rows)}</table>"
+
+
+def file_of(path: Path) -> str:
+    """effects.csv, 12.3 MB."""
+    size, unit = float(path.stat().st_size), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return (
+        f"{path.name}, {size:.0f} bytes" if unit == "bytes" else f"{path.name}, {size:.1f} {unit}"
+    )
