@@ -1,5 +1,6 @@
 # make demo: the whole study on the bundled model, ends with the path of its report.
 # make test: lint, types and tests; make check: without the slow tests, for every change at the desk.
+# make docs: docs/ as a site in site/, without a warning.
 # All make .venv and install what they need; again is quick.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 DEMO ?= relneuron-demo
@@ -18,7 +19,7 @@ OF_TRANSFORMERS := $(addprefix tests/,model/test_ask.py model/test_mlps.py model
 ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo check test lint clean
+.PHONY: demo check test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/relneuron demo -o $(DEMO)
@@ -35,6 +36,9 @@ test: lint $(VENV)/.oldest
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest $(ON_ALL_CORES) --quiet $(OF_TRANSFORMERS)
 	$(BIN)/pytest $(ON_ALL_CORES) --durations=10
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
@@ -48,10 +52,14 @@ $(VENV)/.test: $(VENV)/.torch $(INPUTS)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(VENV)/.test
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
+
 # Not installed beside the newest one: PYTHONPATH puts this folder before it.
 $(VENV)/.oldest: $(VENV)/.test Makefile
 	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist relneuron/_cpu*.so relneuron/_cpu*.pyd
+	rm -rf $(VENV) build dist site relneuron/_cpu*.so relneuron/_cpu*.pyd

@@ -7,6 +7,7 @@ compiled without optimisation and for one instruction set, in a sixth of the tim
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from tests.conftest import ROOT, shared_folder
 pytestmark = pytest.mark.slow
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+BACKEND = PYPROJECT["build-system"]["requires"][0]
 NAME = f"relneuron-{relneuron.__version__}"
 # Calls the backend as a frontend does: pip has no word for a source archive.
 HOOK = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
@@ -38,7 +40,7 @@ def run(*words: object, cwd: Path, path: Path | None = None) -> str:
     env |= {"PYTHONPATH": str(path)} if path else {}
     done = subprocess.run([*map(str, words)], cwd=cwd, env=env, capture_output=True, text=True)
     if "No matching distribution" in done.stderr:
-        pytest.skip("no index that has what builds relneuron")
+        raise LookupError(done.stderr)
     assert not done.returncode, done.stdout + done.stderr
     return done.stdout
 
@@ -56,12 +58,17 @@ class Built(NamedTuple):
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     def make(folder: Path) -> None:
-        pip("install", "--target", "backend", PYPROJECT["build-system"]["requires"][0], cwd=folder)
-        run(sys.executable, "-c", HOOK, folder, cwd=ROOT, path=folder / "backend")
         quick = [word for setting in QUICK for word in ("--config-settings", setting)]
-        pip("wheel", "--no-deps", *quick, f"{NAME}.tar.gz", cwd=folder)
+        try:
+            pip("install", "--target", "backend", BACKEND, cwd=folder)
+            run(sys.executable, "-c", HOOK, folder, cwd=ROOT, path=folder / "backend")
+            pip("wheel", "--no-deps", *quick, f"{NAME}.tar.gz", cwd=folder)
+        except LookupError as error:
+            (folder / "lacking").write_text(str(error), encoding="utf-8")
 
     folder = shared_folder(tmp_path_factory, "built", make)
+    if (folder / "lacking").exists():
+        pytest.skip("no index that has what builds relneuron")
     [sdist], [wheel] = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return Built(sdist, wheel)
 
@@ -113,14 +120,14 @@ def place(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_works_outside_of_the_checkout(place: Path, tmp_path: Path) -> None:
     [command] = (*place.glob("bin/relneuron"), *place.glob("Scripts/relneuron.exe"))
-    said = dict(
-        line.split(maxsplit=1) for line in run(command, "doctor", cwd=tmp_path).splitlines()
-    )
+    rows = [
+        re.split(" {2,}", line, maxsplit=1)
+        for line in run(command, "doctor", cwd=tmp_path).splitlines()
+    ]
+    said = dict(rows)
     assert said["installed"].startswith(f"a wheel, by pip: {place}")
     assert said["relneuron"] == relneuron.__version__
-    code = "from relneuron.ops import available_backends as a; print(a()['cpu'].works)"
-    python = command.with_name("python")
-    assert run(python, "-c", code, cwd=tmp_path) == "True\n"
+    assert said["backend cpu"] == "works: C++ kernels, using portable of ['portable']"
     words = ("--analyses", "main", "--random-seeds", 1, "--top", 20, "--quiet")
     page = run(command, "demo", "-o", "study", *words, cwd=tmp_path).splitlines()[-1]
     assert "report.html" in page and (tmp_path / "study" / "report.html").stat().st_size > 100_000
