@@ -39,7 +39,7 @@ KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
 PROBE = "--labels labels.csv:y --set en --top 2 --folds 2 --random-seeds 0 --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
 CONTRAST = f"contrast model adapter prompts.txt {CONTINUE}"
-CHANGED = "--method contrast --top 5"
+CHANGED = "identify contrast --method contrast --top 5 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
 MADE = [
@@ -52,7 +52,7 @@ MADE = [
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
     f"{CONTRAST} -o contrast",
-    f"identify contrast -o contrast/neurons.json {CHANGED}",
+    f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
         f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
@@ -70,6 +70,8 @@ MADE = [
     " --splits eva --random-seeds 1 --analyses matched --unrelated 2",
     "export study/prompts.jsonl -o theirs/facts.json",
     *(f"export knowledge/neurons.json -o theirs/neurons.{kind}" for kind in ("json", "jsonl")),
+    "edit model knowledge/neurons.json knowledge/prompts.jsonl -o edited --quiet",
+    "export contrast -o theirs/scores.pt",
     "!record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
     f"!{ABLATE} -o unfinished/effects.csv --batch-tokens 64",
     f"!{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
@@ -233,6 +235,10 @@ CASES = {
         _of("knowledge", "facts.csv", "neurons.json", "prompts.jsonl", "completeness.csv")
         + _of("knowledge", "effects.csv", "conditions.csv", "manifest.json"),
     ),
+    "import scores": Case(
+        "import theirs/scores.pt --model model -o out/neurons.json --format safety",
+        given=("theirs/scores.pt",),
+    ),
     "merge": Case(
         "merge half1 half2 -o out",
         _of("half2", "counts.safetensors", "manifest.json") + ("half1/counts.safetensors",),
@@ -273,7 +279,7 @@ CASES = {
         ("unfinished-contrast/contrast.checkpoint",),
     ),
     "identify contrast": Case(
-        f"identify contrast -o out/neurons.json {CHANGED}",
+        f"{CHANGED} -o out/neurons.json",
         _of("contrast", "contrast.safetensors", "manifest.json"),
     ),
     "report of two models": Case(
