@@ -285,10 +285,10 @@ MUTANTS = {
         "if more or not layers:",
         "model/test_adapters.py::test_trained_biases_are_refused",
     ),
-    "model.pair: a smaller batch is held in memory of its own": Mutant(
-        "buffer.numel() < h.numel()",
-        "buffer.numel() != h.numel()",
-        "model/test_pair.py::test_what_a_left_is_held_in_the_same_memory_for_all_batches",
+    "model.pair: every layer of B is held beside A's first one": Mutant(
+        "held.get(number, h).to(h.device)",
+        "held.get(0, h).to(h.device)",
+        "methods/contrast/test_contrast.py::test_two_equal_models_do_not_differ_at_all",
     ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
