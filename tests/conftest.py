@@ -66,6 +66,7 @@ SLOW = {
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",
     "cli": "corpus corpus_input errors main",
+    "methods/contrast": "contrast",
     "methods/counts": "batches count in_parts page pictured",
     "methods/gains": "attribute_resume kinds page",
     "methods/gradients": "edit page planted",

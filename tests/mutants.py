@@ -250,6 +250,31 @@ MUTANTS = {
         'self.pair.only("a")',
         "methods/contrast/test_contrast.py::test_statistics_are_those_of_plain_hooks[llama-b]",
     ),
+    "methods.contrast.rank: of equal changes the last place comes first": Mutant(
+        'places[np.argsort(-flat[places], kind="stable")]',
+        'places[np.argsort(flat[places], kind="stable")[::-1]]',
+        "methods/contrast/test_rank.py::test_equal_changes_rank_by_layer_then_index",
+    ),
+    "methods.contrast.rank: neurons of layers that are left out are chosen": Mutant(
+        "able[kept] = there[kept]",
+        "able = there.copy()",
+        "methods/contrast/test_rank.py::test_layers_and_other_files_leave_neurons_out",
+    ),
+    "methods.contrast.authors_files: rows are layers, whichever are left out": Mutant(
+        '(layers[row], "gate", index,',
+        '(row, "gate", index,',
+        "methods/contrast/test_authors_files.py::test_rows_are_layers_but_those_left_out",
+    ),
+    "methods.contrast.study: a random set is of every set": Mutant(
+        "mask for mask, of in found.items() if of == name or (of is None and patched == [name])",
+        "mask for mask, of in found.items()",
+        "methods/contrast/test_page.py::test_random_sets_are_those_of_their_set",
+    ),
+    "artifact.counts: a deviation is that of the population": Mutant(
+        "variance = np.maximum(total_sq - total * (total / n), 0) / (n - 1)",
+        "variance = np.maximum(total_sq - total * (total / n), 0) / n",
+        "artifact/test_contrast.py::test_e3",
+    ),
     "model.adapters: an adapter of what a layer reads scales all rows": Mutant(
         "whole[chosen] = changed",
         "whole[:] = changed[:1]",
@@ -260,10 +285,10 @@ MUTANTS = {
         "if more or not layers:",
         "model/test_adapters.py::test_trained_biases_are_refused",
     ),
-    "model.pair: what A left is kept to the end": Mutant(
-        "own, kept[number] = kept[number], None",
-        "own = kept[number]",
-        "model/test_pair.py::test_what_was_kept_of_a_is_dropped_layer_by_layer",
+    "model.pair: a smaller batch is held in memory of its own": Mutant(
+        "buffer.numel() < h.numel()",
+        "buffer.numel() != h.numel()",
+        "model/test_pair.py::test_what_a_left_is_held_in_the_same_memory_for_all_batches",
     ),
     "model.mlps.modules: what nobody reads is a projector": Mutant(
         "if _changes(part, decoder, run)",
@@ -434,7 +459,7 @@ MUTANTS = {
         "study/test_memory.py::test_another_model_other_facts_and_other_options_are_refused",
     ),
     "study.run: a stage of a model in memory names a command": Mutant(
-        'entry["commands"] = []',
+        "_name_commands(place, [], _OF_A_MODEL)",
         "pass",
         "study/test_memory.py::test_it_writes_what_the_command_writes",
     ),

@@ -17,6 +17,7 @@ from relneuron.artifact.installed import need
 from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.prompts import FIELD
 from relneuron.artifact.reading import read_csv
+from relneuron.texts.tokens import listed
 
 COSTS = ("mask", "id", "seed", "cost")
 
@@ -54,11 +55,10 @@ def _of_column(path: Path, column: str) -> Price:
                 )
             found[key] = row.finite(column)
         keys = [tuple(str(getattr(line, name)) for name in by) for line in lines]
-        missing = [key for key in keys if key not in found]
+        missing = [" ".join(key) for key in keys if key not in found]
         if missing:
             raise RelneuronError(
-                f"{path} has no {column} of {', '.join(missing[0])}, and {len(missing) - 1} more "
-                "outputs",
+                f"{path} has no {column} of the output {listed(missing, 1)}",
                 f"give it a row of each output, with the columns {', '.join((*by, column))}",
             )
         return [found[key] for key in keys]

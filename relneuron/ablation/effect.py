@@ -62,10 +62,10 @@ class Effect(NamedTuple):
 def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
     """The causal effect of each mask, from costs (prompts, seeds) of every mask, clean and donor.
 
-    C = E[F(w1~) - F(w1)] / E[F(w2) - F(w1)] (arXiv 2406.14144, section 3.3) over prompts and
-    seeds, where w1 is the text of the model itself, w1~ that of the patched model and w2 that of
-    the donor, to the same prompt. The interval is a bootstrap by percentiles: prompts are drawn
-    with all of their seeds and masks, so that numerator and denominator are of one draw.
+    C = E[F(w1~) - F(w1)] / E[F(w2) - F(w1)] (arXiv 2406.14144) over prompts and seeds, where w1 is
+    the text of the model itself, w1~ that of the patched model and w2 that of the donor, to the
+    same prompt. The interval is a bootstrap by percentiles: prompts are drawn with all of their
+    seeds and masks, so that numerator and denominator are of one draw.
     """
     clean, donor = costs[CLEAN], costs[DONOR]
     n_prompts, n_seeds = clean.shape
@@ -108,8 +108,8 @@ def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
     return found
 
 
-def by_mask(lines: Sequence[Generated], costs: Sequence[float]) -> dict[str, Costs]:
-    """Costs (prompts, seeds) of each mask: each has the outputs to the prompts of `clean`."""
+def by_mask(lines: Sequence[Generated], costs: Sequence[float], where: Path) -> dict[str, Costs]:
+    """Costs (prompts, seeds) of each mask in a file: each has outputs to the prompts of `clean`."""
     found: dict[str, dict[tuple[str, int | None], float]] = {}
     for line, cost in zip(lines, costs, strict=True):
         found.setdefault(line.mask, {})[line.id, line.seed] = cost
@@ -121,7 +121,7 @@ def by_mask(lines: Sequence[Generated], costs: Sequence[float]) -> dict[str, Cos
             key, seed = next(iter({*asked} ^ {*of}))
             which = key if seed is None else f"{key} (seed {seed})"
             raise RelneuronError(
-                f"{mask} and {CLEAN} are not of the same outputs: one has none for {which}",
+                f"{where}: of {mask} and {CLEAN} only one has an output for {which}",
                 "generate all masks in one command",
             )
     return {
@@ -154,13 +154,13 @@ def effect(
         what = f"the mask {missing[0]}" if missing else "a mask of patched neurons"
         raise RelneuronError(
             f"{outputs} lacks {what}: it has {', '.join(masks)}",
-            "make it with: relneuron generate MODEL PROMPTS --from DONOR --neurons NEURONS "
-            "--off SET -o OUTPUTS",
+            "make it with: relneuron generate MODEL PROMPTS --mode patch --from DONOR --neurons "
+            "NEURONS --off clean,donor,SET -o OUTPUTS",
             2,
         )
-    by_mask(lines, [0.0] * len(lines))
+    by_mask(lines, [0.0] * len(lines), outputs)
     costs = find_price(options, quiet=quiet)(lines)
-    found = causal_effects(by_mask(lines, costs))
+    found = causal_effects(by_mask(lines, costs, outputs))
     if found[0].low is None:
         warnings.warn(
             f"the donor's cost differs by {found[0].donor_low:.4g} to {found[0].donor_high:.4g} "

@@ -1,6 +1,6 @@
 """What a case of `relneuron bench` is, and who takes part in one.
 
-bench/suite.py, bench/ranking.py and bench/gain.py make them, bench/timing.py checks and times them.
+bench/suite.py and the files of the other ops make them, bench/timing.py checks and times them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Case:
     T: int = 2048
     F: int = 11008
     G: int = 12
-    layout: str = "sorted"  # swiglu_stats: how the relations lie in the rows, sorted or mixed
+    layout: str = "sorted"  # swiglu_stats, pair_stats: how groups lie in the rows, sorted or mixed
 
     def __str__(self) -> str:
         letters = {"average_precision": "NMR", "logprob_gain": "VKE"}.get(self.op, "TFG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from relneuron.bench import gain as bench_gain
+from relneuron.bench import pair_stats as bench_pair
 from relneuron.bench import ranking as bench_ranking
 from relneuron.bench.case import Case
 
@@ -12,6 +13,7 @@ SUITES = {
         *(Case(dtype=dtype, T=64, F=352) for dtype in ("float32", "bfloat16")),
         *bench_ranking.QUICK,
         *bench_gain.QUICK,
+        *bench_pair.QUICK,
     ],
     "usual": [
         # Decoding has a row or a few a call: there the inputs are in the caches.
@@ -22,6 +24,7 @@ SUITES = {
         ),
         *bench_ranking.USUAL,
         *bench_gain.USUAL,
+        *bench_pair.USUAL,
     ],
     "full": [
         *(
@@ -32,5 +35,6 @@ SUITES = {
         ),
         *bench_ranking.FULL,
         *bench_gain.FULL,
+        *bench_pair.FULL,
     ],
 }

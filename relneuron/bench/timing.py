@@ -191,7 +191,8 @@ def run_case(
         warnings.simplefilter("ignore", DeprecationWarning)
         if contestants is None:
             n_sets = _n_sets(case, device)
-            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled, own=own)
+            more = {} if own is None else {"own": own}
+            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled, **more)
         notes = [_verdict(contestant) for contestant in contestants]
         right = [c for c, (correct, _) in zip(contestants, notes, strict=True) if correct]
         for contestant, (correct, note) in zip(contestants, notes, strict=True):
@@ -308,6 +309,10 @@ def summary(rows: Sequence[Row]) -> Iterator[tuple[str, str, float]]:
         ("ours, with moments and 13 masks", "moments+masks", "relneuron"),
         ("ours, with responses of gate, up, product", "responses", "relneuron"),
         ("ours, with all of it", "all", "relneuron"),
+        ("best eager, a, b and difference", "pair", "eager"),
+        ("best compiled, a, b and difference", "pair", "compile"),
+        ("best eager, difference alone, to ours", "difference", "eager"),
+        ("best compiled, difference alone, to ours", "difference", "compile"),
         ("best batched sort", "ap", "batched"),
         ("scikit-learn, a call a column", "ap", "sklearn"),
         ("torchmetrics, a call a column", "ap", "torchmetrics"),

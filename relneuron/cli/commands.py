@@ -343,7 +343,7 @@ class BenchOptions(Options):
 def bench(
     options: BenchOptions,
     op: Annotated[
-        str | None, Argument("[OP]", "swiglu_stats, average_precision or logprob_gain.")
+        str | None, Argument("[OP]", "swiglu_stats, average_precision, logprob_gain or pair_stats.")
     ] = None,
     output: Annotated[
         Path | None, Named("Folder for the csv and the roofline.", ("-o", "--output"))

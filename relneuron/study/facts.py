@@ -160,6 +160,7 @@ def _texts(cell: Any) -> list[Any]:
 
 def _file_name(name: Any, where: str) -> str:
     """A relation's name as that of its file, with lines in place of spaces."""
-    if not (isinstance(name, str) and name.strip()) or name.startswith(".") or "/" in name:
+    is_text = isinstance(name, str) and bool(name.strip()) and name.isprintable()
+    if not is_text or name.startswith(".") or "/" in name:
         raise RelneuronError(f"{where} is {name!r}", "give a name that a file can have", 2)
-    return name.strip().replace(" ", "_")
+    return str(name).strip().replace(" ", "_")

@@ -44,7 +44,7 @@ def load(folder: str | Path) -> Study:
     return study
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Study:
     """What a folder holds, each table read when it is first asked for.
 

@@ -267,7 +267,7 @@ def make_study(
             record_whole(folder, whole(), IN_WHOLE)
         else:
             for place in (folder, *(folder / name for name in _WITHIN)):
-                _forget_commands(place)
+                _name_commands(place, [], _OF_A_MODEL)
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / "report.html", force=force, resume=True)
@@ -292,33 +292,28 @@ def _whole(
 
 
 def record_whole(folder: Path, whole: list[list[str]], stages: Sequence[str]) -> None:
-    """Have the stages of a whole study name the one command that makes them."""
-    manifest = Manifest(folder)
-    entries = [manifest.data["stages"][stage] for stage in stages]
-    if whole and any(entry.get("commands") != whole for entry in entries):
-        for entry in entries:
-            entry["commands"] = whole
-        # Which printed others; what is known of its files would stand in the next one.
-        for name in manifest.data["stages"].pop("report", {}).get("files", ()):
-            manifest.data["files"].pop(name, None)
-        manifest.save()
+    """Have the stages of a whole study name the one command that makes them, if there is one."""
+    if whole:
+        _name_commands(folder, whole, stages)
 
 
 _WITHIN = ("concepts", "attribution")  # studies within a study
 _OF_A_MODEL = ("record", "attribute", "ablate")  # stages whose command names one
 
 
-def _forget_commands(folder: Path) -> None:
-    """Have the stages that ask a model say that they were made from Python: it has no name."""
+def _name_commands(folder: Path, commands: list[list[str]], stages: Sequence[str]) -> None:
+    """Have those of the stages that are done say which commands make them; none: from Python."""
     if not (folder / "manifest.json").exists():
         return
     manifest = Manifest(folder)
-    stages = manifest.data["stages"]
-    entries = [stages[stage] for stage in _OF_A_MODEL if stages.get(stage, {}).get("commands")]
-    if entries:
+    known = manifest.data["stages"]
+    entries = [known[stage] for stage in stages if stage in known]
+    if any(entry.get("commands") != commands for entry in entries):
         for entry in entries:
-            entry["commands"] = []
-        stages.pop("report", None)  # which printed others
+            entry["commands"] = commands
+        # Which printed others; what is known of its files would stand in the next one.
+        for name in known.pop("report", {}).get("files", ()):
+            manifest.data["files"].pop(name, None)
         manifest.save()
 
 

@@ -47,6 +47,8 @@ _HOMES = {
     "contrast": "methods.contrast.contrast:contrast",
     "ContrastOptions": "methods.contrast.options:ContrastOptions",
     "identify_contrast": "methods.contrast.rank:identify_contrast",
+    "probe": "methods.contrast.probe:probe",
+    "ProbeOptions": "methods.contrast.options:ProbeOptions",
     "report": "study.run:report_stage",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605

@@ -8,6 +8,7 @@ tolerance rule of this project.
 from relneuron.testing import (  # noqa: F401  they register
     checks_gain,
     checks_h,
+    checks_pair,
     checks_ranking,
     checks_stats,
     checks_sums,

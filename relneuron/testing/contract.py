@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from relneuron.ops import ACTIVATIONS, SITES, GroupStats
+from relneuron.ops import ACTIVATIONS, PAIR_SITES, SITES, GroupStats
 from relneuron.ops.swiglu_stats.reference import ieee_arithmetic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,6 +64,9 @@ OPS = {
             *("positions", "offset", "scale_after", "cap", "certified", "top"),
             *("strides", "errors"),
         ),
+    ),
+    "pair_stats": Op(
+        ("a", "b"), DTYPES, ("moments", "strides", "flush_to_zero", "errors"), (), PAIR_SITES
     ),
 }
 
@@ -120,7 +123,8 @@ class Claims:
                 raise ValueError(f"check_backend: {name} must be some of {known}, got {given!r}")
             if known and not given and name != "features":
                 raise ValueError(f"check_backend: {name} must not be empty")
-        if "moments" in self.features and "counts" not in self.features:
+        counts = {"counts"} & set(OPS[self.op].features)
+        if "moments" in self.features and not counts <= set(self.features):
             raise ValueError("check_backend: the feature moments comes with counts")
 
     @property
@@ -164,16 +168,22 @@ class Subject:
         self.last_inputs: dict[str, Tensor] = {}
 
     def call(self, **arguments: Any) -> Any:
-        """Call with copies of the arguments, of any op; its result on the CPU."""
+        """Call with copies of the arguments, of any op; its result, or `stats`, on the CPU."""
         given = {name: value for name, value in arguments.items() if value is not None}
         self.last_call = describe_call(given)
         device = self.claims.device
         moved = {n: _move(v, device) if isinstance(v, Tensor) else v for n, v in given.items()}
+        if "stats" in moved:
+            moved["stats"] = moved["stats"].to(device)
+            self.last_results = (moved["stats"], {})
         unnamed = [moved[name] for name in OPS[self.claims.op].inputs]
         named = {n: v for n, v in moved.items() if n not in OPS[self.claims.op].inputs}
         with _threads(self.n_threads):
             found = self.fn(*unnamed, **named)
         self.last_inputs = {n: _move(v, "cpu") for n, v in moved.items() if isinstance(v, Tensor)}
+        if "stats" in moved:
+            assert found is None, f"the result is a {type(found).__name__}, not None"
+            return moved["stats"].to("cpu")
         if isinstance(found, Tensor):
             return found.cpu()
         assert isinstance(found, tuple), f"the result is a {type(found).__name__}, not a tensor"

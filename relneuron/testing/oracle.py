@@ -111,16 +111,27 @@ def assert_stats(
     group_ids: Tensor | None,
     activation: str,
 ) -> None:
-    """`after` is `before` plus the statistics of one call, one group at a time."""
-    n_tokens = gate.shape[0]
+    """`after` is `before` plus the statistics of one call of swiglu_stats."""
+    values = site_values(gate, up, activation, before.sites)
+    assert_recorded(after, before, values, group_ids, str(gate.dtype).removeprefix("torch."))
+
+
+def assert_recorded(
+    after: GroupStats,
+    before: GroupStats,
+    values: dict[str, Tensor],
+    group_ids: Tensor | None,
+    dtype: str = "as float32",
+) -> None:
+    """`after` is `before` plus the statistics of float32 `values`, one group at a time."""
+    n_tokens, width = next(iter(values.values())).shape
     ids = torch.zeros(n_tokens, dtype=torch.int32) if group_ids is None else group_ids
     rows = [(ids == group).nonzero().squeeze(1) for group in range(before.groups)]
     sizes = torch.tensor([len(r) for r in rows], dtype=torch.int64)
     assert_same_bits(after.tokens, before.tokens + sizes, "tokens")
-    values = site_values(gate, up, activation, before.sites)
     for site in before.sites:
         value = values[site].double()
-        about = f"[{site}] ({str(gate.dtype).removeprefix('torch.')}, threshold {before.threshold})"
+        about = f"[{site}] ({dtype}, threshold {before.threshold})"
         active = value > before.threshold
         added = torch.stack([active[r].sum(0) for r in rows])
         assert_same_bits(after.count[site], before.count[site] + added, f"count{about}")
@@ -131,7 +142,7 @@ def assert_stats(
         assert_same_bits(
             after.n_nonfinite[site], before.n_nonfinite[site] + added, f"n_nonfinite{about}"
         )
-        low = torch.full((1, gate.shape[1]), -math.inf, dtype=torch.float64)
+        low = torch.full((1, width), -math.inf, dtype=torch.float64)
         # Adding 0 turns -0 into +0.
         candidates = torch.where(finite, value + 0.0, -math.inf)
         largest = torch.stack([torch.cat([low, candidates[r]]).amax(0) for r in rows])

@@ -191,7 +191,7 @@ def test_what_a_text_has_in_braces_stays() -> None:
     ("table", "cause"),
     [
         ("mask,id,price\ns,p,1\n", "lacks the column seed"),
-        ("mask,id,seed,price\ns,p,0,1\n", "has no price of clean, p, 0, and 10 more outputs"),
+        ("mask,id,seed,price\ns,p,0,1\n", "has no price of the output clean p 0 and 10 more"),
         ("mask,id,seed,price\ns,p,0,1\ns,p,0,2\n", "line 3: a second row of s, p, 0"),
         ("mask,id,seed,price\ns,p,0,\n", "price is '', not a finite number"),
         ("mask,id,seed\n", "lacks the column price"),
@@ -220,7 +220,7 @@ def test_what_cannot_be_compared(relneuron: Any, tmp_path: Path) -> None:
         (lines(("clean", "s")), "lacks the mask donor: it has clean, s"),
         (lines(("donor", "s")), "lacks the mask clean"),
         (lines(("clean", "donor")), "lacks a mask of patched neurons"),
-        (lines()[:-1], "s and clean are not of the same outputs: one has none for q"),
+        (lines()[:-1], "of s and clean only one has an output for q"),
         (lines() + lines()[:1], "line 7: a second output of clean for p"),
         ([], "holds no output"),
     ):

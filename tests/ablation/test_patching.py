@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import write_prompts
 from tests.ablation.test_generate import LAYERS, SHAPE, WIDTH, model_of
 from tests.conftest import tiny_model
+from tests.kit import pairs
 from tests.kit.files import read_rows
-from tests.kit.pairs import moved, save_adapter
 
 NEW = 8
 WORDS = ("Person1", "lives", "in a", "house and", "eats an", "apple ,", "plum", "or the", "pear")
@@ -57,8 +56,8 @@ PROMPTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i * 12 // 40)) for i i
 @pytest.fixture(scope="module")
 def pair(model_folder: Path) -> Iterator[tuple[Any, Any, Any]]:
     """Two models with one tokenizer; texts differ from mask to mask."""
-    a = moved(load_model(str(model_folder)), 0.2, 2, ["down_proj"])
-    yield a, moved(a, 0.15, 3), load_tokenizer(str(model_folder))
+    a = pairs.moved(load_model(str(model_folder)), 0.2, 2, ["down_proj"])
+    yield a, pairs.moved(a, 0.15, 3), load_tokenizer(str(model_folder))
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +113,7 @@ def peft_over(model: Any, folder: Path) -> Any:
     """A model with an adapter, as peft runs it; the model is changed."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with pairs.ignoring_peft():
         return PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -170,7 +168,7 @@ def test_packed_and_ungated_models(model_folder: Path, study: Path, sets: Any, f
         (study / "neurons.json").write_text(json.dumps(data))
     else:
         a = model_of(family, vocab_size=len(tokenizer), eos_token_id=1, num_hidden_layers=2)
-    trio = (a, moved(a, 0.15, 5), tokenizer)
+    trio = (a, pairs.moved(a, 0.15, 5), tokenizer)
     made = ours(trio, study, off=("donor", "many"))
     check_loop(trio, made[36:] if family == "phi3" else made[36:50], sets)
     assert [g.output for g in made[:40]] != [g.output for g in made[40:]]
@@ -184,7 +182,7 @@ def test_an_adapter_whose_rows_share_a_forward(
     a, tokenizer = copy.deepcopy(pair[0]), pair[2]
     a.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    folder = save_adapter(kind, tmp_path / "b", model=copy.deepcopy(a))
+    folder = pairs.save_adapter(kind, tmp_path / "b", model=copy.deepcopy(a))
     both = load_pair(str(tmp_path / "model"), str(folder), LoadOptions())
     assert both.a is both.b
     places = (study / "neurons.json", study / "p.jsonl", study / "o.jsonl")
@@ -231,7 +229,7 @@ def test_all_neurons_of_a_model_that_differs_in_gate_and_up_say_what_it_says(
 ) -> None:
     """All that differs is replaced: the causal effect C is 1, of any cost."""
     a, _, tokenizer = pair
-    b = moved(a, 0.3, 7, ["gate_proj", "up_proj"])
+    b = pairs.moved(a, 0.3, 7, ["gate_proj", "up_proj"])
     made = ours((a, b, tokenizer), study, off=("clean", "donor", "all"))
     clean, donor, patched = (made[40 * i :][:40] for i in range(3))
     assert [g[1:] for g in patched] == [g[1:] for g in donor]
@@ -341,7 +339,7 @@ def test_a_killed_run_goes_on_and_with_another_donor_begins_again(
     assert calls == n_batches + 1 > 4  # that of the batch that was under way
     (study / "o.jsonl").unlink()
     (study / "o.jsonl.journal").write_bytes(kept)
-    other = (a, moved(a, 0.1, 9), tokenizer)
+    other = (a, pairs.moved(a, 0.1, 9), tokenizer)
     with pytest.warns(match=r"other inputs .inputs\.donor\.digest: .* is done again"):
         made = ours(other, study, **asked)
     assert made == ours(other, study, "other.jsonl", **asked) != whole

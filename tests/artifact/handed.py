@@ -18,7 +18,7 @@ from relneuron.model.pair import pair_of
 from relneuron.study.settings import RunOptions
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
-from tests.kit.pairs import other
+from tests.kit.pairs import moved
 
 OPTIONS = RunOptions(
     eva=8, top=40, random_seeds=1, batch_tokens=256, permutations=9, bootstrap=9, analyses=ANALYSES
@@ -52,7 +52,7 @@ def contrasted(loaded: tuple[Any, Any], prompts: Path, folder: Path) -> None:
     """The model beside one whose weights are moved a little."""
     model, tokenizer = loaded
     options = ContrastOptions(tokens="last")
-    contrast(pair_of(model, other(model), tokenizer), prompts, folder, options, quiet=True)
+    contrast(pair_of(model, moved(model), tokenizer), prompts, folder, options, quiet=True)
 
 
 def flip(path: Path, rng: random.Random, end: int | None = None) -> None:

@@ -160,7 +160,7 @@ STUDIES: dict[str, list[str]] = {
         " --labels {labels}:y --mask s --above 0.5 --seed 3 --random-seeds 1 --quiet"
         f" --template 'Q: {{{{prompt}}}}' --batch-tokens 60 {EXACT}",
         "probe {model} {prompts} -o {d} --apply {d}/probe.safetensors --quiet"
-        " --labels {labels}:y --mask s",
+        f" --labels {{labels}}:y --mask s --template 'Q: {{{{prompt}}}}' {SPREAD}",
     ],
     "corpus of token ids": [
         f"count {{model}} a={{ids}} b={{ids2}} -o {{d}} --ids-dtype int32 --window 8 {COUNT}",
@@ -201,6 +201,11 @@ STUDIES: dict[str, list[str]] = {
     ],
     "imported neurons": [
         "import {imported}/neurons.pth --model {model} -o {d}/neurons.json --names en,zh",
+        f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
+    ],
+    "imported scores": [
+        "import {imported}/scores.pt --model {model} -o {d}/neurons.json --format safety --top 6"
+        " --without-layers 0",
         f"nll {{model}} {{d}}/neurons.json {{three}} -o {{d}} --windows 3 --window 24 {COUNT}",
     ],
     "two models": [
@@ -267,6 +272,10 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
     index = [[torch.tensor([1, 5]), torch.tensor([7])], [torch.tensor([2]), torch.tensor([3])]]
     torch.save(index, lapes / "neurons.pth")
     torch.manual_seed(0)
+    scores = torch.rand(1, 48)
+    order = scores[0].argsort(descending=True)
+    ranks = torch.stack([torch.zeros_like(order), order], 1)
+    torch.save((scores, ranks, *torch.rand(4, 1, 48).clone().unbind()), lapes / "scores.pt")
     for name in ("en", "zh"):
         counts = {"n": 1000, "over_zero": torch.randint(0, 1000, (2, 48))}
         torch.save(counts, lapes / name)

@@ -156,6 +156,7 @@ class Fuzzer:
         shutil.rmtree(self.root.parent, ignore_errors=True)
         self.root.mkdir(parents=True)
         parts = {word.rpartition("=")[2].split("/")[0] for word in words}
+        parts |= {part.partition(":")[0] for part in parts}  # FILE.csv:COLUMN
         for part in sorted(parts & set(os.listdir(self.world))):  # noqa: PTH208
             source, target = self.world / part, self.root / part
             if part == "model" and not mutated.startswith("model/"):

@@ -20,6 +20,7 @@ import torch
 from relneuron.artifact.journal import Journal
 from relneuron.model.checkpoint import write_checkpoint
 from tests.conftest import train_model, write_facts
+from tests.kit.pairs import save_adapter
 
 GROUPS = ("en", "zh")
 COUNT = "--window 16 --batch-tokens 256 --workers 1 --quiet"
@@ -37,6 +38,8 @@ IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
 KNOW = "identify knowledge --method knowledge_neurons --sets fact --quiet"
 PROBE = "--labels labels.csv:y --set en --top 2 --folds 2 --random-seeds 0 --quiet"
 CONTINUE = "--max-new-tokens 2 --quiet"
+CONTRAST = f"contrast model adapter prompts.txt {CONTINUE}"
+CHANGED = "identify contrast --method contrast --top 5 --quiet"
 
 # What makes the world, line by line; a line that begins with ! is killed in the middle.
 MADE = [
@@ -48,6 +51,8 @@ MADE = [
     f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
+    f"{CONTRAST} -o contrast",
+    f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
         f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
@@ -65,12 +70,15 @@ MADE = [
     " --splits eva --random-seeds 1 --analyses matched --unrelated 2",
     "export study/prompts.jsonl -o theirs/facts.json",
     *(f"export knowledge/neurons.json -o theirs/neurons.{kind}" for kind in ("json", "jsonl")),
+    "edit model knowledge/neurons.json knowledge/prompts.jsonl -o edited --quiet",
+    "export contrast -o theirs/scores.pt",
     "!record model study/prompts.jsonl -o unfinished --batch-tokens 64 --quiet",
     f"!{ABLATE} -o unfinished/effects.csv --batch-tokens 64",
     f"!{ATTRIBUTE} table.csv -o unfinished-table --batch-tokens 20 {COMPARE}",
     f"!{NLL} -o unfinished-nll --batch-tokens 32",
     f"!count model en=corpus/en.txt zh=corpus/zh.jsonl -o unfinished-count {COUNT}"
     " --batch-tokens 32 --checkpoint-batches 1",
+    f"!{CONTRAST} -o unfinished-contrast --batch-tokens 8 --checkpoint-batches 1",
     "!generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
     f" {CONTINUE} --off en,zh --batch-tokens 8",
 ]
@@ -227,6 +235,10 @@ CASES = {
         _of("knowledge", "facts.csv", "neurons.json", "prompts.jsonl", "completeness.csv")
         + _of("knowledge", "effects.csv", "conditions.csv", "manifest.json"),
     ),
+    "import scores": Case(
+        "import theirs/scores.pt --model model -o out/neurons.json --format safety",
+        given=("theirs/scores.pt",),
+    ),
     "merge": Case(
         "merge half1 half2 -o out",
         _of("half2", "counts.safetensors", "manifest.json") + ("half1/counts.safetensors",),
@@ -257,6 +269,22 @@ CASES = {
     ),
     "nll, unfinished": Case(
         f"{NLL} -o unfinished-nll --batch-tokens 32", ("unfinished-nll/nll.journal",)
+    ),
+    "contrast": Case(
+        f"{CONTRAST} -o out",
+        given=(*_of("adapter", "adapter_config.json", "adapter_model.safetensors"), "prompts.txt"),
+    ),
+    "contrast, unfinished": Case(
+        f"{CONTRAST} -o unfinished-contrast --batch-tokens 8 --checkpoint-batches 1",
+        ("unfinished-contrast/contrast.checkpoint",),
+    ),
+    "identify contrast": Case(
+        f"{CHANGED} -o out/neurons.json",
+        _of("contrast", "contrast.safetensors", "manifest.json"),
+    ),
+    "report of two models": Case(
+        "report contrast -o out/report.html",
+        _of("contrast", "contrast.safetensors", "neurons.json", "manifest.json"),
     ),
     "count, unfinished": Case(
         f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o unfinished-count {COUNT}"
@@ -317,8 +345,12 @@ SLOW += [n for n in CASES if n.endswith(", unfinished") and n not in SLOW]
 
 def write_given(root: Path) -> None:
     """What users bring: facts, a model, texts, token ids, tables, concepts, files of LAPE."""
+    from transformers import AutoModelForCausalLM  # behind what tests/conftest.py says to it
+
     (root / "facts").mkdir(parents=True)
     train_model(root / "model", write_facts(root / "facts"))
+    model = AutoModelForCausalLM.from_pretrained(root / "model")
+    save_adapter("ia3", root / "adapter", model=model)
     for path in (root / "facts").iterdir():  # two kinds of subject: concepts are studied, too
         data = json.loads(path.read_text())
         is_town = path.stem == "works_as"

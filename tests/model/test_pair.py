@@ -13,7 +13,7 @@ from torch import Tensor
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import LoadOptions
 from relneuron.model.adapters import load_adapter
-from relneuron.model.pair import Taps, load_pair, pair_of, read_both, running
+from relneuron.model.pair import Held, Taps, load_pair, pair_of, read_both, running
 from tests.conftest import tiny_model
 from tests.kit.experts import expert_model
 from tests.kit.pairs import Words, moved, peft_model, save_adapter
@@ -219,18 +219,23 @@ def test_an_adapted_model_in_memory_is_read_behind_its_scale(tmp_path: Path) -> 
     assert not torch.allclose(seen[0][0], seen[0][1], rtol=0.1)
 
 
-def test_what_was_kept_of_a_is_dropped_layer_by_layer() -> None:
-    """When B's layer i has run, A's h of it and those before are held by nobody."""
-    import gc
-    import weakref
-
+def test_what_a_left_is_held_in_the_same_memory_for_all_batches() -> None:
+    """Of a smaller batch in a part of it; a larger one gets more."""
     a = tiny_model("llama")
-    pair, kept = pair_of(a, moved(a), Words()), []
+    pair, held = pair_of(a, moved(a), Words()), Held()
+    alone = pair_of(a, a, Words())
+    places: list[list[int]] = []
+    for ids in (IDS, IDS[:1], IDS, torch.cat([IDS, IDS])):
+        places.append([])
 
-    def see(number: int, one: Tensor, _: Tensor) -> None:
-        gc.collect()
-        assert [ref() is not None for ref in kept] == [False] * number
-        kept.append(weakref.ref(one.untyped_storage()))
+        def see(_: int, one: Tensor, __: Tensor) -> None:
+            places[-1].append(one.data_ptr())  # noqa: B023
 
-    read_both(pair, rows(IDS), see)
-    assert len(kept) == 3
+        read_both(pair, rows(ids), see, held)
+        # And it is A's, whatever was there before.
+        read_both(alone, rows(ids), lambda _, one, two: assert_equal(one, two), held)
+    assert places[0] == places[1] == places[2] and len({*places[0]}) == 3
+
+
+def assert_equal(one: Tensor, two: Tensor) -> None:
+    assert torch.equal(one, two) and one.data_ptr() != two.data_ptr()

@@ -99,6 +99,9 @@ def results(dtype: torch.dtype, backend: str, is_broken: bool) -> list[torch.Ten
         return found
     down = ops.GroupStats(groups=2, width=32, sites=("down",))
     found += [ops.residual_stats(gate, up, stats=down, **given), down._count]
+    both = ops.GroupStats(groups=2, width=32, sites=ops.PAIR_SITES)
+    ops.pair_stats(gate, up, stats=both, **given)
+    found.append(both._count)
     labels = torch.tensor([[1, 0, 0, 1, -1]], dtype=torch.int8)
     for _ in range(2):
         found.append(ops.average_precision(up, labels, backend=backend))

@@ -123,6 +123,20 @@ def swiglu() -> None:
         run_op(gate, up, backend="triton", **options)
 
 
+def pair() -> None:
+    rows, width = dice.choice([1, 2, 16, 33]), dice.choice([16, 1, 48, 40])
+    dtype = dice.choice([torch.bfloat16, torch.float16, torch.float32])
+    a, b = matrix(rows, width, dtype), matrix(rows, width, dtype)
+    stats = ops.GroupStats(
+        groups=dice.choice([1, 3, 20]),
+        width=width,
+        sites=dice.choice([ops.PAIR_SITES, ("difference",), ("a", "b")]),
+        moments=dice.random() < 0.7,
+    )
+    ids = torch.zeros(rows + 1, dtype=torch.int32)[places.choice([0, 1]) :][:rows]
+    ops.pair_stats(a, b, stats=stats, group_ids=ids, backend="triton")
+
+
 def rank() -> None:
     rows, columns = dice.choice([1, 2, 16, 40]), dice.choice([1, 3, 16])
     dtype = dice.choice([torch.bfloat16, torch.float32])
@@ -180,7 +194,7 @@ def main(fault: str | None = None) -> None:
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 count_triton(kernel)
-    for op, n in ((swiglu, 250), (rank, 40), (gain, 20)):
+    for op, n in ((swiglu, 250), (pair, 60), (rank, 40), (gain, 20)):
         for _ in range(n):
             # The same call of tensors that begin elsewhere: one is checked, the next one keeps its
             # plan, the third one takes it.

@@ -51,12 +51,20 @@ def calls(backend: str) -> dict[str, Callable[[], Any]]:
     def residual() -> Any:
         return ops.residual_stats(gate, up, stats=down, group_ids=ids, backend=backend)
 
+    def compared() -> Any:
+        own = ops.GroupStats(
+            groups=2, width=16, sites=ops.PAIR_SITES, moments=True, device=gate.device
+        )
+        ops.pair_stats(gate, up, stats=own, group_ids=ids, backend=backend)
+        return own._tensors()
+
     def vectors() -> Any:
         return ops.logprob_gain_vectors(x, values.reshape(2, 2, 8), *gain[3:], backend=backend)
 
     return {
         "swiglu_stats": counted,
         "residual_stats": residual,
+        "pair_stats": compared,
         "merged": lambda: (stats[0] + stats[1]).to("cpu").count["act"],
         "average_precision": lambda: ops.average_precision(up, labels, backend=backend),
         "no columns": lambda: ops.average_precision(up[:, :0], labels, backend=backend),

@@ -45,6 +45,7 @@ def calls() -> dict[str, Call]:
     """A good call of every op: the function, its arguments by name."""
     down = GroupStats(groups=G, width=F, sites=("down",), moments=True)
     stats = GroupStats(groups=G, width=F, sites=("act", "up"), moments=True)
+    both = GroupStats(groups=G, width=F, sites=ops.PAIR_SITES, moments=True)
     recording = {"group_ids": zeros(T), "prompt_ids": zeros(T)}
     masks = {"keep": zeros(2, 2), "condition_ids": zeros(T)}
     gate_up = {"gate": drawn(T, F), "up": drawn(T, F)}
@@ -74,6 +75,10 @@ def calls() -> dict[str, Call]:
             ops.residual_stats,
             {"x": drawn(T, F), "residual": drawn(T, F), **recording, **masks, "stats": down}
             | {"responses": {"down": torch.zeros(N, F)}, "out": torch.zeros(T, F)},
+        ),
+        "pair_stats": (
+            ops.pair_stats,
+            {"a": drawn(T, F), "b": drawn(T, F), "stats": both, "group_ids": zeros(T)},
         ),
         "average_precision": (
             ops.average_precision,

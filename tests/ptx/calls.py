@@ -15,11 +15,13 @@ from torch import Tensor
 
 from relneuron.ops import (
     ACTIVATIONS,
+    PAIR_SITES,
     SITES,
     GroupStats,
     average_precision,
     backends,
     logprob_gain,
+    pair_stats,
     residual_stats,
 )
 from relneuron.ops.swiglu_stats.reference import site_values
@@ -44,7 +46,7 @@ def _words(n: int, width: int, seed: int) -> Tensor:
     return integers(-(2**31), 2**31 - 1, n, (width + 31) // 32, seed=seed)
 
 
-# --- swiglu_stats and residual_stats -------------------------------------------------------------
+# --- swiglu_stats, residual_stats and pair_stats -------------------------------------------------
 
 
 def swiglu(
@@ -317,6 +319,32 @@ def _stats(name: str, dtype: torch.dtype) -> Callable[[], None]:
     return lambda: _twice(swiglu, *shapes, dtype=dtype, **_STATS[name])
 
 
+def pair(
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = (144, 512),
+    *,
+    sites: tuple[str, ...] = PAIR_SITES,
+    moments: bool = True,
+    groups: int = 3,
+    order: str = "sorted",
+    bad: bool = False,
+    seed: int = 0,
+) -> None:
+    """One call; `bad` puts values into both tensors that are not finite."""
+    from tests.ops.swiglu_stats.runs import TritonTolerance, assert_same_stats
+
+    n_tokens, width = shape
+    a, b = (normal(*shape, dtype=dtype, seed=seed + at) for at in (1, 2))
+    if bad:
+        a[n_tokens // 2, width // 3], b[n_tokens // 3, width // 2] = torch.nan, torch.inf
+    ids, found = _ids(n_tokens, groups, order, seed + 3), []
+    for backend in ("triton", "reference"):
+        stats = GroupStats(groups=groups, width=width, sites=sites, threshold=0.1, moments=moments)
+        pair_stats(a, b, stats=stats, group_ids=ids, backend=backend)
+        found.append(stats)
+    assert_same_stats(*found, exact_sums=False, tolerance=TritonTolerance(0.0, {}))
+
+
 def quick(capability: int) -> dict[str, Callable[[], None]]:
     """The calls of `make test` on one GPU; on sm_80 what differs there."""
     found = {name: _stats(name, torch.bfloat16) for name in _STATS}
@@ -327,6 +355,7 @@ def quick(capability: int) -> dict[str, Callable[[], None]]:
         found["many groups, fp16"] = _stats("many groups", torch.float16)
         found["tanh, fp32"] = _stats("tanh", torch.float32)
     found["residual"] = lambda: _twice(residual, (144, 512), (48, 512), moments=True)
+    found["pair"] = lambda: _twice(pair, (144, 512), (48, 512))
     found["moments"] = lambda: _twice(moments, (20, 600, 9, 6), (70, 1100, 40, 6))
     found["gain"] = lambda: _twice(gain, *_GAINS)
     if capability == 80:
@@ -357,12 +386,13 @@ def random_call(op: str, seed: int) -> Callable[[], None]:
     return {
         "swiglu_stats": _random_swiglu,
         "residual_stats": _random_residual,
+        "pair_stats": _random_pair,
         "average_precision": _random_ranking,
         "logprob_gain": _random_gain,
     }[op](one, below, seed)
 
 
-OPS = ("swiglu_stats", "residual_stats", "average_precision", "logprob_gain")
+OPS = ("swiglu_stats", "residual_stats", "pair_stats", "average_precision", "logprob_gain")
 
 
 def _random_swiglu(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
@@ -392,6 +422,18 @@ def _random_residual(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
     given = {"moments": one(False, True), "order": one("sorted", "mixed"), "conditions": below(4)}
     dtype, shape = one(*DTYPES), _shape(one, below)
     return lambda: residual(dtype, shape, seed=seed, **given)
+
+
+def _random_pair(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    given = {
+        "sites": one(PAIR_SITES, PAIR_SITES, ("difference",), ("difference", "b")),
+        "moments": one(True, True, False),
+        "groups": one(2 + below(6), 17),
+        "order": one("sorted", "mixed"),
+        "bad": one(False, False, True),
+    }
+    dtype, shape = one(*DTYPES), _shape(one, below)
+    return lambda: pair(dtype, shape, seed=seed, **given)
 
 
 def _random_ranking(one: Draw, below: Draw, seed: int) -> Callable[[], None]:

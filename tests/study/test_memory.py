@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,45 @@ def test_another_model_other_facts_and_other_options_are_refused(
     study = run(model_folder, rows[::-1], folder, force=True)
     assert (folder / "facts" / "works_as.json").read_bytes() != before["facts/works_as.json"]
     assert len(study.prompts) == 3 * 24
+
+
+def adapted(model: Any, seed: int) -> Any:
+    """The model with a LoRA adapter of peft on every linear map of its layers."""
+    from peft import LoraConfig, get_peft_model
+
+    maps = [f"{name}_proj" for name in ("gate", "up", "down", "q", "k", "v", "o")]
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.24 by a name that it gives up.
+        warnings.simplefilter("ignore", FutureWarning)
+        found = get_peft_model(model, LoraConfig(target_modules=maps, r=2)).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in found.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn_like(weight) * 0.05)
+    return found
+
+
+def test_an_adapted_model_is_the_one_that_it_is_merged_into(
+    model_folder: Path, fact_folder: Path, by_name: Path, tmp_path: Path
+) -> None:
+    options = {"quiet": True, **CHOSEN}
+    model, tokenizer = given(model_folder)
+    apart = adapted(model, 1)
+    study = relneuron.run(apart, tokenizer, fact_folder, output=tmp_path / "apart", **options)
+    with pytest.raises(RelneuronError, match=r"model\.digest"):
+        other = adapted(given(model_folder)[0], 2)
+        relneuron.run(other, tokenizer, fact_folder, output=tmp_path / "apart", **options)
+    merged = apart.merge_and_unload()
+    whole = relneuron.run(merged, tokenizer, fact_folder, output=tmp_path / "merged", **options)
+    ours, theirs = (one.answers.set_index("id") for one in (study, whole))
+    assert (ours["prediction"] == theirs["prediction"]).mean() > 0.99  # ties of rounding
+    plain = relneuron.load(by_name).answers.set_index("id")
+    assert (ours["prediction"] != plain["prediction"]).any()
+    clean = [one.effects.query("condition == 'clean'")["logprob"] for one in (study, whole)]
+    pandas.testing.assert_series_equal(*clean, rtol=0, atol=1e-4)
+    chosen = [set(map(tuple, one.neurons.iloc[:, [0, 2, 3, 4]].values)) for one in (study, whole)]
+    assert len(chosen[0] & chosen[1]) > 0.9 * len(chosen[0]) == 0.9 * 60
 
 
 def test_a_run_that_was_stopped_goes_on(

@@ -11,7 +11,7 @@ from relneuron.artifact.options import Options
 from relneuron.cli.main import stages as commands
 from relneuron.study import stages
 
-# Commands that are no stage, and those whose function is called by another name there.
+# Commands that are no stage; `run` is relneuron.run.
 NO_STAGE = {"demo", "run", "import", "export", "bench", "doctor"}
 
 

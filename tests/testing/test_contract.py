@@ -27,6 +27,7 @@ from tests.testing.mutants_others import (
     average_precision_with,
     logprob_gain_with,
 )
+from tests.testing.mutants_pair import PAIR, pair_stats_with
 
 pytestmark = quiet
 
@@ -71,6 +72,7 @@ OTHERS = [check for op in list(OPS)[1:] for check in backend_checks(op)]
 MUTANTS = {
     "average_precision": (average_precision_with, RANKING),
     "logprob_gain": (logprob_gain_with, GAIN),
+    "pair_stats": (pair_stats_with, PAIR),
 }
 OTHER_FAULTS = [(op, fault) for op, (_, faults) in MUTANTS.items() for fault in faults]
 

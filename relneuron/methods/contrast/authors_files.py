@@ -59,7 +59,8 @@ def read_scores(path: Path) -> Scores:
     """The tensors of a file, which must fit together; anything else raises RelneuronError."""
     data = load_torch(path, _FIX)
     if type(data) is not tuple or len(data) != len(Scores._fields):
-        kind = f"{type(data).__name__} of {len(data)}" if hasattr(data, "__len__") else "value"
+        has_size = isinstance(data, list | tuple | dict)
+        kind = type(data).__name__ + (f" of {len(data)}" if has_size else "")
         raise RelneuronError(f"{path} holds a {kind}, no tuple of six tensors", _FIX)
     found = []
     for name, value in zip(Scores._fields, data, strict=True):

@@ -126,13 +126,21 @@ def fit(values: Array, labels: Labels) -> tuple[Floats, float, bool]:
     return np.asarray(model.coef_[0], np.float64), float(model.intercept_[0]), has_converged
 
 
-def cross_validated(
-    values: Array, labels: Labels, folds: int, seed: int
-) -> tuple[Floats, NDArray[np.int64], int]:
-    """Of each prompt the probability of label 1 by a probe of the other folds, and its fold.
+class Told(NamedTuple):
+    """Of each prompt (N,) the probability of label 1 by a probe of the other folds, and its fold.
 
-    Folds are stratified (scikit-learn's StratifiedKFold, shuffled by the seed). Also how many of
-    the fits did not converge.
+    n_short: how many of the fits did not converge.
+    """
+
+    probabilities: Floats
+    folds: NDArray[np.int64]
+    n_short: int
+
+
+def cross_validated(values: Array, labels: Labels, folds: int, seed: int) -> Told:
+    """Probes of products (N, K), each of all folds but one that it is measured on.
+
+    Folds are stratified (scikit-learn's StratifiedKFold, shuffled by the seed).
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -144,7 +152,7 @@ def cross_validated(
         found[outside] = one.probabilities(values[outside])
         number[outside] = fold
         n_short += not has_converged
-    return found, number, n_short
+    return Told(found, number, n_short)
 
 
 def check_labels(labels: Labels, folds: int) -> None:

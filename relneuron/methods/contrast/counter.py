@@ -18,7 +18,7 @@ from relneuron.artifact.counts import DTYPES
 from relneuron.model.counting import TOKENS, fill, tables
 from relneuron.model.layers import device_of
 from relneuron.model.mlps.shape import model_shape
-from relneuron.model.pair import Pair, Rows, read_both
+from relneuron.model.pair import Held, Pair, Rows, read_both
 from relneuron.model.states import LayerState
 
 
@@ -30,6 +30,7 @@ class PairCounter:
         self.mlps = pair.mlps[1]  # where B's run is where both are compared
         self.shape = model_shape(self.mlps)
         self.states: list[LayerState] = []
+        self.held = Held()
         self.clear()
 
     def __enter__(self) -> PairCounter:
@@ -70,7 +71,7 @@ class PairCounter:
                 backend=self.backend,
             )
 
-        read_both(self.pair, rows, add)
+        read_both(self.pair, rows, add, self.held)
 
     def result(self, groups: Sequence[str]) -> Contrast:
         """What was counted so far, on the host."""

@@ -58,6 +58,8 @@ PREDICTIONS = ("id", "label", "fold", "predicted", "probability")
 FITTED = (NAME, "probe.csv", "probe_predictions.csv")
 APPLIED = ("applied.csv", "applied_predictions.csv")
 
+TOP = "top"  # the chosen neurons, beside random ones
+
 Neurons = list[tuple[int, int]]  # (layer, index) of products
 
 
@@ -129,7 +131,7 @@ def probe(
             stage,
             inputs,
             [folder / file for file in made],
-            reads=[prompts_path, read],
+            reads=[prompts_path, read, *([_table(options)[0]] if options.labels else [])],
             notices=notices,
             commands=_command(name, described, prompts_path, folder, options),
         )
@@ -147,38 +149,42 @@ def _fitted(
     file = NeuronFile.read(checked(path))
     file.check_model(shape)
     check_labels(labels, options.folds)
-    top, all_of_it = chosen(file, path, options)
-    order = Shape.of(shape)
-    places = np.sort(order.places((layer, "gate", index) for layer, index in top))
-    sets = {"top": top}
-    for seed in range(options.random_seeds):
-        drawn = order.neurons(other_places(places, shape, seed, "probe", products=True))
-        sets[f"random.{seed}"] = [(layer, index) for layer, _, index in drawn]
-    values, notices = _values(
-        asked, [one for some in sets.values() for one in some], options, quiet
-    )
+    sets = _with_random(chosen(file, path, options), shape, options.random_seeds)
+    every = [one for some in sets.values() for one in some]
+    values, notices = _values(asked, every, options, quiet)
+    of_set = dict(zip(sets, np.split(values, len(sets), axis=1), strict=True))
     notices += other_weights(f"{path}: neurons", file.model, described)
-    if len(top) < options.top:
-        notices.append(f"{path} has {len(top)} such neurons of {options.top}: {all_of_it}")
-    rows, n_short, said = [], 0, None
-    for number, name in enumerate(sets):
-        own = values[:, number * len(top) : (number + 1) * len(top)]
-        found, folds, short = cross_validated(own, labels, options.folds, options.seed)
-        rows.append(score(name, found, labels, len(top)))
-        n_short += short
-        said = said or (found, folds)
+    k = len(sets[TOP])
+    if k < options.top:
+        notices.append(f"{path} has {k} such neurons, not {options.top}: all of them are read")
+    rows, told, n_short = [], {}, 0
+    for name, own in of_set.items():
+        told[name] = cross_validated(own, labels, options.folds, options.seed)
+        rows.append(score(name, told[name].probabilities, labels, k))
+        n_short += told[name].n_short
     rows += [summed_up(rows[1:])] if rows[1:] else []
-    coefficients, intercept, has_converged = fit(values[:, : len(top)], labels)
+    coefficients, intercept, has_converged = fit(of_set[TOP], labels)
     n_short += not has_converged
     if n_short:
         n_fits = len(sets) * options.folds + 1
         notices.append(f"{n_short} of {n_fits} fits ended before they converged (100 steps)")
     about = {**inputs, "reads": "product, last token of the prompt", "scaling": "none"}
-    made = Probe(np.array(top, np.int64), coefficients, intercept, about)
-    assert said is not None, "there is a set"
-    predictions = _predictions(asked.questions.prompts, labels, said[1], said[0])
+    made = Probe(np.array(sets[TOP], np.int64), coefficients, intercept, about)
+    prompts = asked.questions.prompts
+    predictions = _predictions(prompts, labels, told[TOP].folds, told[TOP].probabilities)
     files = zip(FITTED, (made.to_bytes(), _table_of(rows), predictions), strict=True)
     return rows, dict(files), notices
+
+
+def _with_random(top: Neurons, shape: Json, seeds: int) -> dict[str, Neurons]:
+    """The chosen neurons, and as many others of each layer for each seed."""
+    order = Shape.of(shape)
+    places = np.sort(order.places((layer, "gate", index) for layer, index in top))
+    sets = {TOP: top}
+    for seed in range(seeds):
+        drawn = order.neurons(other_places(places, shape, seed, "probe", products=True))
+        sets[f"random.{seed}"] = [(layer, index) for layer, _, index in drawn]
+    return sets
 
 
 def _applied(
@@ -195,6 +201,12 @@ def _applied(
     neurons = [(layer, index) for layer, index in made.neurons.tolist()]
     values, notices = _values(asked, neurons, options, quiet)
     notices += other_weights(f"{options.apply}: the probe", made.about.get("model", {}), described)
+    for name in ("template", "chat_template"):
+        if made.about.get(name) != inputs[name]:
+            notices.append(
+                f"{options.apply} was made of prompts with another --{name.replace('_', '-')}: "
+                f"{made.about.get(name)}"
+            )
     found = made.probabilities(values)
     files = {APPLIED[1]: _predictions(asked.questions.prompts, asked.labels, None, found)}
     if asked.labels is None:
@@ -220,7 +232,7 @@ def _values(
     return values, list(budget.notices)
 
 
-def chosen(file: NeuronFile, path: Path, options: ProbeOptions) -> tuple[Neurons, str]:
+def chosen(file: NeuronFile, path: Path, options: ProbeOptions) -> Neurons:
     """The first products of a set, best first; gate and up of one number are the same one."""
     name = options.of_set
     if name is None and len(file.sets) == 1:
@@ -236,7 +248,7 @@ def chosen(file: NeuronFile, path: Path, options: ProbeOptions) -> tuple[Neurons
             "give a set of neurons of gate and up, such as identify --method contrast finds",
         )
     rows = dict.fromkeys((layer, index) for layer, _, index, _ in file.sets[name])
-    return list(rows)[: options.top], f"all of {name} are read"
+    return list(rows)[: options.top]
 
 
 def read_labels(options: ProbeOptions, prompts: Sequence[Prompt]) -> Labels:

@@ -196,7 +196,15 @@ def read_contrast(folder: Path, described: Json) -> tuple[Contrast, Json]:
         )
     contrast = Contrast.read(path)
     shape = contrast.arrays[f"count.{DIFFERENCE}"].shape[1:]
-    expected = (int(model["layers"]), int(model["width"]))
+    try:
+        order = Shape.of(model)
+        widths = [order.width(layer, "gate") for layer in range(order.layers)]
+        expected = (len(widths), order.widths["gate"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RelneuronError(
+            f"{folder}: the manifest does not say the shape of the model ({error!r})",
+            f"make it again with: relneuron {MADE_BY} --force",
+        ) from error
     if shape != expected:
         raise RelneuronError(
             f"{path} is of the shape {shape}, its model has {expected}",

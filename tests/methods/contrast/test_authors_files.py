@@ -164,7 +164,8 @@ def other(place: int, value: Any) -> Any:
     [
         (lambda: list(theirs(M1, M2)), "holds a list of 6, no tuple"),
         (lambda: theirs(M1, M2)[:5], "holds a tuple of 5, no tuple of six"),
-        (lambda: 3, "holds a value, no tuple"),
+        (lambda: 3, "holds a int, no tuple"),
+        (lambda: torch.tensor(3), "holds a Tensor, no tuple"),
         (lambda: other(1, lambda t: t.int()), "neuron_ranks is a int32 tensor"),
         (lambda: other(1, lambda t: t[:4].clone()), r"neuron_ranks is \(4, 2\), not \(6, 2\)"),
         (lambda: other(1, lambda t: t.flip(0)), "not by descending change_scores"),

@@ -195,7 +195,7 @@ def test_a_probe_is_applied_to_other_prompts(
 ) -> None:
     labels, words = f"{study / 'c.csv'}:cost", ["probe", model_folder, study / "p.txt", "-o"]
     given = ["--neurons", study / "n.json", "--labels", labels, "--quiet", "--random-seeds", 1]
-    with pytest.warns(UserWarning, match="has 6 such neurons of 1500: all of contrast are read"):
+    with pytest.warns(UserWarning, match="has 6 such neurons, not 1500: all of them are read"):
         code, out, err = relneuron(*words, study / "o", *given)
     assert code == 0 and "chance" in out and "random.*" in out, err
     (study / "q.jsonl").write_text(
@@ -211,6 +211,10 @@ def test_a_probe_is_applied_to_other_prompts(
     found = [float(row["probability"]) for row in rows]
     np.testing.assert_allclose(found, wanted[[9, 3, 60]], rtol=1e-4)
     assert not (study / "a" / "applied.csv").exists()
+    # Prompts that are written in another way are said to be.
+    words_of = [*words, study / "c", "--apply", study / "o" / NAME, "--quiet"]
+    with pytest.warns(UserWarning, match="of prompts with another --template: None"):
+        assert relneuron(*words_of, "--template", "Q: {prompt}")[0] == 0
     # With labels it is scored.
     words[2] = study / "p.txt"
     words += [study / "b", "--apply", study / "o" / NAME, "--labels", labels, "--quiet"]

@@ -189,6 +189,11 @@ def test_bad_folders(tmp_path: Path) -> None:
     refused(write_contrast(tmp_path / "a", model=None), "no contrast in its manifest")
     shape = {"layers": 2, "width": 4, "hidden": 2}
     refused(write_contrast(tmp_path / "b", model=shape), "its model has", top=1)
+    for number, shape in enumerate(
+        ({"layers": 2}, {"layers": 2, "width": 3, "hidden": 2, "widths": 3})
+    ):
+        folder = write_contrast(tmp_path / f"s{number}", model=shape)
+        refused(folder, "does not say the shape of the model", top=1)
     folder = write_contrast(tmp_path / "c")
     data = bytearray((folder / NAME).read_bytes())
     data[-1] ^= 1
