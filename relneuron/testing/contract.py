@@ -172,7 +172,9 @@ class Subject:
         given = {name: value for name, value in arguments.items() if value is not None}
         self.last_call = describe_call(given)
         device = self.claims.device
-        moved = {n: _move(v, device) if isinstance(v, Tensor) else v for n, v in given.items()}
+        moved: dict[str, Any] = {
+            n: _move(v, device) if isinstance(v, Tensor) else v for n, v in given.items()
+        }
         if "stats" in moved:
             moved["stats"] = moved["stats"].to(device)
             self.last_results = (moved["stats"], {})
