@@ -22,6 +22,8 @@ from relneuron.artifact.options import refuse_stray
 from relneuron.bench.case import Case
 from relneuron.testing import ContractError, check_backend
 
+# The ops whose contestants may be a user's own.
+TASKS = ("swiglu_stats", "average_precision", "logprob_gain")
 # A call of the contract with more elements than this is left out: the bench has large calls itself.
 MAX_ELEMENTS = 20_000
 
@@ -80,6 +82,10 @@ def load_own(text: str | None, op: str | None) -> Own | None:
         return None
     if op is None:
         refuse_stray("--with", "with an OP")
+    if op not in TASKS:
+        raise RelneuronError(
+            f"the bench of {op} takes no --with {text}", f"use {', '.join(TASKS)}", 2
+        )
     module_name, _, path = text.partition(":")
     if not module_name or not path:
         raise RelneuronError(

@@ -191,7 +191,8 @@ def run_case(
         warnings.simplefilter("ignore", DeprecationWarning)
         if contestants is None:
             n_sets = _n_sets(case, device)
-            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled, own=own)
+            more = {} if own is None else {"own": own}
+            contestants = CONTESTANTS[case.op](case, device, n_sets, compiled, **more)
         notes = [_verdict(contestant) for contestant in contestants]
         right = [c for c, (correct, _) in zip(contestants, notes, strict=True) if correct]
         for contestant, (correct, note) in zip(contestants, notes, strict=True):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relneuron import __version__
+import relneuron
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
@@ -50,7 +50,7 @@ def stages() -> list[Stage]:
 
 def _say_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"relneuron {__version__}")
+        typer.echo(f"relneuron {relneuron.__version__}")
         raise typer.Exit
 
 

@@ -100,6 +100,8 @@ def test_the_function_is_found_in_this_folder(
     found = load_own("own_op_of_a_test:a.b", "swiglu_stats")
     assert found == Own("own_op_of_a_test:a.b", len)
     assert load_own(None, None) is None
+    with pytest.raises(RelneuronError, match="the bench of pair_stats takes no --with"):
+        load_own("own_op_of_a_test:a.b", "pair_stats")
     Path("own_op_that_raises.py").write_text("1 / 0\n")
     for text, cause in {
         "mine": "is not module:function",
