@@ -66,7 +66,7 @@ def run(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = options_of(RunOptions).keys() - _LOADING
+    known = [name for name in options_of(RunOptions) if name not in _LOADING]
     for key in options:
         if key in _LOADING:
             raise RelneuronError(
