@@ -6,19 +6,17 @@ its accepted answers; it gives a number, 1 for right and 0 for wrong, or somethi
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.stage import load_own
 
 Measure = Callable[[str, Sequence[str]], float]
 
@@ -129,28 +127,10 @@ def find_function(
 ) -> Callable[..., float]:
     """The function `module:function` that an option names; what it gives is a finite number.
 
-    A module is looked for where Python looks, and in the working directory. `takes` says what the
-    function is of, and `shown` what it was given, for errors. Raises RelneuronError for a module
-    that cannot be imported, what is no function in it, and a function that raises or gives no
-    finite number.
+    `takes` says what the function is of, and `shown` what it was given, for errors. Raises
+    RelneuronError as `load_own` does, and for a function that raises or gives no finite number.
     """
-    module, _, function = name.partition(":")
-    fix = f"give module:function, a function of {takes}"
-    if not (module and function):
-        raise RelneuronError(f"unknown {flag} {name!r}", fix, 2)
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # a module of the user's raises whatever it runs into
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RelneuronError(f"{flag} {name}: {module} cannot be imported ({said})", fix, 2) from (
-            error
-        )
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise RelneuronError(f"{flag} {name}: {module} has no function {function}", fix, 2)
+    found = load_own(flag, name, takes)
     return partial(_checked, f"{flag} {name}", found, shown)
 
 

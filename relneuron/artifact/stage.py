@@ -6,13 +6,14 @@ methods/__init__.py lists the methods, cli/main.py the other stages; nothing reg
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relneuron.artifact.files import Json
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.options import Options
 from relneuron.artifact.reading import MAX_RECORD_MIB, max_record_mib
 
@@ -29,6 +30,35 @@ def load(name: str) -> Any:
     """What a string "module:name" names."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def load_own(flag: str, name: str, takes: str) -> Any:
+    """The function `module:function` of a user's own, which an option names.
+
+    The module is looked for where Python looks, and in the working directory. `takes` says what the
+    function is of. Raises RelneuronError for a module that cannot be imported, and for what is no
+    function in it.
+    """
+    module, _, function = name.partition(":")
+    fix = f"give module:function, a function of {takes}"
+    if not (module and function):
+        raise RelneuronError(f"unknown {flag} {name!r}", fix, 2)
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module)
+    except Exception as error:  # a module of the user's raises whatever it runs into
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RelneuronError(
+            f"{flag} {name}: {module} cannot be imported ({said})", fix, 2
+        ) from error
+    finally:
+        sys.path.remove(here)
+    for part in function.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise RelneuronError(f"{flag} {name}: {module} has no function {function}", fix, 2)
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,25 @@
 """`relneuron bench --with module:function`: a user's own implementation of an op takes part.
 
-bench/suite.py, bench/ranking.py and bench/gain.py add it as a contestant beside the peers. Before
-it is timed it is held to the op's contract (`testing.check_backend`), to what the task asks of it.
+It is a contestant beside the peers of the op. Before it is timed it is held to the op's contract
+(`testing.check_backend`), to what the task asks of it.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import refuse_stray
+from relneuron.artifact.stage import load_own
 from relneuron.bench.case import Case
 from relneuron.testing import ContractError, check_backend
 
-# The ops whose contestants may be a user's own.
-TASKS = ("swiglu_stats", "average_precision", "logprob_gain")
 # A call of the contract with more elements than this is left out: the bench has large calls itself.
 MAX_ELEMENTS = 20_000
 
@@ -76,38 +72,16 @@ def _broken(
     return None
 
 
-def load_own(text: str | None, op: str | None) -> Own | None:
+def find_own(text: str | None, op: str | None) -> Own | None:
     """The function that `module:function` names; the module may be a file of this folder."""
     if text is None:
         return None
     if op is None:
         refuse_stray("--with", "with an OP")
-    if op not in TASKS:
+    found = load_own("--with", text, "the arguments of the op")
+    if not _is_known(found):
         raise RelneuronError(
-            f"the bench of {op} takes no --with {text}", f"use {', '.join(TASKS)}", 2
-        )
-    module_name, _, path = text.partition(":")
-    if not module_name or not path:
-        raise RelneuronError(
-            f"--with {text!r} is not module:function", "name both, such as --with mine:my_op", 2
-        )
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in path.split("."):
-            found = getattr(found, name)
-    except Exception as error:  # what a module of the user's raises is not ours
-        raise RelneuronError(
-            f"--with {text}: {type(error).__name__}: {error}",
-            "name a module that Python finds from this folder, and a function in it",
-            2,
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not callable(found) or not _is_known(found):
-        raise RelneuronError(
-            f"--with {text} is a {type(found).__name__}, no function of Python's",
+            f"--with {text}: Python does not know its arguments",
             "name a function that is written in Python, or wrap it in one",
             2,
         )

@@ -360,7 +360,7 @@ def bench(
     import torch
 
     from relneuron.artifact.manifest import locked
-    from relneuron.bench.own import load_own
+    from relneuron.bench.own import find_own
     from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
     from relneuron.cli.show import bench_lines
     from relneuron.model.load import choose_device
@@ -370,7 +370,7 @@ def bench(
     device = choose_device(options.device)
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise RelneuronError(f"bench cannot time the device {device!r}", "use --device cpu", 2)
-    mine = load_own(own, op)
+    mine = find_own(own, op)
     if options.threads:
         torch.set_num_threads(options.threads)
     if output is not None:

@@ -13,13 +13,14 @@ from relneuron import ops
 from relneuron.artifact.files import RelneuronError
 from relneuron.bench import timing
 from relneuron.bench.case import Case
-from relneuron.bench.own import Own, load_own
+from relneuron.bench.own import Own, find_own
 
 EFFORT = timing.Effort(2, 1)
 CASES = {
     "swiglu_stats": Case(T=24, F=65),
     "average_precision": Case("average_precision", T=40, F=6, G=2, layout="neuron-major"),
     "logprob_gain": Case("logprob_gain", T=60, F=7, G=3, layout="D=16"),
+    "pair_stats": Case("pair_stats", T=24, F=65, G=2, layout="mixed"),
 }
 
 
@@ -84,6 +85,13 @@ def test_the_other_ops_have_own_ones_too(op: str) -> None:
     assert (row.correct, row.median_ms) == (0, None) and "mine" not in row.note
 
 
+def test_an_own_pair_stats_gets_rows_in_any_order() -> None:
+    assert rows("pair_stats", ops.pair_stats)["pair", "mine:op"].correct == 1
+    found = rows("pair_stats", lambda a, b, **options: ops.pair_stats(b, a, **options))
+    assert found["pair", "mine:op"].correct == 0
+    assert "pairs_are_counted_per_group" in found["difference", "mine:op"].note
+
+
 def test_it_raises_what_it_likes() -> None:
     def broken(*given: Any, **options: Any) -> Tensor:
         raise RuntimeError("no kernel image")
@@ -97,20 +105,18 @@ def test_the_function_is_found_in_this_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own_op_of_a_test.py").write_text("class a:\n    b = staticmethod(len)\nc = 3\n")
-    found = load_own("own_op_of_a_test:a.b", "swiglu_stats")
+    found = find_own("own_op_of_a_test:a.b", "swiglu_stats")
     assert found == Own("own_op_of_a_test:a.b", len)
-    assert load_own(None, None) is None
-    with pytest.raises(RelneuronError, match="the bench of pair_stats takes no --with"):
-        load_own("own_op_of_a_test:a.b", "pair_stats")
+    assert find_own(None, None) is None
     Path("own_op_that_raises.py").write_text("1 / 0\n")
     for text, cause in {
-        "mine": "is not module:function",
-        "own_op_of_a_test:d": "AttributeError",
-        "own_op_of_a_test:c": "is a int, no function",
-        "builtins:print.__self__": "is a module, no function",
+        "mine": "unknown --with",
+        "own_op_of_a_test:d": "has no function d",
+        "own_op_of_a_test:c": "has no function c",
+        "builtins:print.__self__": "has no function print.__self__",
         "no_such_module_here:f": "ModuleNotFoundError",
         "own_op_that_raises:f": "ZeroDivisionError",
     }.items():
         with pytest.raises(RelneuronError, match=cause) as caught:
-            load_own(text, "swiglu_stats")
+            find_own(text, "swiglu_stats")
         assert caught.value.fix and "\n" not in caught.value.cause
