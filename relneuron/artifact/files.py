@@ -127,6 +127,11 @@ def check_place(path: Path) -> None:
         )
 
 
+def real_path(path: Path | str) -> Path:
+    """The path from the root on, without links; of a loop of links, too, where Path.resolve raises."""
+    return Path(os.path.realpath(path))
+
+
 def check_folder(path: Path) -> None:
     """Raise if a file is where a folder is to be."""
     if path.is_file():

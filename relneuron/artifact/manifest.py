@@ -19,6 +19,7 @@ from relneuron.artifact.files import (
     RelneuronError,
     atomic_write,
     json_bytes,
+    real_path,
     refuse_unfinished,
     sha256,
     unfinished,
@@ -225,8 +226,8 @@ class Manifest:
                 del stages[other]
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
-            root = folder.resolve()
-            inside = [path.resolve() for path in reads if path.resolve().is_relative_to(root)]
+            root = real_path(folder)
+            inside = [real_path(path) for path in reads if real_path(path).is_relative_to(root)]
             own = {path.relative_to(root).as_posix() for path in inside} & known.keys()
             stages[stage]["reads"] = {name: known[name]["sha256"] for name in sorted(own)}
         kept = self._forget_stale(stage, known)

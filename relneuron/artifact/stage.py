@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError, real_path
 from relneuron.artifact.options import Options
 from relneuron.artifact.reading import MAX_RECORD_MIB, max_record_mib
 
@@ -175,7 +175,7 @@ def loading(described: Json) -> Json:
 
 def placed(path: Path | str, folder: Path) -> str:
     """A path as a command takes it: within the study's folder from there, else as it was given."""
-    whole, root = Path(path).resolve(), folder.resolve()
+    whole, root = real_path(path), real_path(folder)
     if not whole.is_relative_to(root):
         return str(path)
     return "/".join((STUDY, *whole.relative_to(root).parts))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.files import Json, RelneuronError, real_path
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.reading import read_json
 from relneuron.model.adapters import Adapter, is_adapter, load_adapter
@@ -181,7 +181,7 @@ def _refuse(what: str, names: tuple[str, str]) -> None:
 def _warn_of_base(adapter: str, base: str) -> None:
     about = read_json(Path(adapter) / ADAPTER, ADAPTER)
     said = about.get("base_model_name_or_path") if isinstance(about, dict) else None
-    if isinstance(said, str) and said and Path(said).name != Path(base).resolve().name:
+    if isinstance(said, str) and said and Path(said).name != real_path(base).name:
         warnings.warn(
             f"{adapter} says that it is an adapter of {said}, not of {base}", stacklevel=3
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.files import RelneuronError, real_path
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
@@ -193,7 +193,7 @@ def read_asked(
     if folder.is_file():
         raise RelneuronError(f"{folder} is a file", "give a folder", 2)
     everything = read_knowledge(checked(path), answers=answers)
-    if path.is_dir() and path.resolve() == folder.resolve():
+    if path.is_dir() and real_path(path) == real_path(folder):
         raise RelneuronError(f"{folder} is the folder of the facts", "choose another output", 2)
     prompts = [p for p in everything if not splits or p.split in splits]
     if not prompts:

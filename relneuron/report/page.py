@@ -19,6 +19,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    real_path,
     refuse_output,
     require,
     writing,
@@ -177,10 +178,10 @@ def write_report(
     their paths once all is written; without it the files count as unfinished.
     """
     refuse_output(output, "report", force)
-    if output.resolve() in [(study / name).resolve() for name in files_read(kinds)]:
+    if real_path(output) in [real_path(study / name) for name in files_read(kinds)]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
     folder, page = output.parent, make_page(study, kinds, titles)
-    is_inside = folder.resolve() == study.resolve()
+    is_inside = real_path(folder) == real_path(study)
     with locked(folder, *([folder / "analyses"] if is_inside else [])):
         html = render(page)
         tables = page.tables if is_inside else {}

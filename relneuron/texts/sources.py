@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.files import Json, RelneuronError, hashing_threads, sha256
+from relneuron.artifact.files import Json, RelneuronError, hashing_threads, real_path, sha256
 from relneuron.artifact.installed import need
 from relneuron.artifact.reading import max_record_mib
 from relneuron.artifact.stage import placed
@@ -290,7 +290,7 @@ def _check_files(files: Sequence[File], group_column: str | None) -> None:
     """Refuse a file that stands there twice, lacks its package, or cannot name a group."""
     seen = set()
     for file in files:
-        key = file.path if file.kind == "hf" else str(Path(file.path).resolve())
+        key = file.path if file.kind == "hf" else str(real_path(file.path))
         if key in seen:
             raise RelneuronError(f"{file.path} is in the corpus twice", "name it once", 2)
         seen.add(key)

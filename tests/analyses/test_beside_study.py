@@ -14,7 +14,7 @@ from pytest import MonkeyPatch
 from safetensors.numpy import load_file
 
 import relneuron.methods.gains.scorer
-import relneuron.study.run
+import relneuron.study.gain
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest
@@ -112,7 +112,7 @@ def test_the_gains_survive_crashes_and_are_made_once(
     monkeypatch.setattr(Journal, "SAVE_EVERY_S", 0.0)
     breaking(relneuron.methods.gains.scorer.Scorer, "score", after=False)
     breaking(Manifest, "finish", after=True)
-    breaking(relneuron.study.run, "identify_gains", after=True)
+    breaking(relneuron.study.gain, "identify_gains", after=True)
     failures: list[OSError] = []
     while len(failures) < 40:
         try:
@@ -126,7 +126,7 @@ def test_the_gains_survive_crashes_and_are_made_once(
 
     # What is done is not done again: nothing of it is there to be called.
     monkeypatch.setattr(relneuron.methods.gains.scorer.Scorer, "score", None)
-    monkeypatch.setattr(relneuron.study.run, "identify_gains", None)
+    monkeypatch.setattr(relneuron.study.gain, "identify_gains", None)
     run_study(str(model_folder), fact_folder, copy, OPTIONS, quiet=True)
     assert contents(copy) == contents(study)
 
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_attributed_has_a_study_without(
     def refuse(model: Any) -> None:
         raise RelneuronError("this model has norms behind its layers", "give another model")
 
-    monkeypatch.setattr(relneuron.study.run, "read_residual_model", refuse)
+    monkeypatch.setattr(relneuron.study.gain, "read_residual_model", refuse)
     with pytest.warns(UserWarning, match="gain left out") as caught:
         run_study(str(model_folder), fact_folder, tmp_path / "s", OPTIONS, quiet=True)
     messages = [str(warning.message) for warning in caught]

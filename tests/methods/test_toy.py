@@ -16,7 +16,7 @@ import typer
 
 from relneuron import methods
 from relneuron.cli import main as cli
-from relneuron.cli import pages
+from relneuron.study import pages
 from tests.kit.pages import Page
 
 TOY = '''

@@ -21,9 +21,7 @@ def test_the_notebook_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(compile(block, "README.md", "exec"), found)
     drops = found["drops"]
     assert drops.shape == (12, 12) and drops.loc["company_hq", "company_hq"] > 0.3
-    assert len(found["own"]) == 220
-    model, tokenizer = found["model"], found["tokenizer"]
-    inputs = tokenizer("The headquarters of Skonnum are in", return_tensors="pt")
-    clean = model.generate(**inputs, max_new_tokens=5)
-    assert found["said"].tolist() != clean.tolist()
+    clean = found["model"].generate(**found["prompt"], max_new_tokens=5)
+    assert "Sesno Falls" in found["tokenizer"].decode(clean[0])
+    assert "Sesno Falls" not in found["tokenizer"].decode(found["said"][0])
     assert (tmp_path / "study" / "report.html").is_file()

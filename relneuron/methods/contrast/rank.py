@@ -20,6 +20,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    real_path,
     refuse_output,
     require,
     sha256,
@@ -128,7 +129,7 @@ def identify_contrast(
     selection |= {"groups": contrast.groups if options.groups is None else list(options.groups)}
     result = NeuronFile(model, METHOD, sets, selection)
     with locked(output.parent):
-        if output.parent.resolve() != folder.resolve():
+        if real_path(output.parent) != real_path(folder):
             kept = ("versions", "model", "model_b", "dtype", "fallbacks")
             manifest.describe(**{key: described[key] for key in kept if key in described})
         # A second choice in a folder leaves the scores of the first one as they are.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from relneuron.artifact import contrast
 from relneuron.artifact.counts import APART, NAME, Counts
-from relneuron.artifact.files import Json, RelneuronError, refuse_overwrite
+from relneuron.artifact.files import Json, RelneuronError, real_path, refuse_overwrite
 from relneuron.artifact.manifest import Manifest, checked, differences, json_digest, locked
 from relneuron.artifact.stage import STUDY, command, moved, placed
 
@@ -71,7 +71,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
                 else "merge contrasts of the same two models, asked for in the same way",
             )
     _check_parts(folders, runs, kind)
-    if output.resolve() in [folder.resolve() for folder in folders]:
+    if real_path(output) in [real_path(folder) for folder in folders]:
         raise RelneuronError(f"{output} is one of the counts", "choose another output", 2)
     parts = {str(i): part for i, part in enumerate(_parts(runs, kind))}
     inputs = {**_relevant(first, kind), "parts": parts}

@@ -20,6 +20,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    real_path,
     refuse_output,
     require,
     sha256,
@@ -130,7 +131,7 @@ def identify_counts(
             # One key only: safetensors writes several in an order that changes from run to run.
             {"groups": json.dumps(groups, ensure_ascii=False)},
         )
-        if output.parent.resolve() != folder.resolve():
+        if real_path(output.parent) != real_path(folder):
             kept = ("versions", "model", "dtype", "threshold", "fallbacks")
             manifest.describe(**{key: described[key] for key in kept if key in described})
         manifest.describe(seeds=manifest.data.get("seeds", {}) | {"identify": seed})

@@ -18,6 +18,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    real_path,
     refuse_output,
     require,
     sha256,
@@ -134,7 +135,7 @@ def identify_gains(
         # One key only: safetensors writes several in an order that changes from run to run.
         data = save({f"{METHOD}.gate": scores}, {"relations": json.dumps(relations)})
         manifest = Manifest(output.parent)
-        is_elsewhere = output.parent.resolve() != folder.resolve()
+        is_elsewhere = real_path(output.parent) != real_path(folder)
         if is_elsewhere and "record" not in manifest.data["stages"]:
             described = Manifest(folder).data
             kept = ("versions", "model", "dtype", "fallbacks")

@@ -20,6 +20,7 @@ from relneuron.artifact.files import (
     RelneuronError,
     atomic_write,
     csv_bytes,
+    real_path,
     sha256,
     unfinished,
     writing,
@@ -53,7 +54,7 @@ Array = np.ndarray[Any, Any]
 
 def check_output(model: str, output: Path, force: bool) -> None:
     """Refuse the model's own folder, and one with files that no killed `edit` left there."""
-    if Path(model).is_dir() and Path(model).resolve() == output.resolve():
+    if Path(model).is_dir() and real_path(model) == real_path(output):
         raise RelneuronError(
             f"{output} is the model's own folder, which stays as it is", "give another -o", 2
         )

@@ -18,6 +18,7 @@ from relneuron.artifact.files import (
     RelneuronError,
     atomic_write,
     csv_bytes,
+    real_path,
     refuse_output,
     sha256,
     writing,
@@ -88,7 +89,7 @@ def identify_gradients(
         table = output.parent / f"{stem}{FACTS}"
         written = [output] if method == "relevance" else [output, table]
         manifest = Manifest(output.parent)
-        if output.parent.resolve() != folder.resolve() and "model" not in manifest.data:
+        if real_path(output.parent) != real_path(folder) and "model" not in manifest.data:
             manifest.describe(model=study.model)
         with writing("identify", output.parent, written):
             if table in written:
