@@ -26,7 +26,13 @@ from safetensors.numpy import load_file
 import relneuron.artifact.files
 import relneuron.artifact.journal
 import relneuron.artifact.manifest
-from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors, csv_bytes
+from relneuron.artifact.files import (
+    RelneuronError,
+    atomic_write,
+    create_safetensors,
+    csv_bytes,
+    real_path,
+)
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
@@ -359,3 +365,11 @@ def test_prompts_with_a_byte_order_mark_are_read_and_other_encodings_named(tmp_p
     path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
     with pytest.raises(RelneuronError, match=r"prompts.jsonl, line 2: not UTF-8"):
         read_prompts(path)
+
+
+def test_a_loop_of_links_has_a_path(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert real_path(loop).name == "loop" and not loop.exists()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert real_path(tmp_path / "x" / ".." / "link") == real_path(tmp_path) / "a"
