@@ -128,7 +128,7 @@ def check_place(path: Path) -> None:
 
 
 def real_path(path: Path | str) -> Path:
-    """The path from the root on, without links; of a loop of links, too, which resolve() refuses."""
+    """The path from the root on, without links; a loop of links, too, has one."""
     return Path(os.path.realpath(path))
 
 
