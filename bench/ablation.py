@@ -131,12 +131,10 @@ def ask_apart(
     return found
 
 
-def race(
-    contestants: Mapping[str, Callable[[], Predictions]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each contestant, in alternating rounds; other predictions than ours raise."""
+def race(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, in alternating rounds; another result than ours raises."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    wanted: Predictions | None = None
+    wanted: Any = None
     for _ in range(rounds):
         for name, run in contestants.items():
             began = time.perf_counter()
@@ -144,7 +142,7 @@ def race(
             seconds[name].append(time.perf_counter() - began)
             wanted = wanted or said
             if said != wanted:
-                raise AssertionError(f"{name} predicts otherwise than {next(iter(contestants))}")
+                raise AssertionError(f"{name} says otherwise than {next(iter(contestants))}")
     return seconds
 
 

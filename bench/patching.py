@@ -22,7 +22,6 @@ import copy
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.ablation import race
 from bench.rows import add_rows
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.continuer import Continuer
@@ -185,23 +185,6 @@ def prompts_of(vocabulary: int, n: int, longest: int) -> list[list[int]]:
     lengths = [1 + i * longest // n for i in range(n)]
     rng.shuffle(lengths)
     return [[rng.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-
-
-def race(
-    contestants: Mapping[str, Callable[[], list[list[int]]]], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each contestant, in alternating rounds; other tokens than ours raise."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    wanted: list[list[int]] | None = None
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            said = run()
-            seconds[name].append(time.perf_counter() - began)
-            wanted = wanted or said
-            if said != wanted:
-                raise AssertionError(f"{name} says other tokens than {next(iter(contestants))}")
-    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -85,7 +85,7 @@ def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
         low = high = None
         if is_certain:
             with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = drawn[:, number] / drawn[:, 0]
+                ratios = drawn[:, number] / drawn[:, 0] + 0.0  # no -0
             # A rare draw may have a denominator of 0: no quantile is taken between two draws.
             low, high = np.nanquantile(ratios, INSIDE, method="nearest").tolist()
         change = float(columns[number - 1].mean())
@@ -97,7 +97,7 @@ def causal_effects(costs: Mapping[str, Costs]) -> list[Effect]:
                 float(clean.mean()),
                 float(donor.mean()),
                 float(np.mean([costs[name] for name in of])),
-                change / whole if whole else None,
+                change / whole + 0.0 if whole else None,
                 low,
                 high,
                 float(np.std(effects, ddof=1)) if whole and of[1:] else None,

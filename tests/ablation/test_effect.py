@@ -243,3 +243,18 @@ def test_a_donor_that_changes_nothing_is_said(tmp_path: Path, outputs: Path) -> 
         effect(outputs, tmp_path / "e.csv", EffectOptions(cost=f"{tmp_path / 'c.csv'}:cost"))
     (row,) = rows_of(tmp_path / "e.csv")
     assert row["effect"] == row["low"] == row["high"] == "" and row["cost_donor"] == "1.0"
+
+
+def test_neurons_that_change_nothing_cause_nothing() -> None:
+    """And not -0, where the donor costs less."""
+    (one,) = causal_effects(
+        {
+            k: np.array(v)
+            for k, v in {
+                "clean": [[1.0], [2.0]],
+                "random.0": [[1.0], [2.0]],
+                "donor": [[0.0], [0.0]],
+            }.items()
+        }
+    )[:1]
+    assert [str(x) for x in (one.effect, one.low, one.high)] == ["0.0"] * 3
