@@ -42,6 +42,7 @@ def stages() -> list[Stage]:
         Stage("effect", f"{_ABLATION}:effect", _WORKS),
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
+        Stage("look", "relneuron.cli.look:look", (*_ASKS, "jinja2")),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
         Stage("bench", f"{_HERE}:bench"),
         Stage("doctor", f"{_HERE}:doctor"),
