@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,15 @@ from relneuron.model.mlps.shape import Part
 # Names of the tables, each followed by .SITE, in the order of ops.BestPeaks and of Bins.
 BEST = ("peak", "window", "position")
 BINS = ("bin", "exponent", "first")
+# What a table is made of, and what stands where nothing was seen.
+TABLES: dict[str, tuple[Any, float]] = {
+    "peak": (np.float32, -np.inf),
+    "window": (np.int64, -1),
+    "position": (np.int32, -1),
+    "bin": (np.int64, 0),
+    "exponent": (np.int32, -(2**31)),
+    "first": (np.int32, -(2**31)),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,11 @@ class Segments:
     def on(self, device: torch.device) -> Segments:
         found = (part.to(device) for part in (self.ids, self.numbers, self.groups, self.starts))
         return Segments(*found)
+
+    def group_ids(self) -> Tensor:
+        """(B * T,) int32: the group of each token, -1 = of none."""
+        # -1 is the last one.
+        return torch.nn.functional.pad(self.groups, (0, 1), value=-1)[self.ids.reshape(-1).long()]
 
 
 @dataclass(frozen=True)
@@ -89,13 +105,13 @@ class Looked:
         asked: Asked,
         edges: Mapping[str, tuple[Tensor, Tensor]],
     ) -> Looked:
-        """Room for G groups; `edges` are exponent and first of each site of a histogram."""
+        """Room for G groups; `edges` are exponent and first of the histograms, once known."""
         found, device = cls(), device_of(part.module)
         for site in sites:
             width = part.hidden if site == "down" else part.width
             if asked.k is not None:
                 found.best[site] = ops.BestPeaks.none(groups, width, asked.k, device=device)
-            if asked.bins is not None:
+            if asked.bins is not None and site in edges:
                 size = (groups, width, asked.bins)
                 counts = torch.zeros(size, dtype=torch.int64, device=device)
                 found.bins[site] = Bins(counts, *(edge.to(device) for edge in edges[site]))
@@ -115,18 +131,30 @@ class Looked:
         """All that was kept of G groups: `peak.act` (G, F, K), `bin.act` (G, F, B) and so on."""
         found = {}
         for site, best in self.best.items():
-            parts = (best.value, best.number, best.position)
-            found |= {f"{name}.{site}": part for name, part in zip(BEST, parts, strict=True)}
+            for name, part in zip(BEST, (best.value, best.number, best.position), strict=True):
+                found[f"{name}.{site}"] = part
         for site, bins in self.bins.items():
-            edges = (edge.expand(len(bins.counts), -1) for edge in (bins.exponent, bins.first))
-            parts = (bins.counts, *edges)
-            found |= {f"{name}.{site}": part for name, part in zip(BINS, parts, strict=True)}
+            edges = [edge.expand(len(bins.counts), -1) for edge in (bins.exponent, bins.first)]
+            for name, part in zip(BINS, (bins.counts, *edges), strict=True):
+                found[f"{name}.{site}"] = part
         return found
 
     def fill(self, name: str, table: Tensor) -> None:
         """Write a table of `tables`; the edges are as they were made."""
         if name.partition(".")[0] not in BINS[1:]:
             self.tables()[name].copy_(table)
+
+
+def bytes_a_group(parts: Sequence[Part], sites: Sequence[str], asked: Asked) -> int:
+    """What is kept of a group of tokens, on all devices together, as `Looked.nothing` makes it."""
+    sizes = {name: np.dtype(kind).itemsize for name, (kind, _) in TABLES.items()}
+    each = (asked.k or 0) * sum(sizes[name] for name in BEST) + (asked.bins or 0) * sizes["bin"]
+    return int(n_neurons(parts, sites) * each)
+
+
+def n_neurons(parts: Sequence[Part], sites: Sequence[str]) -> int:
+    """How many of them there are at all sites together."""
+    return sum(part.hidden if s == "down" else part.width for part in parts for s in sites)
 
 
 def check_can_look(parts: Sequence[Part], asked: Asked) -> None:
@@ -140,24 +168,26 @@ def check_can_look(parts: Sequence[Part], asked: Asked) -> None:
 
 
 def look(
-    part: Part,
+    part: Part | None,
     values: Mapping[str, Tensor],
-    looked: Looked,
-    segments: Segments,
-    group_ids: Tensor,
+    looked: Looked | None,
+    segments: Segments | None,
     backend: str,
 ) -> None:
-    """Take what is kept of a forward.
+    """Take what is kept of a forward, if there are windows of a corpus.
 
     `values` are gate and up (T, F), or where a site is not made of them by a formula that the
-    kernels know, the sites themselves; `group_ids` (T,) int32.
+    kernels know, the sites themselves, or `down` alone, without a part.
     """
+    if looked is None or segments is None:
+        return
+    values = {site: x.detach() for site, x in values.items()}
     for site in looked.sites:
-        if site == "down" if "down" not in values else site != "down":
+        if (site == "down") != ("down" in values):
             continue
         own = _of_site(part, values, site)
         if site in looked.ranges:
-            _widen(looked, site, own, group_ids)
+            _widen(looked, site, own, segments)
         if site in looked.best:
             _keep_best(part, looked.best[site], own, segments, backend)
         if site in looked.bins:
@@ -167,28 +197,31 @@ def look(
                 counts=bins.counts,
                 exponent=bins.exponent,
                 first=bins.first,
-                group_ids=group_ids,
+                group_ids=segments.group_ids(),
                 ids_checked=True,
                 backend=backend,
             )
 
 
-def _of_site(part: Part, values: Mapping[str, Tensor], site: str) -> dict[str, object]:
+def _of_site(part: Part | None, values: Mapping[str, Tensor], site: str) -> dict[str, Any]:
     """What the ops are given of a site: values at hand are taken as they are, as a gate."""
-    if site == "down" or not {"act", "product"}.isdisjoint(values):
+    if part is None or not {"act", "product"}.isdisjoint(values):
         return {"gate": values[site].contiguous(), "site": "gate"}
-    found: dict[str, object] = {"gate": values["gate"], "site": site}
+    found: dict[str, Any] = {"gate": values["gate"], "site": site}
     found["activation"] = part.activation or "silu"
     return found if site in ("gate", "act") else found | {"up": values["up"]}
 
 
 def _keep_best(
-    part: Part, best: ops.BestPeaks, own: Mapping[str, object], segments: Segments, backend: str
+    part: Part | None,
+    best: ops.BestPeaks,
+    own: Mapping[str, Any],
+    segments: Segments,
+    backend: str,
 ) -> None:
-    gate, experts = own["gate"], isinstance(part, Experts) and segments.token is not None
-    assert isinstance(gate, Tensor)
-    n, width = len(segments.numbers), gate.shape[1]
-    n_rows = n * part.n_experts if experts else n
+    gate, experts = own["gate"], part if isinstance(part, Experts) else None
+    n_rows, width = len(segments.numbers), gate.shape[1]
+    n_rows *= 1 if experts is None else experts.n_experts
     peak = gate.new_full((n_rows, width), -torch.inf, dtype=torch.float32)
     position = gate.new_full((n_rows, width), -1, dtype=torch.int32)
     ops.peaks(
@@ -199,10 +232,10 @@ def _keep_best(
         ids_checked=True,
         backend=backend,
     )
-    if experts:
-        # A row of an expert is a token; those of each are in the order of the tokens.
-        token = torch.cat([segments.token, segments.token.new_full((1,), -1)]).int()
-        peak, position = part.unfold(peak), part.unfold(token[position.long()])
+    if experts is not None and segments.token is not None:
+        # Its rows are pairs, those of each expert in the order of the tokens; -1 is of none.
+        token = torch.nn.functional.pad(segments.token, (0, 1), value=-1).int()
+        peak, position = experts.unfold(peak), experts.unfold(token[position.long()])
     # Where there is no peak the position stays negative.
     position -= segments.starts[:, None]
     ops.merge_peaks(
@@ -216,10 +249,10 @@ def _keep_best(
     )
 
 
-def _widen(looked: Looked, site: str, own: Mapping[str, object], group_ids: Tensor) -> None:
+def _widen(looked: Looked, site: str, own: Mapping[str, Any], segments: Segments) -> None:
     """The range with that of the tokens that are counted."""
-    rows = group_ids >= 0
-    kept = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
+    rows = segments.ids.reshape(-1) >= 0
+    kept: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
     smallest, largest = ops.site_range(**kept)
     low, high = looked.ranges[site]
     looked.ranges[site] = torch.minimum(low, smallest), torch.maximum(high, largest)
