@@ -22,13 +22,11 @@ from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.token_values import MADE, Values, token_values
 from relneuron.model.written import nearest, promoted, value_of
-from relneuron.study.strongest import Found, Strongest, short
+from relneuron.study.strongest import AFTER, BEFORE, Found, Strongest, short
 from relneuron.texts.tokens import token_pieces, token_text
 
 TOKENS = 10  # at each end of a value vector
 NEAREST = 5
-# Tokens of a text that a card shows, around the one with the largest value.
-BEFORE, AFTER = 24, 8
 AT_ONCE = 50  # neurons whose passes share batches
 
 Ids = tuple[int, ...]
@@ -52,6 +50,7 @@ class Cards:
     budget: Budget = field(default_factory=lambda: Budget(4096))
     backend: str = "auto"
     notices: list[str] = field(default_factory=list)
+    n_apart: int = 0  # examples whose token has another value when its window is read alone
 
     def __post_init__(self) -> None:
         self.order = Shape.of(model_shape(self.mlps))
@@ -166,6 +165,8 @@ class Cards:
         prob: tuple[int, float, float] | None,
     ) -> Json:
         text = one.text
+        if text.peak is not None and not math.isclose(values[peak], one.value, rel_tol=0.05):
+            self.n_apart += 1
         if text.ids not in self._pieces:
             self._pieces[text.ids] = token_pieces(self.tokenizer, text.ids)
         shown = slice(max(0, peak - BEFORE), peak + AFTER + 1)

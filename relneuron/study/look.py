@@ -218,6 +218,11 @@ def look(
                 refuse_output(path, "look", force)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
+            if cards.n_apart:
+                cards.notices.append(
+                    f"{cards.n_apart} examples have another value where their window is read by "
+                    "itself, and are shaded by that: the corpus was read in another way"
+                )
             notices = [*cards.notices, *cards.budget.notices]
             for notice in cards.notices:
                 warnings.warn(notice, stacklevel=2)

@@ -1,11 +1,13 @@
 """The strongest examples of neurons, from what a folder holds of single texts; no value is new.
 
 `study/cards.py` shows them. Of a study of relations they are the prompts with the largest
-responses, of an attribution the sentences with the largest gains or gradients.
+responses, of an attribution the sentences with the largest gains or gradients, of a corpus the
+windows that `count --examples` kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relneuron.artifact.chosen import switched
+from relneuron.artifact.examples import NAME as EXAMPLES
+from relneuron.artifact.examples import Example, examples_of, sites_of
 from relneuron.artifact.files import Json
 from relneuron.artifact.gains import GAIN_ROWS, GAINS, TARGETS, read_targets
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
 from relneuron.artifact.gradients import FILES, IG, RELEVANCE, Gradients, made_by
+from relneuron.artifact.histogram import NAME as HISTOGRAM
+from relneuron.artifact.histogram import Histogram
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
@@ -26,6 +32,8 @@ from relneuron.model.questions import encode
 from relneuron.study.tensors import RECORD, rows_of
 
 BINS = 24
+# Tokens of a text that a card shows, around the one with the largest value.
+BEFORE, AFTER = 24, 8
 PRODUCTS = ("gate", "up", "act", "product")  # sites whose neurons an attribution has a number of
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +118,7 @@ def short(value: float, digits: int = 4) -> float:
 
 
 def find_strongest(folder: Path, model: Any, tokenizer: Any) -> Strongest | None:
-    """What a folder's examples come from: its responses, else its gains, else its gradients.
+    """What a folder's examples come from: its examples, else responses, gains or gradients.
 
     None where the folder has no number of single texts.
     """
@@ -207,7 +215,53 @@ def _gradients(method: str, of: str) -> Callable[[Path, Any, Any], Strongest]:
     return make
 
 
+# --- of a corpus --------------------------------------------------------------------------------
+
+
+def _corpus(folder: Path, _model: Any, tokenizer: Any) -> Strongest:
+    path, bins = (checked(folder / name) for name in (EXAMPLES, HISTOGRAM))
+    counted: list[str] = []
+    if path.exists():
+        counted += sites_of(path)
+
+    def at(site: str) -> str:
+        """A set names the gate for whatever was counted of its product."""
+        made = [one for one in counted if one in PRODUCTS] if site in PRODUCTS else []
+        return site if site in counted or not made else made[0]
+
+    def of(neuron: Neuron, n: int) -> tuple[list[Found], Json | None]:
+        layer, site, index = neuron
+        place = (layer, at(site), index)
+        if place[1] not in counted:
+            return [], None
+        (every,) = examples_of(path, [place])
+        best = sorted(every, key=lambda one: -one.value)[:n]
+        spread = _spread(bins, place) if bins.exists() else None
+        return [Found(_window(one), one.value) for one in best], spread
+
+    files = tuple(one for one in (path, bins) if one.exists())
+    return Strongest("largest value in a window", files, at, of)
+
+
+def _window(one: Example) -> Text:
+    """What a token reads of its window, and what a card shows behind it."""
+    ids = tuple(one.ids[: one.position + 1 + AFTER].tolist())
+    return Text(f"{one.group}, window {one.number}", one.group, ids, None, one.position)
+
+
+def _spread(path: Path, neuron: Neuron) -> Json:
+    """A neuron's bins as a card has them; the outer ones hold all that is beyond, too."""
+    found, site = Histogram.read(path, neuron), neuron[1]
+    n = int(found.last[site][0, 0]) + 1
+    first, exponent = int(found.first[site][0, 0]), int(found.exponent[site][0, 0])
+    edges = [math.ldexp(first + bin, exponent) for bin in range(n + 1)]
+    counts = found.count[site][:, 0, 0, :n].tolist()
+    of = "value at a token"
+    return {"of": of, "edges": edges, "groups": dict(zip(found.groups, counts, strict=True))}
+
+
 _SOURCES: dict[str, Callable[[Path, Any, Any], Strongest]] = {
+    EXAMPLES: _corpus,
     "responses.safetensors": _responses,
     GAINS: _gains,
     FILES[IG]: _gradients(IG, "integrated gradient of the answer"),

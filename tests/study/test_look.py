@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from bench.planted import (
     write_facts,
 )
 from relneuron.artifact.cards import check_card, read_cards
+from relneuron.artifact.counts import Counts
+from relneuron.artifact.examples import examples_of
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
@@ -391,3 +394,88 @@ def test_a_damaged_card_is_refused(root: Path, tmp_path: Path) -> None:
     path.write_text("[]", encoding="utf-8")
     with pytest.raises(RelneuronError, match="it is no object"):
         read_cards(path)
+
+
+# --- of a corpus, of an attribution ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(root: Path) -> Path:
+    """Two groups of random words, the words of relations among them, counted with examples."""
+    draw = random.Random(3)
+    words = [f"s{i}" for i in range(60)] + [f"{name}-is" for name in RELATIONS] * 2
+    for name in ("one", "two"):
+        lines = [" ".join(draw.choices(words, k=20)) for _ in range(30)]
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts = [f"{name}={root / name}.txt" for name in ("one", "two")]
+    folder = root / "corpus"
+    asked = ("--examples", 4, "--histogram", 16, "--window", 24, "--workers", 1, "--quiet")
+    assert call("count", root / "model", *texts, "-o", folder, *asked) == 0
+    names = ",".join(f"{LAYER}.act.{planted_units(k)[0]}" for k in range(len(RELATIONS)))
+    page = ("-o", root / "corpus.html", *LOOK)
+    assert call("look", folder, *page, "--neurons", names) == 0
+    return folder
+
+
+def test_a_planted_neuron_of_a_corpus_shows_its_word_in_every_example(
+    root: Path, corpus: Path, loaded: Any
+) -> None:
+    """In windows of a text, which the counting pass kept; their numbers are those of the file."""
+    _, tokenizer = loaded
+    cards = read_cards(corpus / "cards.jsonl")
+    assert len(cards) == len(RELATIONS)
+    for relation, card in enumerate(cards):
+        neuron = (LAYER, "act", planted_units(relation)[0])
+        (every,) = examples_of(corpus / "examples.safetensors", [neuron])
+        best = sorted((one.value for one in every), reverse=True)[:4]
+        assert [one["value"] for one in card["examples"]] == pytest.approx(best, rel=1e-3)
+        for one in card["examples"]:
+            peak = one["peak"]
+            assert one["tokens"][peak].strip() == f"{RELATIONS[relation]}-is"
+            assert (
+                one["values"][peak] == max(one["values"]) == pytest.approx(one["value"], rel=1e-3)
+            )
+            # What follows it in the text, as the model expects it there.
+            assert one["next"] is None or one["next"].strip() == one["tokens"][peak + 1].strip()
+            assert 1 <= len(one["tokens"]) <= 24 + 1 + 8
+        spread = card["histogram"]
+        n_tokens = [sum(counts) for counts in spread["groups"].values()]
+        counted = Counts.read(corpus / "counts.safetensors")
+        assert n_tokens == counted.tokens.tolist() and [*spread["groups"]] == counted.groups
+    assert "look" in Manifest(corpus).data["stages"]
+    assert not Manifest(corpus).data["stages"]["look"]["notices"]
+
+
+def test_neurons_of_a_set_show_what_was_counted(corpus: Path, root: Path, loaded: Any) -> None:
+    """LAPE names the gate; its act is what the pass looked at."""
+    maker, _ = open_cards(*loaded, corpus, LookOptions(examples=4))
+    unit = planted_units(1)[0]
+    gate, act = maker.cards([(LAYER, "gate", unit), (LAYER, "act", unit)])
+    assert gate["values_at"] == act["values_at"] == "act"
+    assert gate["examples"] == act["examples"] != []
+    assert maker.card((LAYER, "down", 3))["examples"] == []  # was not counted
+
+
+def test_gains_and_gradients_have_examples(root: Path, loaded: Any, tmp_path: Path) -> None:
+    """The sentences with the largest gain; tokens are shaded by what the neuron writes with."""
+    folder, prompts = tmp_path / "gains", root / "study" / "prompts.jsonl"
+    words = ("attribute", root / "model", prompts, "-o", folder, "--quiet", "--splits", "eva")
+    assert call(*words, "--no-compare") == 0
+    gains = load_file(folder / "gains.safetensors")[f"ffn.{LAYER}"]
+    maker, _ = open_cards(*loaded, folder, LookOptions(examples=3))
+    unit = planted_units(2)[0]
+    card = maker.card((LAYER, "gate", unit))
+    best = np.sort(gains[:, unit])[::-1][:3]
+    assert [one["value"] for one in card["examples"]] == pytest.approx(best.tolist(), rel=1e-3)
+    assert card["values_at"] == "product" and "nats" in card["value_of"]
+    for one in card["examples"]:
+        assert one["group"] == RELATIONS[2] and one["next"].strip() == f"{RELATIONS[2]}-answer"
+        assert one["tokens"][one["peak"]].strip() == f"{RELATIONS[2]}-is"
+    # The same texts where the same sentences have gradients alone.
+    other = tmp_path / "ig"
+    words = ("attribute", root / "model", prompts, "-o", other, "--quiet", "--splits", "eva")
+    assert call(*words, "--method", "ig", "--steps", 2) == 0
+    maker, _ = open_cards(*loaded, other, LookOptions(examples=3))
+    card = maker.card((LAYER, "gate", unit))
+    assert {one["group"] for one in card["examples"]} == {RELATIONS[2]}
+    assert card["value_of"] == "integrated gradient of the answer"
