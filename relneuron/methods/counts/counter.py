@@ -213,7 +213,7 @@ class Counter:
             fill(part, state, given)
 
     def sample(self, run: Callable[[], object]) -> dict[str, Array]:
-        """The bins of histograms of the values that `look_at` sees in `run`, by name, (L, F) int32 each.
+        """The bins of histograms of values that `look_at` sees in `run`, by name, (L, F) int32.
 
         `exponent.act` and `first.act` and so on, as `ops.histogram_edges` chooses them.
         """
