@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.papers import Paper
 
 _T = TypeVar("_T", bound="Options")
 
@@ -42,6 +43,7 @@ class Flag:
     repeats  several values are given with the flag each, not with commas
     records  whether it can change a result
     read     the value of a text, and `show` back, where the type does not say it
+    papers   what some of its values go back to; "" stands for any that is asked for
     """
 
     help: str
@@ -59,6 +61,7 @@ class Flag:
     only: Only | None = None
     read: Callable[[str], Any] | None = None
     show: Callable[[Any], str] | None = None
+    papers: Mapping[str, Paper] = field(default_factory=dict)
 
 
 def option(default: Any, help: str, **says: Any) -> Any:

@@ -24,6 +24,7 @@ from relneuron.artifact.options import (
     option,
     whole_number,
 )
+from relneuron.artifact.papers import MMNEURON, QUERIES
 from relneuron.artifact.stage import STUDY, command, loading
 from relneuron.texts.picture_feed import describe_pictures
 from relneuron.texts.sources import Source, describe_sources, source_words
@@ -65,6 +66,7 @@ class PromptsOptions(SeedOptions):
         None,
         "Ask each fact as a multiple-choice question, in so many orders of its options.",
         least=1,
+        papers={"": QUERIES},
     )
     choose_from: int = option(
         4,
@@ -167,6 +169,7 @@ class CountOptions(PackingOptions, OomOptions):
         "several of them or all; default: language.",
         choices=ASKED,
         is_set=True,
+        papers={"": MMNEURON},
     )
     max_records: int | None = option(
         None, "Maximum number of records with pictures of each group; default: all.", least=1
