@@ -42,6 +42,7 @@ class Flag:
     is_set   of several values each counts once, in the order of `choices` or ascending
     repeats  several values are given with the flag each, not with commas
     records  whether it can change a result
+    bare     the number that the flag stands for where none follows
     read     the value of a text, and `show` back, where the type does not say it
     papers   what some of its values go back to; "" stands for any that is asked for
     """
@@ -58,6 +59,7 @@ class Flag:
     is_set: bool = False
     repeats: bool = False
     records: bool = True
+    bare: str = ""
     only: Only | None = None
     read: Callable[[str], Any] | None = None
     show: Callable[[Any], str] | None = None
