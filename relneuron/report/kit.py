@@ -23,6 +23,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from relneuron.report.tables import Array, Table, label
@@ -112,7 +113,11 @@ class Drawing:
 
     @property
     def svg(self) -> str:
-        """The figure as an element of a page that is a picture on its own, too.
+        """The figure as an element of a page that is a picture on its own, too."""
+        return self.svg_of()
+
+    def svg_of(self, sheet: Bbox | None = None) -> str:
+        """A picture of the part `sheet` of the figure, on white; without one of all, on nothing.
 
         Colours of the theme are attributes, which a page's style sheet overrides; a viewer without
         one draws them as they are.
@@ -120,7 +125,13 @@ class Drawing:
         with themed():
             buffer = io.StringIO()
             mpl.rcParams["svg.hashsalt"] = self.stem
-            self.figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+            self.figure.savefig(
+                buffer,
+                format="svg",
+                bbox_inches=sheet or "tight",
+                facecolor=PAPER if sheet else "none",
+                metadata={"Date": None},
+            )
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
         svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
