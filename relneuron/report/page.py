@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -29,6 +29,9 @@ from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import commands, load
 from relneuron.report.tables import Number, Table, label, show, visible
+
+if TYPE_CHECKING:  # matplotlib is imported when a page is made
+    from relneuron.report.kit import Drawing
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Section(NamedTuple):
     question: str
     seen: Sequence[str]  # sentences made from the numbers
     how: str = ""  # to read the picture
-    drawings: Sequence[str] = ()
+    drawings: Sequence[Drawing] = ()
     tables: Sequence[tuple[str, Table]] = ()  # the file's name, without .csv
     most: int = 200  # rows of a table that the page shows; its file has all
     open: int = 0  # how many of the tables are shown unasked
@@ -218,5 +221,8 @@ def render(page: Page) -> str:
     )
     environment.filters |= {"show": show, "label": label}
     environment.tests["text"] = lambda cell: isinstance(cell, str) and not isinstance(cell, Number)
+    from relneuron.report.kit import THEME
+
     template = environment.get_template("report.html.j2")
-    return template.render(page=page, commands=commands(page.manifest)) + "\n"
+    made = commands(page.manifest)
+    return template.render(page=page, commands=made, theme=THEME) + "\n"

@@ -50,6 +50,8 @@ _HOMES = {
     "probe": "methods.contrast.probe:probe",
     "ProbeOptions": "methods.contrast.options:ProbeOptions",
     "report": "study.run:report_stage",
+    "figures": "study.figures:figures",
+    "FigureOptions": "report.save:FigureOptions",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605
 
