@@ -18,6 +18,7 @@ from relneuron.ablation import STAGES as ABLATION
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
+from relneuron.cli.help import WIDEST, parts_of
 from relneuron.cli.show import show
 from relneuron.methods import methods
 
@@ -25,6 +26,7 @@ _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
+_MACHINE = "relneuron.cli.machine"
 
 
 def stages() -> list[Stage]:
@@ -41,8 +43,8 @@ def stages() -> list[Stage]:
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
         Stage("cite", "relneuron.cli.cite:cite"),
-        Stage("bench", f"{_HERE}:bench"),
-        Stage("doctor", f"{_HERE}:doctor"),
+        Stage("bench", f"{_MACHINE}:bench"),
+        Stage("doctor", f"{_MACHINE}:doctor"),
     ]
 
 
@@ -67,14 +69,15 @@ def make_app() -> Any:
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
         help="Find the neurons of a language model that carry a relation, switch them off, and "
         "measure what is lost.",
     )
     app.callback()(_of_no_command)
     for stage in stages():
-        app.command(stage.name, cls=Command)(command(load(stage.run), show))
+        function = load(stage.run)
+        made = app.command(stage.name, cls=Command, epilog=parts_of(function)[1] or None)
+        made(command(function, show))
     Command.needs = {stage.name: stage.needs for stage in stages()}
     return app
 
@@ -92,7 +95,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name's letters that it cannot say
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="relneuron")
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
