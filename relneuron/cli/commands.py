@@ -78,7 +78,47 @@ def run(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """The whole study on your model; goes on where it stopped."""
+    """The whole study on your model; goes on where it stopped.
+
+    It finds the neurons whose responses tell a relation's prompts from those of the others,
+    switches them off, and measures what the model no longer answers: of the relation, and of all
+    the others. The defaults are those of the paper (arXiv 2502.17355).
+
+    \b
+    What happens, in order, and what each step writes to -o:
+      prompts    facts become prompts; --eva facts of a relation are kept to ask
+                 prompts.jsonl, sentences.jsonl
+      record     the model answers each prompt once, every neuron is recorded;
+                 only what it answers right counts
+                 validated.csv, responses.safetensors (the largest file; goes
+                 with --drop-responses)
+      identify   every neuron is ranked, the best of each relation are chosen
+                 neurons.json, scores.safetensors, significance.csv, labels.csv
+      ablate     the kept prompts again: with nothing off, with each relation's
+                 neurons off, with random ones off, and what --analyses adds
+                 effects.csv, accuracy.csv, conditions.csv
+      report     one page that opens offline, and its tables
+                 report.html, analyses/*.csv
+
+    What is wrong with the input is said before anything is written. Killed at any point, the same
+    command goes on; with other options it refuses the folder, and --force makes it again.
+
+    How long: nearly all the time goes into answers. record asks every prompt once, ablate the kept
+    ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis more.
+    The bundled model takes a minute on two CPU cores; one of billions of parameters wants a GPU.
+
+    What to try first: relneuron demo, to see what comes out; relneuron doctor MODEL, whether every
+    layer is supported; then two or three relations with --eva 10 --random-seeds 2.
+
+    Examples:
+      # small: does the model know the facts, and is anything lost?
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 --random-seeds 2
+      # the paper's settings, with all of its analyses
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o study --analyses all
+      # all neurons below a false discovery rate, scaled in place of zeroed
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o scaled --fdr 0.05 \\
+          --mode scale --factor 0.5
+    """
     yield from _study(model, facts, output, options, None, force, quiet)
 
 

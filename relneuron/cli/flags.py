@@ -247,6 +247,14 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
     )
 
 
+def as_typed(params: list[Any], ctx: Any) -> list[Any]:
+    """The parameters; while a shell completes, their values stay as typed: to read them is slow."""
+    if ctx.resilient_parsing:
+        for param in params:
+            param.process_value = lambda ctx, value: value
+    return params
+
+
 class Command(TyperCommand):
     """A command that begins nothing that it cannot end."""
 
@@ -266,6 +274,10 @@ class Command(TyperCommand):
         """Its examples."""
         if self.epilog:
             write_examples(self.epilog, formatter)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, and --help."""
+        return as_typed(super().get_params(ctx), ctx)
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Its sentence in the list of commands, whole: the list breaks lines itself."""
