@@ -26,7 +26,7 @@ _HOMES = {
     "generate": "ablation.generate:generate",
     "GenerateOptions": "ablation.options:GenerateOptions",
     "effect": "ablation.effect:effect",
-    "EffectOptions": "ablation.options:EffectOptions",
+    "EffectOptions": "ablation.effect_options:EffectOptions",
     "parse_sources": "texts.sources:parse_sources",
     "SourceOptions": "texts.options:SourceOptions",
     "count": "methods.counts.count:count",
