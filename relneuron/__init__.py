@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relneuron import ops
     from relneuron.ablation.ablate import ablate_prompts
+    from relneuron.ablation.harness.lm import NeuronLM
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.model.instrument import ablate, instrument
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NeuronFile",
+    "NeuronLM",
     "RelneuronError",
     "Study",
     "__version__",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOMES = {
     "NeuronFile": "artifact.neurons",
+    "NeuronLM": "ablation.harness.lm",
     "RelneuronError": "artifact.files",
     "Study": "study.folder",
     "ablate": "model.instrument",

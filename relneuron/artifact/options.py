@@ -314,8 +314,8 @@ class OomOptions(Options):
 
 
 @dataclass(frozen=True)
-class LoadOptions(Options):
-    """How a model is loaded, and which kernels it runs with."""
+class PlaceOptions(Options):
+    """How a model is loaded, and where it lies."""
 
     dtype: str | None = option(
         None, "float32, bfloat16 or float16; default: float32 on a CPU, else the model's own."
@@ -327,6 +327,12 @@ class LoadOptions(Options):
         "JSON file of {module: device}; what fits on none lies on the CPU or the disk.",
     )
     revision: str | None = option(None, "Revision of a model on the hub.")
+
+
+@dataclass(frozen=True)
+class LoadOptions(PlaceOptions):
+    """How a model is loaded, and which kernels it runs with."""
+
     backend: str = option("auto", "Kernels: auto, reference, cpu or triton.")
 
 

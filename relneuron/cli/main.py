@@ -39,6 +39,7 @@ def stages() -> list[Stage]:
         Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
         Stage("nll", f"{_ABLATION}:nll", _ASKS),
         Stage("generate", f"{_ABLATION}:generate", _ASKS),
+        Stage("eval", f"{_ABLATION}:run_tasks", (*_ASKS, "lm_eval")),
         Stage("effect", f"{_ABLATION}:effect", _WORKS),
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
