@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relneuron import ops
     from relneuron.ablation.ablate import ablate_prompts
-    from relneuron.ablation.harness.lm import NeuronLM
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
     from relneuron.model.instrument import ablate, instrument
@@ -28,7 +27,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NeuronFile",
-    "NeuronLM",
     "RelneuronError",
     "Study",
     "__version__",

@@ -10,13 +10,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
-
 from relneuron.ablation.harness.changes import Changes
 from relneuron.ablation.harness.options import ChangeOptions
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.installed import need
 from relneuron.artifact.neurons import NeuronFile
+
+need("relneuron.NeuronLM", "lm_eval", "transformers")
+
+from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 
 @register_model("relneuron")

@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import lm_eval.api.model
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.models.huggingface
 import numpy as np
 import torch
@@ -110,6 +112,8 @@ def _loads(manager: Manager, name: str) -> bool:
             manager.load([one])
     except (KeyError, ValueError):
         return False
+    except Exception:  # `read_task` says what is wrong with it
+        return True
     return bool(matching)
 
 
@@ -139,7 +143,10 @@ def read_task(lm: NeuronLM, manager: Manager, name: str, options: EvalOptions) -
     digest, n_requests, versions = hashlib.sha256(), 0, {}
     for task_name, task in sorted(manager.load([name])["tasks"].items()):
         versions[task_name] = task.VERSION
-        digest.update(json.dumps([task_name, _config(task.dump_config())], default=_plain).encode())
+        config = _config(task.dump_config())
+        for where in ("dataset_path", "dataset_kwargs"):  # the documents are in the requests
+            config.pop(where, None)
+        digest.update(json.dumps([task_name, config], default=_plain).encode())
         for one in task.instances:
             about = [one.request_type, one.doc_id, one.idx, one.repeats, one.args, one.doc]
             digest.update(json.dumps(about, default=_plain).encode())
@@ -217,9 +224,24 @@ def _silent(*given: Any, **how: Any) -> Any:
     return tqdm(*given, **how | {"disable": True})
 
 
+def _nothing(*_: Any) -> None:
+    """Adds nothing to the results."""
+
+
+# What the harness does beside the task: bars of its own, and `pip freeze` and git, which take
+# seconds a call, for parts of its results that are not kept.
+MUTED: list[tuple[Any, str, Any]] = [
+    (lm_eval.api.model, "tqdm", _silent),
+    (lm_eval.api.task, "tqdm", _silent),
+    (lm_eval.models.huggingface, "tqdm", _silent),
+    (lm_eval.evaluator, "add_env_info", _nothing),
+    (lm_eval.evaluator, "get_git_commit_hash", _nothing),
+]
+
+
 @contextmanager
 def quietly() -> Iterator[list[str]]:
-    """Without the harness's bars; what it warns of, each once; generators are put back."""
+    """Without what is MUTED; what the harness warns of, each once; generators are put back."""
     said: dict[str, str] = {}
 
     class Keep(logging.Handler):
@@ -228,20 +250,23 @@ def quietly() -> Iterator[list[str]]:
             if not _NOISE.search(text):
                 said.setdefault(re.sub(r"\d+", "", text), text)
 
+    bars = datasets.are_progress_bars_disabled()
     logger, keep, warned = logging.getLogger("lm_eval"), Keep(logging.WARNING), list[str]()
-    modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
-    before, propagates = [module.tqdm for module in modules], logger.propagate
+    before, propagates = [getattr(owner, name) for owner, name, _ in MUTED], logger.propagate
     states = random.getstate(), np.random.get_state()
     logger.addHandler(keep)
     logger.propagate = False
-    for module in modules:
-        module.tqdm = _silent
+    datasets.disable_progress_bars()
+    for owner, name, new in MUTED:
+        setattr(owner, name, new)
     try:
         with torch.random.fork_rng():
             yield warned
     finally:
-        for module, own in zip(modules, before, strict=True):
-            module.tqdm = own
+        for (owner, name, _), own in zip(MUTED, before, strict=True):
+            setattr(owner, name, own)
+        if not bars:
+            datasets.enable_progress_bars()
         logger.removeHandler(keep)
         logger.propagate = propagates
         random.setstate(states[0])
