@@ -20,6 +20,7 @@ from relneuron.artifact.options import (
     option,
     unescaped,
 )
+from relneuron.artifact.papers import ANLS, EXPERTS, GAIN, LAPE, MMNEURON, SAFETY
 from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import PackingOptions
 
@@ -71,6 +72,7 @@ class AblateOptions(OomOptions):
         choices=ANALYSES,
         names={"main": (), "all": ANALYSES},
         is_set=True,
+        papers={"gain": GAIN},
     )
     sizes: Sequence[int] | None = option(
         None,
@@ -84,6 +86,7 @@ class AblateOptions(OomOptions):
         "What a neuron's output becomes: zero, mean, scale; patch, another model's value; or of "
         "its responses p50 or p90 on the relation's positives, off_mean on its negatives.",
         choices=MODES,
+        papers={"patch": SAFETY, **dict.fromkeys(FORCED, EXPERTS)},
     )
     donor: str | None = option(
         None,
@@ -141,6 +144,7 @@ class AblateOptions(OomOptions):
         False,
         "Also switch off, of each relation's neurons and for its own prompts, those in each of a "
         "vision-language model's sets of modules: language, vision, ..., all.",
+        papers={"": MMNEURON},
     )
     batch_tokens: int = option(4096, "Tokens of a batch, padding included.", least=1)
 
@@ -210,6 +214,7 @@ class GenerateOptions(OomOptions):
         "What the sets' neurons become: zero; patch, their value in another model that reads the "
         "same text; mean, their stored mean; noise, themselves and noise.",
         choices=EXCHANGES,
+        papers=dict.fromkeys(("patch", *STORED), SAFETY),
     )
     donor: str | None = option(
         None, "Model whose values the neurons get, with --mode patch.", flag="from"
@@ -238,7 +243,9 @@ class GenerateOptions(OomOptions):
         least=0,
         only=Only("with a set in --off", lambda o: bool(o.sets_off)),
     )
-    set_to: str | None = option(None, "Set whose neurons get their mean activation.", flag="set")
+    set_to: str | None = option(
+        None, "Set whose neurons get their mean activation.", flag="set", papers={"": LAPE}
+    )
     counts: Path | None = option(
         None,
         "Folder with the counts (made with --moments) of --set; default: that of the neurons.",
@@ -248,6 +255,7 @@ class GenerateOptions(OomOptions):
         False,
         "In place of --off: of each prompt's own group switch off the neurons of each of a "
         "vision-language model's sets of modules: none, language, vision, ..., all.",
+        papers={"": MMNEURON},
     )
     max_new_tokens: int = option(256, "Maximum number of new tokens per output.", least=1)
     repetition_penalty: float = option(
@@ -283,6 +291,7 @@ class GenerateOptions(OomOptions):
         None,
         "Score the outputs by the prompts' answers: exact, anls, letter, or a function of your own "
         "as module:function.",
+        papers={"anls": ANLS},
     )
     anls_threshold: float = option(
         0.5,
@@ -295,6 +304,7 @@ class GenerateOptions(OomOptions):
         None,
         "Read the layers of so many tokens of each output by the logit lens: entropy, top tokens.",
         least=1,
+        papers={"": MMNEURON},
         only=Only("without --from", lambda o: o.donor is None),
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)

@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.papers import Paper
 
 _T = TypeVar("_T", bound="Options")
 
@@ -41,7 +42,9 @@ class Flag:
     is_set   of several values each counts once, in the order of `choices` or ascending
     repeats  several values are given with the flag each, not with commas
     records  whether it can change a result
+    bare     the number that the flag stands for where none follows
     read     the value of a text, and `show` back, where the type does not say it
+    papers   what some of its values go back to; "" stands for any that is asked for
     """
 
     help: str
@@ -56,9 +59,11 @@ class Flag:
     is_set: bool = False
     repeats: bool = False
     records: bool = True
+    bare: str = ""
     only: Only | None = None
     read: Callable[[str], Any] | None = None
     show: Callable[[Any], str] | None = None
+    papers: Mapping[str, Paper] = field(default_factory=dict)
 
 
 def option(default: Any, help: str, **says: Any) -> Any:

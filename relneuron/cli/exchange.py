@@ -10,9 +10,8 @@ from relneuron.artifact.contrast import NAME as CONTRAST
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import Argument, Named, Output, refuse_stray, split, whole_number
+from relneuron.methods import formats
 
-# Whose files are meant, where neither the file nor the folder says it.
-FORMATS = ("lape", "mmneuron", "safety")
 Without = Annotated[
     str,
     Named(
@@ -100,9 +99,9 @@ def _import_safety(
 
 
 def _check_format(name: str) -> None:
-    """Refuse a format that is nobody's."""
-    if name not in FORMATS:
-        raise RelneuronError(f"unknown --format {name!r}", f"use {', '.join(FORMATS)}", 2)
+    """Refuse a format that is nobody's; it is said where neither file nor folder says whose."""
+    if name not in formats():
+        raise RelneuronError(f"unknown --format {name!r}", f"use {', '.join(formats())}", 2)
 
 
 def _layers(text: str) -> list[int]:

@@ -27,10 +27,12 @@ from relneuron.artifact.options import (
     read,
     refuse_stray,
     shown,
+    whole_number,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
 
 state = {"debug": False, "interrupted": False}
+_bare: dict[str, str] = {}  # by flag, the number that it stands for where none follows
 _given: list[str] = []  # the parameters that the running command was given
 _LARGEST = 2**53  # of a number on the command line
 _HELP = {"force": "Overwrite what is there.", "quiet": "Show no progress bar."}
@@ -84,6 +86,8 @@ def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
             if name in found and found[name].default != default:
                 raise TypeError(f"{says.flag} has two defaults: {found[name].default}, {default}")
             helps.setdefault(name, {})[says.help] = None
+            if says.bare:
+                _bare[says.flag] = says.bare
             found[name] = inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -181,6 +185,16 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
     )
 
 
+def _with_numbers(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the number of each flag that may stand without one."""
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        found.append(word)
+        if word in _bare and whole_number(following.removeprefix("-")) is None:
+            found.append(_bare[word])
+    return found
+
+
 class Command(TyperCommand):
     """A command that begins nothing that it cannot end."""
 
@@ -189,6 +203,10 @@ class Command(TyperCommand):
     def get_short_help_str(self, limit: int = 45) -> str:
         """Its sentence in the list of commands, whole: the list breaks lines itself."""
         return super().get_short_help_str(max(limit, 200))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words as the parser takes them."""
+        return super().parse_args(ctx, _with_numbers(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Check the packages, the numbers and the output, then run."""

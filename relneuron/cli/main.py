@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import relneuron
+from relneuron.ablation import STAGES as ABLATION
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
@@ -23,8 +24,7 @@ from relneuron.methods import methods
 _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
-_HERE, _ABLATION = "relneuron.cli.commands", "relneuron.ablation.commands"
-_EXCHANGE = "relneuron.cli.exchange"
+_HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
 
 
 def stages() -> list[Stage]:
@@ -36,14 +36,11 @@ def stages() -> list[Stage]:
         *(stage for method in methods() for stage in method.stages),
         Stage("attribute", f"{_HERE}:attribute", _ASKS),
         Stage("identify", f"{_HERE}:identify", _WORKS),
-        Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
-        Stage("nll", f"{_ABLATION}:nll", _ASKS),
-        Stage("generate", f"{_ABLATION}:generate", _ASKS),
-        Stage("eval", f"{_ABLATION}:run_tasks", (*_ASKS, "lm_eval")),
-        Stage("effect", f"{_ABLATION}:effect", _WORKS),
+        *ABLATION,
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
+        Stage("cite", "relneuron.cli.cite:cite"),
         Stage("bench", f"{_HERE}:bench"),
         Stage("doctor", f"{_HERE}:doctor"),
     ]

@@ -36,7 +36,7 @@ RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
 # They write no study, and a model's folder no page.
-NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit"}
+NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")

@@ -15,6 +15,7 @@ from relneuron.ablation.options import (
 )
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import Only, Options, like, option
+from relneuron.artifact.papers import EXPERTS
 
 MODES = ("zero", "scale", "mean", *FORCED)
 
@@ -39,6 +40,7 @@ class ChangeOptions(Options):
         "What a neuron's output becomes: zero, scale; mean, its stored mean; or of its responses "
         "p50 or p90 on the relation's positives, off_mean on its negatives.",
         choices=MODES,
+        papers=dict.fromkeys(FORCED, EXPERTS),
     )
     factor: float | None = option(None, "Factor of the outputs, with --mode scale.")
     scale_at: str | None = like(AblateOptions, "scale_at")
