@@ -316,8 +316,8 @@ DEVICE_MAPS = ("auto", "balanced", "sequential", "FILE")
 
 
 @dataclass(frozen=True)
-class LoadOptions(Options):
-    """How a model is loaded, and which kernels it runs with."""
+class PlaceOptions(Options):
+    """How a model is loaded, and where it lies."""
 
     PANEL = "The model"
     dtype: str | None = option(
@@ -335,6 +335,12 @@ class LoadOptions(Options):
         offers=DEVICE_MAPS,
     )
     revision: str | None = option(None, "Revision of a model on the hub.")
+
+
+@dataclass(frozen=True)
+class LoadOptions(PlaceOptions):
+    """How a model is loaded, and which kernels it runs with."""
+
     backend: str = option(
         "auto",
         "Kernels that it runs with; auto: those of the device.",

@@ -25,6 +25,8 @@ _HOMES = {
     "NllOptions": "ablation.options:NllOptions",
     "generate": "ablation.generate:generate",
     "GenerateOptions": "ablation.options:GenerateOptions",
+    "eval": "ablation.harness.stage:evaluate",
+    "EvalOptions": "ablation.harness.options:EvalOptions",
     "effect": "ablation.effect:effect",
     "EffectOptions": "ablation.effect_options:EffectOptions",
     "parse_sources": "texts.sources:parse_sources",
