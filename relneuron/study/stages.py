@@ -51,6 +51,8 @@ _HOMES = {
     "identify_contrast": "methods.contrast.rank:identify_contrast",
     "probe": "methods.contrast.probe:probe",
     "ProbeOptions": "methods.contrast.options:ProbeOptions",
+    "look": "study.look:look",
+    "LookOptions": "study.settings:LookOptions",
     "report": "study.run:report_stage",
     "figures": "study.figures:figures",
     "FigureOptions": "report.save:FigureOptions",
