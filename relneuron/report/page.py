@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -31,6 +31,9 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import commands, load
 from relneuron.report.cards import View, cards_of
 from relneuron.report.tables import Number, Table, label, short, show, visible
+
+if TYPE_CHECKING:  # matplotlib is imported when a page is made
+    from relneuron.report.kit import Drawing
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Section(NamedTuple):
     question: str
     seen: Sequence[str]  # sentences made from the numbers
     how: str = ""  # to read the picture
-    drawings: Sequence[str] = ()
+    drawings: Sequence[Drawing] = ()
     tables: Sequence[tuple[str, Table]] = ()  # the file's name, without .csv
     most: int = 200  # rows of a table that the page shows; its file has all
     open: int = 0  # how many of the tables are shown unasked
@@ -217,8 +220,11 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
 
 def render(page: Page) -> str:
     """The page as HTML text; whatever the study holds is shown as text."""
+    from relneuron.report.kit import THEME
+
     template = environment().get_template("report.html.j2")
-    return str(template.render(page=page, commands=commands(page.manifest))) + "\n"
+    made = commands(page.manifest)
+    return str(template.render(page=page, commands=made, theme=THEME)) + "\n"
 
 
 def environment() -> Any:

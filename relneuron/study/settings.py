@@ -29,8 +29,10 @@ CONTRAST = "contrast"  # the demo of two models
 class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, LoadOptions):
     """What a study is made with; the defaults are the paper's."""
 
+    PANEL = "The study"
+
     chat_template: bool = option(False, "Wrap every prompt in the model's chat template.")
-    method: str = option("ap", "How neurons are ranked: ap (average precision).")
+    method: str = option("ap", "How neurons are ranked; ap is average precision.", offers=("ap",))
     drop_responses: bool = option(False, "Delete responses.safetensors after identify.")
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
@@ -72,6 +74,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
 class DemoOptions(Options):
     """What the demo lets one choose of a study."""
 
+    PANEL = RunOptions.PANEL
+
     top: int | None = like(RunOptions, "top")
     fdr: float | None = like(RunOptions, "fdr")
     permutations: int = like(RunOptions, "permutations")
@@ -82,8 +86,8 @@ class DemoOptions(Options):
         RunOptions,
         "analyses",
         ("gain",),
-        help="Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
-        "concepts, gain, perplexity; or contrast alone, a study of two models.",
+        help="Analyses beside the main one; main stands for none. Or contrast alone, a study of "
+        "two models.",
         choices=(*ANALYSES, CONTRAST),
     )
     sizes: Sequence[int] | None = like(RunOptions, "sizes")
