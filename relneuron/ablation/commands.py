@@ -1,4 +1,7 @@
-"""The commands that switch sets of neurons off: ablate, nll, generate; effect of what was said."""
+"""The commands that switch sets of neurons off: ablate, nll, generate, eval.
+
+And effect, of what was said.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from relneuron.ablation.effect_options import EffectOptions
+from relneuron.ablation.harness.options import EvalOptions
 from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
 from relneuron.artifact.files import check_folder, require
 from relneuron.artifact.neurons import NeuronFile
@@ -17,6 +21,7 @@ from relneuron.artifact.options import (
     Named,
     Neurons,
     Output,
+    PlaceOptions,
     Prompts,
 )
 from relneuron.artifact.prompts import read_prompts, read_questions
@@ -234,6 +239,35 @@ def generate(
     if options.measure:
         yield score_table(made, options.measure)
     yield f"{len(made):,} outputs -> {output}"
+
+
+def run_tasks(
+    model: Model,
+    output: Output,
+    options: EvalOptions,
+    load_options: PlaceOptions,
+    neurons: Annotated[
+        Path | None, Named("A neurons.json with the sets of --off and --set.")
+    ] = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """Tasks of lm-evaluation-harness, clean and with neurons off or set: eval.csv, eval.json.
+
+    Clean results are those of the harness's own hf model. Each set is a run beside the clean one;
+    --random-seeds adds random sets of its size.
+    """
+    from relneuron.ablation.harness.stage import check_neurons, evaluate, score_table
+    from relneuron.model.load import load
+
+    check_folder(output)
+    check_neurons(neurons, options)
+    if neurons is not None:
+        NeuronFile.read(neurons)
+    loaded, tokenizer = load(model, load_options)
+    scores = evaluate(model, loaded, tokenizer, neurons, output, options, force=force, quiet=quiet)
+    yield score_table(scores, options.tasks)
+    yield f"-> {output / 'eval.csv'}"
 
 
 def effect(

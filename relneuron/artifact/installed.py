@@ -31,9 +31,10 @@ EXTRAS = {
     "PIL": "pictures",
     "sklearn": "probe",
     "peft": "adapters",
+    "lm_eval": "eval",
 }
 # Installed by another name than they are imported by.
-PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
 
 
 def missing(*packages: str) -> list[str]:

@@ -42,6 +42,7 @@ class Flag:
     is_set   of several values each counts once, in the order of `choices` or ascending
     repeats  several values are given with the flag each, not with commas
     records  whether it can change a result
+    bare     the number that the flag stands for where none follows
     read     the value of a text, and `show` back, where the type does not say it
     papers   what some of its values go back to; "" stands for any that is asked for
     panel    the heading in the help that it stands under, in place of its class's
@@ -61,6 +62,7 @@ class Flag:
     is_set: bool = False
     repeats: bool = False
     records: bool = True
+    bare: str = ""
     only: Only | None = None
     read: Callable[[str], Any] | None = None
     show: Callable[[Any], str] | None = None
@@ -314,8 +316,8 @@ DEVICE_MAPS = ("auto", "balanced", "sequential", "FILE")
 
 
 @dataclass(frozen=True)
-class LoadOptions(Options):
-    """How a model is loaded, and which kernels it runs with."""
+class PlaceOptions(Options):
+    """How a model is loaded, and where it lies."""
 
     PANEL = "The model"
     dtype: str | None = option(
@@ -333,6 +335,12 @@ class LoadOptions(Options):
         offers=DEVICE_MAPS,
     )
     revision: str | None = option(None, "Revision of a model on the hub.")
+
+
+@dataclass(frozen=True)
+class LoadOptions(PlaceOptions):
+    """How a model is loaded, and which kernels it runs with."""
+
     backend: str = option(
         "auto",
         "Kernels that it runs with; auto: those of the device.",

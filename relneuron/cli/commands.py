@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from relneuron.ablation.commands import accuracy_table
-from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.files import RelneuronError, refuse_output
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
@@ -19,10 +19,12 @@ from relneuron.artifact.options import (
     Output,
     Study,
     options_of,
+    refuse_stray,
 )
 from relneuron.artifact.stage import STUDY, Attribution, Printed, Ranking, command, load
 from relneuron.cli.flags import check_only, given, taken
 from relneuron.methods import attributions, rankings
+from relneuron.report.save import FigureOptions
 from relneuron.study.settings import CONTRAST, DEMO, DemoOptions, RunOptions
 from relneuron.texts.options import PromptsOptions
 
@@ -286,12 +288,36 @@ def identify(
     yield f"-> {output}"
 
 
-def report(folder: Study, output: Output, force: bool = False) -> Iterator[str]:
-    """All artifacts of a study -> one HTML file that opens offline.
+def report(
+    folder: Study,
+    options: FigureOptions,
+    output: Annotated[Path | None, Named("Where to write the page.", ("-o", "--output"))] = None,
+    figures: Annotated[
+        Path | None,
+        Named(
+            "A folder for the figures of the page, each a file of its own, with its numbers as csv "
+            "and a caption; and the references of the study's methods as BibTeX."
+        ),
+    ] = None,
+    force: bool = False,
+) -> Iterator[str]:
+    """All artifacts of a study -> one HTML file that opens offline, or figures for a paper.
 
     Examples:
       relneuron report study -o study/report.html
+      relneuron report study --figures figures --format pdf,png --width 3.3in
     """
+    from relneuron.study.figures import figures as write_figures
     from relneuron.study.run import report_stage
 
-    yield f"report: {report_stage(folder, output, force=force)}"
+    if output is None and figures is None:
+        raise RelneuronError("report writes nothing", "give -o FILE, --figures FOLDER, or both", 2)
+    if output is not None and figures is not None:
+        refuse_output(output, "report", force)  # before figures are written
+    if figures is not None:
+        made = write_figures(folder, figures, options, force=force)
+        yield f"figures: {len(made)} files in {figures}"
+    elif stray := [name for name in given() if name in options_of(FigureOptions)]:
+        refuse_stray(f"--{stray[0]}", "with --figures FOLDER")
+    if output is not None:
+        yield f"report: {report_stage(folder, output, force=force)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -29,11 +29,13 @@ from relneuron.artifact.options import (
     read,
     refuse_stray,
     shown,
+    whole_number,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
 from relneuron.cli.help import FILES, RUNS, parts_of, write_examples, write_panels
 
 state = {"debug": False, "interrupted": False}
+_bare: dict[str, str] = {}  # by flag, the number that it stands for where none follows
 _given: list[str] = []  # the parameters that the running command was given
 _LARGEST = 2**53  # of a number on the command line
 # The parameters that say nothing of themselves: their help and its heading.
@@ -102,6 +104,8 @@ def flags_of(classes: Mapping[str, type[Options]]) -> list[inspect.Parameter]:
             if name in found and found[name].default != default:
                 raise TypeError(f"{says.flag} has two defaults: {found[name].default}, {default}")
             helps.setdefault(name, {})[says.help] = None
+            if says.bare:
+                _bare[says.flag] = says.bare
             found[name] = inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -247,6 +251,16 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
     )
 
 
+def _with_numbers(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the number of each flag that may stand without one."""
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        found.append(word)
+        if word in _bare and whole_number(following.removeprefix("-")) is None:
+            found.append(_bare[word])
+    return found
+
+
 def as_typed(params: list[Any], ctx: Any) -> list[Any]:
     """The parameters; while a shell completes, their values stay as typed: to read them is slow."""
     if ctx.resilient_parsing:
@@ -282,6 +296,10 @@ class Command(TyperCommand):
     def get_short_help_str(self, limit: int = 45) -> str:
         """Its sentence in the list of commands, whole: the list breaks lines itself."""
         return super().get_short_help_str(max(limit, 200))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words as the parser takes them."""
+        return super().parse_args(ctx, _with_numbers(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Check the packages, the numbers and the output, then run."""

@@ -158,6 +158,21 @@ class CountOptions(PackingOptions, OomOptions):
     )
     threshold: float = option(0.0, "A neuron is active when its value is above this.")
     moments: bool = option(False, "Also add up values and their squares, and keep the largest.")
+    examples: int | None = option(
+        None,
+        "Also keep each neuron's so many strongest tokens of each group, of another window each, "
+        "with the windows they stand in.",
+        least=1,
+        most=128,
+    )
+    histogram: int | None = option(
+        None,
+        "Also count each neuron's values in so many bins, 64 where no number follows; their edges "
+        "come from a first sample.",
+        least=8,
+        most=4096,
+        bare="64",
+    )
     exclude_bos: bool = option(False, "Run BOS tokens, but do not count them.")
     boundaries: str = option(
         "none",
@@ -203,6 +218,10 @@ class CountOptions(PackingOptions, OomOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shard(self.shard)
+        if self.histogram is not None and self.histogram % 2:
+            raise RelneuronError(
+                f"--histogram {self.histogram} is odd", "give an even number of bins", 2
+            )
 
 
 def choose_packing(

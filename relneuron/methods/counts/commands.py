@@ -65,6 +65,7 @@ def count(
         backend=load_options.backend,
         force=force,
         quiet=quiet,
+        say=print,
     )
     if int(os.environ.get("RANK", "0")):
         return
@@ -86,6 +87,7 @@ def count(
         f"{counted.saving / seconds:.1%} for checkpoints"
     )
     yield f"-> {output / NAME}"
+    yield from counted.kept.lines(output)
 
 
 def token_lines(groups: list[str], tokens: list[int]) -> Iterator[str]:
