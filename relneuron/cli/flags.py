@@ -29,9 +29,9 @@ from relneuron.artifact.options import (
     read,
     refuse_stray,
     shown,
-    whole_number,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
+from relneuron.artifact.words import whole_number
 from relneuron.cli.help import FILES, RUNS, parts_of, write_examples, write_panels
 
 state = {"debug": False, "interrupted": False}
@@ -254,7 +254,7 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
 def _with_numbers(words: Sequence[str]) -> list[str]:
     """The words of a command line with the number of each flag that may stand without one."""
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         found.append(word)
         if word in _bare and whole_number(following.removeprefix("-")) is None:
             found.append(_bare[word])
