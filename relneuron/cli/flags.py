@@ -125,11 +125,17 @@ def flags_of(classes: Mapping[str, type[Options]]) -> list[inspect.Parameter]:
 
 
 def _metavar(says: Flag, kind: Kind) -> str | None:
-    """The words that a flag takes as [a|b], several as [a|b],...; None where typer says it."""
+    """What a flag takes: words as [a|b], several as [a|b],..., what may be left out as [<int>].
+
+    None where typer says it.
+    """
     several = ",..." if kind.many and not says.repeats else ""
     if says.named:
         return f"[{'|'.join(says.named)}]{several}"
-    return f"<{kind.base.__name__}>{several}" if kind.many else None
+    one = f"<{kind.base.__name__}>"
+    if says.bare:
+        return f"[{one}]"
+    return f"{one}{several}" if kind.many else None
 
 
 def _panel(name: str, classes: Mapping[str, type[Options]]) -> str:
