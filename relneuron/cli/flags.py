@@ -146,9 +146,10 @@ def _panel(name: str, classes: Mapping[str, type[Options]]) -> str:
     if name in _RUNNING or not says.records:
         return RUNS
     if len(classes) > 1:
-        head, last = ", ".join(takers[:-1]), takers[-1]
-        of = "several methods" if len(takers) > 4 else f"{head} or {last}" if head else last
-        return f"Of --method {of}" if len(takers) <= 4 else f"Of {of}"
+        if len(takers) > 4 or len(takers) == len(classes):
+            return "Of every method" if len(takers) == len(classes) else "Of several methods"
+        head = ", ".join(takers[:-1])
+        return f"Of --method {f'{head} or ' if head else ''}{takers[-1]}"
     declared = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
     return says.panel or declared.PANEL or cls.PANEL  # type: ignore[attr-defined]
 
