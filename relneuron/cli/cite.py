@@ -34,7 +34,7 @@ def cite(
     Examples:
       relneuron cite study > references.bib
       relneuron cite study --format text
-      relneuron cite                                    # of all methods
+      relneuron cite  # of all methods
     """
     from relneuron.study import cite as references
 

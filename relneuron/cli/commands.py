@@ -38,8 +38,8 @@ def demo(
     """The whole study on the bundled demo model, on a CPU; or of it and a second one.
 
     Examples:
-      relneuron demo                                    # a minute; open relneuron-demo/report.html
-      relneuron demo --analyses all -o every-figure     # every figure of the paper
+      relneuron demo  # a minute; open relneuron-demo/report.html
+      relneuron demo --analyses all -o every-figure  # every figure of the paper
       relneuron demo --analyses contrast -o two-models
     """
     from relneuron.demo import CHECKPOINT, FACTS, TOP
@@ -114,7 +114,8 @@ def run(
 
     Examples:
       # small: does the model know the facts, and is anything lost?
-      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 --random-seeds 2
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 \\
+          --random-seeds 2
       # the paper's settings, with all of its analyses
       relneuron run Qwen/Qwen3-0.6B --facts facts -o study --analyses all
       # all neurons below a false discovery rate, scaled in place of zeroed
@@ -165,8 +166,10 @@ def prompts(
 
     Examples:
       relneuron prompts facts -o study/prompts.jsonl
-      relneuron prompts facts -o chat/prompts.jsonl --eva 20 --chat-template Qwen/Qwen3-0.6B
-      relneuron prompts facts -o asked/prompts.jsonl --choices 3      # multiple choice
+      relneuron prompts facts -o chat/prompts.jsonl --eva 20 \\
+          --chat-template Qwen/Qwen3-0.6B
+      # multiple choice
+      relneuron prompts facts -o asked/prompts.jsonl --choices 3
     """
     from relneuron.model.load import load_tokenizer
     from relneuron.texts.prompts import write_prompts
@@ -266,7 +269,8 @@ def identify(
     Examples:
       relneuron identify study -o study/neurons.json --fdr 0.05
       relneuron identify counts -o counts/neurons.json --method lape
-      relneuron identify gains -o gains/neurons.json --method logprob_gain --top 300
+      relneuron identify gains -o gains/neurons.json --method logprob_gain \\
+          --top 300
     """
     known = rankings()
     asked = _asked(method, known, options)
