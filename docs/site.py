@@ -12,7 +12,15 @@ from typing import Any
 SECTIONS = {
     "Start": ("index", "installing", "python", "symptoms"),
     "How to": ("howto/my-model", "howto/*", "pictures", "*"),
-    "Methods": ("methods/index", "methods/ap", "methods/*", "facts", "contrast", "patching", "effects"),
+    "Methods": (
+        "methods/index",
+        "methods/ap",
+        "methods/*",
+        "facts",
+        "contrast",
+        "patching",
+        "effects",
+    ),
     "Ops": ("ops/index", "ops/swiglu_stats", "ops/*", "backend", "gain"),
     "Reference": ("api/*",),
     "Benchmarks": ("truth", "rankings", "zoo"),

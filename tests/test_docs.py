@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import typer
 
 from relneuron.cli.main import app
-from tests.conftest import ROOT
+from tests.conftest import ROOT, shared_folder
 from tests.kit.corpus_commands import Result
 from tests.kit.fences import DOCS, LANGUAGES, PAGES, Shell, check_line, command_lines, fences
 from tests.kit.given import GIVEN
@@ -76,6 +77,7 @@ def test_commands_in_sentences_have_their_options(path: Path) -> None:
         assert {*FLAG.findall(rest)} <= OPTIONS[name], (name, rest)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
 @pytest.mark.parametrize(
     "path",
     [
@@ -97,7 +99,7 @@ def test_what_a_page_shows_runs(
     for name in ("docs", "bench", "relneuron", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     namespace: dict[str, Any] = GIVEN[name_of(path)]() if name_of(path) in GIVEN else {}
-    shell = Shell(relneuron, tmp_path_factory.mktemp("studies"))
+    shell = Shell(relneuron, partial(shared_folder, tmp_path_factory))
     for fence in fences(path):
         if fence.language == "bash":
             shell.bash(fence.text)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,10 @@ class Study:
         """The mean response of every neuron to one det prompt: layer, site, index, response."""
         path = self._path("responses")
         return frame(tensors.responses(path, prompt, Shape.of(self._model(path))))
+
+    def card(self, neuron: str | Sequence[Any]) -> shown.Card:
+        """What `look` found of a neuron such as "12.gate.345", drawn in a notebook."""
+        return shown.find_card(self._path("cards"), neuron)
 
     # --- corpora
 

@@ -11,6 +11,8 @@ from relneuron.ablation.effect import Effect
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
 from relneuron.artifact import contrast
+from relneuron.artifact.cards import MADE_BY as CARDS_BY
+from relneuron.artifact.cards import NAME as CARDS
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.gains import (
@@ -90,6 +92,7 @@ HELD = {
     "scores": Held(
         "scores of all neurons", ("scores.safetensors",), _IDENTIFY, call="scores(relation)"
     ),
+    "cards": Held("neurons to look at", (CARDS,), CARDS_BY, call="card(neuron)"),
     "conditions": Held(
         "which neurons were off",
         ("conditions.csv",),

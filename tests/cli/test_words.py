@@ -186,6 +186,7 @@ def commands(
         "import": ["a.pth", "--model", model_folder, "--names", "a"],
         "export": [neurons],
         "edit": [model_folder, neurons, prompts],
+        "look": [study],
         "report": [study],
         "bench": ["--quick"],
     }
