@@ -29,9 +29,9 @@ from relneuron.artifact.options import (
     read,
     refuse_stray,
     shown,
-    whole_number,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
+from relneuron.artifact.words import whole_number
 from relneuron.cli.help import FILES, RUNS, parts_of, write_examples, write_panels
 
 state = {"debug": False, "interrupted": False}

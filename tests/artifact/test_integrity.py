@@ -181,7 +181,13 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "merge": (
         lambda m, c, r, o: merge([r / "half1", r / "half2"], o),
-        tuple(f"half2/{name}" for name in ("counts.safetensors", "manifest.json")),
+        tuple(
+            f"half2/{name}"
+            for name in (
+                *("counts.safetensors", "examples.safetensors", "histogram.safetensors"),
+                "manifest.json",
+            )
+        ),
     ),
     **{
         f"look at {folder}": (

@@ -32,6 +32,7 @@ ABLATE = "ablate model study/neurons.json study/prompts.jsonl --splits eva --qui
 ATTRIBUTE = "attribute model --top 3 --batch-tokens 256 --quiet"
 COMPARE = "--intervene 2 --random-seeds 1"
 PARTS = "--no-compare --kinds ffn_neuron"
+KEPT = "--examples 2 --histogram 8"
 NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --windows 2 {COUNT}"
 LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
 IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
@@ -57,7 +58,7 @@ MADE = [
     f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
-        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
+        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {KEPT} {COUNT}"
         for n in (1, 2)
     ),
     "prompts concepts -o sentences/prompts.jsonl",
@@ -243,7 +244,8 @@ CASES = {
     ),
     "merge": Case(
         "merge half1 half2 -o out",
-        _of("half2", "counts.safetensors", "manifest.json") + ("half1/counts.safetensors",),
+        _of("half2", "counts.safetensors", "examples.safetensors", "histogram.safetensors")
+        + ("half2/manifest.json", "half1/counts.safetensors", "half1/examples.safetensors"),
     ),
     "export counts": Case(
         "export counts -o out", _of("counts", "counts.safetensors", "manifest.json")
