@@ -65,7 +65,7 @@ def examples(name: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
-            yield words[: words.index(">")] if ">" in words else words
+            yield words
 
 
 def test_the_version_is_said_and_nothing_else(relneuron: Any) -> None:
