@@ -56,8 +56,8 @@ def needed(parts: Sequence[Part], sources: Sequence[Source], options: CountOptio
     n, of = (len(names), ", ".join(names)) if is_known else (1, "each group")
     windows = ", and 4 for each token of the examples' windows" if asked.k else ""
     return (
-        f"to keep of {of}: {n * n_bytes:,} bytes with the model, as many in a checkpoint; "
-        f"{n * on_disk:,} on the disk{windows}"
+        f"to keep of {of}: {n * n_bytes:,} bytes with the model, as many in memory while they are "
+        f"saved, and in a checkpoint; {n * on_disk:,} on the disk{windows}"
     )
 
 
