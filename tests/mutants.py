@@ -463,6 +463,16 @@ MUTANTS = {
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
     ),
     # a study from Python
+    "study.cite: an option that is at its default is cited": Mutant(
+        "else given not in (f.default, None)",
+        "else True",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
+    "study.cite: every value of an option is cited": Mutant(
+        "value in values if value",
+        "True if value",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
     "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
         "return min(width, order.width(layer, inner))",
         "return width",

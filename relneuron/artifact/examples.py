@@ -316,6 +316,12 @@ def examples_of(
     return found
 
 
+def sites_of(path: Path) -> list[str]:
+    """The sites that a file has examples of."""
+    with open_tensors(path, MADE_BY, what="file of examples") as file:
+        return _form(file)[1]
+
+
 _TYPES = {"value": "F32", "window": "I32", "position": "I32"}
 
 

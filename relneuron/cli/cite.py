@@ -16,6 +16,8 @@ FORMATS = ("bibtex", "text")
 class CiteOptions(Options):
     """How references are written."""
 
+    PANEL = "The references"
+
     format: str = option(
         "bibtex", "How references are written: entries of BibTeX, or a line each.", choices=FORMATS
     )
@@ -27,7 +29,13 @@ def cite(
         Path | None, Argument("[DIR]", "A study directory; without one the papers of all methods.")
     ] = None,
 ) -> Iterator[str]:
-    """The papers behind a study's methods, and relneuron's own entry, as references."""
+    """The papers behind a study's methods, and relneuron's own entry, as references.
+
+    Examples:
+      relneuron cite study > references.bib
+      relneuron cite study --format text
+      relneuron cite  # of all methods
+    """
     from relneuron.study import cite as references
 
     written = {"bibtex": references.bibtex, "text": references.text}[options.format](folder)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -182,6 +182,10 @@ class Study:
         path = self._path("responses")
         return frame(tensors.responses(path, prompt, Shape.of(self._model(path))))
 
+    def card(self, neuron: str | Sequence[Any]) -> shown.Card:
+        """What `look` found of a neuron such as "12.gate.345", drawn in a notebook."""
+        return shown.find_card(self._path("cards"), neuron)
+
     # --- corpora
 
     @property
@@ -217,6 +221,11 @@ class Study:
     def nll_windows(self) -> Frame:
         """The same by window: mask, group, window, n_tokens, nll (mean, nats per token)."""
         return self._table("nll_windows")
+
+    @cached_property
+    def evaluation(self) -> Frame:
+        """Tasks: condition, set, task, metric, filter, value, stderr, n, n_shot."""
+        return self._table("evaluation")
 
     # --- attribution and gradients
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
+from relneuron.ablation.harness.stage import CSV as EVAL
+from relneuron.ablation.harness.stage import Score
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
 from relneuron.artifact import contrast, examples, histogram
+from relneuron.artifact.cards import MADE_BY as CARDS_BY
+from relneuron.artifact.cards import NAME as CARDS
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.gains import (
@@ -90,6 +94,7 @@ HELD = {
     "scores": Held(
         "scores of all neurons", ("scores.safetensors",), _IDENTIFY, call="scores(relation)"
     ),
+    "cards": Held("neurons to look at", (CARDS,), CARDS_BY, call="card(neuron)"),
     "conditions": Held(
         "which neurons were off",
         ("conditions.csv",),
@@ -173,6 +178,13 @@ HELD = {
     "changes": Held("how far two models are apart", (contrast.NAME,), contrast.MADE_BY),
     "contrasted": Held(
         "both models in one group", (contrast.NAME,), contrast.MADE_BY, call="contrasted(group)"
+    ),
+    "evaluation": Held(
+        "tasks with neurons off",
+        (EVAL,),
+        "eval MODEL --neurons neurons.json --tasks TASKS -o DIR",
+        Score._fields,
+        journals=("eval.journal",),
     ),
     "causal_effects": Held(
         "what patching does to a cost",

@@ -225,7 +225,7 @@ def changes(path: Path, order: Shape | None) -> dict[str, Any]:
     return {**columns, "rms": rms[columns["layer"], columns["index"]]}
 
 
-def _rows(path: Path, made_by: str, key: str) -> list[str]:
+def rows_of(path: Path, made_by: str, key: str) -> list[str]:
     """The ids of a file's rows, as its metadata say."""
     with open_tensors(path, made_by) as file:
         about = file.about(key)
@@ -237,7 +237,7 @@ def _rows(path: Path, made_by: str, key: str) -> list[str]:
 
 def responses(path: Path, prompt: str, order: Shape) -> dict[str, Any]:
     """layer, site, index and the response of every neuron to one prompt."""
-    ids = _rows(path, RECORD, RESPONSE_ROWS)
+    ids = rows_of(path, RECORD, RESPONSE_ROWS)
     row = place_of(ids, prompt, "prompt", path)
     blocks = list(order.blocks())
     sites = list(order.widths)
@@ -268,7 +268,7 @@ def _of_layers(widths: Sequence[int]) -> dict[str, Array]:
 
 def gains_of(path: Path, sentence: str, model: Mapping[str, Any]) -> dict[str, Any]:
     """layer, index and the gain of every FFN neuron for one sentence, in nats."""
-    ids, widths = _rows(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
+    ids, widths = rows_of(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
     row = place_of(ids, sentence, "sentence", path)
     with open_tensors(path, ATTRIBUTE) as file:
         values = [
@@ -283,7 +283,7 @@ def gains(path: Path, relations: Mapping[str, str], model: Mapping[str, Any]) ->
 
     `relations`: of each sentence that counts, by id. A block of columns is in memory at a time.
     """
-    ids, widths = _rows(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
+    ids, widths = rows_of(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
     names = sorted({*relations.values()})
     check_size(
         len(names) * sum(widths),

@@ -80,6 +80,7 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
         f"record {{model}} {{d}}/prompts.jsonl -o {{d}} --pooling last --quiet {SPREAD}",
         f"{IDENTIFY} --top 30 --ends both",
+        f"look {{d}} -o {{d}}/look.html --top 2 --examples 3 --batch-tokens 300 --quiet {SPREAD}",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         f" --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet {SPREAD}",
     ],
@@ -146,6 +147,7 @@ STUDIES: dict[str, list[str]] = {
         f" --text-column body --examples 2 --histogram 16 {COUNT}",
         "identify {d} -o {d}/neurons.json --method lape --site up --groups en,zh --top-rate 0.2"
         " --filter-rate 0.6 --bar-ratio 0.7 --precision float64",
+        f"look {{d}} -o {{d}}/two.html --neurons 1.up.3,0.act.7 --model {{model}} --quiet {LOAD}",
         "nll {model} {d}/neurons.json en={texts}/en.txt {other} -o {d} --windows 4 --window 20"
         " --packing documents --bos window --random-sets 2 --text-column body"
         f" {COUNT} {LOAD}",

@@ -49,9 +49,11 @@ MADE = [
     "identify attribution -o attribution/neurons.json --method logprob_gain --quiet",
     "report attribution -o attribution/report.html",
     f"{ATTRIBUTE} table.csv -o table --format parquet {COMPARE}",
-    f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
+    f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments --examples 2"
+    f" --histogram 8 {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
+    "look study -o study/look.html --top 1 --examples 2 --quiet",
     f"{CONTRAST} -o contrast",
     f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
@@ -316,6 +318,19 @@ CASES = {
     "probe, applied": Case(
         "probe model prompts.txt -o out --apply probe/probe.safetensors --quiet",
         ("probe/probe.safetensors", "probe/manifest.json"),
+    ),
+    "look": Case(
+        "look study -o out.html --top 1 --examples 2 --force --quiet",
+        _of("study", "neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl")
+        + _of("study", "manifest.json"),
+    ),
+    "look again": Case(
+        "look study -o out.html --top 1 --examples 2 --quiet",
+        _of("study", "cards.jsonl", "sets.csv"),
+    ),
+    "look at a corpus": Case(
+        "look counts -o out.html --top 1 --examples 2 --quiet",
+        _of("counts", "neurons.json", "examples.safetensors", "histogram.safetensors"),
     ),
     "effect": Case(
         "effect said.jsonl -o out/e.csv --cost costs.csv:cost",

@@ -18,6 +18,7 @@ from relneuron.artifact.papers import (
     CRANE,
     EXPERTS,
     GAIN,
+    HARNESS,
     KNOWLEDGE,
     LAPE,
     LOCALIZATION,
@@ -70,6 +71,8 @@ def held(folder: Path, **stages: dict[str, Any]) -> Path:
         ({"import": {"names": []}}, [LAPE]),
         ({"import": {"format": "mmneuron"}}, [MMNEURON]),
         ({"edit": {}, "report": {}}, [KNOWLEDGE]),
+        ({"eval": {"mode": "zero", "set_to": None}}, [HARNESS]),
+        ({"eval": {"mode": "p50", "set_to": "en"}}, [EXPERTS, HARNESS, LAPE]),
     ],
 )
 def test_a_folder_cites_what_its_stages_go_back_to(
@@ -116,7 +119,8 @@ def test_every_entry_of_bibtex_is_whole() -> None:
 
 
 def test_every_paper_has_what_a_reader_looks_for() -> None:
-    for paper in {*EVERY} - {SOFTWARE}:
+    assert HARNESS.doi in HARNESS.bibtex() and f"doi:{HARNESS.doi}" in HARNESS.text()
+    for paper in {*EVERY} - {SOFTWARE, HARNESS}:
         assert paper.year and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
         assert all(re.fullmatch(r"[^,]+, [^,]+", author) for author in paper.authors)
         assert paper.arxiv in paper.bibtex() and f"arXiv:{paper.arxiv}" in paper.text()
