@@ -248,8 +248,8 @@ STRAY: list[tuple[list[str], str, str]] = [
         )
     ),
     (
-        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--top", "4"],
-        "--top",
+        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
+        "--cards",
         "with neurons of sets",
     ),
     (
