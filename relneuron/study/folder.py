@@ -222,6 +222,11 @@ class Study:
         """The same by window: mask, group, window, n_tokens, nll (mean, nats per token)."""
         return self._table("nll_windows")
 
+    @cached_property
+    def evaluation(self) -> Frame:
+        """Tasks: condition, set, task, metric, filter, value, stderr, n, n_shot."""
+        return self._table("evaluation")
+
     # --- attribution and gradients
 
     @cached_property
