@@ -141,6 +141,8 @@ def _study(
 
     report = run_study(model, facts, output, options, name=name, force=force, quiet=quiet, say=say)
     yield accuracy_table(report.parent)
+    if (page := report.parent / "look.html").exists():
+        yield f"neurons: {page}"
     yield f"report: {report}"
 
 

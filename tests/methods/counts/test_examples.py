@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+import relneuron
 from relneuron.artifact.counts import SITES, Counts
-from relneuron.artifact.examples import Examples
+from relneuron.artifact.examples import Examples, examples_of
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.histogram import Histogram
+from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import pool_windows
 from relneuron.methods.counts.merge import merge
+from relneuron.model.load import load_tokenizer
 from relneuron.model.passes import plan_pool
 from relneuron.ops.swiglu_stats.reference import site_values
 from tests.kit.counted import (
@@ -227,3 +230,46 @@ def test_a_count_without_them_leaves_none_of_an_earlier_one(
     assert files(tmp_path / "o").keys() == {"counts.safetensors"}
     with pytest.raises(RelneuronError, match="other inputs: examples: None -> 4"):
         run(model, documents, tmp_path / "o", examples=K, **asked)
+
+
+# --- as data frames ------------------------------------------------------------------------------
+
+
+def test_a_neuron_is_a_data_frame(model: Any, documents: Documents, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    folder = tmp_path / "o"
+    run(model, documents, folder, examples=K, histogram=BINS, window=12, batch_tokens=48)
+    study, tokenizer = relneuron.load(folder), load_tokenizer(str(CHECKPOINT))
+    frame = study.examples("1.act.7", tokenizer, context=2)
+    (found,) = examples_of(folder / "examples.safetensors", [(1, "act", 7)])
+    assert frame["rank"].tolist() == [1, 2, 3, 4] * 3
+    assert frame["group"].tolist() == [name for name in THREE for _ in range(K)]
+    for row, one in zip(frame.itertuples(), found, strict=True):
+        assert (row.layer, row.site, row.index) == (1, "act", 7)
+        told = (row.value, row.position, row.window, row.token_id)
+        assert told == (one.value, one.position, one.number, one.token)
+        ids, t = one.ids.tolist(), one.position
+        assert row.before == tokenizer.decode(ids[max(0, t - 2) : t])
+        assert row.after == tokenizer.decode(ids[t + 1 : t + 3])
+        assert row.text == tokenizer.decode(ids) and row.token in row.text
+    spread = study.histogram((1, "act", 7))
+    assert spread.groupby("group", observed=True)["count"].sum().tolist() == (
+        Counts.read(folder / "counts.safetensors").tokens.tolist()
+    )
+    assert (spread["low"] < spread["high"]).all() and len(spread) == 3 * BINS
+    for wrong in ("act.7", "1.act", (1, 2), "1.act.x"):
+        with pytest.raises(RelneuronError, match="is no neuron"):
+            study.examples(wrong, tokenizer)
+    with pytest.raises(RelneuronError, match="has no neuron 48 at act of layer 1"):
+        study.histogram("1.act.48")
+    with pytest.raises(RelneuronError, match="m has no usable tokenizer|is no model folder"):
+        study.examples("1.act.7")
+
+
+def test_what_was_not_kept_says_how_to(model: Any, documents: Documents, tmp_path: Path) -> None:
+    run(model, documents, tmp_path / "o", window=12)
+    study = relneuron.load(tmp_path / "o")
+    for read, flag in ((study.examples, "--examples"), (study.histogram, "--histogram")):
+        with pytest.raises(RelneuronError, match="does not exist") as caught:
+            read("1.act.7")
+        assert flag in caught.value.fix
