@@ -377,6 +377,16 @@ MUTANTS = {
         "torch.cat([rows, rows])",
         "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
     ),
+    "ablation.harness.changes: the clean model is steered, too": Mutant(
+        "self._steering() if run.set else nullcontext()",
+        "self._steering()",
+        "ablation/test_harness.py::test_steered_models_and_means_of_products_are_those_of_hooks",
+    ),
+    "ablation.harness.stage: what was finished before a kill is asked again": Mutant(
+        "if _key(run, task) not in journal.done:",
+        "if True:",
+        "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
