@@ -1,4 +1,4 @@
-"""What mkdocs.yml asks of Python: the pages in order, links out of docs/, the list of commands."""
+"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, the list of commands."""
 
 from __future__ import annotations
 

@@ -32,6 +32,20 @@ EXTRAS = {
     "sklearn": "probe",
     "peft": "adapters",
     "lm_eval": "eval",
+    "pandas": "frames",
+}
+# What each extra is for; `Stage.needs` are the packages that a command cannot do without.
+USES = {
+    "cli": "every command",
+    "stats": "q-values of identify, intervals of a report",
+    "hf": "every command that loads a model",
+    "plot": "report, run, demo, bench -o",
+    "data": ".parquet files of count, nll, attribute and ablate; hub data sets, hf:...",
+    "pictures": "count, ablate, generate of pictures",
+    "probe": "probe",
+    "adapters": "contrast with an adapter, and models with one",
+    "eval": "eval",
+    "frames": "data frames of relneuron.load",
 }
 # Installed by another name than they are imported by.
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
