@@ -452,6 +452,31 @@ MUTANTS = {
         "is_certain = bool(whole)",
         "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
     ),
+    "ablation.next_token: a row has the neuron of the row before it off": Mutant(
+        "[place[one.off] for one in batch]",
+        "[place[one.off] for one in (batch[0], *batch[:-1])]",
+        "ablation/test_next_token.py::test_each_row_has_its_own_neuron_off",
+    ),
+    "model.token_values: texts of a batch are told apart one token late": Mutant(
+        "values[place] = column[end - values.shape[1] : end]",
+        "values[place] = np.roll(column, 1)[end - values.shape[1] : end]",
+        "model/test_token_values.py::test_values_are_those_of_hooks",
+    ),
+    "model.written: a neuron is near itself": Mutant(
+        "found[row, index - start] = -2.0",
+        "pass",
+        "model/test_written.py::test_a_dense_model",
+    ),
+    "study.strongest: the weakest texts are shown": Mutant(
+        'order = np.argsort(-values, kind="stable")[:n].tolist()',
+        'order = np.argsort(values, kind="stable")[:n].tolist()',
+        "study/test_look.py::test_examples_are_the_largest_responses",
+    ),
+    "study.look: the sets' second neurons come before the first ones": Mutant(
+        "key=lambda row: row[1])",
+        "key=lambda row: -row[1])",
+        "study/test_look.py::test_the_best_of_each_set_come_first",
+    ),
     "ablation.costs: a cost is that of the other seed": Mutant(
         "if any(line.seed is not None for line in lines)",
         "if False",
