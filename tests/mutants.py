@@ -402,6 +402,16 @@ MUTANTS = {
         "torch.cat([rows, rows])",
         "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
     ),
+    "ablation.harness.changes: the clean model is steered, too": Mutant(
+        "self._steering() if run.set else nullcontext()",
+        "self._steering()",
+        "ablation/test_harness.py::test_steered_models_and_means_of_products_are_those_of_hooks",
+    ),
+    "ablation.harness.stage: what was finished before a kill is asked again": Mutant(
+        "if _key(run, task) not in journal.done:",
+        "if True:",
+        "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
@@ -441,6 +451,31 @@ MUTANTS = {
         "is_certain = not donor_low <= 0 <= donor_high",
         "is_certain = bool(whole)",
         "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
+    ),
+    "ablation.next_token: a row has the neuron of the row before it off": Mutant(
+        "[place[one.off] for one in batch]",
+        "[place[one.off] for one in (batch[0], *batch[:-1])]",
+        "ablation/test_next_token.py::test_each_row_has_its_own_neuron_off",
+    ),
+    "model.token_values: texts of a batch are told apart one token late": Mutant(
+        "values[place] = column[end - values.shape[1] : end]",
+        "values[place] = np.roll(column, 1)[end - values.shape[1] : end]",
+        "model/test_token_values.py::test_values_are_those_of_hooks",
+    ),
+    "model.written: a neuron is near itself": Mutant(
+        "found[row, index - start] = -2.0",
+        "pass",
+        "model/test_written.py::test_a_dense_model",
+    ),
+    "study.strongest: the weakest texts are shown": Mutant(
+        'order = np.argsort(-values, kind="stable")[:n].tolist()',
+        'order = np.argsort(values, kind="stable")[:n].tolist()',
+        "study/test_look.py::test_examples_are_the_largest_responses",
+    ),
+    "study.look: the sets' second neurons come before the first ones": Mutant(
+        "key=lambda row: row[1])",
+        "key=lambda row: -row[1])",
+        "study/test_look.py::test_the_best_of_each_set_come_first",
     ),
     "ablation.costs: a cost is that of the other seed": Mutant(
         "if any(line.seed is not None for line in lines)",

@@ -31,7 +31,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
-from relneuron.study.look import open_cards
+from relneuron.study.look import open_cards, read_sets
 from relneuron.study.settings import LookOptions
 from tests.kit.corpus_commands import call, caller
 
@@ -256,6 +256,15 @@ def test_the_sets_are_a_csv(root: Path, cards: list[dict[str, Any]]) -> None:
             assert one["score"] == pytest.approx(float(row["score"]), rel=1e-3)
             assert one["q"] == pytest.approx(float(row["q_value"]), rel=1e-3)
             assert one["low"] == pytest.approx(float(row["ap_low"]), rel=1e-3)
+
+
+def test_the_best_of_each_set_come_first(root: Path) -> None:
+    """In turn, each neuron once, as many as were asked for."""
+    sets = read_sets(root / "study", ())
+    chosen = sets.file.sets
+    order = [rows[rank][:3] for rank in range(17) for rows in chosen.values()]
+    assert sets.best(1000) == list(dict.fromkeys(order))
+    assert sets.best(7) == list(dict.fromkeys(order))[:7]
 
 
 def test_one_card_is_that_of_all(root: Path, loaded: Any, cards: list[dict[str, Any]]) -> None:
