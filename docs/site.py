@@ -16,6 +16,7 @@ SECTIONS = {
         "methods/index",
         "methods/ap",
         "methods/*",
+        "gradients",
         "facts",
         "contrast",
         "patching",
@@ -32,20 +33,18 @@ _COMMANDS = "<!-- commands -->"
 
 def order(pages: list[str]) -> dict[str, list[str]]:
     """The pages of each section, by their paths without suffix; each page is in one section."""
-    found: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    named = {name for names in SECTIONS.values() for name in names}
     left = sorted(pages)
-    for is_pattern in (False, True):
+    taken: dict[tuple[str, str], list[str]] = {}
+    for are_patterns in (False, True):  # a page that is named is no pattern's
         for section, names in SECTIONS.items():
             for name in names:
-                for page in [page for page in left if _takes(name, page)]:
-                    if is_pattern or page in named:
-                        found[section].append(page)
-                        left.remove(page)
-    # A pattern's pages stand where it stands.
-    for section, names in SECTIONS.items():
-        found[section].sort(key=lambda page: [_takes(name, page) for name in names].index(True))
-    return found
+                if ("*" in name) == are_patterns:
+                    taken[section, name] = [page for page in left if _takes(name, page)]
+                    left = [page for page in left if not _takes(name, page)]
+    return {
+        section: [page for name in names for page in taken[section, name]]
+        for section, names in SECTIONS.items()
+    }
 
 
 def _takes(name: str, page: str) -> bool:
