@@ -1,4 +1,4 @@
-"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, the list of commands."""
+"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, lists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ SECTIONS = {
 }
 # Of a page in a folder of docs, `../` is docs itself.
 _LINK = re.compile(r"\]\(((?:\.\./)+)")
-_COMMANDS = "<!-- commands -->"
 
 
 def order(pages: list[str]) -> dict[str, list[str]]:
@@ -71,8 +70,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> s
         return place if ups == depth + 1 else link[0]
 
     markdown = _LINK.sub(outward, markdown)
-    if _COMMANDS in markdown:
-        markdown = markdown.replace(_COMMANDS, "\n".join(commands()))
+    for mark, made in {"commands": commands, "stages": stages}.items():
+        if f"<!-- {mark} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {mark} -->", "\n".join(made()))
     return markdown
 
 
@@ -85,3 +85,14 @@ def commands() -> Iterator[str]:
     for stage in stages():
         shown = CliRunner().invoke(app, [stage.name, "--help"], prog_name="relneuron")
         yield f"## {stage.name}\n\n```text\n{shown.output.strip()}\n```\n"
+
+
+def stages() -> Iterator[str]:
+    """Every function of `relneuron.stages`, for mkdocstrings to show its docstring."""
+    from relneuron import stages
+
+    for name in stages.__all__:
+        if name[0].islower():
+            home = getattr(stages, name)
+            yield f"::: {home.__module__}.{home.__qualname__}"
+            yield f"    options:\n      heading: stages.{name}\n"

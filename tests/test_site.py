@@ -18,6 +18,7 @@ from relneuron import ops
 from relneuron.artifact.stage import load
 from relneuron.cli.main import stages
 from relneuron.methods import attributions, rankings
+from relneuron.study import stages as study_stages
 from relneuron.testing.contract import OPS
 from tests.conftest import ROOT
 
@@ -104,6 +105,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         assert f'id="{name}"' in built[page]
     for stage in stages():
         assert f'id="{stage.name}"' in built["api/commands"]
+    for name in filter(str.islower, study_stages.__all__):
+        assert re.search(rf"<h2[^>]*>\s*(<[^>]+>\s*)*stages\.{name}\b", built["api/stages"]), name
     index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
     assert {f"{page}.html" for page in PAGES} - {"index.html"} <= {
         entry["location"] for entry in index["docs"]
