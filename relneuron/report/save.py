@@ -119,9 +119,11 @@ def _png(drawing: Drawing, sheet: Bbox) -> bytes:
 
 
 def _saved(drawing: Drawing, sheet: Bbox, suffix: str, metadata: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
+    from relneuron.report.paper import DPI
+
+    buffer, about = io.BytesIO(), dict(metadata)
     drawing.figure.savefig(
-        buffer, format=suffix, bbox_inches=sheet, facecolor="white", metadata=dict(metadata)
+        buffer, format=suffix, dpi=DPI, bbox_inches=sheet, facecolor="white", metadata=about
     )
     return buffer.getvalue()
 
