@@ -1,4 +1,4 @@
-"""What mkdocs.yml asks of Python: the order of the pages, links out of docs/, the list of commands."""
+"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, the list of commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 SECTIONS = {
     "Start": ("index", "installing", "python", "symptoms"),
     "How to": ("howto/my-model", "howto/*", "pictures", "*"),
-    "Methods": ("methods/index", "methods/ap", "methods/*", "facts", "contrast", "patching", "effects"),
+    "Methods": (
+        "methods/index",
+        "methods/ap",
+        "methods/*",
+        "facts",
+        "contrast",
+        "patching",
+        "effects",
+    ),
     "Ops": ("ops/index", "ops/swiglu_stats", "ops/*", "backend", "gain"),
     "Reference": ("api/*",),
     "Benchmarks": ("truth", "rankings", "zoo"),

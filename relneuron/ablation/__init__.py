@@ -5,7 +5,7 @@ is off when, and `evaluate.Evaluator`, which runs all of it in common batches. S
 commands. No torch here.
 """
 
-from relneuron.artifact.papers import LAPE, RELATIONS, SAFETY
+from relneuron.artifact.papers import HARNESS, LAPE, RELATIONS, SAFETY
 from relneuron.artifact.stage import Stage
 
 _HERE = "relneuron.ablation.commands"
@@ -16,5 +16,6 @@ STAGES = (
     Stage("ablate", f"{_HERE}:ablate", _ASKS, papers=(RELATIONS,)),
     Stage("nll", f"{_HERE}:nll", _ASKS, papers=(LAPE,)),
     Stage("generate", f"{_HERE}:generate", _ASKS),
+    Stage("eval", f"{_HERE}:run_tasks", (*_ASKS, "lm_eval"), papers=(HARNESS,)),
     Stage("effect", f"{_HERE}:effect", _WORKS, papers=(SAFETY,)),
 )

@@ -60,7 +60,8 @@ class Paper:
         names = [" ".join(reversed(author.strip("{}").split(", "))) for author in self.authors]
         who = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         parts = [who, self.title, self.venue, f"Pages {self.pages}" if self.pages else ""]
-        parts += [str(self.year or ""), f"arXiv:{self.arxiv}" if self.arxiv else "", self.note]
+        where = f"arXiv:{self.arxiv}" if self.arxiv else f"doi:{self.doi}" if self.doi else ""
+        parts += [str(self.year or ""), where, self.note]
         return " ".join(part if part.endswith(("!", "?")) else f"{part}." for part in parts if part)
 
 
@@ -101,6 +102,19 @@ EXPERTS = Paper(
     "2110.02802",
     "Proceedings of the 39th International Conference on Machine Learning",
     "4455-4473",
+)
+HARNESS = Paper(
+    "The Language Model Evaluation Harness",
+    (
+        *("Gao, Leo", "Tow, Jonathan", "Abbasi, Baber", "Biderman, Stella", "Black, Sid"),
+        *("DiPofi, Anthony", "Foster, Charles", "Golding, Laurence", "Hsu, Jeffrey"),
+        *("Le Noac'h, Alain", "Li, Haonan", "McDonell, Kyle", "Muennighoff, Niklas"),
+        *("Ociepa, Chris", "Phang, Jason", "Reynolds, Laria", "Schoelkopf, Hailey"),
+        *("Skowron, Aviya", "Sutawika, Lintang", "Tang, Eric", "Thite, Anish", "Wang, Ben"),
+        *("Wang, Kevin", "Zou, Andy"),
+    ),
+    2024,
+    doi="10.5281/zenodo.12608602",
 )
 LAPE = Paper(
     "Language-Specific Neurons: The Key to Multilingual Capabilities in Large Language Models",

@@ -52,6 +52,8 @@ def inches(text: str) -> float:
 class FigureOptions(Options):
     """How figures are written."""
 
+    PANEL = "The figures"
+
     format: Sequence[str] = option(
         ("pdf",), f"Of the figures: {', '.join(FORMATS)}.", choices=FORMATS, is_set=True, some=True
     )

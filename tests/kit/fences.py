@@ -9,6 +9,7 @@ blocks, which show what a command prints.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import shlex
 import shutil
@@ -142,15 +143,15 @@ def check_line(words: list[str], monkeypatch: Any) -> None:
 
 # --- pages that are run ------------------------------------------------------------------------
 
-_made: dict[tuple[str, ...], Path] = {}  # what `relneuron run` made, by its words
+Keep = Callable[[str, Callable[[Path], object]], Path]
 
 
 class Shell:
     """The commands of one page, one after the other in the working directory."""
 
-    def __init__(self, call: Callable[..., Result], kept: Path) -> None:
+    def __init__(self, call: Callable[..., Result], keep: Keep) -> None:
         self.call = call
-        self.kept = kept
+        self.keep = keep  # makes a folder of the session once, by its name
         self.known: dict[str, str] = {}
 
     def runs(self, words: list[str]) -> bool:
@@ -164,22 +165,26 @@ class Shell:
             if assigned := _ASSIGNS.fullmatch(words[0]):
                 self.known[assigned[1]] = assigned[2]
             elif self.runs(words):
+                self.begin(words)
                 code, out, err = self.run(words)
                 assert code == 0, (words, out, err)
 
+    def begin(self, words: list[str]) -> None:
+        """Put a whole study where it is asked for, if another page has made it, to go on with."""
+        place = Path(words[words.index("-o") + 1]) if "-o" in words else Path()
+        if words[1] != "run" or place.exists():
+            return
+
+        def make(folder: Path) -> None:
+            self.run(words)
+            shutil.move(place, folder / place.name)
+
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+        shutil.copytree(self.keep(f"study-{digest}", make) / place.name, place)
+
     def run(self, words: list[str]) -> Result:
-        """A command; a whole study that was made before, by another page, is only copied."""
-        words = [self._known(word) for word in words[1:]]
-        if words[0] != "run" or "-o" not in words:
-            return self.call(*words)
-        place = Path(words[words.index("-o") + 1])
-        if tuple(words) in _made and not place.exists():
-            shutil.copytree(_made[tuple(words)], place)
-        result = self.call(*words)
-        if tuple(words) not in _made:
-            _made[tuple(words)] = self.kept / str(len(_made))
-            shutil.copytree(place, _made[tuple(words)])
-        return result
+        """Run a command of relneuron, with what is known put in for its variables."""
+        return self.call(*(self._known(word) for word in words[1:]))
 
     def _known(self, word: str) -> str:
         return re.sub(r"\$([A-Za-z_]+)", lambda found: self.known[found[1]], word)

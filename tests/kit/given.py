@@ -55,8 +55,30 @@ def pictures() -> dict[str, Any]:
     return {"model": model, "processor": processor, "inputs": inputs}
 
 
+def examples() -> dict[str, Any]:
+    """A count of two short texts, with examples and histograms."""
+    from relneuron.artifact.options import PartsOptions
+    from relneuron.demo import CHECKPOINT
+    from relneuron.methods.counts.count import count
+    from relneuron.model.load import load
+    from relneuron.texts.options import CountOptions
+    from relneuron.texts.sources import parse_sources
+
+    for name, text in (("en", "The capital of France is"), ("zh", "It is in")):
+        Path(f"{name}.txt").write_text(f"{text}\n" * 9, encoding="utf-8")
+    asked = CountOptions(window=8, examples=2, histogram=16)
+    loaded = load(str(CHECKPOINT), PartsOptions())
+    sources = parse_sources(["en=en.txt", "zh=zh.txt"])
+    count(str(CHECKPOINT), *loaded, sources, Path("DIR"), asked, quiet=True)
+    return {}
+
+
 def _write(folder: str, shape: dict[str, Any], sets: dict[str, Any]) -> None:
     NeuronFile(shape, "by hand", sets, {}).write(Path(folder) / "neurons.json")
 
 
-GIVEN = {"README.md": readme, "docs/pictures.md": pictures}
+GIVEN = {
+    "README.md": readme,
+    "docs/pictures.md": pictures,
+    "docs/examples.md": examples,
+}

@@ -18,6 +18,7 @@ from relneuron.artifact.papers import (
     CRANE,
     EXPERTS,
     GAIN,
+    HARNESS,
     KNOWLEDGE,
     LAPE,
     LOCALIZATION,
@@ -70,6 +71,8 @@ def held(folder: Path, **stages: dict[str, Any]) -> Path:
         ({"import": {"names": []}}, [LAPE]),
         ({"import": {"format": "mmneuron"}}, [MMNEURON]),
         ({"edit": {}, "report": {}}, [KNOWLEDGE]),
+        ({"eval": {"mode": "zero", "set_to": None}}, [HARNESS]),
+        ({"eval": {"mode": "p50", "set_to": "en"}}, [EXPERTS, HARNESS, LAPE]),
     ],
 )
 def test_a_folder_cites_what_its_stages_go_back_to(
@@ -116,7 +119,8 @@ def test_every_entry_of_bibtex_is_whole() -> None:
 
 
 def test_every_paper_has_what_a_reader_looks_for() -> None:
-    for paper in {*EVERY} - {SOFTWARE}:
+    assert HARNESS.doi in HARNESS.bibtex() and f"doi:{HARNESS.doi}" in HARNESS.text()
+    for paper in {*EVERY} - {SOFTWARE, HARNESS}:
         assert paper.year and re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
         assert all(re.fullmatch(r"[^,]+, [^,]+", author) for author in paper.authors)
         assert paper.arxiv in paper.bibtex() and f"arXiv:{paper.arxiv}" in paper.text()
@@ -145,3 +149,18 @@ def test_it_agrees_with_the_citation_file() -> None:
     )
     assert RELATIONS.pages == f"{paper['start']}-{paper['end']}"
     assert RELATIONS.venue == paper["collection-title"]
+
+
+def test_the_command_prints_or_writes_them(relneuron: Any, tmp_path: Path) -> None:
+    folder = held(tmp_path / "study", record={}, identify={"method": "ap"})
+    assert relneuron("cite", folder) == (0, bibtex(folder), "")
+    assert relneuron("cite", folder, "--format", "text") == (0, text(folder), "")
+    assert relneuron("cite") == (0, bibtex(), "")
+    file = tmp_path / "new" / "references.bib"
+    assert relneuron("cite", folder, "-o", file) == (0, f"-> {file}\n", "")
+    assert file.read_text("utf-8") == bibtex(folder)
+    code, _, err = relneuron("cite", "-o", file)
+    assert code == 2 and err.startswith(f"error: {file} exists") and file.stat().st_size < 2000
+    assert relneuron("cite", "-o", file, "--force")[0] == 0
+    assert file.read_text("utf-8") == bibtex()
+    assert relneuron("cite", tmp_path)[0] == 1

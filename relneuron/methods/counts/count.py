@@ -79,10 +79,6 @@ def count_inputs(
     # What is of pictures is in no count of text.
     chosen += ("module", "max_records")
     asked = {name: value for name, value in options.recorded().items() if name not in chosen}
-    # What is not asked for is in no count that was made before it could be.
-    for name in ("examples", "histogram"):
-        if asked[name] is None:
-            del asked[name]
     return {
         "model": same_model(model),
         "tokenizer": tokenizer_digest(tokenizer),

@@ -117,6 +117,10 @@ class Counter:
 
     def count(self, batch: Batch | Pictured) -> None:
         """Run one batch and add its tokens; on a GPU without waiting for it."""
+        self.look_at(batch)
+
+    def look_at(self, batch: Batch | Pictured) -> None:
+        """The same of a batch that may be one of a sample."""
         looks = batch if isinstance(batch, Batch) and self.asked != Asked() else None
         segments = None if looks is None else self._segments(looks)
         self.patch.tokens = Tokens(group_ids=self._sent(batch.group_ids), segments=segments)
@@ -208,14 +212,14 @@ class Counter:
                 given[name] = torch.from_numpy(values.copy())
             fill(part, state, given)
 
-    def sample(self, count: Callable[[], object]) -> dict[str, Array]:
-        """The bins of histograms of the values that `count` counts, by name, (L, F) int32 each.
+    def sample(self, run: Callable[[], object]) -> dict[str, Array]:
+        """The bins of histograms of values that `look_at` sees in `run`, by name, (L, F) int32.
 
         `exponent.act` and `first.act` and so on, as `ops.histogram_edges` chooses them.
         """
         self.states[:] = [LayerState(looked=Looked.sample(part, self.sites)) for part in self.mlps]
         with self:
-            count()
+            run()
         n_layers = model_shape(self.mlps)["layers"]
         found: dict[str, Array] = {}
         for part, state in zip(self.mlps, self.states, strict=True):

@@ -63,7 +63,7 @@ class TextJob(CorpusJob[Feed, Window]):
         batch = self._batch(windows)
         # What stands first in a window is often far from all else.
         batch.group_ids[:, 0] = -1
-        self.counter.count(batch)
+        self.counter.look_at(batch)
         return []
 
     def open(self, state: Json | None) -> Feed:
