@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -82,7 +83,7 @@ def fit(fig: Figure, width: float) -> tuple[Bbox, list[str]]:
         if narrowest >= LEAST:
             break
     _thin(fig)
-    said = _fit_numbers(fig)
+    said = [*_fit_numbers(fig), *_without_font(fig)]
     middle = (sheet.x0 + sheet.x1) / 2
     left = sheet.x0 if sheet.width <= room else middle - width / 2
     left -= max(0.0, width - sheet.width) / 2
@@ -353,3 +354,11 @@ def _fit_numbers(fig: Figure) -> list[str]:
             kit.hatch(ax, negative)
             said.append("Lines: below 0.")
     return said
+
+
+def _without_font(fig: Figure) -> list[str]:
+    """Of letters that the font of figures lacks: a viewer of svg has other ones, a pdf has not."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    texts = {char for text in fig.findobj(Text) for char in text.get_text()}
+    lost = "".join(sorted(char for char in texts if ord(char) not in known and char.isprintable()))
+    return [f"DejaVu Sans lacks {lost[:20]}: boxes in pdf and png."] if lost else []

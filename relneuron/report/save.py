@@ -59,8 +59,8 @@ class FigureOptions(Options):
     )
     width: float = option(
         7.0,
-        "Of every figure, in in, cm, mm or pt; 3.3in is one column of most papers. They are drawn "
-        "anew: text keeps its size.",
+        "Of every figure, such as 3.3in, 8.4cm, 84mm or 240pt; 3.3in is one column of most papers. "
+        "Figures are drawn anew: text keeps its size.",
         least=LEAST,
         most=MOST,
         read=inches,

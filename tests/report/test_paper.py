@@ -192,3 +192,10 @@ def test_colours_are_steps_in_grey() -> None:
     # A page finds a colour of the theme by its value: no other part of a figure may have one.
     assert not {kit.DARK, kit.FAINT, kit.LIGHT} & {*kit.THEME.values()}
     assert len({*kit.THEME.values()}) == len(kit.THEME)
+
+
+def test_letters_without_a_font_are_said() -> None:
+    with kit.themed():
+        _, said = fit(panels(2, "中文 and more"), 7.0)
+        _, none = fit(panels(2, "ß, ж, →"), 7.0)
+    assert said == ["DejaVu Sans lacks 中文: boxes in pdf and png."] and none == []
