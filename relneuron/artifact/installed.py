@@ -32,6 +32,8 @@ EXTRAS = {
     "sklearn": "probe",
     "peft": "adapters",
     "lm_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "pandas": "frames",
 }
 # What each extra is for; `Stage.needs` are the packages that a command cannot do without.
