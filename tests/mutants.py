@@ -412,6 +412,16 @@ MUTANTS = {
         "if True:",
         "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
     ),
+    "study.serve: whoever asks is answered": Mutant(
+        "if not secrets.compare_digest(",
+        "if False and secrets.compare_digest(",
+        "study/test_serve.py::test_who_does_not_know_the_token_sees_nothing",
+    ),
+    "study.serve: a page of another name may ask": Mutant(
+        "allowed_hosts=[*hosts]",
+        "allowed_hosts=[*hosts, '*']",
+        "study/test_serve.py::test_another_host_is_refused",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",

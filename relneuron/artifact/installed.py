@@ -32,6 +32,8 @@ EXTRAS = {
     "sklearn": "probe",
     "peft": "adapters",
     "lm_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "pandas": "frames",
 }
 # What packages are for that no command needs for all that it does (`Stage.needs`).

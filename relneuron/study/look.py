@@ -140,8 +140,10 @@ def check_same(folder: Path, described: Json) -> None:
 def check_page(output: Path, folder: Path, force: bool) -> None:
     """Refuse a page in place of a file of the study."""
     refuse_output(output, "look", force)
-    known = [folder / name for name in (*Manifest(folder).data["files"], NAME, SETS)]
-    if real_path(output) in map(real_path, known):
+    manifest = Manifest(folder).data
+    own = {*manifest["stages"].get("look", {}).get("files", ())}
+    known = ({*manifest["files"]} - own) | {NAME, SETS}
+    if real_path(output) in [real_path(folder / name) for name in known]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
 
 
@@ -206,39 +208,42 @@ def look(
         "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
     }
     made = [folder / NAME, folder / SETS]
+    is_inside = output is not None and real_path(output).parent == real_path(folder)
     with locked(folder):
-        is_done = Manifest(folder).is_done("look", inputs, force=force)
+        manifest = Manifest(folder)
+        is_done = manifest.is_done("look", inputs, force=force)
+        if is_done and resume and (output is None or output.exists()):
+            return read_cards(checked(folder / NAME))
         if is_done:
             found = read_cards(checked(folder / NAME))
+            notices = manifest.data["stages"]["look"]["notices"]
         else:
             for path in made:
                 refuse_output(path, "look", force or resume)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
-            if cards.n_apart:
-                cards.notices.append(
-                    f"{cards.n_apart} examples have another value where their window is read by "
-                    "itself, and are shaded by that: the corpus was read in another way"
-                )
-            notices = [*cards.notices, *cards.budget.notices]
-            for notice in cards.notices:
+            notices = cards.all_notices()
+            for notice in notices:
                 warnings.warn(notice, stacklevel=2)
-            with writing("look", folder, made):
+        entry = {
+            "reads": reads,
+            "notices": notices,
+            "commands": _command(name, described, folder, output, options),
+        }
+        with writing("look", folder, [*made, *([output] if output and is_inside else [])]):
+            if not is_done:
                 atomic_write(folder / NAME, cards_bytes(found))
                 atomic_write(folder / SETS, sets.csv())
+            if not is_done or is_inside:
                 manifest = Manifest(folder)
                 if "model" not in manifest.data:
                     manifest.describe(versions=versions(), model=described)
-                manifest.finish(
-                    "look",
-                    inputs,
-                    made,
-                    reads=reads,
-                    notices=notices,
-                    commands=_command(name, described, folder, output, options),
-                )
-    if output is not None and not (is_done and resume and output.exists()):
-        write_page(output, found, made_from(Manifest(folder).data))
+                manifest.finish("look", inputs, made, **entry)
+            # The page says how the cards were made, and not how it was itself.
+            if output is not None:
+                write_page(output, found, made_from(Manifest(folder).data))
+                if is_inside:
+                    manifest.finish("look", inputs, [*made, output], **entry)
     return found
 
 

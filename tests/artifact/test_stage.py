@@ -36,6 +36,7 @@ RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--o
 RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
+RUNNING |= {"--serve", "--host", "--port"}  # a server makes no file: study/test_serve.py
 # They write no study, and a model's folder no page.
 NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -396,7 +397,7 @@ def test_a_notebook_draws_a_card(root: Path, cards: list[dict[str, Any]]) -> Non
     assert html.count("<article") == 1 and "<style>" in html and "<script" not in html
     page = (root / "look.html").read_text(encoding="utf-8")
     body = html[html.index("<header>") : html.index("</article>")]
-    assert body in page
+    assert body in re.sub("</?a[^>]*>", "", page)  # the page leads to other cards
     assert cards[3]["name"] in repr(card) and repr(card).count("\n") == 4
     assert "cards" in study.there and "card(neuron)" in repr(study)
     with pytest.raises(RelneuronError, match="has no card of 0.up.9, but of"):
