@@ -208,6 +208,31 @@ MUTANTS = {
         "table[: len(given[name])] = 0",
         "methods/counts/test_batches.py::test_groups_of_a_column_may_come_after_others_were_counted[1]",
     ),
+    "model.peaks: an example stands where it is in the batch, not in its window": Mutant(
+        "position -= segments.starts[:, None]",
+        "position -= 0 * segments.starts[:, None]",
+        "methods/counts/test_examples.py::test_packed_windows[2]",
+    ),
+    "model.peaks: a token that is not counted is in the bins": Mutant(
+        "pad(self.groups, (0, 1), value=-1)",
+        "pad(self.groups, (0, 1), value=0)",
+        "methods/counts/test_examples.py::test_tokens_that_are_not_counted_are_no_example",
+    ),
+    "methods.counts.merge: every corpus begins with the first window of its groups": Mutant(
+        "before.setdefault(corpus, dict(seen))",
+        "before.setdefault(corpus, {})",
+        "methods/counts/test_examples.py::test_corpora_are_merged_as_if_one_stood_behind_the_other",
+    ),
+    "artifact.examples: of equal values the later window is the stronger one": Mutant(
+        "(own[2], own[1], -own[0], own[1] < 0)",
+        "(own[2], -own[1], -own[0], own[1] < 0)",
+        "artifact/test_examples.py::test_the_order_is_total",
+    ),
+    "artifact.histogram: bins that differ keep the edges of one of them": Mutant(
+        "exponent = np.maximum(one.exponent[site], other.exponent[site])",
+        "exponent = np.maximum(one.exponent[site], one.exponent[site])",
+        "artifact/test_histogram.py::test_other_bins_are_added_exactly_at_the_edges_that_both_have",
+    ),
     "methods.counts.lape: a probability at the threshold passes": Mutant(
         "(flat > threshold)",
         "(flat >= threshold)",
@@ -438,6 +463,16 @@ MUTANTS = {
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
     ),
     # a study from Python
+    "study.cite: an option that is at its default is cited": Mutant(
+        "else given not in (f.default, None)",
+        "else True",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
+    "study.cite: every value of an option is cited": Mutant(
+        "value in values if value",
+        "True if value",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
     "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
         "return min(width, order.width(layer, inner))",
         "return width",

@@ -1,17 +1,41 @@
-"""Tests of docs/: every block of Python runs, or stands word for word in a file of examples/."""
+"""Tests of README.md and docs/: every command is one, every block of Python runs, links lead on.
+
+A block of Python that needs more than the page may stand word for word in a file of examples/.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from tests.conftest import ROOT
+from relneuron.cli.main import app
+from tests.conftest import ROOT, shared_folder
+from tests.kit.corpus_commands import Result
+from tests.kit.fences import (
+    DOCS,
+    LANGUAGES,
+    PAGES,
+    Shell,
+    check_line,
+    command_lines,
+    fences,
+    shown_by,
+)
+from tests.kit.given import GIVEN
 
-EXAMPLES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("*.py"))]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS = {name: {o for p in one.params for o in p.opts} for name, one in COMMANDS.items()}
+# A command in a sentence or a table, and what is asked of it.
+INLINE = re.compile(rf"`(?:relneuron )?({'|'.join(COMMANDS)})( [^`]*)?`")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
 def lines(text: str) -> str:
@@ -19,23 +43,124 @@ def lines(text: str) -> str:
     return "\n".join(line.strip() for line in textwrap.dedent(text).strip().splitlines())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_python_in_docs_runs_or_is_an_excerpt(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+EXAMPLES = [lines(path.read_text(encoding="utf-8")) for path in (ROOT / "examples").glob("*.py")]
+each_page = pytest.mark.parametrize("path", PAGES, ids=name_of)
+
+
+def stands_elsewhere(block: str) -> bool:
+    """Whether the block is an excerpt of an example, or the notebook of tests/study/test_readme."""
+    return 'output="study", top=220' in block or any(lines(block) in one for one in EXAMPLES)
+
+
+@each_page
+def test_every_command_of_a_page_is_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # what they would write to is looked at
+    (tmp_path / "CLASSIFIER").mkdir()
+    for fence in fences(path):
+        assert fence.language in LANGUAGES, f"{path}:{fence.line}: {fence.language!r}"
+        if fence.language == "bash":
+            for words in command_lines(fence.text):
+                try:
+                    check_line(words, monkeypatch)
+                except Exception as error:
+                    said = f"{path}:{fence.line}: {' '.join(words)}: {error}"
+                    raise AssertionError(said) from error
+        elif fence.language == "console":  # what is not taken is shown, and is run below
+            assert {
+                words[0] for asked, _ in shown_by(fence.text) for words in command_lines(asked)
+            } == {"relneuron"}
+        else:
+            assert not re.search(r"^(\$ )?relneuron [a-z]+ ", fence.text, re.M), fence
+
+
+@each_page
+def test_commands_in_sentences_have_their_options(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for name, rest in INLINE.findall(text):
+        assert {*FLAG.findall(rest)} <= OPTIONS[name], (name, rest)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if "\nM=" in path.read_text() else [])
+        for path in PAGES
+    ],
+    ids=name_of,
+)
+def test_what_a_page_shows_runs(
+    path: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    relneuron: Callable[..., Result],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python, commands and what they print, in the order of the page."""
     monkeypatch.chdir(tmp_path)  # some write a study, some read what is beside them
-    for name in ("docs", "bench"):
+    for name in ("docs", "bench", "relneuron", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        if not any(lines(block) in lines(example) for example in EXAMPLES):
-            exec(compile(block, str(path), "exec"), namespace)
+    namespace: dict[str, Any] = GIVEN[name_of(path)]() if name_of(path) in GIVEN else {}
+    shell = Shell(relneuron, partial(shared_folder, tmp_path_factory))
+    for fence in fences(path):
+        if fence.language == "bash":
+            shell.bash(fence.text)
+        elif fence.language == "console":
+            shell.console(fence.text)
+        elif fence.language == "python" and not stands_elsewhere(fence.text):
+            exec(compile("\n" * fence.line + fence.text, str(path), "exec"), namespace)
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@each_page
 def test_links_between_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
+    assert path.parent == ROOT or DOCS in path.parents
+
+
+def said() -> list[tuple[str, re.Pattern[str]]]:
+    """Every text of the package: what of it is fixed, and a pattern of what it may become."""
+    found = []
+    for path in (ROOT / "relneuron").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(p.value) if isinstance(p, ast.Constant) else None for p in parts]
+            fixed = "".join(text or "" for text in texts)
+            if len(fixed) > 8 and (isinstance(node, ast.JoinedStr | ast.Constant)):
+                pattern = "".join(".+" if text is None else re.escape(text) for text in texts)
+                found.append((fixed, re.compile(pattern)))
+    return found
+
+
+def is_said(text: str, texts: list[tuple[str, re.Pattern[str]]]) -> bool:
+    """Whether one text of the package becomes this one; or two, the second behind a colon."""
+    own = 0.6 * len(text.replace("...", ""))  # a pattern that is little but gaps says nothing
+    if any(len(fixed) > own and pattern.fullmatch(text) for fixed, pattern in texts):
+        return True
+    places = [match.end() for match in re.finditer(": ", text)]
+    return any(
+        not text[place:].startswith("...")
+        and is_said(f"{text[:place]}...", texts)
+        and is_said(text[place:], texts)
+        for place in places
+    )
+
+
+def test_every_symptom_in_a_table_is_said_somewhere() -> None:
+    """As a whole: what stands for `...` is put in by the package, all else is its text."""
+    table = re.compile(r"^\| symptom \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.M)
+    found = [rows for path in PAGES for rows in table.findall(path.read_text(encoding="utf-8"))]
+    symptoms = [text for rows in found for text in re.findall(r"^\| `([^`]+)` \|", rows, re.M)]
+    assert len(symptoms) > 30 and len(symptoms) == sum(rows.count("\n") for rows in found)
+    texts = said()
+    assert [text for text in symptoms if not is_said(text, texts)] == []
+    assert not is_said("the model is in a bad mood", texts)

@@ -13,7 +13,7 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.installed import EXTRAS, how_installed, install_command, missing
+from relneuron.artifact.installed import EXTRAS, USES, how_installed, install_command, missing
 from relneuron.artifact.manifest import versions
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.stage import Printed, load
@@ -43,7 +43,7 @@ def machine_report() -> list[tuple[str, str]]:
     for extra in dict.fromkeys(EXTRAS.values()):
         absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
         verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
-        rows.append((f"extra {extra}", verdict))
+        rows.append((f"extra {extra}", f"{verdict} (for {USES[extra]})"))
     return [*rows, *_command_rows()]
 
 

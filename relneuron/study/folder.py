@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from relneuron.artifact.counts import Counts
 from relneuron.artifact.effects import read_conditions
 from relneuron.artifact.files import Json, RelneuronError, require, unfinished
 from relneuron.artifact.manifest import Manifest, checked
-from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.neurons import Neuron, NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.report.page import PageKind, kind_of
 from relneuron.study import shown, tensors
@@ -62,7 +62,7 @@ class Study:
     @property
     def there(self) -> list[str]:
         """The tables whose files are there."""
-        return [name for name, held in HELD.items() if self._file(held) is not None]
+        return [name for name, held in HELD.items() if held.path(self.folder) is not None]
 
     # --- prompts and answers
 
@@ -182,6 +182,10 @@ class Study:
         path = self._path("responses")
         return frame(tensors.responses(path, prompt, Shape.of(self._model(path))))
 
+    def card(self, neuron: str | Sequence[Any]) -> shown.Card:
+        """What `look` found of a neuron such as "12.gate.345", drawn in a notebook."""
+        return shown.find_card(self._path("cards"), neuron)
+
     # --- corpora
 
     @property
@@ -197,6 +201,17 @@ class Study:
         """`counts` of one group."""
         return frame(self._counts(group))
 
+    def examples(self, neuron: Neuron | str, tokenizer: Any = None, context: int = 16) -> Frame:
+        """A neuron's strongest tokens: layer, site, index, group, rank, value, position, token,
+        before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345"."""
+        path = self._path("examples")
+        tokenizer = tokenizer or tensors.tokenizer_of(self._model(path))
+        return frame(tensors.examples(path, tensors.neuron_of(neuron), tokenizer, context))
+
+    def histogram(self, neuron: Neuron | str) -> Frame:
+        """A neuron's values, low <= v < high: layer, site, index, group, bin, low, high, count."""
+        return frame(tensors.histogram(self._path("histogram"), tensors.neuron_of(neuron)))
+
     @cached_property
     def nll(self) -> Frame:
         """Text under each mask: mask, group, n_windows, n_tokens, nll, nll_se, perplexity."""
@@ -206,6 +221,11 @@ class Study:
     def nll_windows(self) -> Frame:
         """The same by window: mask, group, window, n_tokens, nll (mean, nats per token)."""
         return self._table("nll_windows")
+
+    @cached_property
+    def evaluation(self) -> Frame:
+        """Tasks: condition, set, task, metric, filter, value, stderr, n, n_shot."""
+        return self._table("evaluation")
 
     # --- attribution and gradients
 
@@ -312,14 +332,10 @@ class Study:
 
     # --- reading
 
-    def _file(self, held: Held) -> Path | None:
-        paths = (self.folder / name for name in held.files)
-        return next((path for path in paths if path.is_file()), None)
-
     def _path(self, name: str) -> Path:
         """The file of a table, checked; one that is not there, or not whole, raises."""
         held = HELD[name]
-        path = self._file(held)
+        path = held.path(self.folder)
         if path is None:
             return require(self.folder / held.files[0], self._made_by(held))
         if self._is_begun(held, path):
@@ -373,7 +389,7 @@ class Study:
         left = unfinished(self.folder)
         rows = []
         for name, held in HELD.items():
-            path, of_kind = self._file(held), {*held.files} & self.kind.reads.keys()
+            path, of_kind = held.path(self.folder), {*held.files} & self.kind.reads.keys()
             command = f"relneuron {self._made_by(held)}"
             if path is None and not of_kind:
                 continue

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
+from relneuron.ablation.harness.stage import CSV as EVAL
+from relneuron.ablation.harness.stage import Score
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
-from relneuron.artifact import contrast
+from relneuron.artifact import contrast, examples, histogram
+from relneuron.artifact.cards import MADE_BY as CARDS_BY
+from relneuron.artifact.cards import NAME as CARDS
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.gains import (
@@ -57,6 +62,11 @@ class Held(NamedTuple):
     call: str = ""
     journals: tuple[str, ...] = ()
 
+    def path(self, folder: Path) -> Path | None:
+        """Its file in a folder, if that is there."""
+        paths = (folder / name for name in self.files)
+        return next((path for path in paths if path.is_file()), None)
+
 
 _PROMPT = ("id", "relation", "split", "language", "subject", "object", "objects")
 _ATTRIBUTING = ("attribute.journal",)
@@ -90,6 +100,7 @@ HELD = {
     "scores": Held(
         "scores of all neurons", ("scores.safetensors",), _IDENTIFY, call="scores(relation)"
     ),
+    "cards": Held("neurons to look at", (CARDS,), CARDS_BY, call="card(neuron)"),
     "conditions": Held(
         "which neurons were off",
         ("conditions.csv",),
@@ -115,6 +126,18 @@ HELD = {
     ),
     "counts": Held("how often neurons are active", (COUNTS,), _COUNT),
     "counts_of": Held("the same of one group", (COUNTS,), _COUNT, call="counts_of(group)"),
+    "examples": Held(
+        "where a neuron is the strongest",
+        (examples.NAME,),
+        examples.MADE_BY,
+        call="examples(neuron)",
+    ),
+    "histogram": Held(
+        "how its values are spread",
+        (histogram.NAME,),
+        histogram.MADE_BY,
+        call="histogram(neuron)",
+    ),
     "nll": Held("text with neurons off", ("nll.csv",), _NLL, NLL),
     "nll_windows": Held("the same by window", ("nll_windows.csv",), _NLL, WINDOWS),
     "targets": Held(
@@ -161,6 +184,13 @@ HELD = {
     "changes": Held("how far two models are apart", (contrast.NAME,), contrast.MADE_BY),
     "contrasted": Held(
         "both models in one group", (contrast.NAME,), contrast.MADE_BY, call="contrasted(group)"
+    ),
+    "evaluation": Held(
+        "tasks with neurons off",
+        (EVAL,),
+        "eval MODEL --neurons neurons.json --tasks TASKS -o DIR",
+        Score._fields,
+        journals=("eval.journal",),
     ),
     "causal_effects": Held(
         "what patching does to a cost",

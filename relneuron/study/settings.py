@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from relneuron.ablation.options import ANALYSES, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import LoadOptions, Options, like, option, options_of, refuse_stray
+from relneuron.artifact.options import (
+    LoadOptions,
+    Only,
+    OomOptions,
+    Options,
+    like,
+    option,
+    options_of,
+    refuse_stray,
+)
 from relneuron.methods import rankings
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.texts.options import PromptsOptions
@@ -15,14 +24,50 @@ from relneuron.texts.options import PromptsOptions
 DEMO = "relneuron demo"  # what the bundled model is called
 CONTRAST = "contrast"  # the demo of two models
 
+CARDS = 200  # a page of so many neurons is about 2 MB
+
+
+def names_file(neurons: Sequence[str]) -> bool:
+    """Whether `--neurons` names a file of sets, not neurons."""
+    return len(neurons) == 1 and neurons[0].endswith(".json")
+
+
+@dataclass(frozen=True)
+class LookOptions(OomOptions):
+    """Which neurons get a card, and how much stands on it."""
+
+    PANEL = "The cards"
+
+    neurons: Sequence[str] = option(
+        (),
+        "A neurons.json, or neurons by name, such as 12.gate.345,3.up.7; default: the sets of DIR.",
+    )
+    cards: int = option(
+        CARDS,
+        "Neurons that get a card: the best of each set, then the second ones, and so on.",
+        least=1,
+        only=Only("with neurons of sets", lambda o: not o.neurons or names_file(o.neurons)),
+    )
+    examples: int = option(8, "Examples of each neuron.", least=1, most=100)
+    batch_tokens: int = like(RecordOptions, "batch_tokens")
+
 
 @dataclass(frozen=True)
 class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, LoadOptions):
     """What a study is made with; the defaults are the paper's."""
 
+    PANEL = "The study"
+
     chat_template: bool = option(False, "Wrap every prompt in the model's chat template.")
-    method: str = option("ap", "How neurons are ranked: ap (average precision).")
+    method: str = option("ap", "How neurons are ranked; ap is average precision.", offers=("ap",))
     drop_responses: bool = option(False, "Delete responses.safetensors after identify.")
+    cards: int = like(
+        LookOptions,
+        "cards",
+        help="Neurons that look.html and the report show, the best of each set; 0: none.",
+        least=0,
+        only=None,
+    )
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
@@ -63,18 +108,21 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
 class DemoOptions(Options):
     """What the demo lets one choose of a study."""
 
+    PANEL = RunOptions.PANEL
+
     top: int | None = like(RunOptions, "top")
     fdr: float | None = like(RunOptions, "fdr")
     permutations: int = like(RunOptions, "permutations")
     bootstrap: int = like(RunOptions, "bootstrap")
     noise: int = like(RunOptions, "noise")
     random_seeds: int = like(RunOptions, "random_seeds")
+    cards: int = like(RunOptions, "cards")
     analyses: Sequence[str] = like(
         RunOptions,
         "analyses",
         ("gain",),
-        help="Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
-        "concepts, gain, perplexity; or contrast alone, a study of two models.",
+        help="Analyses beside the main one; main stands for none. Or contrast alone, a study of "
+        "two models.",
         choices=(*ANALYSES, CONTRAST),
     )
     sizes: Sequence[int] | None = like(RunOptions, "sizes")

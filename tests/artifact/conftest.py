@@ -71,7 +71,7 @@ def made(
     counted(loaded, corpus, root / "counts")
     counted(loaded, corpus, root / "products", sites=("product",))
     for shard in (1, 2):
-        counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))
+        counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2), examples=2, histogram=8)
     neurons = root / "counts" / "neurons.json"
     chosen = {"top_rate": 0.2, "filter_rate": 0.5, "bar_ratio": 0.5}
     rank_counts(root / "counts", neurons, **chosen)

@@ -19,6 +19,8 @@ from safetensors import safe_open
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.generate import generate
+from relneuron.ablation.harness.options import EvalOptions
+from relneuron.ablation.harness.stage import evaluate
 from relneuron.ablation.nll import nll
 from relneuron.ablation.options import GenerateOptions
 from relneuron.artifact.files import RelneuronError, sha256
@@ -41,8 +43,9 @@ from relneuron.model.pair import pair_of
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, attributed, contrasted, flip, probed
+from tests.artifact.handed import NLL, attributed, contrasted, flip, looked, probed
 from tests.kit.counted import rank_counts
+from tests.kit.tasks import write_tasks
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
 
@@ -54,6 +57,17 @@ def ablated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> ob
     neurons, prompts = study / "neurons.json", study / "prompts.jsonl"
     asked = {"random_seeds": 1, "quiet": True} | asked
     return ablate_prompts("m", *loaded, neurons, prompts, output, **asked)
+
+
+def evaluated(
+    loaded: Any, corpus: Any, root: Path, out: Path, of: str = "counts", **asked: Any
+) -> object:
+    tasks = write_tasks(root.parent / "tasks", 4)
+    asked |= {"tasks": ("tiny_choice",), "include_path": (str(tasks),), "limit": 1}
+    neurons = root / of / "neurons.json"
+    first = next(name for name, rows in NeuronFile.read(neurons).sets.items() if rows)
+    options = EvalOptions(off=(first,), **asked)
+    return evaluate("m", *loaded, neurons, out, options, quiet=True)
 
 
 def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> object:
@@ -110,7 +124,7 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
                 *("manifest.json", "prompts.jsonl", "neurons.json", "significance.csv"),
                 *("effects.csv", "accuracy.csv", "conditions.csv", "perplexity.csv"),
                 *("scores.safetensors", "concepts/neurons.json", "attribution/neurons.json"),
-                "attribution/scores.safetensors",
+                *("attribution/scores.safetensors", "cards.jsonl"),
             )
         ),
     ),
@@ -167,8 +181,25 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "merge": (
         lambda m, c, r, o: merge([r / "half1", r / "half2"], o),
-        tuple(f"half2/{name}" for name in ("counts.safetensors", "manifest.json")),
+        tuple(
+            f"half2/{name}"
+            for name in (
+                *("counts.safetensors", "examples.safetensors", "histogram.safetensors"),
+                "manifest.json",
+            )
+        ),
     ),
+    **{
+        f"look at {folder}": (
+            lambda m, c, r, o, folder=folder: looked(m, r / folder),
+            tuple(f"{folder}/{name}" for name in ("manifest.json", *names)),
+        )
+        for folder, names in {
+            "study": ("neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl"),
+            "attribution": ("neurons.json", "gains.safetensors", "targets.csv", "prompts.jsonl"),
+            "counts": ("neurons.json", "examples.safetensors", "histogram.safetensors"),
+        }.items()
+    },
     "export": (
         lambda m, c, r, o: export_counts(r / "counts", o),
         ("counts/counts.safetensors", "counts/manifest.json"),
@@ -198,6 +229,12 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "probe, applied": (
         lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
         ("probe/probe.safetensors",),
+    ),
+    "eval": (evaluated, ("counts/neurons.json",)),
+    "eval steered": (partial(evaluated, set_to="a"), ("counts/counts.safetensors",)),
+    "eval of means": (
+        lambda m, c, r, o: evaluated(m, c, r, o, "study", mode="mean"),
+        ("study/neurons.json", "study/responses.safetensors", "study/prompts.jsonl"),
     ),
     "generate patched": (generated_by, ("counts/neurons.json", "study/prompts.jsonl")),
     "generate mean": (

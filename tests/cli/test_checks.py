@@ -119,6 +119,7 @@ COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 CONTRAST = ["contrast", *MODEL, *MODEL, "p.jsonl", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
 NLL = ["nll", *MODEL, "n.json", "en=a.txt", "-o", "c"]
+EVAL = ["eval", *MODEL, "--neurons", "n.json", "--tasks", "t", "-o", "o"]
 EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
 APPLY = ["probe", *MODEL, "p.jsonl", "-o", "o", "--apply", "probe.safetensors"]
 LABELLED = (("--above", "2"), ("--mask", "donor"))
@@ -193,6 +194,11 @@ STRAY: list[tuple[list[str], str, str]] = [
         "without --checkpoint-batches",
     ),
     ([*GENERATE, "--moments", "c"], "--moments", "with --mode mean or noise"),
+    ([*EVAL, "--moments", "c"], "--moments", "with --mode mean"),
+    ([*EVAL, "--mean-of", "relation"], "--mean-of", "with --mode mean, without --moments"),
+    ([*EVAL, "--scale-at", "output"], "--scale-at", "with --mode scale"),
+    ([*EVAL, "--counts", "c"], "--counts", "with --set"),
+    ([*EVAL, "--off", "clean", "--random-seeds", "2"], "--random-seeds", "with a set in --off"),
     *(
         ([*GENERATE, "--off", "en", "--mode", "mean", option, "2"], option, "with --mode noise")
         for option in ("--noise", "--noise-seed")
@@ -227,6 +233,7 @@ STRAY: list[tuple[list[str], str, str]] = [
     ),
     (["bench", "--quick", "--full"], "--quick", "without --full"),
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
+    (["cite", "--force"], "--force", "with -o"),
     (["bench", "--with", "mine:op"], "--with", "with an OP"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
     (["doctor", "--revision", "main"], "--revision", "with a MODEL"),
@@ -239,6 +246,11 @@ STRAY: list[tuple[list[str], str, str]] = [
             ("--dtype", "float16"),
             ("--tensor-parallel-size", "2"),
         )
+    ),
+    (
+        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
+        "--cards",
+        "with neurons of sets",
     ),
     (
         [*IDENTIFY, "lape", "--top", "5", "--top-rate", "0.5"],

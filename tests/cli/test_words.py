@@ -177,6 +177,7 @@ def commands(
         "attribute": [model_folder, prompts],
         "contrast": [model_folder, model_folder, prompts],
         "probe": [model_folder, prompts, "--apply", "probe.safetensors"],
+        "eval": [model_folder, "--neurons", neurons, "--tasks", "t"],
         "effect": ["outputs.jsonl", "--cost", "costs.csv:cost"],
         "count": [model_folder, *sources(corpus), *COUNT],
         "nll": [model_folder, neurons, *sources(corpus), *COUNT],
@@ -185,7 +186,9 @@ def commands(
         "import": ["a.pth", "--model", model_folder, "--names", "a"],
         "export": [neurons],
         "edit": [model_folder, neurons, prompts],
+        "look": [study],
         "report": [study],
+        "cite": [study],
         "bench": ["--quick"],
     }
 

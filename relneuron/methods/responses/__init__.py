@@ -4,6 +4,7 @@ Imports artifact, model, texts, report, ablation, analyses and ops; no other met
 Begin with record.py.
 """
 
+from relneuron.artifact.papers import EXPERTS, RELATIONS
 from relneuron.artifact.stage import Method, Ranking, Stage
 from relneuron.methods.responses.options import RankOptions
 
@@ -13,6 +14,7 @@ METHOD = Method(
             "record",
             "relneuron.methods.responses.commands:record",
             ("transformers", "tqdm", "filelock"),
+            papers=(RELATIONS,),
         ),
     ),
     rankings=(
@@ -23,6 +25,7 @@ METHOD = Method(
             reads="validated.csv",
             of="responses",
             run="relneuron.methods.responses.commands:rank",
+            papers=(RELATIONS, EXPERTS),
         ),
     ),
 )
