@@ -52,6 +52,8 @@ WAITS = {
     "_responses_kernel": 1,
     "_moments_kernel": 2,
     "_sum_kernel": 1,
+    "_peaks_kernel": 1,
+    "_histogram_kernel": 1,
     # What logprob_gain loads, other programs have loaded: it waits for L2, while others work.
     "_gain_kernel": 3,
     "_gain_list_kernel": 4,
@@ -199,7 +201,7 @@ def _loop_numbers(
     name: str, launch: Launch, loops: list[list[str]], warp_size: int
 ) -> tuple[int | None, tuple[float | None, float | None]]:
     """(narrowest load, instructions per element of `blocks` and of `rows`)."""
-    if name == "_span_kernel":
+    if name in ("_span_kernel", "_merge_kernel"):
         return None, (None, None)
     if name.startswith("_gain"):
         return _gain_numbers(name, launch, loops, warp_size)
