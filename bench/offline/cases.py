@@ -266,7 +266,7 @@ def gain_launch(target: str, variant: str) -> Launch:
 
 def peaks_launches(target: str, dtype: str, variant: str) -> list[Launch]:
     """What `peaks`, `histogram` and `merge_peaks` would launch for 32 windows of 128 tokens."""
-    config = peaks.NVIDIA if TARGETS[target].backend == "cuda" else peaks.HIP
+    config = peaks.NVIDIA_LAUNCH if TARGETS[target].backend == "cuda" else peaks.HIP_LAUNCH
 
     def tensor(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")

@@ -48,7 +48,7 @@ class LaunchConfig:
 
 
 # A wavefront of AMD's has 64 threads.
-NVIDIA, HIP = LaunchConfig(True), LaunchConfig(False, num_warps=2)
+NVIDIA_LAUNCH, HIP_LAUNCH = LaunchConfig(True), LaunchConfig(False, num_warps=2)
 # The interpreter's cost is per operation, not per element.
 INTERPRETER_LAUNCH = LaunchConfig(False, 64, 1024, 4, 64, 4096)
 
@@ -71,7 +71,7 @@ def merge_peaks_triton(call: MergeCall) -> None:
 def _config() -> LaunchConfig:
     if IS_INTERPRETED:
         return INTERPRETER_LAUNCH
-    return NVIDIA if torch.version.hip is None else HIP
+    return NVIDIA_LAUNCH if torch.version.hip is None else HIP_LAUNCH
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
