@@ -31,8 +31,6 @@ from tests.kit.fences import (
 )
 from tests.kit.given import GIVEN
 
-# Their studies take longer than eight seconds.
-SLOW = ("docs/facts.md",)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {name: {o for p in one.params for o in p.opts} for name, one in COMMANDS.items()}
 # A command in a sentence or a table, and what is asked of it.
@@ -92,7 +90,7 @@ def test_commands_in_sentences_have_their_options(path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] if name_of(path) in SLOW else [])
+        pytest.param(path, marks=[pytest.mark.slow] if "\nM=" in path.read_text() else [])
         for path in PAGES
     ],
     ids=name_of,

@@ -104,10 +104,12 @@ def run(
 
     What is wrong with the input is said before anything is written. Killed at any point, the same
     command goes on; with other options it refuses the folder, and --force makes it again.
+    manifest.json says what each file was made from.
 
-    How long: nearly all the time goes into answers. record asks every prompt once, ablate the kept
-    ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis more.
-    The bundled model takes a minute on two CPU cores; one of billions of parameters wants a GPU.
+    How long: as long as the model takes for its answers. record asks every prompt once, ablate the
+    kept ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis
+    more often. The bundled model takes a minute on two CPU cores; one of billions of parameters
+    wants a GPU.
 
     What to try first: relneuron demo, to see what comes out; relneuron doctor MODEL, whether every
     layer is supported; then two or three relations with --eva 10 --random-seeds 2.
@@ -139,6 +141,8 @@ def _study(
 
     report = run_study(model, facts, output, options, name=name, force=force, quiet=quiet, say=say)
     yield accuracy_table(report.parent)
+    if (page := report.parent / "look.html").exists():
+        yield f"neurons: {page}"
     yield f"report: {report}"
 
 

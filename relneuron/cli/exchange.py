@@ -61,7 +61,7 @@ def import_files(
     """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats.
 
     Examples:
-      relneuron import llama-7b.neuron.pth --names en,zh,fr,es,vi,id,ja \\
+      relneuron import LLaMA-2-7B.neuron.pth --names en,zh,fr,es,vi,id,ja \\
           --model meta-llama/Llama-2-7b-hf -o lape/neurons.json
       # a folder with activation.en.train.llama-7b and its like
       relneuron import data --model meta-llama/Llama-2-7b-hf -o counts
@@ -154,7 +154,7 @@ def export(
     group.
 
     Examples:
-      relneuron export counts/neurons.json -o llama-7b.neuron.pth
+      relneuron export counts/neurons.json -o mine.neuron.pth
       relneuron export study -o expertise.csv
       relneuron export counts/neurons.json --format mmneuron -o masks
     """

@@ -25,6 +25,11 @@ def look(
 
     Writes the page, and beside the study's files cards.jsonl, a neuron a line, and sets.csv. Cards
     that are there are shown again without asking the model.
+
+    Examples:
+      relneuron look study -o look.html
+      relneuron look study -o look.html --neurons 12.gate.345,3.up.7
+      relneuron look study -o look.html --neurons other.json --cards 50
     """
     from relneuron.artifact.cards import NAME
     from relneuron.model.load import load

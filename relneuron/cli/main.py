@@ -28,8 +28,6 @@ _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
 _MACHINE = "relneuron.cli.machine"
-
-
 _COMPLETES = "_RELNEURON_COMPLETE"  # set by a shell that asks typer for completions
 _BEGIN = """\
 relneuron demo          # a study of the bundled model, in a minute

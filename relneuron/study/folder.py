@@ -62,7 +62,7 @@ class Study:
     @property
     def there(self) -> list[str]:
         """The tables whose files are there."""
-        return [name for name, held in HELD.items() if self._file(held) is not None]
+        return [name for name, held in HELD.items() if held.path(self.folder) is not None]
 
     # --- prompts and answers
 
@@ -332,14 +332,10 @@ class Study:
 
     # --- reading
 
-    def _file(self, held: Held) -> Path | None:
-        paths = (self.folder / name for name in held.files)
-        return next((path for path in paths if path.is_file()), None)
-
     def _path(self, name: str) -> Path:
         """The file of a table, checked; one that is not there, or not whole, raises."""
         held = HELD[name]
-        path = self._file(held)
+        path = held.path(self.folder)
         if path is None:
             return require(self.folder / held.files[0], self._made_by(held))
         if self._is_begun(held, path):
@@ -393,7 +389,7 @@ class Study:
         left = unfinished(self.folder)
         rows = []
         for name, held in HELD.items():
-            path, of_kind = self._file(held), {*held.files} & self.kind.reads.keys()
+            path, of_kind = held.path(self.folder), {*held.files} & self.kind.reads.keys()
             command = f"relneuron {self._made_by(held)}"
             if path is None and not of_kind:
                 continue

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
@@ -60,6 +61,11 @@ class Held(NamedTuple):
     columns: tuple[str, ...] = ()
     call: str = ""
     journals: tuple[str, ...] = ()
+
+    def path(self, folder: Path) -> Path | None:
+        """Its file in a folder, if that is there."""
+        paths = (folder / name for name in self.files)
+        return next((path for path in paths if path.is_file()), None)
 
 
 _PROMPT = ("id", "relation", "split", "language", "subject", "object", "objects")

@@ -36,7 +36,7 @@ from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.report.look import write_page
 from relneuron.study.cards import Cards
-from relneuron.study.settings import CARDS, LookOptions, names_file
+from relneuron.study.settings import LookOptions, names_file
 from relneuron.study.strongest import find_strongest, short
 
 COLUMNS = ("set", "rank", "layer", "site", "index", "score", *SIGNIFICANCE)
@@ -62,15 +62,10 @@ class Sets(NamedTuple):
             found.setdefault((layer, site, index), []).append(one)
         return {neuron: sorted(some, key=lambda one: one["rank"]) for neuron, some in found.items()}
 
-    def best(self, top: int | None, most: int) -> list[Neuron]:
-        """The first `top` of each set, or as many as make `most` neurons; rank by rank."""
-        sets = self.file.sets.values() if self.file else ()
-        found: dict[Neuron, None] = {}
-        for rank in range(max(map(len, sets), default=0) if top is None else top):
-            for chosen in sets:
-                if rank < len(chosen) and (top is not None or len(found) < most):
-                    found[chosen[rank][:3]] = None
-        return list(found)
+    def best(self, n: int) -> list[Neuron]:
+        """n neurons: the first of each set, then the second ones, and so on; each once."""
+        rows = sorted(self.rows, key=lambda row: row[1])  # stable: sets keep their order
+        return list(dict.fromkeys(row[2:5] for row in rows))[:n]
 
     def csv(self) -> bytes:
         """sets.csv."""
@@ -108,7 +103,7 @@ def chosen(
     """The neurons that get a card; raises where there is none."""
     if options.neurons and not names_file(options.neurons):
         return list(dict.fromkeys(read_name(name, shape) for name in options.neurons))
-    found = check_neurons(sets.best(options.top, CARDS), shape)
+    found = check_neurons(sets.best(options.cards), shape)
     if not found:
         what = "no set has a neuron" if sets.file else f"{folder} has no neurons.json"
         raise RelneuronError(what, "name neurons: --neurons 12.gate.345, say", 2)
@@ -186,16 +181,17 @@ def look(
     *,
     backend: str = "auto",
     force: bool = False,
+    resume: bool = False,
     quiet: bool = False,
 ) -> list[Json]:
     """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
 
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
-    model, are kept: only the page is written then, and none without `output`.
+    model, are kept: only the page is written then, and with `resume` only where there is none.
     """
     options = options or LookOptions()
     if output is not None:
-        check_page(output, folder, force)
+        check_page(output, folder, force or resume)
     studied(folder)
     cards, sets = open_cards(model, tokenizer, folder, options, backend=backend)
     neurons = chosen(sets, options, model_shape(cards.mlps), folder)
@@ -211,11 +207,12 @@ def look(
     }
     made = [folder / NAME, folder / SETS]
     with locked(folder):
-        if Manifest(folder).is_done("look", inputs, force=force):
+        is_done = Manifest(folder).is_done("look", inputs, force=force)
+        if is_done:
             found = read_cards(checked(folder / NAME))
         else:
             for path in made:
-                refuse_output(path, "look", force)
+                refuse_output(path, "look", force or resume)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
             if cards.n_apart:
@@ -240,9 +237,25 @@ def look(
                     notices=notices,
                     commands=_command(name, described, folder, output, options),
                 )
-    if output is not None:
-        write_page(output, found, Manifest(folder).data)
+    if output is not None and not (is_done and resume and output.exists()):
+        write_page(output, found, made_from(Manifest(folder).data))
     return found
+
+
+def made_from(manifest: Json) -> Json:
+    """What a manifest says of the cards: of the stages whose files they are made from, and theirs.
+
+    So that their page is the same whatever was made since.
+    """
+    files = manifest["stages"]["look"]["reads"].keys()
+    stages = {
+        name: entry
+        for name, entry in manifest["stages"].items()
+        if name == "look" or files & {*entry["files"]}
+    }
+    known = {name: of for name, of in manifest["files"].items() if name in {*files, NAME, SETS}}
+    about: Json = {k: manifest[k] for k in ("schema", "versions", "model") if k in manifest}
+    return {**about, "stages": stages, "files": known}
 
 
 def _command(

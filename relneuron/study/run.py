@@ -37,8 +37,9 @@ from relneuron.model.questions import encode
 from relneuron.report.page import files_read, write_report
 from relneuron.study.facts import Facts
 from relneuron.study.gain import gain_study
+from relneuron.study.look import look
 from relneuron.study.pages import PAGES, titles
-from relneuron.study.settings import DEMO, DemoOptions, RunOptions
+from relneuron.study.settings import DEMO, DemoOptions, LookOptions, RunOptions
 from relneuron.texts.facts import Relation, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (
@@ -209,6 +210,21 @@ def make_study(
         warn_of_unknown(folder)
         if not identified:
             identify(folder, neurons, ranking, force=True, quiet=quiet)
+        # Without responses there is nothing to look at that was not seen before they went.
+        if o.cards and responses.exists() and any(NeuronFile.read(neurons).sets.values()):
+            page = folder / "look.html"
+            look(
+                name,
+                model,
+                tokenizer,
+                folder,
+                page,
+                LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
+                backend=o.backend,
+                force=force,
+                resume=True,
+                quiet=quiet,
+            )
         if o.drop_responses:
             Manifest(folder).drop(responses.name)
 
@@ -298,7 +314,7 @@ def record_whole(folder: Path, whole: list[list[str]], stages: Sequence[str]) ->
 
 
 _WITHIN = ("concepts", "attribution")  # studies within a study
-_OF_A_MODEL = ("record", "attribute", "ablate")  # stages whose command names one
+_OF_A_MODEL = ("record", "look", "attribute", "ablate")  # stages whose command names one
 
 
 def _name_commands(folder: Path, commands: list[list[str]], stages: Sequence[str]) -> None:

@@ -61,7 +61,7 @@ STUDIES: dict[str, list[str]] = {
         " --suffix '' --method ap --negatives 3 --permutations 20 --bootstrap 20 --noise 900"
         " --splits eva --analyses gain,sizes --sizes 5,10 --mode scale --factor 0.5"
         " --scale-at output --positions prompt --generate 3 --drop-responses --pooling last"
-        " --accept-object-prefix"
+        " --accept-object-prefix --cards 3"
         f" --batch-tokens 300 {EXACT}",
     ],
     "run with a rate": [
@@ -80,7 +80,7 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
         f"record {{model}} {{d}}/prompts.jsonl -o {{d}} --pooling last --quiet {SPREAD}",
         f"{IDENTIFY} --top 30 --ends both",
-        f"look {{d}} -o {{d}}/look.html --top 2 --examples 3 --batch-tokens 300 --quiet {SPREAD}",
+        f"look {{d}} -o {{d}}/look.html --cards 5 --examples 3 --batch-tokens 300 --quiet {SPREAD}",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         f" --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet {SPREAD}",
     ],

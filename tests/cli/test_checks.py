@@ -233,6 +233,7 @@ STRAY: list[tuple[list[str], str, str]] = [
     ),
     (["bench", "--quick", "--full"], "--quick", "without --full"),
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
+    (["cite", "--force"], "--force", "with -o"),
     (["bench", "--with", "mine:op"], "--with", "with an OP"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
     (["doctor", "--revision", "main"], "--revision", "with a MODEL"),
@@ -247,8 +248,8 @@ STRAY: list[tuple[list[str], str, str]] = [
         )
     ),
     (
-        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--top", "4"],
-        "--top",
+        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
+        "--cards",
         "with neurons of sets",
     ),
     (

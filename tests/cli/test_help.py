@@ -19,7 +19,7 @@ from relneuron.artifact.options import AnyOf, Options, options_of
 from relneuron.artifact.stage import load
 from relneuron.cli import main as cli
 from relneuron.cli.commands import _asked
-from relneuron.cli.flags import _parts, check_only, taken
+from relneuron.cli.flags import _RUNNING, _parts, check_only, taken
 from relneuron.cli.help import ARGUMENTS, FILES, RUNS, folded, parts_of
 from relneuron.cli.main import stages
 from relneuron.methods import attributions, rankings
@@ -65,7 +65,7 @@ def examples(name: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
-            yield words[: words.index(">")] if ">" in words else words
+            yield words
 
 
 def test_the_version_is_said_and_nothing_else(relneuron: Any) -> None:
@@ -121,6 +121,16 @@ def test_every_option_stands_under_one_heading(name: str) -> None:
             assert there == [RUNS]
         if param.name in ("dtype", "revision", "backend") and name not in ("bench", "effect"):
             assert there == ["The model"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_says_how_it_runs_changes_no_result(name: str) -> None:
+    """An option of a class without a heading would be lost among those."""
+    running = headings(page(name))[RUNS]
+    for cls in classes_of(name).values():
+        for option, (_, says, _) in options_of(cls).items():
+            if _has(running, says.flag):
+                assert not says.records or option in _RUNNING, option
 
 
 def _has(text: str, left: str) -> bool:
