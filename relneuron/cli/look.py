@@ -112,6 +112,7 @@ def _serve(
 
     from relneuron.model.load import describe_model
     from relneuron.study.look import check_same, open_cards
+    from relneuron.study.ranked import Ranked
     from relneuron.study.serve import Server, address, hosts_of, listening, serve
 
     backend = load_options.backend
@@ -119,7 +120,8 @@ def _serve(
     check_same(folder, describe_model(name, model, cards.mlps, backend))
     token = secrets.token_urlsafe(32)
     with listening(serving.host, serving.port) as found:
-        app = Server(cards, sets, name).app(token, hosts_of(serving.host))
+        ranked = Ranked(folder, cards.order)
+        app = Server(cards, sets, ranked, name).app(token, hosts_of(serving.host))
         yield f"{cards.order.total:,} neurons: {address(found, token)}"
         yield "Whoever has this address may look, at nothing else. Ctrl-C ends it."
         serve(app, found)

@@ -35,6 +35,7 @@ from relneuron.report.cards import view
 from relneuron.report.served import Cell, Listing, ServedPage, number_cell, served_html
 from relneuron.study.cards import Cards
 from relneuron.study.look import Sets
+from relneuron.study.ranked import Ranked
 
 PER_PAGE = 100  # neurons of a list
 KEPT = 500  # cards that are not made again
@@ -111,8 +112,8 @@ OF_SET: dict[str, Callable[[Row], Any]] = {
 class Server:
     """The pages of a model's neurons. A model computes one card at a time."""
 
-    def __init__(self, cards: Cards, sets: Sets, model: str) -> None:
-        self.cards, self.model = cards, model
+    def __init__(self, cards: Cards, sets: Sets, ranked: Ranked, model: str) -> None:
+        self.cards, self.ranked, self.model = cards, ranked, model
         self.shape: Json = model_shape(cards.mlps)
         self._of: dict[Neuron, list[Json]] = sets.by_neuron()
         self._sets = {
@@ -130,6 +131,7 @@ class Server:
             routes=[
                 Route("/", self._page(self.home)),
                 Route("/set", self._page(self.set)),
+                Route("/scores", self._page(self.scores)),
                 Route("/layer/{layer}/{site}", self._page(self.layer)),
                 Route("/neuron/{neuron}", self._page(self.neuron)),
                 Route("/find", self._page(self.find)),
@@ -182,6 +184,9 @@ class Server:
                 for name, some in self._sets.items()
             ]
             tables.insert(0, Listing(("set", "neurons"), rows, "Sets"))
+        if self.ranked.names:
+            rows = [[Cell(of, f"scores?{urlencode({'of': of})}")] for of in self.ranked.names]
+            tables.insert(1, Listing(("scored for",), rows, "All neurons by their scores"))
         return self._of_page(f"The {order.total:,} neurons of {self.model}", 0, tables=tables)
 
     def set(self, request: Request) -> ServedPage:
@@ -193,9 +198,47 @@ class Server:
             Row(neuron, [one for one in self._of[neuron] if one["set"] == name])
             for neuron in dict.fromkeys(self._sets[name])
         ]
-        columns = ("neuron", "rank", "score", "p", "q")
-        table = self._listing(request, rows, OF_SET, columns, self._own_cells, [("name", name)], "")
+        known = [key for key in ("rank", "score", "p", "q")
+                 if any(row.sets[0][key] is not None for row in rows)]  # fmt: skip
+
+        def cells(row: Row) -> list[Cell]:
+            return [number_cell(row.sets[0][key]) for key in known]
+
+        asked = [("name", name)]
+        table = self._listing(request, rows, OF_SET, ("neuron", *known), cells, asked, "")
         return self._of_page(f"The set {name}", 0, tables=[table])
+
+    def scores(self, request: Request) -> ServedPage:
+        """All neurons that were scored for a relation or group, by a score."""
+        of = request.query_params.get("of", "")
+        if of not in self.ranked.names:
+            raise NoPage(f"There are no scores for {of!r}.")
+        with self._lock:
+            columns = self.ranked.columns(of)
+            by = request.query_params.get("sort", columns[0])
+            column, is_smallest = by.removeprefix("-"), by.startswith("-")
+            if column not in columns:
+                raise NoPage("There is no such page of this list.")
+            number, n_pages = _page_number(request, self.ranked.count(of, column))
+            places = slice((number - 1) * PER_PAGE, number * PER_PAGE)
+            rows = self.ranked.rows(of, column, is_smallest, places)
+        ways = {f"{end} {name}": f"{sign}{name}" for name in columns
+                for end, sign in (("largest", ""), ("smallest", "-"))}  # fmt: skip
+        table = Listing(
+            ("neuron", *columns, "sets"),
+            [
+                [self._link(n, ""), *map(number_cell, values), self._sets_cell(self._of.get(n, ()))]
+                for n, values in rows
+            ],
+            sorts=[
+                (words, "" if way == by else f"?{urlencode({'of': of, 'sort': way})}")
+                for words, way in ways.items()
+            ],
+            number=number,
+            n_pages=n_pages,
+            asked=[("of", of), ("sort", by)],
+        )
+        return self._of_page(f"All neurons by their scores for {of}", 0, tables=[table])
 
     def layer(self, request: Request) -> ServedPage:
         """The neurons of a layer at a site."""
@@ -209,13 +252,11 @@ class Server:
         table = self._listing(request, rows, SORTS, columns, self._set_cells, [], "../../")
         return self._of_page(f"{order.layer_name(number)}, {site}", 2, tables=[table])
 
-    def _own_cells(self, row: Row) -> list[Cell]:
-        own = row.sets[0]
-        return [number_cell(own[key]) for key in ("rank", "score", "p", "q")]
-
     def _set_cells(self, row: Row) -> list[Cell]:
-        names = ", ".join(f"{one['set']} no. {one['rank']:,}" for one in row.sets)
-        return [Cell(names), number_cell(row.score if row.sets else None)]
+        return [self._sets_cell(row.sets), number_cell(row.score if row.sets else None)]
+
+    def _sets_cell(self, sets: Sequence[Json]) -> Cell:
+        return Cell(", ".join(f"{one['set']} no. {one['rank']:,}" for one in sets))
 
     def _listing(
         self,
@@ -229,10 +270,9 @@ class Server:
     ) -> Listing:
         """The page of a list of neurons that the address asks for, sorted as it says."""
         by = request.query_params.get("sort", next(iter(ways)))
-        number = whole_number(request.query_params.get("page", "1"))
-        n_pages = max(1, math.ceil(len(rows) / PER_PAGE))
-        if by not in ways or number is None or not 1 <= number <= n_pages:
+        if by not in ways:
             raise NoPage("There is no such page of this list.")
+        number, n_pages = _page_number(request, len(rows))
         rows.sort(key=ways[by])
         shown = rows[(number - 1) * PER_PAGE : number * PER_PAGE]
         return Listing(
@@ -283,6 +323,15 @@ class Server:
     def nothing(self, request: Request) -> ServedPage:
         """Of an address that is no page's."""
         raise NoPage("There is no such page.")
+
+
+def _page_number(request: Request, n_rows: int) -> tuple[int, int]:
+    """Which page of a list the address asks for, and how many it has."""
+    number = whole_number(request.query_params.get("page", "1"))
+    n_pages = max(1, math.ceil(n_rows / PER_PAGE))
+    if number is None or not 1 <= number <= n_pages:
+        raise NoPage("There is no such page of this list.")
+    return number, n_pages
 
 
 def _name(neuron: Neuron) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import numpy as np
 import pytest
 import uvicorn
 
@@ -28,6 +29,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.study import serve as served
 from relneuron.study.look import open_cards
+from relneuron.study.ranked import Ranked
 from relneuron.study.serve import PER_PAGE, Server, address, hosts_of, listening
 from relneuron.study.settings import LookOptions
 from tests.conftest import ROOT
@@ -46,7 +48,7 @@ def study(model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def server(study: Study) -> Server:
     cards, sets = open_cards(study.model, study.tokenizer, study.folder, LookOptions(examples=2))
-    return Server(cards, sets, "a/<b>model</b>")
+    return Server(cards, sets, Ranked(study.folder, cards.order), "a/<b>model</b>")
 
 
 @contextmanager
@@ -115,7 +117,8 @@ def test_it_begins_with_the_sets_and_the_layers(url: str, study: Study) -> None:
     assert status == 200 and "<b>model" not in text and "a/&lt;b&gt;model" in text
     rows = cells(text)
     assert rows[:3] == [[name, str(len(chosen))] for name, chosen in study.sets.items()]
-    assert rows[3:] == [["L0", "48", "48", "32"], ["L1", "48", "48", "32"]]
+    assert rows[3:6] == [[name] for name in study.sets]
+    assert rows[6:] == [["L0", "48", "48", "32"], ["L1", "48", "48", "32"]]
     for link in links(text):
         assert ask(url, link)[0] == 200, link
 
@@ -190,6 +193,41 @@ def test_sets_and_layers_are_sorted_and_cut(
     assert page == "" and seen == [f"L1.gate.{i}" for i in range(48)] and PER_PAGE == 100
 
 
+def test_all_neurons_by_a_score(url: str, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As numpy sorts them; equal scores in the order of layers within a site."""
+    from safetensors.numpy import load_file
+
+    scores, relation = load_file(study.folder / "scores.safetensors"), "lives_in"
+    every = [
+        (float(value), site, layer, index)
+        for site in ("gate", "up", "down")
+        for (layer, index), value in np.ndenumerate(
+            scores[f"ap.{site}"][list(study.sets).index(relation)]
+        )
+    ]
+    monkeypatch.setattr(served, "PER_PAGE", 100)
+    for sort, sign in (("", -1), ("&sort=-ap", 1)):
+        seen = []
+        for page in (1, 2, 3):
+            status, _, text = ask(url, f"scores?of={relation}{sort}&page={page}")
+            assert status == 200
+            seen += cells(text)
+        assert len(seen) == 256
+        values = {f"L{layer}.{site}.{index}": value for value, site, layer, index in every}
+        assert sorted(values) == sorted(row[0] for row in seen)
+        shown = [values[row[0]] for row in seen]
+        assert shown == sorted(shown, key=lambda value: sign * value)
+    first = cells(ask(url, f"scores?of={relation}")[2])[0]
+    assert f"{relation} no. " in first[-1]
+
+
+def test_a_folder_without_scores_has_no_list(study: Study, server: Server, tmp_path: Path) -> None:
+    assert Ranked(tmp_path, server.cards.order).names == []
+    (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
+    with pytest.warns(UserWarning, match="no lists by score"):
+        assert Ranked(tmp_path, server.cards.order).names == []
+
+
 def test_a_neuron_is_found_by_its_name(url: str) -> None:
     status, headers, _ = ask(url, "find?neuron=+1.down.3+")
     assert (status, headers["location"]) == (303, "neuron/1.down.3")
@@ -206,6 +244,7 @@ def test_a_neuron_is_found_by_its_name(url: str) -> None:
         *("neuron/0.gate.99999999999999999999", "neuron/0.gate.%C2%B2", "find?neuron=<b>x"),
         *("layer/2/gate", "layer/0/q", "layer/-1/gate", "layer/%C2%B2/gate", "layer/0/gate?page=0"),
         *("layer/0/gate?page=2", "layer/0/gate?page=x", "layer/0/gate?sort=x", "set?name=<b>x"),
+        *("scores", "scores?of=x", "scores?of=lives_in&sort=x", "scores?of=lives_in&page=4"),
         *("set", "nothing", "find", "manifest.json", "static/../manifest.json"),
     ],
 )
@@ -346,7 +385,7 @@ def test_a_browser_walks_from_the_layers_to_a_card(url: str, study: Study) -> No
         asked: list[str] = []
         tab.on("request", lambda one: asked.append(one.url))
         tab.goto(url)
-        tab.click("text=lives_in")
+        tab.click("text=lives_in >> nth=0")
         assert tab.locator("tbody tr").count() == len(study.sets["lives_in"])
         tab.click("tbody tr:first-child a")
         name = ".".join(map(str, chosen[:3]))
