@@ -1,6 +1,6 @@
 """All neurons of a model by what they were scored for a relation or a group.
 
-`serve.py` lists them; the scores are those of a folder's scores.safetensors.
+`browse.py` lists them; the scores are those of a folder's scores.safetensors.
 """
 
 from __future__ import annotations

@@ -27,10 +27,12 @@ import uvicorn
 from relneuron.artifact.cards import check_card
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
+from relneuron.study import browse
 from relneuron.study import serve as served
+from relneuron.study.browse import PER_PAGE, Pages
 from relneuron.study.look import open_cards
 from relneuron.study.ranked import Ranked
-from relneuron.study.serve import PER_PAGE, Server, address, hosts_of, listening
+from relneuron.study.serve import address, app_of, hosts_of, listening
 from relneuron.study.settings import LookOptions
 from tests.conftest import ROOT
 from tests.kit.cards import chromium
@@ -46,9 +48,9 @@ def study(model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def server(study: Study) -> Server:
+def server(study: Study) -> Pages:
     cards, sets = open_cards(study.model, study.tokenizer, study.folder, LookOptions(examples=2))
-    return Server(cards, sets, Ranked(study.folder, cards.order), "a/<b>model</b>")
+    return Pages(cards, sets, Ranked(study.folder, cards.order), "a/<b>model</b>")
 
 
 @contextmanager
@@ -70,10 +72,10 @@ def running(app: Any, found: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def url(server: Server) -> Iterator[str]:
+def url(server: Pages) -> Iterator[str]:
     with listening("127.0.0.1", 0) as found:
         place = address(found, TOKEN)
-        with running(server.app(TOKEN, hosts_of("127.0.0.1")), found):
+        with running(app_of(server, TOKEN, hosts_of("127.0.0.1")), found):
             yield place
 
 
@@ -123,7 +125,7 @@ def test_it_begins_with_the_sets_and_the_layers(url: str, study: Study) -> None:
         assert ask(url, link)[0] == 200, link
 
 
-def test_every_neuron_has_a_card(url: str, server: Server) -> None:
+def test_every_neuron_has_a_card(url: str, server: Pages) -> None:
     """Of each site, the first and the last; those beside it are linked."""
     for neuron in ((0, "gate", 0), (1, "up", 47), (1, "down", 31), (0, "down", 5)):
         name = ".".join(map(str, neuron))
@@ -141,10 +143,10 @@ def test_every_neuron_has_a_card(url: str, server: Server) -> None:
             assert ask(url, f"neuron/{link}")[0] == 200
 
 
-def test_a_card_is_made_once(url: str, server: Server, monkeypatch: Any) -> None:
+def test_a_card_is_made_once(url: str, server: Pages, monkeypatch: Any) -> None:
     made, true = [], server.cards.card
     monkeypatch.setattr(server.cards, "card", lambda n: made.append(n) or true(n))
-    monkeypatch.setattr(served, "KEPT", 2)
+    monkeypatch.setattr(browse, "KEPT", 2)
     for name in ("0.gate.30", "0.gate.30", "0.gate.31", "0.gate.32", "0.gate.32", "0.gate.30"):
         assert ask(url, f"neuron/{name}")[0] == 200
     assert [index for _, _, index in made] == [30, 31, 32, 30]
@@ -183,7 +185,7 @@ def test_sets_and_layers_are_sorted_and_cut(
     shown = [int(row[0].split(".")[2]) for row in cells(ask(url, "layer/1/gate?sort=score")[2])]
     wanted = sorted(range(48), key=lambda i: (-best.get(i, -1.0), i))
     assert [best.get(i) for i in shown] == [best.get(i) for i in wanted]
-    monkeypatch.setattr(served, "PER_PAGE", 20)
+    monkeypatch.setattr(browse, "PER_PAGE", 20)
     seen, page = [], "layer/1/gate?sort=index"
     for _ in range(3):
         text = ask(url, page)[2]
@@ -205,7 +207,7 @@ def test_all_neurons_by_a_score(url: str, study: Study, monkeypatch: pytest.Monk
             scores[f"ap.{site}"][list(study.sets).index(relation)]
         )
     ]
-    monkeypatch.setattr(served, "PER_PAGE", 100)
+    monkeypatch.setattr(browse, "PER_PAGE", 100)
     for sort, sign in (("", -1), ("&sort=-ap", 1)):
         seen = []
         for page in (1, 2, 3):
@@ -221,7 +223,7 @@ def test_all_neurons_by_a_score(url: str, study: Study, monkeypatch: pytest.Monk
     assert f"{relation} no. " in first[-1]
 
 
-def test_a_folder_without_scores_has_no_list(study: Study, server: Server, tmp_path: Path) -> None:
+def test_a_folder_without_scores_has_no_list(study: Study, server: Pages, tmp_path: Path) -> None:
     assert Ranked(tmp_path, server.cards.order).names == []
     (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
     with pytest.warns(UserWarning, match="no lists by score"):
@@ -256,13 +258,13 @@ def test_what_is_not_there_is_said_without_a_trace(url: str, path: str, study: S
     assert ask(urljoin(url, path), links(text)[0])[0] == 200  # the way back
 
 
-def test_an_error_stays_in_the_terminal(url: str, server: Server, monkeypatch: Any) -> None:
+def test_an_error_stays_in_the_terminal(url: str, server: Pages, monkeypatch: Any) -> None:
     def broken(neuron: Any) -> Any:
         raise RuntimeError("a secret of /home")
 
     monkeypatch.setattr(server.cards, "card", broken)
     said: list[str] = []
-    monkeypatch.setattr(served.warnings, "warn", lambda text, **_: said.append(text))
+    monkeypatch.setattr(browse.warnings, "warn", lambda text, **_: said.append(text))
     status, headers, text = ask(url, "neuron/0.up.0")
     assert (status, text) == (500, "This page cannot be made; the terminal says why.")
     assert "secret" not in str(headers) and said == ["look: RuntimeError: a secret of /home"]
