@@ -34,7 +34,8 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
-from relneuron.report.look import write_page
+from relneuron.report.look import page_of
+from relneuron.report.page import render
 from relneuron.study.cards import Cards
 from relneuron.study.settings import LookOptions, names_file
 from relneuron.study.strongest import find_strongest, short
@@ -189,7 +190,7 @@ def look(
     """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
 
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
-    model, are kept: only the page is written then, and with `resume` only where there is none.
+    model, are kept: only the page is written then. `resume` replaces files that others left there.
     """
     options = options or LookOptions()
     if output is not None:
@@ -208,16 +209,8 @@ def look(
         "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
     }
     made = [folder / NAME, folder / SETS]
-    is_inside = output is not None and real_path(output).parent == real_path(folder)
     with locked(folder):
-        manifest = Manifest(folder)
-        is_done = manifest.is_done("look", inputs, force=force)
-        if is_done and resume and (output is None or output.exists()):
-            return read_cards(checked(folder / NAME))
-        if is_done:
-            found = read_cards(checked(folder / NAME))
-            notices = manifest.data["stages"]["look"]["notices"]
-        else:
+        if not Manifest(folder).is_done("look", inputs, force=force):
             for path in made:
                 refuse_output(path, "look", force or resume)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
@@ -225,26 +218,45 @@ def look(
             notices = cards.all_notices()
             for notice in notices:
                 warnings.warn(notice, stacklevel=2)
-        entry = {
-            "reads": reads,
-            "notices": notices,
-            "commands": _command(name, described, folder, output, options),
-        }
-        with writing("look", folder, [*made, *([output] if output and is_inside else [])]):
-            if not is_done:
+            with writing("look", folder, made):
                 atomic_write(folder / NAME, cards_bytes(found))
                 atomic_write(folder / SETS, sets.csv())
-            if not is_done or is_inside:
                 manifest = Manifest(folder)
                 if "model" not in manifest.data:
                     manifest.describe(versions=versions(), model=described)
-                manifest.finish("look", inputs, made, **entry)
-            # The page says how the cards were made, and not how it was itself.
-            if output is not None:
-                write_page(output, found, made_from(Manifest(folder).data))
-                if is_inside:
-                    manifest.finish("look", inputs, [*made, output], **entry)
-    return found
+                manifest.finish(
+                    "look",
+                    inputs,
+                    made,
+                    reads=reads,
+                    notices=notices,
+                    commands=_command(name, described, folder, output, options),
+                )
+        if output is not None:
+            show(folder, output)
+    return read_cards(folder / NAME)
+
+
+def show(folder: Path, output: Path) -> None:
+    """Write the page of a folder's cards; the manifest knows one that is in the folder.
+
+    The page says how the cards were made, and not how it was itself.
+    """
+    manifest, made = Manifest(folder), [folder / NAME, folder / SETS]
+    entry = dict(manifest.data["stages"]["look"])
+    page = page_of(read_cards(checked(folder / NAME)), made_from(manifest.data))
+    is_inside = real_path(output.parent) == real_path(folder)
+    with locked(folder), writing("look", folder, [output] if is_inside else []):
+        atomic_write(output, render(page).encode())
+        if is_inside:
+            inputs, reads = entry.pop("inputs"), [folder / name for name in entry.pop("reads")]
+            del entry["files"]
+            manifest.finish("look", inputs, [*made, output], reads=reads, **entry)
+
+
+def is_shown(folder: Path, output: Path) -> bool:
+    """Whether a page in the folder is that of its cards."""
+    return output.name in Manifest(folder).data["stages"]["look"]["files"]
 
 
 def made_from(manifest: Json) -> Json:
@@ -258,6 +270,7 @@ def made_from(manifest: Json) -> Json:
         for name, entry in manifest["stages"].items()
         if name == "look" or files & {*entry["files"]}
     }
+    stages["look"] = {**stages["look"], "files": [NAME, SETS]}
     known = {name: of for name, of in manifest["files"].items() if name in {*files, NAME, SETS}}
     about: Json = {k: manifest[k] for k in ("schema", "versions", "model") if k in manifest}
     return {**about, "stages": stages, "files": known}

@@ -134,6 +134,8 @@ JUDGED = (
 PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
+    (["report", "d", "-o", "r.html", "--width", "3in"], "--width", "with --figures FOLDER"),
+    (["report", "d", "-o", "r.html", "--format", "svg"], "--format", "with --figures FOLDER"),
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*GENERATE, "--top-k", "5"], "--top-k", "with --temperature"),

@@ -42,10 +42,12 @@ class Fence(NamedTuple):
 
 
 def fences(path: Path) -> list[Fence]:
-    """The blocks of a page in their order."""
+    """The blocks of a page in their order; a command stands in one of them, or within a line."""
     found: list[Fence] = []
     inside: list[str] | None = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if inside is None and re.match(r"\s+```|\s*~~~|\s+(\$ )?relneuron [a-z]+ ", line):
+            raise AssertionError(f"{path}:{number}: a block of another kind: {line}")
         if line.startswith("```"):
             if inside is None:
                 inside, language, first = [], line[3:], number
