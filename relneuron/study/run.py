@@ -37,7 +37,7 @@ from relneuron.model.questions import encode
 from relneuron.report.page import files_read, write_report
 from relneuron.study.facts import Facts
 from relneuron.study.gain import gain_study
-from relneuron.study.look import look
+from relneuron.study.look import is_shown, look, show
 from relneuron.study.pages import PAGES, titles
 from relneuron.study.settings import DEMO, DemoOptions, LookOptions, RunOptions
 from relneuron.texts.facts import Relation, split_facts
@@ -212,13 +212,12 @@ def make_study(
             identify(folder, neurons, ranking, force=True, quiet=quiet)
         # Without responses there is nothing to look at that was not seen before they went.
         if o.cards and responses.exists() and any(NeuronFile.read(neurons).sets.values()):
-            page = folder / "look.html"
             look(
                 name,
                 model,
                 tokenizer,
                 folder,
-                page,
+                None,
                 LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
                 backend=o.backend,
                 force=force,
@@ -284,6 +283,9 @@ def make_study(
         else:
             for place in (folder, *(folder / name for name in _WITHIN)):
                 _name_commands(place, [], _OF_A_MODEL)
+        # Its page says by which commands it was made, as they are known now.
+        if "look" in Manifest(folder).data["stages"] and not is_shown(folder, folder / "look.html"):
+            show(folder, folder / "look.html")
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / "report.html", force=force, resume=True)
