@@ -10,14 +10,41 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from relneuron.artifact.files import Json, atomic_write, sha256
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, sha256
 from relneuron.artifact.manifest import Manifest, differences, versions
 from relneuron.artifact.reading import parse_json
+
+
+def n_started() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started: the one that speaks."""
+    return n_started() == 1 or os.environ["RANK"] == "0"
+
+
+class Processes(Protocol):
+    """Those that share the blocks of a stage (model/ranks.Ranks); this one is number `rank`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def take(self) -> int:
+        """The next number, from 0 on, that none of them has taken."""
+
+    def wait(self) -> None:
+        """Until all of them are here."""
 
 
 class Journal:
@@ -29,61 +56,107 @@ class Journal:
     the lines stand for besides is for the stage to check, see `redo`. Used as a context manager,
     it also saves what is finished when the stage is interrupted. `before_commit` runs first: it
     makes safe what the lines stand for.
+
+    Several processes, `ranks`, each note the blocks of their own: the first one in `path`, number r
+    in `path`.r. The first one opens it before the others do, with all that any of them left.
     """
 
     SAVE_EVERY_S = 10.0
 
     def __init__(
-        self, path: Path, inputs: Json, before_commit: Callable[[], None] = lambda: None
+        self,
+        path: Path,
+        inputs: Json,
+        before_commit: Callable[[], None] = lambda: None,
+        ranks: Processes | None = None,
     ) -> None:
-        self.path, self.before_commit = path, before_commit
+        self.before_commit, self._ranks = before_commit, ranks
+        self._whole = path
+        number = ranks.rank if ranks is not None else 0
+        self.path = path.with_name(f"{path.name}.{number}") if number else path
         self._saved = time.monotonic()
         self._head = json.loads(json.dumps({"versions": versions(), "inputs": inputs}))
         self._last = ""  # the digest of the last line
         self._pending: list[str] = []
-        data = path.read_bytes() if path.exists() else b""
-        self.done, n_bytes = self._read(data)
-        if n_bytes:
-            # A cut last line must not join the next one.
-            os.truncate(path, n_bytes)
+        # Of the blocks that were not done: the keys asked for, and the number that is taken.
+        self._asked: list[str] = []
+        self._taken = -1
+        self.done: dict[str, Any] = {}
+        if self.is_first:
+            self._open()
         else:
-            self._write()
+            self._follow()
 
-    def _read(self, data: bytes) -> tuple[dict[str, Any], int]:
-        """The blocks that are as they were written, and where in the file they end."""
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes the results."""
+        return self.path == self._whole
+
+    @property
+    def is_shared(self) -> bool:
+        return self._ranks is not None and self._ranks.size > 1
+
+    def _open(self) -> None:
+        """Take over what each process of a run that was killed has noted."""
+        parts = self._parts()
+        self.done, n_bytes, self._last = self._read(self.path)
+        for part in parts:
+            self.done = self._read(part)[0] | self.done
+        if parts or not n_bytes:
+            self._write(self.done)
+            for part in parts:
+                part.unlink()
+        else:
+            # A cut last line must not join the next one.
+            os.truncate(self.path, n_bytes)
+
+    def _follow(self) -> None:
+        """Begin with what the first process has found."""
+        if not self._whole.exists():
+            raise RelneuronError(
+                f"{self._whole.parent} is not the folder that the first process writes to",
+                "give a folder that all processes share",
+            )
+        self.done = self._read(self._whole)[0]
+        self._write({})
+
+    def _parts(self) -> list[Path]:
+        """The journals of the other processes."""
+        found = self._whole.parent.glob(f"{escape(self._whole.name)}.*")
+        return sorted(path for path in found if path.suffix[1:].isdecimal())
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], int, str]:
+        """The blocks of a file that are as they were written, where they end, the last digest."""
+        data = path.read_bytes() if path.exists() else b""
         done: dict[str, Any] = {}
         lines, end, last = data.split(b"\n")[:-1], 0, ""
         for number, line in enumerate(lines):
             digest, _, text = line.partition(b" ")
             if _chained(last, text) != digest.decode(errors="replace"):
                 n_bad = len(lines) - number
-                self._warn(f"{n_bad} of {len(lines)} lines are not as they were written")
+                _warn(path, f"{n_bad} of {len(lines)} lines are not as they were written")
                 break
-            last = digest.decode()
-            value = parse_json(text.decode(), f"{self.path}, line {number + 1}", "delete it")
+            value = parse_json(text.decode(), f"{path}, line {number + 1}", "delete it")
             if number == 0 and value != self._head:
                 known = value if isinstance(value, dict) else {}
                 changed = "; ".join(differences(known, self._head))
-                self._warn(f"it is of other inputs ({changed})")
+                _warn(path, f"it is of other inputs ({changed})")
                 break
             if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
-                self._warn("a line is no block")
+                _warn(path, "a line is no block")
                 break
             if number:
                 done[str(value["key"])] = value["value"]
-            end, self._last = end + len(line) + 1, last
+            end, last = end + len(line) + 1, digest.decode()
         if data and not lines:
-            self._warn("it is cut short")
-        return done, end
+            _warn(path, "it is cut short")
+        return done, end, last
 
-    def _warn(self, why: str) -> None:
-        warnings.warn(f"{self.path}: {why}; what it noted there is done again", stacklevel=4)
-
-    def _write(self) -> None:
-        """The whole file: the head and all that is done."""
+    def _write(self, done: dict[str, Any]) -> None:
+        """The whole file: the head and what is done."""
         self._last = ""
         self._pending.clear()
-        blocks = [{"key": key, "value": value} for key, value in self.done.items()]
+        blocks = [{"key": key, "value": value} for key, value in done.items()]
         atomic_write(self.path, "".join(map(self._line, [self._head, *blocks])).encode())
 
     def _line(self, value: Json) -> str:
@@ -91,13 +164,46 @@ class Journal:
         self._last = _chained(self._last, text.encode())
         return f"{self._last} {text}\n"
 
+    def check(
+        self,
+        rows: Mapping[str, Sequence[int]],
+        field: str,
+        digest: Callable[[Sequence[int]], str | None],
+        what: str,
+    ) -> None:
+        """Have the finished blocks done again whose rows of a file are not as they were noted.
+
+        `rows` are those of each block; the `field` of a block's value notes their `digest`. The
+        first process does it before the others begin.
+        """
+        if self.is_first:
+            known = {key: own for key, own in rows.items() if key in self.done}
+            lost = [k for k, own in known.items() if self.done[k][field] != digest(own)]
+            self.redo(lost, f"rows of {what} are not as they were written")
+
     def redo(self, keys: Collection[str], why: str) -> None:
         """Forget finished blocks whose results are not as they were noted, and say so."""
         if keys:
             what = f"{len(keys)} of {len(self.done)} blocks are done again"
-            warnings.warn(f"{self.path}: {why}: {what}", stacklevel=2)
+            warnings.warn(f"{self.path}: {why}: {what}", stacklevel=3)
             self.done = {key: value for key, value in self.done.items() if key not in keys}
-            self._write()
+            self._write(self.done)
+
+    def takes(self, key: str) -> bool:
+        """Whether this process does a block now: it is not done, and no other one has taken it.
+
+        All processes ask for the same blocks in the same order; each goes on to the next one that
+        is free, so that a slow one does not hold the others.
+        """
+        if key in self.done:
+            return False
+        if self._ranks is None or self._ranks.size == 1:
+            return True
+        self._asked.append(key)
+        number = len(self._asked) - 1
+        if self._taken < number:
+            self._taken = self._ranks.take()
+        return self._taken == number
 
     def add(self, key: str, value: object) -> None:
         """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
@@ -106,6 +212,22 @@ class Journal:
         self.done[key] = block["value"]
         if time.monotonic() - self._saved > self.SAVE_EVERY_S:
             self.commit()
+
+    def together(self) -> None:
+        """Have in `done` the blocks of all processes, each of which has done its own."""
+        if self._ranks is None or self._ranks.size == 1:
+            return
+        self.commit()
+        self._ranks.wait()
+        for path in {self._whole, *self._parts()} - {self.path}:
+            self.done |= self._read(path)[0]
+        self._ranks.wait()  # the first one may then remove them
+        lost = [key for key in self._asked if key not in self.done]
+        if lost:
+            raise RelneuronError(
+                f"{self._whole.parent}: {len(lost)} blocks that other processes have done are lost",
+                "give a folder that all processes share, and run the same command again",
+            )
 
     def __enter__(self) -> Journal:
         return self
@@ -116,6 +238,8 @@ class Journal:
 
     def commit(self) -> None:
         """Append what was added and wait until it is on the disk."""
+        if not self._pending:  # the first process may have removed the file by now
+            return
         self.before_commit()
         with self.path.open("ab") as file:
             file.write("".join(self._pending).encode())
@@ -125,7 +249,12 @@ class Journal:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        for path in (*self._parts(), self._whole):
+            path.unlink(missing_ok=True)
+
+
+def _warn(path: Path, why: str) -> None:
+    warnings.warn(f"{path}: {why}; what it noted there is done again", stacklevel=5)
 
 
 def _chained(last: str, text: bytes) -> str:
@@ -137,14 +266,14 @@ def progress_bar(
 ) -> Any:
     """A stage's one progress bar: rate and time left, off when not a terminal or `quiet`.
 
-    In a notebook it is a widget. A `total` of None is not known yet; with `scale` numbers are shown
-    as 12.3k; `done` of them were done before.
+    In a notebook it is a widget; of several processes the first one shows it. A `total` of None is
+    not known yet; with `scale` numbers are shown as 12.3k; `done` of them were done before.
     """
     from tqdm.auto import tqdm
 
     # A notebook's output is no terminal, and shows widgets all the same.
     is_widget = any(one.__module__ == "tqdm.notebook" for one in tqdm.__mro__)
-    off = True if quiet else False if is_widget else None
+    off = True if quiet or not is_first() else False if is_widget else None
     return tqdm(total=total, desc=stage, unit=unit, unit_scale=scale, initial=done, disable=off)
 
 

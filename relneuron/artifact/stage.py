@@ -69,11 +69,13 @@ class Stage:
             its docstring the help, and what it yields, lines and `Printed`, is printed. The module
             imports no torch.
     needs   packages besides those of the command line
+    is_shared   whether the processes of torchrun share its work
     """
 
     name: str
     run: str
     needs: tuple[str, ...] = ()
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)

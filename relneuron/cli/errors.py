@@ -21,6 +21,7 @@ from rich.console import Console
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import install_command
+from relneuron.artifact.journal import n_started
 from relneuron.cli.flags import state
 
 _OTHER_PLACE = "give a path that exists, of the right kind"
@@ -65,6 +66,12 @@ def unraised(about: Any) -> None:
 
 def end(error: BaseException) -> NoReturn:
     """Say what an error is, and end the process."""
+    if n_started() > 1:
+        _end_together(error)
+    _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
     if state["interrupted"] or isinstance(error, KeyboardInterrupt | typer.Abort):
         fail("interrupted", f"go on with: relneuron {shlex.join(sys.argv[1:])}", 130)
     if isinstance(error, RelneuronError):
@@ -72,8 +79,6 @@ def end(error: BaseException) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # nobody reads on: relneuron ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _PEER.search(str(error)):
-        fail("another process of torchrun has ended", "see what it says, then go on", 1)
     number = _number(error)
     if number:
         where = place_of(error)
@@ -90,6 +95,21 @@ def end(error: BaseException) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     fail(f"{type(error).__name__}: {error}", _DEBUG, 1)
+
+
+def _end_together(error: BaseException) -> NoReturn:
+    """Of several processes that end, the first one says why; the others end as it does."""
+    from relneuron.model.ranks import OthersEnd, ended, linger
+
+    code = 130 if state["interrupted"] else getattr(error, "exit_code", 1)
+    saw = code != 130 and (isinstance(error, OthersEnd) or bool(_PEER.search(str(error))))
+    try:
+        other = ended(code, saw=saw)
+        if other is None:
+            _end(OthersEnd() if saw else error)
+        sys.exit(other)
+    finally:
+        linger()
 
 
 def _number(error: BaseException) -> int:

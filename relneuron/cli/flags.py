@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from relneuron.artifact.files import RelneuronError, check_place
 from relneuron.artifact.installed import need
+from relneuron.artifact.journal import n_started
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
@@ -184,7 +185,9 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
 class Command(TyperCommand):
     """A command that begins nothing that it cannot end."""
 
-    needs: dict[str, tuple[str, ...]] = {}  # of each command, filled by cli/main.py
+    # Of each command; filled by cli/main.py.
+    needs: dict[str, tuple[str, ...]] = {}
+    shared: set[str] = set()
 
     def get_short_help_str(self, limit: int = 45) -> str:
         """Its sentence in the list of commands, whole: the list breaks lines itself."""
@@ -194,6 +197,12 @@ class Command(TyperCommand):
         """Check the packages, the numbers and the output, then run."""
         name = str(self.name)
         need(f"relneuron {name}", *self.needs.get(name, ()))
+        if n_started() > 1 and name not in self.shared:
+            raise RelneuronError(
+                f"{name} is the work of one process, and torchrun started {n_started()}",
+                f"start it without torchrun: relneuron {name} ...",
+                2,
+            )
         flags = {p.name: p.opts[-1] for p in self.params}
         sources = {option: ctx.get_parameter_source(option) for option in ctx.params}
         _given[:] = [

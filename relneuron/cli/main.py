@@ -9,11 +9,13 @@ import io
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import relneuron
+from relneuron.artifact.journal import is_first, n_started
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, command
@@ -30,15 +32,15 @@ _EXCHANGE = "relneuron.cli.exchange"
 def stages() -> list[Stage]:
     """Every command, those that make a whole study first; a method brings its own."""
     return [
-        Stage("demo", f"{_HERE}:demo", (*_ASKS, *_DRAWS)),
-        Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS)),
+        Stage("demo", f"{_HERE}:demo", (*_ASKS, *_DRAWS), is_shared=True),
+        Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS), is_shared=True),
         Stage("prompts", f"{_HERE}:prompts", ("filelock",)),
         *(stage for method in methods() for stage in method.stages),
-        Stage("attribute", f"{_HERE}:attribute", _ASKS),
+        Stage("attribute", f"{_HERE}:attribute", _ASKS, is_shared=True),
         Stage("identify", f"{_HERE}:identify", _WORKS),
-        Stage("ablate", f"{_ABLATION}:ablate", _ASKS),
-        Stage("nll", f"{_ABLATION}:nll", _ASKS),
-        Stage("generate", f"{_ABLATION}:generate", _ASKS),
+        Stage("ablate", f"{_ABLATION}:ablate", _ASKS, is_shared=True),
+        Stage("nll", f"{_ABLATION}:nll", _ASKS, is_shared=True),
+        Stage("generate", f"{_ABLATION}:generate", _ASKS, is_shared=True),
         Stage("effect", f"{_ABLATION}:effect", _WORKS),
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
@@ -78,6 +80,7 @@ def make_app() -> Any:
     for stage in stages():
         app.command(stage.name, cls=Command)(command(load(stage.run), show))
     Command.needs = {stage.name: stage.needs for stage in stages()}
+    Command.shared = {stage.name for stage in stages() if stage.is_shared}
     return app
 
 
@@ -93,7 +96,14 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name's letters that it cannot say
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    if not is_first():
+        warnings.simplefilter("ignore")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
+        if n_started() > 1:
+            from relneuron.model.ranks import meet
+
+            meet()
         code = app(standalone_mode=False)
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt

@@ -1,22 +1,47 @@
-"""Several processes that share the batches of a pass: what `torchrun` started, or this one alone.
+"""Several processes that share the batches of a stage: what `torchrun` started, or this one alone.
 
-The corpus pass and the contrast of two models run under it; what they count is added up.
+Every stage that asks a model runs under `joined`. Passes add up what was counted (`passes.py`);
+stages with a journal take a batch each, the next one that is free (`sharing`). The first process
+alone holds the folder, writes and speaks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from relneuron.artifact.counts import RAN, Counts
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import n_started
+from relneuron.artifact.manifest import locked
 from relneuron.model.shards import n_parts, part_number
 
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
+
+distributed: Any = torch.distributed  # a torch may be built without some of it
+
+# Processes that are started together come soon; on a cluster not at once.
+MEET = timedelta(minutes=10)
+# The others wait for what the first one does alone, such as ranking for hours. One that ends closes
+# its connections, which the others see at once.
+WAIT = timedelta(days=2)
+# Seconds that a process which only saw another one end leaves it to say why.
+PATIENCE_S = 5.0
+
+
+class OthersEnd(RelneuronError):
+    """Another process ends, and says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of torchrun has ended", "see what it says, then go on")
 
 
 class Ranks:
@@ -26,16 +51,19 @@ class Ranks:
     the model. What it counts is then only of its own neurons.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, in_parts: bool = False) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank: int = 0, size: int = 1, *, in_parts: bool = False, store: Any = None
+    ) -> None:
+        self.rank, self.size, self.in_parts = rank, size, in_parts
         self.share, self.shares = (0, 1) if in_parts else (rank, size)
+        self._store, self._stage = store, 0
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values; all must call it at the same batch."""
         if self.size == 1:
             return value
         tensor = torch.tensor([value])
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return int(tensor)
 
     def total(self, value: int) -> int:
@@ -43,7 +71,7 @@ class Ranks:
         if self.shares == 1:
             return value
         tensor = torch.tensor([value])
-        torch.distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor)
         return int(tensor)
 
     def add(self, counts: AnyCounts) -> AnyCounts:
@@ -58,11 +86,72 @@ class Ranks:
         for name, array in own.items():
             tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
             op = "MAX" if name.startswith("max.") else "SUM"
-            torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, op))
+            distributed.all_reduce(tensor, getattr(distributed.ReduceOp, op))
             summed[name] = tensor.numpy()
         if RAN in summed:  # of several modules another one may have run the most
             summed["tokens"] = summed[RAN].max(axis=1)
         return type(counts).of_tensors(counts.groups, summed)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def take(self) -> int:
+        """The next number, from 0 on, that no process has taken in this stage."""
+        return int(self._store.add(f"taken {self._stage}", 1)) - 1
+
+    @contextmanager
+    def stage(self) -> Iterator[None]:
+        """All processes begin a stage together, and leave it when what it writes is there."""
+        self._stage += 1
+        self.wait()
+        yield
+        self.wait()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process goes through the block, then the others do, then all go on."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
+        self.wait()
+
+    def call(
+        self,
+        stage: Callable[..., Any],
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        *args: Any,
+        **asked: Any,
+    ) -> Any:
+        """`stage(name, model, tokenizer, ...)`, and have the others that `serve` call it, too."""
+        self._tell((stage, name, args, asked))
+        return stage(name, model, tokenizer, *args, **asked)
+
+    def serve(self, model: Any, tokenizer: Any) -> None:
+        """Call the stages that the first process does, until it is done with all."""
+        while True:
+            box: list[Any] = [None]
+            distributed.broadcast_object_list(box, src=0)
+            if box[0] is None:
+                return
+            stage, name, args, asked = box[0]
+            stage(name, model, tokenizer, *args, **asked)
+
+    def dismiss(self) -> None:
+        """Have the others that `serve` end."""
+        self._tell(None)
+
+    def _tell(self, what: object) -> None:
+        if self.size > 1:
+            distributed.broadcast_object_list([what], src=0)
+
+
+# --- processes that join ------------------------------------------------------------------------
 
 
 def local_device(device: str | None) -> str | None:
@@ -73,22 +162,110 @@ def local_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
+_MET: list[Any] = []  # where the processes meet, once they have
+_JOINED: list[Ranks] = []  # in the contexts that are open
+
+
+def meet() -> Any:
+    """What the processes tell each other by, before they join and when one of them ends."""
+    if not _MET:
+        try:
+            store, _, _ = next(distributed.rendezvous("env://", timeout=MEET))
+        except (RuntimeError, ValueError) as error:
+            raise RelneuronError(
+                f"the {n_started()} processes did not meet: {str(error).splitlines()[0]}",
+                f"start all of them within {MEET.seconds // 60} minutes, by torchrun",
+            ) from error
+        _MET.append(store)
+    return _MET[0]
+
+
 @contextmanager
 def joined(model: Any) -> Iterator[Ranks]:
-    """The processes that torchrun started, joined while the context lasts.
+    """The processes that torchrun started, joined while the context lasts; it may be nested.
 
-    Those that hold the model in parts are joined already. Counters are added on the host (gloo);
-    they are small, and wait for the device only when a checkpoint is written.
+    Those that hold the model in parts are joined already. What they tell each other goes from host
+    to host (gloo); it is small, and waits for the device only when a checkpoint is written.
     """
     if n_parts(model) > 1:
         yield Ranks(part_number(model), n_parts(model), in_parts=True)
         return
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if n_started() == 1:
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
+    if _JOINED:
+        with _JOINED[0].stage():
+            yield _JOINED[0]
+        return
+    rank, size = int(os.environ["RANK"]), n_started()
+    number = meet().add(f"joined by {rank}", 1)  # a process may join again
+    store = distributed.PrefixStore(f"joined {number}", meet())
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAIT)
+    _JOINED.append(Ranks(rank, size, store=store))
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        with _JOINED[0].stage():
+            yield _JOINED[0]
     finally:
-        torch.distributed.destroy_process_group()
+        _JOINED.clear()
+        distributed.destroy_process_group()
+
+
+def held(folder: Path, ranks: Ranks) -> Any:
+    """The folder's lock, for the one process that writes."""
+    return locked(folder) if ranks.rank == 0 else nullcontext()
+
+
+@contextmanager
+def sharing(model: Any, folder: Path, *, rows: bool = False) -> Iterator[Ranks]:
+    """The processes that share the blocks of a stage's journal in `folder`, held by the first one.
+
+    `rows`: each of them also writes rows of one file there, which takes one machine.
+    """
+    with joined(model) as ranks, held(folder, ranks):
+        if ranks.in_parts:
+            raise RelneuronError(
+                f"the model is held in {ranks.size} parts, and this takes a whole one",
+                "load it without --tensor-parallel-size, or with --device-map auto",
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        if rows and here < ranks.size:
+            raise RelneuronError(
+                f"{here} of {ranks.size} processes are on this machine, and all write one file",
+                "start them on one machine",
+                2,
+            )
+        yield ranks
+
+
+# --- processes that end -------------------------------------------------------------------------
+
+
+def ended(code: int, *, saw: bool = False) -> int | None:
+    """None if this process is the first one to end, and says why; else how that one ended.
+
+    `code` is its exit code. If it only `saw` another one end, that one is first for a while.
+    """
+    if not _MET:
+        return None
+    # One that is gone may be the one that keeps what they tell: nobody is there to ask.
+    with suppress(RuntimeError):
+        store = distributed.PrefixStore("ended", _MET[0])
+        until = time.monotonic() + (PATIENCE_S if saw else 0)
+        while time.monotonic() < until and not store.add("n", 0):
+            time.sleep(0.05)
+        if store.add("n", 1) > 1:
+            store.wait(["code"], timedelta(seconds=PATIENCE_S))
+            return int(store.get("code"))
+        store.set("code", str(code))
+    return None
+
+
+def linger() -> None:
+    """Leave the others a while to see how this process ended, if it keeps what they tell."""
+    if not _MET or "TORCHELASTIC_USE_AGENT_STORE" in os.environ or os.environ["RANK"] != "0":
+        return
+    until = time.monotonic() + PATIENCE_S
+    with suppress(RuntimeError):
+        store = distributed.PrefixStore("ended", _MET[0])
+        while time.monotonic() < until and store.add("n", 0) < n_started():
+            time.sleep(0.05)

@@ -16,7 +16,7 @@ _ASKS = ("transformers", "tqdm", "filelock")
 
 METHOD = Method(
     stages=(
-        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS),
+        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS, is_shared=True),
         Stage("probe", f"{_HERE}.commands:probe", (*_ASKS, "sklearn")),
     ),
     rankings=(

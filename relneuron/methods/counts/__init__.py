@@ -12,7 +12,9 @@ _OF = {"reads": "counts.safetensors", "of": "counts", "run": f"{_HERE}.commands:
 
 METHOD = Method(
     stages=(
-        Stage("count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock")),
+        Stage(
+            "count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock"), is_shared=True
+        ),
         Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
     ),
     rankings=(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,13 +40,10 @@ def count(
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
     from relneuron.model.load import load
-    from relneuron.model.ranks import local_device
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)
     found = parse_sources(sources, **vars(reading))
-    if load_options.tensor_parallel_size is None:
-        load_options = replace(load_options, device=local_device(load_options.device))
     loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
     found, processor = with_pictures(found, model, loaded, load_options.revision)
     counted = count_stage(
@@ -63,8 +58,6 @@ def count(
         force=force,
         quiet=quiet,
     )
-    if int(os.environ.get("RANK", "0")):
-        return
     if counted is None:
         yield f"{output} holds this count already"
         return

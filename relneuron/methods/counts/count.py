@@ -24,7 +24,6 @@ from relneuron.model.checkpoint import (
     Position,
     Saver,
     drop_checkpoint,
-    held,
     interruptible,
     refusal,
     write_checkpoint,
@@ -33,7 +32,7 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.pictures import Processor, picture_run
-from relneuron.model.ranks import joined
+from relneuron.model.ranks import OthersEnd, held, joined
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -157,7 +156,7 @@ def count(
             refused = refusal(folder / CHECKPOINT, folder / NAME, inputs, force=force)
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
-            raise refused or RelneuronError("the first process refused", "see what it says")
+            raise refused or OthersEnd()
         job = _job(
             processor,
             tokenizer,
