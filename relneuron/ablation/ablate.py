@@ -53,7 +53,7 @@ from relneuron.artifact.effects import (
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
 from relneuron.artifact.installed import need
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, versions
+from relneuron.artifact.manifest import Manifest, checked, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
@@ -70,6 +70,7 @@ from relneuron.model.questions import (
     encode,
     given_object,
 )
+from relneuron.model.ranks import sharing
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
 
@@ -228,8 +229,9 @@ def ablate_prompts(
     inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, pair)
     inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
-    with locked(output.parent):
-        journal = Journal(output.parent / "ablate.journal", inputs)
+    with sharing(model, output.parent) as ranks:
+        with ranks.in_turn():
+            journal = Journal(output.parent / "ablate.journal", inputs, ranks=ranks)
         evaluator = Evaluator(
             asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
@@ -256,6 +258,8 @@ def ablate_prompts(
                 about = (condition, p.relation, split_name(p, own), p.id)
                 effects.append((*about, *values, *chosen))
         accuracy = accuracy_rows(effects)
+        if ranks.rank:
+            return accuracy
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
         written = {
             output: _table_bytes(output, effects),

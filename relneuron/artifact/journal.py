@@ -289,7 +289,7 @@ def is_unfinished(output: Path, stage: str) -> bool:
     known = Manifest(output.parent).data
     if known["files"].get(output.name, {}).get("sha256") != sha256(output):
         return True
-    with suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError, FileNotFoundError):  # other processes look, too
         head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
         if head["inputs"] == known["stages"][stage]["inputs"]:
             journal.unlink()

@@ -72,7 +72,7 @@ def end(error: BaseException) -> NoReturn:
 
 
 def _end(error: BaseException) -> NoReturn:
-    if state["interrupted"] or isinstance(error, KeyboardInterrupt | typer.Abort):
+    if _is_interrupt(error):
         fail("interrupted", f"go on with: relneuron {shlex.join(sys.argv[1:])}", 130)
     if isinstance(error, RelneuronError):
         fail(error.cause, error.fix, error.exit_code)
@@ -97,11 +97,15 @@ def _end(error: BaseException) -> NoReturn:
     fail(f"{type(error).__name__}: {error}", _DEBUG, 1)
 
 
+def _is_interrupt(error: BaseException) -> bool:
+    return state["interrupted"] or isinstance(error, KeyboardInterrupt | typer.Abort)
+
+
 def _end_together(error: BaseException) -> NoReturn:
     """Of several processes that end, the first one says why; the others end as it does."""
     from relneuron.model.ranks import OthersEnd, ended, linger
 
-    code = 130 if state["interrupted"] else getattr(error, "exit_code", 1)
+    code = 130 if _is_interrupt(error) else getattr(error, "exit_code", 1)
     saw = code != 130 and (isinstance(error, OthersEnd) or bool(_PEER.search(str(error))))
     try:
         other = ended(code, saw=saw)

@@ -7,10 +7,8 @@ As stage_crash.py, whose stages these are: every process is a fork of one that i
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,27 +25,50 @@ import relneuron.methods.gradients.attribute
 import relneuron.methods.responses.record
 import relneuron.model.load
 import relneuron.study.run
-from relneuron.artifact.journal import Journal
 from relneuron.cli import main as cli
 from tests.kit.count_crash import code_of, free_port, join
 from tests.kit.stage_crash import Study, files_of
 
 SMALL = ("--batch-tokens", 64, "--quiet")  # tokens of a batch: many batches
-FIRST = ("prompts", "identify")  # commands of one process, for what follows
+# In their order; those of one process make what the others read.
+STAGES = ("prompts", "record", "identify", "ablate", "generate", "nll", "attribute", "ig")
+STAGES = (*STAGES, "relevance")
+ALONE = ("prompts", "identify")
 
 
 class Shared(Study):
     """Commands of one process or of several, each a fork."""
 
     def words(self, stage: str, place: Path) -> list[str]:
+        """The command of a stage, in many small batches."""
         model, prompts, neurons = self.model, place / "prompts.jsonl", place / "neurons.json"
+        texts = {name: self.folder / f"{name}.txt" for name in "ab"}
+        for name, text in texts.items():
+            if not text.exists():
+                text.write_text(f"Person{ord(name)} eats plum. He lives in Oslo.\n" * 40)
         found: dict[str, list[Any]] = {
-            "record": ["record", model, prompts, "-o", place, *SMALL],
-            "ablate": ["ablate", model, neurons, prompts, "-o", place / "effects.csv", *SMALL],
+            "record": [model, prompts, "-o", place],
+            "ablate": [model, neurons, prompts, "-o", place / "effects.csv", "--random-seeds", 1],
+            "generate": [model, prompts, "-o", place / "said.jsonl", "--neurons", neurons],
+            "nll": [
+                model,
+                neurons,
+                *(f"{n}={t}" for n, t in texts.items()),
+                "-o",
+                place,
+                "--window",
+                16,
+            ],
+            "attribute": [model, prompts, "-o", place],
+            "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
+            "relevance": [model, prompts, "-o", place, "--method", "relevance"],
         }
-        if stage in found:
-            return [str(word) for word in found[stage]]
-        return super().words(stage, place)
+        if stage not in found:
+            return super().words(stage, place)
+        found["generate"] += ["--off", "lives_in", "--max-new-tokens", 2]
+        found["nll"] += ["--windows", 4, "--workers", 1]
+        name = "attribute" if stage in ("ig", "relevance") else stage
+        return [str(word) for word in (name, *found[stage], *SMALL)]
 
     def start(self, words: Sequence[str], before: Callable[[], object]) -> int:
         """Begin a command; the process id."""
@@ -104,21 +125,27 @@ def load_once(model: Path) -> None:
     relneuron.model.load.load_tokenizer = lambda *_, **__: tokenizer
 
 
+def whole(study: Shared, stage: str, base: Path, sizes: Sequence[int]) -> Path:
+    """The folder of one process's run, which any number of them makes, too."""
+    for size in (1, *sizes):
+        place = study.folder / f"{stage} {size}"
+        shutil.copytree(base, place)
+        assert study.ranks(study.words(stage, place), size) == [0] * size, study.said()
+        expected = files_of(study.folder / f"{stage} 1")
+        found = files_of(place)
+        wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+        assert not wrong, (stage, size, wrong)
+    return study.folder / f"{stage} 1"
+
+
 def main(*words: str) -> None:
     folder, model, facts = map(Path, words[:3])
     load_once(model)
-    study = Shared(folder, model, facts)
-    place = folder / "one"
-    for stage in ("prompts", "record"):
-        assert study.ranks(study.words(stage, place), 1) == [0], study.said()
-    base = files_of(place)
-    for size in (2, 3, 4):
-        place = folder / str(size)
-        assert study.ranks(study.words("prompts", place), 1) == [0], study.said()
-        t = time.time()
-        codes = study.ranks(study.words("record", place), size)
-        print(size, codes, time.time() - t, study.said())
-        assert files_of(place) == base, files_of(place).keys()
+    study, base = Shared(folder, model, facts), folder / "empty"
+    base.mkdir()
+    for stage in STAGES:
+        base = whole(study, stage, base, () if stage in ALONE else (2, 3))
+        print(stage, time.process_time())
 
 
 if __name__ == "__main__":
