@@ -233,13 +233,12 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, KeyboardInterrupt):
+        # Without more to note there may be no file: the first process removes those of all.
+        if self._pending and (kind is None or issubclass(kind, KeyboardInterrupt)):
             self.commit()
 
     def commit(self) -> None:
         """Append what was added and wait until it is on the disk."""
-        if not self._pending:  # the first process may have removed the file by now
-            return
         self.before_commit()
         with self.path.open("ab") as file:
             file.write("".join(self._pending).encode())

@@ -103,7 +103,7 @@ def _is_interrupt(error: BaseException) -> bool:
 
 def _end_together(error: BaseException) -> NoReturn:
     """Of several processes that end, the first one says why; the others end as it does."""
-    from relneuron.model.ranks import OthersEnd, ended, linger
+    from relneuron.model.meeting import OthersEnd, ended, linger
 
     code = 130 if _is_interrupt(error) else getattr(error, "exit_code", 1)
     saw = code != 130 and (isinstance(error, OthersEnd) or bool(_PEER.search(str(error))))

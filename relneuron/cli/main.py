@@ -87,6 +87,16 @@ def make_app() -> Any:
 app = make_app()
 
 
+def _run_together() -> Any:
+    """Run it in one of several processes, which end together."""
+    from relneuron.model.meeting import leave, meet
+
+    meet(end)
+    code = app(standalone_mode=False)
+    leave()
+    return code
+
+
 def main() -> None:
     """Run the command line and turn every error into one line of cause and one of fix."""
     # Read by transformers when, and if, a command imports it.
@@ -101,9 +111,9 @@ def main() -> None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         if n_started() > 1:
-            from relneuron.model.ranks import meet
+            from relneuron.model.meeting import meet
 
-            meet()
+            meet(end)
         code = app(standalone_mode=False)
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt

@@ -8,9 +8,8 @@ alone holds the folder, writes and speaks.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,26 +21,14 @@ from relneuron.artifact.counts import RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import locked
+from relneuron.model.meeting import distributed, meet
 from relneuron.model.shards import n_parts, part_number
 
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
 
-distributed: Any = torch.distributed  # a torch may be built without some of it
-
-# Processes that are started together come soon; on a cluster not at once.
-MEET = timedelta(minutes=10)
 # The others wait for what the first one does alone, such as ranking for hours. One that ends closes
 # its connections, which the others see at once.
 WAIT = timedelta(days=2)
-# Seconds that a process which only saw another one end leaves it to say why.
-PATIENCE_S = 5.0
-
-
-class OthersEnd(RelneuronError):
-    """Another process ends, and says why."""
-
-    def __init__(self) -> None:
-        super().__init__("another process of torchrun has ended", "see what it says, then go on")
 
 
 class Ranks:
@@ -162,22 +149,7 @@ def local_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
-_MET: list[Any] = []  # where the processes meet, once they have
 _JOINED: list[Ranks] = []  # in the contexts that are open
-
-
-def meet() -> Any:
-    """What the processes tell each other by, before they join and when one of them ends."""
-    if not _MET:
-        try:
-            store, _, _ = next(distributed.rendezvous("env://", timeout=MEET))
-        except (RuntimeError, ValueError) as error:
-            raise RelneuronError(
-                f"the {n_started()} processes did not meet: {str(error).splitlines()[0]}",
-                f"start all of them within {MEET.seconds // 60} minutes, by torchrun",
-            ) from error
-        _MET.append(store)
-    return _MET[0]
 
 
 @contextmanager
@@ -235,37 +207,3 @@ def sharing(model: Any, folder: Path, *, rows: bool = False) -> Iterator[Ranks]:
                 2,
             )
         yield ranks
-
-
-# --- processes that end -------------------------------------------------------------------------
-
-
-def ended(code: int, *, saw: bool = False) -> int | None:
-    """None if this process is the first one to end, and says why; else how that one ended.
-
-    `code` is its exit code. If it only `saw` another one end, that one is first for a while.
-    """
-    if not _MET:
-        return None
-    # One that is gone may be the one that keeps what they tell: nobody is there to ask.
-    with suppress(RuntimeError):
-        store = distributed.PrefixStore("ended", _MET[0])
-        until = time.monotonic() + (PATIENCE_S if saw else 0)
-        while time.monotonic() < until and not store.add("n", 0):
-            time.sleep(0.05)
-        if store.add("n", 1) > 1:
-            store.wait(["code"], timedelta(seconds=PATIENCE_S))
-            return int(store.get("code"))
-        store.set("code", str(code))
-    return None
-
-
-def linger() -> None:
-    """Leave the others a while to see how this process ended, if it keeps what they tell."""
-    if not _MET or "TORCHELASTIC_USE_AGENT_STORE" in os.environ or os.environ["RANK"] != "0":
-        return
-    until = time.monotonic() + PATIENCE_S
-    with suppress(RuntimeError):
-        store = distributed.PrefixStore("ended", _MET[0])
-        while time.monotonic() < until and store.add("n", 0) < n_started():
-            time.sleep(0.05)

@@ -8,7 +8,9 @@ As stage_crash.py, whose stages these are: every process is a fork of one that i
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,16 +26,19 @@ import relneuron.ablation.nll
 import relneuron.methods.gradients.attribute
 import relneuron.methods.responses.record
 import relneuron.model.load
+import relneuron.model.meeting
 import relneuron.study.run
+from relneuron.artifact.journal import Journal
 from relneuron.cli import main as cli
 from tests.kit.count_crash import code_of, free_port, join
-from tests.kit.stage_crash import Study, files_of
+from tests.kit.stage_crash import QUICK, Study, files_of
 
 SMALL = ("--batch-tokens", 64, "--quiet")  # tokens of a batch: many batches
 # In their order; those of one process make what the others read.
 STAGES = ("prompts", "record", "identify", "ablate", "generate", "nll", "attribute", "ig")
 STAGES = (*STAGES, "relevance")
 ALONE = ("prompts", "identify")
+RUN = ("--eva", 8, "--random-seeds", 1, "--analyses", "concepts,gain,perplexity")
 
 
 class Shared(Study):
@@ -62,6 +67,7 @@ class Shared(Study):
             "attribute": [model, prompts, "-o", place],
             "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
             "relevance": [model, prompts, "-o", place, "--method", "relevance"],
+            "run": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
         }
         if stage not in found:
             return super().words(stage, place)
@@ -138,14 +144,91 @@ def whole(study: Shared, stage: str, base: Path, sizes: Sequence[int]) -> Path:
     return study.folder / f"{stage} 1"
 
 
+def at_work(folder: Path) -> Callable[[int], object]:
+    """What has blocks take a moment, and be safe at once; `folder` hears who has met the others."""
+
+    def act(rank: int) -> None:
+        add, meet = Journal.add, relneuron.model.meeting.meet
+
+        def slow(journal: Journal, key: str, value: object) -> None:
+            time.sleep(0.01)
+            add(journal, key, value)
+
+        def noted(*asked: Any) -> Any:
+            store = meet(*asked)
+            (folder / f"met {rank}").touch()
+            return store
+
+        Journal.SAVE_EVERY_S, Journal.add = 0.0, slow  # type: ignore[method-assign]
+        relneuron.model.meeting.PATIENCE_S = 0.2
+        relneuron.model.meeting.meet = noted
+
+    return act
+
+
+def codes_within(pids: Sequence[int], seconds: float) -> list[int]:
+    """The exit codes of processes that end soon, 128 + its number if a signal ended one."""
+    until, codes = time.monotonic() + seconds, dict[int, int]()
+    while len(codes) < len(pids):
+        assert time.monotonic() < until, f"{len(pids) - len(codes)} of {len(pids)} do not end"
+        for pid in {*pids} - {*codes}:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                codes[pid] = code if code >= 0 else 128 - code
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] = (2, 3, 4)) -> int:
+    """SIGKILL any process at a random moment, `n` times: all end. How often it was at work.
+
+    Others, in another number, go on, and whoever comes to the end leaves the bytes of one process.
+    """
+    rng = random.Random(stage)
+    expected = files_of(whole(study, stage, base, ()))
+    place = study.folder / f"{stage} killed"
+    n_hit, took = 0, 0.8
+    for number in range(n + 1):
+        if not place.exists():
+            shutil.copytree(base, place)
+        began = time.monotonic()
+        met = study.folder / "met"
+        shutil.rmtree(met, ignore_errors=True)
+        met.mkdir()
+        pids = study.begin(study.words(stage, place), rng.choice(sizes), at_work(met))
+        while len([*met.iterdir()]) < len(pids):
+            time.sleep(0.01)
+        if number < n:
+            time.sleep(rng.uniform(0, took))
+            os.kill(rng.choice(pids), signal.SIGKILL)
+        codes = codes_within(pids, 60)
+        n_hit += 128 + signal.SIGKILL in codes
+        found = files_of(place)
+        is_done = all(code == 0 for code in codes) or "exists" in study.said()
+        assert is_done or number < n, (codes, study.said())
+        if is_done:
+            wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+            assert not wrong, (stage, number, wrong)
+            shutil.rmtree(place)
+            took = time.monotonic() - began
+    return n_hit
+
+
 def main(*words: str) -> None:
     folder, model, facts = map(Path, words[:3])
     load_once(model)
     study, base = Shared(folder, model, facts), folder / "empty"
     base.mkdir()
-    for stage in STAGES:
-        base = whole(study, stage, base, () if stage in ALONE else (2, 3))
-        print(stage, time.process_time())
+    stages = words[3:] or STAGES
+    for stage in stages:
+        t = time.time()
+        if stage in ALONE:
+            base = whole(study, stage, base, ())
+        else:
+            print(killed(study, stage, base, 20))
+            base = folder / f"{stage} 1"
+        print(stage, time.time() - t)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ from relneuron.model.checkpoint import (
 )
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import fallbacks
+from relneuron.model.meeting import OthersEnd
 from relneuron.model.pair import Pair
 from relneuron.model.questions import Questions, encode
-from relneuron.model.ranks import OthersEnd, held, joined
+from relneuron.model.ranks import held, joined
 from relneuron.texts.prompts import chat_wrap
 from relneuron.texts.tokens import policy_text
 

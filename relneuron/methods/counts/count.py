@@ -30,9 +30,10 @@ from relneuron.model.checkpoint import (
 )
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.meeting import OthersEnd
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.pictures import Processor, picture_run
-from relneuron.model.ranks import OthersEnd, held, joined
+from relneuron.model.ranks import held, joined
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
