@@ -30,8 +30,8 @@ MEET = timedelta(minutes=10)  # processes are started together; on a cluster not
 PATIENCE_S = 2.0
 _LOOK_EVERY_S = 0.2
 
-# Where the processes meet, once they have: a store of keys and values; and the same on a line of its
-# own, as one on which a value is waited for takes no other call.
+# Where the processes meet, once they have: a store of keys and values; and the same on a line of
+# its own, as one on which a value is waited for takes no other call.
 _MET: list[Any] = []
 _ENDING = threading.Lock()  # this process ends once
 

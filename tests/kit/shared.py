@@ -1,12 +1,14 @@
 """Stages that several processes share, as torchrun starts them: whole, killed, refused.
 
 study/test_shared.py runs it, by hand:
-    python -m tests.kit.shared FOLDER MODEL FACTS STAGE...
+    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|run N
 As stage_crash.py, whose stages these are: every process is a fork of one that imported torch.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import random
 import shutil
@@ -144,15 +146,22 @@ def whole(study: Shared, stage: str, base: Path, sizes: Sequence[int]) -> Path:
     return study.folder / f"{stage} 1"
 
 
-def at_work(folder: Path) -> Callable[[int], object]:
-    """What has blocks take a moment, and be safe at once; `folder` hears who has met the others."""
+def at_work(
+    folder: Path, on_block: Callable[[int, int], object] = lambda rank, number: time.sleep(0.01)
+) -> Callable[[int], object]:
+    """What has blocks be safe at once, and `on_block(rank, how many it has done)` come before each.
+
+    `folder` hears who has met the others, and of each block who has done it.
+    """
 
     def act(rank: int) -> None:
         add, meet = Journal.add, relneuron.model.meeting.meet
+        did = os.open(folder / f"did {rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def slow(journal: Journal, key: str, value: object) -> None:
-            time.sleep(0.01)
+            on_block(rank, os.fstat(did).st_size)
             add(journal, key, value)
+            os.write(did, b".")
 
         def noted(*asked: Any) -> Any:
             store = meet(*asked)
@@ -193,11 +202,9 @@ def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] =
         if not place.exists():
             shutil.copytree(base, place)
         began = time.monotonic()
-        met = study.folder / "met"
-        shutil.rmtree(met, ignore_errors=True)
-        met.mkdir()
+        met = fresh(study.folder / "met")
         pids = study.begin(study.words(stage, place), rng.choice(sizes), at_work(met))
-        while len([*met.iterdir()]) < len(pids):
+        while len([*met.glob("met *")]) < len(pids):
             time.sleep(0.01)
         if number < n:
             time.sleep(rng.uniform(0, took))
@@ -215,20 +222,81 @@ def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] =
     return n_hit
 
 
+def fresh(folder: Path) -> Path:
+    """An empty folder, where there may have been one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def shares(study: Shared, base: Path) -> list[int]:
+    """Two processes, one of them slow: how many blocks each did."""
+    place, noted = study.folder / "slow", fresh(study.folder / "noted")
+    shutil.copytree(base, place)
+
+    def wait(rank: int, number: int) -> None:
+        time.sleep(0.1 * rank)
+
+    codes = study.ranks(study.words("record", place), 2, at_work(noted, wait))
+    assert codes == [0, 0], study.said()
+    assert study.said().count("->") == 1  # one process speaks
+    assert files_of(place) == files_of(study.folder / "record 1")
+    return [(noted / f"did {rank}").stat().st_size for rank in range(2)]
+
+
+def ends(study: Shared, base: Path) -> None:
+    """What is refused, or fails in one process, ends all, with one message; then it goes on."""
+    place = study.folder / "ends"
+    shutil.copytree(base, place)
+    words = study.words("record", place)
+
+    def refused(codes: list[int], cause: str, fix: str, *asked: Any) -> None:
+        assert study.ranks(*asked) == codes, study.said()
+        lines = study.said().splitlines()
+        assert len(lines) == 2 and cause in lines[0] and fix in lines[1], lines
+
+    (place / "validated.csv").write_text("mine")
+    refused([2, 2], "validated.csv exists", "--force", words, 2)
+    (place / "validated.csv").unlink()
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused([1, 1, 1], "another process is writing to", "wait for it", words, 3)
+    identify = study.words("identify", place)
+    refused([2, 2], "identify is the work of one process", "without torchrun", identify, 2)
+    assert files_of(place) == files_of(base)
+
+    def fail(rank: int, number: int) -> None:
+        if rank and number == 2:
+            raise MemoryError
+
+    noted = fresh(study.folder / "noted")
+    asked = (words, 3, at_work(noted, fail))
+    refused([1, 1, 1], "MemoryError", "--debug", *asked)
+    assert (place / "record.journal").exists() and (place / "record.journal.1").exists()
+    assert study.ranks(words, 2) == [0, 0], study.said()
+    assert files_of(place) == files_of(study.folder / "record 1")
+
+
 def main(*words: str) -> None:
     folder, model, facts = map(Path, words[:3])
+    what, n = words[3], int(words[4])
     load_once(model)
-    study, base = Shared(folder, model, facts), folder / "empty"
-    base.mkdir()
-    stages = words[3:] or STAGES
-    for stage in stages:
-        t = time.time()
-        if stage in ALONE:
-            base = whole(study, stage, base, ())
-        else:
-            print(killed(study, stage, base, 20))
+    study, base = Shared(folder, model, facts), fresh(folder / "empty")
+    found: Any = {}
+    if what == "quick":
+        base = whole(study, "prompts", base, ())
+        whole(study, "record", base, (2,))
+        found = shares(study, base)
+        ends(study, base)
+    for stage in {"stages": STAGES, "run": ("run",)}.get(what, ()):
+        sizes = () if stage in ALONE else (2, 3, 4)
+        if n and sizes:
+            found[stage] = killed(study, stage, base, n)
             base = folder / f"{stage} 1"
-        print(stage, time.time() - t)
+        else:
+            base = whole(study, stage, base, sizes[: 1 if stage == "run" else 3])
+            found[stage] = len(sizes)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
