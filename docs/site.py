@@ -1,16 +1,88 @@
-"""What mkdocs.yml asks of Python: links out of docs/ lead to the repository."""
+"""What mkdocs.yml asks of Python: the pages in order, links out of docs/, the list of commands."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
-# Of docs/api, `../` is docs itself.
-_OUTWARD = re.compile(r"\]\(\.\./")
+# The pages in the order in which one comes to need them. A page that is named by no section is
+# taken in by `*`, so that a new one needs no list to join.
+SECTIONS = {
+    "Start": ("index", "installing", "python", "symptoms"),
+    "How to": ("howto/my-model", "howto/*", "pictures", "*"),
+    "Methods": (
+        "methods/index",
+        "methods/ap",
+        "methods/*",
+        "facts",
+        "contrast",
+        "patching",
+        "effects",
+    ),
+    "Ops": ("ops/index", "ops/swiglu_stats", "ops/*", "backend", "gain"),
+    "Reference": ("api/*",),
+    "Benchmarks": ("truth", "rankings", "zoo"),
+}
+# Of a page in a folder of docs, `../` is docs itself.
+_LINK = re.compile(r"\]\(((?:\.\./)+)")
+_COMMANDS = "<!-- commands -->"
+
+
+def order(pages: list[str]) -> dict[str, list[str]]:
+    """The pages of each section, by their paths without suffix; each page is in one section."""
+    found: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    named = {name for names in SECTIONS.values() for name in names}
+    left = sorted(pages)
+    for is_pattern in (False, True):
+        for section, names in SECTIONS.items():
+            for name in names:
+                for page in [page for page in left if _takes(name, page)]:
+                    if is_pattern or page in named:
+                        found[section].append(page)
+                        left.remove(page)
+    # A pattern's pages stand where it stands.
+    for section, names in SECTIONS.items():
+        found[section].sort(key=lambda page: [_takes(name, page) for name in names].index(True))
+    return found
+
+
+def _takes(name: str, page: str) -> bool:
+    """Whether a name, or a pattern of one folder, is that of a page."""
+    return name.count("/") == page.count("/") and fnmatchcase(page, name)
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """The navigation, from the pages that are there."""
+    pages = [file.src_uri.removesuffix(".md") for file in files.documentation_pages()]
+    config["nav"] = [
+        {section: [f"{page}.md" for page in own]} for section, own in order(pages).items()
+    ]
+    return files
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> str:
     """A page's text: `../bench/x.py` is a file of the checkout, on the site one of its address."""
-    if "/" in page.file.src_uri:
-        return markdown
-    return _OUTWARD.sub(f"]({config['repo_url']}/blob/main/", markdown)
+    depth = page.file.src_uri.count("/")
+    place = f"]({config['repo_url']}/blob/main/"
+
+    def outward(link: re.Match[str]) -> str:
+        ups = link[1].count("../")
+        return place if ups == depth + 1 else link[0]
+
+    markdown = _LINK.sub(outward, markdown)
+    if _COMMANDS in markdown:
+        markdown = markdown.replace(_COMMANDS, "\n".join(commands()))
+    return markdown
+
+
+def commands() -> Iterator[str]:
+    """What `relneuron COMMAND --help` prints, of every command."""
+    from typer.testing import CliRunner
+
+    from relneuron.cli.main import app, stages
+
+    for stage in stages():
+        shown = CliRunner().invoke(app, [stage.name, "--help"], prog_name="relneuron")
+        yield f"## {stage.name}\n\n```text\n{shown.output.strip()}\n```\n"

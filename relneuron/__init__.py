@@ -42,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "NeuronFile": "artifact.neurons",
+    "NeuronLM": "ablation.harness.lm",
     "RelneuronError": "artifact.files",
     "Study": "study.folder",
     "ablate": "model.instrument",

@@ -1,4 +1,7 @@
-"""The commands that switch sets of neurons off: ablate, nll, generate; effect of what was said."""
+"""The commands that switch sets of neurons off: ablate, nll, generate, eval.
+
+And effect, of what was said.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from relneuron.ablation.options import AblateOptions, EffectOptions, GenerateOptions, NllOptions
+from relneuron.ablation.effect_options import EffectOptions
+from relneuron.ablation.harness.options import EvalOptions
+from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
 from relneuron.artifact.files import check_folder, require
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import (
@@ -16,6 +21,7 @@ from relneuron.artifact.options import (
     Named,
     Neurons,
     Output,
+    PlaceOptions,
     Prompts,
 )
 from relneuron.artifact.prompts import read_prompts, read_questions
@@ -38,7 +44,14 @@ def ablate(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv."""
+    """Switch each relation's neurons off and ask again: effects (.csv, .parquet), accuracy.csv.
+
+    Examples:
+      relneuron ablate Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
+          -o study/effects.csv
+      relneuron ablate Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
+          -o halved/effects.csv --mode scale --factor 0.5 --analyses sizes --sizes 10,50,200
+    """
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
     from relneuron.ablation.pictured import processor_for
     from relneuron.model.instrument import Clock
@@ -122,7 +135,13 @@ def nll(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """How well the model reads each group's text without each set of neurons: nll.csv."""
+    """How well the model reads each group's text without each set of neurons: nll.csv.
+
+    Examples:
+      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt -o counts
+      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt -o counts-random \\
+          --random-sets 3 --windows 64
+    """
     from relneuron.ablation.nll import nll as nll_stage
     from relneuron.model.load import load
     from relneuron.texts.sources import parse_sources
@@ -184,6 +203,14 @@ def generate(
 
     These are another group's mean (--set), or what --mode says: another model's values at every
     token (--mode patch --from MODEL), stored means, or noise.
+
+    Examples:
+      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons counts/neurons.json \\
+          --off clean,en,zh -o outputs.jsonl
+      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons two/neurons.json \\
+          --off clean,donor,contrast --mode patch --from tuned -o two/outputs.jsonl
+      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons counts/neurons.json \\
+          --set zh -o in-chinese.jsonl --max-new-tokens 64
     """
     from relneuron.ablation.generate import generate as generate_stage
     from relneuron.ablation.outputs import score_table
@@ -210,6 +237,35 @@ def generate(
     yield f"{len(made):,} outputs -> {output}"
 
 
+def run_tasks(
+    model: Model,
+    output: Output,
+    options: EvalOptions,
+    load_options: PlaceOptions,
+    neurons: Annotated[
+        Path | None, Named("A neurons.json with the sets of --off and --set.")
+    ] = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> Iterator[str | Printed]:
+    """Tasks of lm-evaluation-harness, clean and with neurons off or set: eval.csv, eval.json.
+
+    Clean results are those of the harness's own hf model. Each set is a run beside the clean one;
+    --random-seeds adds random sets of its size.
+    """
+    from relneuron.ablation.harness.stage import check_neurons, evaluate, score_table
+    from relneuron.model.load import load
+
+    check_folder(output)
+    check_neurons(neurons, options)
+    if neurons is not None:
+        NeuronFile.read(neurons)
+    loaded, tokenizer = load(model, load_options)
+    scores = evaluate(model, loaded, tokenizer, neurons, output, options, force=force, quiet=quiet)
+    yield score_table(scores, options.tasks)
+    yield f"-> {output / 'eval.csv'}"
+
+
 def effect(
     outputs: Annotated[Path, Argument("OUTPUTS", "The .jsonl of generate --from.")],
     output: Output,
@@ -217,7 +273,12 @@ def effect(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """How much of the donor's change of a cost patched neurons cause: effect.csv."""
+    """How much of the donor's change of a cost patched neurons cause: effect.csv.
+
+    Examples:
+      relneuron effect two/outputs.jsonl --cost costs.csv:cost -o two/effect.csv
+      relneuron effect two/outputs.jsonl --cost mymodule:cost -o two/effect.csv
+    """
     from relneuron.ablation.effect import effect as effect_stage
     from relneuron.ablation.effect import effect_table
 

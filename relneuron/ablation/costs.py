@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from relneuron.ablation.effect_options import OUTPUT, EffectOptions
 from relneuron.ablation.measures import find_function
-from relneuron.ablation.options import OUTPUT, EffectOptions
 from relneuron.ablation.outputs import Generated
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import need

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relneuron.ablation.costs import COSTS, find_price
+from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.measures import INSIDE, resampled
-from relneuron.ablation.options import CLEAN, DONOR, EffectOptions
+from relneuron.ablation.options import CLEAN, DONOR
 from relneuron.ablation.outputs import Generated, read_outputs
 from relneuron.artifact.files import (
     RelneuronError,

@@ -13,14 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from relneuron.ablation.conditions import (
     Ablation,
-    Places,
     empty_sets,
     module_conditions,
-    other_places,
     read_sets,
 )
 from relneuron.ablation.continuer import Continuer
@@ -31,6 +27,7 @@ from relneuron.ablation.exchange import (
     from_donor,
     stored_moments,
 )
+from relneuron.ablation.masks import named_masks
 from relneuron.ablation.measures import find_measure
 from relneuron.ablation.noise import FromNoise, prompt_key
 from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
@@ -43,16 +40,14 @@ from relneuron.ablation.outputs import (
     score_rows,
 )
 from relneuron.ablation.pictured import alone, find_for, first_inputs, pictured_inputs
-from relneuron.ablation.steer import mean_activations, steering_states
+from relneuron.ablation.steer import steering_patch
 from relneuron.artifact.counts import NAME
-from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
     csv_bytes,
     refuse_overwrite,
-    require,
     sha256,
 )
 from relneuron.artifact.journal import Journal, progress_bar
@@ -66,7 +61,6 @@ from relneuron.model.load import describe_model
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.pair import Pair
-from relneuron.model.patch import Patch
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import encode
 from relneuron.model.ranks import sharing
@@ -103,8 +97,7 @@ def plan_masks(
 ) -> dict[str, list[Ablation]]:
     """The masks asked for, each once, and what is off under each, in which prompts.
 
-    A set that is named is off in all prompts; of a set of modules each prompt's own group is. The
-    random sets of a set follow it: `random.<seed>`, of several sets `random.<seed>.<set>`.
+    A set that is named is off in all prompts; of a set of modules each prompt's own group is.
     """
     sets, _ = read_sets(neurons, shape)
     if options.module_sets:
@@ -112,36 +105,16 @@ def plan_masks(
         for row, prompt in enumerate(prompts):
             asked.setdefault(prompt.relation, []).append(row)
         return module_conditions(sets, shape, asked)
-    models = (CLEAN, DONOR) if options.mode == "patch" else (CLEAN,)
-    for name in models:
-        if name in sets:
-            raise RelneuronError(f"a set is named {name}, as is a model itself", "rename the set")
-    known = dict.fromkeys(models, np.empty(0, np.int64)) | sets
-    plan: dict[str, list[Ablation]] = {}
-
-    def add(name: str, places: Places, kind: str, **about: Any) -> None:
-        if name in plan:
-            raise RelneuronError(f"two masks are named {name}", "rename the set")
-        condition = Condition(name, kind, n_neurons=len(places), **about)
-        plan[name] = [Ablation(condition, np.sort(places), range(len(prompts)))]
-
-    several, products = len(options.sets_off) > 1, options.mode != "zero"
-    for name in dict.fromkeys(name or CLEAN for name in options.off):
-        check_set(name, known)
-        add(name, known[name], name if name in models else "set")
-        for seed in range(options.random_seeds if name in sets else 0):
-            drawn = other_places(sets[name], shape, seed, name, products=products)
-            own = f"random.{seed}.{name}" if several else f"random.{seed}"
-            add(own, drawn, "random", relation=name, seed=seed)
-    return plan
-
-
-def check_set(name: str, known: Any) -> None:
-    """Refuse a name that is no set's."""
-    if name not in known:
-        raise RelneuronError(
-            f"the neurons have no set {name!r}", f"use some of {', '.join(known)}", 2
-        )
+    found = named_masks(
+        sets,
+        options.off,
+        shape,
+        models=(CLEAN, DONOR) if options.mode == "patch" else (CLEAN,),
+        random_seeds=options.random_seeds,
+        products=options.mode != "zero",
+        prompts=range(len(prompts)),
+    )
+    return {ablation.condition.name: [ablation] for ablation in found}
 
 
 def generate(
@@ -203,7 +176,7 @@ def generate(
     counts = (options.counts or neurons_path.parent) / NAME if set_to else None
     steering: Any = nullcontext()
     if set_to and counts:
-        steering = steering_patch(mlps, neurons, set_to, counts, backend)
+        steering = steering_patch(mlps, neurons, set_to, counts, backend=backend)
     n_new = options.max_new_tokens
     questions = encode(
         tokenizer, model, prompts, answers=False, n_tokens=n_new, processor=processor
@@ -312,18 +285,3 @@ def check_answers(prompts: Sequence[Prompt]) -> None:
             f"--measure scores answers, and {listed(without)} has none",
             "give each line its answers: a text, or a list of all that are right",
         )
-
-
-def steering_patch(
-    mlps: Sequence[Part], neurons: NeuronFile, name: str, counts: Path, backend: str
-) -> Patch:
-    """A patch that sets the neurons of a set to their mean activation."""
-    check_set(name, neurons.sets)
-    if not neurons.sets[name]:
-        raise RelneuronError(
-            f"no neuron to set to its mean: the set {name} has none",
-            "give a set with neurons: identify with other options, such as a larger --top-rate",
-        )
-    require(counts, "count MODEL GROUP=TEXT... -o DIR --moments")
-    means = mean_activations(counts.parent, name, model_shape(mlps))
-    return Patch(mlps, steering_states(mlps, [[]], neurons.sets[name], means), backend=backend)

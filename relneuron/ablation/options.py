@@ -1,4 +1,4 @@
-"""What `ablate`, `nll`, `generate` and `effect` are asked for: what is off, and what is measured.
+"""What `ablate`, `nll` and `generate` are asked for: what is off, and what is measured.
 
 The stages, their commands and study/run.py take these options.
 """
@@ -10,17 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import (
-    LoadOptions,
-    Only,
-    OomOptions,
-    Options,
-    escaped,
-    like,
-    option,
-    unescaped,
-)
+from relneuron.artifact.options import Only, OomOptions, option
+from relneuron.artifact.papers import ANLS, EXPERTS, GAIN, LAPE, MMNEURON, SAFETY
 from relneuron.artifact.prompts import SPLITS
+from relneuron.artifact.words import escaped, unescaped
 from relneuron.texts.options import PackingOptions
 
 CHOOSE = ("acc", "acc_norm")
@@ -35,6 +28,9 @@ EXCHANGES = ("zero", "patch", *STORED)
 CLEAN, DONOR = "clean", "donor"  # the model itself, and the one that values come from
 FROM_RESPONSES = ("mean", *FORCED)  # modes that need what was recorded
 MEANS_OF = ("all", "relation")
+# Headings of the help.
+OFF, ASKED, BESIDE = "What becomes of the neurons", "What is asked", "What it is compared with"
+MEASURED = "What is measured"
 POSITIONS = ("all", "prompt", "last")
 SCALE_AT = ("output", "product")
 
@@ -57,20 +53,26 @@ class AblateOptions(OomOptions):
     greatest one divided by the option's number of characters.
     """
 
+    PANEL = OFF
+
     splits: Sequence[str] = option(
         ("eva", "eva2"),
-        "Prompts to ask when neurons are off: eva, eva2, det, or several of them.",
+        "Prompts to ask when neurons are off.",
         choices=SPLITS,
         some=True,
+        panel=ASKED,
     )
-    random_seeds: int = option(10, "Number of random neuron sets to compare with.", least=0)
+    random_seeds: int = option(
+        10, "Number of random neuron sets to compare with.", least=0, panel=BESIDE
+    )
     analyses: Sequence[str] = option(
         (),
-        "Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
-        "concepts, gain, perplexity.",
+        "Analyses beside the main one; main stands for none.",
         choices=ANALYSES,
         names={"main": (), "all": ANALYSES},
         is_set=True,
+        papers={"gain": GAIN},
+        panel=BESIDE,
     )
     sizes: Sequence[int] | None = option(
         None,
@@ -78,12 +80,14 @@ class AblateOptions(OomOptions):
         least=1,
         is_set=True,
         only=Only("with --analyses sizes", lambda o: "sizes" in o.analyses),
+        panel=BESIDE,
     )
     mode: str = option(
         "zero",
         "What a neuron's output becomes: zero, mean, scale; patch, another model's value; or of "
         "its responses p50 or p90 on the relation's positives, off_mean on its negatives.",
         choices=MODES,
+        papers={"patch": SAFETY, **dict.fromkeys(FORCED, EXPERTS)},
     )
     donor: str | None = option(
         None,
@@ -116,11 +120,13 @@ class AblateOptions(OomOptions):
         "Ask each set only the prompts of its relation or fact, and so many others, drawn; "
         "default: all.",
         least=0,
+        panel=ASKED,
     )
     generate: int | None = option(
         None,
         "Answer with so many tokens of free text, which are right if they begin with the object.",
         least=1,
+        panel=ASKED,
     )
     any_set: bool = option(False, "Also switch off sets that no prompt's relation has.")
     accept_object_prefix: bool = option(
@@ -129,6 +135,7 @@ class AblateOptions(OomOptions):
         only=Only(
             "without --generate and --choose", lambda o: o.generate is None and o.choose is None
         ),
+        panel=ASKED,
     )
     choose: str | None = option(
         None,
@@ -136,11 +143,13 @@ class AblateOptions(OomOptions):
         "probable one by its characters (acc_norm).",
         choices=CHOOSE,
         only=Only("without --generate", lambda o: o.generate is None),
+        panel=ASKED,
     )
     module_sets: bool = option(
         False,
         "Also switch off, of each relation's neurons and for its own prompts, those in each of a "
         "vision-language model's sets of modules: language, vision, ..., all.",
+        papers={"": MMNEURON},
     )
     batch_tokens: int = option(4096, "Tokens of a batch, padding included.", least=1)
 
@@ -165,6 +174,8 @@ def check_donor(donor: str | None, mode: str) -> None:
 class NllOptions(PackingOptions, OomOptions):
     """What of each text is read, and under which masks beside the sets."""
 
+    PANEL = "What is read"
+
     windows: int = option(256, "Maximum number of windows of each group.", least=1)
     join: str | None = option(
         None,
@@ -175,7 +186,7 @@ class NllOptions(PackingOptions, OomOptions):
         only=Only("with --packing packed", lambda o: o.mode == "packed"),
     )
     random_sets: int = option(
-        0, "Number of random sets, each as large as the largest set.", least=0
+        0, "Number of random sets, each as large as the largest set.", least=0, panel=BESIDE
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
     workers: int | None = option(
@@ -187,18 +198,15 @@ STOP = ("\nQ:", "\nA:")  # arXiv 2402.16438: the next question of the model's ow
 
 
 @dataclass(frozen=True)
-class GenerateOptions(OomOptions):
-    """Which neurons are off or set to a mean, and how text is made.
-
-    Text is made greedily from float32 logits after a repetition penalty: a token of the prompt or
-    of the output has its logit divided by `repetition_penalty` if it is positive, times it
-    otherwise (arXiv 1909.05858). With a `temperature` it is sampled (`continuer.sample`), once with
-    each of the seeds 0 to `seeds` - 1; a prompt's draw is the same whatever is off.
+class ExchangeOptions(OomOptions):
+    """Which neurons are off, or set to what, while a text goes on.
 
     `mode` says what becomes of a set's neurons (arXiv 2406.14144): `zero`, or of their products
     `patch`, those of the model `donor` at the same tokens, `mean`, a stored mean of them, or
     `noise`, themselves and noise of so many stored standard deviations.
     """
+
+    PANEL = OFF
 
     off: Sequence[str] = option(
         (CLEAN,),
@@ -210,9 +218,12 @@ class GenerateOptions(OomOptions):
         "What the sets' neurons become: zero; patch, their value in another model that reads the "
         "same text; mean, their stored mean; noise, themselves and noise.",
         choices=EXCHANGES,
+        papers=dict.fromkeys(("patch", *STORED), SAFETY),
     )
     donor: str | None = option(
-        None, "Model whose values the neurons get, with --mode patch.", flag="from"
+        None,
+        "Model whose values the neurons get, with --mode patch.",
+        flag="from",
     )
     moments: Path | None = option(
         None,
@@ -238,7 +249,12 @@ class GenerateOptions(OomOptions):
         least=0,
         only=Only("with a set in --off", lambda o: bool(o.sets_off)),
     )
-    set_to: str | None = option(None, "Set whose neurons get their mean activation.", flag="set")
+    set_to: str | None = option(
+        None,
+        "Set whose neurons get their mean activation.",
+        flag="set",
+        papers={"": LAPE},
+    )
     counts: Path | None = option(
         None,
         "Folder with the counts (made with --moments) of --set; default: that of the neurons.",
@@ -248,7 +264,22 @@ class GenerateOptions(OomOptions):
         False,
         "In place of --off: of each prompt's own group switch off the neurons of each of a "
         "vision-language model's sets of modules: none, language, vision, ..., all.",
+        papers={"": MMNEURON},
     )
+
+
+@dataclass(frozen=True)
+class GenerateOptions(ExchangeOptions):
+    """Which neurons are off or set to a mean, and how text is made.
+
+    Text is made greedily from float32 logits after a repetition penalty: a token of the prompt or
+    of the output has its logit divided by `repetition_penalty` if it is positive, times it
+    otherwise (arXiv 1909.05858). With a `temperature` it is sampled (`continuer.sample`), once with
+    each of the seeds 0 to `seeds` - 1; a prompt's draw is the same whatever is off.
+    """
+
+    PANEL = "How text is made"
+
     max_new_tokens: int = option(256, "Maximum number of new tokens per output.", least=1)
     repetition_penalty: float = option(
         1.1, "The logits of tokens that stood before are divided by this; 1 is none.", above=0
@@ -281,8 +312,11 @@ class GenerateOptions(OomOptions):
     )
     measure: str | None = option(
         None,
-        "Score the outputs by the prompts' answers: exact, anls, letter, or a function of your own "
-        "as module:function.",
+        "Score the outputs by the prompts' answers; a function of your own is named as "
+        "module:function.",
+        papers={"anls": ANLS},
+        panel=MEASURED,
+        offers=("exact", "anls", "letter", "MODULE:FUNCTION"),
     )
     anls_threshold: float = option(
         0.5,
@@ -290,11 +324,14 @@ class GenerateOptions(OomOptions):
         above=0,
         most=1,
         only=Only("with --measure anls", lambda o: o.measure == "anls"),
+        panel=MEASURED,
     )
     lens: int | None = option(
         None,
         "Read the layers of so many tokens of each output by the logit lens: entropy, top tokens.",
         least=1,
+        papers={"": MMNEURON},
+        panel=MEASURED,
         only=Only("without --from", lambda o: o.donor is None),
     )
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
@@ -336,50 +373,3 @@ class GenerateOptions(OomOptions):
     def n_seeds(self) -> int:
         """How often a prompt is asked: greedy text is the same with every seed."""
         return self.seeds if self.temperature is not None else 1
-
-
-OUTPUT = "{output}"
-_CLASSIFIER = Only("with a classifier as --cost", lambda o: Path(o.cost).is_dir())
-
-
-@dataclass(frozen=True)
-class EffectOptions(Options):
-    """What an output costs, whoever says it."""
-
-    cost: str = option(
-        "",
-        "What an output costs: FILE.csv:COLUMN (a row by mask and id, and seed if there are "
-        "several), a folder with a classifier of texts, or a function of a prompt and an output "
-        "as module:function.",
-    )
-    label: str | None = option(
-        None, "Which of the classifier's logits is the cost: a name or a number.", only=_CLASSIFIER
-    )
-    template: str | None = option(
-        None,
-        "What the classifier reads, such as 'USER: {prompt} ASSISTANT: {output}'; default: the "
-        "prompt and the output behind it.",
-        read=unescaped,
-        show=escaped,
-        only=_CLASSIFIER,
-    )
-    batch_tokens: int = option(
-        8192, "Tokens of a batch, padding included.", least=1, only=_CLASSIFIER
-    )
-    dtype: str | None = like(LoadOptions, "dtype", only=_CLASSIFIER)
-    device: str | None = like(LoadOptions, "device", only=_CLASSIFIER)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.cost:
-            raise RelneuronError(
-                "--cost does not say what an output costs",
-                "give FILE.csv:COLUMN, a classifier's folder, or module:function",
-                2,
-            )
-        if self.template is not None and self.template.count(OUTPUT) != 1:
-            raise RelneuronError(
-                f"the template {self.template!r} does not have {OUTPUT} once",
-                f"use 'USER: {{prompt}} ASSISTANT: {OUTPUT}', say",
-                2,
-            )

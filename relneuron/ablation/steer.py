@@ -1,6 +1,7 @@
 """Steering: the neurons of one group at zero, those of another at their mean activation.
 
-`generate` calls it, and users who steer a model of their own (Tang et al., arXiv 2402.16438).
+`generate` and `eval` call it, and users who steer a model of their own (Tang et al., arXiv
+2402.16438).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from relneuron.ablation.masks import check_set
 from relneuron.artifact.counts import NAME, Counts
-from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.files import RelneuronError, require
 from relneuron.artifact.manifest import checked
-from relneuron.artifact.neurons import check_neurons
+from relneuron.artifact.neurons import NeuronFile, check_neurons
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, mask_states, replacements
 
 Array = np.ndarray[Any, Any]
@@ -93,3 +96,18 @@ def steering_states(
         if new:
             state.replace = (state.replace or {}) | new
     return states
+
+
+def steering_patch(
+    mlps: Sequence[Part], neurons: NeuronFile, name: str, counts: Path, **how: Any
+) -> Patch:
+    """A patch that sets the neurons of a set to their mean activation; `how` are a Patch's own."""
+    check_set(name, neurons.sets)
+    if not neurons.sets[name]:
+        raise RelneuronError(
+            f"no neuron to set to its mean: the set {name} has none",
+            "give a set with neurons: identify with other options, such as a larger --top-rate",
+        )
+    require(counts, "count MODEL GROUP=TEXT... -o DIR --moments")
+    means = mean_activations(counts.parent, name, model_shape(mlps))
+    return Patch(mlps, steering_states(mlps, [[]], neurons.sets[name], means), **how)

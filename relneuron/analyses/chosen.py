@@ -15,7 +15,7 @@ from relneuron.analyses import overlap_effect
 from relneuron.analyses.study import Study
 from relneuron.artifact.files import Json
 from relneuron.artifact.neurons import SITES, Neuron, Shape
-from relneuron.report import kit
+from relneuron.report import figures, kit
 from relneuron.report.page import Section
 from relneuron.report.tables import NBSP, Cell, Table, label, n_of, percent, significant
 
@@ -38,7 +38,7 @@ def chosen(study: Study) -> list[Section]:
             "Bars: sum over the relations. Squares: one relation. gate and up are the outputs of "
             "gate_proj and up_proj, down the output of down_proj, q, k, v and o those of the "
             "attention's projections, where they were recorded.",
-            [kit.layers_plot(count, list(study.sets), sites)] if count.any() else [],
+            [figures.layers_plot(count, list(study.sets), sites)] if count.any() else [],
             tables,
         )
     ]
@@ -93,7 +93,7 @@ def overlap(study: Study) -> Section:
         seen,
         "Number of neurons that two sets have in common; the frames hold the sizes of the sets. "
         f"Bold: more than two random sets would share (hypergeometric test, q ≤ {kit.SURE}).",
-        [kit.overlap_heatmap(table)],
+        [figures.overlap_heatmap(table)],
         [("overlap", table)],
     )
 

@@ -28,13 +28,14 @@ OTHERS: dict[str, Any] = {
     "mec": kit.MUTED,
     "mew": 1.3,
 }
+# Kinds of wrong answers: title, colour, and lines that tell colours apart that are alike in grey.
 ERROR_TITLES = {
-    "empty": ("empty", "#b9c0c9"),
-    "article": ("article or punctuation", "#66ccee"),
-    "repeats_prompt": ("words of the prompt", "#4477aa"),
-    "same_relation": ("object of the relation", "#ee7733"),
-    "other_relation": ("object of another relation", "#aa3377"),
-    "other": ("something else", "#59636f"),
+    "empty": ("empty", "#b9c0c8", ""),
+    "article": ("article or punctuation", "#66ccee", "/" * 5),
+    "repeats_prompt": ("words of the prompt", "#4477aa", ""),
+    "same_relation": ("object of the relation", "#ee7733", ""),
+    "other_relation": ("object of another relation", "#aa3377", "\\" * 5),
+    "other": ("something else", "#59636f", ""),
 }
 TICKS = (0.1, 1, 10, 20, 33, 50, 67, 80, 90, 100, 110, 125, 150, 200, 300, 500)
 TICKS += tuple(10**n for n in range(3, 12))
@@ -44,7 +45,7 @@ def texts(table: Table, name: str) -> list[str]:
     return [str(cell) for cell in table.column(name)]
 
 
-def splits_plot(table: Table) -> str:
+def splits_plot(table: Table) -> kit.Drawing:
     """Mean drops by kind of prompt."""
     names = [split_title(split) for split in texts(table, "split")]
     with kit.figure() as fig:
@@ -56,7 +57,7 @@ def splits_plot(table: Table) -> str:
         marks = [kit.mark("own neurons off", c=kit.OFF), kit.mark("other sets off", **OTHERS)]
         marks.append(kit.mark("random neurons off", marker="s", ms=5.5, c=kit.RANDOM))
         kit.legend(fig, marks[: 3 if np.isfinite(random).any() else 2], kit.ROW * len(names) + 0.3)
-        return kit.inline(fig, "splits", "Mean accuracy drop by kind of prompt")
+        return kit.inline(fig, "splits", "Mean accuracy drop by kind of prompt", table)
 
 
 def _drops(ax: Axes, own: Array, others: Array, *drawn: Array) -> None:
@@ -73,7 +74,7 @@ def _drops(ax: Axes, own: Array, others: Array, *drawn: Array) -> None:
     ax.set(xlim=(least, 100), xticks=(0, 50, 100), xlabel="accuracy lost, %")
 
 
-def versatility_plot(table: Table) -> str:
+def versatility_plot(table: Table) -> kit.Drawing:
     """How many neurons are in just 1, 2, ... sets."""
     n_sets, n_neurons = (table.floats(name) for name in table.columns[:2])
     with kit.figure() as fig:
@@ -87,10 +88,10 @@ def versatility_plot(table: Table) -> str:
         step = -(-len(n_sets) // MOST_BARS)
         ax.set_xticks(n_sets[::step], [kit.whole(x) for x in n_sets[::step]])
         ax.set_title("neurons", loc="left", fontsize=8.5, color=kit.MUTED, pad=14)
-        return kit.inline(fig, "versatility", "Neurons by the number of sets they are in")
+        return kit.inline(fig, "versatility", "Neurons by the number of sets they are in", table)
 
 
-def sizes_plot(table: Table, n_columns: int = 4) -> str:
+def sizes_plot(table: Table, n_columns: int = 4) -> kit.Drawing:
     """Accuracy against the number of neurons: their mean over relations, then each relation."""
     relations = list(dict.fromkeys(texts(table, "relation")))
     names = ["mean of the relations", *relations] if len(relations) > 1 else relations
@@ -114,9 +115,11 @@ def sizes_plot(table: Table, n_columns: int = 4) -> str:
             marks.append(
                 kit.mark("its 95 % interval", c=kit.OFF, alpha=0.25, lw=7, ls="-", marker="")
             )
-        marks.append(kit.mark("mean of the others, %", c=kit.MUTED, ls="-", lw=1.6, ms=4))
+        marks.append(
+            kit.mark("mean of the others, %", c=kit.MUTED, ls="--", lw=1.3, marker="D", ms=4)
+        )
         kit.legend(fig, marks, n_rows * (high + gap) - gap + 0.35)
-        return kit.inline(fig, "sizes", "Accuracy by number of neurons switched off")
+        return kit.inline(fig, "sizes", "Accuracy by number of neurons switched off", table)
 
 
 def _sizes_panel(ax: Axes, table: Table, is_mean: bool) -> None:
@@ -131,7 +134,7 @@ def _sizes_panel(ax: Axes, table: Table, is_mean: bool) -> None:
 
     if not is_mean:
         ax.fill_between(x, curve("own_low"), curve("own_high"), color=kit.OFF, alpha=0.25, lw=0)
-    ax.plot(x, curve("others"), "-o", color=kit.MUTED, lw=1.3, ms=3, clip_on=False)
+    ax.plot(x, curve("others"), "--D", color=kit.MUTED, lw=1.3, ms=3, clip_on=False)
     ax.plot(x, curve("own"), "-o", color=kit.OFF, lw=1.6, ms=3, clip_on=False)
     ax.set(ylim=(0, 100), yticks=(0, 50, 100))
     ax.tick_params(labelsize=7.5)
@@ -156,7 +159,7 @@ def _thousands(n: float) -> str:
     return f"{n / 1000:.3g}k" if n >= 1000 else f"{n:g}"
 
 
-def cumulativity_plot(table: Table, summary: Table) -> str:
+def cumulativity_plot(table: Table, summary: Table) -> kit.Drawing:
     """Cumulativity by range of ranks: each relation, their mean, and over all prompts."""
     first, last = summary.floats("from"), summary.floats("to")
     x = np.arange(len(first))
@@ -185,10 +188,10 @@ def cumulativity_plot(table: Table, summary: Table) -> str:
             kit.mark("a relation", c=kit.RANDOM, ms=4),
         ]
         kit.legend(fig, marks, 2.2)
-        return kit.inline(fig, "cumulativity", "Cumulativity by range of ranks")
+        return kit.inline(fig, "cumulativity", "Cumulativity by range of ranks", table)
 
 
-def sites_plot(table: Table) -> str:
+def sites_plot(table: Table) -> kit.Drawing:
     """Drops with only gate, up or down neurons off, and with the relation's own set."""
     relations = list(dict.fromkeys(texts(table, "relation")))
     with kit.figure() as fig:
@@ -206,10 +209,10 @@ def sites_plot(table: Table) -> str:
             kit.mark("mean of the others", **OTHERS),
         ]
         kit.legend(fig, marks, kit.ROW * len(relations) + 0.45)
-        return kit.inline(fig, "sites", "Accuracy drop by type of neuron")
+        return kit.inline(fig, "sites", "Accuracy drop by type of neuron", table)
 
 
-def concept_heatmaps(table: Table) -> list[str]:
+def concept_heatmaps(table: Table) -> list[kit.Drawing]:
     """Neurons that relations share with concepts, and the relations' drops with a concept off."""
     rows, columns, found = kit.pivot(table, "relation", "concept", "shared", "drop", "q_value")
     shared, drop = found["shared"], 100 * found["drop"]
@@ -220,16 +223,20 @@ def concept_heatmaps(table: Table) -> list[str]:
     with kit.figure() as fig:
         kit.matrix(fig, rows, columns, shared, blues, sure=found["q_value"] <= kit.SURE)
         kit.scale(fig, blues, [0, top], ["0", f"{top:,} shared neurons"])
-        drawn.append(kit.inline(fig, "concepts", "Neurons that relations share with concepts"))
+        drawn.append(
+            kit.inline(fig, "concepts", "Neurons that relations share with concepts", table)
+        )
     if np.isfinite(drop).any():
         with kit.figure() as fig:
             kit.matrix(fig, rows, columns, drop, reds)
             kit.scale(fig, reds, [-100, 0, 100], ["≤ −100, gained", "0 % lost", "100"])
-            drawn.append(kit.inline(fig, "concepts1", "Accuracy drop with a concept's neurons off"))
+            drawn.append(
+                kit.inline(fig, "concepts1", "Accuracy drop with a concept's neurons off", table)
+            )
     return drawn
 
 
-def perplexity_plot(table: Table) -> str:
+def perplexity_plot(table: Table) -> kit.Drawing:
     """Perplexity with the own set off in % of that before, and with random sets, on a log axis."""
     names = texts(table, "relation")
     before, own = table.floats("before"), table.floats("own")
@@ -256,7 +263,7 @@ def perplexity_plot(table: Table) -> str:
         if np.isfinite(random).any():
             marks.append(kit.mark("random neurons off", marker="s", ms=5.5, c=kit.RANDOM))
         kit.legend(fig, marks, kit.ROW * len(names) + 0.4)
-        return kit.inline(fig, "perplexity", "Perplexity of neutral sentences")
+        return kit.inline(fig, "perplexity", "Perplexity of neutral sentences", table)
 
 
 def _ppl(value: float) -> str:
@@ -274,7 +281,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return sorted(ticks)
 
 
-def resilience_plot(table: Table) -> str:
+def resilience_plot(table: Table) -> kit.Drawing:
     """How many facts outlive their set, and how sure the model was of both kinds before."""
     names = texts(table, "relation")
     y = np.arange(len(names))
@@ -300,19 +307,25 @@ def resilience_plot(table: Table) -> str:
         kit.legend(fig, marks, kit.ROW * len(names) + 0.4)
         dots = [kit.mark("lost", c=kit.OFF), kit.mark("kept", **kit.BEFORE)]
         kit.legend(fig, dots, kit.ROW * len(names) + 0.4, left=3.3)
-        return kit.inline(fig, "resilience", "Facts that outlive their set and facts that do not")
+        return kit.inline(
+            fig, "resilience", "Facts that outlive their set and facts that do not", table
+        )
 
 
-def errors_plot(table: Table) -> str:
+def errors_plot(table: Table) -> kit.Drawing:
     """What lost answers become, by kind; beside it the most common wrong answer."""
     names = texts(table, "relation")
     y = np.arange(len(names))
     with kit.figure() as fig:
         ax = kit.rows_axes(fig, names, width=4.2)
         left = np.zeros(len(names))
-        for kind, (_, colour) in ERROR_TITLES.items():
+        looks: dict[str, dict[str, Any]] = {
+            kind: {"fc": colour, "hatch": hatch, "ec": kit.LIGHT, "lw": 0}
+            for kind, (_, colour, hatch) in ERROR_TITLES.items()
+        }
+        for kind, look in looks.items():
             n = table.floats(kind)
-            ax.barh(y, n, height=0.55, left=left, color=colour)
+            ax.barh(y, n, height=0.55, left=left, **look)
             left = left + n
         ax.set(xlim=(0, max(1, left.max())), xlabel="answers lost")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
@@ -321,10 +334,10 @@ def errors_plot(table: Table) -> str:
         kit.beside(ax, "most common", notes)
         kit.legend(
             fig,
-            [Patch(color=c, label=n) for n, c in ERROR_TITLES.values()],
+            [Patch(label=ERROR_TITLES[kind][0], **look) for kind, look in looks.items()],
             kit.ROW * len(names) + 0.4,
         )
-        return kit.inline(fig, "errors", "What lost answers become")
+        return kit.inline(fig, "errors", "What lost answers become", table)
 
 
 def _quoted(text: str) -> str:
@@ -335,7 +348,7 @@ def _quoted(text: str) -> str:
 METHOD_TITLES = {"ap": "found by average precision", "gain": "found by gain"}
 
 
-def gain_plot(table: Table) -> str:
+def gain_plot(table: Table) -> kit.Drawing:
     """Drops of each relation and of the others, with the AP set off and with the gain set off."""
     relations = list(dict.fromkeys(str(name) for name in table.column("relation")))
     names = ("drop", "drop_low", "drop_high", "others_drop")
@@ -361,4 +374,6 @@ def gain_plot(table: Table) -> str:
         kit.legend(
             fig, [*marks, kit.mark("mean of the others", **OTHERS)], kit.ROW * len(relations) + 0.45
         )
-        return kit.inline(fig, "gain", "Accuracy drop under sets by average precision and by gain")
+        return kit.inline(
+            fig, "gain", "Accuracy drop under sets by average precision and by gain", table
+        )

@@ -14,7 +14,7 @@ from relneuron.analyses import figures as draw
 from relneuron.analyses import resilience_test
 from relneuron.analyses.drops import headline
 from relneuron.analyses.study import Study
-from relneuron.report import kit
+from relneuron.report import figures, kit
 from relneuron.report.page import Section
 from relneuron.report.tables import (
     Cell,
@@ -61,7 +61,7 @@ def accuracy(study: Study) -> Section:
         how.append(
             "Matched sets have as many neurons in each layer and projection as the relation's own."
         )
-    plots = kit.accuracy_plots(table, [main.split], "accuracy")
+    plots = figures.accuracy_plots(table, [main.split], "accuracy")
     question = "Does a relation lose its facts when its own neurons are off?"
     return Section(
         "accuracy",
@@ -104,7 +104,7 @@ def prompts(study: Study) -> Section:
         seen,
         "The neurons were found with the main templates in one language. First figure: "
         "means over relations; then each relation.",
-        [draw.splits_plot(table), *kit.accuracy_plots(everything, others, "more")],
+        [draw.splits_plot(table), *figures.accuracy_plots(everything, others, "more")],
         [
             ("splits", table),
             *((f"accuracy.{split}", accuracy_of(split, everything)) for split in others),
@@ -153,7 +153,7 @@ def drop(study: Study) -> Section:
         "the set that was off; frames mark a relation's own set. Bold: beyond chance (exact "
         f"sign-flip test over facts, q ≤ {kit.SURE}); small: could be chance. A dash: the model "
         "answered none before, or the pair was not run.",
-        [kit.drop_heatmap(table)],
+        [figures.drop_heatmap(table)],
         [("drop", table)],
     )
 
@@ -179,7 +179,7 @@ def interference(study: Study) -> Section:
 
 def errors(study: Study) -> Section:
     table = study.tables["errors"]
-    counts = {name: int(table.floats(kind).sum()) for kind, (name, _) in draw.ERROR_TITLES.items()}
+    counts = {name: int(table.floats(kind).sum()) for kind, (name, *_) in draw.ERROR_TITLES.items()}
     lost = int(table.floats("n_lost").sum())
     most = max(counts, key=lambda name: counts[name])
     seen = [f"Lost: {n_of(lost, 'answer')} that were right before."]

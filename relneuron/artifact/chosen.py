@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
-from relneuron.artifact.neurons import NeuronFile
+from relneuron.artifact.neurons import Neuron, NeuronFile, Shape, check_neurons
 
 COLUMNS = ("layer", "site", "index")
 SET = "set"  # a frame's column with the name of each row's set
@@ -107,3 +108,56 @@ def _check_names(names: Iterable[str], known: Mapping[str, Any]) -> None:
 def _some(names: Iterable[str]) -> str:
     every = list(names)
     return ", ".join(every[:12]) + (", ..." if len(every) > 12 else "")
+
+
+# --- names -----------------------------------------------------------------------------------
+
+# Sites that are made of the gate and switched off with it.
+MADE = ("act", "product")
+_NAME = re.compile(
+    r"(?:(?P<module>[a-z]\w*) )?L?(?P<layer>\d{1,9})"
+    r"(?:\.(?P<site>[a-z]+)\.(?P<index>\d{1,9})"
+    r"|(?: expert (?P<expert>\d{1,9})| shared) (?P<of>[a-z]+) (?P<inner>\d{1,9}))"
+)
+
+
+def read_name(name: str, shape: Mapping[str, Any]) -> Neuron:
+    """The neuron (layer, site, index) of a name: 3.up.345, L3.up.345, and as `Shape.name` has it.
+
+    Those are L3 expert 12 up 345, L3 shared up 345 and vision L3.gate.345. Sites are those of the
+    model, and `act` and `product`, which have as many neurons as gate. Another name, or one of a
+    neuron that the model has not, raises RelneuronError.
+    """
+    order, found = Shape.of(shape), _NAME.fullmatch(name.strip())
+    if found is None:
+        raise RelneuronError(
+            f"{name!r} is no name of a neuron", "write layer.site.index, such as 12.gate.345", 2
+        )
+    layer = int(found["layer"])
+    if module := found["module"]:
+        sizes = dict(order.modules)
+        if module not in sizes:
+            known = ", ".join(sizes) or "no module with a name"
+            raise RelneuronError(
+                f"{name!r}: the model has no module {module!r}", f"it has {known}", 2
+            )
+        layer += sum(n for _, n in order.modules[: list(sizes).index(module)])
+    site, index = found["site"] or found["of"], int(found["index"] or found["inner"])
+    if found["site"] is None:
+        numbers, width = order.experts
+        n_experts = numbers[layer] if layer < len(numbers) else 0
+        expert = n_experts if found["expert"] is None else int(found["expert"])
+        if not n_experts or expert > n_experts or (found["expert"] and not index < width):
+            raise RelneuronError(
+                f"{name!r}: layer {layer} has {n_experts} experts of {width} neurons",
+                "give neurons of this model; they count from zero",
+                2,
+            )
+        index += expert * width
+    check_neurons([(layer, switched(site), index)], shape)
+    return layer, site, index
+
+
+def switched(site: str) -> str:
+    """The site at which a neuron is switched off: the gate, where it is made of that."""
+    return "gate" if site in MADE else site

@@ -9,15 +9,16 @@ import json
 import re
 import shlex
 import subprocess
-from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import relneuron
 from relneuron.artifact.files import Json, RelneuronError
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 # Each package, by the name it is imported by, and the extra of pyproject.toml that brings it.
 EXTRAS = {
@@ -30,9 +31,10 @@ EXTRAS = {
     "PIL": "pictures",
     "sklearn": "probe",
     "peft": "adapters",
+    "lm_eval": "eval",
 }
 # Installed by another name than they are imported by.
-PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
 
 
 def missing(*packages: str) -> list[str]:
@@ -58,9 +60,7 @@ def install_command(*extras: str) -> str:
     no such note, or if its folder is gone, the packages of the extras are named instead.
     """
     wanted = f"[{','.join(extras)}]"
-    found = None
-    with suppress(PackageNotFoundError):
-        found = distribution("relneuron")
+    found = _distribution()
     pip = "pip install"
     if found and (found.read_text("INSTALLER") or "").strip() == "uv":
         pip = "uv pip install"
@@ -77,9 +77,7 @@ def install_command(*extras: str) -> str:
 
 def how_installed() -> str:
     """How the relneuron that runs came here, from where, by what, and its commit if it is known."""
-    found = None
-    with suppress(PackageNotFoundError):
-        found = distribution("relneuron")
+    found = _distribution()
     root = Path(__file__).resolve().parents[2]
     by = (found.read_text("INSTALLER") or "").strip() if found else ""
     about: Json = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
@@ -103,7 +101,23 @@ def _folder_of(about: Json) -> Path | None:
     """The folder that was installed, of a direct_url.json that is about one."""
     if "dir_info" not in about:
         return None
-    return Path(url2pathname(urlsplit(str(about["url"])).path))
+    return _path_of(str(about["url"]))
+
+
+def _path_of(url: str) -> Path:
+    from urllib.request import url2pathname  # every command would wait for it
+
+    return Path(url2pathname(urlsplit(url).path))
+
+
+def _distribution() -> Distribution | None:
+    """What the installer knows of relneuron, if it was installed."""
+    from importlib.metadata import PackageNotFoundError, distribution  # likewise
+
+    try:
+        return distribution("relneuron")
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> str:
@@ -139,7 +153,7 @@ def _origin(found: Distribution) -> list[str] | None:
         return ["-e", str(place)] if about["dir_info"].get("editable") else [str(place)]
     if "vcs_info" in about:
         url = f"{about['vcs_info']['vcs']}+{url}@{about['vcs_info']['commit_id']}"
-    elif parts.scheme == "file" and not Path(url2pathname(parts.path)).is_file():
+    elif parts.scheme == "file" and not _path_of(url).is_file():
         return None
     folder = about.get("subdirectory")
     return [f"{url}#subdirectory={folder}" if folder else url]

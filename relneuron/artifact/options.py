@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from types import NoneType
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.papers import Paper
+from relneuron.artifact.words import escaped, pair, split, unescaped, whole_number
 
 _T = TypeVar("_T", bound="Options")
 
@@ -41,7 +42,12 @@ class Flag:
     is_set   of several values each counts once, in the order of `choices` or ascending
     repeats  several values are given with the flag each, not with commas
     records  whether it can change a result
+    bare     the number that the flag stands for where none follows
     read     the value of a text, and `show` back, where the type does not say it
+    papers   what some of its values go back to; "" stands for any that is asked for
+    panel    the heading in the help that it stands under, in place of its class's
+    offers   what the help and completion name beside `choices`, whoever checks it; in capitals
+             what stands for a name of one's own
     """
 
     help: str
@@ -56,9 +62,18 @@ class Flag:
     is_set: bool = False
     repeats: bool = False
     records: bool = True
+    bare: str = ""
     only: Only | None = None
     read: Callable[[str], Any] | None = None
     show: Callable[[Any], str] | None = None
+    papers: Mapping[str, Paper] = field(default_factory=dict)
+    panel: str = ""
+    offers: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The words that it takes, where these are few."""
+        return (*self.names, *self.choices) or self.offers
 
 
 def option(default: Any, help: str, **says: Any) -> Any:
@@ -124,7 +139,13 @@ def _kind(hint: Any) -> Kind:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a stage, checked; two that say the same are equal."""
+    """The options of a stage, checked; two that say the same are equal.
+
+    `PANEL` is the heading in the help of the options that a class declares; without one they
+    stand under that of the class that takes them over.
+    """
+
+    PANEL = ""
 
     def __post_init__(self) -> None:
         for name, (_, says, kind) in options_of(type(self)).items():
@@ -172,9 +193,9 @@ class Options:
                 words.append(says.flag if value else says.flag.replace("--", "--no-", 1))
             elif says.repeats:
                 for one in value or ("",):
-                    words += _pair(says.flag, escaped(one))
+                    words += pair(says.flag, escaped(one))
             else:
-                words += _pair(says.flag, shown(says, kind, value))
+                words += pair(says.flag, shown(says, kind, value))
         return words
 
 
@@ -211,36 +232,10 @@ def _check(says: Flag, kind: Kind, value: Any) -> None:
 
 
 def _known(says: Flag) -> str:
-    return ", ".join((*says.names, *says.choices))
+    return ", ".join(says.named)
 
 
 # --- texts of a command line -----------------------------------------------------------------
-
-
-def escaped(text: str) -> str:
-    """A text as one line: line ends as \\n, backslashes doubled."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n")
-
-
-def unescaped(text: str) -> str:
-    r"""A text of the command line: \n is a line end, \\ a backslash; others stay as they are."""
-    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)
-
-
-def split(text: str) -> tuple[str, ...]:
-    r"""The parts between commas, without the spaces around them; \, is no such comma."""
-    parts = (part.strip().replace("\\,", ",") for part in re.split(r"(?<!\\),", text))
-    return tuple(part for part in parts if part)
-
-
-def _pair(flag: str, text: str) -> list[str]:
-    """A flag and its value; one that would look like a flag is joined to it."""
-    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-
-
-def whole_number(text: str) -> int | None:
-    """The number of at most 15 decimal digits; None for another text ("²" is a digit, too)."""
-    return int(text) if text.isdecimal() and len(text) <= 15 else None
 
 
 def shown(says: Flag, kind: Kind, value: Any) -> str:
@@ -294,6 +289,8 @@ class SeedOptions(Options):
 class TopOptions(Options):
     """How many neurons a method chooses."""
 
+    PANEL = "Which neurons are chosen"
+
     top: int | None = option(
         None,
         "Neurons of each relation; default: 3000, at most a tenth of the model's.",
@@ -313,21 +310,42 @@ class OomOptions(Options):
     )
 
 
-@dataclass(frozen=True)
-class LoadOptions(Options):
-    """How a model is loaded, and which kernels it runs with."""
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+DEVICE_MAPS = ("auto", "balanced", "sequential", "FILE")
 
+
+@dataclass(frozen=True)
+class PlaceOptions(Options):
+    """How a model is loaded, and where it lies."""
+
+    PANEL = "The model"
     dtype: str | None = option(
-        None, "float32, bfloat16 or float16; default: float32 on a CPU, else the model's own."
+        None,
+        "Type of its numbers; default: float32 on a CPU, else the model's own.",
+        offers=DTYPES,
     )
-    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one.")
+    device: str | None = option(
+        None, "Where it runs; default: the GPU if there is one.", offers=DEVICES
+    )
     device_map: str | None = option(
         None,
-        "Spread the model over devices, in place of --device: auto, balanced or sequential, or a "
-        "JSON file of {module: device}; what fits on none lies on the CPU or the disk.",
+        "Spread the model over devices, in place of --device: by one of three rules, or as a JSON "
+        "file of {module: device} says; what fits on none lies on the CPU or the disk.",
+        offers=DEVICE_MAPS,
     )
     revision: str | None = option(None, "Revision of a model on the hub.")
-    backend: str = option("auto", "Kernels: auto, reference, cpu or triton.")
+
+
+@dataclass(frozen=True)
+class LoadOptions(PlaceOptions):
+    """How a model is loaded, and which kernels it runs with."""
+
+    backend: str = option(
+        "auto",
+        "Kernels that it runs with; auto: those of the device.",
+        offers=("auto", "reference", "cpu", "triton"),
+    )
 
 
 @dataclass(frozen=True)
@@ -348,26 +366,35 @@ class PartsOptions(LoadOptions):
 
 @dataclass(frozen=True)
 class Argument:
-    """A parameter of a command that is an argument."""
+    """A parameter of a command that is an argument; `offers` as in `Flag`."""
 
     metavar: str
     help: str
+    offers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter of a command that has a flag and is no option of a stage, such as -o."""
+    """A parameter of a command that has a flag and is no option of a stage, such as -o.
+
+    `panel` and `offers` as in `Flag`; without a panel it stands with what is read and written.
+    """
 
     help: str
     flags: tuple[str, ...] = ()
     metavar: str | None = None
+    panel: str = ""
+    offers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AnyOf:
-    """A parameter of a command that is a dictionary: the flags of several classes of options."""
+    """A parameter of a command that is a dictionary: the flags of several classes of options.
 
-    classes: tuple[type[Options], ...]
+    Each class by the name of the method that takes it.
+    """
+
+    classes: Mapping[str, type[Options]]
 
 
 Model = Annotated[str, Argument("MODEL", "Model folder or hub name.")]

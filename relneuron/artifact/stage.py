@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from relneuron.artifact.files import Json, RelneuronError, real_path
 from relneuron.artifact.options import Options
+from relneuron.artifact.papers import Paper
 from relneuron.artifact.reading import MAX_RECORD_MIB, max_record_mib
 
 
@@ -70,12 +71,14 @@ class Stage:
             imports no torch.
     needs   packages besides those of the command line
     is_shared   whether the processes of torchrun share its work
+    papers  what it goes back to, whatever it is asked for
     """
 
     name: str
     run: str
     needs: tuple[str, ...] = ()
     is_shared: bool = False
+    papers: tuple[Paper, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Ranking:
     reads    the file of a folder that it ranks, and `of`, what that holds
     run      "module:function" (folder, output, options, *, method, force, quiet), which yields what
              is printed
+    papers   what it goes back to
     """
 
     name: str
@@ -95,6 +99,7 @@ class Ranking:
     reads: str
     of: str
     run: str
+    papers: tuple[Paper, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,12 +110,14 @@ class Attribution:
     options  the class of what it takes
     run      "module:function" (model, prompts, output, options, load_options, *, method, force,
              quiet), which yields what is printed
+    papers   what it goes back to
     """
 
     name: str
     title: str
     options: type[Options]
     run: str
+    papers: tuple[Paper, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class Method:
 
     page      "module:PAGE" of a report.page.PageKind, if a folder of its files has a page
     supports  "module:function" (model) -> one row of `relneuron doctor`, if it has a say in it
+    formats   whose files of neurons and counts it reads, by the names of `import --format`
     """
 
     stages: tuple[Stage, ...] = ()
@@ -126,6 +134,7 @@ class Method:
     attributions: tuple[Attribution, ...] = ()
     page: str = ""
     supports: str = ""
+    formats: Mapping[str, Paper] = field(default_factory=dict)
 
 
 # --- the command that makes a stage's files again ----------------------------------------------

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from relneuron.ablation.commands import accuracy_table
-from relneuron.artifact.files import RelneuronError, check_folder
-from relneuron.artifact.installed import need
+from relneuron.artifact.files import RelneuronError, refuse_output
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
     LoadOptions,
     Model,
     Named,
-    Only,
     Options,
     Output,
     Study,
-    option,
     options_of,
     refuse_stray,
 )
 from relneuron.artifact.stage import STUDY, Attribution, Printed, Ranking, command, load
 from relneuron.cli.flags import check_only, given, taken
 from relneuron.methods import attributions, rankings
+from relneuron.report.save import FigureOptions
 from relneuron.study.settings import CONTRAST, DEMO, DemoOptions, RunOptions
 from relneuron.texts.options import PromptsOptions
 
@@ -38,7 +35,13 @@ def demo(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """The whole study on the bundled demo model, on a CPU; or of it and a second one."""
+    """The whole study on the bundled demo model, on a CPU; or of it and a second one.
+
+    Examples:
+      relneuron demo                                    # a minute; open relneuron-demo/report.html
+      relneuron demo --analyses all -o every-figure     # every figure of the paper
+      relneuron demo --analyses contrast -o two-models
+    """
     from relneuron.demo import CHECKPOINT, FACTS, TOP
 
     if CONTRAST in options.analyses:
@@ -77,7 +80,47 @@ def run(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """The whole study on your model; goes on where it stopped."""
+    """The whole study on your model; goes on where it stopped.
+
+    It finds the neurons whose responses tell a relation's prompts from those of the others,
+    switches them off, and measures what the model no longer answers: of the relation, and of all
+    the others. The defaults are those of the paper (arXiv 2502.17355).
+
+    \b
+    What happens, in order, and what each step writes to -o:
+      prompts    facts become prompts; --eva facts of a relation are kept to ask
+                 prompts.jsonl, sentences.jsonl
+      record     the model answers each prompt once, every neuron is recorded;
+                 only what it answers right counts
+                 validated.csv, responses.safetensors (the largest file; goes
+                 with --drop-responses)
+      identify   every neuron is ranked, the best of each relation are chosen
+                 neurons.json, scores.safetensors, significance.csv, labels.csv
+      ablate     the kept prompts again: with nothing off, with each relation's
+                 neurons off, with random ones off, and what --analyses adds
+                 effects.csv, accuracy.csv, conditions.csv
+      report     one page that opens offline, and its tables
+                 report.html, analyses/*.csv
+
+    What is wrong with the input is said before anything is written. Killed at any point, the same
+    command goes on; with other options it refuses the folder, and --force makes it again.
+
+    How long: nearly all the time goes into answers. record asks every prompt once, ablate the kept
+    ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis more.
+    The bundled model takes a minute on two CPU cores; one of billions of parameters wants a GPU.
+
+    What to try first: relneuron demo, to see what comes out; relneuron doctor MODEL, whether every
+    layer is supported; then two or three relations with --eva 10 --random-seeds 2.
+
+    Examples:
+      # small: does the model know the facts, and is anything lost?
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 --random-seeds 2
+      # the paper's settings, with all of its analyses
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o study --analyses all
+      # all neurons below a false discovery rate, scaled in place of zeroed
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o scaled --fdr 0.05 \\
+          --mode scale --factor 0.5
+    """
     yield from _study(model, facts, output, options, None, force, quiet)
 
 
@@ -118,13 +161,22 @@ def prompts(
     ] = None,
     force: bool = False,
 ) -> Iterator[str]:
-    """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each."""
+    """LRE-format facts -> det, eva and eva2 prompts; sentences for concepts -> one prompt each.
+
+    Examples:
+      relneuron prompts facts -o study/prompts.jsonl
+      relneuron prompts facts -o chat/prompts.jsonl --eva 20 --chat-template Qwen/Qwen3-0.6B
+      relneuron prompts facts -o asked/prompts.jsonl --choices 3      # multiple choice
+    """
     from relneuron.model.load import load_tokenizer
     from relneuron.texts.prompts import write_prompts
 
     chat = load_tokenizer(chat_template) if chat_template else None
     made = write_prompts(facts, output, options, chat=chat, force=force)
     yield f"{len(made)} prompts -> {output}"
+
+
+_METHOD = "The method"  # heading of --method in the help
 
 
 def _asked(
@@ -158,9 +210,16 @@ def attribute(
     output: Output,
     *,
     method: Annotated[
-        str, Named(", ".join(f"{one.name} is {one.title}" for one in attributions().values()))
+        str,
+        Named(
+            ", ".join(f"{one.name} is {one.title}" for one in attributions().values()) + ".",
+            panel=_METHOD,
+            offers=tuple(attributions()),
+        ),
     ] = "gain",
-    options: Annotated[dict[str, Any], AnyOf(tuple(a.options for a in attributions().values()))],
+    options: Annotated[
+        dict[str, Any], AnyOf({name: a.options for name, a in attributions().items()})
+    ],
     load_options: LoadOptions,
     force: bool = False,
     quiet: bool = False,
@@ -168,6 +227,12 @@ def attribute(
     """How much each neuron, head and layer does for the answers, by one of several methods.
 
     Goes on where it stopped.
+
+    Examples:
+      relneuron attribute Qwen/Qwen3-0.6B facts -o gains
+      relneuron attribute Qwen/Qwen3-0.6B study/prompts.jsonl -o study \\
+          --method ig --splits eva,eva2 --steps 20
+      relneuron attribute Qwen/Qwen3-0.6B facts -o relevance --method relevance
     """
     known = attributions()
     asked = _asked(method, known, options)
@@ -191,12 +256,18 @@ def identify(
     folder: Study,
     output: Output,
     *,
-    method: Annotated[str, Named(_methods_help())] = "ap",
-    options: Annotated[dict[str, Any], AnyOf(tuple(r.options for r in rankings().values()))],
+    method: Annotated[str, Named(_methods_help(), panel=_METHOD, offers=tuple(rankings()))] = "ap",
+    options: Annotated[dict[str, Any], AnyOf({name: r.options for name, r in rankings().items()})],
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
-    """Rank the neurons of a recorded, attributed or counted directory; needs no model."""
+    """Rank the neurons of a recorded, attributed or counted directory; needs no model.
+
+    Examples:
+      relneuron identify study -o study/neurons.json --fdr 0.05
+      relneuron identify counts -o counts/neurons.json --method lape
+      relneuron identify gains -o gains/neurons.json --method logprob_gain --top 300
+    """
     known = rankings()
     asked = _asked(method, known, options)
     ranking = known[method]
@@ -213,184 +284,36 @@ def identify(
     yield f"-> {output}"
 
 
-def report(folder: Study, output: Output, force: bool = False) -> Iterator[str]:
-    """All artifacts of a study -> one HTML file that opens offline."""
+def report(
+    folder: Study,
+    options: FigureOptions,
+    output: Annotated[Path | None, Named("Where to write the page.", ("-o", "--output"))] = None,
+    figures: Annotated[
+        Path | None,
+        Named(
+            "A folder for the figures of the page, each a file of its own, with its numbers as csv "
+            "and a caption; and the references of the study's methods as BibTeX."
+        ),
+    ] = None,
+    force: bool = False,
+) -> Iterator[str]:
+    """All artifacts of a study -> one HTML file that opens offline, or figures for a paper.
+
+    Examples:
+      relneuron report study -o study/report.html
+      relneuron report study --figures figures --format pdf,png --width 3.3in
+    """
+    from relneuron.study.figures import figures as write_figures
     from relneuron.study.run import report_stage
 
-    yield f"report: {report_stage(folder, output, force=force)}"
-
-
-_DRY = Only("with --dry-run", lambda o: o.dry_run)
-
-
-@dataclass(frozen=True)
-class DoctorOptions(Options):
-    """What is asked of a model, and of which devices."""
-
-    revision: str | None = option(None, "Revision of a model on the hub.")
-    dry_run: bool = option(
-        False,
-        "Read only the config: what would lie where, in how many bytes, and what does not fit.",
-    )
-    device_map: str | None = option(
-        None,
-        "As of count: auto, balanced, sequential or a file; default: all on one device.",
-        only=_DRY,
-    )
-    tensor_parallel_size: int | None = option(
-        None, "Processes that would hold the model in parts.", least=2, most=1024, only=_DRY
-    )
-    dtype: str | None = option(
-        None,
-        "float32, bfloat16 or float16; default: float32 on a CPU alone, else the model's own.",
-        choices=("float32", "bfloat16", "float16"),
-        only=_DRY,
-    )
-    memory: Sequence[str] = option(
-        (),
-        "Memory for weights on devices, such as 0=80GiB,1=80GiB,cpu=200GiB; default: what is free "
-        "on this machine.",
-        only=_DRY,
-    )
-
-
-def doctor(
-    options: DoctorOptions,
-    model: Annotated[str | None, Argument("[MODEL]", "Model to check.")] = None,
-) -> Iterator[str | Printed]:
-    """What works on this machine, and for this model, and why not."""
-    from relneuron.cli.doctor import machine_report, model_report, processor_of
-    from relneuron.cli.show import rows_of
-    from relneuron.model.load import load_model, load_tokenizer
-    from relneuron.texts.tokens import policy_text
-
-    revision = options.revision
-    for flag, is_asked in (("--revision", revision is not None), ("--dry-run", options.dry_run)):
-        if model is None and is_asked:
-            refuse_stray(flag, "with a MODEL")
-    if model is not None and options.dry_run:
-        yield from _dry_run(model, options)
-        return
-    yield from rows_of(machine_report())
-    if model is None:
-        return
-    need("a model", "transformers")
-    loaded = load_model(model, revision=revision)
-    run, about = processor_of(model, loaded, revision)
-    rows, supported = model_report(loaded, run)
-    rows += about
-    try:
-        tokenizer = load_tokenizer(model, revision=revision)
-        rows.append(("tokenizer", f"works: {policy_text(tokenizer)}"))
-    except RelneuronError as error:
-        rows.append(("tokenizer", f"no: {error.cause}"))
-        supported = False
-    yield from rows_of(rows)
-    if not supported:
-        raise SystemExit(1)
-
-
-def _dry_run(model: str, options: DoctorOptions) -> Iterator[str | Printed]:
-    from relneuron.cli.doctor import plan_report
-    from relneuron.model.load import asked_map
-    from relneuron.model.plan import memory_here, plan, read_memory
-
-    need("a model", "transformers")
-    n_parts = options.tensor_parallel_size
-    if n_parts is not None and options.device_map is not None:
-        raise RelneuronError(
-            "--device-map and --tensor-parallel-size both say where the model goes",
-            "leave out one of them",
-            2,
-        )
-    where = asked_map(options.device_map) if options.device_map is not None else None
-    memory = read_memory(options.memory) or memory_here()
-    own = "auto" if n_parts is not None or {*memory} - {"cpu", "disk"} else "float32"
-    found = plan(
-        model,
-        memory=memory,
-        revision=options.revision,
-        dtype=options.dtype or own,
-        device_map=where,
-        n_parts=n_parts,
-    )
-    table, said, fits = plan_report(found, n_parts)
-    yield table
-    yield from said
-    if not fits:
-        raise SystemExit(1)
-
-
-@dataclass(frozen=True)
-class BenchOptions(Options):
-    """Which cases are timed, and how."""
-
-    quick: bool = option(
-        False,
-        "Only tiny sizes: whether it runs at all.",
-        only=Only("without --full", lambda o: not o.full),
-    )
-    full: bool = option(False, "Every size, dtype and layout.")
-    dtype: Sequence[str] = option(
-        (), "Only these dtypes: float32, bfloat16, float16, or several of them."
-    )
-    tokens: Sequence[int] = option((), "Only these numbers of tokens, such as 2048,8192.", least=1)
-    threads: int = option(0, "Number of CPU threads; 0: as torch chooses.", least=0)
-    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one.")
-    no_compile: bool = option(False, "Leave out torch.compile, which needs a C++ compiler.")
-
-
-def bench(
-    options: BenchOptions,
-    op: Annotated[
-        str | None, Argument("[OP]", "swiglu_stats, average_precision, logprob_gain or pair_stats.")
-    ] = None,
-    output: Annotated[
-        Path | None, Named("Folder for the csv and the roofline.", ("-o", "--output"))
-    ] = None,
-    own: Annotated[
-        str | None,
-        Named("Your own OP, held to its contract and then timed.", ("--with",), "MODULE:FUNCTION"),
-    ] = None,
-) -> Iterator[str | Printed]:
-    """The kernels against their peers on this machine, in the same rounds."""
-    for flag in ("dtype", "tokens"):
-        if getattr(options, flag) and op not in (None, "swiglu_stats"):
-            refuse_stray(f"--{flag}", "with the op swiglu_stats")
-    import torch
-
-    from relneuron.artifact.manifest import locked
-    from relneuron.bench.own import find_own
-    from relneuron.bench.timing import EFFORTS, Row, append_rows, choose_cases, run_case, summary
-    from relneuron.cli.show import bench_lines
-    from relneuron.model.load import choose_device
-
-    suite = "quick" if options.quick else "full" if options.full else "usual"
-    cases = choose_cases(suite, op, options.dtype, options.tokens)
-    device = choose_device(options.device)
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise RelneuronError(f"bench cannot time the device {device!r}", "use --device cpu", 2)
-    mine = find_own(own, op)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if output is None and figures is None:
+        raise RelneuronError("report writes nothing", "give -o FILE, --figures FOLDER, or both", 2)
+    if output is not None and figures is not None:
+        refuse_output(output, "report", force)  # before figures are written
+    if figures is not None:
+        made = write_figures(folder, figures, options, force=force)
+        yield f"figures: {len(made)} files in {figures}"
+    elif stray := [name for name in given() if name in options_of(FigureOptions)]:
+        refuse_stray(f"--{stray[0]}", "with --figures FOLDER")
     if output is not None:
-        need("relneuron bench -o", "matplotlib", "filelock", otherwise=", or leave out -o")
-        from relneuron.bench.plot import roofline
-
-        check_folder(output)
-    rows: list[Row] = []
-    with locked(output) if output is not None else nullcontext():
-        for case in cases:
-            compiled, effort = not options.no_compile, EFFORTS[suite]
-            found = run_case(case, device=device, compiled=compiled, effort=effort, own=mine)
-            yield from bench_lines(str(case), found)
-            for what, who, value in summary(found):
-                yield f"  {what}: {value:.2f} x our time ({who})"
-            rows += found
-            if output is not None:
-                path = append_rows(output, found)
-        if output is None:
-            yield "to keep the rows: add -o DIR"
-            return
-        drawn = roofline(rows, path.with_suffix(".png"))
-    yield f"-> {path}{', the roofline ' + path.with_suffix('.png').name if drawn else ''}"
+        yield f"report: {report_stage(folder, output, force=force)}"

@@ -9,15 +9,16 @@ from typing import Annotated
 from relneuron.artifact.contrast import NAME as CONTRAST
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.options import Argument, Named, Output, refuse_stray, split, whole_number
+from relneuron.artifact.options import Argument, Named, Output, refuse_stray
+from relneuron.artifact.words import split, whole_number
+from relneuron.methods import formats
 
-# Whose files are meant, where neither the file nor the folder says it.
-FORMATS = ("lape", "mmneuron", "safety")
 Without = Annotated[
     str,
     Named(
         "Of a .pt of safety neurons: layers that it has no rows for, from zero, such as 31; the "
-        "authors leave out the last one of a Llama-2-7B."
+        "authors leave out the last one of a Llama-2-7B.",
+        metavar="<int>,...",
     ),
 ]
 
@@ -39,11 +40,16 @@ def import_files(
         str,
         Named(
             "Groups of a .neuron.pth in order: en,zh,...; of MMNeuron's masks: ad,med,rs,com,doc "
-            "if it is left out."
+            "if it is left out.",
+            metavar="<str>,...",
         ),
     ] = "",
     format: Annotated[
-        str, Named("Whose files: lape, mmneuron (of masks and counts) or safety (a .pt of scores).")
+        str,
+        Named(
+            "Whose files: mmneuron has masks and counts, safety a .pt of scores.",
+            offers=tuple(formats()),
+        ),
     ] = "lape",
     top: Annotated[
         int | None,
@@ -52,7 +58,16 @@ def import_files(
     without_layers: Without = "",
     force: bool = False,
 ) -> Iterator[str]:
-    """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats."""
+    """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats.
+
+    Examples:
+      relneuron import llama-7b.neuron.pth --names en,zh,fr --model Qwen/Qwen3-0.6B \\
+          -o lape/neurons.json
+      relneuron import en=activation.en.train.llama-7b zh=activation.zh.train.llama-7b \\
+          --model Qwen/Qwen3-0.6B -o counts
+      relneuron import scores.pt --format safety --model Qwen/Qwen3-0.6B \\
+          --without-layers 31 -o safety/neurons.json
+    """
     from relneuron.methods.counts.commands import import_files as import_counted
     from relneuron.methods.gradients.authors_files import SUFFIXES, import_facts
 
@@ -100,9 +115,9 @@ def _import_safety(
 
 
 def _check_format(name: str) -> None:
-    """Refuse a format that is nobody's."""
-    if name not in FORMATS:
-        raise RelneuronError(f"unknown --format {name!r}", f"use {', '.join(FORMATS)}", 2)
+    """Refuse a format that is nobody's; it is said where neither file nor folder says whose."""
+    if name not in formats():
+        raise RelneuronError(f"unknown --format {name!r}", f"use {', '.join(formats())}", 2)
 
 
 def _layers(text: str) -> list[int]:
@@ -124,7 +139,7 @@ def export(
     ],
     output: Output,
     format: Annotated[
-        str, Named("Whose files: lape or mmneuron (of neurons and counts).")
+        str, Named("Whose files, of neurons and counts.", offers=tuple(formats()))
     ] = "lape",
     without_layers: Without = "",
     force: bool = False,
@@ -137,6 +152,11 @@ def export(
     expertise.csv, or one a concept below a folder; a contrasted one a .pt of scores, as of safety
     neurons. With --format mmneuron a folder with a mask of each module, or a snapshot of each
     group.
+
+    Examples:
+      relneuron export counts/neurons.json -o llama-7b.neuron.pth
+      relneuron export study -o expertise.csv
+      relneuron export two/neurons.json --format mmneuron -o masks
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked

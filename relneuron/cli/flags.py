@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -22,6 +22,8 @@ from relneuron.artifact.journal import n_started
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
+    Flag,
+    Kind,
     Named,
     Options,
     options_of,
@@ -30,11 +32,19 @@ from relneuron.artifact.options import (
     shown,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
+from relneuron.artifact.words import whole_number
+from relneuron.cli.help import FILES, RUNS, parts_of, write_examples, write_panels
 
 state = {"debug": False, "interrupted": False}
+_bare: dict[str, str] = {}  # by flag, the number that it stands for where none follows
 _given: list[str] = []  # the parameters that the running command was given
 _LARGEST = 2**53  # of a number on the command line
-_HELP = {"force": "Overwrite what is there.", "quiet": "Show no progress bar."}
+# The parameters that say nothing of themselves: their help and its heading.
+_PLAIN = {
+    "force": Named("Overwrite what is there.", panel=FILES),
+    "quiet": Named("Show no progress bar.", panel=RUNS),
+}
+_RUNNING = ("batch_tokens", "shard")  # they say how a stage runs, though results depend on them
 
 
 def _debug(value: bool) -> None:
@@ -51,6 +61,7 @@ _LAST = [
             typer.Option(
                 min=1,
                 callback=allow_record_mib,
+                rich_help_panel=RUNS,
                 help="Largest line, record or cell that is read, in MiB; a JSON file may have four "
                 "times as much.",
             ),
@@ -61,17 +72,26 @@ _LAST = [
         inspect.Parameter.KEYWORD_ONLY,
         default=False,
         annotation=Annotated[
-            bool, typer.Option("--debug", callback=_debug, help="Show the traceback of an error.")
+            bool,
+            typer.Option(
+                "--debug",
+                callback=_debug,
+                rich_help_panel=RUNS,
+                help="Show the traceback of an error.",
+            ),
         ],
     ),
 ]
 
 
-def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
-    """The flags of classes of options, each once; what several say of one stands in its help."""
+def flags_of(classes: Mapping[str, type[Options]]) -> list[inspect.Parameter]:
+    """The flags of classes of options, each once; what several say of one stands in its help.
+
+    Of several classes, by the names of their methods, a flag's heading says whose it is.
+    """
     found: dict[str, inspect.Parameter] = {}
     helps: dict[str, dict[str, None]] = {}
-    for cls in classes:
+    for cls in classes.values():
         for name, (f, says, kind) in options_of(cls).items():
             default, base = f.default, kind.base
             if kind.many:
@@ -85,16 +105,61 @@ def flags_of(classes: Sequence[type[Options]]) -> list[inspect.Parameter]:
             if name in found and found[name].default != default:
                 raise TypeError(f"{says.flag} has two defaults: {found[name].default}, {default}")
             helps.setdefault(name, {})[says.help] = None
+            if says.bare:
+                _bare[says.flag] = says.bare
             found[name] = inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=default,
                 annotation=Annotated[
                     base | None if default is None else base,
-                    typer.Option(f"{says.flag}{off}", help=" ".join(helps[name])),
+                    typer.Option(
+                        f"{says.flag}{off}",
+                        help=" ".join(helps[name]),
+                        metavar=_metavar(says, kind),
+                        rich_help_panel=_panel(name, classes),
+                        autocompletion=_completion(says.named, kind.many and not says.repeats),
+                    ),
                 ],
             )
     return list(found.values())
+
+
+def _metavar(says: Flag, kind: Kind) -> str | None:
+    """The words that a flag takes as [a|b], several as [a|b],...; None where typer says it."""
+    several = ",..." if kind.many and not says.repeats else ""
+    if says.named:
+        return f"[{'|'.join(says.named)}]{several}"
+    return f"<{kind.base.__name__}>{several}" if kind.many else None
+
+
+def _panel(name: str, classes: Mapping[str, type[Options]]) -> str:
+    """The heading that an option stands under."""
+    takers = [method for method, cls in classes.items() if name in options_of(cls)]
+    cls = classes[takers[0]]
+    says = options_of(cls)[name][1]
+    if name in _RUNNING or not says.records:
+        return RUNS
+    if len(classes) > 1:
+        head, last = ", ".join(takers[:-1]), takers[-1]
+        of = "several methods" if len(takers) > 4 else f"{head} or {last}" if head else last
+        return f"Of --method {of}" if len(takers) <= 4 else f"Of {of}"
+    declared = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
+    return says.panel or declared.PANEL or cls.PANEL  # type: ignore[attr-defined]
+
+
+def _completion(words: tuple[str, ...], several: bool = False) -> Any:
+    """What completes a value from the words that it takes; None for one that takes any.
+
+    Of `several` the last one behind a comma is completed, by words that were not given before it.
+    """
+    offered = [word for word in words if not word.isupper()]
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, _ = incomplete.rpartition(",") if several else ("", "", "")
+        return [f"{before}{comma}{word}" for word in offered if word not in before.split(",")]
+
+    return complete if offered else None
 
 
 def taken(cls: type[Options], given: dict[str, Any]) -> Options:
@@ -136,7 +201,7 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
             parameters += several[name]
         elif isinstance(hint, type) and issubclass(hint, Options):
             own[name] = hint
-            parameters += flags_of([hint])
+            parameters += flags_of({name: hint})
         else:
             parameters.append(_typed(parameter))
     parameters += _LAST
@@ -154,6 +219,7 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = parts_of(function)[0]
     del run.__wrapped__
     return run
 
@@ -168,18 +234,40 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
     hint, about = _parts(parameter.annotation)
     made: Any
     if isinstance(about, Argument):
-        made = typer.Argument(metavar=about.metavar, help=about.help)
+        completed = _completion(about.offers)
+        made = typer.Argument(metavar=about.metavar, help=about.help, autocompletion=completed)
     else:
-        flags = about.flags if isinstance(about, Named) else ()
-        text = about.help if isinstance(about, Named) else _HELP[parameter.name]
-        metavar = about.metavar if isinstance(about, Named) else None
+        said = about if isinstance(about, Named) else _PLAIN[parameter.name]
         flag = f"--{parameter.name.replace('_', '-')}"
-        plain = (flag,) if hint is bool else ()
-        made = typer.Option(*(flags or plain), help=text, metavar=metavar)
+        made = typer.Option(
+            *(said.flags or ((flag,) if hint is bool else ())),
+            help=said.help,
+            metavar=said.metavar or (f"[{'|'.join(said.offers)}]" if said.offers else None),
+            rich_help_panel=said.panel or FILES,
+            autocompletion=_completion(said.offers),
+        )
     return parameter.replace(
         kind=inspect.Parameter.KEYWORD_ONLY,
         annotation=Annotated[hint, made],
     )
+
+
+def _with_numbers(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the number of each flag that may stand without one."""
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        found.append(word)
+        if word in _bare and whole_number(following.removeprefix("-")) is None:
+            found.append(_bare[word])
+    return found
+
+
+def as_typed(params: list[Any], ctx: Any) -> list[Any]:
+    """The parameters; while a shell completes, their values stay as typed: to read them is slow."""
+    if ctx.resilient_parsing:
+        for param in params:
+            param.process_value = lambda ctx, value: value
+    return params
 
 
 class Command(TyperCommand):
@@ -189,9 +277,32 @@ class Command(TyperCommand):
     needs: dict[str, tuple[str, ...]] = {}
     shared: set[str] = set()
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Its arguments by the names that their help has."""
+        params = self.get_params(ctx)
+        named = [str(p.metavar) for p in params if p.param_type_name == "argument"]
+        return ["[OPTIONS]", *named]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Its arguments and options, under their headings."""
+        write_panels(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Its examples."""
+        if self.epilog:
+            write_examples(self.epilog, formatter)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, and --help."""
+        return as_typed(super().get_params(ctx), ctx)
+
     def get_short_help_str(self, limit: int = 45) -> str:
         """Its sentence in the list of commands, whole: the list breaks lines itself."""
         return super().get_short_help_str(max(limit, 200))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words as the parser takes them."""
+        return super().parse_args(ctx, _with_numbers(args))
 
     def invoke(self, ctx: Any) -> Any:
         """Check the packages, the numbers and the output, then run."""

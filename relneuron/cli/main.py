@@ -13,20 +13,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import relneuron
+from relneuron.ablation import STAGES as ABLATION
 from relneuron.artifact.journal import is_first, n_started
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
-from relneuron.cli.flags import Command, command
+from relneuron.cli.flags import Command, as_typed, command
+from relneuron.cli.help import WIDEST, parts_of, write_examples
 from relneuron.cli.show import show
 from relneuron.methods import methods
 
 _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
-_HERE, _ABLATION = "relneuron.cli.commands", "relneuron.ablation.commands"
-_EXCHANGE = "relneuron.cli.exchange"
+_HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
+_MACHINE = "relneuron.cli.machine"
+
+
+_COMPLETES = "_RELNEURON_COMPLETE"  # set by a shell that asks typer for completions
+_BEGIN = """\
+relneuron demo              # a study of the bundled model, in a minute
+relneuron doctor            # what works on this machine, and what is missing for what
+relneuron run --help        # a study of your model: what happens, and what to try first
+"""
 
 
 def stages() -> list[Stage]:
@@ -38,15 +49,14 @@ def stages() -> list[Stage]:
         *(stage for method in methods() for stage in method.stages),
         Stage("attribute", f"{_HERE}:attribute", _ASKS, is_shared=True),
         Stage("identify", f"{_HERE}:identify", _WORKS),
-        Stage("ablate", f"{_ABLATION}:ablate", _ASKS, is_shared=True),
-        Stage("nll", f"{_ABLATION}:nll", _ASKS, is_shared=True),
-        Stage("generate", f"{_ABLATION}:generate", _ASKS, is_shared=True),
-        Stage("effect", f"{_ABLATION}:effect", _WORKS),
+        *ABLATION,
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
+        Stage("look", "relneuron.cli.look:look", (*_ASKS, "jinja2")),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
-        Stage("bench", f"{_HERE}:bench"),
-        Stage("doctor", f"{_HERE}:doctor"),
+        Stage("cite", "relneuron.cli.cite:cite"),
+        Stage("bench", f"{_MACHINE}:bench"),
+        Stage("doctor", f"{_MACHINE}:doctor"),
     ]
 
 
@@ -65,34 +75,69 @@ def _of_no_command(
     """Options before the command."""
 
 
-def make_app() -> Any:
-    """The command line, of typer."""
+class Group(TyperGroup):
+    """The list of commands, and which to begin with."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options before the command."""
+        return as_typed(super().get_params(ctx), ctx)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, as they are typed."""
+        write_examples(_BEGIN, formatter)
+
+
+def make_app(only: str | None = None) -> Any:
+    """The command line, of typer; with `only` one of its commands, since all take longer."""
     app = typer.Typer(
+        cls=Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDEST},
         help="Find the neurons of a language model that carry a relation, switch them off, and "
         "measure what is lost.",
     )
     app.callback()(_of_no_command)
-    for stage in stages():
-        app.command(stage.name, cls=Command)(command(load(stage.run), show))
-    Command.needs = {stage.name: stage.needs for stage in stages()}
-    Command.shared = {stage.name for stage in stages() if stage.is_shared}
+    known = stages()
+    for stage in [stage for stage in known if only in (None, stage.name)]:
+        function = load(stage.run)
+        made = app.command(stage.name, cls=Command, epilog=parts_of(function)[1] or None)
+        made(command(function, show))
+    Command.needs = {stage.name: stage.needs for stage in known}
+    Command.shared = {stage.name for stage in known if stage.is_shared}
     return app
 
 
-app = make_app()
+def __getattr__(name: str) -> Any:
+    """`app`, with every command, is made when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = make_app()
+    return globals()[name]
+
+
+def _asked() -> str | None:
+    """The command that the line begins with, or the line that a shell completes."""
+    words = sys.argv[1:]
+    if _COMPLETES in os.environ:
+        lines = (os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS"))
+        words = next(filter(None, lines), "").split()[1:]
+        os.environ.setdefault("TERMINAL_WIDTH", "1000")  # help that typer breaks is no candidate
+    return next((stage.name for stage in stages() if words[:1] == [stage.name]), None)
+
+
+def _run() -> Any:
+    made = globals().get("app") or make_app(_asked())
+    return made(standalone_mode=False, prog_name="relneuron")
 
 
 def _run_together() -> Any:
-    """Run it in one of several processes, which end together."""
+    """The command line in one of several processes, which end together."""
     from relneuron.model.meeting import leave, meet
 
     meet(end)
-    code = app(standalone_mode=False)
+    code = _run()
     leave()
     return code
 
@@ -110,11 +155,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        if n_started() > 1:
-            from relneuron.model.meeting import meet
-
-            meet(end)
-        code = app(standalone_mode=False)
+        code = (_run_together if n_started() > 1 else _run)()
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:

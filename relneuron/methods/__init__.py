@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from relneuron.artifact.papers import Paper
 from relneuron.artifact.stage import Attribution, Method, Ranking
 
 NAMES = ("responses", "counts", "gains", "gradients", "contrast")
@@ -22,6 +23,11 @@ def methods() -> list[Method]:
 def rankings() -> dict[str, Ranking]:
     """Every ranking by its name: what `identify --method` takes."""
     return {ranking.name: ranking for method in methods() for ranking in method.rankings}
+
+
+def formats() -> dict[str, Paper]:
+    """Whose files `import --format` reads, by name: the paper that they belong to."""
+    return {name: paper for method in methods() for name, paper in method.formats.items()}
 
 
 def attributions() -> dict[str, Attribution]:

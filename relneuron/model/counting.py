@@ -15,6 +15,7 @@ from relneuron import ops
 from relneuron.model.layers import device_of
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.shape import Part
+from relneuron.model.peaks import Looked
 from relneuron.model.states import LayerState
 
 STATISTICS = ("count", "sum", "sum_sq", "max", "n_nonfinite")
@@ -28,6 +29,7 @@ def counting_state(
     *,
     threshold: float = 0.0,
     moments: bool = False,
+    looked: Looked | None = None,
 ) -> LayerState:
     """A state that counts a part's neurons, and what reaches them, in G groups of tokens.
 
@@ -53,6 +55,7 @@ def counting_state(
     state = LayerState(
         stats=new(n, width, inner),
         stats_down=new(groups, part.hidden, ("down",) if "down" in sites else ()),
+        looked=looked,
     )
     if isinstance(part, Experts):
         state.seen = torch.zeros(groups, dtype=torch.int64, device=device)
@@ -66,9 +69,10 @@ def tables(part: Part, state: LayerState) -> dict[str, Tensor]:
 
     `tokens` (G,) int64 that came to the part, and `count.act` and its like (G, width), as
     `ops.GroupStats` has them. Of experts `tokens.expert` (G, E) int64, how many the router sent to
-    each, and `weight.expert` float64, the sums of the weights that it gave them.
+    each, and `weight.expert` float64, the sums of the weights that it gave them. And what was kept
+    of values, as `Looked.tables` has it.
     """
-    found = {}
+    found = {} if state.looked is None else state.looked.tables()
     for stats in (state.stats_down, state.stats):
         if stats is None:
             continue
@@ -98,6 +102,8 @@ def fill(part: Part, state: LayerState, given: Mapping[str, Tensor]) -> None:
                 state.stats.tokens.copy_(table)
             if state.stats_down is not None:
                 state.stats_down.tokens.copy_(table)
+        elif state.looked is not None and name in state.looked.tables():
+            state.looked.fill(name, table)
         elif name == ROUTED and state.stats is not None:
             state.stats.tokens.copy_(table.T.reshape(-1))
         elif name == WEIGHT and state.routing is not None:

@@ -21,7 +21,7 @@ import torch
 from relneuron import ops
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.neurons import shape_of
-from relneuron.artifact.options import LoadOptions, PartsOptions
+from relneuron.artifact.options import PartsOptions, PlaceOptions
 from relneuron.artifact.reading import read_json
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import compute_dtype, first_line, input_device
@@ -250,7 +250,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load(name: str, options: LoadOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
+def load(name: str, options: PlaceOptions, *, needs_text: bool = True) -> tuple[Any, Any]:
     """A model and its tokenizer, as the options say; without text to read it may lack one."""
     model = load_model(
         name,

@@ -76,12 +76,16 @@ class Job(Generic[AnyFeed, Item]):
     def count_batch(self, items: list[Item]) -> None:
         raise NotImplementedError
 
+    def begin(self, start: Checkpoint | None) -> None:
+        """What must be known before anything is counted."""
+
     def note(self) -> str:
         """What the progress bar says at its end."""
         return ""
 
     def run(self, start: Checkpoint | None) -> AnyFeed:
         """Count everything from a checkpoint on; returns what was read, to its end."""
+        self.begin(start)
         self.counter.clear()
         # Each share is counted from zero; the first adds to what was counted before.
         if start is not None and self.ranks.share == 0:

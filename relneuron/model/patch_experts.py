@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -172,6 +173,12 @@ def _row_tokens(
     conditions = tokens.rows(shape)
     if conditions is None:
         conditions = rows.token.new_zeros(shape[:-1])
+    segments = tokens.segments
+    if segments is not None:
+        ids = cast(
+            Tensor, of_rows(flat_ids(segments.ids, shape, "segments"), len(segments.numbers))
+        )
+        segments = replace(segments, ids=ids, token=rows.token)
     return Tokens(
         group_ids=of_rows(groups, n_groups),
         prompt_ids=of_rows(flat_ids(tokens.prompt_ids, shape, "prompt_ids"), n_of(sums)),
@@ -180,6 +187,7 @@ def _row_tokens(
             n_of(chosen if state.keep is None else [*chosen, state.keep]),
         ),
         counted=tokens.counted,
+        segments=segments,
     )
 
 

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 
 from relneuron.artifact.counts import RAN, Counts
+from relneuron.artifact.examples import best
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import locked
 from relneuron.model.meeting import distributed, meet
+from relneuron.model.peaks import BEST, BINS
 from relneuron.model.shards import n_parts, part_number
 
+Array = np.ndarray[Any, Any]
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
 
 # The others wait for what the first one does alone, such as ranking for hours. One that ends closes
@@ -64,20 +67,48 @@ class Ranks:
     def add(self, counts: AnyCounts) -> AnyCounts:
         """The sum of the processes' counters, exact for integers; all must have the same groups.
 
-        What a process has not counted is 0 (of a largest value -inf), and so parts add up, too.
+        What a process has not counted is 0 (of a largest value -inf), and so parts add up, too. The
+        best peaks of all only the first process has.
         """
         if self.size == 1:
             return counts
-        summed = {}
+        summed: dict[str, Array] = {}
         own = {"tokens": counts.tokens, **counts.beside, **counts.arrays}
         for name, array in own.items():
-            tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
-            op = "MAX" if name.startswith("max.") else "SUM"
-            distributed.all_reduce(tensor, getattr(distributed.ReduceOp, op))
-            summed[name] = tensor.numpy()
+            kind, _, site = name.partition(".")
+            if kind == BEST[0]:
+                names = [f"{part}.{site}" for part in BEST]
+                summed |= zip(names, self._best(*(own[name] for name in names)), strict=True)
+            elif kind not in BEST:
+                tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+                op = "MAX" if kind in ("max", *BINS[1:]) else "SUM"
+                distributed.all_reduce(tensor, getattr(distributed.ReduceOp, op))
+                summed[name] = tensor.numpy()
         if RAN in summed:  # of several modules another one may have run the most
             summed["tokens"] = summed[RAN].max(axis=1)
         return type(counts).of_tensors(counts.groups, summed)
+
+    def _best(self, *own: Array) -> tuple[Array, ...]:
+        """The K best peaks of all processes, at the first one; `own` are those of this one."""
+        total = own
+        for rank in range(1, self.size):
+            parts = [torch.from_numpy(np.ascontiguousarray(array).copy()) for array in own]
+            for part in parts:
+                distributed.broadcast(part, rank)
+            if self.rank == 0:
+                both = zip(total, parts, strict=True)
+                value, number, place = (np.concatenate([a, b.numpy()], -1) for a, b in both)
+                total = best(value, number, place, own[0].shape[-1])
+        return total
+
+    def first(self, array: Array) -> Array:
+        """The first process's array, where each holds the whole model; all must call it."""
+        if self.shares == 1:
+            return array
+        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+        distributed.broadcast(tensor, 0)
+        found: Array = tensor.numpy()
+        return found
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -19,6 +19,7 @@ from relneuron.artifact.neurons import ATTENTION, Shape, check_neurons
 from relneuron.model.layers import device_of
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.peaks import Looked, Segments, look
 
 Array = np.ndarray[Any, Any]
 
@@ -35,9 +36,10 @@ class LayerState:
     keep_down: Tensor | None = None  # (C, D) bool: down_proj outputs that stay
     # By site (gate, up, act, down, q, k, v, o): outputs that become another value.
     replace: dict[str, Replacement] | None = None
-    # Of experts: (G,) int64, tokens that came, and (E * G,) float64, sums of the router's weights.
+    # Of experts: (G,) int64, tokens that came; (E * G,) float64, sums of the router's weights.
     seen: Tensor | None = None
     routing: Tensor | None = None
+    looked: Looked | None = None  # of the windows of a corpus
 
 
 @dataclass
@@ -61,13 +63,12 @@ class Replacement:
 class Tokens:
     """What the next forward's tokens are; ids (B, T) int32, -1 = nowhere, or () int32, one for all.
 
-    One for all is what a vision tower needs, whose tokens are patches of a picture, not those of
-    the text.
+    One for all is what a vision tower needs: its tokens are patches of a picture, not of text.
     `conditions` (B,) or (B, T) int32 are the rows of the masks. Where the rows are `stacked`, an
     input of any other shape, such as the patches of all pictures, is of the B rows one behind the
-    other, each with as much of it. With `n_needed` the last layer's
-    output is only needed at so many last columns; at the others its MLP is left out. `counted`, if
-    not None, are the MLPs that have counted the tokens: each may do it once.
+    other, each with as much of it. With `n_needed` the last layer's output is only needed at so
+    many last columns; at the others its MLP is left out. `counted`, if not None, are the MLPs that
+    have counted the tokens: each may do it once. `segments` are the windows of a corpus.
     """
 
     group_ids: Tensor | None = None
@@ -76,6 +77,7 @@ class Tokens:
     n_needed: int | None = None
     counted: set[tuple[int, int]] | None = None
     stacked: bool = False
+    segments: Segments | None = None
     _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Tokens:
@@ -85,7 +87,8 @@ class Tokens:
             return self
         if device not in self._elsewhere:
             groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
-            about = (self.n_needed, self.counted, self.stacked)
+            segments = None if self.segments is None else self.segments.on(device)
+            about = (self.n_needed, self.counted, self.stacked, segments)
             self._elsewhere[device] = Tokens(groups, prompts, rows, *about)
         return self._elsewhere[device]
 
@@ -272,6 +275,7 @@ def statistics_only(
     backend: str,
 ) -> None:
     """Record a forward. Where act is not that of the formula, `sites` has it and the product."""
+    look(mlp, sites, state.looked, tokens.segments, backend)
     recording = _recording(mlp, state, tokens, shape)
     if recording is None:
         return
@@ -331,6 +335,7 @@ def hidden(
     if conditions is not None:
         conditions = conditions.expand(shape[:-1]).reshape(-1).contiguous()
     if act is None:
+        look(mlp, sites, state.looked, tokens.segments, backend)
         recording = _recording(mlp, state, tokens, shape) or {}
         mask: dict[str, Any] = {"keep": state.keep, "condition_ids": conditions}
         return ops.swiglu_stats(gate, up, **recording, **mask, **_op(mlp, backend))
@@ -370,6 +375,7 @@ def replace_act(
 
 
 def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> None:
+    look(None, {"down": rows_of(y)}, state.looked, tokens.segments, backend)
     if state.stats_down is not None and not is_recomputing():
         flat_y = y.detach().reshape(-1, y.shape[-1])
         ops.residual_stats(

@@ -94,9 +94,13 @@ def triton_module(op: str) -> ModuleType:
 
 
 def choose_backend(
-    op: str, backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    room: str | None = None,
 ) -> str:
-    """The backend to run for tensors of a device and dtype.
+    """The backend to run for tensors of a device and dtype, of an op in the room of its name.
 
     "auto" is the reference where the kernels cannot run, and says so once; a forced backend that
     cannot run raises with the reason.
@@ -124,7 +128,7 @@ def choose_backend(
             raise ValueError(f"{op}: backend='cpu' must have tensors on cpu, got {kind}")
         _raise_if_missing(op, backend, cpu_module)
     elif backend == "triton":
-        if _raise_if_missing(op, backend, triton_module, op).IS_INTERPRETED:
+        if _raise_if_missing(op, backend, triton_module, room or op).IS_INTERPRETED:
             return backend
         if MADE_FOR.get(kind) != "triton":
             raise ValueError(

@@ -1,8 +1,7 @@
-"""Draws the report's figures as inline SVG: the theme, and the figures of the main sections.
+"""Draws the report's figures: the theme, what a drawing is, and the parts of figures.
 
-Pages call it; the figures.py of the analyses and the methods have the others. Text stays text, so
-any script can be read and searched, and the theme's colours are CSS variables: the page decides how
-they look in dark mode and in print. The same input gives the same bytes.
+The figures.py of the rooms draw with it; paper.py makes files of what they draw. Text stays text,
+so any script can be read and searched. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -12,28 +11,45 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from relneuron.report.tables import Array, Table, label, split_title
+from relneuron.report.tables import Array, Table, label
 
-# Placeholder colours: inline() turns each into the page's variable of that name.
-THEME = ("ink", "muted", "paper", "soft", "line", "off", "random")
-INK, MUTED, PAPER, SOFT, LINE, OFF, RANDOM = (f"#01020{i}" for i in range(len(THEME)))
-DARK, FAINT = "#15181c", "#6a727c"  # on coloured cells, which the theme leaves alone
+# The colours of a figure by the name of the page's variable. In grey they are steps: the brightness
+# (0.299 R + 0.587 G + 0.114 B) of ink is 8 %, muted 30 %, off 53 %, random 76 %. No other part of a
+# figure has one of them, because a page finds them by their value.
+THEME = {
+    "ink": "#111417",
+    "muted": "#454d57",
+    "paper": "#ffffff",
+    "soft": "#eef0f2",
+    "line": "#d5dae0",
+    "off": "#e8700f",
+    "random": "#bcc3cc",
+}
+INK, MUTED, PAPER, SOFT, LINE, OFF, RANDOM = THEME.values()
+DARK, FAINT, LIGHT = "#15181c", "#6a727c", "#fefefe"  # on coloured cells, which no theme changes
+FONTS = "DejaVu Sans, Verdana, Arial, Helvetica, sans-serif"  # the first is the one measured with
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
+    # Journals ask for fonts that can be edited: TrueType, and not type 3.
+    "pdf.fonttype": 42,
     # Relation names are data: a dollar sign in one must not start a formula.
     "text.parse_math": False,
+    "hatch.linewidth": 0.7,
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -51,61 +67,116 @@ RC: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+# Labels of axes by which paper.py knows them: cells that stay as high as they are wide, scales of
+# colours below a figure; and the gids of a number in a cell and of its error.
+SQUARE, SCALE, CELL, ERROR = "square", "scale", "cell", "error"
 ROW = 0.3  # inches
 MOST = 40  # rows or columns of a picture with a number, or a name, for each
 BROAD = 8.0  # inches of a matrix of more
-# Panels side by side: three fit the width of a printed page.
-PANELS_PER_FIGURE = 3
 SURE = 0.05  # the largest q that is written bold
 
 
-# Parts
+# Drawings
 
 
 @contextmanager
-def figure() -> Iterator[Figure]:
-    """A figure of one inch, so that axes are placed in inches; saving fits it to what is drawn."""
+def themed() -> Iterator[None]:
+    """Matplotlib as figures are drawn and written with."""
     # Starting from the library's defaults keeps a user's own matplotlibrc out of the bytes.
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)
         # The browser chooses the font of each label, so a glyph that DejaVu lacks is no fault.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        yield
+
+
+@contextmanager
+def figure() -> Iterator[Figure]:
+    """A figure of one inch, so that axes are placed in inches; saving fits it to what is drawn."""
+    with themed():
         yield Figure(figsize=(1, 1))
 
 
-def inline(fig: Figure, stem: str, alt: str) -> str:
-    """The figure as an element of the page; `stem` keeps its ids apart from other figures'."""
-    buffer = io.StringIO()
-    mpl.rcParams["svg.hashsalt"] = stem
-    fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    # In the text between tags "<" and ">" are escaped, so only tags change here.
-    svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0]), svg)
-    svg = re.sub(r">\s+<", "><", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure that is drawn, and what it shows.
+
+    `stem` keeps its ids apart from those of other figures of the page. `table`: the numbers that it
+    is drawn from; None: those of its section's first table.
+    """
+
+    figure: Figure
+    stem: str
+    alt: str
+    table: Table | None = None
+
+    @property
+    def svg(self) -> str:
+        """The figure as an element of a page that is a picture on its own, too."""
+        return self.svg_of()
+
+    def svg_of(self, sheet: Bbox | None = None) -> str:
+        """A picture of the part `sheet` of the figure, on white; without one of all, on nothing.
+
+        Colours of the theme are attributes, which a page's style sheet overrides; a viewer without
+        one draws them as they are.
+        """
+        with themed():
+            buffer = io.StringIO()
+            mpl.rcParams["svg.hashsalt"] = self.stem
+            self.figure.savefig(
+                buffer,
+                format="svg",
+                bbox_inches=sheet or "tight",
+                facecolor=PAPER if sheet else "none",
+                metadata={"Date": None},
+            )
+        svg = buffer.getvalue()
+        svg = svg[svg.index("<svg") :]
+        svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+        # In the text between tags "<" and ">" are escaped, so only tags change here.
+        svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0]), svg)
+        svg = re.sub(r">\s+<", "><", svg)
+        about = f'role="img" aria-label="{self.alt}" font-family="{FONTS}"'
+        return svg.replace("<svg", f"<svg {about}", 1)
+
+
+def inline(fig: Figure, stem: str, alt: str, table: Table | None = None) -> Drawing:
+    """The figure, once all is drawn."""
+    return Drawing(fig, stem, alt, table)
 
 
 def _tag(tag: str) -> str:
-    tag = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"| ?font-family: [^;"]*;?', "", tag)
-    tag = tag.replace("xlink:href", "href").replace("base64,\n", "base64,")
-    for i, name in enumerate(THEME):
-        tag = tag.replace(f"#01020{i}", f"var(--{name})")
+    tag = re.sub(r'(?<=<g) id="[^"]*"| ?font-family: [^;"]*;?', "", tag)
+    tag = tag.replace("base64,\n", "base64,")
+    tag = re.sub(r'style="([^"]*)"', lambda style: _style(style[1]), tag)
     tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
     return " ".join(tag.split())
+
+
+def _style(style: str) -> str:
+    """The attributes in place of a style: colours of the theme each as one of its own."""
+    parts = [part.strip() for part in style.split(";") if part.strip()]
+    is_theme = {part: part.split(": ")[-1] in THEME.values() for part in parts}
+    pairs = [part.split(": ") for part in parts if is_theme[part]]
+    colours = " ".join(f'{name}="{value}"' for name, value in pairs)
+    rest = "; ".join(part for part in parts if not is_theme[part])
+    return f'style="{rest}" {colours}' if rest else colours
+
+
+# Parts
 
 
 def whole(value: float) -> str:
     return f"{round(value):,}".replace("-", "−") if np.isfinite(value) else "–"
 
 
-def short(name: str) -> str:
-    """A name for people that fits beside a figure."""
+def short(name: str, most: int = 34) -> str:
+    """A name for people that fits beside a figure: of so many characters at most."""
     # Long names often differ only at the end, so the middle goes.
-    text = label(name)
-    return text if len(text) <= 34 else f"{text[:17]}…{text[-16:]}"
+    text, kept = label(name), most - 1
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}…{text[-(kept // 2) :]}"
 
 
 def ends(*values: Array | float) -> tuple[float, float]:
@@ -115,13 +186,15 @@ def ends(*values: Array | float) -> tuple[float, float]:
     return float(found.min()), float(found.max())
 
 
-def legend(fig: Figure, marks: Sequence[Any], high: float, left: float = 0) -> None:
-    """Marks in lines of three, `high` inches above the figure's origin."""
-    fig.legend(
+def legend(
+    fig: Figure, marks: Sequence[Any], high: float, left: float = 0, n_columns: int = 3
+) -> Legend:
+    """Marks in lines of so many, `high` inches above the figure's origin."""
+    return fig.legend(
         handles=marks,
         loc="lower left",
         bbox_to_anchor=(left, high),
-        ncols=3,
+        ncols=n_columns,
         frameon=False,
         borderpad=0,
         borderaxespad=0,
@@ -150,11 +223,17 @@ def rows_axes(
 
 def beside(ax: Axes, heading: str, notes: Sequence[str]) -> None:
     """A note right of each row, and a heading above them."""
-    # The figure is one inch wide, so this is 0.14 inches right of the axis.
-    x = 1 + 0.14 / ax.get_position().width
     for place, note in enumerate([heading, *notes]):
-        y = place - 1 if place else -0.9
-        ax.text(x, y, note, va="center", fontsize=8.5, transform=ax.get_yaxis_transform())
+        ax.annotate(
+            note,
+            (1, place - 1 if place else -0.9),
+            xytext=(10, 0),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
 
 
 class Pivot(NamedTuple):
@@ -195,9 +274,11 @@ def matrix(
     cell, size = (0.46, 8.5) if n <= 20 else (0.34, 6.5)
     if is_large := n > MOST:
         cell = max(BROAD / n, 0.02)
-    ax = fig.add_axes((0, 0, cell * len(columns), cell * len(rows)))
+    ax = fig.add_axes((0, 0, cell * len(columns), cell * len(rows)), label=SQUARE)
     shown = values if numbers is None else numbers
     cells(ax, values, colours, None if is_large else shown, size, sure)
+    if is_large and is_centred(colours):
+        hatch(ax, values < 0)
     for i, j in np.argwhere(np.zeros(values.shape) if framed is None or is_large else framed):
         ink = INK if np.isnan(values[i, j]) else DARK
         ax.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fill=False, ec=ink, lw=1.3))
@@ -244,7 +325,7 @@ def cells(
     ax.spines[:].set_visible(False)
     for (i, j), number in np.ndenumerate(np.empty((0, 0)) if numbers is None else numbers):
         light = rgba[i, j] @ (0.299, 0.587, 0.114, 0)
-        style: dict[str, Any] = {"fontsize": size, "color": "#ffffff" if light < 0.55 else DARK}
+        style: dict[str, Any] = {"fontsize": size, "color": LIGHT if light < 0.55 else DARK}
         if sure is not None and sure[i, j]:
             style["fontweight"] = "bold"
         elif sure is not None:
@@ -252,142 +333,35 @@ def cells(
         if np.isnan(values[i, j]):
             style["color"] = INK
         written = ax.text(j + 0.5, i + 0.5, whole(number), **style)
-        written.set(ha="center", va="center_baseline", in_layout=False)
+        written.set(ha="center", va="center_baseline", in_layout=False, gid=CELL)
+
+
+def is_centred(colours: ScalarMappable) -> bool:
+    """Whether the colours tell what is below 0 from what is above: two that are alike in grey."""
+    return colours.norm.vmin is not None and bool(np.all(np.asarray(colours.norm.vmin) < 0))
+
+
+def hatch(ax: Axes, where: NDArray[np.bool_]) -> None:
+    """Lines over some cells (R, C), for those below 0 where no number has its sign."""
+    squares = [
+        Path([(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1), (j, i)], closed=True)
+        for i, j in np.argwhere(where)
+    ]
+    if squares:
+        path = Path.make_compound_path(*squares)
+        ax.add_patch(PathPatch(path, fill=False, ec=LIGHT, lw=0, hatch="/" * 10))
 
 
 def scale(
     fig: Figure, colours: ScalarMappable, ticks: list[int], names: list[str], below: float = 0.4
 ) -> None:
-    ax = fig.add_axes((0, -below, 2.4, 0.13))
+    ax = fig.add_axes((0, -below, 2.4, 0.13), label=SCALE)
     low, high = ticks[0], ticks[-1]
     steps = colours.to_rgba(np.linspace(low, high, 64)[None])
     ax.imshow(steps, interpolation="none", aspect="auto", extent=(low, high, 0, 1))
+    if is_centred(colours):
+        below_0 = Rectangle((low, 0), -low, 1, fill=False, ec=LIGHT, lw=0, hatch="/" * 10)
+        ax.add_patch(below_0)
     ax.set_xticks(ticks, names)
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-
-
-# Figures
-
-
-def accuracy_plots(table: Table, splits: Sequence[str], stem: str) -> list[str]:
-    """Accuracy per relation before and after, from the rows of the analysis `accuracy`.
-
-    One split fills the width; several stand side by side, with titles.
-    """
-    width, gap = (5.0, 0.0) if len(splits) == 1 else (1.55, 0.9)
-    table = table._replace(
-        rows=[row for split in splits for row in table.where("split", split).rows]
-    )
-    relations = list(dict.fromkeys(str(name) for name in table.column("relation")))
-    high = ROW * len(relations) + 0.1
-    marks = [
-        mark("before", **BEFORE),
-        mark("own neurons off", c=OFF),
-        mark("its 95 % interval", c=OFF, alpha=0.35, lw=6, ls="-", marker=""),
-    ]
-    for kind, colour in (("random", RANDOM), ("matched", MUTED)):
-        if np.isfinite(table.floats(kind)).any():
-            name = f"{kind} neurons off, range and mean"
-            marks.append(mark(name, c=colour, lw=5, ls="-", marker=""))
-    plots = []
-    for start in range(0, len(splits), PANELS_PER_FIGURE):
-        with figure() as fig:
-            for p, split in enumerate(splits[start : start + PANELS_PER_FIGURE]):
-                left = p * (width + gap)
-                ax = rows_axes(fig, relations, left=left, width=width, named=p == 0)
-                _accuracy_panel(ax, table.where("split", split), relations)
-                if len(splits) > 1:
-                    title = split_title(split).replace(", ", ",\n")
-                    ax.set_title(title, loc="left", fontsize=9, fontweight="bold", pad=16)
-            legend(fig, marks, high + (0.75 if len(splits) > 1 else 0.4))
-            plots.append(inline(fig, f"{stem}{start}", "Accuracy per relation before and after"))
-    return plots
-
-
-def _accuracy_panel(ax: Axes, table: Table, relations: Sequence[str]) -> None:
-    y = np.array([relations.index(str(name)) for name in table.column("relation")], np.float64)
-    before, own, low, high = (
-        100 * table.floats(name) for name in ("before", "own", "own_low", "own_high")
-    )
-    ax.hlines(y, 0, 100, color=LINE, lw=0.6)
-    drawn = {kind: 100 * table.floats(kind) for kind in ("random", "matched")}
-    is_matched = bool(np.isfinite(drawn["matched"]).any())
-    shift = {"random": -0.17 if is_matched else 0.0, "matched": 0.17}
-    for (kind, mean), colour in zip(drawn.items(), (RANDOM, MUTED), strict=True):
-        # A range of one value still shows as a mark one point of accuracy wide.
-        least = np.fmin(100 * table.floats(f"{kind}_low"), mean - 0.5)
-        most = np.fmax(100 * table.floats(f"{kind}_high"), mean + 0.5)
-        place = y + shift[kind]
-        ax.hlines(place, least, most, color=colour, lw=4 if is_matched else 7)
-        ax.vlines(mean, place - 0.15, place + 0.15, color=INK, lw=1.1)
-    ax.hlines(y, np.fmin(before, own), np.fmax(before, own), color=OFF, lw=1.1)
-    ax.hlines(y, low, high, color=OFF, lw=6, alpha=0.35)
-    ax.plot(before, y, "o", **BEFORE, ms=7, zorder=4, clip_on=False)
-    ax.plot(own, y, "o", color=OFF, ms=6, zorder=5, clip_on=False)
-    notes = [""] * len(relations)
-    for place, b, a in zip(y.astype(int), before, own, strict=True):
-        notes[place] = f"{whole(b)} → {whole(a)}"
-    beside(ax, "before → off", notes)
-    ax.set(xlim=(0, 100), xticks=range(0, 101, 25), xlabel="accuracy, %")
-
-
-def drop_heatmap(table: Table) -> str:
-    """Relative accuracy drop in %, colours centred at 0; own sets are framed, sure cells bold."""
-    rows, columns, found = pivot(table, "relation", "off", "drop", "q_value", "own")
-    colours = ScalarMappable(Normalize(-100, 100, clip=True), mpl.colormaps["RdBu_r"])
-    with figure() as fig:
-        ax = matrix(
-            fig,
-            rows,
-            columns,
-            100 * found["drop"],
-            colours,
-            framed=found["own"] == 1,
-            sure=found["q_value"] <= SURE,
-        )
-        ax.set_xlabel("neurons switched off", loc="left", labelpad=8)
-        ax.set_ylabel("relation asked", loc="top", labelpad=8)
-        scale(fig, colours, [-100, 0, 100], ["≤ −100, gained", "0", "100, lost"])
-        return inline(fig, "drop", "Accuracy drop of each relation under each set")
-
-
-def overlap_heatmap(table: Table, row: str = "relation") -> str:
-    """Neurons that two sets share; the diagonal (the sizes) stays out of the colours."""
-    rows, columns, found = pivot(table, row, "other", "shared", "q_value")
-    sizes = np.eye(len(rows), dtype=np.bool_)
-    shared = found["shared"]
-    values = np.where(sizes, np.nan, shared)
-    top = max(1, int(shared[~sizes].max()))
-    colours = ScalarMappable(Normalize(0, top), mpl.colormaps["Blues"])
-    with figure() as fig:
-        sure = found["q_value"] <= SURE
-        matrix(fig, rows, columns, values, colours, numbers=shared, framed=sizes, sure=sure)
-        scale(fig, colours, [0, top], ["0", f"{top:,} shared neurons"])
-        return inline(fig, "overlap", "Neurons that two sets share")
-
-
-def layers_plot(count: NDArray[np.int64], names: Sequence[str], sites: Sequence[str]) -> str:
-    """Chosen neurons (R, S, L) per relation, site and layer, with the sum over relations on top."""
-    n_rows, _, n_layers = count.shape
-    width, high = 2.2, 0.24 * n_rows
-    top, tallest = max(1, int(count.max())), max(1, int(count.sum(axis=0).max()))
-    colours = ScalarMappable(Normalize(0, top), mpl.colormaps["Blues"])
-    with figure() as fig:
-        for s, site in enumerate(sites):
-            x = s * (width + 0.22)
-            bars = fig.add_axes((x, high + 0.1, width, 0.85))
-            bars.bar(np.arange(n_layers) + 0.5, count[:, s].sum(axis=0), width=0.8, color=MUTED)
-            bars.set(xlim=(0, n_layers), ylim=(0, 1.05 * tallest), xticks=[])
-            bars.set_yticks([0, tallest], ["0", f"{tallest:,}"] if s == 0 else ["", ""])
-            bars.tick_params(axis="y", labelsize=8, labelcolor=MUTED)
-            bars.set_title(site, loc="left", fontsize=9.5, fontweight="bold")
-            grid = fig.add_axes((x, 0, width, high))
-            values = count[:, s].astype(float)
-            cells(grid, values, colours, values if n_layers <= 8 else None, 7)
-            layers = range(0, n_layers, -(-n_layers // 8))
-            grid.set_xticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
-            grid.set_xlabel("layer")
-            grid.set_yticks(np.arange(n_rows) + 0.5, map(short, names) if s == 0 else [""] * n_rows)
-        scale(fig, colours, [0, top], ["0", f"{top:,} chosen neurons"], below=0.75)
-        return inline(fig, "layers", "Chosen neurons by relation, site and layer")

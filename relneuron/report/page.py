@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from relneuron.artifact.cards import NAME as CARDS
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -28,7 +29,11 @@ from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import commands, load
-from relneuron.report.tables import Number, Table, label, show, visible
+from relneuron.report.cards import View, cards_of
+from relneuron.report.tables import Number, Table, label, short, show, visible
+
+if TYPE_CHECKING:  # matplotlib is imported when a page is made
+    from relneuron.report.kit import Drawing
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Section(NamedTuple):
     question: str
     seen: Sequence[str]  # sentences made from the numbers
     how: str = ""  # to read the picture
-    drawings: Sequence[str] = ()
+    drawings: Sequence[Drawing] = ()
     tables: Sequence[tuple[str, Table]] = ()  # the file's name, without .csv
     most: int = 200  # rows of a table that the page shows; its file has all
     open: int = 0  # how many of the tables are shown unasked
@@ -92,6 +97,13 @@ class Example(NamedTuple):
     after: Answer
 
 
+class Script(NamedTuple):
+    """What a page runs: its text, and the hash by which the page's policy knows it."""
+
+    text: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Page:
     """Everything that report.html.j2 names; all of it is shown as text, but drawings and style."""
@@ -107,6 +119,8 @@ class Page:
     note: str = ""  # below the tiles
     examples: Sequence[tuple[str, Sequence[Example]]] | None = None  # by set; None: of no such kind
     style: str = ""  # CSS of wider tables and smaller tiles
+    cards: Sequence[View] = ()  # of neurons, as report/cards.py has them
+    script: Script | None = None  # of a page of cards alone
 
 
 # From a folder to its page
@@ -131,7 +145,7 @@ def make_page(
     """
     need("a report", "jinja2", "matplotlib", "scipy")
     page: Page = load(kind_of(folder, kinds).build)(folder, titles or {})
-    return page
+    return replace(page, cards=cards_of(folder, Manifest(folder).data))
 
 
 @contextmanager
@@ -160,7 +174,7 @@ def opened(folder: Path, kind: PageKind) -> Iterator[Json]:
 
 def files_read(kinds: Sequence[PageKind]) -> list[str]:
     """Every file of a folder that a page may be made from."""
-    return list(dict.fromkeys(name for kind in kinds for name in kind.reads))
+    return list(dict.fromkeys([*(name for kind in kinds for name in kind.reads), CARDS]))
 
 
 def write_report(
@@ -206,9 +220,18 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
 
 def render(page: Page) -> str:
     """The page as HTML text; whatever the study holds is shown as text."""
+    from relneuron.report.kit import THEME
+
+    template = environment().get_template("report.html.j2")
+    made = commands(page.manifest)
+    return str(template.render(page=page, commands=made, theme=THEME)) + "\n"
+
+
+def environment() -> Any:
+    """What reads the templates: all that they are given is escaped, and visible."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=lambda value: value if hasattr(value, "__html__") else visible(str(value)),
@@ -216,7 +239,6 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"show": show, "label": label}
-    environment.tests["text"] = lambda cell: isinstance(cell, str) and not isinstance(cell, Number)
-    template = environment.get_template("report.html.j2")
-    return template.render(page=page, commands=commands(page.manifest)) + "\n"
+    found.filters |= {"show": show, "label": label, "short": short}
+    found.tests["text"] = lambda cell: isinstance(cell, str) and not isinstance(cell, Number)
+    return found

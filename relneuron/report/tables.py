@@ -210,10 +210,15 @@ def show(value: Cell) -> str:
     return significant(value) if isinstance(value, float) else f"{value:,}"
 
 
+def short(value: float) -> str:
+    """A number whose size is what matters, such as a p-value."""
+    return significant(value, 2)
+
+
 def _writer(column: str) -> Callable[[Cell], Cell]:
     """How a column's cells are written."""
     if column in TESTS:
-        return lambda value: Number(significant(float(value), 2))
+        return lambda value: Number(short(float(value)))
     names = label if column in NAMES else split_title if column == "split" else visible
     return lambda value: names(value) if isinstance(value, str) else Number(show(value))
 

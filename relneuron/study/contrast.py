@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relneuron.ablation.effect import effect
+from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.generate import generate
-from relneuron.ablation.options import CLEAN, DONOR, EffectOptions, GenerateOptions
+from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, sha256
 from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import Manifest, locked, same_model

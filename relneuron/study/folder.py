@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from relneuron.artifact.counts import Counts
 from relneuron.artifact.effects import read_conditions
 from relneuron.artifact.files import Json, RelneuronError, require, unfinished
 from relneuron.artifact.manifest import Manifest, checked
-from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.neurons import Neuron, NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
 from relneuron.report.page import PageKind, kind_of
 from relneuron.study import shown, tensors
@@ -182,6 +182,10 @@ class Study:
         path = self._path("responses")
         return frame(tensors.responses(path, prompt, Shape.of(self._model(path))))
 
+    def card(self, neuron: str | Sequence[Any]) -> shown.Card:
+        """What `look` found of a neuron such as "12.gate.345", drawn in a notebook."""
+        return shown.find_card(self._path("cards"), neuron)
+
     # --- corpora
 
     @property
@@ -196,6 +200,17 @@ class Study:
     def counts_of(self, group: str) -> Frame:
         """`counts` of one group."""
         return frame(self._counts(group))
+
+    def examples(self, neuron: Neuron | str, tokenizer: Any = None, context: int = 16) -> Frame:
+        """A neuron's strongest tokens: layer, site, index, group, rank, value, position, token,
+        before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345"."""
+        path = self._path("examples")
+        tokenizer = tokenizer or tensors.tokenizer_of(self._model(path))
+        return frame(tensors.examples(path, tensors.neuron_of(neuron), tokenizer, context))
+
+    def histogram(self, neuron: Neuron | str) -> Frame:
+        """A neuron's values, low <= v < high: layer, site, index, group, bin, low, high, count."""
+        return frame(tensors.histogram(self._path("histogram"), tensors.neuron_of(neuron)))
 
     @cached_property
     def nll(self) -> Frame:

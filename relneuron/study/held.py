@@ -10,7 +10,9 @@ from typing import NamedTuple
 from relneuron.ablation.effect import Effect
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
-from relneuron.artifact import contrast
+from relneuron.artifact import contrast, examples, histogram
+from relneuron.artifact.cards import MADE_BY as CARDS_BY
+from relneuron.artifact.cards import NAME as CARDS
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.effects import EFFECTS
 from relneuron.artifact.gains import (
@@ -90,6 +92,7 @@ HELD = {
     "scores": Held(
         "scores of all neurons", ("scores.safetensors",), _IDENTIFY, call="scores(relation)"
     ),
+    "cards": Held("neurons to look at", (CARDS,), CARDS_BY, call="card(neuron)"),
     "conditions": Held(
         "which neurons were off",
         ("conditions.csv",),
@@ -115,6 +118,18 @@ HELD = {
     ),
     "counts": Held("how often neurons are active", (COUNTS,), _COUNT),
     "counts_of": Held("the same of one group", (COUNTS,), _COUNT, call="counts_of(group)"),
+    "examples": Held(
+        "where a neuron is the strongest",
+        (examples.NAME,),
+        examples.MADE_BY,
+        call="examples(neuron)",
+    ),
+    "histogram": Held(
+        "how its values are spread",
+        (histogram.NAME,),
+        histogram.MADE_BY,
+        call="histogram(neuron)",
+    ),
     "nll": Held("text with neurons off", ("nll.csv",), _NLL, NLL),
     "nll_windows": Held("the same by window", ("nll_windows.csv",), _NLL, WINDOWS),
     "targets": Held(

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from relneuron.ablation.options import ANALYSES, FROM_RESPONSES, AblateOptions
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import LoadOptions, Options, like, option, options_of, refuse_stray
+from relneuron.artifact.options import (
+    LoadOptions,
+    Only,
+    OomOptions,
+    Options,
+    like,
+    option,
+    options_of,
+    refuse_stray,
+)
 from relneuron.methods import rankings
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.texts.options import PromptsOptions
@@ -20,8 +29,10 @@ CONTRAST = "contrast"  # the demo of two models
 class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, LoadOptions):
     """What a study is made with; the defaults are the paper's."""
 
+    PANEL = "The study"
+
     chat_template: bool = option(False, "Wrap every prompt in the model's chat template.")
-    method: str = option("ap", "How neurons are ranked: ap (average precision).")
+    method: str = option("ap", "How neurons are ranked; ap is average precision.", offers=("ap",))
     drop_responses: bool = option(False, "Delete responses.safetensors after identify.")
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
@@ -63,6 +74,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
 class DemoOptions(Options):
     """What the demo lets one choose of a study."""
 
+    PANEL = RunOptions.PANEL
+
     top: int | None = like(RunOptions, "top")
     fdr: float | None = like(RunOptions, "fdr")
     permutations: int = like(RunOptions, "permutations")
@@ -73,8 +86,8 @@ class DemoOptions(Options):
         RunOptions,
         "analyses",
         ("gain",),
-        help="Analyses beside the main one: main (none), all, or some of matched, sizes, sites, "
-        "concepts, gain, perplexity; or contrast alone, a study of two models.",
+        help="Analyses beside the main one; main stands for none. Or contrast alone, a study of "
+        "two models.",
         choices=(*ANALYSES, CONTRAST),
     )
     sizes: Sequence[int] | None = like(RunOptions, "sizes")
@@ -90,3 +103,29 @@ class DemoOptions(Options):
         for name, (f, says, _) in options_of(DemoOptions).items():
             if name != "analyses" and getattr(self, name) != f.default:
                 refuse_stray(says.flag, "without --analyses contrast")
+
+
+CARDS = 200  # neurons that `look` makes cards of, where nothing else is asked for
+
+
+def names_file(neurons: Sequence[str]) -> bool:
+    """Whether `--neurons` names a file of sets, not neurons."""
+    return len(neurons) == 1 and neurons[0].endswith(".json")
+
+
+@dataclass(frozen=True)
+class LookOptions(OomOptions):
+    """Which neurons get a card, and how much stands on it."""
+
+    neurons: Sequence[str] = option(
+        (),
+        "A neurons.json, or neurons by name, such as 12.gate.345,3.up.7; default: the sets of DIR.",
+    )
+    top: int | None = option(
+        None,
+        f"Neurons of each set; default: as many as make {CARDS} cards.",
+        least=1,
+        only=Only("with neurons of sets", lambda o: not o.neurons or names_file(o.neurons)),
+    )
+    examples: int = option(8, "Examples of each neuron.", least=1, most=100)
+    batch_tokens: int = like(RecordOptions, "batch_tokens")

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from relneuron.artifact.cards import read_cards
+from relneuron.artifact.files import Json, RelneuronError
 
 _LEFT = "<td style='text-align:left'>"
 
@@ -53,4 +57,39 @@ def file_of(path: Path) -> str:
         size, unit = size / 1000, larger
     return (
         f"{path.name}, {size:.0f} bytes" if unit == "bytes" else f"{path.name}, {size:.1f} {unit}"
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Card:
+    """A neuron's card (artifact.cards.SCHEMA) in `data`; a notebook draws it as the page does."""
+
+    data: Json
+
+    def __repr__(self) -> str:
+        """The name, the sets, and a line for each example."""
+        sets = ", ".join(f"{one['set']} no. {one['rank']}" for one in self.data["sets"])
+        lines = [self.data["name"] + (f" in {sets}" if sets else "")]
+        for one in self.data["examples"]:
+            lines.append(f"  {one['value']:<10.4g} {''.join(one['tokens'])!r}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from relneuron.report.look import card_html
+
+        return card_html(self.data)
+
+
+def find_card(path: Path, neuron: str | Sequence[Any]) -> Card:
+    """The card of a neuron, by its name, or as (layer, site, index)."""
+    name = neuron if isinstance(neuron, str) else ".".join(map(str, neuron))
+    cards = read_cards(path)
+    for card in cards:
+        if name in (card["neuron"], card["name"]):
+            return Card(card)
+    some = ", ".join(card["neuron"] for card in cards[:3])
+    raise RelneuronError(
+        f"{path} has no card of {name}, but of {some}, ..." if some else f"{path} has no card",
+        f"make it with: relneuron look DIR --neurons {name} -o PAGE --force",
+        2,
     )

@@ -25,8 +25,10 @@ _HOMES = {
     "NllOptions": "ablation.options:NllOptions",
     "generate": "ablation.generate:generate",
     "GenerateOptions": "ablation.options:GenerateOptions",
+    "eval": "ablation.harness.stage:evaluate",
+    "EvalOptions": "ablation.harness.options:EvalOptions",
     "effect": "ablation.effect:effect",
-    "EffectOptions": "ablation.options:EffectOptions",
+    "EffectOptions": "ablation.effect_options:EffectOptions",
     "parse_sources": "texts.sources:parse_sources",
     "SourceOptions": "texts.options:SourceOptions",
     "count": "methods.counts.count:count",
@@ -49,7 +51,11 @@ _HOMES = {
     "identify_contrast": "methods.contrast.rank:identify_contrast",
     "probe": "methods.contrast.probe:probe",
     "ProbeOptions": "methods.contrast.options:ProbeOptions",
+    "look": "study.look:look",
+    "LookOptions": "study.settings:LookOptions",
     "report": "study.run:report_stage",
+    "figures": "study.figures:figures",
+    "FigureOptions": "report.save:FigureOptions",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605
 

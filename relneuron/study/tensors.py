@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 
 from relneuron.artifact import contrast
 from relneuron.artifact.counts import BESIDE, RAN, SITES, Counts
+from relneuron.artifact.examples import examples_of
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import GAIN_ROWS, ffn_widths
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
 from relneuron.artifact.gradients import Gradients
-from relneuron.artifact.neurons import ATTENTION, Shape
+from relneuron.artifact.histogram import Histogram
+from relneuron.artifact.neurons import ATTENTION, Neuron, Shape
 from relneuron.artifact.reading import RESPONSE_ROWS, Tensors, open_tensors
 from relneuron.methods.gains.rank import mean_gains
 from relneuron.study.frames import Array, Names, check_size
+from relneuron.texts.tokens import token_text
 
 RECORD = "record MODEL prompts.jsonl -o DIR"
 _SITES = (*SITES, *ATTENTION, *contrast.SITES)  # the order of the rows
@@ -140,6 +144,77 @@ def _counted(
     return {**about, "tokens": ran, **found}
 
 
+def neuron_of(neuron: Neuron | str) -> Neuron:
+    """A neuron (layer, site, index), also of a text such as 12.act.345."""
+    parts = neuron.split(".") if isinstance(neuron, str) else neuron
+    with suppress(TypeError, ValueError):
+        layer, site, index = parts
+        return int(layer), str(site), int(index)
+    raise RelneuronError(
+        f"{neuron!r} is no neuron", 'write it as (12, "act", 345) or "12.act.345"', 2
+    )
+
+
+def tokenizer_of(model: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model, by what a manifest says of it."""
+    from relneuron.model.load import load_tokenizer
+
+    return load_tokenizer(model["id"], revision=model.get("revision"))
+
+
+def examples(path: Path, neuron: Neuron, tokenizer: Any, context: int) -> dict[str, Any]:
+    """A row for each of a neuron's strongest tokens, each of another window, by group.
+
+    layer, site, index, group, rank (1 = the strongest), value, position (of the token in its
+    window), token, before and after (up to `context` tokens on either side, as texts), window (how
+    many of its group stand before it in the corpus), token_id and text (the whole window).
+    """
+    (found,) = examples_of(path, [neuron])
+
+    def text(ids: Array) -> str:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    at = [(one, one.ids, one.position) for one in found]
+    return {
+        **_only(neuron, len(found)),
+        "group": [one.group for one in found],
+        "rank": np.array([one.rank for one in found], np.int64),
+        "value": np.array([one.value for one in found], np.float32),
+        "position": np.array([t for _, _, t in at], np.int64),
+        "token": [token_text(tokenizer, one.token) for one in found],
+        "before": [text(ids[max(0, t - context) : t]) for _, ids, t in at],
+        "after": [text(ids[t + 1 : t + 1 + context]) for _, ids, t in at],
+        "window": np.array([one.number for one in found], np.int64),
+        "token_id": np.array([one.token for one in found], np.int64),
+        "text": [text(ids) for _, ids, _ in at],
+    }
+
+
+def histogram(path: Path, neuron: Neuron) -> dict[str, Any]:
+    """group, bin, low, high and count of a neuron's values, as `Study.histogram` says."""
+    found, site = Histogram.read(path, neuron), neuron[1]
+    n, n_bins = len(found.groups), int(found.last[site][0, 0]) + 1
+    edges = found.edges(site)[0, 0]
+    return {
+        **_only(neuron, n * n_bins),
+        "group": Names(np.repeat(np.arange(n, dtype=np.int16), n_bins), found.groups),
+        "bin": np.tile(np.arange(n_bins), n),
+        "low": np.tile(edges[:n_bins], n),
+        "high": np.tile(edges[1 : n_bins + 1], n),
+        "count": found.count[site][:, 0, 0, :n_bins].reshape(-1),
+    }
+
+
+def _only(neuron: Neuron, n_rows: int) -> dict[str, Any]:
+    """layer, site and index of rows that are all of one neuron."""
+    layer, site, index = neuron
+    return {
+        "layer": np.full(n_rows, layer, np.int32),
+        "site": Names(np.zeros(n_rows, np.int8), [site]),
+        "index": np.full(n_rows, index, np.int32),
+    }
+
+
 def changes(path: Path, order: Shape | None) -> dict[str, Any]:
     """layer, index and the RMS change of every neuron between two models, over all groups."""
     kind = contrast.Contrast
@@ -150,7 +225,7 @@ def changes(path: Path, order: Shape | None) -> dict[str, Any]:
     return {**columns, "rms": rms[columns["layer"], columns["index"]]}
 
 
-def _rows(path: Path, made_by: str, key: str) -> list[str]:
+def rows_of(path: Path, made_by: str, key: str) -> list[str]:
     """The ids of a file's rows, as its metadata say."""
     with open_tensors(path, made_by) as file:
         about = file.about(key)
@@ -162,7 +237,7 @@ def _rows(path: Path, made_by: str, key: str) -> list[str]:
 
 def responses(path: Path, prompt: str, order: Shape) -> dict[str, Any]:
     """layer, site, index and the response of every neuron to one prompt."""
-    ids = _rows(path, RECORD, RESPONSE_ROWS)
+    ids = rows_of(path, RECORD, RESPONSE_ROWS)
     row = place_of(ids, prompt, "prompt", path)
     blocks = list(order.blocks())
     sites = list(order.widths)
@@ -193,7 +268,7 @@ def _of_layers(widths: Sequence[int]) -> dict[str, Array]:
 
 def gains_of(path: Path, sentence: str, model: Mapping[str, Any]) -> dict[str, Any]:
     """layer, index and the gain of every FFN neuron for one sentence, in nats."""
-    ids, widths = _rows(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
+    ids, widths = rows_of(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
     row = place_of(ids, sentence, "sentence", path)
     with open_tensors(path, ATTRIBUTE) as file:
         values = [
@@ -208,7 +283,7 @@ def gains(path: Path, relations: Mapping[str, str], model: Mapping[str, Any]) ->
 
     `relations`: of each sentence that counts, by id. A block of columns is in memory at a time.
     """
-    ids, widths = _rows(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
+    ids, widths = rows_of(path, ATTRIBUTE, GAIN_ROWS), ffn_widths(model)
     names = sorted({*relations.values()})
     check_size(
         len(names) * sum(widths),

@@ -70,6 +70,7 @@ class Feed:
     source). Used as a context manager; what reads ahead ends with it.
 
     groups       names, in the order of the sources; those of a column when they are first taken
+    n_windows    of each group, taken so far
     waited_s     seconds that `take` had to wait for windows, but for the first of each source
     started_s    seconds that it had to wait for those
     """
@@ -94,12 +95,15 @@ class Feed:
         self._threads_each = max(1, n_cores // (2 * self.n_workers))
         states: list[Json | None] = [None] * len(sources)
         self.groups = _named_groups(sources)
+        self.n_windows = [0] * len(self.groups)
         self._turn = 0
         if state is not None:
             if len(state["sources"]) != len(sources):
                 raise RelneuronError("the state is of another corpus", "begin again with --force")
             states, self._turn = list(state["sources"]), state["turn"]
             self.groups = list(state["groups"])
+            # A state of an older version has none.
+            self.n_windows = list(state.get("n_windows", [0] * len(self.groups)))
         self._places = {name: place for place, name in enumerate(self.groups)}
         self._lanes = [_Lane(*pair) for pair in zip(sources, states, strict=True)]
         self._helpers: list[_Process | _Thread] = []
@@ -153,7 +157,9 @@ class Feed:
             if lane.taken >= len(lane.windows) and not self._load(lane):
                 n_ended += 1
             else:
-                result.append(lane.windows[lane.taken])
+                window = lane.windows[lane.taken]
+                result.append(window._replace(number=self.n_windows[window.group]))
+                self.n_windows[window.group] += 1
                 lane.taken += 1
                 n_ended = 0
             self._turn = (self._turn + 1) % len(lanes)
@@ -200,12 +206,14 @@ class Feed:
         if group not in self._places:
             self._places[group] = len(self.groups)
             self.groups.append(group)
+            self.n_windows.append(0)
         return self._places[group]
 
     def state(self) -> Json:
         """Where to go on after the last window taken, as JSON; valid also after the `with`."""
         return {
             "groups": list(self.groups),
+            "n_windows": list(self.n_windows),
             "turn": self._turn,
             "sources": [lane.state() for lane in self._lanes],
         }

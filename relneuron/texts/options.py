@@ -15,16 +15,10 @@ from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import differences
 from relneuron.artifact.modules import ASKED
-from relneuron.artifact.options import (
-    Argument,
-    Only,
-    OomOptions,
-    Options,
-    SeedOptions,
-    option,
-    whole_number,
-)
+from relneuron.artifact.options import Argument, Only, OomOptions, Options, SeedOptions, option
+from relneuron.artifact.papers import MMNEURON, QUERIES
 from relneuron.artifact.stage import STUDY, command, loading
+from relneuron.artifact.words import whole_number
 from relneuron.texts.picture_feed import describe_pictures
 from relneuron.texts.sources import Source, describe_sources, source_words
 from relneuron.texts.windows import Packing, default_bos
@@ -55,6 +49,8 @@ def check_shard(shard: tuple[int, int]) -> None:
 class PromptsOptions(SeedOptions):
     """How facts become prompts."""
 
+    PANEL = "The prompts"
+
     eva: int = option(50, "Facts of each relation that are kept for evaluation.", least=0)
     suffix: str | None = option(
         None,
@@ -65,6 +61,7 @@ class PromptsOptions(SeedOptions):
         None,
         "Ask each fact as a multiple-choice question, in so many orders of its options.",
         least=1,
+        papers={"": QUERIES},
     )
     choose_from: int = option(
         4,
@@ -79,6 +76,8 @@ class PromptsOptions(SeedOptions):
 class SourceOptions(Options):
     """How the files of a corpus are read."""
 
+    PANEL = "The files of the corpus"
+
     text_column: str | None = option(None, "Field of a record that holds the text; default: text.")
     group_column: str | None = option(
         None, "Field of a record that names its group, for paths without GROUP=."
@@ -87,13 +86,17 @@ class SourceOptions(Options):
         None, "Groups to read, such as en,zh, of those that --group-column names; default: all."
     )
     ids_dtype: str | None = option(
-        None, "Type of the token ids in .bin files: uint16, uint32, int32 or int64."
+        None,
+        "Type of the token ids in .bin files.",
+        offers=("uint16", "uint32", "int32", "int64"),
     )
 
 
 @dataclass(frozen=True)
 class CountSourceOptions(SourceOptions):
     """Likewise, of a corpus that may hold pictures."""
+
+    PANEL = SourceOptions.PANEL
 
     image_column: str | None = option(
         None,
@@ -115,6 +118,8 @@ Sources = Annotated[
 @dataclass(frozen=True)
 class PackingOptions(Options):
     """How documents become windows of tokens; `mode` is the flag --packing."""
+
+    PANEL = "Windows of tokens"
 
     window: int | None = option(
         None, "Tokens of a window; default: the model's context, at most 4096.", least=1
@@ -143,14 +148,31 @@ class CountOptions(PackingOptions, OomOptions):
     other one.
     """
 
+    PANEL = "What is counted"
+
     sites: Sequence[str] = option(
         ("act",),
-        "Where a neuron is read: act, gate, up, product or down, or several of them.",
+        "Where a neuron is read.",
         choices=SITES,
         some=True,
     )
     threshold: float = option(0.0, "A neuron is active when its value is above this.")
     moments: bool = option(False, "Also add up values and their squares, and keep the largest.")
+    examples: int | None = option(
+        None,
+        "Also keep each neuron's so many strongest tokens of each group, of another window each, "
+        "with the windows they stand in.",
+        least=1,
+        most=128,
+    )
+    histogram: int | None = option(
+        None,
+        "Also count each neuron's values in so many bins, 64 where no number follows; their edges "
+        "come from a first sample.",
+        least=8,
+        most=4096,
+        bare="64",
+    )
     exclude_bos: bool = option(False, "Run BOS tokens, but do not count them.")
     boundaries: str = option(
         "none",
@@ -163,10 +185,10 @@ class CountOptions(PackingOptions, OomOptions):
     batch_tokens: int = option(8192, "Tokens of a batch, padding included.", least=1)
     module: Sequence[str] | None = option(
         None,
-        "Of a model that reads pictures, whose neurons: language, vision, projector, qformer, "
-        "several of them or all; default: language.",
+        "Of a model that reads pictures, whose neurons; default: language.",
         choices=ASKED,
         is_set=True,
+        papers={"": MMNEURON},
     )
     max_records: int | None = option(
         None, "Maximum number of records with pictures of each group; default: all.", least=1
@@ -196,6 +218,10 @@ class CountOptions(PackingOptions, OomOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shard(self.shard)
+        if self.histogram is not None and self.histogram % 2:
+            raise RelneuronError(
+                f"--histogram {self.histogram} is odd", "give an even number of bins", 2
+            )
 
 
 def choose_packing(

@@ -327,6 +327,24 @@ def token_text(tokenizer: Any, token: int) -> str:
     return "".join(f"<0x{ord(c) & 0xFF:02X}>" if "\udc80" <= c <= "\udcff" else c for c in whole)
 
 
+def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it: together the text, spaces included.
+
+    Where that is no whole character, or the text before it becomes another one, it is `token_text`.
+    """
+
+    def decode(some: Sequence[int]) -> str:
+        return str(tokenizer.decode(some, skip_special_tokens=False))
+
+    pieces, before = [], ""
+    for end, token in enumerate(ids, 1):
+        text = decode(ids[:end])
+        is_added = text.startswith(before) and CUT not in text[len(before) :]
+        pieces.append(text[len(before) :] if is_added else token_text(tokenizer, token))
+        before = text
+    return pieces
+
+
 def _byte_letters() -> dict[str, int]:
     """Which byte each character of a byte-level vocabulary stands for.
 

@@ -86,11 +86,13 @@ class Window(NamedTuple):
     group   place of its group in `Feed.groups`
     ids     (n,) int32
     first   (n,) bool, the first token of each document: the BOS if one stands before it
+    number  how many windows of its group a `Feed` gave before it
     """
 
     group: int
     ids: Array
     first: Array
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 
 from relneuron.ablation.costs import find_price, written
 from relneuron.ablation.effect import Effect, causal_effects, effect
-from relneuron.ablation.options import EffectOptions
+from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.outputs import Generated, lines_bytes, read_outputs
 from relneuron.artifact.files import RelneuronError, csv_bytes
 from relneuron.model.classifier import load_classifier

@@ -23,8 +23,8 @@ from relneuron.analyses.page import build
 from relneuron.analyses.study import read_study
 from relneuron.artifact.effects import conditions_bytes
 from relneuron.artifact.files import RelneuronError
-from relneuron.report import kit
-from relneuron.report.kit import drop_heatmap
+from relneuron.report import figures, kit
+from relneuron.report.figures import drop_heatmap
 from relneuron.report.page import render, write_report
 from relneuron.report.tables import Share, Table, show
 from relneuron.study.pages import PAGES
@@ -101,7 +101,7 @@ def test_answers_that_cannot_be_due_to_chance_are_bold() -> None:
     columns = ["relation", "off", "own", "drop", "q_value"]
     rows = [["a", "a", 1, Share(0.9), 0.05], ["a", "b", 0, Share(0.1), 0.051]]
     rows += [["b", "a", 0, Share(-0.2), math.nan], ["b", "b", 1, Share(0.8), 1e-9]]
-    svg = drop_heatmap(Table("T", columns, rows))
+    svg = drop_heatmap(Table("T", columns, rows)).svg
     written = re.findall(r'<text style="([^"]*)"[^>]*>([^<]*)</text>', svg)
     bold = [text for style, text in written if "700" in style or "bold" in style]
     assert bold == ["90", "80"]
@@ -111,10 +111,10 @@ def test_answers_that_cannot_be_due_to_chance_are_bold() -> None:
 def test_what_has_no_place_on_an_axis_is_left_out() -> None:
     columns = ["relation", "before", "own", "random", "ratio", "ratio_low", "ratio_high"]
     rows = [["a", 20.0, math.inf, math.nan, Share(math.inf), Share(math.nan), Share(math.inf)]]
-    assert "20.0 → –" in perplexity_plot(Table("T", columns, rows))
+    assert "20.0 → –" in perplexity_plot(Table("T", columns, rows)).svg
     columns = ["relation", "n_resilient", "n_sensitive", "logprob_resilient", "logprob_sensitive"]
     rows = [["a", 3, 1, -math.inf, math.nan]]
-    assert "1 of 4" in resilience_plot(Table("T", columns, rows))
+    assert "1 of 4" in resilience_plot(Table("T", columns, rows)).svg
 
 
 def test_matched_sets_are_drawn_where_they_were_asked(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_one_number_is_no_range(
     rows = [[split, share, Share(0.0), Share(0.0)] for split, share in shares]
     table = Table("", ["split", "own_drop", "others_drop", "random_drop"], rows)
     monkeypatch.setattr(sections, "splits_table", lambda study: table)
-    monkeypatch.setattr(kit, "accuracy_plots", lambda *_: [])
+    monkeypatch.setattr(figures, "accuracy_plots", lambda *_: [])
     everything = Table("", ["split"], [])
     study: Any = SimpleNamespace(tables={"accuracy": everything}, grids=dict.fromkeys(splits))
     seen = sections.prompts(study).seen

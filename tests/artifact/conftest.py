@@ -15,8 +15,10 @@ from relneuron.methods.contrast.rank import identify_contrast
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import write_report
+from relneuron.study.look import look
 from relneuron.study.pages import PAGES
 from relneuron.study.run import run_study
+from relneuron.study.settings import LookOptions
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, OPTIONS, attributed, contrasted, counted, probed
 from tests.kit.counted import rank_counts
@@ -62,6 +64,7 @@ def made(
     """Folders that the stages wrote: study, attribution, counts with all that follows, ..."""
     root = tmp_path_factory.mktemp("made")
     run_study(str(model_folder), facts, root / "study", OPTIONS, quiet=True)
+    look("m", *loaded, root / "study", None, LookOptions(top=1), quiet=True)
     attributed(loaded, root / "study" / "prompts.jsonl", root / "attribution")
     identify_gains(root / "attribution", root / "attribution" / "neurons.json", quiet=True)
     write_report(root / "attribution", root / "attribution" / "report.html", PAGES)
@@ -71,7 +74,7 @@ def made(
     counted(loaded, corpus, root / "counts")
     counted(loaded, corpus, root / "products", sites=("product",))
     for shard in (1, 2):
-        counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2))
+        counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2), examples=2, histogram=8)
     neurons = root / "counts" / "neurons.json"
     chosen = {"top_rate": 0.2, "filter_rate": 0.5, "bar_ratio": 0.5}
     rank_counts(root / "counts", neurons, **chosen)

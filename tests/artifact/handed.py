@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.options import ANALYSES, NllOptions
+from relneuron.artifact.manifest import Manifest
 from relneuron.methods.contrast.contrast import contrast
 from relneuron.methods.contrast.options import ContrastOptions, ProbeOptions
 from relneuron.methods.contrast.probe import probe
@@ -15,7 +16,8 @@ from relneuron.methods.counts.count import count
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.gains.options import AttributeOptions
 from relneuron.model.pair import pair_of
-from relneuron.study.settings import RunOptions
+from relneuron.study.look import open_cards
+from relneuron.study.settings import LookOptions, RunOptions
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.kit.pairs import moved
@@ -33,7 +35,7 @@ def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any
 
 
 def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
-    options = CountOptions(window=16, moments=True, **changes)
+    options = CountOptions(window=16, moments=True, examples=2, histogram=8, **changes)
     count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
 
 
@@ -46,6 +48,13 @@ def probed(loaded: tuple[Any, Any], root: Path, folder: Path, **asked: Any) -> o
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the set has fewer neurons, say
         return probe("m", *loaded, prompts, folder, options, quiet=True)
+
+
+def looked(loaded: tuple[Any, Any], folder: Path) -> object:
+    """A card of a folder's best neuron, and the sets; nothing is written."""
+    cards, sets = open_cards(*loaded, folder, LookOptions(examples=2))
+    Manifest(folder)
+    return cards.cards(sets.best(None, 1)), sets.csv()
 
 
 def contrasted(loaded: tuple[Any, Any], prompts: Path, folder: Path) -> None:

@@ -133,6 +133,7 @@ def command_of(
             "import": [out / "a.pth", "--model", model_folder, "--names", "a", "-o", out / "i"],
             "export": [neurons, "-o", out / "n.pth"],
             "edit": [model_folder, neurons, prompts, "-o", out / "edited"],
+            "look": [study, "-o", out / "l.html"],
             "report": [study, "-o", out / "r.html"],
             "doctor": [],
         }

@@ -41,7 +41,7 @@ from relneuron.model.pair import pair_of
 from relneuron.report.page import write_report
 from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
-from tests.artifact.handed import NLL, attributed, contrasted, flip, probed
+from tests.artifact.handed import NLL, attributed, contrasted, flip, looked, probed
 from tests.kit.counted import rank_counts
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
@@ -110,7 +110,7 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
                 *("manifest.json", "prompts.jsonl", "neurons.json", "significance.csv"),
                 *("effects.csv", "accuracy.csv", "conditions.csv", "perplexity.csv"),
                 *("scores.safetensors", "concepts/neurons.json", "attribution/neurons.json"),
-                "attribution/scores.safetensors",
+                *("attribution/scores.safetensors", "cards.jsonl"),
             )
         ),
     ),
@@ -167,8 +167,25 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     ),
     "merge": (
         lambda m, c, r, o: merge([r / "half1", r / "half2"], o),
-        tuple(f"half2/{name}" for name in ("counts.safetensors", "manifest.json")),
+        tuple(
+            f"half2/{name}"
+            for name in (
+                *("counts.safetensors", "examples.safetensors", "histogram.safetensors"),
+                "manifest.json",
+            )
+        ),
     ),
+    **{
+        f"look at {folder}": (
+            lambda m, c, r, o, folder=folder: looked(m, r / folder),
+            tuple(f"{folder}/{name}" for name in ("manifest.json", *names)),
+        )
+        for folder, names in {
+            "study": ("neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl"),
+            "attribution": ("neurons.json", "gains.safetensors", "targets.csv", "prompts.jsonl"),
+            "counts": ("neurons.json", "examples.safetensors", "histogram.safetensors"),
+        }.items()
+    },
     "export": (
         lambda m, c, r, o: export_counts(r / "counts", o),
         ("counts/counts.safetensors", "counts/manifest.json"),

@@ -36,7 +36,7 @@ RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
 # They write no study, and a model's folder no page.
-NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit"}
+NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")
@@ -80,6 +80,7 @@ STUDIES: dict[str, list[str]] = {
         "prompts {facts} -o {d}/prompts.jsonl --eva 8 --chat-template {chat}",
         f"record {{model}} {{d}}/prompts.jsonl -o {{d}} --pooling last --quiet {SPREAD}",
         f"{IDENTIFY} --top 30 --ends both",
+        f"look {{d}} -o {{d}}/look.html --top 2 --examples 3 --batch-tokens 300 --quiet {SPREAD}",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         f" --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet {SPREAD}",
     ],
@@ -143,9 +144,10 @@ STUDIES: dict[str, list[str]] = {
     "corpus": [
         "count {model} en={texts}/en.txt {other} -o {d} --window 24 --moments --sites act,up"
         f" --threshold 0.1 --max-tokens 600 --packing documents --bos window --exclude-bos {LOAD}"
-        f" --text-column body {COUNT}",
+        f" --text-column body --examples 2 --histogram 16 {COUNT}",
         "identify {d} -o {d}/neurons.json --method lape --site up --groups en,zh --top-rate 0.2"
         " --filter-rate 0.6 --bar-ratio 0.7 --precision float64",
+        f"look {{d}} -o {{d}}/two.html --neurons 1.up.3,0.act.7 --model {{model}} --quiet {LOAD}",
         "nll {model} {d}/neurons.json en={texts}/en.txt {other} -o {d} --windows 4 --window 20"
         " --packing documents --bos window --random-sets 2 --text-column body"
         f" {COUNT} {LOAD}",
@@ -172,8 +174,8 @@ STUDIES: dict[str, list[str]] = {
         " --text-column body --window 24",
     ],
     "shards": [
-        f"count {{model}} {{three}} -o {{d}}-a --shard 1/2 --window 24 {COUNT}",
-        f"count {{model}} {{three}} -o {{d}}-b --shard 2/2 --window 24 {COUNT}",
+        f"count {{model}} {{three}} -o {{d}}-a --shard 1/2 --window 24 --examples 2 {COUNT}",
+        f"count {{model}} {{three}} -o {{d}}-b --shard 2/2 --window 24 --examples 2 {COUNT}",
         "merge {d}-a {d}-b -o {d}",
         "identify {d} -o {d}/neurons.json --method lape --top-rate 0.2 --filter-rate 0.6"
         " --bar-ratio 0.6",

@@ -241,6 +241,11 @@ STRAY: list[tuple[list[str], str, str]] = [
         )
     ),
     (
+        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--top", "4"],
+        "--top",
+        "with neurons of sets",
+    ),
+    (
         [*IDENTIFY, "lape", "--top", "5", "--top-rate", "0.5"],
         "--top-rate",
         "without --top",

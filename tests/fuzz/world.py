@@ -32,6 +32,7 @@ ABLATE = "ablate model study/neurons.json study/prompts.jsonl --splits eva --qui
 ATTRIBUTE = "attribute model --top 3 --batch-tokens 256 --quiet"
 COMPARE = "--intervene 2 --random-seeds 1"
 PARTS = "--no-compare --kinds ffn_neuron"
+KEPT = "--examples 2 --histogram 8"
 NLL = f"nll model counts/neurons.json en=corpus/en.txt zh=corpus/zh.jsonl --windows 2 {COUNT}"
 LAPE = "--method lape --top-rate 0.2 --filter-rate 0.5 --bar-ratio 0.5"
 IDENTIFY = "--permutations 3 --bootstrap 3 --noise 500 --quiet"
@@ -48,14 +49,16 @@ MADE = [
     "identify attribution -o attribution/neurons.json --method logprob_gain --quiet",
     "report attribution -o attribution/report.html",
     f"{ATTRIBUTE} table.csv -o table --format parquet {COMPARE}",
-    f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments {COUNT}",
+    f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o counts --moments --examples 2"
+    f" --histogram 8 {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
+    "look study -o study/look.html --top 1 --examples 2 --quiet",
     f"{CONTRAST} -o contrast",
     f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
     *(
-        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {COUNT}"
+        f"count model en=corpus/en.txt zh=corpus/zh.jsonl -o half{n} --shard {n}/2 {KEPT} {COUNT}"
         for n in (1, 2)
     ),
     "prompts concepts -o sentences/prompts.jsonl",
@@ -241,7 +244,8 @@ CASES = {
     ),
     "merge": Case(
         "merge half1 half2 -o out",
-        _of("half2", "counts.safetensors", "manifest.json") + ("half1/counts.safetensors",),
+        _of("half2", "counts.safetensors", "examples.safetensors", "histogram.safetensors")
+        + ("half2/manifest.json", "half1/counts.safetensors", "half1/examples.safetensors"),
     ),
     "export counts": Case(
         "export counts -o out", _of("counts", "counts.safetensors", "manifest.json")
@@ -314,6 +318,19 @@ CASES = {
     "probe, applied": Case(
         "probe model prompts.txt -o out --apply probe/probe.safetensors --quiet",
         ("probe/probe.safetensors", "probe/manifest.json"),
+    ),
+    "look": Case(
+        "look study -o out.html --top 1 --examples 2 --force --quiet",
+        _of("study", "neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl")
+        + _of("study", "manifest.json"),
+    ),
+    "look again": Case(
+        "look study -o out.html --top 1 --examples 2 --quiet",
+        _of("study", "cards.jsonl", "sets.csv"),
+    ),
+    "look at a corpus": Case(
+        "look counts -o out.html --top 1 --examples 2 --quiet",
+        _of("counts", "neurons.json", "examples.safetensors", "histogram.safetensors"),
     ),
     "effect": Case(
         "effect said.jsonl -o out/e.csv --cost costs.csv:cost",

@@ -46,6 +46,9 @@ WHAT = ("kill", "full", "random", "ranks", "pictures", "pictures of ranks")
 LEFT = {".lock", "counts.safetensors", "manifest.json"}
 GROUPS = ("en", "zh", "fr")
 EVERY = 3  # batches between two checkpoints
+# What a count keeps beside its counters, and the files of it.
+KEPT = ("--examples", "3", "--histogram", "16")
+BESIDE = {"examples.safetensors", "histogram.safetensors"}
 
 
 class Faults:
@@ -214,7 +217,8 @@ def every_step(study: Study, *, kills: bool) -> int:
     """Fail at the first step, at the second one, ...; returns how many there are."""
     assert study.run(study.folder / "whole") == 0, study.said()
     whole, n_batches = files_of(study.folder / "whole"), study.batches()
-    assert whole.keys() == {".lock", study.result, "manifest.json"}
+    beside = BESIDE if {*KEPT} <= {*study.words} else set()
+    assert whole.keys() == {".lock", study.result, "manifest.json"} | beside
 
     def act() -> None:
         if kills:
@@ -382,7 +386,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for what in asked.what:
         folder = asked.folder / what
         if what in ("kill", "full"):
-            found[what] = every_step(Study(folder, 130, "--moments"), kills=what == "kill")
+            words = ("--moments", *(KEPT if what == "kill" else ()))
+            found[what] = every_step(Study(folder, 130, *words), kills=what == "kill")
         elif what == "random":
             study = Study(folder, 2500, "--moments")
             found[what] = random_moments(study, asked.moments, asked.seed)
@@ -391,7 +396,7 @@ def main(words: Sequence[str] | None = None) -> None:
         elif what == "pictures of ranks":
             found[what] = ranks(Pictures(folder, 30), stop=8)
         else:
-            study = Study(folder, 2000)
+            study = Study(folder, 2000, *KEPT)
             found[what] = ranks(study)
             check_refusal(study)
             check_moments(Study(folder / "moments", 300, "--moments"))

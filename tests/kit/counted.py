@@ -179,14 +179,14 @@ def split_at_bos(windows: Windows) -> Windows:
 
 @contextmanager
 def hooked(model: Any) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The last forward's outputs of each layer's projections: gate, up, down (T, .)."""
+    """The last forward's outputs of each layer's projections: gate, up, down (B, T, .)."""
     seen: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
     with ExitStack() as stack:
         for place, layer in enumerate(model.model.layers):
             for name, module in layer.mlp.named_children():
 
                 def keep(_m: Any, _i: Any, out: torch.Tensor, at: Any = (place, name)) -> None:
-                    seen[at[0]][at[1]] = out[0]
+                    seen[at[0]][at[1]] = out
 
                 stack.callback(module.register_forward_hook(keep).remove)
         yield seen
@@ -198,7 +198,7 @@ def values_of(model: Any, windows: Windows) -> Iterator[tuple[int, list[int], li
         for group, ids in windows:
             model(torch.tensor([ids]))
             found = []
-            for layer in seen:
+            for layer in ({name: out[0] for name, out in one.items()} for one in seen):
                 if "gate_up_proj" in layer:
                     gate, up = layer["gate_up_proj"].chunk(2, dim=-1)
                 else:

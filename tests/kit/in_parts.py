@@ -22,6 +22,8 @@ import typer
 import relneuron
 import relneuron.model.load
 from relneuron.artifact.counts import Counts
+from relneuron.artifact.examples import Examples
+from relneuron.artifact.histogram import Histogram
 from relneuron.artifact.options import PartsOptions
 from relneuron.cli import main as cli
 from relneuron.methods.counts.counter import Counter
@@ -31,7 +33,17 @@ from relneuron.model.mlps.find import find_mlps
 from relneuron.model.plan import plan
 from tests.conftest import FAMILIES, tiny_model
 from tests.kit import count_crash
-from tests.kit.count_crash import GROUPS, KILLED, LEFT, Faults, Study, files_of, run_ranks
+from tests.kit.count_crash import (
+    BESIDE,
+    GROUPS,
+    KEPT,
+    KILLED,
+    LEFT,
+    Faults,
+    Study,
+    files_of,
+    run_ranks,
+)
 from tests.kit.counted import Numbers, check_between, draw, packed
 from tests.kit.experts import expert_model
 
@@ -77,11 +89,12 @@ class Parts(Study):
 
 def same_counters(folder: Path, name: str) -> None:
     """The counters of a process with the whole model; what is no integer but for its rounding."""
-    study = Parts(folder, name, 300, "--moments", "--sites", "gate,act,down")
+    study = Parts(folder, name, 300, "--moments", "--sites", "gate,act,down", *KEPT)
     assert run_ranks(study, folder / "one", 1) == [0], study.said()
     assert run_ranks(study, folder / "two", 2, *TWO) == [0, 0], study.said()
-    assert study.said().count("->") == 1  # one process speaks
-    assert files_of(folder / "two").keys() == LEFT
+    assert study.said().count("->") == 3  # one process speaks
+    assert files_of(folder / "two").keys() == LEFT | BESIDE
+    same_examples(folder / "one", folder / "two")
     one, two = (Counts.read(folder / which / "counts.safetensors") for which in ("one", "two"))
     assert one.groups == two.groups and one.tokens.tolist() == two.tokens.tolist()
     assert one.arrays.keys() == two.arrays.keys() and len(one.arrays) == 15
@@ -100,6 +113,22 @@ def same_counters(folder: Path, name: str) -> None:
     assert ours["model"] == about["model"] | {"tensor_parallel_size": 2}  # the digest, too
     (words,) = ours["stages"]["count"]["commands"]
     assert words[words.index(TWO[0]) + 1] == "2" and "--device" not in words
+
+
+def same_examples(one: Path, two: Path) -> None:
+    """The same values but for their rounding; so are nearly all their windows and bins."""
+    found = [Examples.read(folder / "examples.safetensors") for folder in (one, two)]
+    spread = [Histogram.read(folder / "histogram.safetensors") for folder in (one, two)]
+    assert found[0].n_windows.tolist() == found[1].n_windows.tolist()
+    for site in found[0].sites:
+        values = [examples.value[site] for examples in found]
+        assert np.isfinite(values[0]).all()
+        assert np.allclose(*values, rtol=1e-4, atol=1e-5)
+        same = [examples.numbers(site) for examples in found]
+        assert (same[0] == same[1]).mean() > 0.99
+        counts = [histogram.count[site] for histogram in spread]
+        assert (counts[0].sum(-1) == counts[1].sum(-1)).all()
+        assert (counts[0] == counts[1]).mean() > 0.99
 
 
 def kills(folder: Path) -> int:

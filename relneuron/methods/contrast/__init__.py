@@ -8,6 +8,7 @@ regression of `classify`; `authors_files` reads and writes the authors' scores. 
 """
 
 from relneuron.artifact.contrast import NAME
+from relneuron.artifact.papers import SAFETY
 from relneuron.artifact.stage import Method, Ranking, Stage
 from relneuron.methods.contrast.choices import ChangeOptions
 
@@ -16,8 +17,8 @@ _ASKS = ("transformers", "tqdm", "filelock")
 
 METHOD = Method(
     stages=(
-        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS, is_shared=True),
-        Stage("probe", f"{_HERE}.commands:probe", (*_ASKS, "sklearn")),
+        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS, is_shared=True, papers=(SAFETY,)),
+        Stage("probe", f"{_HERE}.commands:probe", (*_ASKS, "sklearn"), papers=(SAFETY,)),
     ),
     rankings=(
         Ranking(
@@ -27,7 +28,9 @@ METHOD = Method(
             reads=NAME,
             of="a contrast of two models",
             run=f"{_HERE}.rank:rank",
+            papers=(SAFETY,),
         ),
     ),
     page=f"{_HERE}.study:PAGE",
+    formats={"safety": SAFETY},
 )

@@ -37,6 +37,10 @@ def contrast(
     One writes a completion of every prompt, both read it, and what every neuron gives is compared
     (arXiv 2406.14144). Goes on where it stopped. Under torchrun several processes share the
     prompts, each with both models.
+
+    Examples:
+      relneuron contrast Qwen/Qwen3-0.6B tuned prompts.txt -o two
+      relneuron contrast Qwen/Qwen3-0.6B my-lora-adapter prompts.txt -o two-lora --tokens prompt
     """
     from relneuron.artifact.prompts import read_questions
     from relneuron.methods.contrast.contrast import contrast as contrast_stage
@@ -80,7 +84,13 @@ def probe(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str | Printed]:
-    """What neurons tell at the prompt's last token: a logistic regression of labels, probe.csv."""
+    """What neurons tell at the prompt's last token: a logistic regression of labels, probe.csv.
+
+    Examples:
+      relneuron probe Qwen/Qwen3-0.6B study/prompts.jsonl -o probe \\
+          --neurons two/neurons.json --labels two/effect.costs.csv:cost
+      relneuron probe Qwen/Qwen3-0.6B new.txt -o applied --apply probe/probe.safetensors
+    """
     from relneuron.artifact.prompts import read_questions
     from relneuron.methods.contrast.probe import probe as probe_stage
     from relneuron.model.load import load

@@ -15,7 +15,7 @@ WIDE = 5.4  # inches
 BINS = 40
 
 
-def layers_plot(table: Table, chosen: str | None) -> str:
+def layers_plot(table: Table, chosen: str | None) -> kit.Drawing:
     """By layer: the share of the squared change, and of the chosen neurons."""
     layer, squares = table.floats("layer"), table.floats("of_squares")
     series = [("of the squared change", squares, kit.MUTED)]
@@ -35,10 +35,12 @@ def layers_plot(table: Table, chosen: str | None) -> str:
         ax.set_xticks([*ticks], [str(tick) for tick in ticks])
         _share_ticks(ax, [0, high])
         kit.legend(fig, [kit.mark(name, c=c, marker="s") for name, _, c in series], 1.65)
-        return kit.inline(fig, "layers", "Share of the change and of the chosen neurons by layer")
+        return kit.inline(
+            fig, "layers", "Share of the change and of the chosen neurons by layer", table
+        )
 
 
-def concentration_plot(share: Array, sets: Mapping[str, int]) -> str:
+def concentration_plot(share: Array, sets: Mapping[str, int]) -> kit.Drawing:
     """The share (N,) of the squared change that the k neurons have that change most, over k / N.
 
     A dot for each set that is the beginning of the ranking, by its size.
@@ -70,7 +72,7 @@ def concentration_plot(share: Array, sets: Mapping[str, int]) -> str:
         return kit.inline(fig, "concentration", "How concentrated the change is")
 
 
-def scores_plot(score: Array, chosen: Array, name: str | None) -> str:
+def scores_plot(score: Array, chosen: Array, name: str | None) -> kit.Drawing:
     """How many neurons have which S (N,), on a logarithmic scale; those `chosen` (N,) apart."""
     positive = score[score > 0]
     edges = np.geomspace(positive.min(), positive.max() * 1.0001, BINS + 1)
@@ -98,7 +100,7 @@ def scores_plot(score: Array, chosen: Array, name: str | None) -> str:
         return kit.inline(fig, "scores", "Neurons by their change")
 
 
-def effects_plot(table: Table) -> str:
+def effects_plot(table: Table) -> kit.Drawing:
     """Causal effect over the number of patched neurons, beside it that of random neurons."""
     x = table.floats("n_neurons")
     effect, low, high = (table.floats(f"effect{end}") for end in ("", "_low", "_high"))
@@ -111,8 +113,8 @@ def effects_plot(table: Table) -> str:
             ax.axhline(value, color=kit.MUTED, lw=0.8)
             where = ax.get_yaxis_transform()
             ax.text(1.02, value, words, va="center", fontsize=8.5, transform=where)
-        _with_range(ax, x, random, least, most, kit.RANDOM)
-        _with_range(ax, x, effect, low, high, kit.OFF)
+        _with_range(ax, x, random, least, most, kit.RANDOM, "s--")
+        _with_range(ax, x, effect, low, high, kit.OFF, "o-")
         ax.set(xscale="log", ylim=(bottom - room, top + room), xlim=(x.min() / 1.3, x.max() * 1.3))
         ax.set(xlabel="patched neurons")
         ticks = _apart(x)
@@ -123,9 +125,9 @@ def effects_plot(table: Table) -> str:
         ax.tick_params(axis="y", labelsize=8, labelcolor=kit.MUTED)
         marks = [kit.mark("C with B's values there, and its 95 % interval", c=kit.OFF)]
         if np.isfinite(random).any():
-            marks.append(kit.mark("of as many random neurons, and range", c=kit.RANDOM))
+            marks.append(kit.mark("of as many random neurons, and range", c=kit.RANDOM, marker="s"))
         kit.legend(fig, marks, 2.35)
-        return kit.inline(fig, "effects", "Causal effect by the number of patched neurons")
+        return kit.inline(fig, "effects", "Causal effect by the number of patched neurons", table)
 
 
 def _far(tick: float) -> bool:
@@ -133,10 +135,12 @@ def _far(tick: float) -> bool:
     return min(abs(tick - other) for other in (0.0, 0.5, 1.0)) > 0.12
 
 
-def _with_range(ax: Any, x: Array, mean: Array, low: Array, high: Array, colour: str) -> None:
+def _with_range(
+    ax: Any, x: Array, mean: Array, low: Array, high: Array, colour: str, line: str
+) -> None:
     ax.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
     ax.vlines(x, low, high, color=colour, lw=3, alpha=0.6)
-    ax.plot(x, mean, "o-", color=colour, ms=5, lw=1.4, clip_on=False)
+    ax.plot(x, mean, line, color=colour, ms=5, lw=1.4, clip_on=False)
 
 
 def _apart(x: Array) -> Sequence[float]:
@@ -154,7 +158,7 @@ def _share_ticks(ax: Any, ticks: Sequence[float]) -> None:
     ax.tick_params(axis="y", labelsize=8, labelcolor=kit.MUTED)
 
 
-def texts_plot(table: Table) -> str:
+def texts_plot(table: Table) -> kit.Drawing:
     """Of each mask the share of texts that are those of A itself, and those of B."""
     names = [
         str(mask) + ("" if np.isnan(n) else f" ({n_of(int(n), 'neuron')})")
@@ -172,4 +176,6 @@ def texts_plot(table: Table) -> str:
             kit.mark("the same text as B", c=kit.OFF, marker="s"),
         ]
         kit.legend(fig, marks, kit.ROW * len(names) + 0.35)
-        return kit.inline(fig, "texts", "Texts that are those of A, and of B, under each mask")
+        return kit.inline(
+            fig, "texts", "Texts that are those of A, and of B, under each mask", table
+        )

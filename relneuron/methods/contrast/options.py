@@ -19,6 +19,8 @@ _COMPLETED = Only("with --tokens completion", lambda o: o.tokens == "completion"
 class ContrastOptions(OomOptions, Options):
     """Which tokens are compared, who wrote them, and how prompts become batches."""
 
+    PANEL = "What is compared"
+
     tokens: str = option(
         "completion",
         "Tokens that are compared: those of a completion that one of the models writes greedily "
@@ -65,6 +67,8 @@ _LABELLED = Only("with --labels", lambda o: o.labels is not None)
 @dataclass(frozen=True)
 class ProbeOptions(OomOptions):
     """What a probe learns, of which neurons, or which one is applied."""
+
+    PANEL = "The probe"
 
     neurons: Path | None = option(
         None, "A neurons.json, whose first neurons the probe reads.", only=_FITTED

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,16 @@ class Batch:
     group_ids  (B, T) int32, -1 = padding, or a token that is not counted
     lengths    (B,) tokens of each row
     positions  (B, T) int32, restarted at every document; None = 0, 1, 2, ...
+    groups     (B,) int32, the group of each window
+    numbers    (B,) int64, how many windows of its group stand before it in the corpus
     """
 
     ids: Array
     group_ids: Array
     lengths: Array
     positions: Array | None = None
+    groups: Array = field(default_factory=lambda: np.zeros(0, np.int32))
+    numbers: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def is_padded(self) -> bool:
@@ -90,7 +94,9 @@ def make_batch(
         first[inside] = np.concatenate([window.first for window in windows])
         place = np.arange(longest, dtype=np.int32)
         positions = place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
-    return Batch(ids, np.where(counted, groups[:, None], np.int32(-1)), lengths, positions)
+    numbers = np.array([window.number for window in windows], np.int64)
+    group_ids = np.where(counted, groups[:, None], np.int32(-1))
+    return Batch(ids, group_ids, lengths, positions, groups, numbers)
 
 
 def check_vocabulary(batch: Batch, vocabulary: int) -> None:

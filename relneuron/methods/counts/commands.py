@@ -9,14 +9,8 @@ from typing import Annotated
 from relneuron.artifact.counts import NAME, tokens_of_modules
 from relneuron.artifact.files import RelneuronError, check_folder
 from relneuron.artifact.neurons import NeuronFile
-from relneuron.artifact.options import (
-    Argument,
-    Model,
-    Output,
-    PartsOptions,
-    refuse_stray,
-    split,
-)
+from relneuron.artifact.options import Argument, Model, Output, PartsOptions, refuse_stray
+from relneuron.artifact.words import split
 from relneuron.methods.counts.options import CountedOptions
 from relneuron.texts.options import CountOptions, CountSourceOptions, Sources
 
@@ -36,6 +30,12 @@ def count(
     Of a model that reads pictures also on records with pictures, and in its other modules. Goes
     on where it stopped. Under torchrun several processes share the work, each with the whole
     model, or with a part of it (--tensor-parallel-size).
+
+    Examples:
+      relneuron count Qwen/Qwen3-0.6B en=en.txt zh=zh.txt -o counts
+      relneuron count Qwen/Qwen3-0.6B en=hf:wikimedia/wikipedia:20231101.en:train \\
+          zh=hf:wikimedia/wikipedia:20231101.zh:train -o wiki --max-tokens 100000000
+      relneuron count Qwen/Qwen3-0.6B texts.jsonl --group-column language -o part1 --shard 1/3
     """
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
@@ -57,6 +57,7 @@ def count(
         backend=load_options.backend,
         force=force,
         quiet=quiet,
+        say=print,
     )
     if counted is None:
         yield f"{output} holds this count already"
@@ -76,6 +77,7 @@ def count(
         f"{counted.saving / seconds:.1%} for checkpoints"
     )
     yield f"-> {output / NAME}"
+    yield from counted.kept.lines(output)
 
 
 def token_lines(groups: list[str], tokens: list[int]) -> Iterator[str]:
@@ -89,7 +91,11 @@ def merge(
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Add finished counts of one model, or contrasts of the same two: their file of both."""
+    """Add finished counts of one model, or contrasts of the same two: their file of both.
+
+    Examples:
+      relneuron merge part1 part2 part3 -o counts       # of count --shard 1/3, 2/3, 3/3
+    """
     from relneuron.methods.counts.merge import merge as merge_stage
 
     check_folder(output)

@@ -7,8 +7,8 @@ the same bits; under `torchrun` several processes share the batches and add thei
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,14 @@ from relneuron.artifact.counts import APART, NAME, Counts, tokens_of_modules
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.manifest import Manifest, same_model, versions
 from relneuron.methods.counts.counter import Counter, Speed, check_boundaries
+from relneuron.methods.counts.examples import (
+    Kept,
+    asked_of,
+    check_twice,
+    made,
+    needed,
+    separate,
+)
 from relneuron.methods.counts.job import CorpusJob, TextJob
 from relneuron.methods.counts.pictured import PictureJob, check_options, picture_inputs
 from relneuron.model.batches import Budget
@@ -32,6 +40,7 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.meeting import OthersEnd
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.peaks import Asked
 from relneuron.model.pictures import Processor, picture_run
 from relneuron.model.ranks import held, joined
 from relneuron.texts.feed import Feed
@@ -59,6 +68,7 @@ class Counted:
     share_of_bare: float | None  # of the bare forward's speed
     waiting: float  # for tokens
     saving: float  # checkpoints
+    kept: Kept = field(default_factory=Kept)
 
 
 def count_inputs(
@@ -91,6 +101,7 @@ def count(
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Counted | None:
     """Count every neuron's activations in each group and write counts.safetensors to `folder`.
 
@@ -106,6 +117,12 @@ def count(
     counts its own neurons; what goes into the stream is rounded in another order there, so that
     a value next to the threshold may pass it where it does not in one process.
 
+    With `examples` each neuron's strongest tokens are kept, too (artifact/examples.py), with
+    `histogram` how its values are spread (artifact/histogram.py); `say` gets a line of how many
+    bytes that takes, before anything is counted. They have the same bits for any number of
+    processes, shards and restarts. The texts are read once more for the examples' tokens, at the
+    end, and their begin for the bins.
+
     Sources with an `image_column` need the model's `processor`; `options.module` then says whose
     neurons are counted, and every token that ran through a module (patches of the pictures,
     queries, text and image tokens) counts there in its record's group, as in arXiv 2406.11193.
@@ -117,6 +134,7 @@ def count(
             "give sources with an image_column and model.pictures.Processor, or neither",
         )
     check_options(options, processor)
+    check_twice(sources, asked_of(options))
     packing: Packing | None = None
     if processor is None:
         mlps = find_mlps(model)
@@ -143,10 +161,12 @@ def count(
         sites=options.sites,
         threshold=options.threshold,
         moments=options.moments,
+        asked=asked_of(options),
         backend=backend,
     )
     if options.boundaries == "position":
         check_boundaries(counter)
+    files = Kept()
     with joined(model) as ranks, held(folder, ranks), interruptible() as stopped:
         if Manifest(folder).is_done("count", inputs, apart=APART, force=force):
             if ranks.rank == 0:
@@ -158,6 +178,8 @@ def count(
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
             raise refused or OthersEnd()
+        if asked_of(options) != Asked() and ranks.rank == 0:
+            say(needed(mlps, sources, options))
         job = _job(
             processor,
             tokenizer,
@@ -172,12 +194,25 @@ def count(
             quiet=quiet,
         )
         feed = job.run_in_memory()
-        counts = ranks.add(counter.result(feed.groups))
+        counts, kept = separate(ranks.add(counter.result(feed.groups)))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
+            texts = job.open(None) if isinstance(job, TextJob) else None
+            files = made(feed.groups, kept, texts, feed.n_windows, quiet)
             check_unchanged(sources, inputs)
             made_by = corpus_command("count", [name], sources, folder, packing, described, options)
-            _finish(folder, inputs, described, options, packing, feed, counts, job.budget, made_by)
+            _finish(
+                folder,
+                inputs,
+                described,
+                options,
+                packing,
+                feed,
+                counts,
+                files,
+                job.budget,
+                made_by,
+            )
     return Counted(
         counts=counts,
         model=described,
@@ -186,6 +221,7 @@ def count(
         share_of_bare=job.speed.share,
         waiting=job.waiting,
         saving=job.saver.seconds,
+        kept=files,
     )
 
 
@@ -226,6 +262,7 @@ def _finish(
     packing: Packing | None,
     feed: Feed | PictureFeed,
     counts: Counts,
+    kept: Kept,
     budget: Budget,
     made_by: list[list[str]],
 ) -> None:
@@ -254,6 +291,7 @@ def _finish(
         nothing = Checkpoint(counts.take([]), Position(None, 0, 0))
         write_checkpoint(folder / CHECKPOINT, inputs, nothing)
     counts.write(path)
+    paths = [path, *kept.write(folder)]
     manifest = Manifest(folder)
     manifest.describe(
         versions=versions(),
@@ -277,7 +315,7 @@ def _finish(
         else {"order": "one source behind the other, one record a forward"},
         fallbacks=fallbacks(described),
     )
-    manifest.finish("count", inputs, [path], reads=[], apart=APART, commands=made_by)
+    manifest.finish("count", inputs, paths, reads=[], apart=APART, commands=made_by)
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relneuron import ops
 from relneuron.artifact.counts import BESIDE, DTYPES, RAN, Counts
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.modules import layers_of
@@ -23,6 +24,7 @@ from relneuron.model.counting import TOKENS, counting_state, fill, tables
 from relneuron.model.layers import decoder_layers, input_device
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.patch import Patch, StatisticsDone
+from relneuron.model.peaks import BINS, TABLES, Asked, Looked, Segments, check_can_look
 from relneuron.model.pictures import sent
 from relneuron.model.shards import part_number
 from relneuron.model.states import LayerState, Tokens
@@ -48,6 +50,7 @@ class Counter:
         sites: Sequence[str] = ("act",),
         threshold: float = 0.0,
         moments: bool = False,
+        asked: Asked | None = None,
         backend: str = "auto",
     ) -> None:
         # The language model runs last, behind what reads the pictures.
@@ -67,6 +70,10 @@ class Counter:
         self._is_first = part_number(model) == 0
         check_sites(self.mlps, self.sites)
         self.threshold, self.moments = threshold, moments
+        self.asked = asked or Asked()
+        check_can_look(self.mlps, self.asked)
+        # Of each part, exponent and first of its histograms by site; `set_edges` says them.
+        self._edges: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.mlps]
         # On a CPU the model's own activation leaves every later layer as it is without the patch.
         self.patch = Patch(
             self.mlps,
@@ -97,7 +104,12 @@ class Counter:
             if before and len(before[TOKENS]) >= n_groups:
                 continue
             new = counting_state(
-                part, n_groups, self.sites, threshold=self.threshold, moments=self.moments
+                part,
+                n_groups,
+                self.sites,
+                threshold=self.threshold,
+                moments=self.moments,
+                looked=Looked.nothing(part, n_groups, self.sites, self.asked, self._edges[i]),
             )
             if before:
                 fill(part, new, before)
@@ -105,8 +117,21 @@ class Counter:
 
     def count(self, batch: Batch | Pictured) -> None:
         """Run one batch and add its tokens; on a GPU without waiting for it."""
-        self.patch.tokens = Tokens(group_ids=self._sent(batch.group_ids))
+        self.look_at(batch)
+
+    def look_at(self, batch: Batch | Pictured) -> None:
+        """The same of a batch that may be one of a sample."""
+        looks = batch if isinstance(batch, Batch) and self.asked != Asked() else None
+        segments = None if looks is None else self._segments(looks)
+        self.patch.tokens = Tokens(group_ids=self._sent(batch.group_ids), segments=segments)
         self.run(batch)
+
+    def _segments(self, batch: Batch) -> Segments:
+        """The windows of a batch; a token that is not counted is of none."""
+        rows = np.arange(len(batch.lengths), dtype=np.int32)
+        ids = np.where(batch.group_ids >= 0, rows[:, None], np.int32(-1))
+        parts = (ids, batch.numbers, batch.groups, rows * np.int32(batch.ids.shape[1]))
+        return Segments(*map(self._sent, parts))
 
     def run(self, batch: Batch | Pictured) -> None:
         """One forward of the model without its lm_head; unpatched, this is the bare forward."""
@@ -163,9 +188,8 @@ class Counter:
     def _size(self, name: str, values: Array) -> tuple[int, ...]:
         """The last dimensions of a counter of a layer, of which a part has `values`."""
         site = name.partition(".")[2]
-        if site == "down":
-            return (self._hidden,)
-        return (self._width,) if site in INNER else values.shape[1:]
+        width = self._hidden if site == "down" else self._width
+        return (width, *values.shape[2:]) if site in (*INNER, "down") else values.shape[1:]
 
     def _inside(self, name: str, part: Part) -> Any:
         """Where a part's own values stand in a counter of its layer."""
@@ -177,6 +201,8 @@ class Counter:
     def restore(self, counts: Counts) -> None:
         """Go on from what was counted before."""
         n = len(counts.groups)
+        if not n:
+            return
         self.grow(n)
         saved = counts.tensors() | {TOKENS: counts.tokens_at()}
         for part, state in zip(self.mlps, self.states, strict=True):
@@ -185,6 +211,39 @@ class Counter:
                 values = saved[name][:, part.layer, self._inside(name, part)]
                 given[name] = torch.from_numpy(values.copy())
             fill(part, state, given)
+
+    def sample(self, run: Callable[[], object]) -> dict[str, Array]:
+        """The bins of histograms of values that `look_at` sees in `run`, by name, (L, F) int32.
+
+        `exponent.act` and `first.act` and so on, as `ops.histogram_edges` chooses them.
+        """
+        self.states[:] = [LayerState(looked=Looked.sample(part, self.sites)) for part in self.mlps]
+        with self:
+            run()
+        n_layers = model_shape(self.mlps)["layers"]
+        found: dict[str, Array] = {}
+        for part, state in zip(self.mlps, self.states, strict=True):
+            assert state.looked is not None
+            for site, ends in state.looked.ranges.items():
+                edges = ops.histogram_edges(*ends, self.asked.bins or 0)
+                for name, edge in zip(BINS[1:], edges, strict=True):
+                    name = f"{name}.{site}"
+                    size = self._size(name, edge[None].cpu().numpy())
+                    whole = found.setdefault(name, _nothing(name, n_layers, *size))
+                    whole[part.layer, self._inside(name, part)] = edge.cpu().numpy()
+        self.clear()
+        return found
+
+    def set_edges(self, edges: Mapping[str, Array]) -> None:
+        """The bins of histograms, as `sample` gives them, before anything is counted."""
+        for own, part in zip(self._edges, self.mlps, strict=True):
+            for site in self.sites:
+                names = [f"{name}.{site}" for name in BINS[1:]]
+                exponent, first = (
+                    torch.from_numpy(edges[name][part.layer, self._inside(name, part)].copy())
+                    for name in names
+                )
+                own[site] = (exponent, first)
 
     def clear(self) -> None:
         """Begin again, with room for one group."""
@@ -198,8 +257,10 @@ def _stop(*_: object) -> None:
 
 def _nothing(name: str, *shape: int) -> Array:
     """A counter of no token."""
-    kind = BESIDE.get(name) or DTYPES.get(name.partition(".")[0], np.int64)
-    return np.full(shape, -np.inf if name.startswith("max.") else 0, kind)
+    statistic = name.partition(".")[0]
+    kind = BESIDE.get(name) or DTYPES.get(statistic, np.int64)
+    kind, empty = TABLES.get(statistic, (kind, -np.inf if statistic == "max" else 0))
+    return np.full(shape, empty, kind)
 
 
 class Speed:

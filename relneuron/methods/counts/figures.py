@@ -37,7 +37,7 @@ def signed(value: float, digits: int = 3) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
-def histogram_plot(table: Table, marks: Sequence[tuple[float, str]], title: str) -> str:
+def histogram_plot(table: Table, marks: Sequence[tuple[float, str]], title: str) -> kit.Drawing:
     """Neurons by entropy (or another score) on a log axis; `marks` are named lines."""
     low, high = table.floats("from"), table.floats("to")
     edges = np.append(low, high[-1])
@@ -69,7 +69,7 @@ def histogram_plot(table: Table, marks: Sequence[tuple[float, str]], title: str)
             [Patch(color=PARTS[n][1], label=PARTS[n][0]) for n in parts],
             2.3 + 0.19 * len(marks),
         )
-        return kit.inline(fig, "histogram", "Number of neurons by score")
+        return kit.inline(fig, "histogram", "Number of neurons by score", table)
 
 
 def group_layers_plot(
@@ -77,7 +77,7 @@ def group_layers_plot(
     distinct: NDArray[np.int64],
     names: list[str],
     layer_names: list[str],
-) -> str:
+) -> kit.Drawing:
     """Chosen neurons (G, L) by group and layer, above them each neuron once, (L,)."""
     n_rows, n_layers = count.shape
     wide = float(np.clip(WIDE / n_layers, 0.09, 0.4))
@@ -109,7 +109,7 @@ def group_layers_plot(
         return kit.inline(fig, "layers", "Chosen neurons by group and layer")
 
 
-def jaccard_heatmap(table: Table) -> str:
+def jaccard_heatmap(table: Table) -> kit.Drawing:
     """Shared neurons in % of those in either set; no cell for a set with itself."""
     rows, columns, found = kit.pivot(table, "group", "other", "jaccard")
     values = np.where(np.eye(len(rows), dtype=np.bool_), np.nan, 100 * found["jaccard"])
@@ -118,10 +118,10 @@ def jaccard_heatmap(table: Table) -> str:
     with kit.figure() as fig:
         kit.matrix(fig, rows, columns, values, colours)
         kit.scale(fig, colours, [0, math.ceil(top)], ["0", f"{math.ceil(top)} % of both"])
-        return kit.inline(fig, "jaccard", "Share of the neurons of two sets that both have")
+        return kit.inline(fig, "jaccard", "Share of the neurons of two sets that both have", table)
 
 
-def rises_plot(table: Table) -> str:
+def rises_plot(table: Table) -> kit.Drawing:
     """For each set: the rise of its own group's NLL, and those of the other groups."""
     names = [str(name) for name in table.column("set")]
     own, error, other, low, high = (
@@ -148,10 +148,12 @@ def rises_plot(table: Table) -> str:
         marks += [kit.mark("mean of the others", **OTHERS)]
         marks.append(kit.mark("their range", c=kit.RANDOM, lw=5, ls="-", marker=""))
         kit.legend(fig, marks, kit.ROW * len(names) + 0.4)
-        return kit.inline(fig, "rises", "Rise of the NLL of a set's own text and of the others")
+        return kit.inline(
+            fig, "rises", "Rise of the NLL of a set's own text and of the others", table
+        )
 
 
-def rise_heatmap(table: Table, sure: float) -> str:
+def rise_heatmap(table: Table, sure: float) -> kit.Drawing:
     """The rise of every text (columns) under every mask (rows), in nats; bold where q <= sure."""
     rows, columns, found = kit.pivot(table, "mask", "group", "rise", "rise_se", "q_value")
     values, q = found["rise"], found["q_value"]
@@ -166,8 +168,10 @@ def rise_heatmap(table: Table, sure: float) -> str:
     if is_large := n > kit.MOST:
         wide = high = max(kit.BROAD / n, 0.02)
     with kit.figure() as fig:
-        ax = fig.add_axes((0, 0, wide * len(columns), high * len(rows)))
+        ax = fig.add_axes((0, 0, wide * len(columns), high * len(rows)), label=kit.SQUARE)
         kit.cells(ax, values, colours, None, size)
+        if is_large:
+            kit.hatch(ax, values < 0)
         rgba = colours.to_rgba(values)
         for (i, j), value in np.ndenumerate(np.empty((0, 0)) if is_large else values):
             texts = [signed(value, digits)]
@@ -183,7 +187,7 @@ def rise_heatmap(table: Table, sure: float) -> str:
         ax.set_ylabel("neurons switched off", loc="top", labelpad=8)
         even = ScalarMappable(Normalize(-1, 1), colours.cmap)
         kit.scale(fig, even, [-1, 0, 1], [signed(-top), "0", f"{signed(top)} nats"])
-        return kit.inline(fig, "nll", "Rise of the NLL of each text under each mask")
+        return kit.inline(fig, "nll", "Rise of the NLL of each text under each mask", table)
 
 
 def _write(
@@ -196,11 +200,11 @@ def _write(
 ) -> None:
     """A rise and, in a line below it, its standard error."""
     light = np.asarray(colour) @ (0.299, 0.587, 0.114, 0)
-    ink = kit.INK if texts[0] == signed(math.nan) else "#ffffff" if light < 0.55 else kit.DARK
+    ink = kit.INK if texts[0] == signed(math.nan) else kit.LIGHT if light < 0.55 else kit.DARK
     style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "in_layout": False}
     rise = {"fontsize": size, "fontweight": "bold"} if is_sure else {"fontsize": 0.85 * size}
     error = {"fontsize": 0.76 * size, "color": kit.FAINT if light > 0.85 else ink}
     x, y = place[1] + 0.5, place[0] + (0.34 if len(texts) > 1 else 0.5)
-    ax.text(x, y, texts[0], **style | {"color": ink} | rise)
+    ax.text(x, y, texts[0], gid=kit.CELL, **style | {"color": ink} | rise)
     for text in texts[1:]:
-        ax.text(x, y + 0.4, text, **style | error)
+        ax.text(x, y + 0.4, text, gid=kit.ERROR, **style | error)

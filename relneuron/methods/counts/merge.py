@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relneuron.artifact import contrast
+from relneuron.artifact import contrast, examples, histogram
 from relneuron.artifact.counts import APART, NAME, Counts
+from relneuron.artifact.examples import Examples
 from relneuron.artifact.files import Json, RelneuronError, real_path, refuse_overwrite
+from relneuron.artifact.histogram import Histogram
 from relneuron.artifact.manifest import Manifest, checked, differences, json_digest, locked
 from relneuron.artifact.stage import STUDY, command, moved, placed
 
 # Where and how a model runs: two counts of it can still be added.
 _PLACE = ("backend", "device", "device_map", "tensor_parallel_size", "attention")
 _APART = ("shard", "batch_tokens", "processor")  # of the inputs, those that say no text
+# What a count may have beside its counts, by the input that asked for it.
+_BESIDE = {"examples": examples.NAME, "histogram": histogram.NAME}
 
 
 class _Kind(NamedTuple):
@@ -34,7 +38,10 @@ class _Kind(NamedTuple):
 
 _COUNTS = _Kind(
     *("count", NAME, APART, Counts),
-    ("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries"),
+    (
+        *("model", "tokenizer", "sites", "threshold", "moments", "exclude_bos", "boundaries"),
+        *_BESIDE,
+    ),
     "counted",
     "count the same windows",
 )
@@ -52,7 +59,8 @@ _CONTRASTS = _Kind(
 def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Counts:
     """The sum of finished counts, written to `output`; groups are matched by their names.
 
-    Model, tokenizer, sites, threshold and what is not counted must agree; a file that is not as it
+    Model, tokenizer, sites, threshold, what is not counted and how many examples and bins are kept
+    must agree; a file that is not as it
     was written, the same windows twice, and a missing shard raise. Integers are exact; sums are
     added in the order of the folders. Contrasts of the same two models are added likewise.
     """
@@ -83,10 +91,16 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
         total = kind.read.read(checked(folders[0] / kind.name))
         for folder in folders[1:]:
             total = total + kind.read.read(checked(folder / kind.name))
-        # A run that was killed before its manifest left these bytes.
-        if not path.is_file() or path.read_bytes() != total.to_bytes():
-            refuse_overwrite(path, force)
-            total.write(path)
+        found: dict[Path, Counts | Examples | Histogram] = {path: total}
+        if inputs.get("examples"):
+            found[output / examples.NAME] = _examples(folders, runs)
+        if inputs.get("histogram"):
+            found[output / histogram.NAME] = _histogram(folders)
+        for place, own in found.items():
+            # A run that was killed before its manifest left these bytes.
+            if not place.is_file() or place.read_bytes() != own.to_bytes():
+                refuse_overwrite(place, force)
+                own.write(place)
         described = Manifest(first_folder).data
         kept = ("versions", "model", "model_b", "dtype", "sites", "threshold", "fallbacks")
         tokens = dict(zip(total.groups, total.tokens.tolist(), strict=True))
@@ -111,7 +125,33 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Coun
             for words in moved(made or [], place)
         ]
         made_by += command("merge", *places, "-o", STUDY)
-        manifest.finish(kind.stage, inputs, [path], reads=[], apart=kind.apart, commands=made_by)
+        manifest.finish(
+            kind.stage, inputs, list(found), reads=[], apart=kind.apart, commands=made_by
+        )
+    return total
+
+
+def _examples(folders: Sequence[Path], runs: Sequence[Json]) -> Examples:
+    """The strongest examples of all, the windows of a corpus numbered behind those before it."""
+    total: Examples | None = None
+    before: dict[str, dict[str, int]] = {}  # of each corpus, the windows of each group
+    for folder, run in zip(folders, runs, strict=True):
+        corpus = ",".join(part["corpus"] for part in _parts([run], _COUNTS))
+        seen = [] if total is None else zip(total.groups, total.n_windows.tolist(), strict=True)
+        own = Examples.read(checked(folder / examples.NAME)).behind(
+            before.setdefault(corpus, dict(seen))
+        )
+        total = own if total is None else total + own
+    assert total is not None
+    return total
+
+
+def _histogram(folders: Sequence[Path]) -> Histogram:
+    """The values of all in bins that all can tell apart."""
+    first, *others = (Histogram.read(checked(folder / histogram.NAME)) for folder in folders)
+    total = first
+    for other in others:
+        total = total + other
     return total
 
 
@@ -130,10 +170,11 @@ def _finished(folder: Path, kind: _Kind) -> Json:
             f"{folder} holds no finished {kind.stage}",
             f"finish it with: relneuron {kind.stage} ... -o DIR",
         )
-    if not manifest.is_intact(kind.name):
-        fix = f"restore it, or {kind.stage} again"
-        raise RelneuronError(f"{folder / kind.name} is not there", fix)
     inputs: Json = entry["inputs"]
+    for name in (kind.name, *(file for asked, file in _BESIDE.items() if inputs.get(asked))):
+        if not manifest.is_intact(name):
+            fix = f"restore it, or {kind.stage} again"
+            raise RelneuronError(f"{folder / name} is not there", fix)
     return inputs
 
 

@@ -23,7 +23,7 @@ class CountedOptions(Options):
         "--top-rate says.",
         least=1,
     )
-    site: str = option("act", "Site of the counts: act, gate, up, product or down.", choices=SITES)
+    site: str = option("act", "Site of the counts.", choices=SITES)
     groups: Sequence[str] | None = option(
         None, "Groups to rank in, such as en,zh; default: all that were counted."
     )

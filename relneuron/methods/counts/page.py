@@ -23,7 +23,7 @@ from relneuron.methods.counts.tables import (
     neuron_table,
     with_short_names,
 )
-from relneuron.report import kit
+from relneuron.report import figures, kit
 from relneuron.report.page import Page, Section, Tile
 from relneuron.report.tables import NBSP, Table, amount, n_of, nats, percent, significant
 
@@ -261,7 +261,7 @@ def shared(study: GroupStudy, tables: Tables) -> Section | None:
             "either)."
         )
     plots = [
-        kit.overlap_heatmap(pairs, "group"),
+        figures.overlap_heatmap(pairs, "group"),
         draw_groups.jaccard_heatmap(pairs),
         draw.versatility_plot(times),
     ]

@@ -27,7 +27,8 @@ from relneuron.texts.sources import Source, describe_sources
 
 AHEAD = 8  # records that are made ready together: Qwen2-VL's pixels of one may take 80 MB
 # Options of windows of text, which records with pictures are not cut into.
-_OF_WINDOWS = ("window", "mode", "bos", "exclude_bos", "boundaries", "max_tokens", "batch_tokens")
+_OF_WINDOWS: tuple[str, ...] = ("window", "mode", "bos", "exclude_bos", "boundaries")
+_OF_WINDOWS += ("max_tokens", "batch_tokens", "examples", "histogram")
 
 
 def with_pictures(

@@ -4,6 +4,7 @@
 found, `rank` chooses; `page`, `study`, `tables` and `figures` are the report's. No torch here.
 """
 
+from relneuron.artifact.papers import GAIN
 from relneuron.artifact.stage import Attribution, Method, Ranking
 from relneuron.methods.gains.options import AttributeOptions, GainRankOptions
 
@@ -12,7 +13,11 @@ _HERE = "relneuron.methods.gains"
 METHOD = Method(
     attributions=(
         Attribution(
-            "gain", "log-probability gain", AttributeOptions, f"{_HERE}.commands:attribute"
+            "gain",
+            "log-probability gain",
+            AttributeOptions,
+            f"{_HERE}.commands:attribute",
+            papers=(GAIN,),
         ),
     ),
     supports=f"{_HERE}.commands:supports",
@@ -24,6 +29,7 @@ METHOD = Method(
             reads="targets.csv",
             of="an attribution",
             run=f"{_HERE}.commands:rank",
+            papers=(GAIN,),
         ),
     ),
     page=f"{_HERE}.study:PAGE",

@@ -55,7 +55,7 @@ def _layer_ticks(ax: Axes, n_layers: int, shift: float, most: int = 12) -> None:
     ax.set_xticks([layer + shift for layer in layers], [str(layer) for layer in layers])
 
 
-def layer_scores_plot(by_kind: dict[str, Array], weights: Array, names: list[str]) -> str:
+def layer_scores_plot(by_kind: dict[str, Array], weights: Array, names: list[str]) -> kit.Drawing:
     """Mean scores (R, L) by relation and layer, above them the mean over all sentences (L,).
 
     `by_kind`: the scores by the title of their panel; `weights`: sentences of each relation, (R,).
@@ -75,6 +75,7 @@ def layer_scores_plot(by_kind: dict[str, Array], weights: Array, names: list[str
             bars.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
             grid = fig.add_axes((x, 0, width, high))
             kit.cells(grid, values, colours, None, 7)
+            kit.hatch(grid, values < 0)
             _layer_ticks(grid, n_layers, 0.5)
             grid.set_xlabel("layer")
             rows = map(kit.short, names) if place == 0 else [""] * n_rows
@@ -83,7 +84,7 @@ def layer_scores_plot(by_kind: dict[str, Array], weights: Array, names: list[str
         return kit.inline(fig, "layers", "Scores of attention and FFN layers by relation")
 
 
-def heads_plot(values: Array) -> str:
+def heads_plot(values: Array) -> kit.Drawing:
     """Mean scores (L, H) of all heads."""
     n_layers, n_heads = values.shape
     wide, high = (float(np.clip(w / n, 0.1, 0.4)) for w, n in ((WIDE, n_heads), (4.0, n_layers)))
@@ -91,6 +92,7 @@ def heads_plot(values: Array) -> str:
     with kit.figure() as fig:
         ax = fig.add_axes((0, 0, wide * n_heads, high * n_layers))
         kit.cells(ax, values, colours, None, 7)
+        kit.hatch(ax, values < 0)
         _layer_ticks(ax, n_heads, 0.5, 16)
         layers = range(0, n_layers, -(-n_layers // 16))
         ax.set_yticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
@@ -99,7 +101,7 @@ def heads_plot(values: Array) -> str:
         return kit.inline(fig, "heads", "Scores of all heads, mean over sentences")
 
 
-def top_layers_plot(table: Table, titles: dict[str, str]) -> str:
+def top_layers_plot(table: Table, titles: dict[str, str]) -> kit.Drawing:
     """Where value and query neurons are: mean number of a sentence's top neurons by layer."""
     kinds = [name for name in titles if name in table.columns]
     layer = table.floats("layer")
@@ -116,7 +118,7 @@ def top_layers_plot(table: Table, titles: dict[str, str]) -> str:
             _layer_ticks(ax, len(layer), 0)
             ax.set_title(titles[kind], loc="left", fontsize=9, fontweight="bold")
         ax.set_xlabel("layer")
-        return kit.inline(fig, "toplayers", "Value and query neurons of a sentence by layer")
+        return kit.inline(fig, "toplayers", "Value and query neurons of a sentence by layer", table)
 
 
 PARTS = {
@@ -126,7 +128,7 @@ PARTS = {
 }
 
 
-def value_query_plot(table: Table) -> str:
+def value_query_plot(table: Table) -> kit.Drawing:
     """Of a sentence's top FFN neurons: value only, both, query only; means by relation."""
     names = [str(name) for name in table.column("relation")]
     y, left = np.arange(len(names)), np.zeros(len(names))
@@ -143,11 +145,11 @@ def value_query_plot(table: Table) -> str:
         marks = [Patch(color=colour, label=title) for title, colour in PARTS.values()]
         kit.legend(fig, marks, kit.ROW * len(names) + 0.4)
         return kit.inline(
-            fig, "valuequery", "FFN neurons that are value neurons, query neurons, both"
+            fig, "valuequery", "FFN neurons that are value neurons, query neurons, both", table
         )
 
 
-def query_layers_plot(table: Table) -> str:
+def query_layers_plot(table: Table) -> kit.Drawing:
     """Query scores of the residual stream's components, on the axis of their layers."""
     layer, score = table.floats("layer"), table.floats("score")
     kinds = np.array([str(name)[0] for name in table.column("component")])
@@ -161,10 +163,12 @@ def query_layers_plot(table: Table) -> str:
         _layer_ticks(ax, int(layer.max()) + 1, 0)
         ax.set_title("query score", loc="left", fontsize=8.5, color=kit.MUTED)
         kit.legend(fig, [Patch(color=c, label=title) for c, title in colours.values()], 1.6)
-        return kit.inline(fig, "querylayers", "Query scores of embedding, attention and FFN layers")
+        return kit.inline(
+            fig, "querylayers", "Query scores of embedding, attention and FFN layers", table
+        )
 
 
-def effects_plot(table: Table, stem: str) -> str:
+def effects_plot(table: Table, stem: str) -> kit.Drawing:
     """What conditions do to the answer: the drop of MRR and of its probability, one row each."""
     names = [str(name) for name in table.column("off")]
     is_random = table.floats("is_random") > 0
@@ -195,10 +199,10 @@ def effects_plot(table: Table, stem: str) -> str:
         kit.legend(
             fig, marks if is_random.any() else [marks[0], marks[2]], kit.ROW * len(names) + 0.3
         )
-        return kit.inline(fig, stem, "Drop of the answer's reciprocal rank and probability")
+        return kit.inline(fig, stem, "Drop of the answer's reciprocal rank and probability", table)
 
 
-def drops_heatmap(table: Table, stem: str, xlabel: str, *, framed: bool = False) -> str:
+def drops_heatmap(table: Table, stem: str, xlabel: str, *, framed: bool = False) -> kit.Drawing:
     """Relative drop of the answer's probability in %, by relation and condition."""
     rows, columns, found = kit.pivot(table, "relation", "off", "prob_drop")
     colours = ScalarMappable(Normalize(-100, 100, clip=True), mpl.colormaps["RdBu_r"])
@@ -209,4 +213,4 @@ def drops_heatmap(table: Table, stem: str, xlabel: str, *, framed: bool = False)
         ax.set_xlabel(xlabel, loc="left", labelpad=8)
         ax.set_ylabel("relation asked", loc="top", labelpad=8)
         kit.scale(fig, colours, [-100, 0, 100], ["≤ −100, gained", "0", "100, lost"])
-        return kit.inline(fig, stem, "Drop of the answer's probability by relation")
+        return kit.inline(fig, stem, "Drop of the answer's probability by relation", table)

@@ -59,7 +59,7 @@ class AttributeOptions(OomOptions):
     sentences, and random ones.
     """
 
-    format: str = option("csv", "Format of the table of scores: csv or parquet.", choices=FORMATS)
+    format: str = option("csv", "Format of the table of scores.", choices=FORMATS)
     splits: Sequence[str] = option(
         (), "Only prompts of these splits, such as det,eva; default: all.", choices=SPLITS
     )
@@ -70,7 +70,7 @@ class AttributeOptions(OomOptions):
     )
     kinds: Sequence[str] = option(
         KINDS,
-        f"What is scored: all, or some of {', '.join(KINDS)}.",
+        "What is scored.",
         choices=KINDS,
         names={"all": KINDS},
         some=True,
@@ -93,7 +93,7 @@ class AttributeOptions(OomOptions):
     norm_bias: bool = option(False, "Add the biases of the final norm and the head.")
     key: str = option(
         "gate",
-        "Key of a neuron with --query-of ffn: gate, up or down.",
+        "Key of a neuron with --query-of ffn.",
         choices=KEYS,
         only=Only("with --query-of ffn", lambda o: o.query_of == "ffn" and _asks_queries(o)),
     )
@@ -104,7 +104,7 @@ class AttributeOptions(OomOptions):
     )
     query_of: str = option(
         "attention",
-        "Value neurons whose query neurons are scored: attention or ffn.",
+        "Value neurons whose query neurons are scored.",
         choices=QUERY_OF,
         only=_QUERIES,
     )

@@ -8,6 +8,7 @@ as pure functions. `edit` (`editing`) changes what the neurons write; `study`, `
 """
 
 from relneuron.artifact.gradients import FILES, IG, RELEVANCE
+from relneuron.artifact.papers import CRANE, KNOWLEDGE, LOCALIZATION, QUERIES
 from relneuron.artifact.stage import Attribution, Method, Ranking, Stage
 from relneuron.methods.gradients.choices import (
     ConsistencyOptions,
@@ -23,16 +24,41 @@ _IG = {"reads": FILES[IG], "of": "integrated gradients", "run": f"{_HERE}.rank:r
 _RELEVANCE = {"reads": FILES[RELEVANCE], "of": "relevance", "run": f"{_HERE}.rank:rank"}
 
 METHOD = Method(
-    stages=(Stage("edit", f"{_HERE}.editing:edit", ("transformers", "tqdm", "filelock")),),
+    stages=(
+        Stage(
+            "edit",
+            f"{_HERE}.editing:edit",
+            ("transformers", "tqdm", "filelock"),
+            papers=(KNOWLEDGE,),
+        ),
+    ),
     attributions=(
-        Attribution("ig", "integrated gradients of the answer's probability", IgOptions, _RUN),
+        Attribution(
+            "ig",
+            "integrated gradients of the answer's probability",
+            IgOptions,
+            _RUN,
+            papers=(KNOWLEDGE,),
+        ),
         Attribution("relevance", "gradient x activation over all tokens", RelevanceOptions, _RUN),
     ),
     rankings=(
-        Ranking("knowledge_neurons", "knowledge neurons", KnowledgeOptions, **_IG),
-        Ranking("qrnca", "query-relevant neurons (QRNCA)", QueryOptions, **_IG),
-        Ranking("query_localization", "query localization", ConsistencyOptions, **_IG),
-        Ranking("relevance", "share of the relevance", ShareOptions, **_RELEVANCE),
+        Ranking(
+            "knowledge_neurons",
+            "knowledge neurons",
+            KnowledgeOptions,
+            **_IG,
+            papers=(KNOWLEDGE,),
+        ),
+        Ranking("qrnca", "query-relevant neurons (QRNCA)", QueryOptions, **_IG, papers=(QUERIES,)),
+        Ranking(
+            "query_localization",
+            "query localization",
+            ConsistencyOptions,
+            **_IG,
+            papers=(LOCALIZATION,),
+        ),
+        Ranking("relevance", "share of the relevance", ShareOptions, **_RELEVANCE, papers=(CRANE,)),
     ),
     supports=f"{_HERE}.commands:supports",
     page=f"{_HERE}.study:PAGE",

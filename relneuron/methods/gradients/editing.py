@@ -34,6 +34,8 @@ COLUMNS = (
 class EditOptions(OomOptions):
     """Which sets are edited, and how; the factors are those of arXiv 2104.08696, section 5.1."""
 
+    PANEL = "The edit"
+
     sets: Sequence[str] | None = option(
         None,
         "Set of neurons to edit, of a relation or a fact; may be given several times. Default: "
@@ -75,6 +77,11 @@ def edit(
     """Erase or change what sets of neurons write: a model folder, and what the edit did (edit.csv).
 
     The model itself stays as it is. Weights are written in the dtype that they are loaded in.
+
+    Examples:
+      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl -o erased
+      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl -o edited \\
+          --sets "capital of|France" --to Rome
     """
     from relneuron.artifact.files import check_folder, require
     from relneuron.artifact.neurons import NeuronFile

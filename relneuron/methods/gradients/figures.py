@@ -14,13 +14,13 @@ WIDE = 5.4  # inches
 BINS = 20
 
 
-def changes_plot(table: Table) -> str:
+def changes_plot(table: Table) -> kit.Drawing:
     """Relative change of P on related and unrelated prompts, and under random sets, in percent."""
     names = [str(name) for name in table.column("relation")]
     series = {
-        "related_change": ("prompts that the neurons are about", kit.OFF),
-        "unrelated_change": ("other prompts", kit.MUTED),
-        "matched": ("random neurons, range of seeds", kit.RANDOM),
+        "related_change": ("prompts that the neurons are about", kit.OFF, "o"),
+        "unrelated_change": ("other prompts", kit.MUTED, "D"),
+        "matched": ("random neurons, range of seeds", kit.RANDOM, "s"),
     }
     shift = dict(zip(series, (-0.27, 0.0, 0.27), strict=True))
     columns = [f"{key}{end}" for key in series for end in ("", "_low", "_high")]
@@ -30,20 +30,23 @@ def changes_plot(table: Table) -> str:
         ax = kit.rows_axes(fig, names, width=3.6)
         ax.axvline(0, color=kit.MUTED, lw=0.8)
         y = np.arange(len(names))
-        for key, (_, colour) in series.items():
+        for key, (_, colour, marker) in series.items():
             mean, least, most = (100 * table.floats(f"{key}{end}") for end in ("", "_low", "_high"))
             ax.hlines(y + shift[key], least, most, color=colour, lw=4, alpha=0.35)
-            ax.plot(mean, y + shift[key], "o", color=colour, ms=4.5, clip_on=False)
+            ax.plot(mean, y + shift[key], marker, color=colour, ms=4.5, clip_on=False)
         ax.set(xlim=(low - room, high + room), xlabel="change of the answer's probability, %")
         ratios = [f"{x:.3g}" if np.isfinite(x) else "–" for x in table.floats("pcr")]
         kit.beside(ax, "PCR", ratios)
         shown = [key for key in series if np.isfinite(table.floats(key)).any()]
-        marks = [kit.mark(series[key][0], c=series[key][1]) for key in shown]
+        marks = [
+            kit.mark(title, c=colour, marker=marker)
+            for title, colour, marker in map(series.__getitem__, shown)
+        ]
         kit.legend(fig, marks, kit.ROW * len(names) + 0.35)
-        return kit.inline(fig, "changes", "Change of the answer's probability by relation")
+        return kit.inline(fig, "changes", "Change of the answer's probability by relation", table)
 
 
-def sizes_plot(sizes: Array) -> str:
+def sizes_plot(sizes: Array) -> kit.Drawing:
     """How many facts have how many neurons."""
     top = int(sizes.max(initial=0))
     edges = np.arange(top + 2) if top < 40 else np.linspace(0, top + 1, BINS + 1)
@@ -62,7 +65,7 @@ def sizes_plot(sizes: Array) -> str:
         return kit.inline(fig, "sizes", "Facts by their number of neurons")
 
 
-def consistency_plot(scores: Array, name: str, cut: float | None) -> str:
+def consistency_plot(scores: Array, name: str, cut: float | None) -> kit.Drawing:
     """How many facts have which consistency, and the cut between consistent and inconsistent."""
     count, edges = np.histogram(scores[np.isfinite(scores)], BINS, (0.0, 1.0))
     with kit.figure() as fig:
@@ -85,7 +88,7 @@ def _counts(ax: Any, top: int, xlabel: str) -> None:
     ax.set_title("facts", loc="left", fontsize=8.5, color=kit.MUTED)
 
 
-def completeness_plot(table: Table) -> str:
+def completeness_plot(table: Table) -> kit.Drawing:
     """By layer: the change of P between baseline and run, and the sum of the attributions."""
     layer, change, total = (table.floats(name) for name in ("layer", "change", "sum"))
     low, high = kit.ends(0.0, change, total)
@@ -105,4 +108,6 @@ def completeness_plot(table: Table) -> str:
             kit.mark("sum of integrated gradients", c=kit.OFF, marker="s"),
         ]
         kit.legend(fig, marks, 1.55)
-        return kit.inline(fig, "completeness", "Sums of attributions and changes of P by layer")
+        return kit.inline(
+            fig, "completeness", "Sums of attributions and changes of P by layer", table
+        )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relneuron.artifact.options import Only, OomOptions, option
+from relneuron.artifact.papers import ATTNLRP
 from relneuron.artifact.prompts import SPLITS
 
 SITES = ("product", "act", "up", "gate")
@@ -101,4 +102,5 @@ class RelevanceOptions(GradientOptions):
         "Backward rules: plain (the gradient), or conservative (relevance that adds up; see the "
         "docs on a patent of others).",
         choices=RULES,
+        papers={"conservative": ATTNLRP},
     )

@@ -16,7 +16,7 @@ from relneuron.analyses.changes import ALL
 from relneuron.methods.gradients import figures as draw
 from relneuron.methods.gradients.study import FactStudy, read_fact_study
 from relneuron.methods.gradients.tables import fact_tables, layer_counts, of_facts
-from relneuron.report import kit
+from relneuron.report import figures
 from relneuron.report.page import Page, Section, Tile
 from relneuron.report.tables import Share, Table, n_of, percent, significant
 
@@ -180,7 +180,7 @@ def _layers(study: FactStudy, tables: Tables) -> Section:
         "In which layers are the neurons of facts?",
         seen,
         "A neuron counts once for each set that has it. Bars: all relations.",
-        [kit.layers_plot(count[:, None, :], names, ["neurons"])],
+        [figures.layers_plot(count[:, None, :], names, ["neurons"])],
         [("layers", tables["layers"])],
     )
 

@@ -4,6 +4,7 @@ Imports artifact, model, texts, report, ablation, analyses and ops; no other met
 Begin with record.py.
 """
 
+from relneuron.artifact.papers import EXPERTS, RELATIONS
 from relneuron.artifact.stage import Method, Ranking, Stage
 from relneuron.methods.responses.options import RankOptions
 
@@ -14,6 +15,7 @@ METHOD = Method(
             "relneuron.methods.responses.commands:record",
             ("transformers", "tqdm", "filelock"),
             is_shared=True,
+            papers=(RELATIONS,),
         ),
     ),
     rankings=(
@@ -24,6 +26,7 @@ METHOD = Method(
             reads="validated.csv",
             of="responses",
             run="relneuron.methods.responses.commands:rank",
+            papers=(RELATIONS, EXPERTS),
         ),
     ),
 )

@@ -25,7 +25,12 @@ def record(
     force: bool = False,
     quiet: bool = False,
 ) -> Iterator[str]:
-    """One instrumented pass: validated.csv and responses.safetensors."""
+    """One instrumented pass: validated.csv and responses.safetensors.
+
+    Examples:
+      relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o study
+      relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o last-token --pooling last
+    """
     from relneuron.methods.responses.record import record as record_stage
     from relneuron.model.load import load
     from relneuron.texts.prompts import concepts_beside

@@ -21,6 +21,8 @@ class RecordOptions(OomOptions):
     Without `validate` nothing is asked: every prompt counts as correct.
     """
 
+    PANEL = "What is recorded"
+
     pooling: str = option(
         "mean",
         "Response of a prompt: the mean over its tokens, or that of its last token.",
@@ -45,6 +47,8 @@ class RecordOptions(OomOptions):
 @dataclass(frozen=True)
 class RankOptions(TopOptions, SeedOptions):
     """How many neurons of which end are chosen, and how sure their scores are."""
+
+    PANEL = TopOptions.PANEL
 
     ends: str = option(
         "top",

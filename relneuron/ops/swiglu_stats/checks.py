@@ -82,7 +82,7 @@ def check_out(names: Names, gate: Tensor, out: Tensor | None) -> None:
         wants = names.gate if gate.requires_grad else names.up
         raise ValueError(
             f"{names.op}: out must be left out where {wants} requires grad, got "
-            f"{_describe(out)}; or call it under torch.no_grad()"
+            f"{describe(out)}; or call it under torch.no_grad()"
         )
 
 
@@ -110,7 +110,7 @@ def check_statistics(
                 f"{names.op}: stats must have sites among {_sites(names)}, got {stats.sites}"
             )
         if group_ids is not None:
-            _check_ids_layout(names, "group_ids", group_ids, gate)
+            check_ids_layout(names, "group_ids", group_ids, gate)
         elif stats.groups > 1:
             raise ValueError(
                 f"{names.op}: group_ids must be (T,) int32 with T={n_tokens} (from {names.gate}) "
@@ -126,11 +126,11 @@ def check_statistics(
         raise ValueError(
             f"{names.op}: responses and prompt_ids must come together, "
             f"got {len(tensors)} responses and prompt_ids="
-            f"{'None' if prompt_ids is None else _describe(prompt_ids)}"
+            f"{'None' if prompt_ids is None else describe(prompt_ids)}"
         )
     if prompt_ids is None:
         return
-    _check_ids_layout(names, "prompt_ids", prompt_ids, gate)
+    check_ids_layout(names, "prompt_ids", prompt_ids, gate)
     first = next(iter(tensors.values()))
     shape = (first.shape[0] if first.ndim else 0, width)
     for site, tensor in tensors.items():
@@ -156,18 +156,18 @@ def check_masks(
             raise _error(names, "keep", expected, keep)
         if not keep.is_contiguous():
             raise _error(names, "keep", "contiguous, call keep.contiguous()", keep, strides=True)
-        _check_device(names, "keep", keep, gate)
+        check_device(names, "keep", keep, gate)
     if condition_ids is not None:
         if keep is None:
             raise ValueError(f"{names.op}: condition_ids must come with keep, got keep=None")
-        _check_ids_layout(names, "condition_ids", condition_ids, gate)
+        check_ids_layout(names, "condition_ids", condition_ids, gate)
 
 
 def _sites(names: Names) -> str:
     return f"{names.sites}{' (there is no up)' if names.up is None else ''}"
 
 
-def _describe(tensor: Tensor, strides: bool = False) -> str:
+def describe(tensor: Tensor, strides: bool = False) -> str:
     text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
     return f"{text} with strides {tuple(tensor.stride())}" if strides else text
 
@@ -175,10 +175,10 @@ def _describe(tensor: Tensor, strides: bool = False) -> str:
 def _error(
     names: Names, name: str, expected: str, got: Tensor, strides: bool = False
 ) -> ValueError:
-    return ValueError(f"{names.op}: {name} must be {expected}, got {_describe(got, strides)}")
+    return ValueError(f"{names.op}: {name} must be {expected}, got {describe(got, strides)}")
 
 
-def _check_device(names: Names, name: str, tensor: Tensor, gate: Tensor) -> None:
+def check_device(names: Names, name: str, tensor: Tensor, gate: Tensor) -> None:
     if tensor.device != gate.device:
         raise ValueError(
             f"{names.op}: {name} must be on {gate.device} (from {names.gate}), got {tensor.device}"
@@ -204,7 +204,7 @@ def _check_matrix(
             f"{second}={columns} (from {names.gate if first == 'T' else 'its peers'})"
         )
         raise _error(names, name, expected, tensor)
-    _check_device(names, name, tensor, gate)
+    check_device(names, name, tensor, gate)
     if columns > 1 and rows > 0 and tensor.stride(1) != 1:
         expected = f"{letters} with last stride 1, call .contiguous()"
         raise _error(names, name, expected, tensor, strides=True)
@@ -213,11 +213,11 @@ def _check_matrix(
         raise _error(names, name, expected, tensor, strides=True)
 
 
-def _check_ids_layout(names: Names, name: str, ids: Tensor, gate: Tensor) -> None:
+def check_ids_layout(names: Names, name: str, ids: Tensor, gate: Tensor) -> None:
     n_tokens = gate.shape[0]
     if ids.shape != (n_tokens,) or ids.dtype != torch.int32:
         raise _error(names, name, f"(T,) int32 with T={n_tokens} (from {names.gate})", ids)
-    _check_device(names, name, ids, gate)
+    check_device(names, name, ids, gate)
     if n_tokens > 1 and ids.stride(0) != 1:
         expected = "(T,) with stride 1, call .contiguous()"
         raise _error(names, name, expected, ids, strides=True)
@@ -274,13 +274,13 @@ def _check_pairs(
     named = list(zip(labels, (*written, *read), strict=True))
     for place, (name, tensor) in enumerate(named[: len(written)]):
         for other, another in named[place + 1 :]:
-            if tensor is not None and another is not None and _share_memory(tensor, another):
+            if tensor is not None and another is not None and share_memory(tensor, another):
                 raise ValueError(
                     f"{op}: {name} must not share memory with {other}; pass a separate tensor"
                 )
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
+def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether an element of one may lie in the other; if not by rows of one stride, by ranges."""
     start, other_start = a.data_ptr(), b.data_ptr()
     if start + _reach(a) <= other_start or other_start + _reach(b) <= start:

@@ -1,0 +1,258 @@
+"""The `look` stage: cards of the best neurons of each set, or of those that are named, and a page.
+
+`cli/look.py` calls it. The files are artifact/cards.py's; report/cards.py lays out the page.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relneuron.analyses.study import SIGNIFICANCE, read_significance
+from relneuron.artifact.cards import NAME, SETS, cards_bytes, read_cards
+from relneuron.artifact.chosen import read_name
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    real_path,
+    refuse_output,
+    require,
+    sha256,
+    writing,
+)
+from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.manifest import MODEL_KEYS, Manifest, checked, locked, same_model, versions
+from relneuron.artifact.neurons import ATTENTION, Neuron, NeuronFile, check_neurons
+from relneuron.artifact.stage import command, loading, placed
+from relneuron.model.batches import Budget
+from relneuron.model.identity import tokenizer_digest
+from relneuron.model.load import describe_model
+from relneuron.model.mlps.find import find_mlps
+from relneuron.model.mlps.shape import model_shape
+from relneuron.report.look import write_page
+from relneuron.study.cards import Cards
+from relneuron.study.settings import CARDS, LookOptions, names_file
+from relneuron.study.strongest import find_strongest, short
+
+COLUMNS = ("set", "rank", "layer", "site", "index", "score", *SIGNIFICANCE)
+_CERTAIN = dict(zip(SIGNIFICANCE, ("p", "q", "low", "high"), strict=True))
+
+
+class Sets(NamedTuple):
+    """The sets of neurons that a card may name, and the files that say it."""
+
+    file: NeuronFile | None
+    rows: list[tuple[Any, ...]]  # as COLUMNS; NaN of what was not tested
+    files: tuple[Path, ...] = ()
+
+    def by_neuron(self) -> dict[Neuron, list[Json]]:
+        """What each neuron's card says of them, the best place first."""
+        found: dict[Neuron, list[Json]] = {}
+        for name, rank, layer, site, index, score, *tested in self.rows:
+            numbers = {
+                key: None if value != value else short(value)
+                for key, value in zip(_CERTAIN.values(), tested, strict=True)
+            }
+            one = {"set": name, "rank": rank, "score": short(score), **numbers}
+            found.setdefault((layer, site, index), []).append(one)
+        return {neuron: sorted(some, key=lambda one: one["rank"]) for neuron, some in found.items()}
+
+    def best(self, top: int | None, most: int) -> list[Neuron]:
+        """The first `top` of each set, or as many as make `most` neurons; rank by rank."""
+        sets = self.file.sets.values() if self.file else ()
+        found: dict[Neuron, None] = {}
+        for rank in range(max(map(len, sets), default=0) if top is None else top):
+            for chosen in sets:
+                if rank < len(chosen) and (top is not None or len(found) < most):
+                    found[chosen[rank][:3]] = None
+        return list(found)
+
+    def csv(self) -> bytes:
+        """sets.csv."""
+        rows = [["" if value != value else value for value in row] for row in self.rows]
+        return csv_bytes(COLUMNS, rows)
+
+
+def read_sets(folder: Path, asked: Sequence[str]) -> Sets:
+    """The sets of the file that is asked for, else those of the folder, if it has any."""
+    own = folder / "neurons.json"
+    path = Path(asked[0]) if names_file(asked) else own
+    if path == own and not path.exists():
+        return Sets(None, [])
+    file = NeuronFile.read(checked(path))
+    # Beside a neurons.json stands how sure it is, of no file with another name.
+    beside = path.with_name("significance.csv" if path.name == own.name else "no file")
+    try:
+        numbers = read_significance(checked(beside), file)
+    except ValueError as error:
+        raise RelneuronError(f"{beside}: {error}", "run identify again with --force") from error
+    files = tuple(one for one in (path, beside) if one.exists())
+    rows = [
+        (name, rank, *neuron, *certain)
+        for name, chosen in file.sets.items()
+        for rank, (neuron, certain) in enumerate(
+            zip(chosen, numbers[name].tolist(), strict=True), 1
+        )
+    ]
+    return Sets(file, rows, files)
+
+
+def chosen(
+    sets: Sets, options: LookOptions, shape: Mapping[str, Any], folder: Path
+) -> list[Neuron]:
+    """The neurons that get a card; raises where there is none."""
+    if options.neurons and not names_file(options.neurons):
+        return list(dict.fromkeys(read_name(name, shape) for name in options.neurons))
+    found = check_neurons(sets.best(options.top, CARDS), shape)
+    if not found:
+        what = "no set has a neuron" if sets.file else f"{folder} has no neurons.json"
+        raise RelneuronError(what, "name neurons: --neurons 12.gate.345, say", 2)
+    return found
+
+
+def studied(folder: Path) -> Json:
+    """What the manifest of a folder says of its model."""
+    require(folder / "manifest.json", "run MODEL --facts FACTS -o DIR")
+    model = Manifest(folder).data.get("model")
+    if not (isinstance(model, dict) and isinstance(model.get("id"), str)):
+        raise RelneuronError(
+            f"{folder} is of no model",
+            "give the folder of record, count, attribute or contrast",
+            2,
+        )
+    return model
+
+
+def check_same(folder: Path, described: Json) -> None:
+    """Refuse a model that is another one than the folder's study is of."""
+    manifest = Manifest(folder)
+    manifest.check_model(described)
+    known = manifest.data.get("model") or {}
+    if any(key in known and known[key] != described[key] for key in MODEL_KEYS):
+        raise RelneuronError(
+            f"{folder} is of {known.get('id', 'another model')}, which has other weights than "
+            f"{described['id']}",
+            "give the model of the study, with its --dtype",
+            2,
+        )
+
+
+def check_page(output: Path, folder: Path, force: bool) -> None:
+    """Refuse a page in place of a file of the study."""
+    refuse_output(output, "look", force)
+    known = [folder / name for name in (*Manifest(folder).data["files"], NAME, SETS)]
+    if real_path(output) in map(real_path, known):
+        raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
+
+
+def open_cards(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    options: LookOptions,
+    *,
+    backend: str = "auto",
+) -> tuple[Cards, Sets]:
+    """What makes the cards of a folder's neurons with its model, and the sets they may be in."""
+    sets = read_sets(folder, options.neurons)
+    sites = {row[3] for row in sets.rows}
+    sites |= {name.split(".")[1] for name in options.neurons if name.count(".") == 2}
+    mlps = find_mlps(model, attention=bool(sites & {*ATTENTION}))
+    if sets.file is not None:
+        sets.file.check_model(model_shape(mlps))
+    strongest = find_strongest(folder, model, tokenizer)
+    budget = Budget(options.batch_tokens, options.oom)
+    cards = Cards(
+        *(model, tokenizer, mlps, strongest, sets.by_neuron()),
+        options.examples,
+        budget,
+        backend,
+    )
+    return cards, sets
+
+
+def look(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    output: Path | None,
+    options: LookOptions | None = None,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> list[Json]:
+    """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
+
+    `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
+    model, are kept: only the page is written then, and none without `output`.
+    """
+    options = options or LookOptions()
+    if output is not None:
+        check_page(output, folder, force)
+    studied(folder)
+    cards, sets = open_cards(model, tokenizer, folder, options, backend=backend)
+    neurons = chosen(sets, options, model_shape(cards.mlps), folder)
+    described = describe_model(name, model, cards.mlps, backend)
+    check_same(folder, described)
+    reads = [*sets.files, *(cards.strongest.files if cards.strongest else ())]
+    inputs = {
+        "model": same_model(described),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "files": {path.name: sha256(path) for path in reads},
+        **options.recorded(),
+        "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
+    }
+    made = [folder / NAME, folder / SETS]
+    with locked(folder):
+        if Manifest(folder).is_done("look", inputs, force=force):
+            found = read_cards(checked(folder / NAME))
+        else:
+            for path in made:
+                refuse_output(path, "look", force)
+            with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
+                found = cards.cards(neurons, bar.update)
+            if cards.n_apart:
+                cards.notices.append(
+                    f"{cards.n_apart} examples have another value where their window is read by "
+                    "itself, and are shaded by that: the corpus was read in another way"
+                )
+            notices = [*cards.notices, *cards.budget.notices]
+            for notice in cards.notices:
+                warnings.warn(notice, stacklevel=2)
+            with writing("look", folder, made):
+                atomic_write(folder / NAME, cards_bytes(found))
+                atomic_write(folder / SETS, sets.csv())
+                manifest = Manifest(folder)
+                if "model" not in manifest.data:
+                    manifest.describe(versions=versions(), model=described)
+                manifest.finish(
+                    "look",
+                    inputs,
+                    made,
+                    reads=reads,
+                    notices=notices,
+                    commands=_command(name, described, folder, output, options),
+                )
+    if output is not None:
+        write_page(output, found, Manifest(folder).data)
+    return found
+
+
+def _command(
+    name: str, described: Json, folder: Path, output: Path | None, options: LookOptions
+) -> list[list[str]]:
+    """The command that makes the stage again."""
+    page = folder / "look.html" if output is None else output
+    if names_file(options.neurons):
+        options = replace(options, neurons=(placed(options.neurons[0], folder),))
+    known = Manifest(folder).data.get("model", {}).get("id")
+    model = {"model": None if name == known else name}
+    given = (placed(folder, folder), "-o", placed(page, folder), *options.words())
+    return command("look", *given, **model, **loading(described))
