@@ -46,8 +46,8 @@ FIXES = {
     errno.ESTALE: "mount the network drive again",
 }
 _DEBUG = "run again with --debug to see where"
-# What gloo and NCCL say of a process that is gone.
-_PEER = re.compile(r"Connection (reset|closed) by peer|ncclRemoteError")
+# What gloo, NCCL and the store of torch.distributed say of a process that is gone.
+_PEER = re.compile(r"Connection (reset|closed) by peer|ncclRemoteError|DistNetworkError")
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
@@ -103,17 +103,18 @@ def _is_interrupt(error: BaseException) -> bool:
 
 def _end_together(error: BaseException) -> NoReturn:
     """Of several processes that end, the first one says why; the others end as it does."""
-    from relneuron.model.meeting import OthersEnd, ended, linger
+    from relneuron.model.meeting import OthersEnd, ended, said
 
     code = 130 if _is_interrupt(error) else getattr(error, "exit_code", 1)
-    saw = code != 130 and (isinstance(error, OthersEnd) or bool(_PEER.search(str(error))))
+    is_of_others = isinstance(error, OthersEnd) or _PEER.search(f"{type(error).__name__}: {error}")
+    saw = code != 130 and bool(is_of_others)
+    other = ended(saw=saw)
     try:
-        other = ended(code, saw=saw)
         if other is None:
             _end(OthersEnd() if saw else error)
         sys.exit(other)
     finally:
-        linger()
+        said(code if other is None else other)
 
 
 def _number(error: BaseException) -> int:

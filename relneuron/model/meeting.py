@@ -114,11 +114,11 @@ def _end_with(end: Callable[[BaseException], object]) -> None:
         os._exit(code)
 
 
-def ended(code: int, *, saw: bool = False) -> int | None:
+def ended(*, saw: bool = False) -> int | None:
     """None if this process is the first one to end, and says why; else how that one ended.
 
-    `code` is its exit code. If it only `saw` another one end, that one is first for a while. It is
-    asked once: a second thread waits for the end.
+    If it only `saw` another one end, that one is first for a while. It is asked once: a second
+    thread waits for the end.
     """
     _ENDING.acquire()
     if not _MET:
@@ -130,18 +130,20 @@ def ended(code: int, *, saw: bool = False) -> int | None:
         while time.monotonic() < until and not store.add("n", 0):
             time.sleep(0.05)
         if store.add("n", 1) > 1:
+            # torchrun ends all where one has ended: not before the first one has said why.
             store.wait(["code"], timedelta(seconds=PATIENCE_S))
             return int(store.get("code"))
-        store.set("code", str(code))
     return None
 
 
-def linger() -> None:
-    """Leave the others a while to see how this process ended, if it keeps the store."""
-    if not _MET or "TORCHELASTIC_USE_AGENT_STORE" in os.environ or os.environ["RANK"] != "0":
+def said(code: int) -> None:
+    """Tell the others the exit code of the first one to end, and leave them a while to see it."""
+    if not _MET:
         return
-    until = time.monotonic() + PATIENCE_S
     with suppress(RuntimeError):
         store = distributed.PrefixStore("ended", _MET[1])
-        while time.monotonic() < until and store.add("n", 0) < n_started():
+        store.set("code", str(code))
+        keeps = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and os.environ["RANK"] == "0"
+        until = time.monotonic() + PATIENCE_S
+        while keeps and time.monotonic() < until and store.add("n", 0) < n_started():
             time.sleep(0.05)
