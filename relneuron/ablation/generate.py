@@ -210,7 +210,7 @@ def generate(
     lengths = [len(ids) + n_new for ids in questions.ids for _ in range(n_seeds)]
     with sharing(model, output.parent) as ranks:
         with ranks.in_turn():
-            journal = Journal(journal_path, inputs, ranks=ranks)
+            journal = Journal(journal_path, inputs, ranks=ranks, shard=options.shard)
         evaluator = Evaluator(
             continuer, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )

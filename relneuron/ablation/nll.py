@@ -185,7 +185,7 @@ def nll(
     check_canary(model, mlps, scorer.short, backend)
     with sharing(model, folder) as ranks:
         with ranks.in_turn():
-            journal = Journal(folder / "nll.journal", inputs, ranks=ranks)
+            journal = Journal(folder / "nll.journal", inputs, ranks=ranks, shard=options.shard)
         evaluator = Evaluator(
             scorer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
         )

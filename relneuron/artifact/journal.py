@@ -10,7 +10,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -47,6 +47,19 @@ class Processes(Protocol):
         """Until all of them are here."""
 
 
+class PartDone(Exception):
+    """A stage has done the part that it was asked for, and has no results."""
+
+    def __init__(self, journal: Path, shard: tuple[int, int]) -> None:
+        part = "{}/{}".format(*shard)
+        super().__init__(f"part {part} is done -> {journal}; add the parts with: relneuron merge")
+
+
+def has_rows(value: Any) -> bool:
+    """Whether a block's value notes rows of a file."""
+    return isinstance(value, dict) and bool(value.get("digest"))
+
+
 class Journal:
     """What a long stage has finished so far: one line per block, appended and synced.
 
@@ -58,7 +71,8 @@ class Journal:
     makes safe what the lines stand for.
 
     Several processes, `ranks`, each note the blocks of their own: the first one in `path`, number r
-    in `path`.r. The first one opens it before the others do, with all that any of them left.
+    in `path`.r. The first one opens it before the others do, with all that any of them left. Of a
+    `shard` (i, n) only every n-th block is done, from the i-th; `together` then raises PartDone.
     """
 
     SAVE_EVERY_S = 10.0
@@ -69,16 +83,18 @@ class Journal:
         inputs: Json,
         before_commit: Callable[[], None] = lambda: None,
         ranks: Processes | None = None,
+        shard: tuple[int, int] = (1, 1),
     ) -> None:
-        self.before_commit, self._ranks = before_commit, ranks
+        self.before_commit, self._ranks, self._shard = before_commit, ranks, shard
         self._whole = path
         number = ranks.rank if ranks is not None else 0
         self.path = path.with_name(f"{path.name}.{number}") if number else path
         self._saved = time.monotonic()
-        self._head = json.loads(json.dumps({"versions": versions(), "inputs": inputs}))
+        self._head = head_of(inputs)
         self._last = ""  # the digest of the last line
         self._pending: list[str] = []
-        # Of the blocks that were not done: the keys asked for, and the number that is taken.
+        # The keys asked for, those of them that were not done, and of these the one that is taken.
+        self._n_keys = 0
         self._asked: list[str] = []
         self._taken = -1
         self.done: dict[str, Any] = {}
@@ -98,10 +114,10 @@ class Journal:
 
     def _open(self) -> None:
         """Take over what each process of a run that was killed has noted."""
-        parts = self._parts()
-        self.done, n_bytes, self._last = self._read(self.path)
+        parts = parts_of(self._whole)
+        self.done, n_bytes, self._last = read_blocks(self.path, self._head)
         for part in parts:
-            self.done = self._read(part)[0] | self.done
+            self.done = read_blocks(part, self._head)[0] | self.done
         if parts or not n_bytes:
             self._write(self.done)
             for part in parts:
@@ -117,40 +133,8 @@ class Journal:
                 f"{self._whole.parent} is not the folder that the first process writes to",
                 "give a folder that all processes share",
             )
-        self.done = self._read(self._whole)[0]
+        self.done = read_blocks(self._whole, self._head)[0]
         self._write({})
-
-    def _parts(self) -> list[Path]:
-        """The journals of the other processes."""
-        found = self._whole.parent.glob(f"{escape(self._whole.name)}.*")
-        return sorted(path for path in found if path.suffix[1:].isdecimal())
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], int, str]:
-        """The blocks of a file that are as they were written, where they end, the last digest."""
-        data = path.read_bytes() if path.exists() else b""
-        done: dict[str, Any] = {}
-        lines, end, last = data.split(b"\n")[:-1], 0, ""
-        for number, line in enumerate(lines):
-            digest, _, text = line.partition(b" ")
-            if _chained(last, text) != digest.decode(errors="replace"):
-                n_bad = len(lines) - number
-                _warn(path, f"{n_bad} of {len(lines)} lines are not as they were written")
-                break
-            value = parse_json(text.decode(), f"{path}, line {number + 1}", "delete it")
-            if number == 0 and value != self._head:
-                known = value if isinstance(value, dict) else {}
-                changed = "; ".join(differences(known, self._head))
-                _warn(path, f"it is of other inputs ({changed})")
-                break
-            if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
-                _warn(path, "a line is no block")
-                break
-            if number:
-                done[str(value["key"])] = value["value"]
-            end, last = end + len(line) + 1, digest.decode()
-        if data and not lines:
-            _warn(path, "it is cut short")
-        return done, end, last
 
     def _write(self, done: dict[str, Any]) -> None:
         """The whole file: the head and what is done."""
@@ -164,21 +148,15 @@ class Journal:
         self._last = _chained(self._last, text.encode())
         return f"{self._last} {text}\n"
 
-    def check(
-        self,
-        rows: Mapping[str, Sequence[int]],
-        field: str,
-        digest: Callable[[Sequence[int]], str | None],
-        what: str,
-    ) -> None:
+    def check(self, digest: Callable[[Sequence[int]], str | None], what: str) -> None:
         """Have the finished blocks done again whose rows of a file are not as they were noted.
 
-        `rows` are those of each block; the `field` of a block's value notes their `digest`. The
-        first process does it before the others begin.
+        A block's value notes its `rows` and their `digest`. The first process does it before the
+        others begin.
         """
         if self.is_first:
-            known = {key: own for key, own in rows.items() if key in self.done}
-            lost = [k for k, own in known.items() if self.done[k][field] != digest(own)]
+            noted = {key: value for key, value in self.done.items() if has_rows(value)}
+            lost = [key for key, one in noted.items() if one["digest"] != digest(one["rows"])]
             self.redo(lost, f"rows of {what} are not as they were written")
 
     def redo(self, keys: Collection[str], why: str) -> None:
@@ -195,7 +173,9 @@ class Journal:
         All processes ask for the same blocks in the same order; each goes on to the next one that
         is free, so that a slow one does not hold the others.
         """
-        if key in self.done:
+        self._n_keys += 1
+        number, of = self._shard
+        if key in self.done or (self._n_keys - number) % of:
             return False
         if self._ranks is None or self._ranks.size == 1:
             return True
@@ -215,13 +195,18 @@ class Journal:
 
     def together(self) -> None:
         """Have in `done` the blocks of all processes, each of which has done its own."""
-        if self._ranks is None or self._ranks.size == 1:
-            return
+        if self._ranks is not None and self._ranks.size > 1:
+            self._read_others(self._ranks)
+        if self._shard[1] > 1:
+            self.commit()
+            raise PartDone(self._whole, self._shard)
+
+    def _read_others(self, ranks: Processes) -> None:
         self.commit()
-        self._ranks.wait()
-        for path in {self._whole, *self._parts()} - {self.path}:
-            self.done |= self._read(path)[0]
-        self._ranks.wait()  # the first one may then remove them
+        ranks.wait()
+        for path in {self._whole, *parts_of(self._whole)} - {self.path}:
+            self.done |= read_blocks(path, self._head)[0]
+        ranks.wait()  # the first one may then remove them
         lost = [key for key in self._asked if key not in self.done]
         if lost:
             raise RelneuronError(
@@ -248,8 +233,51 @@ class Journal:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        for path in (*self._parts(), self._whole):
+        for path in (*parts_of(self._whole), self._whole):
             path.unlink(missing_ok=True)
+
+
+def head_of(inputs: Json) -> Json:
+    """The first line of a journal: what its blocks depend on."""
+    found: Json = json.loads(json.dumps({"versions": versions(), "inputs": inputs}))
+    return found
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The journals of the other processes beside that of the first one."""
+    found = path.parent.glob(f"{escape(path.name)}.*")
+    return sorted(part for part in found if part.suffix[1:].isdecimal())
+
+
+def read_blocks(path: Path, head: Json) -> tuple[dict[str, Any], int, str]:
+    """The blocks of a journal that are as they were written, where they end, the last digest.
+
+    Of one with another `head` (`head_of`) none are.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    done: dict[str, Any] = {}
+    lines, end, last = data.split(b"\n")[:-1], 0, ""
+    for number, line in enumerate(lines):
+        digest, _, text = line.partition(b" ")
+        if _chained(last, text) != digest.decode(errors="replace"):
+            n_bad = len(lines) - number
+            _warn(path, f"{n_bad} of {len(lines)} lines are not as they were written")
+            break
+        value = parse_json(text.decode(), f"{path}, line {number + 1}", "delete it")
+        if number == 0 and value != head:
+            known = value if isinstance(value, dict) else {}
+            changed = "; ".join(differences(known, head))
+            _warn(path, f"it is of other inputs ({changed})")
+            break
+        if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
+            _warn(path, "a line is no block")
+            break
+        if number:
+            done[str(value["key"])] = value["value"]
+        end, last = end + len(line) + 1, digest.decode()
+    if data and not lines:
+        _warn(path, "it is cut short")
+    return done, end, last
 
 
 def _warn(path: Path, why: str) -> None:

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from relneuron.artifact.files import RelneuronError, check_place
 from relneuron.artifact.installed import need
-from relneuron.artifact.journal import n_started
+from relneuron.artifact.journal import PartDone, n_started
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
@@ -214,8 +214,11 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
             check_only(found[name], _given)
         for name, flags in several.items():
             found[name] = {flag.name: values[flag.name] for flag in flags}
-        for item in function(**found) or ():
-            show(item)
+        try:
+            for item in function(**found) or ():
+                show(item)
+        except PartDone as part:
+            show(str(part))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}

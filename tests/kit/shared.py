@@ -1,7 +1,7 @@
 """Stages that several processes share, as torchrun starts them: whole, killed, refused.
 
 study/test_shared.py runs it, by hand:
-    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|run N
+    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|run|shards N
 As stage_crash.py, whose stages these are: every process is a fork of one that imported torch.
 """
 
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ import relneuron.model.load
 import relneuron.model.meeting
 import relneuron.study.run
 from relneuron.artifact.journal import Journal
+from relneuron.artifact.parts import ROWS
 from relneuron.cli import main as cli
 from tests.kit.count_crash import code_of, free_port, join
 from tests.kit.stage_crash import QUICK, Study, files_of
@@ -222,6 +224,44 @@ def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] =
     return n_hit
 
 
+def shards(study: Shared, stage: str, base: Path) -> int:
+    """Two machines that share nothing, one of them killed, and `merge`: the bytes of one."""
+    expected = files_of(whole(study, stage, base, ()))
+    noted = fresh(study.folder / "noted")
+    places = [study.folder / f"{stage} part {number}" for number in (1, 2)]
+    for number, place in enumerate(places, 1):
+        shutil.copytree(base, place)
+        words = [*study.words(stage, place), "--shard", f"{number}/2"]
+        if number == 2:  # by three processes, which all do some blocks and end
+            act = at_work(noted, lambda rank, n: os._exit(9) if n == 1 else None)
+            assert sum(study.ranks(words, 3, act)), study.said()
+        assert study.ranks(words, number) == [0] * number, study.said()
+        assert study.said().count(f"part {number}/2 is done -> {place}") == 1, study.said()
+        new = {re.sub(r"\.\d$", "", name) for name in files_of(place)} - {*files_of(base)}
+        assert new <= left(stage) | {"prompts.jsonl"}, new
+    output = study.folder / f"{stage} merged"
+    shutil.copytree(base, output)
+    assert study.ranks(["merge", *map(str, places), "-o", str(output)], 1) == [0], study.said()
+    n = int(re.findall(r": (\d+) batches of 2 parts", study.said())[0])
+
+    def never(rank: int, number: int) -> None:
+        raise AssertionError("a batch was done again")
+
+    act = at_work(noted, never) if stage != "attribute" else lambda rank: None  # it compares
+    assert study.ranks(study.words(stage, output), 1, act) == [0], study.said()
+    found = files_of(output)
+    wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+    assert not wrong, (stage, wrong)
+    return n
+
+
+def left(stage: str) -> set[str]:
+    """What a part of a stage is: its journal, and the file whose rows that notes."""
+    name = {"generate": "said.jsonl", "ig": "attribute_ig", "relevance": "attribute_relevance"}
+    journal = f"{name.get(stage, stage)}.journal"
+    return {journal, ROWS.get(journal, journal)}
+
+
 def fresh(folder: Path) -> Path:
     """An empty folder, where there may have been one."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -288,6 +328,9 @@ def main(*words: str) -> None:
         whole(study, "record", base, (2,))
         found = shares(study, base)
         ends(study, base)
+    for stage in STAGES if what == "shards" else ():
+        found[stage] = 0 if stage in ALONE else shards(study, stage, base)
+        base = whole(study, stage, base, ()) if stage in ALONE else folder / f"{stage} 1"
     for stage in {"stages": STAGES, "run": ("run",)}.get(what, ()):
         sizes = () if stage in ALONE else (2, 3, 4)
         if n and sizes:

@@ -87,18 +87,28 @@ def token_lines(groups: list[str], tokens: list[int]) -> Iterator[str]:
 
 
 def merge(
-    folders: Annotated[list[Path], Argument("DIR...", "Folders of finished counts.")],
+    folders: Annotated[list[Path], Argument("DIR...", "Folders that --shard made.")],
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Add finished counts of one model, or contrasts of the same two: their file of both.
+    """Add finished counts of one model, or contrasts of the same two; or parts of another stage.
+
+    Of a stage that asks prompts or sentences each part has the batches that it did: the command
+    that made them does the rest where they are put together.
 
     Examples:
       relneuron merge part1 part2 part3 -o counts       # of count --shard 1/3, 2/3, 3/3
     """
+    from relneuron.artifact.parts import journals_in, merge_parts
     from relneuron.methods.counts.merge import merge as merge_stage
 
     check_folder(output)
+    if len(folders) > 1 and journals_in(folders[0]):
+        for name, n in merge_parts(folders, output, force=force).items():
+            stage = name.removesuffix(".journal")
+            yield f"{stage}: {n:,} batches of {len(folders)} parts"
+        yield f"-> {output}: run the command without --shard there, it does what is left"
+        return
     total = merge_stage(folders, output, force=force)
     yield from token_lines(total.groups, total.tokens.tolist())
     yield f"-> {output}"

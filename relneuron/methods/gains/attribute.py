@@ -155,14 +155,13 @@ def attribute(
         with ranks.in_turn():
             if ranks.rank == 0:
                 write_copy(folder / "prompts.jsonl", prompts_path, copy)
-            journal = Journal(folder / JOURNAL, inputs, ranks=ranks)
+            journal = Journal(folder / JOURNAL, inputs, ranks=ranks, shard=options.shard)
             if journal.is_first and not journal.done:
                 (folder / GAINS).unlink(missing_ok=True)
             if "ffn_neuron" in options.kinds:
                 gains = GainFile(folder / GAINS, residual.shape, about)
                 journal.before_commit = gains.flush
-                noted = {f"attribute {batch}": rows for batch, rows in enumerate(batches)}
-                journal.check(noted, "gains", gains.digest, GAINS)
+                journal.check(gains.digest, GAINS)
         scorer = Scorer(residual, sentences, options, sizes, backend)
         budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES)
         found = _score_all(scorer, batches, gains, journal, budget, quiet)
@@ -287,7 +286,7 @@ def _score_all(
             if journal.takes(key):
                 found = budget.run(rows, lambda row: len(ids[row]), score)
                 digest = None if gains is None else gains.digest(rows)
-                journal.add(key, {"found": found, "gains": digest})
+                journal.add(key, {"found": found, "rows": rows, "digest": digest})
             bar.update(len(rows))
         journal.together()
     by_row: dict[int, Json] = {}

@@ -116,7 +116,7 @@ def attribute(
         with ranks.in_turn():
             if ranks.rank == 0:
                 write_copy(folder / "prompts.jsonl", prompts_path, copy)
-            journal = Journal(path, inputs, ranks=ranks)
+            journal = Journal(path, inputs, ranks=ranks, shard=options.shard)
             budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES, alone=ALONE)
             asking = Asking(sites, prompts, targets, options, budget, replaced)
             if journal.is_first and not journal.done:
@@ -137,7 +137,7 @@ def attribute(
             columns = [asking.columns(row, lengths[row]) for row in range(len(prompts))]
             cuts = cut(by_length, columns.__getitem__, options.batch_tokens)
             batches = {f"{stage} {number}": rows for number, rows in enumerate(cuts)}
-            journal.check(batches, "digest", scores.digest, written)
+            journal.check(scores.digest, written)
         found = _score(asking, batches, columns, scores, journal, budget, quiet)
         if ranks.rank:
             return
@@ -194,7 +194,8 @@ def _score(
                 names = said[0].keys()
                 scores.store(rows, {n: np.stack([one[n] for one in said]) for n in names})
                 kept = [_kept(one) for one in said]
-                journal.add(key, {"found": kept, "digest": scores.digest(rows)})
+                noted = {"rows": rows, "digest": scores.digest(rows)}
+                journal.add(key, {"found": kept, **noted})
             bar.update(len(rows))
         journal.together()
     by_row: dict[int, Json] = {}

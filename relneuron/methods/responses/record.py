@@ -132,9 +132,12 @@ class _Responses:
             means = ((mlp.unfold(values) if is_inner else values).cpu() / divisors).numpy()
             self._maps[f"{site}.{mlp.layer}"][places, inside] = means
 
-    def digest(self, rows: Sequence[int]) -> str | None:
-        """Of a batch's rows as they are in the file; None for prompts that have none."""
-        places = [self._row[row] for row in rows if row in self._row]
+    def places(self, rows: Sequence[int]) -> list[int]:
+        """Which rows of the file some prompts have."""
+        return [self._row[row] for row in rows if row in self._row]
+
+    def digest(self, places: Sequence[int]) -> str | None:
+        """Of some rows as they are in the file; None where there is none."""
         return rows_digest(list(self._maps.values()), places) if places else None
 
     def flush(self) -> None:
@@ -199,7 +202,9 @@ def _ask_all(
         for number, rows in enumerate(batches):
             if journal.takes(str(number)):
                 said = budget.run(rows, questions.length, ask)
-                journal.add(str(number), {"predictions": said, "rows": responses.digest(rows)})
+                places = responses.places(rows)
+                noted = {"rows": places, "digest": responses.digest(places)}
+                journal.add(str(number), {"predictions": said, **noted})
             bar.update(len(rows))
         journal.together()
 
@@ -269,13 +274,12 @@ def record(
             if ranks.rank == 0 and not (copy.exists() and copy.read_bytes() == data):
                 refuse_overwrite(copy, force)
                 atomic_write(copy, data)
-            journal = Journal(folder / "record.journal", inputs, ranks=ranks)
+            journal = Journal(folder / "record.journal", inputs, ranks=ranks, shard=options.shard)
             if journal.is_first and not journal.done:
                 path.unlink(missing_ok=True)
             responses = _Responses(path, shape, det, n_pooled, about)
             journal.before_commit = responses.flush
-            noted = {str(number): rows for number, rows in enumerate(batches)}
-            journal.check(noted, "rows", responses.digest, path.name)
+            journal.check(responses.digest, path.name)
         budget = Budget(options.batch_tokens, options.oom, journal)
         _ask_all(
             Asker(model, tokenizer),
