@@ -101,14 +101,15 @@ def test_what_one_of_them_noted_otherwise_is_done_again(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_as_noted_are_done_again(tmp_path: Path) -> None:
-    path, rows = tmp_path / "a.journal", {"x": [0, 1], "y": [2], "z": [3]}
+    path, rows = tmp_path / "a.journal", {"x": [0, 1], "y": [2], "z": []}
     journal = Journal(path, {})
-    for key in "xy":
-        journal.add(key, {"rows": str(rows[key])})
-    with pytest.warns(UserWarning, match="rows of a file are not as .*: 1 of 2 blocks"):
-        journal.check(rows, "rows", lambda own: "[2]" if own == [2] else "other", "a file")
-    assert list(journal.done) == ["y"]
-    assert list(Journal(path, {}).done) == ["y"]
+    for key, own in rows.items():
+        journal.add(key, {"rows": own, "digest": str(own) if own else None})
+    journal.add("of no rows", ["said"])
+    with pytest.warns(UserWarning, match="rows of a file are not as .*: 1 of 4 blocks"):
+        journal.check(lambda own: "[2]" if own == [2] else "other", "a file")
+    left = ["y", "z", "of no rows"]
+    assert list(journal.done) == list(Journal(path, {}).done) == left
 
 
 def test_processes_that_share_no_folder_are_told(tmp_path: Path) -> None:

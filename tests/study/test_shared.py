@@ -48,3 +48,13 @@ def test_any_of_them_is_killed(tmp_path: Path, model_folder: Path, fact_folder: 
     """All others end, and go on in another number."""
     done = found(tmp_path, model_folder, fact_folder, "stages", 4)
     assert sum(done.values()) >= 14  # some kills hit none at work
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_machines_that_share_nothing(
+    tmp_path: Path, model_folder: Path, fact_folder: Path
+) -> None:
+    """A part each, put together by merge: no batch is done twice."""
+    done = found(tmp_path, model_folder, fact_folder, "shards")
+    assert all((n >= 4) == (stage not in shared.ALONE) for stage, n in done.items()), done
