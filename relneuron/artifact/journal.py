@@ -218,8 +218,9 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Without more to note there may be no file: the first process removes those of all.
-        if self._pending and (kind is None or issubclass(kind, KeyboardInterrupt)):
+        # Of several processes the first one may have removed the files of all by now.
+        has_more = bool(self._pending) or not self.is_shared
+        if has_more and (kind is None or issubclass(kind, KeyboardInterrupt)):
             self.commit()
 
     def commit(self) -> None:
