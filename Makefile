@@ -36,7 +36,7 @@ test: lint $(VENV)/.oldest
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(BIN)/pytest $(ON_ALL_CORES) --quiet $(OF_TRANSFORMERS)
 	$(BIN)/pytest $(ON_ALL_CORES) --durations=10
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(VENV)/.torch: constraints.txt
@@ -51,10 +51,6 @@ $(VENV)/.demo: $(VENV)/.torch $(INPUTS)
 $(VENV)/.test: $(VENV)/.torch $(INPUTS)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.demo
-
-$(VENV)/.docs: $(VENV)/.test
-	$(PIP) install -c constraints.txt -e '.[docs]'
-	touch $@
 
 # Not installed beside the newest one: PYTHONPATH puts this folder before it.
 $(VENV)/.oldest: $(VENV)/.test Makefile

@@ -7,7 +7,8 @@ alternating rounds of one run:
 
 - `bare forward`: the model without its lm_head, nothing counted: the least that a pass over the
   corpus can cost; `with the lm_head` is the whole forward that a plain loop makes;
-- `relneuron`: `Counter` of `relneuron count`, rows of all groups in one batch;
+- `relneuron`: `Counter` of `relneuron count`, rows of all groups in one batch; `with examples` and
+  `with histograms` also keep what `count --examples 16` and `--histogram 64` do;
 - `hooks`: what the LAPE authors' code does per layer, written for this library: SiLU, a comparison
   in float32, a sum, one group's windows a batch; here without the lm_head, too.
 
@@ -25,6 +26,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,9 +44,11 @@ from relneuron.methods.counts.count import count
 from relneuron.methods.counts.counter import Counter
 from relneuron.model.checkpoint import Checkpoint, Position, write_checkpoint
 from relneuron.model.load import load_tokenizer
+from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.passes import plan_pool
+from relneuron.model.peaks import Asked
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Window
@@ -84,7 +89,7 @@ def make_batches(
     for i in range(n_tokens // window):
         length = int(random.integers(window // 8, window + 1)) if documents else window
         ids = random.integers(0, vocabulary, length).astype(np.int32)
-        windows.append(Window(i % len(GROUPS), ids, np.zeros(length, bool)))
+        windows.append(Window(i % len(GROUPS), ids, np.zeros(length, bool), i // len(GROUPS)))
     parts = [windows]
     if not mixed:
         parts = [[w for w in windows if w.group == group] for group in range(len(GROUPS))]
@@ -122,12 +127,18 @@ class Race:
         self.counter = Counter(model, find_mlps(model))
         self.all_of_it = Counter(model, self.counter.mlps)
         self.all_of_it.body = model
+        self.keeping = {"with examples": Counter(model, self.counter.mlps, asked=Asked(k=16))}
+        if not isinstance(self.counter.mlps[0], Experts):
+            spread = Counter(model, self.counter.mlps, asked=Asked(bins=64))
+            spread.set_edges(spread.sample(lambda: spread.look_at(mixed[0])))
+            self.keeping["with histograms"] = spread
         self.shape = model_shape(self.counter.mlps)
 
     def contestants(self) -> dict[str, Callable[[], torch.Tensor | None]]:
         found: dict[str, Callable[[], torch.Tensor | None]] = {
             "bare forward": self.bare,
             "relneuron": self.ours,
+            **{name: partial(self.ours, counter) for name, counter in self.keeping.items()},
             "with the lm_head": self.whole,
         }
         return found if "experts" in self.shape else found | {"hooks": self.hooked}
@@ -136,13 +147,14 @@ class Race:
         for batch in self.mixed:
             self.counter.run(batch)
 
-    def ours(self) -> torch.Tensor:
-        self.counter.clear()
-        self.counter.grow(len(GROUPS))
-        with self.counter:
+    def ours(self, counter: Counter | None = None) -> torch.Tensor:
+        counter = counter or self.counter
+        counter.clear()
+        counter.grow(len(GROUPS))
+        with counter:
             for batch in self.mixed:
-                self.counter.count(batch)
-        return torch.from_numpy(self.counter.result(GROUPS).arrays["count.act"])
+                counter.count(batch)
+        return torch.from_numpy(counter.result(GROUPS).arrays["count.act"])
 
     def whole(self) -> None:
         for batch in self.mixed:
@@ -183,7 +195,10 @@ def race(race: Race, rounds: int) -> dict[str, list[float]]:
 
 
 def time_stage(model: Any, n_tokens: int, window: int) -> dict[str, float]:
-    """`count` on text files: the shares of its time (of its tokens' time) that are not counting."""
+    """`count` on text files: the shares of its time (of its tokens' time) that are not counting.
+
+    And the whole of it with `--examples 16` by that without, by turns.
+    """
     tokenizer = load_tokenizer(str(CHECKPOINT))
     words = sorted(tokenizer.get_vocab())
     random = np.random.default_rng(0)
@@ -197,6 +212,15 @@ def time_stage(model: Any, n_tokens: int, window: int) -> dict[str, float]:
         options = CountOptions(window=window)
         done = count("model", model, tokenizer, sources, folder / "out", options, quiet=True)
         assert done is not None, "a new folder is counted"
+        seconds: dict[int | None, list[float]] = {None: [], 16: []}
+        for turn in range(3):
+            for k, times in seconds.items():
+                began = time.perf_counter()
+                asked = replace(options, examples=k)
+                out = folder / f"{k} {turn}"
+                count("model", model, tokenizer, sources, out, asked, quiet=True)
+                times.append(time.perf_counter() - began)
+        ratios = [b / a for a, b in zip(seconds[None], seconds[16], strict=True)]
         began = time.perf_counter()
         write_checkpoint(
             folder / "count.checkpoint", {}, Checkpoint(done.counts, Position(None, 0, 0))
@@ -206,6 +230,7 @@ def time_stage(model: Any, n_tokens: int, window: int) -> dict[str, float]:
         "tokens_per_s": done.tokens / done.seconds,
         "waiting": done.waiting / done.seconds,
         "checkpoints": checkpoint / EVERY_S,
+        "with examples": median(ratios),
     }
 
 
@@ -250,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append({**row, "tokens_per_s": "", **shape, **where("cpu")})
     print(
         f"count of text files: {stage['tokens_per_s']:,.0f} tokens/s, waiting for tokens "
-        f"{stage['waiting']:.2%}, a checkpoint every {EVERY_S:.0f} s {stage['checkpoints']:.2%}"
+        f"{stage['waiting']:.2%}, a checkpoint every {EVERY_S:.0f} s {stage['checkpoints']:.2%}; "
+        f"with --examples 16 {stage['with examples']:.3f} x its time"
     )
     add_rows(o.output, rows)
     return 0

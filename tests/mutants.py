@@ -208,6 +208,31 @@ MUTANTS = {
         "table[: len(given[name])] = 0",
         "methods/counts/test_batches.py::test_groups_of_a_column_may_come_after_others_were_counted[1]",
     ),
+    "model.peaks: an example stands where it is in the batch, not in its window": Mutant(
+        "position -= segments.starts[:, None]",
+        "position -= 0 * segments.starts[:, None]",
+        "methods/counts/test_examples.py::test_packed_windows[2]",
+    ),
+    "model.peaks: a token that is not counted is in the bins": Mutant(
+        "pad(self.groups, (0, 1), value=-1)",
+        "pad(self.groups, (0, 1), value=0)",
+        "methods/counts/test_examples.py::test_tokens_that_are_not_counted_are_no_example",
+    ),
+    "methods.counts.merge: every corpus begins with the first window of its groups": Mutant(
+        "before.setdefault(corpus, dict(seen))",
+        "before.setdefault(corpus, {})",
+        "methods/counts/test_examples.py::test_corpora_are_merged_as_if_one_stood_behind_the_other",
+    ),
+    "artifact.examples: of equal values the later window is the stronger one": Mutant(
+        "(own[2], own[1], -own[0], own[1] < 0)",
+        "(own[2], -own[1], -own[0], own[1] < 0)",
+        "artifact/test_examples.py::test_the_order_is_total",
+    ),
+    "artifact.histogram: bins that differ keep the edges of one of them": Mutant(
+        "exponent = np.maximum(one.exponent[site], other.exponent[site])",
+        "exponent = np.maximum(one.exponent[site], one.exponent[site])",
+        "artifact/test_histogram.py::test_other_bins_are_added_exactly_at_the_edges_that_both_have",
+    ),
     "methods.counts.lape: a probability at the threshold passes": Mutant(
         "(flat > threshold)",
         "(flat >= threshold)",
@@ -377,6 +402,26 @@ MUTANTS = {
         "torch.cat([rows, rows])",
         "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
     ),
+    "ablation.harness.changes: the clean model is steered, too": Mutant(
+        "self._steering() if run.set else nullcontext()",
+        "self._steering()",
+        "ablation/test_harness.py::test_steered_models_and_means_of_products_are_those_of_hooks",
+    ),
+    "ablation.harness.stage: what was finished before a kill is asked again": Mutant(
+        "if _key(run, task) not in journal.done:",
+        "if True:",
+        "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
+    ),
+    "study.serve: whoever asks is answered": Mutant(
+        "if not secrets.compare_digest(",
+        "if False and secrets.compare_digest(",
+        "study/test_serve.py::test_who_does_not_know_the_token_sees_nothing",
+    ),
+    "study.serve: a page of another name may ask": Mutant(
+        "allowed_hosts=[*hosts]",
+        "allowed_hosts=[*hosts, '*']",
+        "study/test_serve.py::test_another_host_is_refused",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
@@ -417,6 +462,31 @@ MUTANTS = {
         "is_certain = bool(whole)",
         "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
     ),
+    "ablation.next_token: a row has the neuron of the row before it off": Mutant(
+        "[place[one.off] for one in batch]",
+        "[place[one.off] for one in (batch[0], *batch[:-1])]",
+        "ablation/test_next_token.py::test_each_row_has_its_own_neuron_off",
+    ),
+    "model.token_values: texts of a batch are told apart one token late": Mutant(
+        "values[place] = column[end - values.shape[1] : end]",
+        "values[place] = np.roll(column, 1)[end - values.shape[1] : end]",
+        "model/test_token_values.py::test_values_are_those_of_hooks",
+    ),
+    "model.written: a neuron is near itself": Mutant(
+        "found[row, index - start] = -2.0",
+        "pass",
+        "model/test_written.py::test_a_dense_model",
+    ),
+    "study.strongest: the weakest texts are shown": Mutant(
+        'order = np.argsort(-values, kind="stable")[:n].tolist()',
+        'order = np.argsort(values, kind="stable")[:n].tolist()',
+        "study/test_look.py::test_examples_are_the_largest_responses",
+    ),
+    "study.look: the sets' second neurons come before the first ones": Mutant(
+        "key=lambda row: row[1])",
+        "key=lambda row: -row[1])",
+        "study/test_look.py::test_the_best_of_each_set_come_first",
+    ),
     "ablation.costs: a cost is that of the other seed": Mutant(
         "if any(line.seed is not None for line in lines)",
         "if False",
@@ -438,6 +508,16 @@ MUTANTS = {
         "ablation/test_expertise.py::test_expertise_is_what_others_compute",
     ),
     # a study from Python
+    "study.cite: an option that is at its default is cited": Mutant(
+        "else given not in (f.default, None)",
+        "else True",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
+    "study.cite: every value of an option is cited": Mutant(
+        "value in values if value",
+        "True if value",
+        "study/test_cite.py::test_a_folder_cites_what_its_stages_go_back_to",
+    ),
     "study.tensors: the neurons behind a narrow layer's are neurons": Mutant(
         "return min(width, order.width(layer, inner))",
         "return width",
@@ -582,6 +662,16 @@ MUTANTS = {
         "min(n or 0, len(others))",
         "0",
         "ablation/test_facts.py::test_a_set_of_a_fact_is_asked_its_prompts_and_some_others",
+    ),
+    "report.save: figures go over the files of a study": Mutant(
+        'if is_of_study or (folder / "manifest.json").exists():',
+        "if is_of_study:",
+        "report/test_save.py::test_files_of_a_study_are_never_overwritten[study]",
+    ),
+    "report.paper: numbers stay in cells that are too small for them": Mutant(
+        "if shrink * least >= SMALLEST or shrink == 1:",
+        "if True:",
+        "report/test_paper.py::test_numbers_that_do_not_fit_their_cells_become_dots_and_lines",
     ),
     "report.page: a hint of a kind of study is as good as a mark": Mutant(
         "([kind.marks for kind in ordered], [kind.hints for kind in ordered])",

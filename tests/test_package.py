@@ -67,6 +67,16 @@ def test_every_system_is_checked_and_has_wheels() -> None:
     assert all(word in said for word in SYSTEMS.values())
 
 
+def test_every_python_is_checked() -> None:
+    """The first on all systems, each other one on Linux."""
+    check = read_yaml(ROOT / ".github" / "workflows" / "check.yml")["jobs"]["check"]
+    matrix = check["strategy"]["matrix"]
+    others = [one["python"] for one in matrix["include"] if one["os"].startswith("ubuntu")]
+    assert [*matrix["python"], *others] == [f"3.{minor}" for minor in pythons()]
+    [setup] = [step for step in check["steps"] if "setup-python" in step.get("uses", "")]
+    assert setup["with"]["python-version"] == "${{ matrix.python }}"
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_run_what_there_is(path: Path) -> None:
     workflow = read_yaml(path)

@@ -73,9 +73,14 @@ def table(rows: Iterable[Row]) -> str:
 def compiling() -> Iterator[ProcessPoolExecutor]:
     """Processes with a cache of their own, so that nothing compiled earlier is measured."""
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor() as pool:
+        _cache_in(cache)
+        # A process may have the environment of another time (Python 3.14: of its server's start).
+        with ProcessPoolExecutor(initializer=_cache_in, initargs=(cache,)) as pool:
             yield pool
+
+
+def _cache_in(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -50,7 +50,8 @@ def ablate(
       relneuron ablate Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
           -o study/effects.csv
       relneuron ablate Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
-          -o halved/effects.csv --mode scale --factor 0.5 --analyses sizes --sizes 10,50,200
+          -o halved/effects.csv --mode scale --factor 0.5 --analyses sizes \\
+          --sizes 10,50,200
     """
     from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
     from relneuron.ablation.pictured import processor_for
@@ -138,9 +139,10 @@ def nll(
     """How well the model reads each group's text without each set of neurons: nll.csv.
 
     Examples:
-      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt -o counts
-      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt -o counts-random \\
-          --random-sets 3 --windows 64
+      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt \\
+          -o counts
+      relneuron nll Qwen/Qwen3-0.6B counts/neurons.json en=en.txt zh=zh.txt \\
+          -o counts-random --random-sets 3 --windows 64
     """
     from relneuron.ablation.nll import nll as nll_stage
     from relneuron.model.load import load
@@ -205,12 +207,14 @@ def generate(
     token (--mode patch --from MODEL), stored means, or noise.
 
     Examples:
-      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons counts/neurons.json \\
-          --off clean,en,zh -o outputs.jsonl
-      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons two/neurons.json \\
-          --off clean,donor,contrast --mode patch --from tuned -o two/outputs.jsonl
-      relneuron generate Qwen/Qwen3-0.6B prompts.txt --neurons counts/neurons.json \\
-          --set zh -o in-chinese.jsonl --max-new-tokens 64
+      relneuron generate Qwen/Qwen3-0.6B prompts.txt \\
+          --neurons counts/neurons.json --off clean,en,zh -o outputs.jsonl
+      relneuron generate Qwen/Qwen3-0.6B-Base prompts.txt \\
+          --neurons two/neurons.json --off clean,donor,contrast \\
+          --mode patch --from Qwen/Qwen3-0.6B -o two/outputs.jsonl
+      relneuron generate Qwen/Qwen3-0.6B prompts.txt \\
+          --neurons counts/neurons.json --set zh -o in-chinese.jsonl \\
+          --max-new-tokens 64
     """
     from relneuron.ablation.generate import generate as generate_stage
     from relneuron.ablation.outputs import score_table
@@ -252,6 +256,11 @@ def run_tasks(
 
     Clean results are those of the harness's own hf model. Each set is a run beside the clean one;
     --random-seeds adds random sets of its size.
+
+    Examples:
+      relneuron eval Qwen/Qwen3-0.6B --tasks hellaswag,arc_easy -o evals
+      relneuron eval Qwen/Qwen3-0.6B --neurons counts/neurons.json --off zh \\
+          --tasks hellaswag --limit 200 --random-seeds 3 -o evals
     """
     from relneuron.ablation.harness.stage import check_neurons, evaluate, score_table
     from relneuron.model.load import load

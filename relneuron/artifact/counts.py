@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from safetensors.numpy import save
 
-from relneuron.artifact.files import Json, RelneuronError, atomic_write
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, safetensors_pieces
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.reading import open_tensors
 
@@ -149,12 +148,14 @@ class Counts:
         beside = {name: pick(array, 0) for name, array in self.beside.items()}
         return type(self)(list(groups), pick(self.tokens, 0), arrays, beside)
 
-    def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
+    def pieces(self, metadata: Mapping[str, object] | None = None) -> Iterator[bytes | memoryview]:
         """The file's bytes; `metadata` is kept beside the groups."""
-        # One key only: safetensors writes several in an order that changes from run to run.
         text = json.dumps({"groups": self.groups, **(metadata or {})}, ensure_ascii=False)
-        data: bytes = save(self.tensors(), {self.KEY: text})
-        return data
+        return safetensors_pieces(self.tensors(), {self.KEY: text})
+
+    def to_bytes(self, metadata: Mapping[str, object] | None = None) -> bytes:
+        """All of them in one."""
+        return b"".join(self.pieces(metadata))
 
     def tensors(self) -> dict[str, Array]:
         """All that the file holds, by name."""
@@ -167,7 +168,7 @@ class Counts:
         return cls(groups, tensors.pop("tokens"), tensors, beside)
 
     def write(self, path: Path) -> None:
-        atomic_write(path, self.to_bytes())
+        atomic_write(path, self.pieces())
 
     @classmethod
     def read(cls, path: Path, made_by: str | None = None) -> Self:

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from relneuron.artifact.counts import SITES
-from relneuron.artifact.files import RelneuronError, atomic_write
+from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
 from relneuron.artifact.histogram import check_place
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.reading import Tensors, open_tensors
@@ -220,20 +219,21 @@ class Examples:
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""
+        return b"".join(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
         tables = {"value": self.value, "window": self.window, "position": self.position}
         tensors = {
-            f"{kind}.{site}": np.ascontiguousarray(array)
+            f"{kind}.{site}": array
             for kind, of_sites in tables.items()
             for site, array in of_sites.items()
         }
-        data: bytes = save(
-            {**tensors, **vars(self.windows), "n_windows": self.n_windows},
-            {ABOUT: json.dumps({"groups": self.groups}, ensure_ascii=False)},
-        )
-        return data
+        tensors |= {**vars(self.windows), "n_windows": self.n_windows}
+        text = json.dumps({"groups": self.groups}, ensure_ascii=False)
+        return safetensors_pieces(tensors, {ABOUT: text})
 
     def write(self, path: Path) -> None:
-        atomic_write(path, self.to_bytes())
+        atomic_write(path, self._pieces())
 
     @classmethod
     def read(cls, path: Path) -> Examples:

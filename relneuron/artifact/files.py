@@ -35,8 +35,10 @@ class RelneuronError(Exception):
 # --- bytes -----------------------------------------------------------------------------------
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Large data may come in pieces, which are not put together in memory.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder; on any error the
     temporary file is removed and the old file stays. On Windows, where a file that somebody reads
@@ -46,7 +48,8 @@ def atomic_write(path: Path, data: bytes) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else _joined(data):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -59,6 +62,22 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise
     fsync_folder(path.parent)
 
+
+def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes with small pieces put together."""
+    small = bytearray()
+    for piece in pieces:
+        if len(small) + len(piece) > _JOINED:
+            yield bytes(small)
+            small.clear()
+        if len(piece) > _JOINED:
+            yield piece
+        else:
+            small += piece
+    yield bytes(small)
+
+
+_JOINED = 1 << 20  # bytes
 
 # Seconds between tries to replace a file on Windows: a scanner of viruses reads every new file.
 _WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
@@ -230,10 +249,30 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-# --- neuron sets -----------------------------------------------------------------------------
-
-
 # --- dense arrays ----------------------------------------------------------------------------
+
+
+def safetensors_pieces(
+    tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, as `safetensors.numpy.save` gives them, without a copy."""
+    # That one puts the largest types first, so that all lie at multiples of their size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: Json = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        array = tensors[name]
+        begin, offset = offset, offset + array.nbytes
+        header[name] = {
+            "dtype": f"{array.dtype.kind.upper()}{8 * array.itemsize}",
+            "shape": list(array.shape),
+            "data_offsets": [begin, offset],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data
 
 
 def create_safetensors(

@@ -7,16 +7,15 @@ above a threshold follow from it, each between two bounds.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save
 
 from relneuron.artifact.counts import SITES
-from relneuron.artifact.files import RelneuronError, atomic_write
+from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.reading import open_tensors
 
@@ -169,19 +168,21 @@ class Histogram:
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""
+        return b"".join(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
         tables = {"count": self.count, "exponent": self.exponent}
         tables |= {"first": self.first, "last": self.last}
         tensors = {
-            f"{kind}.{site}": np.ascontiguousarray(array)
+            f"{kind}.{site}": array
             for kind, of_sites in tables.items()
             for site, array in of_sites.items()
         }
         text = json.dumps({"groups": self.groups}, ensure_ascii=False)
-        data: bytes = save(tensors, {ABOUT: text})
-        return data
+        return safetensors_pieces(tensors, {ABOUT: text})
 
     def write(self, path: Path) -> None:
-        atomic_write(path, self.to_bytes())
+        atomic_write(path, self._pieces())
 
     @classmethod
     def read(cls, path: Path, neuron: Neuron | None = None) -> Histogram:

@@ -32,6 +32,17 @@ EXTRAS = {
     "sklearn": "probe",
     "peft": "adapters",
     "lm_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "pandas": "frames",
+}
+# What packages are for that no command needs for all that it does (`Stage.needs`).
+USES = {
+    "pyarrow": ".parquet files in count, nll, attribute and ablate",
+    "datasets": "data sets of the hub, hf:..., in count and nll",
+    "PIL": "pictures in count, ablate and generate",
+    "peft": "adapters in contrast",
+    "pandas": "data frames of relneuron.load: a table is a dict of arrays",
 }
 # Installed by another name than they are imported by.
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
@@ -60,7 +71,7 @@ def install_command(*extras: str) -> str:
     no such note, or if its folder is gone, the packages of the extras are named instead.
     """
     wanted = f"[{','.join(extras)}]"
-    found = _distribution()
+    found = _installed()
     pip = "pip install"
     if found and (found.read_text("INSTALLER") or "").strip() == "uv":
         pip = "uv pip install"
@@ -77,7 +88,7 @@ def install_command(*extras: str) -> str:
 
 def how_installed() -> str:
     """How the relneuron that runs came here, from where, by what, and its commit if it is known."""
-    found = _distribution()
+    found = _installed()
     root = Path(__file__).resolve().parents[2]
     by = (found.read_text("INSTALLER") or "").strip() if found else ""
     about: Json = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
@@ -110,9 +121,16 @@ def _path_of(url: str) -> Path:
     return Path(url2pathname(urlsplit(url).path))
 
 
-def _distribution() -> Distribution | None:
+def distribution(name: str) -> Distribution:
+    """What the installer knows of a package."""
+    from importlib.metadata import distribution as known  # likewise
+
+    return known(name)
+
+
+def _installed() -> Distribution | None:
     """What the installer knows of relneuron, if it was installed."""
-    from importlib.metadata import PackageNotFoundError, distribution  # likewise
+    from importlib.metadata import PackageNotFoundError
 
     try:
         return distribution("relneuron")

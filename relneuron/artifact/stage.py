@@ -144,7 +144,7 @@ class Method:
 
 STUDY = "STUDY"  # stands for the folder of the manifest, so that it holds no path of an output
 WHOLE = ("run", "demo")  # commands that make all of `IN_WHOLE`
-IN_WHOLE = ("prompts", "record", "identify", "ablate")
+IN_WHOLE = ("prompts", "record", "identify", "look", "ablate")
 
 Words = list[str]
 

@@ -38,8 +38,8 @@ def demo(
     """The whole study on the bundled demo model, on a CPU; or of it and a second one.
 
     Examples:
-      relneuron demo                                    # a minute; open relneuron-demo/report.html
-      relneuron demo --analyses all -o every-figure     # every figure of the paper
+      relneuron demo  # a minute; open relneuron-demo/report.html
+      relneuron demo --analyses all -o every-figure  # every figure of the paper
       relneuron demo --analyses contrast -o two-models
     """
     from relneuron.demo import CHECKPOINT, FACTS, TOP
@@ -96,6 +96,9 @@ def run(
                  with --drop-responses)
       identify   every neuron is ranked, the best of each relation are chosen
                  neurons.json, scores.safetensors, significance.csv, labels.csv
+      look       the texts where the best of them are strongest, what is lost
+                 without each, and what it writes (--cards)
+                 look.html, cards.jsonl, sets.csv
       ablate     the kept prompts again: with nothing off, with each relation's
                  neurons off, with random ones off, and what --analyses adds
                  effects.csv, accuracy.csv, conditions.csv
@@ -104,17 +107,20 @@ def run(
 
     What is wrong with the input is said before anything is written. Killed at any point, the same
     command goes on; with other options it refuses the folder, and --force makes it again.
+    manifest.json says what each file was made from.
 
-    How long: nearly all the time goes into answers. record asks every prompt once, ablate the kept
-    ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis more.
-    The bundled model takes a minute on two CPU cores; one of billions of parameters wants a GPU.
+    How long: as long as the model takes for its answers. record asks every prompt once, ablate the
+    kept ones 1 + relations + --random-seeds times (23 times of 12 relations), and each analysis
+    more often. The bundled model takes a minute on two CPU cores; one of billions of parameters
+    wants a GPU.
 
     What to try first: relneuron demo, to see what comes out; relneuron doctor MODEL, whether every
     layer is supported; then two or three relations with --eva 10 --random-seeds 2.
 
     Examples:
       # small: does the model know the facts, and is anything lost?
-      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 --random-seeds 2
+      relneuron run Qwen/Qwen3-0.6B --facts facts -o small --eva 10 \\
+          --random-seeds 2
       # the paper's settings, with all of its analyses
       relneuron run Qwen/Qwen3-0.6B --facts facts -o study --analyses all
       # all neurons below a false discovery rate, scaled in place of zeroed
@@ -138,6 +144,8 @@ def _study(
 
     report = run_study(model, facts, output, options, name=name, force=force, quiet=quiet, say=say)
     yield accuracy_table(report.parent)
+    if (page := report.parent / "look.html").exists():
+        yield f"neurons: {page}"
     yield f"report: {report}"
 
 
@@ -165,8 +173,10 @@ def prompts(
 
     Examples:
       relneuron prompts facts -o study/prompts.jsonl
-      relneuron prompts facts -o chat/prompts.jsonl --eva 20 --chat-template Qwen/Qwen3-0.6B
-      relneuron prompts facts -o asked/prompts.jsonl --choices 3      # multiple choice
+      relneuron prompts facts -o chat/prompts.jsonl --eva 20 \\
+          --chat-template Qwen/Qwen3-0.6B
+      # multiple choice
+      relneuron prompts facts -o asked/prompts.jsonl --choices 3
     """
     from relneuron.model.load import load_tokenizer
     from relneuron.texts.prompts import write_prompts
@@ -266,7 +276,8 @@ def identify(
     Examples:
       relneuron identify study -o study/neurons.json --fdr 0.05
       relneuron identify counts -o counts/neurons.json --method lape
-      relneuron identify gains -o gains/neurons.json --method logprob_gain --top 300
+      relneuron identify gains -o gains/neurons.json --method logprob_gain \\
+          --top 300
     """
     known = rankings()
     asked = _asked(method, known, options)

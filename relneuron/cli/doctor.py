@@ -13,7 +13,7 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.installed import EXTRAS, how_installed, install_command, missing
+from relneuron.artifact.installed import EXTRAS, USES, how_installed, install_command, missing
 from relneuron.artifact.manifest import versions
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.stage import Printed, load
@@ -48,7 +48,7 @@ def machine_report() -> list[tuple[str, str]]:
 
 
 def _command_rows() -> Iterator[tuple[str, str]]:
-    """Which commands have the packages that they need, and which ones the others lack."""
+    """Which commands have the packages that they need, which ones the others lack, and for what."""
     lacking: dict[tuple[str, ...], list[str]] = {}
     for stage in stages():
         lacking.setdefault(tuple(missing(*stage.needs)), []).append(stage.name)
@@ -56,6 +56,8 @@ def _command_rows() -> Iterator[tuple[str, str]]:
     yield "commands", f"{', '.join(ready)}: all they need is there" if lacking else "all can run"
     for absent, names in lacking.items():
         yield f"without {', '.join(absent)}", f"no {', '.join(names)}"
+    for package in missing(*USES):
+        yield f"without {package}", f"no {USES[package]}"
 
 
 def model_report(model: Any, run: Run | None = None) -> tuple[list[tuple[str, str]], bool]:

@@ -61,12 +61,12 @@ def import_files(
     """Neurons (-> neurons.json) or counts (-> a folder) of other authors' formats.
 
     Examples:
-      relneuron import llama-7b.neuron.pth --names en,zh,fr --model Qwen/Qwen3-0.6B \\
-          -o lape/neurons.json
-      relneuron import en=activation.en.train.llama-7b zh=activation.zh.train.llama-7b \\
-          --model Qwen/Qwen3-0.6B -o counts
-      relneuron import scores.pt --format safety --model Qwen/Qwen3-0.6B \\
-          --without-layers 31 -o safety/neurons.json
+      relneuron import LLaMA-2-7B.neuron.pth --names en,zh,fr,es,vi,id,ja \\
+          --model meta-llama/Llama-2-7b-hf -o lape/neurons.json
+      # a folder with activation.en.train.llama-7b and its like
+      relneuron import data --model meta-llama/Llama-2-7b-hf -o counts
+      relneuron import scores.pt --format safety --without-layers 31 \\
+          --model meta-llama/Llama-2-7b-hf -o safety/neurons.json
     """
     from relneuron.methods.counts.commands import import_files as import_counted
     from relneuron.methods.gradients.authors_files import SUFFIXES, import_facts
@@ -154,9 +154,9 @@ def export(
     group.
 
     Examples:
-      relneuron export counts/neurons.json -o llama-7b.neuron.pth
+      relneuron export counts/neurons.json -o mine.neuron.pth
       relneuron export study -o expertise.csv
-      relneuron export two/neurons.json --format mmneuron -o masks
+      relneuron export counts/neurons.json --format mmneuron -o masks
     """
     from relneuron.ablation.expertise import export_expertise
     from relneuron.artifact.manifest import checked

@@ -126,11 +126,17 @@ def flags_of(classes: Mapping[str, type[Options]]) -> list[inspect.Parameter]:
 
 
 def _metavar(says: Flag, kind: Kind) -> str | None:
-    """The words that a flag takes as [a|b], several as [a|b],...; None where typer says it."""
+    """What a flag takes: words as [a|b], several as [a|b],..., what may be left out as [<int>].
+
+    None where typer says it.
+    """
     several = ",..." if kind.many and not says.repeats else ""
     if says.named:
         return f"[{'|'.join(says.named)}]{several}"
-    return f"<{kind.base.__name__}>{several}" if kind.many else None
+    one = f"<{kind.base.__name__}>"
+    if says.bare:
+        return f"[{one}]"
+    return f"{one}{several}" if kind.many else None
 
 
 def _panel(name: str, classes: Mapping[str, type[Options]]) -> str:
@@ -141,9 +147,10 @@ def _panel(name: str, classes: Mapping[str, type[Options]]) -> str:
     if name in _RUNNING or not says.records:
         return RUNS
     if len(classes) > 1:
-        head, last = ", ".join(takers[:-1]), takers[-1]
-        of = "several methods" if len(takers) > 4 else f"{head} or {last}" if head else last
-        return f"Of --method {of}" if len(takers) <= 4 else f"Of {of}"
+        if len(takers) > 4 or len(takers) == len(classes):
+            return "Of every method" if len(takers) == len(classes) else "Of several methods"
+        head = ", ".join(takers[:-1])
+        return f"Of --method {f'{head} or ' if head else ''}{takers[-1]}"
     declared = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
     return says.panel or declared.PANEL or cls.PANEL  # type: ignore[attr-defined]
 
@@ -258,7 +265,7 @@ def _typed(parameter: inspect.Parameter) -> inspect.Parameter:
 def _with_numbers(words: Sequence[str]) -> list[str]:
     """The words of a command line with the number of each flag that may stand without one."""
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         found.append(word)
         if word in _bare and whole_number(following.removeprefix("-")) is None:
             found.append(_bare[word])

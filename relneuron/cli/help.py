@@ -35,7 +35,7 @@ def write_panels(params: Iterable[Any], ctx: Any, formatter: Any) -> None:
         if param.param_type_name == "argument":
             panel, left = ARGUMENTS, param.metavar
         rows = running if panel == RUNS else panels.setdefault(panel, [])
-        rows.append((left, record[1]))
+        rows.append((left, record[1].replace("\\[", "[")))  # typer before 0.25 escapes it
     for panel, rows in {**panels, RUNS: running}.items():
         if rows:
             with formatter.section(panel):

@@ -65,10 +65,11 @@ def doctor(
     """What works on this machine, and for this model, and why not.
 
     Examples:
-      relneuron doctor                                  # this machine, and what is missing on it
+      relneuron doctor  # this machine, and what is missing on it
       relneuron doctor Qwen/Qwen3-0.6B
+      # does it fit, before it is loaded
       relneuron doctor Qwen/Qwen3-0.6B --dry-run --device-map auto \\
-          --memory 0=24GiB,1=24GiB,cpu=64GiB            # does it fit, before it is loaded
+          --memory 0=24GiB,1=24GiB,cpu=64GiB
     """
     from relneuron.cli.doctor import machine_report, model_report, processor_of
     from relneuron.cli.show import rows_of

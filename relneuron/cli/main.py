@@ -30,13 +30,11 @@ _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
 _MACHINE = "relneuron.cli.machine"
-
-
 _COMPLETES = "_RELNEURON_COMPLETE"  # set by a shell that asks typer for completions
 _BEGIN = """\
 relneuron demo              # a study of the bundled model, in a minute
-relneuron doctor            # what works on this machine, and what is missing for what
-relneuron run --help        # a study of your model: what happens, and what to try first
+relneuron doctor            # what works on this machine, what is missing
+relneuron COMMAND --help    # what it does, with examples; begin with run
 """
 
 

@@ -51,9 +51,11 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, inputs: Json, found: Checkpoint) -> None:
     """Replace the file; its name is that of the stage, with .checkpoint."""
-    data = found.counts.to_bytes({"inputs": inputs, "position": asdict(found.position)})
-    digest = hashlib.sha256(data).hexdigest()
-    atomic_write(path, digest.encode() + b"\n" + data)
+    data = [*found.counts.pieces({"inputs": inputs, "position": asdict(found.position)})]
+    digest = hashlib.sha256()
+    for piece in data:
+        digest.update(piece)
+    atomic_write(path, [digest.hexdigest().encode() + b"\n", *data])
 
 
 def read_checkpoint(path: Path, inputs: Json, kind: type[Counts] = Counts) -> Checkpoint | None:

@@ -16,7 +16,7 @@ from relneuron.artifact.cards import FORMAT
 from relneuron.artifact.chosen import switched
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.neurons import Neuron, Shape
-from relneuron.model.batches import Budget
+from relneuron.model.batches import Budget, is_out_of_memory
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
@@ -63,7 +63,19 @@ class Cards:
             return read_residual_model(self.model)
         except RelneuronError as error:
             self.notices.append(f"no value vectors on the cards: {error.cause}")
-            return None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.notices.append("no value vectors on the cards: no memory for the unembedding")
+        return None
+
+    def all_notices(self) -> list[str]:
+        """What a reader of the cards that were made must know."""
+        apart = (
+            f"{self.n_apart} examples have another value where their window is read by itself, and "
+            "are shaded by that: the corpus was read in another way"
+        )
+        return [*self.notices, *([apart] if self.n_apart else []), *self.budget.notices]
 
     def card(self, neuron: Neuron) -> Json:
         """The card of one neuron, as artifact.cards.SCHEMA has it."""

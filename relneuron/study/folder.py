@@ -62,7 +62,7 @@ class Study:
     @property
     def there(self) -> list[str]:
         """The tables whose files are there."""
-        return [name for name, held in HELD.items() if self._file(held) is not None]
+        return [name for name, held in HELD.items() if held.path(self.folder) is not None]
 
     # --- prompts and answers
 
@@ -205,12 +205,12 @@ class Study:
         """A neuron's strongest tokens: layer, site, index, group, rank, value, position, token,
         before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345"."""
         path = self._path("examples")
-        tokenizer = tokenizer or tensors.tokenizer_of(self._model(path))
-        return frame(tensors.examples(path, tensors.neuron_of(neuron), tokenizer, context))
+        return frame(tensors.examples(path, neuron, self._model(path), tokenizer, context))
 
     def histogram(self, neuron: Neuron | str) -> Frame:
         """A neuron's values, low <= v < high: layer, site, index, group, bin, low, high, count."""
-        return frame(tensors.histogram(self._path("histogram"), tensors.neuron_of(neuron)))
+        path = self._path("histogram")
+        return frame(tensors.histogram(path, neuron, self._model(path)))
 
     @cached_property
     def nll(self) -> Frame:
@@ -221,6 +221,11 @@ class Study:
     def nll_windows(self) -> Frame:
         """The same by window: mask, group, window, n_tokens, nll (mean, nats per token)."""
         return self._table("nll_windows")
+
+    @cached_property
+    def evaluation(self) -> Frame:
+        """Tasks: condition, set, task, metric, filter, value, stderr, n, n_shot."""
+        return self._table("evaluation")
 
     # --- attribution and gradients
 
@@ -327,14 +332,10 @@ class Study:
 
     # --- reading
 
-    def _file(self, held: Held) -> Path | None:
-        paths = (self.folder / name for name in held.files)
-        return next((path for path in paths if path.is_file()), None)
-
     def _path(self, name: str) -> Path:
         """The file of a table, checked; one that is not there, or not whole, raises."""
         held = HELD[name]
-        path = self._file(held)
+        path = held.path(self.folder)
         if path is None:
             return require(self.folder / held.files[0], self._made_by(held))
         if self._is_begun(held, path):
@@ -388,7 +389,7 @@ class Study:
         left = unfinished(self.folder)
         rows = []
         for name, held in HELD.items():
-            path, of_kind = self._file(held), {*held.files} & self.kind.reads.keys()
+            path, of_kind = held.path(self.folder), {*held.files} & self.kind.reads.keys()
             command = f"relneuron {self._made_by(held)}"
             if path is None and not of_kind:
                 continue

@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 TEXTS = frozenset(
     ("answer", "choice", "condition", "end", "fact", "given", "group", "id", "kind", "logprob_of")
     + ("mask", "measure", "prediction", "relation", "site", "split", "target", "token", "window")
+    + ("filter", "metric", "set", "task")
 )
 FLAGS = frozenset(("acts", "consistent", "correct", "kept"))  # 1 and 0
 # ... and so are those whose name begins with n_, but for a mean.

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
+from relneuron.ablation.harness.stage import CSV as EVAL
+from relneuron.ablation.harness.stage import Score
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
 from relneuron.artifact import contrast, examples, histogram
@@ -58,6 +61,11 @@ class Held(NamedTuple):
     columns: tuple[str, ...] = ()
     call: str = ""
     journals: tuple[str, ...] = ()
+
+    def path(self, folder: Path) -> Path | None:
+        """Its file in a folder, if that is there."""
+        paths = (folder / name for name in self.files)
+        return next((path for path in paths if path.is_file()), None)
 
 
 _PROMPT = ("id", "relation", "split", "language", "subject", "object", "objects")
@@ -176,6 +184,13 @@ HELD = {
     "changes": Held("how far two models are apart", (contrast.NAME,), contrast.MADE_BY),
     "contrasted": Held(
         "both models in one group", (contrast.NAME,), contrast.MADE_BY, call="contrasted(group)"
+    ),
+    "evaluation": Held(
+        "tasks with neurons off",
+        (EVAL,),
+        "eval MODEL --neurons neurons.json --tasks TASKS -o DIR",
+        Score._fields,
+        journals=("eval.journal",),
     ),
     "causal_effects": Held(
         "what patching does to a cost",

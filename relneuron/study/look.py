@@ -34,9 +34,10 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
-from relneuron.report.look import write_page
+from relneuron.report.look import page_of
+from relneuron.report.page import render
 from relneuron.study.cards import Cards
-from relneuron.study.settings import CARDS, LookOptions, names_file
+from relneuron.study.settings import LookOptions, names_file
 from relneuron.study.strongest import find_strongest, short
 
 COLUMNS = ("set", "rank", "layer", "site", "index", "score", *SIGNIFICANCE)
@@ -62,15 +63,10 @@ class Sets(NamedTuple):
             found.setdefault((layer, site, index), []).append(one)
         return {neuron: sorted(some, key=lambda one: one["rank"]) for neuron, some in found.items()}
 
-    def best(self, top: int | None, most: int) -> list[Neuron]:
-        """The first `top` of each set, or as many as make `most` neurons; rank by rank."""
-        sets = self.file.sets.values() if self.file else ()
-        found: dict[Neuron, None] = {}
-        for rank in range(max(map(len, sets), default=0) if top is None else top):
-            for chosen in sets:
-                if rank < len(chosen) and (top is not None or len(found) < most):
-                    found[chosen[rank][:3]] = None
-        return list(found)
+    def best(self, n: int) -> list[Neuron]:
+        """n neurons: the first of each set, then the second ones, and so on; each once."""
+        rows = sorted(self.rows, key=lambda row: row[1])  # stable: sets keep their order
+        return list(dict.fromkeys(row[2:5] for row in rows))[:n]
 
     def csv(self) -> bytes:
         """sets.csv."""
@@ -108,7 +104,7 @@ def chosen(
     """The neurons that get a card; raises where there is none."""
     if options.neurons and not names_file(options.neurons):
         return list(dict.fromkeys(read_name(name, shape) for name in options.neurons))
-    found = check_neurons(sets.best(options.top, CARDS), shape)
+    found = check_neurons(sets.best(options.cards), shape)
     if not found:
         what = "no set has a neuron" if sets.file else f"{folder} has no neurons.json"
         raise RelneuronError(what, "name neurons: --neurons 12.gate.345, say", 2)
@@ -145,8 +141,10 @@ def check_same(folder: Path, described: Json) -> None:
 def check_page(output: Path, folder: Path, force: bool) -> None:
     """Refuse a page in place of a file of the study."""
     refuse_output(output, "look", force)
-    known = [folder / name for name in (*Manifest(folder).data["files"], NAME, SETS)]
-    if real_path(output) in map(real_path, known):
+    manifest = Manifest(folder).data
+    own = {*manifest["stages"].get("look", {}).get("files", ())}
+    known = ({*manifest["files"]} - own) | {NAME, SETS}
+    if real_path(output) in [real_path(folder / name) for name in known]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
 
 
@@ -186,16 +184,17 @@ def look(
     *,
     backend: str = "auto",
     force: bool = False,
+    resume: bool = False,
     quiet: bool = False,
 ) -> list[Json]:
     """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
 
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
-    model, are kept: only the page is written then, and none without `output`.
+    model, are kept: only the page is written then. `resume` replaces files that others left there.
     """
     options = options or LookOptions()
     if output is not None:
-        check_page(output, folder, force)
+        check_page(output, folder, force or resume)
     studied(folder)
     cards, sets = open_cards(model, tokenizer, folder, options, backend=backend)
     neurons = chosen(sets, options, model_shape(cards.mlps), folder)
@@ -211,20 +210,13 @@ def look(
     }
     made = [folder / NAME, folder / SETS]
     with locked(folder):
-        if Manifest(folder).is_done("look", inputs, force=force):
-            found = read_cards(checked(folder / NAME))
-        else:
+        if not Manifest(folder).is_done("look", inputs, force=force):
             for path in made:
-                refuse_output(path, "look", force)
+                refuse_output(path, "look", force or resume)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
-            if cards.n_apart:
-                cards.notices.append(
-                    f"{cards.n_apart} examples have another value where their window is read by "
-                    "itself, and are shaded by that: the corpus was read in another way"
-                )
-            notices = [*cards.notices, *cards.budget.notices]
-            for notice in cards.notices:
+            notices = cards.all_notices()
+            for notice in notices:
                 warnings.warn(notice, stacklevel=2)
             with writing("look", folder, made):
                 atomic_write(folder / NAME, cards_bytes(found))
@@ -240,9 +232,48 @@ def look(
                     notices=notices,
                     commands=_command(name, described, folder, output, options),
                 )
-    if output is not None:
-        write_page(output, found, Manifest(folder).data)
-    return found
+        if output is not None:
+            show(folder, output)
+    return read_cards(folder / NAME)
+
+
+def show(folder: Path, output: Path) -> None:
+    """Write the page of a folder's cards; the manifest knows one that is in the folder.
+
+    The page says how the cards were made, and not how it was itself.
+    """
+    manifest, made = Manifest(folder), [folder / NAME, folder / SETS]
+    entry = dict(manifest.data["stages"]["look"])
+    page = page_of(read_cards(checked(folder / NAME)), made_from(manifest.data))
+    is_inside = real_path(output.parent) == real_path(folder)
+    with locked(folder), writing("look", folder, [output] if is_inside else []):
+        atomic_write(output, render(page).encode())
+        if is_inside:
+            inputs, reads = entry.pop("inputs"), [folder / name for name in entry.pop("reads")]
+            del entry["files"]
+            manifest.finish("look", inputs, [*made, output], reads=reads, **entry)
+
+
+def is_shown(folder: Path, output: Path) -> bool:
+    """Whether a page in the folder is that of its cards."""
+    return output.name in Manifest(folder).data["stages"]["look"]["files"]
+
+
+def made_from(manifest: Json) -> Json:
+    """What a manifest says of the cards: of the stages whose files they are made from, and theirs.
+
+    So that their page is the same whatever was made since.
+    """
+    files = manifest["stages"]["look"]["reads"].keys()
+    stages = {
+        name: entry
+        for name, entry in manifest["stages"].items()
+        if name == "look" or files & {*entry["files"]}
+    }
+    stages["look"] = {**stages["look"], "files": [NAME, SETS]}
+    known = {name: of for name, of in manifest["files"].items() if name in {*files, NAME, SETS}}
+    about: Json = {k: manifest[k] for k in ("schema", "versions", "model") if k in manifest}
+    return {**about, "stages": stages, "files": known}
 
 
 def _command(

@@ -38,8 +38,9 @@ from relneuron.model.ranks import sharing
 from relneuron.report.page import files_read, write_report
 from relneuron.study.facts import Facts
 from relneuron.study.gain import gain_study
+from relneuron.study.look import is_shown, look, show
 from relneuron.study.pages import PAGES, titles
-from relneuron.study.settings import DEMO, DemoOptions, RunOptions
+from relneuron.study.settings import DEMO, DemoOptions, LookOptions, RunOptions
 from relneuron.texts.facts import Relation, split_facts
 from relneuron.texts.options import PromptsOptions
 from relneuron.texts.prompts import (
@@ -220,6 +221,20 @@ def make_study(
         warn_of_unknown(folder)
         if not identified:
             identify(folder, neurons, ranking, force=True, quiet=quiet)
+        # Without responses there is nothing to look at that was not seen before they went.
+        if o.cards and responses.exists() and any(NeuronFile.read(neurons).sets.values()):
+            look(
+                name,
+                model,
+                tokenizer,
+                folder,
+                None,
+                LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
+                backend=o.backend,
+                force=force,
+                resume=True,
+                quiet=quiet,
+            )
         if o.drop_responses:
             Manifest(folder).drop(responses.name)
 
@@ -282,6 +297,9 @@ def make_study(
         else:
             for place in (folder, *(folder / name for name in _WITHIN)):
                 _name_commands(place, [], _OF_A_MODEL)
+        # Its page says by which commands it was made, as they are known now.
+        if "look" in Manifest(folder).data["stages"] and not is_shown(folder, folder / "look.html"):
+            show(folder, folder / "look.html")
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / REPORT, force=force, resume=True)
@@ -313,7 +331,7 @@ def record_whole(folder: Path, whole: list[list[str]], stages: Sequence[str]) ->
 
 
 _WITHIN = ("concepts", "attribution")  # studies within a study
-_OF_A_MODEL = ("record", "attribute", "ablate")  # stages whose command names one
+_OF_A_MODEL = ("record", "look", "attribute", "ablate")  # stages whose command names one
 
 
 def _name_commands(folder: Path, commands: list[list[str]], stages: Sequence[str]) -> None:

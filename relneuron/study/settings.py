@@ -26,6 +26,58 @@ CONTRAST = "contrast"  # the demo of two models
 
 
 @dataclass(frozen=True)
+class ServeOptions(Options):
+    """Where `look` answers a browser, in place of a page."""
+
+    PANEL = "The server"
+
+    serve: bool = option(
+        False, "Show all neurons in a browser, by a server on this machine, in place of a page."
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen at; at another one than this machine's own everybody who knows the URL "
+        "may look.",
+        only=Only("with --serve", lambda o: o.serve),
+    )
+    port: int = option(
+        0,
+        "Port to listen at; 0: one that is free.",
+        least=0,
+        most=65535,
+        only=Only("with --serve", lambda o: o.serve),
+    )
+
+
+CARDS = 200  # a page of so many neurons is about 2 MB
+
+
+def names_file(neurons: Sequence[str]) -> bool:
+    """Whether `--neurons` names a file of sets, not neurons."""
+    return len(neurons) == 1 and neurons[0].endswith(".json")
+
+
+@dataclass(frozen=True)
+class LookOptions(OomOptions):
+    """Which neurons get a card, and how much stands on it."""
+
+    PANEL = "The cards"
+
+    neurons: Sequence[str] = option(
+        (),
+        "A neurons.json, or neurons by name, such as 12.gate.345,3.up.7; default: the sets of DIR.",
+    )
+    cards: int = option(
+        CARDS,
+        "Neurons that get a card: the best of each set, then the second ones, and so on.",
+        least=1,
+        only=Only("with neurons of sets", lambda o: not o.neurons or names_file(o.neurons)),
+    )
+    examples: int = option(8, "Examples of each neuron.", least=1, most=100)
+    batch_tokens: int = like(RecordOptions, "batch_tokens")
+
+
+@dataclass(frozen=True)
 class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, LoadOptions):
     """What a study is made with; the defaults are the paper's."""
 
@@ -34,6 +86,13 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     chat_template: bool = option(False, "Wrap every prompt in the model's chat template.")
     method: str = option("ap", "How neurons are ranked; ap is average precision.", offers=("ap",))
     drop_responses: bool = option(False, "Delete responses.safetensors after identify.")
+    cards: int = like(
+        LookOptions,
+        "cards",
+        help="Neurons that look.html and the report show, the best of each set; 0: none.",
+        least=0,
+        only=None,
+    )
     # Every set of a study is of a relation that its prompts ask, and is found with right answers.
     any_set: bool = False
     validate: bool = True
@@ -84,6 +143,7 @@ class DemoOptions(Options):
     bootstrap: int = like(RunOptions, "bootstrap")
     noise: int = like(RunOptions, "noise")
     random_seeds: int = like(RunOptions, "random_seeds")
+    cards: int = like(RunOptions, "cards")
     analyses: Sequence[str] = like(
         RunOptions,
         "analyses",
@@ -105,29 +165,3 @@ class DemoOptions(Options):
         for name, (f, says, _) in options_of(DemoOptions).items():
             if name != "analyses" and getattr(self, name) != f.default:
                 refuse_stray(says.flag, "without --analyses contrast")
-
-
-CARDS = 200  # neurons that `look` makes cards of, where nothing else is asked for
-
-
-def names_file(neurons: Sequence[str]) -> bool:
-    """Whether `--neurons` names a file of sets, not neurons."""
-    return len(neurons) == 1 and neurons[0].endswith(".json")
-
-
-@dataclass(frozen=True)
-class LookOptions(OomOptions):
-    """Which neurons get a card, and how much stands on it."""
-
-    neurons: Sequence[str] = option(
-        (),
-        "A neurons.json, or neurons by name, such as 12.gate.345,3.up.7; default: the sets of DIR.",
-    )
-    top: int | None = option(
-        None,
-        f"Neurons of each set; default: as many as make {CARDS} cards.",
-        least=1,
-        only=Only("with neurons of sets", lambda o: not o.neurons or names_file(o.neurons)),
-    )
-    examples: int = option(8, "Examples of each neuron.", least=1, most=100)
-    batch_tokens: int = like(RecordOptions, "batch_tokens")

@@ -329,6 +329,9 @@ def test_random_sets_and_files(study: Study, tasks: Path, neurons: Path, tmp_pat
     assert whole["runs"][1]["versions"] == {"tiny_text": 2.0}
     assert whole["runs"][0]["n-samples"]["tiny_choice"] == {"original": N, "effective": 3}
     assert "0x" not in (tmp_path / "eval.json").read_text()
+    frame = relneuron.load(tmp_path).evaluation
+    assert frame["value"].tolist() == [s.value for s in scores]
+    assert frame["task"].tolist() == [s.task for s in scores] and frame["n"].dtype == np.int64
     entry = Manifest(tmp_path).data["stages"]["eval"]
     assert entry["versions"]["tiny_choice"] == {"tiny_choice": 1.0}
     assert entry["inputs"]["lm_eval"] == lm_eval.__version__

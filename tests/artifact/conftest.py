@@ -15,10 +15,8 @@ from relneuron.methods.contrast.rank import identify_contrast
 from relneuron.methods.gains.rank import identify_gains
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.report.page import write_report
-from relneuron.study.look import look
 from relneuron.study.pages import PAGES
 from relneuron.study.run import run_study
-from relneuron.study.settings import LookOptions
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, OPTIONS, attributed, contrasted, counted, probed
 from tests.kit.counted import rank_counts
@@ -64,7 +62,6 @@ def made(
     """Folders that the stages wrote: study, attribution, counts with all that follows, ..."""
     root = tmp_path_factory.mktemp("made")
     run_study(str(model_folder), facts, root / "study", OPTIONS, quiet=True)
-    look("m", *loaded, root / "study", None, LookOptions(top=1), quiet=True)
     attributed(loaded, root / "study" / "prompts.jsonl", root / "attribution")
     identify_gains(root / "attribution", root / "attribution" / "neurons.json", quiet=True)
     write_report(root / "attribution", root / "attribution" / "report.html", PAGES)

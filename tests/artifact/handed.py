@@ -54,7 +54,7 @@ def looked(loaded: tuple[Any, Any], folder: Path) -> object:
     """A card of a folder's best neuron, and the sets; nothing is written."""
     cards, sets = open_cards(*loaded, folder, LookOptions(examples=2))
     Manifest(folder)
-    return cards.cards(sets.best(None, 1)), sets.csv()
+    return cards.cards(sets.best(1)), sets.csv()
 
 
 def contrasted(loaded: tuple[Any, Any], prompts: Path, folder: Path) -> None:

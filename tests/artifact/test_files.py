@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 import relneuron.artifact.files
 import relneuron.artifact.journal
@@ -32,6 +32,7 @@ from relneuron.artifact.files import (
     create_safetensors,
     csv_bytes,
     real_path,
+    safetensors_pieces,
 )
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest, checked, locked
@@ -373,3 +374,23 @@ def test_a_loop_of_links_has_a_path(tmp_path: Path) -> None:
     assert real_path(loop).name == "loop" and not loop.exists()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert real_path(tmp_path / "x" / ".." / "link") == real_path(tmp_path) / "a"
+
+
+@pytest.mark.parametrize("n", [0, 3, 200_000])
+def test_the_pieces_of_tensors_are_what_safetensors_writes(tmp_path: Path, n: int) -> None:
+    """Also of views, tables without a number, names that are no ASCII, and large ones."""
+    rng = np.random.default_rng(0)
+    whole = rng.normal(size=(n, 4)).astype(np.float32)
+    tensors = {
+        "b": whole,
+        "part": np.ascontiguousarray(whole[:, 1]),
+        "a": np.arange(n, dtype=np.int64),
+        "数": np.zeros((2, 0, 3), np.int32),
+        "weight": np.ones((), np.float64),
+    }
+    about = {"key": json.dumps({"groups": ["日本語", 'a "b"']}, ensure_ascii=False)}
+    written = save(tensors, about)
+    views = tensors | {"part": whole[:, 1]}
+    assert b"".join(safetensors_pieces(views, about)) == written
+    atomic_write(tmp_path / "t.safetensors", safetensors_pieces(views, about))
+    assert (tmp_path / "t.safetensors").read_bytes() == written

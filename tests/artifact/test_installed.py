@@ -129,6 +129,7 @@ def command_of(
             + ["--off", "en", "--max-new-tokens", 2, "-o", out / "g.jsonl"],
             "contrast": [model_folder, model_folder, prompts, "-o", out / "c"],
             "probe": [model_folder, prompts, "-o", out / "p", "--apply", out / "a.safetensors"],
+            "eval": [model_folder, "--neurons", neurons, "--tasks", "t", "-o", out / "v"],
             "effect": [out / "g.jsonl", "-o", out / "e.csv", "--cost", "c.csv:cost"],
             "import": [out / "a.pth", "--model", model_folder, "--names", "a", "-o", out / "i"],
             "export": [neurons, "-o", out / "n.pth"],

@@ -19,6 +19,8 @@ from safetensors import safe_open
 
 from relneuron.ablation.ablate import ablate_prompts
 from relneuron.ablation.generate import generate
+from relneuron.ablation.harness.options import EvalOptions
+from relneuron.ablation.harness.stage import evaluate
 from relneuron.ablation.nll import nll
 from relneuron.ablation.options import GenerateOptions
 from relneuron.artifact.files import RelneuronError, sha256
@@ -43,6 +45,7 @@ from relneuron.study.pages import PAGES
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import NLL, attributed, contrasted, flip, looked, probed
 from tests.kit.counted import rank_counts
+from tests.kit.tasks import write_tasks
 
 # --- a flipped bit of a file between two stages --------------------------------------------------
 
@@ -54,6 +57,17 @@ def ablated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> ob
     neurons, prompts = study / "neurons.json", study / "prompts.jsonl"
     asked = {"random_seeds": 1, "quiet": True} | asked
     return ablate_prompts("m", *loaded, neurons, prompts, output, **asked)
+
+
+def evaluated(
+    loaded: Any, corpus: Any, root: Path, out: Path, of: str = "counts", **asked: Any
+) -> object:
+    tasks = write_tasks(root.parent / "tasks", 4)
+    asked |= {"tasks": ("tiny_choice",), "include_path": (str(tasks),), "limit": 1}
+    neurons = root / of / "neurons.json"
+    first = next(name for name, rows in NeuronFile.read(neurons).sets.items() if rows)
+    options = EvalOptions(off=(first,), **asked)
+    return evaluate("m", *loaded, neurons, out, options, quiet=True)
 
 
 def generated(loaded: Any, corpus: Any, root: Path, out: Path, **asked: Any) -> object:
@@ -215,6 +229,12 @@ STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "probe, applied": (
         lambda m, c, r, o: probed(m, r, o, apply=r / "probe" / "probe.safetensors"),
         ("probe/probe.safetensors",),
+    ),
+    "eval": (evaluated, ("counts/neurons.json",)),
+    "eval steered": (partial(evaluated, set_to="a"), ("counts/counts.safetensors",)),
+    "eval of means": (
+        lambda m, c, r, o: evaluated(m, c, r, o, "study", mode="mean"),
+        ("study/neurons.json", "study/responses.safetensors", "study/prompts.jsonl"),
     ),
     "generate patched": (generated_by, ("counts/neurons.json", "study/prompts.jsonl")),
     "generate mean": (

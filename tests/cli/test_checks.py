@@ -119,6 +119,7 @@ COUNT = ["count", *MODEL, "en=a.txt", "-o", "c"]
 CONTRAST = ["contrast", *MODEL, *MODEL, "p.jsonl", "-o", "c"]
 GENERATE = ["generate", *MODEL, "p.txt", "--neurons", "n.json", "-o", "g.jsonl"]
 NLL = ["nll", *MODEL, "n.json", "en=a.txt", "-o", "c"]
+EVAL = ["eval", *MODEL, "--neurons", "n.json", "--tasks", "t", "-o", "o"]
 EFFECT = ["effect", "o.jsonl", "-o", "e.csv", "--cost", "c.csv:cost"]
 APPLY = ["probe", *MODEL, "p.jsonl", "-o", "o", "--apply", "probe.safetensors"]
 LABELLED = (("--above", "2"), ("--mask", "donor"))
@@ -133,6 +134,8 @@ JUDGED = (
 PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
+    (["report", "d", "-o", "r.html", "--width", "3in"], "--width", "with --figures FOLDER"),
+    (["report", "d", "-o", "r.html", "--format", "svg"], "--format", "with --figures FOLDER"),
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*GENERATE, "--top-k", "5"], "--top-k", "with --temperature"),
@@ -193,6 +196,11 @@ STRAY: list[tuple[list[str], str, str]] = [
         "without --checkpoint-batches",
     ),
     ([*GENERATE, "--moments", "c"], "--moments", "with --mode mean or noise"),
+    ([*EVAL, "--moments", "c"], "--moments", "with --mode mean"),
+    ([*EVAL, "--mean-of", "relation"], "--mean-of", "with --mode mean, without --moments"),
+    ([*EVAL, "--scale-at", "output"], "--scale-at", "with --mode scale"),
+    ([*EVAL, "--counts", "c"], "--counts", "with --set"),
+    ([*EVAL, "--off", "clean", "--random-seeds", "2"], "--random-seeds", "with a set in --off"),
     *(
         ([*GENERATE, "--off", "en", "--mode", "mean", option, "2"], option, "with --mode noise")
         for option in ("--noise", "--noise-seed")
@@ -227,6 +235,7 @@ STRAY: list[tuple[list[str], str, str]] = [
     ),
     (["bench", "--quick", "--full"], "--quick", "without --full"),
     (["bench", "logprob_gain", "--dtype", "float32"], "--dtype", "with the op swiglu_stats"),
+    (["cite", "--force"], "--force", "with -o"),
     (["bench", "--with", "mine:op"], "--with", "with an OP"),
     (["bench", "average_precision", "--tokens", "8"], "--tokens", "with the op swiglu_stats"),
     (["doctor", "--revision", "main"], "--revision", "with a MODEL"),
@@ -240,9 +249,11 @@ STRAY: list[tuple[list[str], str, str]] = [
             ("--tensor-parallel-size", "2"),
         )
     ),
+    (["look", "d", "-o", "p.html", "--host", "::1"], "--host", "with --serve"),
+    (["look", "d", "-o", "p.html", "--port", "80"], "--port", "with --serve"),
     (
-        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--top", "4"],
-        "--top",
+        ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
+        "--cards",
         "with neurons of sets",
     ),
     (

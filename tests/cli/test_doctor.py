@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from relneuron.cli.doctor import model_report
+from relneuron.artifact import installed
+from relneuron.artifact.installed import EXTRAS, USES, install_command
+from relneuron.cli.doctor import machine_report, model_report
+from relneuron.cli.main import stages
 from tests.conftest import tiny_model
 
 
@@ -50,3 +54,26 @@ def test_doctor_says_no_where_stages_do() -> None:
     about = "model.layers.{}.mlp: silu, F=48, D=32 (31 KB, cpu)"
     assert said["layers 0-2"] == f"supported: {about}"
     assert said["neurons"] == "384 (144 gate, 144 up, 96 down)"
+
+
+def test_doctor_says_what_is_missing_for_which_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that cannot run, or what a command cannot do."""
+    assert not any(name.startswith("without") for name, _ in machine_report())
+    found = installed.find_spec
+    gone = ("sklearn", "pandas", "pyarrow")
+    monkeypatch.setattr(installed, "find_spec", lambda name: None if name in gone else found(name))
+    rows = dict(machine_report())
+    for extra, package in {"probe": "sklearn", "frames": "pandas", "data": "pyarrow"}.items():
+        assert rows[f"extra {extra}"] == f"without {package}: {install_command(extra)}"
+    assert rows["extra cli"] == "there"
+    ready = rows["commands"].partition(":")[0].split(", ")
+    assert ready == [stage.name for stage in stages() if stage.name != "probe"]
+    assert rows["without sklearn"] == "no probe"
+    assert rows["without pyarrow"] == "no .parquet files in count, nll, attribute and ablate"
+    assert rows["without pandas"].startswith("no data frames of relneuron.load")
+
+
+def test_every_optional_package_is_for_something() -> None:
+    needed = {package for stage in stages() for package in stage.needs}
+    assert needed | {*USES} | {"typer", "rich", "pydantic"} == {*EXTRAS}
+    assert not needed & {*USES}

@@ -26,7 +26,7 @@ GROUPS = ("en", "zh")
 COUNT = "--window 16 --batch-tokens 256 --workers 1 --quiet"
 RUN = (
     "run model --facts facts -o study --eva 4 --top 20 --random-seeds 1 --batch-tokens 256"
-    " --permutations 3 --bootstrap 3 --noise 500 --analyses all --quiet"
+    " --permutations 3 --bootstrap 3 --noise 500 --analyses all --cards 3 --quiet"
 )
 ABLATE = "ablate model study/neurons.json study/prompts.jsonl --splits eva --quiet --random-seeds 1"
 ATTRIBUTE = "attribute model --top 3 --batch-tokens 256 --quiet"
@@ -53,7 +53,6 @@ MADE = [
     f" --histogram 8 {COUNT}",
     f"identify counts -o counts/neurons.json {LAPE}",
     f"{NLL} -o counts",
-    "look study -o study/look.html --top 1 --examples 2 --quiet",
     f"{CONTRAST} -o contrast",
     f"{CHANGED} -o contrast/neurons.json",
     f"probe model prompts.txt -o probe --neurons counts/neurons.json {PROBE}",
@@ -169,6 +168,10 @@ CASES = {
         + _of("study", "effects.csv", "accuracy.csv", "conditions.csv", "perplexity.csv")
         + _of("study", "scores.safetensors", "concepts/neurons.json", "attribution/neurons.json")
         + ("study/attribution/scores.safetensors",),
+    ),
+    "report as figures": Case(
+        "report study --figures out/figures --width 84mm",
+        _of("study", "prompts.jsonl", "neurons.json", "effects.csv", "conditions.csv"),
     ),
     "report of columns": Case(
         "report columns -o out/report.html",
@@ -320,16 +323,16 @@ CASES = {
         ("probe/probe.safetensors", "probe/manifest.json"),
     ),
     "look": Case(
-        "look study -o out.html --top 1 --examples 2 --force --quiet",
+        "look study -o out.html --cards 3 --examples 2 --force --quiet",
         _of("study", "neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl")
         + _of("study", "manifest.json"),
     ),
     "look again": Case(
-        "look study -o out.html --top 1 --examples 2 --quiet",
+        "look study -o out.html --cards 3 --quiet",
         _of("study", "cards.jsonl", "sets.csv"),
     ),
     "look at a corpus": Case(
-        "look counts -o out.html --top 1 --examples 2 --quiet",
+        "look counts -o out.html --cards 3 --examples 2 --quiet",
         _of("counts", "neurons.json", "examples.safetensors", "histogram.safetensors"),
     ),
     "effect": Case(

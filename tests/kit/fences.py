@@ -42,10 +42,12 @@ class Fence(NamedTuple):
 
 
 def fences(path: Path) -> list[Fence]:
-    """The blocks of a page in their order."""
+    """The blocks of a page in their order; a command stands in one of them, or within a line."""
     found: list[Fence] = []
     inside: list[str] | None = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if inside is None and re.match(r"\s+```|\s*~~~|\s+(\$ )?relneuron [a-z]+ ", line):
+            raise AssertionError(f"{path}:{number}: a block of another kind: {line}")
         if line.startswith("```"):
             if inside is None:
                 inside, language, first = [], line[3:], number
@@ -165,22 +167,26 @@ class Shell:
             if assigned := _ASSIGNS.fullmatch(words[0]):
                 self.known[assigned[1]] = assigned[2]
             elif self.runs(words):
+                self.begin(words)
                 code, out, err = self.run(words)
                 assert code == 0, (words, out, err)
 
+    def begin(self, words: list[str]) -> None:
+        """Put a whole study where it is asked for, if another page has made it, to go on with."""
+        place = Path(words[words.index("-o") + 1]) if "-o" in words else Path()
+        if words[1] != "run" or place.exists():
+            return
+
+        def make(folder: Path) -> None:
+            self.run(words)
+            shutil.move(place, folder / place.name)
+
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+        shutil.copytree(self.keep(f"study-{digest}", make) / place.name, place)
+
     def run(self, words: list[str]) -> Result:
-        """A command; a whole study that another page has made is copied, and gone on with."""
-        words = [self._known(word) for word in words[1:]]
-        place = Path(words[words.index("-o") + 1]) if "-o" in words else None
-        if words[0] == "run" and place is not None and not place.exists():
-
-            def make(folder: Path) -> None:
-                self.call(*words)
-                shutil.move(place, folder / place.name)
-
-            digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
-            shutil.copytree(self.keep(f"study-{digest}", make) / place.name, place)
-        return self.call(*words)
+        """Run a command of relneuron, with what is known put in for its variables."""
+        return self.call(*(self._known(word) for word in words[1:]))
 
     def _known(self, word: str) -> str:
         return re.sub(r"\$([A-Za-z_]+)", lambda found: self.known[found[1]], word)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relneuron.report.cards import GROUPS, view
-from relneuron.report.look import card_html, page_of, write_page
+from relneuron.report.look import card_html, page_of
 from relneuron.report.page import render
 from tests.kit.cards import SETS, chromium, make_card, opened
 from tests.kit.pages import PAYLOADS, Page
@@ -22,7 +22,7 @@ CARDS = [make_card(number) for number in range(200)]
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("page") / "look.html"
-    write_page(path, CARDS, MANIFEST)
+    path.write_text(render(page_of(CARDS, MANIFEST)), encoding="utf-8")
     return path
 
 
@@ -169,10 +169,9 @@ def test_without_scripts_all_cards_are_there(browser: Any, page: Path) -> None:
         assert not tab.locator(".controls").is_visible()
 
 
-def test_it_is_small_and_the_same_each_time(page: Path, tmp_path: Path) -> None:
+def test_it_is_small_and_the_same_each_time(page: Path) -> None:
     """200 neurons with examples as long as a card has them."""
-    write_page(tmp_path / "again.html", CARDS, MANIFEST)
-    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+    assert render(page_of(CARDS, MANIFEST)).encode() == page.read_bytes()
     long = {"tokens": [" token"] * 33, "values": [1.234] * 33}
     many = [
         make_card(n, examples=[one | long for one in make_card(n)["examples"] * 8][:8])

@@ -149,3 +149,18 @@ def test_it_agrees_with_the_citation_file() -> None:
     )
     assert RELATIONS.pages == f"{paper['start']}-{paper['end']}"
     assert RELATIONS.venue == paper["collection-title"]
+
+
+def test_the_command_prints_or_writes_them(relneuron: Any, tmp_path: Path) -> None:
+    folder = held(tmp_path / "study", record={}, identify={"method": "ap"})
+    assert relneuron("cite", folder) == (0, bibtex(folder), "")
+    assert relneuron("cite", folder, "--format", "text") == (0, text(folder), "")
+    assert relneuron("cite") == (0, bibtex(), "")
+    file = tmp_path / "new" / "references.bib"
+    assert relneuron("cite", folder, "-o", file) == (0, f"-> {file}\n", "")
+    assert file.read_text("utf-8") == bibtex(folder)
+    code, _, err = relneuron("cite", "-o", file)
+    assert code == 2 and err.startswith(f"error: {file} exists") and file.stat().st_size < 2000
+    assert relneuron("cite", "-o", file, "--force")[0] == 0
+    assert file.read_text("utf-8") == bibtex()
+    assert relneuron("cite", tmp_path)[0] == 1

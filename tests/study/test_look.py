@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import relneuron
 from bench.planted import (
     LAYER,
     RELATIONS,
@@ -30,11 +32,12 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.model.load import load_model, load_tokenizer
-from relneuron.study.look import open_cards
+from relneuron.study.look import open_cards, read_sets
 from relneuron.study.settings import LookOptions
-from tests.kit.corpus_commands import call
+from tests.kit.corpus_commands import call, caller
 
 LOOK = ("--examples", 4, "--quiet")
+PLACE = ("layer", "site", "index")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,12 @@ def study(root: Path, tmp_path: Path) -> Path:
         del manifest.data["files"][name]
     manifest.save()
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command line in this process; gives its exit code, output and errors."""
+    return caller(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +259,15 @@ def test_the_sets_are_a_csv(root: Path, cards: list[dict[str, Any]]) -> None:
             assert one["low"] == pytest.approx(float(row["ap_low"]), rel=1e-3)
 
 
+def test_the_best_of_each_set_come_first(root: Path) -> None:
+    """In turn, each neuron once, as many as were asked for."""
+    sets = read_sets(root / "study", ())
+    chosen = sets.file.sets
+    order = [rows[rank][:3] for rank in range(17) for rows in chosen.values()]
+    assert sets.best(1000) == list(dict.fromkeys(order))
+    assert sets.best(7) == list(dict.fromkeys(order))[:7]
+
+
 def test_one_card_is_that_of_all(root: Path, loaded: Any, cards: list[dict[str, Any]]) -> None:
     """What a server asks for, neuron by neuron; also of a neuron in no set."""
     maker, _ = open_cards(*loaded, root / "study", LookOptions(examples=4))
@@ -260,11 +278,11 @@ def test_one_card_is_that_of_all(root: Path, loaded: Any, cards: list[dict[str, 
     assert other["sets"] == [] and other["neuron"] == "0.up.7" and len(other["examples"]) == 4
 
 
-def test_names_of_neurons(root: Path, study: Path, relneuron: Any, tmp_path: Path) -> None:
+def test_names_of_neurons(root: Path, study: Path, run: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     words = ("look", study, "-o", page, *LOOK, "--model", root / "model")
     names = "2.gate.3,L2.act.3,2.product.3,2.down.5"
-    code, out, _ = relneuron(*words, "--neurons", names)
+    code, out, _ = run(*words, "--neurons", names)
     assert code == 0 and "4 cards" in out
     gate, act, product, down = read_cards(study / "cards.jsonl")
     assert [c["neuron"] for c in (gate, act, product, down)] == [
@@ -300,10 +318,10 @@ def test_names_of_neurons(root: Path, study: Path, relneuron: Any, tmp_path: Pat
     ],
 )
 def test_other_names_are_refused(
-    study: Path, relneuron: Any, tmp_path: Path, names: str, cause: str, fix: str
+    study: Path, run: Any, tmp_path: Path, names: str, cause: str, fix: str
 ) -> None:
     words = ("look", study, "-o", tmp_path / "page.html", *LOOK, "--neurons", names)
-    code, out, err = relneuron(*words)
+    code, out, err = run(*words)
     lines = err.splitlines()
     assert code == 2 or "is not in a model" in err
     assert code and out == "" and cause in lines[0] and fix in lines[1] and len(lines) == 2
@@ -311,47 +329,45 @@ def test_other_names_are_refused(
 
 
 def test_cards_that_are_there_are_shown_again(
-    root: Path, tmp_path: Path, relneuron: Any, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "study"
     shutil.copytree(root / "study", folder)
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     monkeypatch.setattr("relneuron.study.cards.Cards.cards", None)
     page = tmp_path / "page.html"
-    assert relneuron("look", folder, "-o", page, *LOOK)[0] == 0
+    assert run("look", folder, "-o", page, *LOOK)[0] == 0
     assert page.read_bytes() == (root / "look.html").read_bytes()
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
-    code, _, err = relneuron("look", folder, "-o", page, *LOOK)
+    code, _, err = run("look", folder, "-o", page, *LOOK)
     assert code == 2 and "page.html exists" in err
-    code, _, err = relneuron("look", folder, "-o", page, "--force", "--examples", 3, "--quiet")
+    code, _, err = run("look", folder, "-o", page, "--force", "--examples", 3, "--quiet")
     assert code == 1  # other cards: asked for again, and that is cut off above
-    code, _, err = relneuron("look", folder, "-o", tmp_path / "b.html", "--examples", 3)
+    code, _, err = run("look", folder, "-o", tmp_path / "b.html", "--examples", 3)
     assert code == 1 and "look was made from other inputs: examples: 4 -> 3" in err
 
 
-def test_the_page_is_no_file_of_the_study(study: Path, relneuron: Any) -> None:
+def test_the_page_is_no_file_of_the_study(study: Path, run: Any) -> None:
     for name in ("cards.jsonl", "neurons.json", "sets.csv"):
-        code, _, err = relneuron("look", study, "-o", study / name, *LOOK, "--force")
+        code, _, err = run("look", study, "-o", study / name, *LOOK, "--force")
         assert code == 2 and f"{name} is a file of the study" in err
 
 
-def test_another_model_is_refused(study: Path, root: Path, relneuron: Any, tmp_path: Path) -> None:
+def test_another_model_is_refused(study: Path, root: Path, run: Any, tmp_path: Path) -> None:
     make_model(make_tokenizer(), seed=1).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     words = ("look", study, "-o", tmp_path / "p.html", *LOOK, "--model", tmp_path / "other")
-    code, _, err = relneuron(*words)
+    code, _, err = run(*words)
     assert code == 2 and "another model, or of other weights" in err
     assert not (study / "cards.jsonl").exists()
 
 
-def test_a_folder_without_a_study_is_refused(tmp_path: Path, relneuron: Any) -> None:
-    code, _, err = relneuron("look", tmp_path, "-o", tmp_path / "p.html")
+def test_a_folder_without_a_study_is_refused(tmp_path: Path, run: Any) -> None:
+    code, _, err = run("look", tmp_path, "-o", tmp_path / "p.html")
     assert code == 2 and "manifest.json does not exist" in err
 
 
-def test_the_report_shows_the_cards_while_they_hold(
-    root: Path, tmp_path: Path, relneuron: Any
-) -> None:
+def test_the_report_shows_the_cards_while_they_hold(root: Path, tmp_path: Path, run: Any) -> None:
     """Those of neurons that were chosen again are not shown."""
     folder = tmp_path / "study"
     shutil.copytree(root / "study", folder)
@@ -369,6 +385,23 @@ def test_the_report_shows_the_cards_while_they_hold(
     )
     assert call("report", folder, "-o", tmp_path / "b.html") == 0
     assert "<article" not in (tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+def test_a_notebook_draws_a_card(root: Path, cards: list[dict[str, Any]]) -> None:
+    """The same as the page has; without it the texts are seen."""
+    study = relneuron.load(root / "study")
+    name = cards[3]["neuron"]
+    card = study.card(name)
+    assert card.data == cards[3] == study.card(tuple(cards[3][k] for k in PLACE)).data
+    html = card._repr_html_()
+    assert html.count("<article") == 1 and "<style>" in html and "<script" not in html
+    page = (root / "look.html").read_text(encoding="utf-8")
+    body = html[html.index("<header>") : html.index("</article>")]
+    assert body in re.sub("</?a[^>]*>", "", page)  # the page leads to other cards
+    assert cards[3]["name"] in repr(card) and repr(card).count("\n") == 4
+    assert "cards" in study.there and "card(neuron)" in repr(study)
+    with pytest.raises(RelneuronError, match="has no card of 0.up.9, but of"):
+        study.card("0.up.9")
 
 
 def test_a_damaged_card_is_refused(root: Path, tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ def contrast(
     prompts, each with both models.
 
     Examples:
-      relneuron contrast Qwen/Qwen3-0.6B tuned prompts.txt -o two
-      relneuron contrast Qwen/Qwen3-0.6B my-lora-adapter prompts.txt -o two-lora --tokens prompt
+      relneuron contrast Qwen/Qwen3-0.6B-Base Qwen/Qwen3-0.6B prompts.txt -o two
+      relneuron contrast Qwen/Qwen3-0.6B my-adapter prompts.txt -o two-lora \\
+          --tokens prompt
     """
     from relneuron.artifact.prompts import read_questions
     from relneuron.methods.contrast.contrast import contrast as contrast_stage
@@ -89,7 +90,8 @@ def probe(
     Examples:
       relneuron probe Qwen/Qwen3-0.6B study/prompts.jsonl -o probe \\
           --neurons two/neurons.json --labels two/effect.costs.csv:cost
-      relneuron probe Qwen/Qwen3-0.6B new.txt -o applied --apply probe/probe.safetensors
+      relneuron probe Qwen/Qwen3-0.6B new.txt -o applied \\
+          --apply probe/probe.safetensors
     """
     from relneuron.artifact.prompts import read_questions
     from relneuron.methods.contrast.probe import probe as probe_stage

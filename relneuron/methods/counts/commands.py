@@ -32,10 +32,13 @@ def count(
     model, or with a part of it (--tensor-parallel-size).
 
     Examples:
-      relneuron count Qwen/Qwen3-0.6B en=en.txt zh=zh.txt -o counts
-      relneuron count Qwen/Qwen3-0.6B en=hf:wikimedia/wikipedia:20231101.en:train \\
-          zh=hf:wikimedia/wikipedia:20231101.zh:train -o wiki --max-tokens 100000000
-      relneuron count Qwen/Qwen3-0.6B texts.jsonl --group-column language -o part1 --shard 1/3
+      relneuron count Qwen/Qwen3-0.6B en=en.txt zh=zh.txt -o counts --moments
+      relneuron count Qwen/Qwen3-0.6B \\
+          en=hf:wikimedia/wikipedia:20231101.en:train \\
+          zh=hf:wikimedia/wikipedia:20231101.zh:train \\
+          -o wiki --max-tokens 100000000
+      relneuron count Qwen/Qwen3-0.6B texts.jsonl --group-column language \\
+          -o part1 --shard 1/3
     """
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
@@ -97,7 +100,8 @@ def merge(
     that made them does the rest where they are put together.
 
     Examples:
-      relneuron merge part1 part2 part3 -o counts       # of count --shard 1/3, 2/3, 3/3
+      # of count --shard 1/3, 2/3, 3/3
+      relneuron merge part1 part2 part3 -o counts
     """
     from relneuron.artifact.parts import journals_in, merge_parts
     from relneuron.methods.counts.merge import merge as merge_stage

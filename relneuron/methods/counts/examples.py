@@ -53,11 +53,11 @@ def needed(parts: Sequence[Part], sources: Sequence[Source], options: CountOptio
     on_disk = n_neurons(parts, options.sites) * each
     names = [name for s in sources for name in (s.groups or () if s.group is None else (s.group,))]
     is_known = all(source.groups or source.group for source in sources)
-    n, of = (len(names), f"{len(names)} groups") if is_known else (1, "each group")
+    n, of = (len(names), ", ".join(names)) if is_known else (1, "each group")
     windows = ", and 4 for each token of the examples' windows" if asked.k else ""
     return (
-        f"to keep of {of}: {n * n_bytes:,} bytes with the model, as many in a checkpoint; "
-        f"{n * on_disk:,} on the disk{windows}"
+        f"to keep of {of}: {n * n_bytes:,} bytes with the model, as many in memory while they are "
+        f"saved, and in a checkpoint; {n * on_disk:,} on the disk{windows}"
     )
 
 

@@ -79,9 +79,10 @@ def edit(
     The model itself stays as it is. Weights are written in the dtype that they are loaded in.
 
     Examples:
-      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl -o erased
-      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl -o edited \\
-          --sets "capital of|France" --to Rome
+      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
+          -o erased
+      relneuron edit Qwen/Qwen3-0.6B study/neurons.json study/prompts.jsonl \\
+          -o edited --sets country_capital_city --to Rome
     """
     from relneuron.artifact.files import check_folder, require
     from relneuron.artifact.neurons import NeuronFile

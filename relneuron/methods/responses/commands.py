@@ -29,7 +29,8 @@ def record(
 
     Examples:
       relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o study
-      relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o last-token --pooling last
+      relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o last-token \\
+          --pooling last
     """
     from relneuron.methods.responses.record import record as record_stage
     from relneuron.model.load import load
