@@ -205,12 +205,12 @@ class Study:
         """A neuron's strongest tokens: layer, site, index, group, rank, value, position, token,
         before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345"."""
         path = self._path("examples")
-        tokenizer = tokenizer or tensors.tokenizer_of(self._model(path))
-        return frame(tensors.examples(path, tensors.neuron_of(neuron), tokenizer, context))
+        return frame(tensors.examples(path, neuron, self._model(path), tokenizer, context))
 
     def histogram(self, neuron: Neuron | str) -> Frame:
         """A neuron's values, low <= v < high: layer, site, index, group, bin, low, high, count."""
-        return frame(tensors.histogram(self._path("histogram"), tensors.neuron_of(neuron)))
+        path = self._path("histogram")
+        return frame(tensors.histogram(path, neuron, self._model(path)))
 
     @cached_property
     def nll(self) -> Frame:

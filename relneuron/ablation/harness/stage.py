@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -152,7 +153,7 @@ def evaluate(
             commands=command(
                 *("eval", name, "-o", STUDY),
                 *(("--neurons", placed(neurons_path, folder)) if neurons_path else ()),
-                *options.words(),
+                *_placed(options, folder).words(),
                 **(loading(described) | {"backend": None, "tensor_parallel_size": None}),
             ),
         )
@@ -185,6 +186,20 @@ def eval_inputs(
         "tasks": {task: one.digest for task, one in read.items()},
         "reads": {path.name: sha256(path) for path in changes.reads},
     }
+
+
+def _placed(options: EvalOptions, folder: Path) -> EvalOptions:
+    """The options with their paths as a command takes them."""
+
+    def place(path: Path | None) -> Path | None:
+        return None if path is None else Path(placed(path, folder))
+
+    return replace(
+        options,
+        moments=place(options.moments),
+        counts=place(options.counts),
+        include_path=[placed(path, folder) for path in options.include_path],
+    )
 
 
 def _key(run: Run, task: str) -> str:
