@@ -303,12 +303,17 @@ def score_table(scores: Sequence[Score], tasks: Sequence[str]) -> Printed:
     runs = list(dict.fromkeys((s.condition, s.set) for s in scores))
     values = {(s.condition, s.set, s.task, s.metric, s.filter): s for s in scores}
     rows = []
-    for number, run in enumerate(runs):
-        cells = []
-        for key in named:
-            clean, own = values[(*runs[0], *key)], values[(*run, *key)]
-            error = "" if own.stderr is None else f" ±{own.stderr:.4f}"
-            cells.append(f"{own.value - clean.value:+.4f}" if number else f"{own.value:.4f}{error}")
+    for run in runs:
         name = run[0] if not run[1] else f"{run[0]}, {run[1]} set"
+        cells = [_change(values.get((*runs[0], *key)), values.get((*run, *key))) for key in named]
         rows.append([name, *cells])
     return Printed(("off", *heads), rows, "clean ± standard error, and how much it changes")
+
+
+def _change(clean: Score | None, own: Score | None) -> str:
+    """The clean score as it is, another one as how much it is more; nothing where one is none."""
+    if clean is None or own is None:
+        return ""
+    if own is not clean:
+        return f"{own.value - clean.value:+.4f}"
+    return f"{own.value:.4f}" + ("" if own.stderr is None else f" ±{own.stderr:.4f}")
