@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
-from relneuron.ablation.harness.stage import CSV as EVAL
-from relneuron.ablation.harness.stage import Score
+from relneuron.ablation.harness.scores import CSV as EVAL
+from relneuron.ablation.harness.scores import Score
 from relneuron.ablation.outputs import SCORES, STAGES, Generated
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
