@@ -47,6 +47,7 @@ from relneuron.model.questions import Questions
 from relneuron.ops import backends
 from relneuron.ops.average_precision import triton_launch as ranking
 from relneuron.ops.logprob_gain import triton_launch as gains
+from relneuron.ops.peaks import triton_launch as peaks
 from relneuron.ops.swiglu_stats import op as swiglu
 from relneuron.ops.swiglu_stats import triton_launch as stats
 
@@ -73,6 +74,7 @@ def install(capability: int) -> None:
     tables: tuple[tuple[Any, Any], ...] = (
         (stats, stats.LAUNCH_TABLE.get(divmod(capability, 10), stats.DEFAULT_LAUNCH)),
         (ranking, ranking.NVIDIA_LAUNCH),
+        (peaks, peaks.NVIDIA_LAUNCH),
         (gains, gains.LAUNCH_TABLE.get(divmod(capability, 10), gains.DEFAULT_LAUNCH)),
     )
     for module, config in tables:

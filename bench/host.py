@@ -103,10 +103,10 @@ def take_cpu_tensors() -> None:
     """Have the launchers take CPU tensors, as they do in the interpreter, with a GPU's tiles."""
     from relneuron.ops import backends
 
-    for op in ("swiglu_stats", "average_precision", "logprob_gain"):
+    for op in ("swiglu_stats", "average_precision", "logprob_gain", "peaks"):
         module: Any = backends.triton_module(op)
         module.IS_INTERPRETED = True
-        tiles = "NVIDIA_LAUNCH" if op == "average_precision" else "DEFAULT_LAUNCH"
+        tiles = "NVIDIA_LAUNCH" if op in ("average_precision", "peaks") else "DEFAULT_LAUNCH"
         module.INTERPRETER_LAUNCH = getattr(module, tiles)
 
 

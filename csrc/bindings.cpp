@@ -14,6 +14,7 @@
 
 #include "average_precision.h"
 #include "logprob_gain.h"
+#include "peaks.h"
 #include "runtime.h"
 #include "swiglu_gradient.h"
 #include "swiglu_stats.h"
@@ -89,6 +90,83 @@ void swiglu_stats(uintptr_t out, uintptr_t gate, uintptr_t up, int64_t stride_ht
 
   const py::gil_scoped_release release;
   relneuron::swiglu_stats(args, isa.c_str(), n_threads);
+}
+
+// What peaks and histogram read: a site's values, and the segment or group of each row.
+relneuron::SwigluStatsArgs site_args(uintptr_t gate, uintptr_t up, int64_t stride_gt,
+                                     int64_t stride_ut, int64_t T, int64_t F, int dtype,
+                                     int activation, int site, uintptr_t ids, int64_t n_ids) {
+  require(dtype >= 0 && dtype <= 2, "dtype must be 0, 1 or 2");
+  require(activation >= 0 && activation < static_cast<int>(relneuron::Activation::residual),
+          "an activation has a number");
+  require(is_site(site), "a site must be in [0, 3]");
+  // What is empty has no address.
+  require(up || !T || !F || (site != relneuron::site_up && site != relneuron::site_product),
+          "the site needs up");
+  require(T >= 0 && F >= 0 && n_ids >= 0, "T, F and the number of ids must not be negative");
+
+  relneuron::SwigluStatsArgs args;
+  args.gate = pointer<const void>(gate);
+  args.up = pointer<const void>(up);
+  args.stride_gt = stride_gt;
+  args.stride_ut = stride_ut;
+  args.T = T;
+  args.F = F;
+  args.dtype = static_cast<relneuron::DType>(dtype);
+  args.activation = static_cast<relneuron::Activation>(activation);
+  args.n_sites = 1;
+  args.sites[0] = site;
+  args.group_ids = pointer<const int32_t>(ids);
+  args.G = n_ids;
+  return args;
+}
+
+void peaks(uintptr_t gate, uintptr_t up, int64_t stride_gt, int64_t stride_ut, int64_t T, int64_t F,
+           int dtype, int activation, int site, uintptr_t ids, int64_t n_ids, uintptr_t values,
+           uintptr_t positions, int64_t first_row, const std::string& isa, int n_threads) {
+  relneuron::PeaksArgs args;
+  args.site =
+      site_args(gate, up, stride_gt, stride_ut, T, F, dtype, activation, site, ids, n_ids);
+  args.values = pointer<float>(values);
+  args.positions = pointer<int32_t>(positions);
+  args.first_row = first_row;
+  const py::gil_scoped_release release;
+  relneuron::peaks(args, isa.c_str(), n_threads);
+}
+
+void histogram(uintptr_t gate, uintptr_t up, int64_t stride_gt, int64_t stride_ut, int64_t T,
+               int64_t F, int dtype, int activation, int site, uintptr_t ids, int64_t n_ids,
+               uintptr_t counts, uintptr_t exponent, uintptr_t first, int64_t B,
+               const std::string& isa, int n_threads) {
+  require(B >= 1 && B <= 4096, "B must be in [1, 4096]");
+  relneuron::HistogramArgs args;
+  args.site =
+      site_args(gate, up, stride_gt, stride_ut, T, F, dtype, activation, site, ids, n_ids);
+  args.counts = pointer<int64_t>(counts);
+  args.exponent = pointer<const int32_t>(exponent);
+  args.first = pointer<const int32_t>(first);
+  args.B = B;
+  const py::gil_scoped_release release;
+  relneuron::histogram(args, isa.c_str(), n_threads);
+}
+
+void merge_peaks(uintptr_t values, uintptr_t positions, uintptr_t numbers, uintptr_t group_ids,
+                 uintptr_t best_value, uintptr_t best_number, uintptr_t best_position, int64_t S,
+                 int64_t F, int64_t K, int n_threads) {
+  require(S >= 0 && F >= 0 && K >= 1, "S and F must not be negative, K positive");
+  relneuron::MergePeaksArgs args;
+  args.values = pointer<const float>(values);
+  args.positions = pointer<const int32_t>(positions);
+  args.numbers = pointer<const int64_t>(numbers);
+  args.group_ids = pointer<const int32_t>(group_ids);
+  args.best_value = pointer<float>(best_value);
+  args.best_number = pointer<int64_t>(best_number);
+  args.best_position = pointer<int32_t>(best_position);
+  args.S = S;
+  args.F = F;
+  args.K = K;
+  const py::gil_scoped_release release;
+  relneuron::merge_peaks(args, n_threads);
 }
 
 void swiglu_gradient(uintptr_t d_gate, uintptr_t d_up, uintptr_t dh, uintptr_t gate, uintptr_t up,
@@ -230,6 +308,31 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("condition_ids").noconvert(), py::arg("isa").noconvert(),
         py::arg("n_threads").noconvert(),
         "The kernel of relneuron.ops.swiglu_stats; addresses are not checked.");
+  m.def("peaks", &peaks, py::kw_only(), py::arg("gate").noconvert(), py::arg("up").noconvert(),
+        py::arg("stride_gt").noconvert(), py::arg("stride_ut").noconvert(),
+        py::arg("T").noconvert(), py::arg("F").noconvert(), py::arg("dtype").noconvert(),
+        py::arg("activation").noconvert(), py::arg("site").noconvert(),
+        py::arg("ids").noconvert(), py::arg("n_ids").noconvert(),
+        py::arg("values").noconvert(), py::arg("positions").noconvert(),
+        py::arg("first_row").noconvert(), py::arg("isa").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of relneuron.ops.peaks; addresses are not checked.");
+  m.def("histogram", &histogram, py::kw_only(), py::arg("gate").noconvert(), py::arg("up").noconvert(),
+        py::arg("stride_gt").noconvert(), py::arg("stride_ut").noconvert(),
+        py::arg("T").noconvert(), py::arg("F").noconvert(), py::arg("dtype").noconvert(),
+        py::arg("activation").noconvert(), py::arg("site").noconvert(),
+        py::arg("ids").noconvert(), py::arg("n_ids").noconvert(),
+        py::arg("counts").noconvert(), py::arg("exponent").noconvert(),
+        py::arg("first").noconvert(), py::arg("B").noconvert(), py::arg("isa").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of relneuron.ops.histogram; addresses are not checked.");
+  m.def("merge_peaks", &merge_peaks, py::kw_only(), py::arg("values").noconvert(),
+        py::arg("positions").noconvert(), py::arg("numbers").noconvert(),
+        py::arg("group_ids").noconvert(), py::arg("best_value").noconvert(),
+        py::arg("best_number").noconvert(), py::arg("best_position").noconvert(),
+        py::arg("S").noconvert(), py::arg("F").noconvert(), py::arg("K").noconvert(),
+        py::arg("n_threads").noconvert(),
+        "The kernel of relneuron.ops.merge_peaks; addresses are not checked.");
   m.def("swiglu_gradient", &swiglu_gradient, py::kw_only(), py::arg("d_gate").noconvert(),
         py::arg("d_up").noconvert(), py::arg("dh").noconvert(), py::arg("gate").noconvert(),
         py::arg("up").noconvert(), py::arg("stride_dt").noconvert(),

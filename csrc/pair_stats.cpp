@@ -8,6 +8,7 @@
 #include <atomic>
 #include <vector>
 
+#include "rows_by_group.h"
 #include "runtime.h"
 
 namespace relneuron {
@@ -15,54 +16,29 @@ namespace {
 
 constexpr const PairStatsKernel* kernels[] = RELNEURON_KERNELS(pair_stats_kernel);
 
-// What the plan points to.
-struct Rows {
-  std::vector<int64_t> rows;
+std::vector<Chunk> plan_chunks(const SwigluStatsArgs& args, const RowsByGroup& rows) {
   std::vector<Chunk> chunks;
-};
-
-void add_chunks(int64_t begin, int64_t end, int64_t group, std::vector<Chunk>& chunks) {
-  for (; begin < end; begin += chunk_rows) {
-    chunks.push_back({begin, std::min(chunk_rows, end - begin), group});
-  }
-}
-
-// Sorts the counted tokens by group, and counts them.
-Rows plan_rows(const SwigluStatsArgs& args, PairStatsPlan& plan) {
-  Rows all;
-  if (!args.group_ids) {
-    args.tokens[0] += args.T;
-    add_chunks(0, args.T, 0, all.chunks);
-  } else {
-    std::vector<int64_t> ends(static_cast<size_t>(args.G) + 1);  // of the group before
-    for (int64_t t = 0; t < args.T; ++t) ends[static_cast<size_t>(args.group_ids[t] + 1)] += 1;
-    ends[0] = 0;  // of the tokens in no group
-    for (int64_t group = 0; group < args.G; ++group) {
-      int64_t& end = ends[static_cast<size_t>(group) + 1];
-      const int64_t begin = ends[static_cast<size_t>(group)];
-      args.tokens[group] += end;
-      end += begin;
-      add_chunks(begin, end, group, all.chunks);
+  for (int64_t group = 0; group < args.G; ++group) {
+    int64_t begin = rows.begins[static_cast<size_t>(group)];
+    const int64_t end = rows.begins[static_cast<size_t>(group) + 1];
+    args.tokens[group] += end - begin;
+    for (; begin < end; begin += chunk_rows) {
+      chunks.push_back({begin, std::min(chunk_rows, end - begin), group});
     }
-    all.rows.resize(static_cast<size_t>(ends.back()));
-    for (int64_t t = 0; t < args.T; ++t) {
-      if (args.group_ids[t] < 0) continue;
-      int64_t& place = ends[static_cast<size_t>(args.group_ids[t])];
-      all.rows[static_cast<size_t>(place++)] = t;
-    }
-    plan.rows = all.rows.data();
   }
-  plan.chunks = all.chunks.data();
-  plan.n_chunks = static_cast<int64_t>(all.chunks.size());
-  return all;
+  return chunks;
 }
 
 }  // namespace
 
 void pair_stats(const SwigluStatsArgs& args, const char* isa, int n_threads) {
   const PairStatsKernel& kernel = *kernels[find_isa("pair_stats", isa)];
+  const RowsByGroup rows(args.group_ids, args.T, args.G);
+  const std::vector<Chunk> chunks = plan_chunks(args, rows);
   PairStatsPlan plan;
-  const Rows rows = plan_rows(args, plan);
+  plan.rows = args.group_ids ? rows.rows.data() : nullptr;
+  plan.chunks = chunks.data();
+  plan.n_chunks = static_cast<int64_t>(chunks.size());
   const Parts parts(args, n_threads);
   std::atomic<int64_t> next_part{0};
   auto run_parts = [&] {

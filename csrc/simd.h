@@ -73,6 +73,31 @@ RELNEURON_INLINE F32 larger(F32 a, F32 b) {
 #endif
 }
 
+// a < b ? a : b, so b where one of them is NaN.
+RELNEURON_INLINE F32 smaller(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_min_ps(a, b));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32>(_mm256_min_ps(a, b));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// x and its number in place of the best one and its, where x is larger; not so of NaN.
+RELNEURON_INLINE void keep_larger(F32& best, U32& best_number, F32 x, U32 number) {
+#if defined(__AVX512F__)
+  const __mmask16 is_larger = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
+  best = _mm512_mask_mov_ps(best, is_larger, x);
+  best_number = reinterpret_cast<U32>(
+      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(best_number), is_larger,
+                            reinterpret_cast<__m512i>(number)));
+#else
+  best_number = x > best ? number : best_number;
+  best = larger(x, best);
+#endif
+}
+
 // x, its magnitude at most `limit`; NaN gives NaN or the limit.
 RELNEURON_INLINE F32 bounded(F32 x, float limit) {
 #if defined(__AVX512F__)

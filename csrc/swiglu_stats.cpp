@@ -75,23 +75,6 @@ Groups plan_groups(const SwigluStatsArgs& args, int64_t most_slots, SwigluStatsP
   return all;
 }
 
-// act of every 16-bit gate, made at the first call that needs it: 256 KiB each.
-const float* act_table(DType dtype, Activation activation) {
-  struct Table {
-    std::once_flag once;
-    std::unique_ptr<float[]> values;
-  };
-  static Table tables[2][n_activations];
-  Table& table = tables[dtype == DType::float16][static_cast<int>(activation)];
-  std::call_once(table.once, [&] {
-    const DefaultFloatMode mode;
-    std::unique_ptr<float[]> values(new float[65536]);
-    portable::swiglu_stats_kernel.fill_act_table(dtype, activation, values.get());
-    table.values = std::move(values);
-  });
-  return table.values.get();
-}
-
 // A matrix h of this size is stored past the caches: whoever reads it next would hardly find it
 // there, and its lines need not be read before they are written.
 constexpr int64_t stream_bytes_min = 64 << 20;
@@ -118,6 +101,22 @@ SwigluStatsArgs without_act(SwigluStatsArgs args) {
 }
 
 }  // namespace
+
+const float* act_table(DType dtype, Activation activation) {
+  struct Table {
+    std::once_flag once;
+    std::unique_ptr<float[]> values;
+  };
+  static Table tables[2][n_activations];
+  Table& table = tables[dtype == DType::float16][static_cast<int>(activation)];
+  std::call_once(table.once, [&] {
+    const DefaultFloatMode mode;
+    std::unique_ptr<float[]> values(new float[65536]);
+    portable::swiglu_stats_kernel.fill_act_table(dtype, activation, values.get());
+    table.values = std::move(values);
+  });
+  return table.values.get();
+}
 
 Parts::Parts(const SwigluStatsArgs& args, int n_threads)
     : n_steps((args.F + column_step - 1) / column_step), F(args.F) {

@@ -57,6 +57,9 @@ struct Parts {
   int64_t begin(int64_t part) const;  // of part n: the end
 };
 
+// act of every 16-bit gate, made at the first call that needs it: 256 KiB each.
+const float* act_table(DType dtype, Activation activation);
+
 // Runs the op. `isa` names one of isa_levels(), or is empty for the best. The result is the same
 // bit for bit for every isa and n_threads. Throws std::invalid_argument on an unknown isa.
 void swiglu_stats(const SwigluStatsArgs& args, const char* isa, int n_threads);

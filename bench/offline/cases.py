@@ -19,6 +19,9 @@ from triton.runtime.cache import get_cache_key
 from relneuron.ops import SITES, GroupStats
 from relneuron.ops.average_precision import triton_launch as ranking
 from relneuron.ops.logprob_gain import triton_launch as gains
+from relneuron.ops.peaks import triton_launch as peaks
+from relneuron.ops.peaks.best import BestPeaks
+from relneuron.ops.peaks.reference import HistogramCall, MergeCall, PeaksCall
 from relneuron.ops.swiglu_stats import triton_launch as launcher
 from relneuron.ops.swiglu_stats.reference import Call
 from relneuron.ops.swiglu_stats.triton_launch import Launch
@@ -99,6 +102,14 @@ GAINS = {
     "moments for 8 sentences": ("moments", 8, False),
 }
 
+# Of peaks (32 windows), histogram and merge_peaks: the site of the former two.
+PEAKS = {
+    "peaks at act": "act",
+    "peaks at product": "product",
+    "histogram at act": "act",
+    "histogram at product": "product",
+}
+MERGES = {"merge 16 peaks": 16, "merge 128 peaks": 128}
 
 # Each kernel of them once.
 SOME_GAINS = ("gain with tilt", "gain of a list", "moments")
@@ -119,7 +130,10 @@ def cases() -> list[Case]:
     for dtype in ("fp32", "bf16"):
         found += [(target, dtype, f"rank {n} rows") for target in TARGETS for n in (512, 4096)]
         found += [("sm_90", dtype, variant) for variant in SORTS]
-    found += [(target, "any", variant) for target in TARGETS for variant in (*SUMS, *GAINS)]
+        found += [(target, dtype, variant) for target in TARGETS for variant in PEAKS]
+    # What sees no values, or float32 alone.
+    some = (*SUMS, *GAINS, *MERGES)
+    found += [(target, "any", variant) for target in TARGETS for variant in some]
     return list(dict.fromkeys(found))
 
 
@@ -130,7 +144,8 @@ def cover() -> set[Case]:
     """
     found = {("sm_90", "bf16", variant) for variant in ("many groups", "responses")}
     found |= {("sm_90", "bf16", "rank 512 rows"), ("sm_90", "any", "rank for 12 relations")}
-    found |= {("sm_90", "any", variant) for variant in SOME_GAINS}
+    found |= {("sm_90", "any", variant) for variant in (*SOME_GAINS, "merge 16 peaks")}
+    found |= {("sm_90", "bf16", variant) for variant in ("peaks at act", "histogram at act")}
     for target, dtype in zip(TARGETS, (*DTYPES, "bf16"), strict=True):
         found |= {(target, dtype, "count"), (target, "any", "gain with tilt")}
     return found
@@ -197,6 +212,8 @@ def launches(target: str, dtype: str, variant: str) -> list[Launch]:
         return [ranking_launch(target, dtype, variant)]
     if variant in GAINS:
         return [gain_launch(target, variant)]
+    if variant in PEAKS or variant in MERGES:
+        return peaks_launches(target, dtype, variant)
     call = example_call(DTYPES[dtype], **VARIANTS[variant])
     kind = TARGETS[target]
     is_nvidia = kind.backend == "cuda"
@@ -245,6 +262,29 @@ def gain_launch(target: str, variant: str) -> Launch:
     tilt = t if has_tilt else None
     pairs = gains.Pairs(places, places, places, sentence, t, tilt, gains.LIST_SENTENCES)
     return gains.plan_list(sums, tile, largest, tokens, pairs, config)
+
+
+def peaks_launches(target: str, dtype: str, variant: str) -> list[Launch]:
+    """What `peaks`, `histogram` and `merge_peaks` would launch for 32 windows of 128 tokens."""
+    config = peaks.NVIDIA_LAUNCH if TARGETS[target].backend == "cuda" else peaks.HIP_LAUNCH
+
+    def tensor(*shape: int, of: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    width, segments = 11008, (tensor(32, 11008, of=torch.float32), tensor(32, 11008))
+    if variant in MERGES:
+        best = BestPeaks.none(12, width, MERGES[variant], device="meta")
+        numbers = tensor(32, of=torch.int64)
+        return peaks.plan_merge(MergeCall(best, *segments, tensor(32), numbers), config)
+    site = PEAKS[variant]
+    gate, ids = tensor(4096, width, of=DTYPES[dtype]), tensor(4096)
+    inputs = (gate, gate if site == "product" else None, "silu", site, ids)
+    if variant.startswith("peaks"):
+        return peaks.plan_peaks(PeaksCall(*inputs, *segments, 0), config)
+    counts = tensor(12, width, 64, of=torch.int64)
+    return peaks.plan_histogram(
+        HistogramCall(*inputs, counts, tensor(width), tensor(width)), config
+    )
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:

@@ -52,6 +52,8 @@ WAITS = {
     "_responses_kernel": 1,
     "_moments_kernel": 2,
     "_sum_kernel": 1,
+    "_peaks_kernel": 1,
+    "_histogram_kernel": 1,
     # What logprob_gain loads, other programs have loaded: it waits for L2, while others work.
     "_gain_kernel": 3,
     "_gain_list_kernel": 4,
@@ -157,8 +159,9 @@ def measure(target: str, dtype: str, variant: str, launch: Launch) -> Row:
             work = replace(work, n_programs=n * work.n_programs, memory_bytes=n * work.memory_bytes)
         prediction = predict(work, GPUS[GATED[target]])
         in_flight, limiter = prediction.in_flight / 1024, prediction.limiter
-    if name in ("_moments_kernel", "_sort_kernel"):
-        # The first has a branch around the loads, which compilers turn into loops of all shapes.
+    if name in ("_moments_kernel", "_histogram_kernel", "_sort_kernel"):
+        # The first has a branch around the loads, the second one around each of its atomics, which
+        # compilers turn into loops of all shapes.
         loops = [all_code]
     load_bytes, per_element = _loop_numbers(name, launch, loops, kind.warp_size)
     return Row(
@@ -199,7 +202,7 @@ def _loop_numbers(
     name: str, launch: Launch, loops: list[list[str]], warp_size: int
 ) -> tuple[int | None, tuple[float | None, float | None]]:
     """(narrowest load, instructions per element of `blocks` and of `rows`)."""
-    if name == "_span_kernel":
+    if name in ("_span_kernel", "_merge_kernel"):
         return None, (None, None)
     if name.startswith("_gain"):
         return _gain_numbers(name, launch, loops, warp_size)
@@ -227,7 +230,7 @@ def _loop_numbers(
         widths.append(16 if wide_bytes >= turn_bytes else 8)
         elements = max(turn_bytes, wide_bytes) / gate.element_size() / n_tensors
         per_element.append(round(len(body) / elements, 1))
-    if name == "_moments_kernel":
+    if name in ("_moments_kernel", "_histogram_kernel"):
         return min(widths, default=8), (None, None)
     expected = 2 if is_main else 1
     # Where the compiler has made more loops of them, the shortest and the longest count.

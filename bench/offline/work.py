@@ -42,6 +42,8 @@ def work_of(
         parts, n_bytes = _moments(launch, inner, around, is_mixed)
     elif name == "_responses_kernel":
         parts, n_bytes = _responses(launch, inner)
+    elif name in ("_peaks_kernel", "_histogram_kernel"):
+        parts, n_bytes = _peaks(launch, inner, around)
     elif name == "_sum_kernel":
         parts, n_bytes = _sums(launch, inner)
     elif name.startswith("_gain"):
@@ -145,6 +147,19 @@ def _responses(launch: Launch, inner: list[list[str]]) -> tuple[list[Part], floa
     # Every row is read and written.
     n_bytes = _bytes(gate, args["up_ptr"]) + 2 * _bytes(*sums)
     return [_part(max(inner, key=len), turns, n_inputs(launch))], n_bytes
+
+
+def _peaks(launch: Launch, inner: list[list[str]], around: list[str]) -> tuple[list[Part], float]:
+    args, sizes = launch.args, launch.constants
+    gate = args["gate_ptr"]
+    assert isinstance(gate, Tensor), "gate is a tensor"
+    # A program has the rows of a segment, or a tile of them.
+    n_rows = sizes.get("TILE_T", len(gate) / launch.grid[0])
+    # What is updated is read and written.
+    updated = [args[name] for name in ("values_ptr", "positions_ptr", "counts_ptr") if name in args]
+    n_bytes = _bytes(gate, args["up_ptr"]) + 2 * _bytes(*updated)
+    body = max(inner, key=len, default=around)
+    return [_part(body, n_rows / sizes["BLOCK_T"], n_inputs(launch))], n_bytes
 
 
 def _sums(launch: Launch, inner: list[list[str]]) -> tuple[list[Part], float]:

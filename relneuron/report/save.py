@@ -64,7 +64,7 @@ class FigureOptions(Options):
         least=LEAST,
         most=MOST,
         read=inches,
-        show=lambda width: f"{width:g}in",
+        show=lambda width: f"{str(width).removesuffix('.0')}in",
     )
 
 

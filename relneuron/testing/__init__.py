@@ -8,7 +8,9 @@ tolerance rule of this project.
 from relneuron.testing import (  # noqa: F401  they register
     checks_gain,
     checks_h,
+    checks_histogram,
     checks_pair,
+    checks_peaks,
     checks_ranking,
     checks_stats,
     checks_sums,
@@ -16,14 +18,13 @@ from relneuron.testing import (  # noqa: F401  they register
 )
 from relneuron.testing.accuracy import assert_accurate, assert_same_bits
 from relneuron.testing.contract import (
-    FEATURES,
-    OPS,
     Check,
     ContractError,
     Report,
     backend_checks,
     check_backend,
 )
+from relneuron.testing.ops import FEATURES, OPS
 
 __all__ = [
     "FEATURES",

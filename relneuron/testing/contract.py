@@ -9,66 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from relneuron.ops import ACTIVATIONS, PAIR_SITES, SITES, GroupStats
+from relneuron.ops import GroupStats
 from relneuron.ops.swiglu_stats.reference import ieee_arithmetic
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What an implementation of swiglu_stats may leave out:
-#   counts, moments  updates `stats` without and with moments=True
-#   responses        adds to `responses`
-#   masks            takes `keep` and `condition_ids`
-#   ungated          takes None for up
-#   out              writes into a given `out`
-#   strides          takes rows that are not contiguous, in gate, up, out and responses
-#   flush_to_zero    subnormal numbers count under torch.set_flush_denormal(True) (CPU only)
-#   errors           refuses ids out of range by ValueError before anything is written
-FEATURES = (
-    "counts",
-    "moments",
-    "responses",
-    "masks",
-    "ungated",
-    "out",
-    "strides",
-    "flush_to_zero",
-    "errors",
-)
-
-
-class Op(NamedTuple):
-    """What an implementation of an op can claim, and the arguments that it gets without names."""
-
-    inputs: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    features: tuple[str, ...]
-    activations: tuple[str, ...] = ()
-    sites: tuple[str, ...] = ()
-
-
-# Of average_precision and logprob_gain, features are options and what their names say: `double` is
-# float64 compared as such, `positions` coefficients (E, P, K), `certified` and `top` are modes.
-OPS = {
-    "swiglu_stats": Op(("gate", "up"), DTYPES, FEATURES, ACTIVATIONS, SITES),
-    "average_precision": Op(
-        ("values", "labels"), (*DTYPES, torch.float64), ("weights", "strides", "errors")
-    ),
-    "logprob_gain": Op(
-        ("x", "values", "coefficients", "unembed", "scale", "targets"),
-        DTYPES,
-        (
-            *("positions", "offset", "scale_after", "cap", "certified", "top"),
-            *("strides", "errors"),
-        ),
-    ),
-    "pair_stats": Op(
-        ("a", "b"), DTYPES, ("moments", "strides", "flush_to_zero", "errors"), (), PAIR_SITES
-    ),
-}
+from relneuron.testing.ops import OPS
 
 UNNAMED = {name for op in OPS.values() for name in op.inputs}
 
@@ -111,7 +59,7 @@ class Claims:
         if name not in OPS:
             raise ValueError(f"check_backend: op must be one of {tuple(OPS)}, got {name!r}")
         known = OPS[name]._asdict()
-        del known["inputs"]
+        del known["inputs"], known["written"]
         return Claims(name, **known | {n: v for n, v in options.items() if v is not None})
 
     def __post_init__(self) -> None:
@@ -166,6 +114,7 @@ class Subject:
         self.last_call = "none was made"
         self.last_results: tuple[GroupStats | None, dict[str, Tensor]] = (None, {})
         self.last_inputs: dict[str, Tensor] = {}
+        self.last_written: dict[str, Tensor] = {}
 
     def call(self, **arguments: Any) -> Any:
         """Call with copies of the arguments, of any op; its result, or `stats`, on the CPU."""
@@ -175,17 +124,23 @@ class Subject:
         moved: dict[str, Any] = {
             n: _move(v, device) if isinstance(v, Tensor) else v for n, v in given.items()
         }
-        if "stats" in moved:
-            moved["stats"] = moved["stats"].to(device)
-            self.last_results = (moved["stats"], {})
-        unnamed = [moved[name] for name in OPS[self.claims.op].inputs]
-        named = {n: v for n, v in moved.items() if n not in OPS[self.claims.op].inputs}
+        updated = next((name for name in ("stats", "best") if name in moved), None)
+        if updated is not None:
+            moved[updated] = moved[updated].to(device)
+        self.last_results = (moved.get("stats"), {})
+        op = OPS[self.claims.op]
+        self.last_written = {name: moved[name] for name in op.written}
+        unnamed = [moved.get(name) for name in op.inputs]
+        named = {n: v for n, v in moved.items() if n not in op.inputs}
         with _threads(self.n_threads):
             found = self.fn(*unnamed, **named)
         self.last_inputs = {n: _move(v, "cpu") for n, v in moved.items() if isinstance(v, Tensor)}
-        if "stats" in moved:
+        if updated is not None or op.written:
             assert found is None, f"the result is a {type(found).__name__}, not None"
-            return moved["stats"].to("cpu")
+        if updated is not None:
+            return moved[updated].to("cpu")
+        if op.written:
+            return tuple(self.last_inputs[name] for name in op.written)
         if isinstance(found, Tensor):
             return found.cpu()
         assert isinstance(found, tuple), f"the result is a {type(found).__name__}, not a tensor"
@@ -319,10 +274,10 @@ def check_backend(
                   `GroupStats` and the responses in place; fn(values, labels) plus weights; or
                   fn(x, values, coefficients, unembed, scale, targets) plus options of
                   `logprob_gain`. It returns what the op returns
-    op            swiglu_stats | average_precision | logprob_gain, or the op itself
+    op            a name of `OPS`, or the op itself
     device        where the tensors of the calls are
     dtypes, activations, sites
-                  what it supports, if not everything (the last two are of swiglu_stats)
+                  what it supports, if not everything (the last two are of what reads a site)
     features      what it supports of `OPS[op].features`
     max_elements  leave out checks with a call of more than this number of elements: gates, values,
                   or logits (a slow implementation, such as an interpreted kernel)

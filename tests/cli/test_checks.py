@@ -249,6 +249,8 @@ STRAY: list[tuple[list[str], str, str]] = [
             ("--tensor-parallel-size", "2"),
         )
     ),
+    (["look", "d", "-o", "p.html", "--host", "::1"], "--host", "with --serve"),
+    (["look", "d", "-o", "p.html", "--port", "80"], "--port", "with --serve"),
     (
         ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
         "--cards",

@@ -137,6 +137,28 @@ def pair() -> None:
     ops.pair_stats(a, b, stats=stats, group_ids=ids, backend="triton")
 
 
+def peaks() -> None:
+    rows, width = dice.choice([1, 2, 16, 33]), dice.choice([16, 1, 48, 40])
+    dtype = dice.choice([torch.bfloat16, torch.float16, torch.float32])
+    gate, up = matrix(rows, width, dtype), matrix(rows, width, dtype)
+    n, k = dice.choice([1, 3, 16]), dice.choice([1, 5, 16])
+    ids = torch.zeros(rows + 1, dtype=torch.int32)[places.choice([0, 1]) :][:rows]
+    values, positions = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.int32)
+    options = {"site": dice.choice(["gate", "up", "act", "product"]), "backend": "triton"}
+    own = {"values": values, "positions": positions, "first_row": dice.choice([0, 1, 16])}
+    ops.peaks(gate, up, segment_ids=ids, **own, **options)
+    if n == 1:
+        ops.peaks(gate, up, **own, **options)
+    numbers, groups = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
+    best = ops.BestPeaks.none(dice.choice([1, 2]), width, k)
+    ops.merge_peaks(
+        *(values, positions), best=best, numbers=numbers, group_ids=groups, backend="triton"
+    )
+    counts = torch.zeros(n, width, dice.choice([1, 16, 30]), dtype=torch.int64)
+    edges = {name: torch.zeros(width, dtype=torch.int32) for name in ("exponent", "first")}
+    ops.histogram(gate, up, counts=counts, **edges, group_ids=ids, **options)
+
+
 def rank() -> None:
     rows, columns = dice.choice([1, 2, 16, 40]), dice.choice([1, 3, 16])
     dtype = dice.choice([torch.bfloat16, torch.float32])
@@ -188,13 +210,14 @@ def main(fault: str | None = None) -> None:
         setattr(*FAULTS[fault])
     from relneuron.ops.average_precision import triton_launch as ranking
     from relneuron.ops.logprob_gain import triton_kernels as gains
+    from relneuron.ops.peaks import triton_kernels as peaks_kernels
     from relneuron.ops.swiglu_stats import triton_kernels, triton_sums
 
-    for module in (ranking, gains, triton_kernels, triton_sums):
+    for module in (ranking, gains, peaks_kernels, triton_kernels, triton_sums):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 count_triton(kernel)
-    for op, n in ((swiglu, 250), (pair, 60), (rank, 40), (gain, 20)):
+    for op, n in ((swiglu, 250), (pair, 60), (peaks, 40), (rank, 40), (gain, 20)):
         for _ in range(n):
             # The same call of tensors that begin elsewhere: one is checked, the next one keeps its
             # plan, the third one takes it.

@@ -17,16 +17,20 @@ from relneuron.ops import (
     ACTIVATIONS,
     PAIR_SITES,
     SITES,
+    BestPeaks,
     GroupStats,
     average_precision,
     backends,
+    histogram_edges,
     logprob_gain,
     pair_stats,
     residual_stats,
+    site_range,
 )
 from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing import assert_accurate, assert_same_bits
 from relneuron.testing.oracle import assert_h, integers, keep_mask, normal
+from relneuron.testing.oracle_peaks import wild
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -345,6 +349,69 @@ def pair(
     assert_same_stats(*found, exact_sums=False, tolerance=TritonTolerance(0.0, {}))
 
 
+def peaks(
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = (144, 512),
+    *,
+    site: str = "act",
+    segments: int = 5,
+    k: int = 4,
+    order: str = "sorted",
+    bad: bool = False,
+    activation: str = "silu",
+    seed: int = 0,
+) -> None:
+    """A call of peaks, and its peaks merged twice; `bad` puts special values into gate."""
+    from tests.ops.peaks.runs import run_merge, run_peaks
+
+    gate, up = _site_inputs(dtype, shape, bad, seed)
+    ids = _ids(shape[0], segments, order, seed + 3)
+    numbers = integers(0, 9, segments, seed=seed + 4).long()
+    groups = integers(-1, 2, segments, seed=seed + 5)
+    found = []
+    for backend in ("triton", "reference"):
+        options = {"site": site, "activation": activation, "first_row": seed}
+        values, positions = run_peaks(backend, gate, up, ids, segments, **options)  # type: ignore[arg-type]
+        best = BestPeaks.none(2, shape[1], k)
+        for shift in (0, 4):
+            best = run_merge(backend, best, values, positions, numbers + shift, groups)
+        found.append((values, positions, best.value, best.number, best.position))
+    for ours, expected in zip(*found, strict=True):
+        assert_same_bits(ours, expected)
+
+
+def bins(
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, int] = (144, 512),
+    *,
+    site: str = "act",
+    groups: int = 3,
+    n_bins: int = 16,
+    order: str = "sorted",
+    bad: bool = False,
+    seed: int = 0,
+) -> None:
+    """A call of histogram, with bins of its own values."""
+    from tests.ops.peaks.runs import run_histogram
+
+    gate, up = _site_inputs(dtype, shape, bad, seed)
+    ids = _ids(shape[0], groups, order, seed + 3)
+    edges = histogram_edges(*site_range(gate, up, site=site), n_bins)
+    before = integers(0, 9, groups, shape[1], n_bins).long()
+    ours, expected = (
+        run_histogram(backend, gate, up, ids, before, *edges, site=site)
+        for backend in ("triton", "reference")
+    )
+    assert_same_bits(ours, expected)
+
+
+def _site_inputs(
+    dtype: torch.dtype, shape: tuple[int, int], bad: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    gate = (wild if bad else normal)(*shape, dtype=dtype, seed=seed + 1)
+    return gate, normal(*shape, dtype=dtype, seed=seed + 2)
+
+
 def quick(capability: int) -> dict[str, Callable[[], None]]:
     """The calls of `make test` on one GPU; on sm_80 what differs there."""
     found = {name: _stats(name, torch.bfloat16) for name in _STATS}
@@ -356,6 +423,8 @@ def quick(capability: int) -> dict[str, Callable[[], None]]:
         found["tanh, fp32"] = _stats("tanh", torch.float32)
     found["residual"] = lambda: _twice(residual, (144, 512), (48, 512), moments=True)
     found["pair"] = lambda: _twice(pair, (144, 512), (48, 512))
+    found["peaks"] = lambda: _twice(peaks, (144, 512), (45, 269), bad=True)
+    found["histogram"] = lambda: _twice(bins, (144, 512), (45, 269), bad=True)
     found["moments"] = lambda: _twice(moments, (20, 600, 9, 6), (70, 1100, 40, 6))
     found["gain"] = lambda: _twice(gain, *_GAINS)
     if capability == 80:
@@ -387,12 +456,17 @@ def random_call(op: str, seed: int) -> Callable[[], None]:
         "swiglu_stats": _random_swiglu,
         "residual_stats": _random_residual,
         "pair_stats": _random_pair,
+        "peaks": _random_peaks,
+        "histogram": _random_histogram,
         "average_precision": _random_ranking,
         "logprob_gain": _random_gain,
     }[op](one, below, seed)
 
 
-OPS = ("swiglu_stats", "residual_stats", "pair_stats", "average_precision", "logprob_gain")
+OPS = (
+    *("swiglu_stats", "residual_stats", "pair_stats", "peaks", "histogram"),
+    *("average_precision", "logprob_gain"),
+)
 
 
 def _random_swiglu(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
@@ -434,6 +508,31 @@ def _random_pair(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
     }
     dtype, shape = one(*DTYPES), _shape(one, below)
     return lambda: pair(dtype, shape, seed=seed, **given)
+
+
+def _random_peaks(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    given = {
+        "site": one("act", *SITES),
+        "segments": one(1, 5, 1 + below(20)),
+        "k": one(1, 4, 16),
+        "order": one("sorted", "mixed", "one"),
+        "bad": one(False, True),
+        "activation": one("silu", "silu", *ACTIVATIONS),
+    }
+    dtype, shape = one(*DTYPES), _shape(one, below)
+    return lambda: peaks(dtype, shape, seed=seed, **given)
+
+
+def _random_histogram(one: Draw, below: Draw, seed: int) -> Callable[[], None]:
+    given = {
+        "site": one("act", *SITES),
+        "groups": one(1, 3, 1 + below(20)),
+        "n_bins": one(8, 16, 64),
+        "order": one("sorted", "mixed", "one"),
+        "bad": one(False, True),
+    }
+    dtype, shape = one(*DTYPES), _shape(one, below)
+    return lambda: bins(dtype, shape, seed=seed, **given)
 
 
 def _random_ranking(one: Draw, below: Draw, seed: int) -> Callable[[], None]:

@@ -177,9 +177,10 @@ def _launchers(capability: int) -> list[tuple[Any, str, Any]]:
     """What makes relneuron's launchers take the tiles of a GPU."""
     from relneuron.ops.average_precision import triton_launch as ranking
     from relneuron.ops.logprob_gain import triton_launch as gains
+    from relneuron.ops.peaks import triton_launch as peaks
     from relneuron.ops.swiglu_stats import triton_launch as swiglu
 
-    modules = (ranking, gains, swiglu)
+    modules = (ranking, gains, peaks, swiglu)
     if any(module.IS_INTERPRETED for module in modules):
         raise RuntimeError("the kernels are interpreted: start the process with TRITON_INTERPRET=0")
     key = divmod(capability, 10)
@@ -194,6 +195,7 @@ def _launchers(capability: int) -> list[tuple[Any, str, Any]]:
         (swiglu, "plan", real_plan),
         (ranking, "INTERPRETER_LAUNCH", ranking.NVIDIA_LAUNCH),
         (gains, "INTERPRETER_LAUNCH", gains.LAUNCH_TABLE[key]),
+        (peaks, "INTERPRETER_LAUNCH", peaks.NVIDIA_LAUNCH),
     ]
 
 

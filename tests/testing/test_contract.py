@@ -28,6 +28,14 @@ from tests.testing.mutants_others import (
     logprob_gain_with,
 )
 from tests.testing.mutants_pair import PAIR, pair_stats_with
+from tests.testing.mutants_peaks import (
+    HISTOGRAM,
+    MERGE,
+    PEAKS,
+    histogram_with,
+    merge_peaks_with,
+    peaks_with,
+)
 
 pytestmark = quiet
 
@@ -73,6 +81,9 @@ MUTANTS = {
     "average_precision": (average_precision_with, RANKING),
     "logprob_gain": (logprob_gain_with, GAIN),
     "pair_stats": (pair_stats_with, PAIR),
+    "peaks": (peaks_with, PEAKS),
+    "merge_peaks": (merge_peaks_with, MERGE),
+    "histogram": (histogram_with, HISTOGRAM),
 }
 OTHER_FAULTS = [(op, fault) for op, (_, faults) in MUTANTS.items() for fault in faults]
 

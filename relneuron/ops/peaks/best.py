@@ -13,7 +13,7 @@ MOST_KEPT = 128
 _SIGN_64, _SIGN_32 = -(2**63), -(2**31)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BestPeaks:
     """The K largest peaks of F neurons for each of G groups, the best one first.
 
@@ -51,6 +51,11 @@ class BestPeaks:
         """A copy on `device` (always a copy, so the two never share memory)."""
         parts = (self.value, self.number, self.position)
         return BestPeaks(*(part.to(device, copy=True) for part in parts))
+
+    def __repr__(self) -> str:
+        groups, width, k = self.value.shape
+        device = self.value.device
+        return f"BestPeaks(groups={groups}, width={width}, k={k}, device='{device}')"
 
     def __add__(self, other: BestPeaks) -> BestPeaks:
         if not isinstance(other, BestPeaks):

@@ -24,6 +24,7 @@ from relneuron.ops.peaks.checks import (
     check_range,
     check_site,
 )
+from relneuron.ops.peaks.cpu_launch import histogram_cpu, merge_peaks_cpu, peaks_cpu
 from relneuron.ops.peaks.reference import (
     HistogramCall,
     MergeCall,
@@ -277,7 +278,7 @@ def _peaks_impl(
     call = PeaksCall(gate, up, activation, site, segment_ids, values, positions, first_row)
     with _WRITING:
         if chosen == "cpu":
-            peaks_reference(call)
+            peaks_cpu(call)
         elif chosen == "triton":
             triton_module("peaks").peaks_triton(call)
         else:
@@ -308,7 +309,7 @@ def _merge_impl(
     call = MergeCall(best, values, positions, group_ids, numbers)
     with _WRITING:
         if chosen == "cpu":
-            merge_peaks_reference(call)
+            merge_peaks_cpu(call)
         elif chosen == "triton":
             triton_module("peaks").merge_peaks_triton(call)
         else:
@@ -338,7 +339,7 @@ def _histogram_impl(
     call = HistogramCall(gate, up, activation, site, group_ids, counts, exponent, first)
     with _WRITING:
         if chosen == "cpu":
-            histogram_reference(call)
+            histogram_cpu(call)
         elif chosen == "triton":
             triton_module("peaks").histogram_triton(call)
         else:

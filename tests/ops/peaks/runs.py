@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-import torch
 from torch import Tensor
 
 from relneuron.ops import BestPeaks, histogram, merge_peaks, peaks
-from relneuron.testing.oracle import integers, normal
-from tests.ops.peaks.brute import no_peaks
-from tests.ops.swiglu_stats.runs import device_of, move
+from relneuron.testing.oracle_peaks import no_peaks
+from tests.ops.swiglu_stats.runs import FUSED, device_of, move
 
 op: Any = importlib.import_module("relneuron.ops.peaks.op")
-BACKENDS = ["reference"]
-
-SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1e-39, 3e38, -3e38, torch.inf, -torch.inf, torch.nan)
+BACKENDS = ["reference", *FUSED]
 
 
-def wild(n_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Random values; some are special, some columns have few values, one NaN alone, one -inf."""
-    values = normal(n_rows, width, dtype=dtype, seed=seed)
-    values[:, ::5] = integers(-1, 2, n_rows, width, seed=seed)[:, ::5].to(dtype)
-    flat = values.view(-1)
-    places = integers(0, max(flat.numel(), 1), flat.numel() // 9, seed=seed + 1).long()
-    flat[places] = torch.tensor(SPECIAL).to(dtype)[places % len(SPECIAL)]
-    values[:, 3:4], values[:, 4:5] = torch.nan, -torch.inf
-    return values
+@contextlib.contextmanager
+def forced(backend: str, n_threads: int) -> Iterator[str]:
+    """The name for the op; "cpu-avx2" forces an instruction set."""
+    name, _, isa = backend.partition("-")
+    own = {"n_threads": n_threads}
+    with contextlib.ExitStack() as stack:
+        for launcher, options in (
+            ("peaks_cpu", own | {"isa": isa}),
+            ("histogram_cpu", own | {"isa": isa}),
+            ("merge_peaks_cpu", own),
+        ):
+            function = functools.partial(getattr(op, launcher), **options)
+            stack.enter_context(mock.patch.object(op, launcher, function))
+        yield name
 
 
 def run_peaks(
@@ -37,6 +42,7 @@ def run_peaks(
     ids: Tensor | None,
     n_segments: int,
     before: tuple[Tensor, Tensor] | None = None,
+    n_threads: int = 1,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """values and positions after one call, on the CPU."""
@@ -44,15 +50,16 @@ def run_peaks(
     values, positions = (
         part.to(device, copy=True) for part in before or no_peaks(n_segments, gate.shape[1])
     )
-    peaks(
-        move(gate, device),  # type: ignore[arg-type]
-        move(up, device),
-        values=values,
-        positions=positions,
-        segment_ids=move(ids, device),
-        backend=backend,
-        **options,
-    )
+    with forced(backend, n_threads) as name:
+        peaks(
+            move(gate, device),  # type: ignore[arg-type]
+            move(up, device),
+            values=values,
+            positions=positions,
+            segment_ids=move(ids, device),
+            backend=name,
+            **options,
+        )
     return values.cpu(), positions.cpu()
 
 
@@ -63,20 +70,22 @@ def run_merge(
     positions: Tensor,
     numbers: Tensor,
     ids: Tensor | None,
+    n_threads: int = 1,
     **options: Any,
 ) -> BestPeaks:
     """`best` after one call, on the CPU; what is given stays as it is."""
     device = device_of(backend)
     own = best.to(device)
-    merge_peaks(
-        values.to(device),
-        positions.to(device),
-        best=own,
-        numbers=numbers.to(device),
-        group_ids=move(ids, device),
-        backend=backend,
-        **options,
-    )
+    with forced(backend, n_threads) as name:
+        merge_peaks(
+            values.to(device),
+            positions.to(device),
+            best=own,
+            numbers=numbers.to(device),
+            group_ids=move(ids, device),
+            backend=name,
+            **options,
+        )
     return own.to("cpu")
 
 
@@ -88,19 +97,21 @@ def run_histogram(
     counts: Tensor,
     exponent: Tensor,
     first: Tensor,
+    n_threads: int = 1,
     **options: Any,
 ) -> Tensor:
     """The counts after one call, on the CPU; what is given stays as it is."""
     device = device_of(backend)
     own = counts.to(device, copy=True)
-    histogram(
-        move(gate, device),  # type: ignore[arg-type]
-        move(up, device),
-        counts=own,
-        exponent=exponent.to(device),
-        first=first.to(device),
-        group_ids=move(ids, device),
-        backend=backend,
-        **options,
-    )
+    with forced(backend, n_threads) as name:
+        histogram(
+            move(gate, device),  # type: ignore[arg-type]
+            move(up, device),
+            counts=own,
+            exponent=exponent.to(device),
+            first=first.to(device),
+            group_ids=move(ids, device),
+            backend=name,
+            **options,
+        )
     return own.cpu()

@@ -6,17 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from relneuron.ops import BestPeaks, merge_peaks
 from relneuron.testing import assert_same_bits
-from relneuron.testing.oracle import integers, normal
+from relneuron.testing.oracle_peaks import brute_best, some_peaks
 from tests.kit.interpreter import quiet
-from tests.ops.peaks.brute import brute_best
 from tests.ops.peaks.runs import BACKENDS, run_merge
 
 pytestmark = quiet
-Call = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def assert_same(out: BestPeaks, expected: BestPeaks) -> None:
@@ -24,23 +21,11 @@ def assert_same(out: BestPeaks, expected: BestPeaks) -> None:
         assert_same_bits(getattr(out, name), tensor, f"{name} (group, neuron, place)")
 
 
-def draw(n_segments: int, width: int, seed: int, groups: int = 3) -> Call:
-    """Peaks of which many are equal, some infinite and some none; numbers in any order."""
-    values = integers(-2, 3, n_segments, width, seed=seed).float() / 2
-    values[:, ::3] = normal(n_segments, width, dtype=torch.float32, seed=seed)[:, ::3]
-    values[:, 1::7], values[:, 2::7] = torch.inf, -torch.inf
-    positions = integers(-1, 4, n_segments, width, seed=seed + 1)
-    values[positions < 0] = -torch.inf
-    numbers = integers(0, 40, n_segments, seed=seed + 2).long()
-    numbers[::4] += 2**40
-    return values, positions, numbers, integers(-1, groups, n_segments, seed=seed + 3)
-
-
 @pytest.mark.parametrize("k", [1, 5, 16, 128])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_best_are_those_of_a_sort(backend: str, k: int) -> None:
     """Of few segments and of many, after one another."""
-    calls = [draw(n, 37, seed) for seed, n in enumerate((1, 40, 0, 7))]
+    calls = [some_peaks(n, 37, seed) for seed, n in enumerate((1, 40, 0, 7))]
     best = BestPeaks.none(3, 37, k)
     for i, call in enumerate(calls):
         best = run_merge(backend, best, *call)
@@ -49,7 +34,7 @@ def test_the_best_are_those_of_a_sort(backend: str, k: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_order_and_split_of_the_segments(backend: str) -> None:
-    call = draw(50, 20, 1)
+    call = some_peaks(50, 20, 1)
     empty = BestPeaks.none(3, 20, 6)
     whole = run_merge(backend, empty, *call)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
@@ -63,7 +48,7 @@ def test_any_order_and_split_of_the_segments(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_group_needs_no_ids(backend: str) -> None:
-    values, positions, numbers, _ = draw(9, 17, 2)
+    values, positions, numbers, _ = some_peaks(9, 17, 2)
     zeros = torch.zeros(9, dtype=torch.int32)
     empty = BestPeaks.none(1, 17, 4)
     expected = run_merge(backend, empty, values, positions, numbers, zeros)
@@ -89,7 +74,7 @@ def test_what_is_no_peak_is_not_kept(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(4, 0), (0, 5)])
 def test_nothing_is_nothing(backend: str, shape: tuple[int, int]) -> None:
     empty = BestPeaks.none(3, shape[1], 2)
-    assert_same(run_merge(backend, empty, *draw(*shape, 1)), empty)
+    assert_same(run_merge(backend, empty, *some_peaks(*shape, 1)), empty)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

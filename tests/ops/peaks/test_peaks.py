@@ -11,9 +11,9 @@ from relneuron.ops import ACTIVATIONS, SITES, peaks
 from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing import assert_same_bits
 from relneuron.testing.oracle import all_patterns, integers
+from relneuron.testing.oracle_peaks import brute_peaks, no_peaks, wild
 from tests.kit.interpreter import quiet
-from tests.ops.peaks.brute import brute_peaks, no_peaks
-from tests.ops.peaks.runs import BACKENDS, run_peaks, wild
+from tests.ops.peaks.runs import BACKENDS, run_peaks
 from tests.ops.swiglu_stats.cases import DTYPES, strided
 
 pytestmark = quiet

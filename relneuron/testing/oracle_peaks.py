@@ -1,4 +1,7 @@
-"""What `peaks`, `merge_peaks` and `histogram` must give, value after value, in Python and numpy."""
+"""What peaks, merge_peaks and histogram must give, a value after another, and data for them.
+
+The checks of `check_backend` and the tests of our backends compare with it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import torch
 from torch import Tensor
 
 from relneuron.ops import BestPeaks
+from relneuron.testing.oracle import integers, normal
 
 Peaks = tuple[Tensor, Tensor]
+# values, positions, numbers and group_ids of segments.
+Segments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def no_peaks(n_segments: int, width: int) -> Peaks:
@@ -37,9 +43,7 @@ def brute_peaks(value: Tensor, ids: Tensor, before: Peaks, first_row: int = 0) -
     )
 
 
-def brute_best(
-    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]], groups: int, width: int, k: int
-) -> BestPeaks:
+def brute_best(calls: list[Segments], groups: int, width: int, k: int) -> BestPeaks:
     """The best peaks of calls of (values, positions, numbers, group_ids)."""
     best = BestPeaks.none(groups, width, k)
     for group in range(groups):
@@ -71,3 +75,31 @@ def brute_histogram(
             place = np.searchsorted(edges, own[~np.isnan(own)], side="right")
             counts[group, f] = torch.from_numpy(np.bincount(place, minlength=bins))
     return counts
+
+
+# --- data ------------------------------------------------------------------------------------
+
+SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1e-39, 3e38, -3e38, torch.inf, -torch.inf, torch.nan)
+
+
+def wild(n_rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Random values, some of them special; columns of few values, of NaN alone and of -inf."""
+    values = normal(n_rows, width, dtype=dtype, seed=seed)
+    values[:, ::5] = integers(-1, 2, n_rows, width, seed=seed)[:, ::5].to(dtype)
+    flat = values.view(-1)
+    places = integers(0, max(flat.numel(), 1), flat.numel() // 9, seed=seed + 1).long()
+    flat[places] = torch.tensor(SPECIAL).to(dtype)[places % len(SPECIAL)]
+    values[:, 3:4], values[:, 4:5] = torch.nan, -torch.inf
+    return values
+
+
+def some_peaks(n_segments: int, width: int, seed: int, groups: int = 3) -> Segments:
+    """Peaks of which many are equal, some infinite and some none; numbers in any order."""
+    values = integers(-2, 3, n_segments, width, seed=seed).float() / 2
+    values[:, ::3] = normal(n_segments, width, dtype=torch.float32, seed=seed)[:, ::3]
+    values[:, 1::7], values[:, 2::7] = torch.inf, -torch.inf
+    positions = integers(-1, 4, n_segments, width, seed=seed + 1)
+    values[positions < 0] = -torch.inf
+    numbers = integers(0, 40, n_segments, seed=seed + 2).long()
+    numbers[::4] += 2**40
+    return values, positions, numbers, integers(-1, groups, n_segments, seed=seed + 3)
