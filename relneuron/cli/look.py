@@ -33,7 +33,7 @@ def look(
     cards of all neurons of the model are made as a browser asks for them, until Ctrl-C.
 
     Examples:
-      relneuron look study -o look.html
+      relneuron look study -o study/look.html
       relneuron look study -o look.html --neurons 12.gate.345,3.up.7
       relneuron look study -o look.html --neurons other.json --cards 50
       relneuron look study --serve
