@@ -26,9 +26,12 @@ from relneuron.artifact.journal import n_started
 distributed: Any = torch.distributed  # a torch may be built without some of it
 
 MEET = timedelta(minutes=10)  # processes are started together; on a cluster not at once
-# Seconds that a process which only saw another one end leaves it to say why.
+# Seconds that a process which only saw another one end leaves it to say why, and itself to save
+# what it has done; and that the one which keeps the store waits for the others to see it end.
 PATIENCE_S = 2.0
+LINGER_S = 5.0
 _LOOK_EVERY_S = 0.2
+_N_ENDED, _HOW = "ended", "how the first one ended"  # keys of the store
 
 # Where the processes meet, once they have: a store of keys and values; and the same on a line of
 # its own, as one on which a value is waited for takes no other call.
@@ -88,6 +91,8 @@ def _watch(store: Any, end: Callable[[BaseException], object]) -> None:
                         _end_with(end)
                     elif handle is not None:
                         watched[handle] = rank
+            if store.add(_N_ENDED, 0):
+                _end_with(end)
             for handle in select.select([*watched], [], [], _LOOK_EVERY_S)[0]:
                 if not store.check([f"left {watched.pop(handle)}"]):
                     _end_with(end)
@@ -103,7 +108,10 @@ def _open(pid: int) -> int | None:
 
 
 def _end_with(end: Callable[[BaseException], object]) -> None:
-    """End this process, whatever it is waiting for."""
+    """End this process, whatever it is waiting for, unless it is about to end by itself."""
+    time.sleep(PATIENCE_S)
+    if _ENDING.locked():
+        return
     code = 1
     try:
         end(OthersEnd())
@@ -125,14 +133,14 @@ def ended(*, saw: bool = False) -> int | None:
         return None
     # One that is gone may be the one that keeps the store: nobody is there to ask.
     with suppress(RuntimeError):
-        store = distributed.PrefixStore("ended", _MET[1])
+        store = _MET[1]
         until = time.monotonic() + (PATIENCE_S if saw else 0)
-        while time.monotonic() < until and not store.add("n", 0):
+        while time.monotonic() < until and not store.add(_N_ENDED, 0):
             time.sleep(0.05)
-        if store.add("n", 1) > 1:
+        if store.add(_N_ENDED, 1) > 1:
             # torchrun ends all where one has ended: not before the first one has said why.
-            store.wait(["code"], timedelta(seconds=PATIENCE_S))
-            return int(store.get("code"))
+            store.wait([_HOW], timedelta(seconds=LINGER_S))
+            return int(store.get(_HOW))
     return None
 
 
@@ -141,9 +149,9 @@ def said(code: int) -> None:
     if not _MET:
         return
     with suppress(RuntimeError):
-        store = distributed.PrefixStore("ended", _MET[1])
-        store.set("code", str(code))
+        store = _MET[1]
+        store.set(_HOW, str(code))
         keeps = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and os.environ["RANK"] == "0"
-        until = time.monotonic() + PATIENCE_S
-        while keeps and time.monotonic() < until and store.add("n", 0) < n_started():
+        until = time.monotonic() + LINGER_S
+        while keeps and time.monotonic() < until and store.add(_N_ENDED, 0) < n_started():
             time.sleep(0.05)

@@ -113,8 +113,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def address(found: socket.socket, token: str) -> str:
-    """The URL of a server at a socket."""
+    """The URL of a server at a socket; at every address of this machine by its name."""
     host, port = found.getsockname()[:2]
+    if ip_address(host).is_unspecified:
+        host = socket.gethostname()
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/{token}/"
 
 

@@ -171,7 +171,7 @@ def at_work(
             return store
 
         Journal.SAVE_EVERY_S, Journal.add = 0.0, slow  # type: ignore[method-assign]
-        relneuron.model.meeting.PATIENCE_S = 0.2
+        relneuron.model.meeting.PATIENCE_S = 0.3
         relneuron.model.meeting.meet = noted
 
     return act
@@ -196,6 +196,7 @@ def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] =
 
     Others, in another number, go on, and whoever comes to the end leaves the bytes of one process.
     """
+    relneuron.model.meeting.LINGER_S = 0.5  # who says what is not looked at
     rng = random.Random(stage)
     expected = files_of(whole(study, stage, base, ()))
     place = study.folder / f"{stage} killed"

@@ -304,6 +304,10 @@ def test_another_host_is_refused(url: str) -> None:
         assert ask(url, host=host)[0] == 200, host
     assert hosts_of("192.0.2.7") == ["192.0.2.7"]
     assert "*" not in hosts_of("0.0.0.0") and "localhost" in hosts_of("0.0.0.0")
+    with listening("0.0.0.0", 0) as found:
+        assert urlsplit(address(found, TOKEN)).hostname in [h.lower() for h in hosts_of("0.0.0.0")]
+    with listening("::1", 0) as found:
+        assert address(found, TOKEN).startswith("http://[::1]:")
 
 
 def test_every_answer_is_guarded(url: str) -> None:
