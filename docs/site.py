@@ -1,4 +1,4 @@
-"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, the list of commands."""
+"""What mkdocs.yml asks of Python: the order of pages, links out of docs/, lists."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SECTIONS = {
         "methods/index",
         "methods/ap",
         "methods/*",
+        "gradients",
         "facts",
         "contrast",
         "patching",
@@ -27,25 +28,22 @@ SECTIONS = {
 }
 # Of a page in a folder of docs, `../` is docs itself.
 _LINK = re.compile(r"\]\(((?:\.\./)+)")
-_COMMANDS = "<!-- commands -->"
 
 
 def order(pages: list[str]) -> dict[str, list[str]]:
     """The pages of each section, by their paths without suffix; each page is in one section."""
-    found: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    named = {name for names in SECTIONS.values() for name in names}
     left = sorted(pages)
-    for is_pattern in (False, True):
+    taken: dict[tuple[str, str], list[str]] = {}
+    for are_patterns in (False, True):  # a page that is named is no pattern's
         for section, names in SECTIONS.items():
             for name in names:
-                for page in [page for page in left if _takes(name, page)]:
-                    if is_pattern or page in named:
-                        found[section].append(page)
-                        left.remove(page)
-    # A pattern's pages stand where it stands.
-    for section, names in SECTIONS.items():
-        found[section].sort(key=lambda page: [_takes(name, page) for name in names].index(True))
-    return found
+                if ("*" in name) == are_patterns:
+                    taken[section, name] = [page for page in left if _takes(name, page)]
+                    left = [page for page in left if not _takes(name, page)]
+    return {
+        section: [page for name in names for page in taken[section, name]]
+        for section, names in SECTIONS.items()
+    }
 
 
 def _takes(name: str, page: str) -> bool:
@@ -72,8 +70,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> s
         return place if ups == depth + 1 else link[0]
 
     markdown = _LINK.sub(outward, markdown)
-    if _COMMANDS in markdown:
-        markdown = markdown.replace(_COMMANDS, "\n".join(commands()))
+    for mark, made in {"commands": commands, "stages": stages}.items():
+        if f"<!-- {mark} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {mark} -->", "\n".join(made()))
     return markdown
 
 
@@ -86,3 +85,14 @@ def commands() -> Iterator[str]:
     for stage in stages():
         shown = CliRunner().invoke(app, [stage.name, "--help"], prog_name="relneuron")
         yield f"## {stage.name}\n\n```text\n{shown.output.strip()}\n```\n"
+
+
+def stages() -> Iterator[str]:
+    """Every function of `relneuron.stages`, for mkdocstrings to show its docstring."""
+    from relneuron import stages
+
+    for name in stages.__all__:
+        if name[0].islower():
+            home = getattr(stages, name)
+            yield f"::: {home.__module__}.{home.__qualname__}"
+            yield f"    options:\n      heading: stages.{name}\n      toc_label: {name}\n"

@@ -61,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Files whose tests take more than eight seconds on one core; `make check` leaves them out.
 SLOW = {
-    "ablation": "evaluate expertise facts modes pictures sampled",
+    "ablation": "evaluate expertise facts harness modes pictures sampled",
     "analyses": "beside_study page",
     "artifact": "files integrity integrity_crash",
     "bench": "offline zoo",
@@ -74,7 +74,7 @@ SLOW = {
     "ops/swiglu_stats": "bits cases triton",
     "ops": "average_precision average_precision_triton fallbacks launches",
     "report": "page pages",
-    "study": "memory",
+    "study": "memory serve",
     "testing": "contract",
     "texts": "polish tokens_study",
 }

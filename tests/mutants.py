@@ -402,6 +402,26 @@ MUTANTS = {
         "torch.cat([rows, rows])",
         "ablation/test_patching.py::test_an_adapter_whose_rows_share_a_forward",
     ),
+    "ablation.harness.changes: the clean model is steered, too": Mutant(
+        "self._steering() if run.set else nullcontext()",
+        "self._steering()",
+        "ablation/test_harness.py::test_steered_models_and_means_of_products_are_those_of_hooks",
+    ),
+    "ablation.harness.stage: what was finished before a kill is asked again": Mutant(
+        "if _key(run, task) not in journal.done:",
+        "if True:",
+        "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
+    ),
+    "study.serve: whoever asks is answered": Mutant(
+        "if not secrets.compare_digest(",
+        "if False and secrets.compare_digest(",
+        "study/test_serve.py::test_who_does_not_know_the_token_sees_nothing",
+    ),
+    "study.serve: a page of another name may ask": Mutant(
+        "allowed_hosts=[*hosts]",
+        "allowed_hosts=[*hosts, '*']",
+        "study/test_serve.py::test_another_host_is_refused",
+    ),
     "ablation.steer: a group's mean is over the tokens of all groups": Mutant(
         "np.maximum(counts.tokens_at()[row], 1)",
         "np.maximum(counts.tokens_at().sum(0), 1)",
@@ -441,6 +461,31 @@ MUTANTS = {
         "is_certain = not donor_low <= 0 <= donor_high",
         "is_certain = bool(whole)",
         "ablation/test_effect.py::test_what_may_be_divided_by_nothing_has_no_interval",
+    ),
+    "ablation.next_token: a row has the neuron of the row before it off": Mutant(
+        "[place[one.off] for one in batch]",
+        "[place[one.off] for one in (batch[0], *batch[:-1])]",
+        "ablation/test_next_token.py::test_each_row_has_its_own_neuron_off",
+    ),
+    "model.token_values: texts of a batch are told apart one token late": Mutant(
+        "values[place] = column[end - values.shape[1] : end]",
+        "values[place] = np.roll(column, 1)[end - values.shape[1] : end]",
+        "model/test_token_values.py::test_values_are_those_of_hooks",
+    ),
+    "model.written: a neuron is near itself": Mutant(
+        "found[row, index - start] = -2.0",
+        "pass",
+        "model/test_written.py::test_a_dense_model",
+    ),
+    "study.strongest: the weakest texts are shown": Mutant(
+        'order = np.argsort(-values, kind="stable")[:n].tolist()',
+        'order = np.argsort(values, kind="stable")[:n].tolist()',
+        "study/test_look.py::test_examples_are_the_largest_responses",
+    ),
+    "study.look: the sets' second neurons come before the first ones": Mutant(
+        "key=lambda row: row[1])",
+        "key=lambda row: -row[1])",
+        "study/test_look.py::test_the_best_of_each_set_come_first",
     ),
     "ablation.costs: a cost is that of the other seed": Mutant(
         "if any(line.seed is not None for line in lines)",
@@ -555,6 +600,21 @@ MUTANTS = {
         "",
         "artifact/test_files.py::test_a_file_of_the_same_size_is_another",
     ),
+    "artifact.journal: a block that another process has taken is done, too": Mutant(
+        "return self._taken == number",
+        "return self._taken >= number",
+        "artifact/test_journal.py::test_each_block_is_done_once_and_known_to_all[2]",
+    ),
+    "artifact.journal: what the others of a killed run have done is forgotten": Mutant(
+        "self.done = read_blocks(part, self._head)[0] | self.done",
+        "read_blocks(part, self._head)",
+        "artifact/test_journal.py::test_another_number_goes_on[3-2]",
+    ),
+    "artifact.parts: the first part says how many tokens memory had room for": Mutant(
+        "min(budgets)",
+        "budgets[0]",
+        "artifact/test_parts.py::test_the_smallest_budget_stays",
+    ),
     "artifact.journal: the digest of a line is not compared": Mutant(
         '_chained(last, text) != digest.decode(errors="replace")',
         "not digest",
@@ -602,6 +662,16 @@ MUTANTS = {
         "min(n or 0, len(others))",
         "0",
         "ablation/test_facts.py::test_a_set_of_a_fact_is_asked_its_prompts_and_some_others",
+    ),
+    "report.save: figures go over the files of a study": Mutant(
+        'if is_of_study or (folder / "manifest.json").exists():',
+        "if is_of_study:",
+        "report/test_save.py::test_files_of_a_study_are_never_overwritten[study]",
+    ),
+    "report.paper: numbers stay in cells that are too small for them": Mutant(
+        "if shrink * least >= SMALLEST or shrink == 1:",
+        "if True:",
+        "report/test_paper.py::test_numbers_that_do_not_fit_their_cells_become_dots_and_lines",
     ),
     "report.page: a hint of a kind of study is as good as a mark": Mutant(
         "([kind.marks for kind in ordered], [kind.hints for kind in ordered])",

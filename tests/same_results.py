@@ -169,12 +169,12 @@ def make(folder: Path, package: Path) -> None:
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes; of a report without what the manifest says, and as a browser shows it.
+    """A file's bytes; of a page without what the manifest says, and as a browser shows it.
 
     Empty lines of the page, and whether an apostrophe is written as an entity, show nowhere.
     """
     data = path.read_bytes()
-    if path.name == "report.html":
+    if path.name in ("report.html", "look.html"):
         data = re.sub(rb"(<h3>Commands</h3>.*?<pre>).*?</pre>", rb"\1</pre>", data, flags=re.DOTALL)
         whole = rb"(<summary>The whole manifest[^<]*</summary>).*?</details>\s*</section>"
         data = re.sub(whole, rb"\1", data, flags=re.DOTALL)

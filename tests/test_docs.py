@@ -20,7 +20,6 @@ from relneuron.cli.main import app
 from tests.conftest import ROOT, shared_folder
 from tests.kit.corpus_commands import Result
 from tests.kit.fences import (
-    DOCS,
     LANGUAGES,
     PAGES,
     Shell,
@@ -79,6 +78,52 @@ def test_every_command_of_a_page_is_one(
             assert not re.search(r"^(\$ )?relneuron [a-z]+ ", fence.text, re.M), fence
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "relneuron count MODEL en=en.txt",
+        "relneuron record MODEL prompts.jsonl -o DIR --sites act",
+        "relneuron identify DIR -o n.json --method lape --fdr 0.05",
+        "relneuron ablate MODEL n.json p.jsonl -o e.csv --mode sometimes",
+        "relneuron frobnicate MODEL",
+        "torchrun --nproc-per-node 2 -m relneuron count MODEL",
+        "make everything",
+        "pip install 'relneuron[everything]'",
+        "PYTHONPATH=. python -m bench.truth --strength 3",
+        "curl example.org",
+    ],
+)
+def test_a_command_that_is_none_is_found(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [words] = command_lines(line)
+    with pytest.raises(Exception, match=r"\w"):
+        check_line(words, monkeypatch)
+
+
+def test_what_a_console_block_shows_is_compared(
+    relneuron: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(relneuron, lambda name, make: tmp_path)
+    fix = "fix:   make it with: relneuron run MODEL --facts DIR -o DIR\n"
+    shown = f"$ relneuron report no \\\n    -o r.html\nerror: ... does not exist\n{fix}"
+    shell.console(shown)
+    for wrong in (shown.replace("exist", "matter"), f"{shown}and more", "$ relneuron --version\n"):
+        with pytest.raises(AssertionError):
+            shell.console(wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["```bash\nx", "- a\n  ```bash\n  x\n  ```", "    relneuron run MODEL", "~~~\nx\n~~~"]
+)
+def test_no_block_is_left_out(text: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(AssertionError):
+        fences(tmp_path / "page.md")
+
+
 @each_page
 def test_commands_in_sentences_have_their_options(path: Path) -> None:
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -123,19 +168,21 @@ def test_what_a_page_shows_runs(
 def test_links_between_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
-    assert path.parent == ROOT or DOCS in path.parents
 
 
 def said() -> list[tuple[str, re.Pattern[str]]]:
     """Every text of the package: what of it is fixed, and a pattern of what it may become."""
     found = []
     for path in (ROOT / "relneuron").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if node in docstrings or not isinstance(node, ast.JoinedStr | ast.Constant):
+                continue
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [str(p.value) if isinstance(p, ast.Constant) else None for p in parts]
             fixed = "".join(text or "" for text in texts)
-            if len(fixed) > 8 and (isinstance(node, ast.JoinedStr | ast.Constant)):
+            if len(fixed) > 8:
                 pattern = "".join(".+" if text is None else re.escape(text) for text in texts)
                 found.append((fixed, re.compile(pattern)))
     return found

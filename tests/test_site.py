@@ -18,6 +18,8 @@ from relneuron import ops
 from relneuron.artifact.stage import load
 from relneuron.cli.main import stages
 from relneuron.methods import attributions, rankings
+from relneuron.study import stages as study_stages
+from relneuron.testing.contract import OPS
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -60,13 +62,13 @@ def test_every_method_has_a_page_with_its_formula_and_its_paper() -> None:
 def test_every_op_has_a_page() -> None:
     """Its docstring, a formula, an example that runs (tests/test_docs.py), and its contract."""
     functions = [name for name in ops.__all__ if name[0].islower() and name != "available_backends"]
+    pages = {name.rpartition(".")[2]: page for name, page in SHOWN.items()}
     for name in functions:
-        own = [page for page in PAGES if page.startswith("ops/") and name.startswith(page[4:])]
-        page = max(own, key=len)
-        assert re.search(rf"^::: relneuron\.ops\.[\w.]+\.{name}$", TEXTS[page], re.M), name
+        page = pages[name]
         assert "```text" in TEXTS[page] and "```python" in TEXTS[page], name
-        assert "check_backend" in TEXTS[page], name
-        assert f"({page[4:]}.md)" in TEXTS["ops/index"], name
+        assert f"ops.{name}(" in TEXTS[page] or name in ("logprob_gain_top", "logprob_gain_vectors")
+        assert f"({page.removeprefix('ops/')}.md)" in TEXTS["ops/index"], name
+        assert name not in OPS or f'check_backend(mine, "{name}")' in TEXTS[page], name
 
 
 def test_every_page_has_its_place(site: ModuleType) -> None:
@@ -77,8 +79,9 @@ def test_every_page_has_its_place(site: ModuleType) -> None:
         [*PAGES, "new", "howto/new", "methods/new", "ops/new", "api/new"]
     )
     assert next(iter(found.items())) == ("Start", ["index", "installing", "python", "symptoms"])
-    assert "new" in found["How to"] and "howto/new" in found["How to"]
+    assert {"new", "howto/new"} <= {*found["How to"]} and "contrast" not in found["How to"]
     assert found["Methods"][0] == "methods/index" and "methods/new" in found["Methods"]
+    assert "contrast" in found["Methods"] and found["Benchmarks"] == ["truth", "rankings", "zoo"]
     assert found["Ops"][0] == "ops/index" and "ops/new" in found["Ops"]
 
 
@@ -102,6 +105,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         assert f'id="{name}"' in built[page]
     for stage in stages():
         assert f'id="{stage.name}"' in built["api/commands"]
+    for name in filter(str.islower, study_stages.__all__):
+        assert re.search(rf"<h2[^>]*>\s*(<[^>]+>\s*)*stages\.{name}\b", built["api/stages"]), name
     index = json.loads((tmp_path / "search" / "search_index.json").read_text(encoding="utf-8"))
     assert {f"{page}.html" for page in PAGES} - {"index.html"} <= {
         entry["location"] for entry in index["docs"]

@@ -256,8 +256,14 @@ def run_tasks(
 
     Clean results are those of the harness's own hf model. Each set is a run beside the clean one;
     --random-seeds adds random sets of its size.
+
+    Examples:
+      relneuron eval Qwen/Qwen3-0.6B --tasks hellaswag,arc_easy -o evals
+      relneuron eval Qwen/Qwen3-0.6B --neurons counts/neurons.json --off zh \\
+          --tasks hellaswag --limit 200 --random-seeds 3 -o evals
     """
-    from relneuron.ablation.harness.stage import check_neurons, evaluate, score_table
+    from relneuron.ablation.harness.scores import score_table
+    from relneuron.ablation.harness.stage import check_neurons, evaluate
     from relneuron.model.load import load
 
     check_folder(output)

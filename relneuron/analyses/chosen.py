@@ -92,7 +92,8 @@ def overlap(study: Study) -> Section:
         question,
         seen,
         "Number of neurons that two sets have in common; the frames hold the sizes of the sets. "
-        f"Bold: more than two random sets would share (hypergeometric test, q ≤ {kit.SURE}).",
+        "Bold: more than two random sets would share (hypergeometric test, Benjamini–Hochberg over "
+        f"the pairs, q ≤ {kit.SURE}).",
         [figures.overlap_heatmap(table)],
         [("overlap", table)],
     )

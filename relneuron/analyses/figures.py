@@ -188,7 +188,7 @@ def cumulativity_plot(table: Table, summary: Table) -> kit.Drawing:
             kit.mark("a relation", c=kit.RANDOM, ms=4),
         ]
         kit.legend(fig, marks, 2.2)
-        return kit.inline(fig, "cumulativity", "Cumulativity by range of ranks", table)
+        return kit.inline(fig, "cumulativity", "Cumulativity by range of ranks", summary)
 
 
 def sites_plot(table: Table) -> kit.Drawing:

@@ -151,8 +151,8 @@ def drop(study: Study) -> Section:
         seen,
         "Accuracy lost in % of the accuracy before. A row is a relation that was asked, a column "
         "the set that was off; frames mark a relation's own set. Bold: beyond chance (exact "
-        f"sign-flip test over facts, q ≤ {kit.SURE}); small: could be chance. A dash: the model "
-        "answered none before, or the pair was not run.",
+        f"sign-flip test over facts, Benjamini–Hochberg over the matrix, q ≤ {kit.SURE}); small: "
+        "could be chance. A dash: the model answered none before, or the pair was not run.",
         [figures.drop_heatmap(table)],
         [("drop", table)],
     )
@@ -250,7 +250,7 @@ def perplexity(study: Study) -> Section:
         seen,
         "Sentences that name the relation's objects without asking for a fact; perplexity is the "
         "mean over sentences. 100 %: no change. Intervals: bootstrap over sentences; beyond "
-        f"chance: Wilcoxon's signed-rank test, q ≤ {kit.SURE}.",
+        f"chance: Wilcoxon's signed-rank test, q ≤ {kit.SURE} (Benjamini–Hochberg).",
         [draw.perplexity_plot(table)],
         [("perplexity", table)],
     )
@@ -281,7 +281,7 @@ def sizes(study: Study) -> Section:
         "How does the effect grow with the number of neurons, and when do other relations suffer?",
         seen,
         "Accuracy with the best neurons of the relation's ranking off, by their number (log "
-        "scale); 0 is the model as it is.",
+        "scale); 0 is the model as it is. Intervals: 95 %, bootstrap over facts.",
         [draw.sizes_plot(table)],
         [("sizes", table)],
     )
@@ -361,7 +361,7 @@ def gain(study: Study) -> Section:
         "residual stream, raises the log-probability of the answer's first token; mean over the "
         "relation's det prompts that are answered right. A set by gain holds products of the "
         "MLPs, as many as the relation's own set has neurons: a zeroed gate or up output zeroes "
-        "one product too, a zeroed down output none.",
+        "one product too, a zeroed down output none. Intervals: 95 %, bootstrap over facts.",
         [draw.gain_plot(table)],
         [("gain", table), ("gain_overlap", shared)],
     )

@@ -32,20 +32,19 @@ EXTRAS = {
     "sklearn": "probe",
     "peft": "adapters",
     "lm_eval": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "pandas": "frames",
 }
-# What each extra is for; `Stage.needs` are the packages that a command cannot do without.
+# What packages are for that no command needs for all that it does (`Stage.needs`).
 USES = {
-    "cli": "every command",
-    "stats": "q-values of identify, intervals of a report",
-    "hf": "every command that loads a model",
-    "plot": "report, run, demo, bench -o",
-    "data": ".parquet files of count, nll, attribute and ablate; hub data sets, hf:...",
-    "pictures": "count, ablate, generate of pictures",
-    "probe": "probe",
-    "adapters": "contrast with an adapter, and models with one",
-    "eval": "eval",
-    "frames": "data frames of relneuron.load",
+    "pyarrow": ".parquet files in count, nll, attribute and ablate",
+    "datasets": "data sets of the hub, hf:..., in count and nll",
+    "PIL": "pictures in count, ablate and generate",
+    "peft": "adapters in contrast",
+    "starlette": "look --serve",
+    "uvicorn": "look --serve",
+    "pandas": "data frames of relneuron.load: a table is a dict of arrays",
 }
 # Installed by another name than they are imported by.
 PROJECTS = {"PIL": "pillow", "sklearn": "scikit-learn", "lm_eval": "lm-eval"}
@@ -74,7 +73,7 @@ def install_command(*extras: str) -> str:
     no such note, or if its folder is gone, the packages of the extras are named instead.
     """
     wanted = f"[{','.join(extras)}]"
-    found = _distribution()
+    found = _installed()
     pip = "pip install"
     if found and (found.read_text("INSTALLER") or "").strip() == "uv":
         pip = "uv pip install"
@@ -91,7 +90,7 @@ def install_command(*extras: str) -> str:
 
 def how_installed() -> str:
     """How the relneuron that runs came here, from where, by what, and its commit if it is known."""
-    found = _distribution()
+    found = _installed()
     root = Path(__file__).resolve().parents[2]
     by = (found.read_text("INSTALLER") or "").strip() if found else ""
     about: Json = json.loads((found.read_text("direct_url.json") if found else None) or "{}")
@@ -124,9 +123,16 @@ def _path_of(url: str) -> Path:
     return Path(url2pathname(urlsplit(url).path))
 
 
-def _distribution() -> Distribution | None:
+def distribution(name: str) -> Distribution:
+    """What the installer knows of a package."""
+    from importlib.metadata import distribution as known  # likewise
+
+    return known(name)
+
+
+def _installed() -> Distribution | None:
     """What the installer knows of relneuron, if it was installed."""
-    from importlib.metadata import PackageNotFoundError, distribution  # likewise
+    from importlib.metadata import PackageNotFoundError
 
     try:
         return distribution("relneuron")

@@ -96,6 +96,9 @@ def run(
                  with --drop-responses)
       identify   every neuron is ranked, the best of each relation are chosen
                  neurons.json, scores.safetensors, significance.csv, labels.csv
+      look       the texts where the best of them are strongest, what is lost
+                 without each, and what it writes (--cards)
+                 look.html, cards.jsonl, sets.csv
       ablate     the kept prompts again: with nothing off, with each relation's
                  neurons off, with random ones off, and what --analyses adds
                  effects.csv, accuracy.csv, conditions.csv

@@ -43,12 +43,12 @@ def machine_report() -> list[tuple[str, str]]:
     for extra in dict.fromkeys(EXTRAS.values()):
         absent = missing(*(package for package, name in EXTRAS.items() if name == extra))
         verdict = f"without {', '.join(absent)}: {install_command(extra)}" if absent else "there"
-        rows.append((f"extra {extra}", f"{verdict} (for {USES[extra]})"))
+        rows.append((f"extra {extra}", verdict))
     return [*rows, *_command_rows()]
 
 
 def _command_rows() -> Iterator[tuple[str, str]]:
-    """Which commands have the packages that they need, and which ones the others lack."""
+    """Which commands have the packages that they need, which ones the others lack, and for what."""
     lacking: dict[tuple[str, ...], list[str]] = {}
     for stage in stages():
         lacking.setdefault(tuple(missing(*stage.needs)), []).append(stage.name)
@@ -56,6 +56,8 @@ def _command_rows() -> Iterator[tuple[str, str]]:
     yield "commands", f"{', '.join(ready)}: all they need is there" if lacking else "all can run"
     for absent, names in lacking.items():
         yield f"without {', '.join(absent)}", f"no {', '.join(names)}"
+    for package in missing(*USES):
+        yield f"without {package}", f"no {USES[package]}"
 
 
 def model_report(model: Any, run: Run | None = None) -> tuple[list[tuple[str, str]], bool]:

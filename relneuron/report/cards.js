@@ -69,11 +69,9 @@
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", update);
-  // A link to a neuron without a card leads nowhere: it is its name.
+  // What a link leads to may be filtered out.
   for (const link of list.querySelectorAll(".near a")) {
-    const card = document.getElementById(link.getAttribute("href").slice(1));
-    if (!card) link.removeAttribute("href");
-    else link.addEventListener("click", () => { form.reset(); update(); });
+    link.addEventListener("click", () => { form.reset(); update(); });
   }
   form.hidden = false;
   update();

@@ -314,12 +314,15 @@ def cells(
     size: float,
     sure: NDArray[np.bool_] | None = None,
 ) -> None:
-    """A matrix as one small image with lines between the cells, and the numbers on top."""
+    """A matrix of squares with lines between them, a large one as an image; the numbers on top."""
     n_rows, n_columns = values.shape
     rgba = colours.to_rgba(values)
     ax.set_facecolor(SOFT)
-    ax.imshow(rgba, interpolation="none", aspect="auto", extent=(0, n_columns, n_rows, 0))
-    if max(values.shape) <= MOST:
+    if max(values.shape) > MOST:
+        ax.imshow(rgba, interpolation="none", aspect="auto", extent=(0, n_columns, n_rows, 0))
+    else:  # programs that scale an image blur its few pixels
+        ax.pcolormesh(np.arange(n_columns + 1), np.arange(n_rows + 1), rgba)
+        ax.set(xlim=(0, n_columns), ylim=(n_rows, 0))
         ax.hlines(range(n_rows + 1), 0, n_columns, color=PAPER, lw=0.8)
         ax.vlines(range(n_columns + 1), 0, n_rows, color=PAPER, lw=0.8)
     ax.spines[:].set_visible(False)

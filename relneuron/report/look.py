@@ -11,21 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relneuron.artifact.files import Json, atomic_write
+from relneuron.artifact.files import Json
 from relneuron.artifact.installed import need
 from relneuron.report.cards import view
-from relneuron.report.page import Page, Script, Tile, environment, render
+from relneuron.report.page import Page, Script, Tile, environment
 from relneuron.report.tables import n_of, one_decimal, percent
-
-
-def write_page(output: Path, cards: Sequence[Json], manifest: Json) -> None:
-    """One self-contained HTML file of cards, with a script that finds, sorts and filters them."""
-    need("a page of cards", "jinja2")
-    atomic_write(output, render(page_of(cards, manifest)).encode())
 
 
 def page_of(cards: Sequence[Json], manifest: Json) -> Page:
     """The page of cards: what they are of, what switching the neurons off does, and they."""
+    need("a page of cards", "jinja2")
     model = (manifest.get("model") or {}).get("id", "a model")
     sets = dict.fromkeys(one["set"] for card in cards for one in card["sets"])
     n = n_of(len(cards), "neuron")
@@ -60,7 +55,7 @@ def _most(cards: Sequence[Json]) -> tuple[Json, Json] | None:
 def _answer(cards: Sequence[Json]) -> str:
     found = _most(cards)
     if found is None:
-        return "The folder holds no number of single texts: the cards have no examples."
+        return "Of no text of theirs is it known what follows: nothing is said of what is lost."
     card, one = found
     every = [lost for card in cards for lost in _lost(card)]
     return (

@@ -1,6 +1,6 @@
 """Fits a figure to a width: its panels are placed anew, its text stays as large as print asks for.
 
-files.py calls it. A picture that is scaled has text that nobody reads; here only what is drawn
+save.py calls it. A picture that is scaled has text that nobody reads; here only what is drawn
 between the text is made narrower or wider.
 """
 
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -24,7 +25,9 @@ from relneuron.report import kit
 
 NARROW = 5.0  # inches: text is smaller on a sheet of less
 SMALLER = 0.85
-DPI = 600  # text is as wide as in a pdf; with few dots its letters are moved to whole ones
+# Dots an inch of a png, as journals ask for of lines. With so many, text is measured as wide as it
+# is in a pdf; with few its letters are moved to whole dots.
+DPI = 600
 SMALLEST = 6.0  # points of any text; journals ask for 5 to 7
 LOWER = 0.75  # ... and what is drawn lower
 LEAST = 0.55  # inches of a panel that stands beside another one: room for 0, 50 and 100
@@ -64,26 +67,27 @@ def fit(fig: Figure, width: float) -> tuple[Bbox, list[str]]:
     """
     FigureCanvasAgg(fig)
     fig.set_dpi(DPI)
-    if width < NARROW:
-        _shrink_text(fig)
-    panels, scales = _panels(fig, LOWER if width < NARROW else 1.0)
+    is_narrow = width < NARROW
+    _size_text(fig, is_narrow)
+    panels, scales = _panels(fig, LOWER if is_narrow else 1.0)
     n_columns = len({round(panel.box.x0, 3) for panel in panels})
     for ax in fig.axes:
         label = ax.xaxis.label
         if label.get_text() and _inches(fig, label).width > 0.9 * width:
             words = label.get_text()
             label.set_text(textwrap.fill(words, int(0.6 * len(words))))
-    _shorten_names(panels, NAMES * width, width < NARROW)
+    _shorten_names(panels, NAMES * width, is_narrow)
     room = width - 2 * PAD
     for beside in range(n_columns, 0, -1):
         narrowest, sheet = _place(fig, panels, scales, beside, room)
         if narrowest >= LEAST:
             break
     _thin(fig)
-    said = _fit_numbers(fig)
-    middle = (sheet.x0 + sheet.x1) / 2
-    left = sheet.x0 if sheet.width <= room else middle - width / 2
-    left -= max(0.0, width - sheet.width) / 2
+    said = [*_fit_numbers(fig), *_without_font(fig)]
+    if sheet.width > room + 0.01:  # names and numbers alone take more: nothing is cut off
+        width = sheet.width + 2 * PAD
+        said.append(f"The text of the figure needs {width:.2f}in.")
+    left = (sheet.x0 + sheet.x1 - width) / 2
     return Bbox.from_extents(left, sheet.y0 - PAD, left + width, sheet.y1 + PAD), said
 
 
@@ -166,7 +170,9 @@ def _place(
         for (_, column), own in zip(places, text, strict=True):
             sides[column] = np.fmax(sides[column], own[[0, 2]])
         free = room - sides.sum() - GAP * (beside - 1)
-        stretch = float(np.clip(free / widths.sum(), 0.05, WIDEST))
+        before, stretch = stretch, float(np.clip(free / widths.sum(), 0.05, WIDEST))
+        if abs(stretch - before) < 1e-4:
+            break
     least = min(min(ax.get_position().width for ax in panel.axes) for panel in panels)
     lefts = [
         sides[: c + 1, 0].sum() + sides[:c, 1].sum() + stretch * widths[:c].sum() + GAP * c
@@ -243,11 +249,11 @@ def _name_rows(panels: Sequence[Panel], beside: int) -> None:
             ax.set_yticks(first.get_yticks(), names)
             size, colour = like[0].get_fontsize(), like[0].get_color()
             ax.tick_params(axis="y", labelsize=size, labelcolor=colour)
+    labels = [panel.axes[-1].get_xlabel() for panel in panels]
     for place, panel in enumerate(panels):
         is_last, axis = place + beside >= len(panels), panel.axes[-1].xaxis
-        labels = [other.axes[-1].get_xlabel() for other in panels]
-        if is_last and not axis.get_label_text():
-            axis.set_label_text(next(filter(None, labels), ""))
+        if "" in labels:  # only the last ones have some
+            axis.set_label_text(max(labels, key=len) if is_last else "")
 
 
 # Text
@@ -257,22 +263,22 @@ def _axes_of(fig: Figure) -> Iterable[Axis]:
     return [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
 
 
-def _smaller(points: float) -> float:
-    return max(SMALLEST, SMALLER * points)
+def _size_text(fig: Figure, is_narrow: bool) -> None:
+    """Smaller text on a narrow sheet, and nowhere text that is too small."""
 
+    def size(text: Text) -> float:
+        return max(SMALLEST, (SMALLER if is_narrow else 1.0) * _points(text))
 
-def _shrink_text(fig: Figure) -> None:
     # What an axis writes is made anew when it changes: its size is the axis's to know.
     of_axes = [(axis, axis.get_ticklabels()) for axis in _axes_of(fig)]
     written = {id(text) for _, texts in of_axes for text in texts}
     for text in fig.findobj(Text):
         if id(text) not in written:
-            text.set_fontsize(_smaller(_points(text)))
+            text.set_fontsize(size(text))
     for axis, texts in of_axes:
         if texts:
             is_dense = axis.axes.get_label() == kit.SQUARE and len(texts) > DENSE
-            size = SMALLEST if is_dense else _smaller(_points(texts[0]))
-            axis.set_tick_params(labelsize=size)
+            axis.set_tick_params(labelsize=SMALLEST if is_dense and is_narrow else size(texts[0]))
 
 
 def _shorten_names(panels: Sequence[Panel], room: float, is_narrow: bool) -> None:
@@ -297,24 +303,25 @@ def _shorten_names(panels: Sequence[Panel], room: float, is_narrow: bool) -> Non
 def _thin(fig: Figure) -> None:
     """Leave out names and numbers of axes that would touch one another: all but each second, ..."""
     for axis in _axes_of(fig):
-        texts = axis.get_ticklabels()
-        if not any(text.get_text() for text in texts):
+        low, high = sorted(axis.get_view_interval())
+        labels = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        shown = [(place, text) for place, text in labels if low <= place <= high]
+        if not any(text.get_text() for _, text in shown):
             continue
-        boxes = [_inches(fig, text) for text in texts]
         side = "intervalx" if isinstance(axis, XAxis) else "intervaly"
-        ends = [getattr(box, side) for box in boxes]
+        ends = [getattr(_inches(fig, text), side) for _, text in shown]
         apart = APART if isinstance(axis, XAxis) else 0.0
-        if texts[0].get_rotation():  # side by side they are as far apart as they are high
-            ends, apart = [(end[0], end[0] + _points(texts[0]) / 72) for end in ends], 0.0
+        if shown[0][1].get_rotation():  # side by side they are as far apart as they are high
+            ends = [(end[0], end[0] + _points(shown[0][1]) / 72) for end in ends]
+            apart = 0.0
         order = sorted(range(len(ends)), key=lambda i: ends[i][0])
-        for step in range(1, len(texts) + 1):
+        for step in range(1, len(order) + 1):
             kept = order[::step]
             pairs = zip(kept, kept[1:], strict=False)
             if all(ends[b][0] - ends[a][1] >= apart for a, b in pairs):
                 break
         if step > 1:
-            places = axis.get_ticklocs()
-            axis.set_ticks([places[i] for i in kept], [texts[i].get_text() for i in kept])
+            axis.set_ticks([shown[i][0] for i in kept], [shown[i][1].get_text() for i in kept])
 
 
 def _fit_numbers(fig: Figure) -> list[str]:
@@ -350,3 +357,11 @@ def _fit_numbers(fig: Figure) -> list[str]:
             kit.hatch(ax, negative)
             said.append("Lines: below 0.")
     return said
+
+
+def _without_font(fig: Figure) -> list[str]:
+    """Of letters that the font of figures lacks: a viewer of svg has other ones, a pdf has not."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    texts = {char for text in fig.findobj(Text) for char in text.get_text()}
+    lost = "".join(sorted(char for char in texts if ord(char) not in known and char.isprintable()))
+    return [f"DejaVu Sans lacks {lost[:20]}: boxes in pdf and png."] if lost else []

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # matplotlib is imported when figures are made
 
 FORMATS = ("pdf", "svg", "png")
 INCHES = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72}
-LEAST, MOST = 2.0, 40.0  # inches: names and a picture need so much, and no printer takes more
+LEAST, MOST = 3.0, 40.0  # inches: names and a picture need so much, and no printer takes more
 
 
 def inches(text: str) -> float:
@@ -59,12 +59,12 @@ class FigureOptions(Options):
     )
     width: float = option(
         7.0,
-        "Of every figure, in in, cm, mm or pt; 3.3in is one column of most papers. They are drawn "
-        "anew: text keeps its size.",
+        "Of every figure, such as 3.3in, 8.4cm, 84mm or 240pt; 3.3in is one column of most papers. "
+        "Figures are drawn anew: text keeps its size.",
         least=LEAST,
         most=MOST,
         read=inches,
-        show=lambda width: f"{width:g}in",
+        show=lambda width: f"{str(width).removesuffix('.0')}in",
     )
 
 
@@ -121,9 +121,11 @@ def _png(drawing: Drawing, sheet: Bbox) -> bytes:
 
 
 def _saved(drawing: Drawing, sheet: Bbox, suffix: str, metadata: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
+    from relneuron.report.paper import DPI
+
+    buffer, about = io.BytesIO(), dict(metadata)
     drawing.figure.savefig(
-        buffer, format=suffix, bbox_inches=sheet, facecolor="white", metadata=dict(metadata)
+        buffer, format=suffix, dpi=DPI, bbox_inches=sheet, facecolor="white", metadata=about
     )
     return buffer.getvalue()
 

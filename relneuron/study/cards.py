@@ -69,6 +69,14 @@ class Cards:
             self.notices.append("no value vectors on the cards: no memory for the unembedding")
         return None
 
+    def all_notices(self) -> list[str]:
+        """What a reader of the cards that were made must know."""
+        apart = (
+            f"{self.n_apart} examples have another value where their window is read by itself, and "
+            "are shaded by that: the corpus was read in another way"
+        )
+        return [*self.notices, *([apart] if self.n_apart else []), *self.budget.notices]
+
     def card(self, neuron: Neuron) -> Json:
         """The card of one neuron, as artifact.cards.SCHEMA has it."""
         return self.cards([neuron])[0]

@@ -34,7 +34,8 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
-from relneuron.report.look import write_page
+from relneuron.report.look import page_of
+from relneuron.report.page import render
 from relneuron.study.cards import Cards
 from relneuron.study.settings import LookOptions, names_file
 from relneuron.study.strongest import find_strongest, short
@@ -140,8 +141,10 @@ def check_same(folder: Path, described: Json) -> None:
 def check_page(output: Path, folder: Path, force: bool) -> None:
     """Refuse a page in place of a file of the study."""
     refuse_output(output, "look", force)
-    known = [folder / name for name in (*Manifest(folder).data["files"], NAME, SETS)]
-    if real_path(output) in map(real_path, known):
+    manifest = Manifest(folder).data
+    own = {*manifest["stages"].get("look", {}).get("files", ())}
+    known = ({*manifest["files"]} - own) | {NAME, SETS}
+    if real_path(output) in [real_path(folder / name) for name in known]:
         raise RelneuronError(f"{output} is a file of the study", "choose another output", 2)
 
 
@@ -187,7 +190,7 @@ def look(
     """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
 
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
-    model, are kept: only the page is written then, and with `resume` only where there is none.
+    model, are kept: only the page is written then. `resume` replaces files that others left there.
     """
     options = options or LookOptions()
     if output is not None:
@@ -198,30 +201,24 @@ def look(
     described = describe_model(name, model, cards.mlps, backend)
     check_same(folder, described)
     reads = [*sets.files, *(cards.strongest.files if cards.strongest else ())]
+    recorded = options.recorded()
+    del recorded["batch_tokens"]  # changes no digit that a card shows, but a rounding
     inputs = {
         "model": same_model(described),
         "tokenizer": tokenizer_digest(tokenizer),
         "files": {path.name: sha256(path) for path in reads},
-        **options.recorded(),
+        **recorded,
         "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
     }
     made = [folder / NAME, folder / SETS]
     with locked(folder):
-        is_done = Manifest(folder).is_done("look", inputs, force=force)
-        if is_done:
-            found = read_cards(checked(folder / NAME))
-        else:
+        if not Manifest(folder).is_done("look", inputs, force=force):
             for path in made:
                 refuse_output(path, "look", force or resume)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
-            if cards.n_apart:
-                cards.notices.append(
-                    f"{cards.n_apart} examples have another value where their window is read by "
-                    "itself, and are shaded by that: the corpus was read in another way"
-                )
-            notices = [*cards.notices, *cards.budget.notices]
-            for notice in cards.notices:
+            notices = cards.all_notices()
+            for notice in notices:
                 warnings.warn(notice, stacklevel=2)
             with writing("look", folder, made):
                 atomic_write(folder / NAME, cards_bytes(found))
@@ -237,9 +234,31 @@ def look(
                     notices=notices,
                     commands=_command(name, described, folder, output, options),
                 )
-    if output is not None and not (is_done and resume and output.exists()):
-        write_page(output, found, made_from(Manifest(folder).data))
-    return found
+        if output is not None:
+            show(folder, output)
+    return read_cards(folder / NAME)
+
+
+def show(folder: Path, output: Path) -> None:
+    """Write the page of a folder's cards; the manifest knows one that is in the folder.
+
+    The page says how the cards were made, and not how it was itself.
+    """
+    manifest, made = Manifest(folder), [folder / NAME, folder / SETS]
+    entry = dict(manifest.data["stages"]["look"])
+    page = page_of(read_cards(checked(folder / NAME)), made_from(manifest.data))
+    is_inside = real_path(output.parent) == real_path(folder)
+    with locked(folder), writing("look", folder, [output] if is_inside else []):
+        atomic_write(output, render(page).encode())
+        if is_inside:
+            inputs, reads = entry.pop("inputs"), [folder / name for name in entry.pop("reads")]
+            del entry["files"]
+            manifest.finish("look", inputs, [*made, output], reads=reads, **entry)
+
+
+def is_shown(folder: Path, output: Path) -> bool:
+    """Whether a page in the folder is that of its cards."""
+    return output.name in Manifest(folder).data["stages"]["look"]["files"]
 
 
 def made_from(manifest: Json) -> Json:
@@ -253,6 +272,7 @@ def made_from(manifest: Json) -> Json:
         for name, entry in manifest["stages"].items()
         if name == "look" or files & {*entry["files"]}
     }
+    stages["look"] = {**stages["look"], "files": [NAME, SETS]}
     known = {name: of for name, of in manifest["files"].items() if name in {*files, NAME, SETS}}
     about: Json = {k: manifest[k] for k in ("schema", "versions", "model") if k in manifest}
     return {**about, "stages": stages, "files": known}

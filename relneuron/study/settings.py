@@ -24,6 +24,31 @@ from relneuron.texts.options import PromptsOptions
 DEMO = "relneuron demo"  # what the bundled model is called
 CONTRAST = "contrast"  # the demo of two models
 
+
+@dataclass(frozen=True)
+class ServeOptions(Options):
+    """Where `look` answers a browser, in place of a page."""
+
+    PANEL = "The server"
+
+    serve: bool = option(
+        False, "Show all neurons in a browser, by a server on this machine, in place of a page."
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen at; at another one than this machine's own everybody who knows the URL "
+        "may look.",
+        only=Only("with --serve", lambda o: o.serve),
+    )
+    port: int = option(
+        0,
+        "Port to listen at; 0: one that is free.",
+        least=0,
+        most=65535,
+        only=Only("with --serve", lambda o: o.serve),
+    )
+
+
 CARDS = 200  # a page of so many neurons is about 2 MB
 
 
@@ -80,6 +105,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     choices: int | None = None
     choose: str | None = None
     choose_from: int = 4
+    # Its stages read each other's results, which a part has not.
+    shard: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

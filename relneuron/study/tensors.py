@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact import contrast
+from relneuron.artifact.chosen import read_name
 from relneuron.artifact.counts import BESIDE, RAN, SITES, Counts
 from relneuron.artifact.examples import examples_of
 from relneuron.artifact.files import RelneuronError
@@ -144,32 +145,32 @@ def _counted(
     return {**about, "tokens": ran, **found}
 
 
-def neuron_of(neuron: Neuron | str) -> Neuron:
-    """A neuron (layer, site, index), also of a text such as 12.act.345."""
-    parts = neuron.split(".") if isinstance(neuron, str) else neuron
+def _neuron(neuron: Neuron | str, model: Mapping[str, Any]) -> Neuron:
+    """A neuron (layer, site, index), also of its name, such as 12.act.345."""
+    if isinstance(neuron, str):
+        return read_name(neuron, model)
     with suppress(TypeError, ValueError):
-        layer, site, index = parts
+        layer, site, index = neuron
         return int(layer), str(site), int(index)
-    raise RelneuronError(
-        f"{neuron!r} is no neuron", 'write it as (12, "act", 345) or "12.act.345"', 2
-    )
+    raise RelneuronError(f"{neuron!r} is no neuron", 'write (12, "act", 345) or "12.act.345"', 2)
 
 
-def tokenizer_of(model: Mapping[str, Any]) -> Any:
-    """The tokenizer of a model, by what a manifest says of it."""
-    from relneuron.model.load import load_tokenizer
-
-    return load_tokenizer(model["id"], revision=model.get("revision"))
-
-
-def examples(path: Path, neuron: Neuron, tokenizer: Any, context: int) -> dict[str, Any]:
+def examples(
+    path: Path, named: Neuron | str, model: Mapping[str, Any], tokenizer: Any, context: int
+) -> dict[str, Any]:
     """A row for each of a neuron's strongest tokens, each of another window, by group.
 
     layer, site, index, group, rank (1 = the strongest), value, position (of the token in its
     window), token, before and after (up to `context` tokens on either side, as texts), window (how
-    many of its group stand before it in the corpus), token_id and text (the whole window).
+    many of its group stand before it in the corpus), token_id and text (the whole window). The
+    tokenizer is that of the model unless one is given.
     """
+    neuron = _neuron(named, model)
     (found,) = examples_of(path, [neuron])
+    if tokenizer is None:
+        from relneuron.model.load import load_tokenizer
+
+        tokenizer = load_tokenizer(model["id"], revision=model.get("revision"))
 
     def text(ids: Array) -> str:
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
@@ -190,8 +191,9 @@ def examples(path: Path, neuron: Neuron, tokenizer: Any, context: int) -> dict[s
     }
 
 
-def histogram(path: Path, neuron: Neuron) -> dict[str, Any]:
+def histogram(path: Path, named: Neuron | str, model: Mapping[str, Any]) -> dict[str, Any]:
     """group, bin, low, high and count of a neuron's values, as `Study.histogram` says."""
+    neuron = _neuron(named, model)
     found, site = Histogram.read(path, neuron), neuron[1]
     n, n_bins = len(found.groups), int(found.last[site][0, 0]) + 1
     edges = found.edges(site)[0, 0]

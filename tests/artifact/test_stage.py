@@ -29,17 +29,22 @@ from tests.kit.corpus_commands import TEXTS, call, sources, write_texts, written
 from tests.kit.pairs import save_moved
 from tests.kit.pictures import save as save_pictured
 from tests.kit.pictures import write_lines
+from tests.kit.tasks import write_tasks
 
 # RunOptions that change how a stage runs, and not what it makes.
 RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--output"}
 RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
+# Of the others it makes a part, and no results: study/test_shared.py.
+RUNNING |= {"--shard"}
+RUNNING |= {"--serve", "--host", "--port"}  # a server makes no file: study/test_serve.py
 # They write no study, and a model's folder no page.
 NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"
 LOAD = "--dtype bfloat16 --device cpu --backend reference"
 EXACT = LOAD.replace("bfloat16", "float32")
+TASK = "--tasks tiny_choice --include-path {tasks} --limit 2"
 SPREAD = "--dtype float32 --device-map auto"
 RELATIONS = [
     "prompts {suffixed} -o {d}/prompts.jsonl --eva 8 --seed 3 --suffix ''",
@@ -67,6 +72,8 @@ STUDIES: dict[str, list[str]] = {
     "run with a rate": [
         "run {chat} --facts {facts} -o {d} --eva 8 --fdr 0.3 --random-seeds 1 --quiet"
         f" --chat-template --noise 900 --exclude-bos --mode mean --mean-of relation {SPREAD}",
+        "eval {chat} -o {d} --neurons {d}/neurons.json --off lives_in --mode mean --quiet"
+        f" --mean-of relation --apply-chat-template --unsafe-code {TASK} {SPREAD}",
     ],
     "stages": [
         *RELATIONS,
@@ -83,6 +90,9 @@ STUDIES: dict[str, list[str]] = {
         f"look {{d}} -o {{d}}/look.html --cards 5 --examples 3 --batch-tokens 300 --quiet {SPREAD}",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --mode scale"
         f" --factor -0.5 --random-seeds 0 --accept-object-prefix --quiet {SPREAD}",
+        "eval {model} -o {d} --neurons {d}/neurons.json --off likes_fruit --mode scale --quiet"
+        " --factor 0.5 --scale-at output --num-fewshot 1 --batch-size 2"
+        f" --log-samples {TASK} --dtype float32 --device cpu",
     ],
     "prompts of elsewhere, gains beside": [
         "record {model} {prompts} -o {d} --quiet",
@@ -154,8 +164,10 @@ STUDIES: dict[str, list[str]] = {
     ],
     "corpus with a column of groups": [
         "count {model} {all} -o {d} --group-column language --text-column body --groups en,zh"
-        f" --window 24 --boundaries position {COUNT} {SPREAD}",
+        f" --window 24 --boundaries position --moments {COUNT} {SPREAD}",
         "identify {d} -o {d}/neurons.json --method random --top 20 --seed 4",
+        "eval {model} -o {d} --neurons {d}/neurons.json --off en --set zh --counts {d} --quiet"
+        f" {TASK} {SPREAD}",
         "nll {model} {d}/neurons.json {all} -o {d} --group-column language --text-column body"
         f" --join '\\n\\n' --groups zh,en --windows 4 --window 24 {COUNT} {SPREAD}",
         "probe {model} {prompts} -o {d} --neurons {d}/neurons.json --set en --top 3 --folds 2"
@@ -216,6 +228,8 @@ STUDIES: dict[str, list[str]] = {
         f" {EXACT}",
         "identify {d} -o {d}/neurons.json --method contrast --sizes 5,20 --groups likes_fruit"
         " --without-layers 0",
+        "eval {model} -o {d} --neurons {d}/neurons.json --mode mean --moments {d} --quiet"
+        f" --random-seeds 1 {TASK}",
     ],
     "two models, neurons within others": [
         "contrast {model} {donor} {prompts} -o {d} --tokens prompt --quiet",
@@ -325,6 +339,7 @@ def given(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> dict[
         "imported": str(lapes),
         "llava": str(folder / "llava"),
         "pictures": str(folder / "pictures"),
+        "tasks": str(write_tasks(folder / "tasks", 4)),
     }
 
 

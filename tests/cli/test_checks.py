@@ -134,6 +134,8 @@ JUDGED = (
 PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
 STRAY: list[tuple[list[str], str, str]] = [
+    (["report", "d", "-o", "r.html", "--width", "3in"], "--width", "with --figures FOLDER"),
+    (["report", "d", "-o", "r.html", "--format", "svg"], "--format", "with --figures FOLDER"),
     (["demo", "--analyses", "main", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*RUN, "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*GENERATE, "--top-k", "5"], "--top-k", "with --temperature"),
@@ -247,6 +249,8 @@ STRAY: list[tuple[list[str], str, str]] = [
             ("--tensor-parallel-size", "2"),
         )
     ),
+    (["look", "d", "-o", "p.html", "--host", "::1"], "--host", "with --serve"),
+    (["look", "d", "-o", "p.html", "--port", "80"], "--port", "with --serve"),
     (
         ["look", "d", "-o", "p.html", "--neurons", "1.up.3", "--cards", "4"],
         "--cards",

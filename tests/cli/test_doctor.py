@@ -57,16 +57,23 @@ def test_doctor_says_no_where_stages_do() -> None:
 
 
 def test_doctor_says_what_is_missing_for_which_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what every extra is for; none is named that pyproject.toml does not have."""
+    """A command that cannot run, or what a command cannot do."""
+    assert not any(name.startswith("without") for name, _ in machine_report())
     found = installed.find_spec
     gone = ("sklearn", "pandas", "pyarrow")
     monkeypatch.setattr(installed, "find_spec", lambda name: None if name in gone else found(name))
     rows = dict(machine_report())
-    assert {*USES} == {*EXTRAS.values()}
-    assert all(rows[f"extra {extra}"].endswith(f"(for {use})") for extra, use in USES.items())
     for extra, package in {"probe": "sklearn", "frames": "pandas", "data": "pyarrow"}.items():
-        assert rows[f"extra {extra}"].startswith(f"without {package}: {install_command(extra)}")
-    assert rows["extra cli"].startswith("there")
-    assert rows["without sklearn"] == "no probe"
+        assert rows[f"extra {extra}"] == f"without {package}: {install_command(extra)}"
+    assert rows["extra cli"] == "there"
     ready = rows["commands"].partition(":")[0].split(", ")
     assert ready == [stage.name for stage in stages() if stage.name != "probe"]
+    assert rows["without sklearn"] == "no probe"
+    assert rows["without pyarrow"] == "no .parquet files in count, nll, attribute and ablate"
+    assert rows["without pandas"].startswith("no data frames of relneuron.load")
+
+
+def test_every_optional_package_is_for_something() -> None:
+    needed = {package for stage in stages() for package in stage.needs}
+    assert needed | {*USES} | {"typer", "rich", "pydantic"} == {*EXTRAS}
+    assert not needed & {*USES}

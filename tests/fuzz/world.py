@@ -169,6 +169,10 @@ CASES = {
         + _of("study", "scores.safetensors", "concepts/neurons.json", "attribution/neurons.json")
         + ("study/attribution/scores.safetensors",),
     ),
+    "report as figures": Case(
+        "report study --figures out/figures --width 84mm",
+        _of("study", "prompts.jsonl", "neurons.json", "effects.csv", "conditions.csv"),
+    ),
     "report of columns": Case(
         "report columns -o out/report.html",
         _of("columns", "effects.parquet", "accuracy.csv", "conditions.csv", "manifest.json"),

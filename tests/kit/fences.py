@@ -1,9 +1,9 @@
 """The fenced blocks of the pages that users read, and the commands in them, checked or run.
 
 A block says its language. Of `bash` every line is a command: of relneuron, whose words the command
-line itself takes or refuses, or one of the few others in `_OTHERS`. A page that sets a variable
-(M=relneuron/demo/checkpoint) is run from there on: its commands, its Python, and its `console`
-blocks, which show what a command prints.
+line itself takes or refuses, or one of the few others that `check_other` knows. A page that sets a
+variable (M=relneuron/demo/checkpoint) is run from there on: its commands, its Python, and its
+`console` blocks, which show what a command prints.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class Fence(NamedTuple):
 
 
 def fences(path: Path) -> list[Fence]:
-    """The blocks of a page in their order."""
+    """The blocks of a page in their order; a command stands in one of them, or within a line."""
     found: list[Fence] = []
     inside: list[str] | None = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if inside is None and re.match(r"\s+```|\s*~~~|\s+(\$ )?relneuron [a-z]+ ", line):
+            raise AssertionError(f"{path}:{number}: a block of another kind: {line}")
         if line.startswith("```"):
             if inside is None:
                 inside, language, first = [], line[3:], number

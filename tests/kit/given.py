@@ -73,6 +73,27 @@ def examples() -> dict[str, Any]:
     return {}
 
 
+def look() -> dict[str, Any]:
+    """A recorded relation with the card of one neuron."""
+    from relneuron.artifact.options import LoadOptions
+    from relneuron.demo import CHECKPOINT, FACTS
+    from relneuron.methods.responses.options import RecordOptions
+    from relneuron.methods.responses.record import record
+    from relneuron.model.load import load
+    from relneuron.study.look import look as look_at
+    from relneuron.study.settings import LookOptions
+    from relneuron.texts.options import PromptsOptions
+    from relneuron.texts.prompts import write_prompts
+
+    folder, loaded = Path("study"), load(str(CHECKPOINT), LoadOptions(device="cpu"))
+    prompts = folder / "prompts.jsonl"
+    write_prompts(FACTS / "company_ceo.json", prompts, PromptsOptions())
+    record(str(CHECKPOINT), *loaded, prompts, folder, RecordOptions(validate=False), quiet=True)
+    options = LookOptions(neurons=("0.gate.7",), examples=2)
+    look_at(str(CHECKPOINT), *loaded, folder, None, options, quiet=True)
+    return {}
+
+
 def _write(folder: str, shape: dict[str, Any], sets: dict[str, Any]) -> None:
     NeuronFile(shape, "by hand", sets, {}).write(Path(folder) / "neurons.json")
 
@@ -81,4 +102,5 @@ GIVEN = {
     "README.md": readme,
     "docs/pictures.md": pictures,
     "docs/examples.md": examples,
+    "docs/look.md": look,
 }

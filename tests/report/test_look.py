@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from relneuron.artifact.cards import read_cards
 from relneuron.report.cards import GROUPS, view
-from relneuron.report.look import card_html, page_of, write_page
+from relneuron.report.look import card_html, page_of
 from relneuron.report.page import render
 from tests.kit.cards import SETS, chromium, make_card, opened
+from tests.kit.corpus_commands import call
 from tests.kit.pages import PAYLOADS, Page
 
 MANIFEST = {"model": {"id": "a/model"}, "stages": {}, "files": {}}
@@ -22,7 +24,7 @@ CARDS = [make_card(number) for number in range(200)]
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("page") / "look.html"
-    write_page(path, CARDS, MANIFEST)
+    path.write_text(render(page_of(CARDS, MANIFEST)), encoding="utf-8")
     return path
 
 
@@ -169,16 +171,41 @@ def test_without_scripts_all_cards_are_there(browser: Any, page: Path) -> None:
         assert not tab.locator(".controls").is_visible()
 
 
-def test_it_is_small_and_the_same_each_time(page: Path, tmp_path: Path) -> None:
+def test_it_is_small_and_the_same_each_time(page: Path) -> None:
     """200 neurons with examples as long as a card has them."""
-    write_page(tmp_path / "again.html", CARDS, MANIFEST)
-    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+    assert render(page_of(CARDS, MANIFEST)).encode() == page.read_bytes()
     long = {"tokens": [" token"] * 33, "values": [1.234] * 33}
     many = [
         make_card(n, examples=[one | long for one in make_card(n)["examples"] * 8][:8])
         for n in range(200)
     ]
     assert len(render(page_of(many, MANIFEST)).encode()) < 5e6
+
+
+@pytest.mark.slow
+def test_the_page_of_the_demo(browser: Any, tmp_path: Path) -> None:
+    """200 cards of the real thing: their tokens, and shades in the order of the values."""
+    quick = ("--permutations", 0, "--bootstrap", 0, "--noise", 0, "--random-seeds", 0, "--quiet")
+    assert call("demo", "-o", tmp_path, "--analyses", "main", *quick) == 0
+    cards = read_cards(tmp_path / "cards.jsonl")
+    with opened(browser, tmp_path / "look.html", viewport={"width": 420, "height": 900}) as both:
+        tab, said = both
+        assert names(tab) == [card["neuron"] for card in cards] and len(cards) == 200
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 420
+        found = tab.eval_on_selector_all(
+            ".card",
+            """cards => cards.map(card => [...card.querySelectorAll('.t')].map(one =>
+                 [one.textContent, Number(one.style.getPropertyValue('--s'))]))""",
+        )
+        assert said == []
+    for card, tokens in zip(cards, found, strict=True):
+        every = [one for example in card["examples"] for one in example["tokens"]]
+        assert [text for text, _ in tokens] == every
+        values = [value for example in card["examples"] for value in example["values"]]
+        shades = sorted((v, s) for v, (_, s) in zip(values, tokens, strict=True) if v > 0)
+        assert [s for _, s in shades] == sorted(s for _, s in shades)
+        assert max(values) <= 0 or shades[-1][1] == 1
+    assert (tmp_path / "look.html").stat().st_size < 5e6
 
 
 def test_text_stays_text() -> None:

@@ -66,12 +66,13 @@ def test_it_writes_what_the_command_writes(by_name: Path, in_memory: Path) -> No
     ours, theirs = contents(in_memory), contents(by_name)
     assert ours.keys() == theirs.keys()
     differing = {name for name in ours if ours[name] != theirs[name]}
-    assert differing == {"manifest.json", "report.html"}  # which say how they were made
+    # These say how they were made.
+    assert differing == {"manifest.json", "report.html", "look.html"}
     mine, other = Manifest(in_memory).data, Manifest(by_name).data
     assert mine["model"] == other["model"]  # its name, too, as its config has it
     for stage, entry in other["stages"].items():
         found = mine["stages"][stage]
-        if stage in ("record", "ablate"):
+        if stage in ("record", "look", "ablate"):
             assert entry.pop("commands") and found.pop("commands") == []
         if stage != "report":
             assert found == entry

@@ -120,7 +120,8 @@ def test_every_file_is_there_and_the_manifest_knows_it(study: Path) -> None:
         "random": [0, 1, 2],
     }
     assert "streamed" in manifest["memory"]["responses"]
-    assert list(manifest["stages"]) == ["prompts", "record", "identify", "ablate", "report"]
+    stages = ["prompts", "record", "identify", "look", "ablate", "report"]
+    assert list(manifest["stages"]) == stages
 
 
 def test_answers_before_ablation_are_those_of_the_plain_model(study: Path, plain: Plain) -> None:

@@ -91,14 +91,13 @@ class Changes:
         shape = model_shape(self.mlps)
         neurons.check_model(shape)
         sets, doubles = read_sets(neurons, shape)
-        off = list(sets) if options.off is None else list(options.off)
         self._plan = named_masks(
             sets,
-            off if options.off is not None else [name for name in off if name != CLEAN],
+            list(sets) if options.off is None else options.off,
             shape,
             models=(CLEAN,),
             random_seeds=random_seeds,
-            products=options.mode != "zero",
+            products=self._are_products(path, options),
         )
         asked = {a.condition.name: a.places for a in self._plan if a.condition.kind != CLEAN}
         # With --set something is done, whatever is off.
@@ -123,6 +122,12 @@ class Changes:
         masks = [(i, a) for i, a in enumerate(self._plan) if a.condition.kind != CLEAN]
         self.runs += [Run(i, ablation.condition, set_to or "") for i, ablation in masks]
 
+    @staticmethod
+    def _are_products(path: Path, options: ChangeOptions) -> bool:
+        """Whether what becomes another value is the products of neurons, not their outputs."""
+        has_responses = options.moments is None and (path.parent / RESPONSES).exists()
+        return options.mode == "mean" and not has_responses
+
     def _read_how(self, model: Any, neurons: NeuronFile, path: Path, options: ChangeOptions) -> How:
         """What the masks do; with means of products also these."""
         shape, folder = model_shape(self.mlps), path.parent
@@ -132,8 +137,7 @@ class Changes:
             scale_at=options.scale_at,
             mean_of=options.mean_of,
         )
-        has_responses = options.moments is None and (folder / RESPONSES).exists()
-        if options.mode == "mean" and not has_responses:
+        if self._are_products(path, options):
             if options.mean_of != "all":
                 raise RelneuronError(
                     f"--mean-of {options.mean_of} needs responses, and {folder} has none",

@@ -10,6 +10,7 @@ from relneuron.ablation.options import (
     CLEAN,
     FORCED,
     MEANS_OF,
+    OFF,
     AblateOptions,
     GenerateOptions,
 )
@@ -29,6 +30,8 @@ class ChangeOptions(Options):
     of their products, as `generate` takes it), or `p50`, `p90`, `off_mean` of recorded responses.
     With `set_to` the neurons of that set are at their mean activation besides (arXiv 2402.16438).
     """
+
+    PANEL = OFF
 
     off: Sequence[str] | None = option(
         None,
@@ -83,6 +86,8 @@ class ChangeOptions(Options):
 @dataclass(frozen=True)
 class EvalOptions(ChangeOptions):
     """Which tasks are run under each condition; the rest is the harness's own."""
+
+    PANEL = "The tasks"
 
     tasks: Sequence[str] = option(
         (), "Tasks or groups of tasks, patterns such as mmlu_*, or YAML files."

@@ -271,7 +271,7 @@ def shared(study: GroupStudy, tables: Tables) -> Section | None:
         "Is a neuron of one group also one of another?",
         seen,
         "First: neurons that two groups have in common; the frames hold the sizes of the sets; "
-        "bold: more than two random sets would share (hypergeometric test, q ≤ "
+        "bold: more than two random sets would share (hypergeometric test, Benjamini–Hochberg, q ≤ "
         f"{kit.SURE}). Second: the same in % of the neurons in either (Jaccard index). Last: "
         f"chosen neurons by the number of groups they are in.{thinned(len(study.sets))}",
         plots,

@@ -46,8 +46,8 @@ def changes_plot(table: Table) -> kit.Drawing:
         return kit.inline(fig, "changes", "Change of the answer's probability by relation", table)
 
 
-def sizes_plot(sizes: Array) -> kit.Drawing:
-    """How many facts have how many neurons."""
+def sizes_plot(sizes: Array, facts: Table) -> kit.Drawing:
+    """How many facts have how many neurons; `facts` has each."""
     top = int(sizes.max(initial=0))
     edges = np.arange(top + 2) if top < 40 else np.linspace(0, top + 1, BINS + 1)
     count, _ = np.histogram(sizes, edges)
@@ -62,10 +62,10 @@ def sizes_plot(sizes: Array) -> kit.Drawing:
             ticks = range(0, top + 1, step)
             ax.set_xticks([tick + 0.45 for tick in ticks], [str(tick) for tick in ticks])
         _counts(ax, int(count.max()), "neurons of a fact")
-        return kit.inline(fig, "sizes", "Facts by their number of neurons")
+        return kit.inline(fig, "sizes", "Facts by their number of neurons", facts)
 
 
-def consistency_plot(scores: Array, name: str, cut: float | None) -> kit.Drawing:
+def consistency_plot(scores: Array, name: str, cut: float | None, facts: Table) -> kit.Drawing:
     """How many facts have which consistency, and the cut between consistent and inconsistent."""
     count, edges = np.histogram(scores[np.isfinite(scores)], BINS, (0.0, 1.0))
     with kit.figure() as fig:
@@ -78,7 +78,7 @@ def consistency_plot(scores: Array, name: str, cut: float | None) -> kit.Drawing
             ax.text(cut, max(1, count.max()) * 1.05, f" cut {cut:.3g}", fontsize=8.5)
         _counts(ax, int(count.max()), f"consistency ({name.upper()})")
         ax.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1])
-        return kit.inline(fig, "consistency", "Facts by their consistency")
+        return kit.inline(fig, "consistency", "Facts by their consistency", facts)
 
 
 def _counts(ax: Any, top: int, xlabel: str) -> None:

@@ -161,7 +161,7 @@ def _sizes(study: FactStudy, tables: Tables) -> Section:
         "How many neurons a fact has",
         "Is a fact answered by a few neurons?",
         seen,
-        drawings=[draw.sizes_plot(sizes)],
+        drawings=[draw.sizes_plot(sizes, tables["facts"])],
         tables=[("relations", tables["relations"]), ("facts", tables["facts"])],
     )
 
@@ -208,7 +208,7 @@ def _consistency(study: FactStudy, tables: Tables) -> Section | None:
         seen,
         "CS1: neurons of all of a fact's prompts, over those of any; CS2: neurons of more than one "
         "prompt, over those of any (arXiv 2405.14117, as recalled).",
-        [draw.consistency_plot(scores, name, cut)],
+        [draw.consistency_plot(scores, name, cut, tables["facts"])],
         [("consistency", tables["relations"])],
     )
 

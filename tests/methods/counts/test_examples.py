@@ -21,13 +21,17 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.histogram import Histogram
 from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import pool_windows
+from relneuron.methods.counts.count import count
 from relneuron.methods.counts.merge import merge
 from relneuron.model.load import load_tokenizer
 from relneuron.model.passes import plan_pool
 from relneuron.ops.swiglu_stats.reference import site_values
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import Source
 from tests.kit.counted import (
     BOS,
     Documents,
+    Numbers,
     Windows,
     alone,
     draw,
@@ -232,6 +236,41 @@ def test_a_count_without_them_leaves_none_of_an_earlier_one(
         run(model, documents, tmp_path / "o", examples=K, **asked)
 
 
+def test_groups_that_come_later_number_their_own_windows(
+    model: Any, documents: Documents, tmp_path: Path
+) -> None:
+    """Records of all groups in one file; one window a batch, whose values are then the same."""
+    rows = [
+        {"group": name, "text": " ".join(map(str, line))}
+        for name in THREE  # the second group begins when the first one has ended
+        for line in documents[name][:6]
+    ]
+    source = Source(group_column="group", dataset=rows)
+    asked: dict[str, Any] = {"window": 10, "mode": "documents", "batch_tokens": 1, "examples": K}
+    found = count(
+        "m", model, Numbers(), [source], tmp_path / "o", CountOptions(**asked), quiet=True
+    )
+    assert found is not None and found.counts.groups == list(THREE)
+    run(model, {n: documents[n][:6] for n in THREE}, tmp_path / "apart", **asked)
+    assert files(tmp_path / "o") == files(tmp_path / "apart")
+
+
+def test_texts_that_can_be_read_once_only_are_refused(model: Any, tmp_path: Path) -> None:
+    rows = iter([{"text": "5 6 7"}])
+    for asked in ({"examples": 1}, {"histogram": 8}):
+        with pytest.raises(RelneuronError, match="can be read once only"):
+            count(
+                "m",
+                model,
+                Numbers(),
+                [Source("en", dataset=rows)],
+                tmp_path / "o",
+                CountOptions(window=2, **asked),
+                quiet=True,
+            )
+    assert not (tmp_path / "o").exists()
+
+
 # --- as data frames ------------------------------------------------------------------------------
 
 
@@ -258,10 +297,10 @@ def test_a_neuron_is_a_data_frame(model: Any, documents: Documents, tmp_path: Pa
     )
     assert (spread["low"] < spread["high"]).all() and len(spread) == 3 * BINS
     for wrong in ("act.7", "1.act", (1, 2), "1.act.x"):
-        with pytest.raises(RelneuronError, match="is no neuron"):
+        with pytest.raises(RelneuronError, match="is no (name of a )?neuron"):
             study.examples(wrong, tokenizer)
     with pytest.raises(RelneuronError, match="has no neuron 48 at act of layer 1"):
-        study.histogram("1.act.48")
+        study.histogram((1, "act", 48))
     with pytest.raises(RelneuronError, match="m has no usable tokenizer|is no model folder"):
         study.examples("1.act.7")
 

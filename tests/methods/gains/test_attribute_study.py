@@ -75,7 +75,7 @@ def test_the_recorded_study_stays_as_it_was(recorded: Path, both: Path) -> None:
     changed = {name for name, data in before.items() if after[name] != data}
     assert changed == {"manifest.json"}
     old, new = json.loads(before["manifest.json"]), json.loads(after["manifest.json"])
-    stages = {"prompts", "record", "identify", "ablate", "report"}
+    stages = {"prompts", "record", "identify", "look", "ablate", "report"}
     assert {*old["stages"]} == stages
     assert {*new["stages"]} == stages | {"attribute", "identify_gains"}
     assert all(old["stages"][name] == new["stages"][name] for name in stages)
