@@ -600,6 +600,21 @@ MUTANTS = {
         "",
         "artifact/test_files.py::test_a_file_of_the_same_size_is_another",
     ),
+    "artifact.journal: a block that another process has taken is done, too": Mutant(
+        "return self._taken == number",
+        "return self._taken >= number",
+        "artifact/test_journal.py::test_each_block_is_done_once_and_known_to_all[2]",
+    ),
+    "artifact.journal: what the others of a killed run have done is forgotten": Mutant(
+        "self.done = read_blocks(part, self._head)[0] | self.done",
+        "read_blocks(part, self._head)",
+        "artifact/test_journal.py::test_another_number_goes_on[3-2]",
+    ),
+    "artifact.parts: the first part says how many tokens memory had room for": Mutant(
+        "min(budgets)",
+        "budgets[0]",
+        "artifact/test_parts.py::test_the_smallest_budget_stays",
+    ),
     "artifact.journal: the digest of a line is not compared": Mutant(
         '_chained(last, text) != digest.decode(errors="replace")',
         "not digest",

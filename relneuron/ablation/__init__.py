@@ -13,9 +13,9 @@ _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 
 STAGES = (
-    Stage("ablate", f"{_HERE}:ablate", _ASKS, papers=(RELATIONS,)),
-    Stage("nll", f"{_HERE}:nll", _ASKS, papers=(LAPE,)),
-    Stage("generate", f"{_HERE}:generate", _ASKS),
+    Stage("ablate", f"{_HERE}:ablate", _ASKS, is_shared=True, papers=(RELATIONS,)),
+    Stage("nll", f"{_HERE}:nll", _ASKS, is_shared=True, papers=(LAPE,)),
+    Stage("generate", f"{_HERE}:generate", _ASKS, is_shared=True),
     Stage("eval", f"{_HERE}:run_tasks", (*_ASKS, "lm_eval"), papers=(HARNESS,)),
     Stage("effect", f"{_HERE}:effect", _WORKS, papers=(SAFETY,)),
 )

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,8 +53,8 @@ from relneuron.artifact.effects import (
 )
 from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
 from relneuron.artifact.installed import need
-from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, versions
+from relneuron.artifact.journal import Journal, PartDone, is_unfinished, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
@@ -70,6 +71,7 @@ from relneuron.model.questions import (
     encode,
     given_object,
 )
+from relneuron.model.ranks import sharing
 from relneuron.texts.neutral import read_sentences
 from relneuron.texts.tokens import target_notices
 
@@ -228,8 +230,11 @@ def ablate_prompts(
     inputs = ablate_inputs(described, tokenizer, neurons_path, prompts_path, options, pair)
     inputs |= pictured_inputs(processor, prompts)
     beside = files_beside(neurons_path, prompts_path, options)
-    with locked(output.parent):
-        journal = Journal(output.parent / "ablate.journal", inputs)
+    with sharing(model, output.parent) as ranks:
+        with ranks.in_turn():
+            journal = Journal(
+                output.parent / "ablate.journal", inputs, ranks=ranks, shard=options.shard
+            )
         evaluator = Evaluator(
             asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
@@ -237,13 +242,12 @@ def ablate_prompts(
         scored = _scored(plan, texts, how)
         bar = progress_bar(way.n_rows(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
-            answers = way.answers(evaluator, rows, bar.update)
             nll = {}
             if texts:
-                lengths = [len(ids) for ids in texts.ids]
-                nll = evaluator.run(
-                    "sentences", scored, lengths, partial(asker.score, texts), bar.update
-                )
+                lengths, score = [len(ids) for ids in texts.ids], partial(asker.score, texts)
+                with suppress(PartDone):  # it ends with the answers
+                    nll = evaluator.run("sentences", scored, lengths, score, bar.update)
+            answers = way.answers(evaluator, rows, bar.update)
         first = same_ablation(plan, how)
         effects: list[tuple[Any, ...]] = []
         for place, ablation in enumerate(plan):
@@ -256,6 +260,8 @@ def ablate_prompts(
                 about = (condition, p.relation, split_name(p, own), p.id)
                 effects.append((*about, *values, *chosen))
         accuracy = accuracy_rows(effects)
+        if ranks.rank:
+            return accuracy
         columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
         written = {
             output: _table_bytes(output, effects),

@@ -179,21 +179,23 @@ class Evaluator:
 
         At the tokens `positions` (all, prompt, last) the neurons are off.
         """
-        found: dict[Row, Any] = {}
         states: list[LayerState] = []
         current = range(0)
-        batches = plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone)
+        batches = list(plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone))
         for number, (wave, batch) in enumerate(batches):
             key = f"{what} {number}"
-            if key not in self.journal.done:
+            if self.journal.takes(key):
                 if wave != current:
                     states, current = self._begin(wave), wave
                 with self._acting(states) as acting:
                     part = partial(self._ask, acting, wave, ask, positions)
                     said = self._budget.run(batch, lambda row: lengths[row.prompt], part)
                 self.journal.add(key, said)
-            found.update(zip(batch, self.journal.done[key], strict=True))
             advance(len(batch))
+        self.journal.together()
+        found: dict[Row, Any] = {}
+        for number, (_, batch) in enumerate(batches):
+            found.update(zip(batch, self.journal.done[f"{what} {number}"], strict=True))
         return found
 
     def _begin(self, wave: range) -> list[LayerState]:

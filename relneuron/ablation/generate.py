@@ -51,7 +51,7 @@ from relneuron.artifact.files import (
     sha256,
 )
 from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, same_model
+from relneuron.artifact.manifest import Manifest, checked, same_model
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, read_questions
 from relneuron.model.canary import check_canary, check_exchange
@@ -63,6 +63,7 @@ from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.pair import Pair
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import encode
+from relneuron.model.ranks import sharing
 from relneuron.texts.tokens import listed, without_blanks
 
 
@@ -207,8 +208,9 @@ def generate(
     pairs = [(first[i], p) for i, ablation in enumerate(plan) for p in ablation.prompts]
     rows = [Row(i, p * n_seeds + seed) for i, p in dict.fromkeys(pairs) for seed in range(n_seeds)]
     lengths = [len(ids) + n_new for ids in questions.ids for _ in range(n_seeds)]
-    with locked(output.parent):
-        journal = Journal(journal_path, inputs)
+    with sharing(model, output.parent) as ranks:
+        with ranks.in_turn():
+            journal = Journal(journal_path, inputs, ranks=ranks, shard=options.shard)
         evaluator = Evaluator(
             continuer, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
@@ -233,6 +235,8 @@ def generate(
                     )
                 )
                 read.append(layers)
+        if ranks.rank:
+            return lines
         written = {output: lines_bytes(lines)}
         scores, lens, stages = beside(output)
         if options.measure:

@@ -30,7 +30,7 @@ from relneuron.artifact.files import (
     sha256,
 )
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
+from relneuron.artifact.manifest import Manifest, checked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, NeuronFile, Shape
 from relneuron.artifact.stage import placed
 from relneuron.model.canary import check_canary
@@ -38,6 +38,7 @@ from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.ranks import sharing
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     check_unchanged,
@@ -182,8 +183,9 @@ def nll(
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     check_canary(model, mlps, scorer.short, backend)
-    with locked(folder):
-        journal = Journal(folder / "nll.journal", inputs)
+    with sharing(model, folder) as ranks:
+        with ranks.in_turn():
+            journal = Journal(folder / "nll.journal", inputs, ranks=ranks, shard=options.shard)
         evaluator = Evaluator(
             scorer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
         )
@@ -202,6 +204,8 @@ def nll(
             notices.append(f"{bad} windows have a NLL that is not finite: try another --dtype")
             warnings.warn(notices[-1], stacklevel=2)
         cells = summarise(masks, texts, values)
+        if ranks.rank:
+            return cells
         written = {
             output: csv_bytes(COLUMNS, cells),
             folder / "nll_windows.csv": csv_bytes(WINDOWS, window_rows(masks, texts, values)),

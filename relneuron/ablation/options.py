@@ -14,7 +14,7 @@ from relneuron.artifact.options import Only, OomOptions, option
 from relneuron.artifact.papers import ANLS, EXPERTS, GAIN, LAPE, MMNEURON, SAFETY
 from relneuron.artifact.prompts import SPLITS
 from relneuron.artifact.words import escaped, unescaped
-from relneuron.texts.options import PackingOptions
+from relneuron.texts.options import PackingOptions, ShardOptions
 
 CHOOSE = ("acc", "acc_norm")
 ANALYSES = ("matched", "sizes", "sites", "concepts", "gain", "perplexity")
@@ -36,7 +36,7 @@ SCALE_AT = ("output", "product")
 
 
 @dataclass(frozen=True)
-class AblateOptions(OomOptions):
+class AblateOptions(ShardOptions):
     """What is asked, and what happens to the neurons; the defaults are the paper's.
 
     `analyses`: of ANALYSES, beside the sets and the random ones. `sizes`: of the sets of the
@@ -171,7 +171,7 @@ def check_donor(donor: str | None, mode: str) -> None:
 
 
 @dataclass(frozen=True)
-class NllOptions(PackingOptions, OomOptions):
+class NllOptions(PackingOptions, ShardOptions):
     """What of each text is read, and under which masks beside the sets."""
 
     PANEL = "What is read"
@@ -269,7 +269,7 @@ class ExchangeOptions(OomOptions):
 
 
 @dataclass(frozen=True)
-class GenerateOptions(ExchangeOptions):
+class GenerateOptions(ExchangeOptions, ShardOptions):
     """Which neurons are off or set to a mean, and how text is made.
 
     Text is made greedily from float32 logits after a repetition penalty: a token of the prompt or

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,17 +174,21 @@ def intervene(
             [conditions[c][s] for c, s in part],
         )
 
-    for number, batch in enumerate(cut(rows, length, batch_tokens)):
+    batches = cut(rows, length, batch_tokens)
+    said: dict[str, Any] = {}
+    for number, batch in enumerate(batches):
         key = f"intervene {number}"
-        if journal is None or key not in journal.done:
-            said = budget.run(batch, length, ask)
-            if journal is not None:
-                journal.add(key, said)
-        else:
-            said = journal.done[key]
-        for (c, s), values in zip(batch, said, strict=True):
-            found[:, c, s] = values
+        if journal is None:
+            said[key] = budget.run(batch, length, ask)
+        elif journal.takes(key):
+            journal.add(key, budget.run(batch, length, ask))
         advance(len(batch))
+    if journal is not None:
+        journal.together()
+        said = journal.done
+    for number, batch in enumerate(batches):
+        for (c, s), values in zip(batch, said[f"intervene {number}"], strict=True):
+            found[:, c, s] = values
     return Answered(found[0].astype(np.int64), found[1], found[2])
 
 

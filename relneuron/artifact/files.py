@@ -317,6 +317,24 @@ def create_safetensors(
     return result
 
 
+def map_safetensors(path: Path, *, writable: bool = False) -> dict[str, Any]:
+    """The float32 tensors of a file that `create_safetensors` made, as memory maps."""
+    with path.open("rb") as file:
+        n_head = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n_head))
+    header.pop("__metadata__", None)
+    return {
+        name: np.memmap(
+            path,
+            np.float32,
+            "r+" if writable else "r",
+            8 + n_head + about["data_offsets"][0],
+            tuple(about["shape"]),
+        )
+        for name, about in header.items()
+    }
+
+
 def _reserve(file: IO[bytes], n_bytes: int) -> None:
     """Give a file its length and the space for it; what is new in it is zeros."""
     old = file.seek(0, os.SEEK_END)

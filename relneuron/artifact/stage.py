@@ -70,12 +70,14 @@ class Stage:
             its docstring the help, and what it yields, lines and `Printed`, is printed. The module
             imports no torch.
     needs   packages besides those of the command line
+    is_shared   whether the processes of torchrun share its work
     papers  what it goes back to, whatever it is asked for
     """
 
     name: str
     run: str
     needs: tuple[str, ...] = ()
+    is_shared: bool = False
     papers: tuple[Paper, ...] = ()
 
 

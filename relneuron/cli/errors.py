@@ -21,6 +21,7 @@ from rich.console import Console
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import install_command
+from relneuron.artifact.journal import n_started
 from relneuron.cli.flags import state
 
 _OTHER_PLACE = "give a path that exists, of the right kind"
@@ -45,8 +46,8 @@ FIXES = {
     errno.ESTALE: "mount the network drive again",
 }
 _DEBUG = "run again with --debug to see where"
-# What gloo and NCCL say of a process that is gone.
-_PEER = re.compile(r"Connection (reset|closed) by peer|ncclRemoteError")
+# What gloo, NCCL and the store of torch.distributed say of a process that is gone.
+_PEER = re.compile(r"Connection (reset|closed) by peer|ncclRemoteError|DistNetworkError")
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
@@ -65,15 +66,19 @@ def unraised(about: Any) -> None:
 
 def end(error: BaseException) -> NoReturn:
     """Say what an error is, and end the process."""
-    if state["interrupted"] or isinstance(error, KeyboardInterrupt | typer.Abort):
+    if n_started() > 1:
+        _end_together(error)
+    _end(error)
+
+
+def _end(error: BaseException) -> NoReturn:
+    if _is_interrupt(error):
         fail("interrupted", f"go on with: relneuron {shlex.join(sys.argv[1:])}", 130)
     if isinstance(error, RelneuronError):
         fail(error.cause, error.fix, error.exit_code)
     if isinstance(error, BrokenPipeError):  # nobody reads on: relneuron ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and _PEER.search(str(error)):
-        fail("another process of torchrun has ended", "see what it says, then go on", 1)
     number = _number(error)
     if number:
         where = place_of(error)
@@ -90,6 +95,26 @@ def end(error: BaseException) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     fail(f"{type(error).__name__}: {error}", _DEBUG, 1)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    return state["interrupted"] or isinstance(error, KeyboardInterrupt | typer.Abort)
+
+
+def _end_together(error: BaseException) -> NoReturn:
+    """Of several processes that end, the first one says why; the others end as it does."""
+    from relneuron.model.meeting import OthersEnd, ended, said
+
+    code = 130 if _is_interrupt(error) else getattr(error, "exit_code", 1)
+    is_of_others = isinstance(error, OthersEnd) or _PEER.search(f"{type(error).__name__}: {error}")
+    saw = code != 130 and bool(is_of_others)
+    other = ended(saw=saw)
+    try:
+        if other is None:
+            _end(OthersEnd() if saw else error)
+        sys.exit(other)
+    finally:
+        said(code if other is None else other)
 
 
 def _number(error: BaseException) -> int:

@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from relneuron.artifact.files import RelneuronError, check_place
 from relneuron.artifact.installed import need
+from relneuron.artifact.journal import PartDone, n_started
 from relneuron.artifact.options import (
     AnyOf,
     Argument,
@@ -220,8 +221,11 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
             check_only(found[name], _given)
         for name, flags in several.items():
             found[name] = {flag.name: values[flag.name] for flag in flags}
-        for item in function(**found) or ():
-            show(item)
+        try:
+            for item in function(**found) or ():
+                show(item)
+        except PartDone as part:
+            show(str(part))
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -279,7 +283,9 @@ def as_typed(params: list[Any], ctx: Any) -> list[Any]:
 class Command(TyperCommand):
     """A command that begins nothing that it cannot end."""
 
-    needs: dict[str, tuple[str, ...]] = {}  # of each command, filled by cli/main.py
+    # Of each command; filled by cli/main.py.
+    needs: dict[str, tuple[str, ...]] = {}
+    shared: set[str] = set()
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Its arguments by the names that their help has."""
@@ -312,6 +318,12 @@ class Command(TyperCommand):
         """Check the packages, the numbers and the output, then run."""
         name = str(self.name)
         need(f"relneuron {name}", *self.needs.get(name, ()))
+        if n_started() > 1 and name not in self.shared:
+            raise RelneuronError(
+                f"{name} is the work of one process, and torchrun started {n_started()}",
+                f"start it without torchrun: relneuron {name} ...",
+                2,
+            )
         flags = {p.name: p.opts[-1] for p in self.params}
         sources = {option: ctx.get_parameter_source(option) for option in ctx.params}
         _given[:] = [

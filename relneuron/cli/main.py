@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 import relneuron
 from relneuron.ablation import STAGES as ABLATION
+from relneuron.artifact.journal import is_first, n_started
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, as_typed, command
@@ -39,11 +41,11 @@ relneuron COMMAND --help    # what it does, with examples; begin with run
 def stages() -> list[Stage]:
     """Every command, those that make a whole study first; a method brings its own."""
     return [
-        Stage("demo", f"{_HERE}:demo", (*_ASKS, *_DRAWS)),
-        Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS)),
+        Stage("demo", f"{_HERE}:demo", (*_ASKS, *_DRAWS), is_shared=True),
+        Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS), is_shared=True),
         Stage("prompts", f"{_HERE}:prompts", ("filelock",)),
         *(stage for method in methods() for stage in method.stages),
-        Stage("attribute", f"{_HERE}:attribute", _ASKS),
+        Stage("attribute", f"{_HERE}:attribute", _ASKS, is_shared=True),
         Stage("identify", f"{_HERE}:identify", _WORKS),
         *ABLATION,
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
@@ -101,6 +103,7 @@ def make_app(only: str | None = None) -> Any:
         made = app.command(stage.name, cls=Command, epilog=parts_of(function)[1] or None)
         made(command(function, show))
     Command.needs = {stage.name: stage.needs for stage in known}
+    Command.shared = {stage.name for stage in known if stage.is_shared}
     return app
 
 
@@ -122,18 +125,37 @@ def _asked() -> str | None:
     return next((stage.name for stage in stages() if words[:1] == [stage.name]), None)
 
 
+def _run() -> Any:
+    made = globals().get("app") or make_app(_asked())
+    return made(standalone_mode=False, prog_name="relneuron")
+
+
+def _run_together() -> Any:
+    """The command line in one of several processes, which end together."""
+    from relneuron.model.meeting import leave, meet
+
+    meet(end)
+    code = _run()
+    leave()
+    return code
+
+
 def main() -> None:
     """Run the command line and turn every error into one line of cause and one of fix."""
     # Read by transformers when, and if, a command imports it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if n_started() > 1:  # of a process that is gone we say one line, torch pages
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name's letters that it cannot say
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
+    if not is_first():
+        warnings.simplefilter("ignore")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        made = globals().get("app") or make_app(_asked())
-        code = made(standalone_mode=False, prog_name="relneuron")
+        code = (_run_together if n_started() > 1 else _run)()
         if code == 130:  # typer's own catch of an interrupt
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:

@@ -91,7 +91,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Budget:
     """The tokens, with padding, that a forward may have: half of one that did not fit, and fewer.
 
-    oom        "split": smaller batches from there on; "error": the stage ends
+    oom        "split": smaller batches from there on; "error": the stage ends, as it does where
+               several processes share its batches
     journal    keeps the budget for a run that goes on
     what       what a batch is called, of its rows `n`, its tokens and those of the longest row
     otherwise  what helps beside smaller batches where the stage ends
@@ -108,6 +109,8 @@ class Budget:
     def __post_init__(self) -> None:
         self.planned = self.tokens
         if self.journal is not None:
+            if self.journal.is_shared:
+                self.oom, self.otherwise = "error", ", or one process alone"
             self.tokens = int(self.journal.done.get("budget", self.tokens))
 
     @property

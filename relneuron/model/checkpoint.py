@@ -13,17 +13,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, refuse_overwrite
-from relneuron.artifact.manifest import differences, locked
+from relneuron.artifact.manifest import differences
 from relneuron.model.ranks import Ranks
 
 
@@ -112,11 +112,6 @@ def drop_checkpoint(path: Path, inputs: Json, kind: type[Counts] = Counts) -> No
     with suppress(RelneuronError):
         if read_checkpoint(path, inputs, kind) is not None:
             path.unlink()
-
-
-def held(folder: Path, ranks: Ranks) -> Any:
-    """The folder's lock, for the one process that writes."""
-    return locked(folder) if ranks.rank == 0 else nullcontext()
 
 
 @contextmanager

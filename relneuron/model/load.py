@@ -26,6 +26,7 @@ from relneuron.artifact.reading import read_json
 from relneuron.model.identity import ADAPTER, check_model_folder, model_digest
 from relneuron.model.layers import compute_dtype, first_line, input_device
 from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.ranks import local_device
 from relneuron.model.shards import check_parts, loading_options, n_parts
 from relneuron.ops.backends import MADE_FOR
 
@@ -116,11 +117,11 @@ def load_model(
 ) -> Any:
     """A causal language model, by anything `from_pretrained` takes, or one with pictures.
 
-    `device` defaults to the GPU if there is one; `dtype` to float32 on a CPU and to the
-    checkpoint's own on a GPU, or where it is quantised. With `device_map` (`read_device_map`)
-    accelerate spreads its layers over devices. With `tensor_parallel_size` N each of torchrun's N
-    processes gets a part of it, on a GPU of its own where there are GPUs. The model comes in eval
-    mode.
+    `device` defaults to the GPU if there is one, of torchrun's processes to one each; `dtype` to
+    float32 on a CPU and to the checkpoint's own on a GPU, or where it is quantised. With
+    `device_map` (`read_device_map`) accelerate spreads its layers over devices. With
+    `tensor_parallel_size` N each of torchrun's N processes gets a part of it, on a GPU of its own
+    where there are GPUs. The model comes in eval mode.
     """
     places = read_device_map(device_map, device) if device_map is not None else None
     if tensor_parallel_size is not None:
@@ -131,6 +132,8 @@ def load_model(
                 2,
             )
         check_parts(tensor_parallel_size)
+    else:
+        device = local_device(device)
     device = choose_device(device)
     if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
         raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)

@@ -92,9 +92,8 @@ class Job(Generic[AnyFeed, Item]):
             self.counter.restore(start.counts)
         position = start.position if start else Position(None, 0, 0)
         feed = self.open(position.feed)
-        is_quiet = self.quiet or self.ranks.rank > 0
         bar = progress_bar(
-            None, self.stage, self.unit, is_quiet, scale=True, done=position.n_tokens
+            None, self.stage, self.unit, self.quiet, scale=True, done=position.n_tokens
         )
         try:
             with bar, feed, self.counter:

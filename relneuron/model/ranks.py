@@ -1,13 +1,17 @@
-"""Several processes that share the batches of a pass: what `torchrun` started, or this one alone.
+"""Several processes that share the batches of a stage: what `torchrun` started, or this one alone.
 
-The corpus pass and the contrast of two models run under it; what they count is added up.
+Every stage that asks a model runs under `joined`. Passes add up what was counted (`passes.py`);
+stages with a journal take a batch each, the next one that is free (`sharing`). The first process
+alone holds the folder, writes and speaks.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +19,19 @@ import torch
 
 from relneuron.artifact.counts import RAN, Counts
 from relneuron.artifact.examples import best
+from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import n_started
+from relneuron.artifact.manifest import locked
+from relneuron.model.meeting import distributed, meet
 from relneuron.model.peaks import BEST, BINS
 from relneuron.model.shards import n_parts, part_number
 
 Array = np.ndarray[Any, Any]
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
+
+# The others wait for what the first one does alone, such as ranking for hours. One that ends closes
+# its connections, which the others see at once.
+WAIT = timedelta(days=2)
 
 
 class Ranks:
@@ -29,16 +41,19 @@ class Ranks:
     the model. What it counts is then only of its own neurons.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, *, in_parts: bool = False) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self, rank: int = 0, size: int = 1, *, in_parts: bool = False, store: Any = None
+    ) -> None:
+        self.rank, self.size, self.in_parts = rank, size, in_parts
         self.share, self.shares = (0, 1) if in_parts else (rank, size)
+        self._store, self._stage = store, 0
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values; all must call it at the same batch."""
         if self.size == 1:
             return value
         tensor = torch.tensor([value])
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return int(tensor)
 
     def total(self, value: int) -> int:
@@ -46,7 +61,7 @@ class Ranks:
         if self.shares == 1:
             return value
         tensor = torch.tensor([value])
-        torch.distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor)
         return int(tensor)
 
     def add(self, counts: AnyCounts) -> AnyCounts:
@@ -67,7 +82,7 @@ class Ranks:
             elif kind not in BEST:
                 tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
                 op = "MAX" if kind in ("max", *BINS[1:]) else "SUM"
-                torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, op))
+                distributed.all_reduce(tensor, getattr(distributed.ReduceOp, op))
                 summed[name] = tensor.numpy()
         if RAN in summed:  # of several modules another one may have run the most
             summed["tokens"] = summed[RAN].max(axis=1)
@@ -79,7 +94,7 @@ class Ranks:
         for rank in range(1, self.size):
             parts = [torch.from_numpy(np.ascontiguousarray(array).copy()) for array in own]
             for part in parts:
-                torch.distributed.broadcast(part, rank)
+                distributed.broadcast(part, rank)
             if self.rank == 0:
                 both = zip(total, parts, strict=True)
                 value, number, place = (np.concatenate([a, b.numpy()], -1) for a, b in both)
@@ -91,9 +106,70 @@ class Ranks:
         if self.shares == 1:
             return array
         tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
-        torch.distributed.broadcast(tensor, 0)
+        distributed.broadcast(tensor, 0)
         found: Array = tensor.numpy()
         return found
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def take(self) -> int:
+        """The next number, from 0 on, that no process has taken in this stage."""
+        return int(self._store.add(f"taken {self._stage}", 1)) - 1
+
+    @contextmanager
+    def stage(self) -> Iterator[None]:
+        """All processes begin a stage together, and leave it when what it writes is there."""
+        self._stage += 1
+        self.wait()
+        yield
+        self.wait()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process goes through the block, then the others do, then all go on."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
+        self.wait()
+
+    def call(
+        self,
+        stage: Callable[..., Any],
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        *args: Any,
+        **asked: Any,
+    ) -> Any:
+        """`stage(name, model, tokenizer, ...)`, and have the others that `serve` call it, too."""
+        self._tell((stage, name, args, asked))
+        return stage(name, model, tokenizer, *args, **asked)
+
+    def serve(self, model: Any, tokenizer: Any) -> None:
+        """Call the stages that the first process does, until it is done with all."""
+        while True:
+            box: list[Any] = [None]
+            distributed.broadcast_object_list(box, src=0)
+            if box[0] is None:
+                return
+            stage, name, args, asked = box[0]
+            stage(name, model, tokenizer, *args, **asked)
+
+    def dismiss(self) -> None:
+        """Have the others that `serve` end."""
+        self._tell(None)
+
+    def _tell(self, what: object) -> None:
+        if self.size > 1:
+            distributed.broadcast_object_list([what], src=0)
+
+
+# --- processes that join ------------------------------------------------------------------------
 
 
 def local_device(device: str | None) -> str | None:
@@ -104,22 +180,61 @@ def local_device(device: str | None) -> str | None:
     return f"cuda:{local}"
 
 
+_JOINED: list[Ranks] = []  # in the contexts that are open
+
+
 @contextmanager
 def joined(model: Any) -> Iterator[Ranks]:
-    """The processes that torchrun started, joined while the context lasts.
+    """The processes that torchrun started, joined while the context lasts; it may be nested.
 
-    Those that hold the model in parts are joined already. Counters are added on the host (gloo);
-    they are small, and wait for the device only when a checkpoint is written.
+    Those that hold the model in parts are joined already. What they tell each other goes from host
+    to host (gloo); it is small, and waits for the device only when a checkpoint is written.
     """
     if n_parts(model) > 1:
         yield Ranks(part_number(model), n_parts(model), in_parts=True)
         return
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if n_started() == 1:
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
+    if _JOINED:
+        with _JOINED[0].stage():
+            yield _JOINED[0]
+        return
+    rank, size = int(os.environ["RANK"]), n_started()
+    number = meet().add(f"joined by {rank}", 1)  # a process may join again
+    store = distributed.PrefixStore(f"joined {number}", meet())
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAIT)
+    _JOINED.append(Ranks(rank, size, store=store))
     try:
-        yield Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        with _JOINED[0].stage():
+            yield _JOINED[0]
     finally:
-        torch.distributed.destroy_process_group()
+        _JOINED.clear()
+        distributed.destroy_process_group()
+
+
+def held(folder: Path, ranks: Ranks) -> Any:
+    """The folder's lock, for the one process that writes."""
+    return locked(folder) if ranks.rank == 0 else nullcontext()
+
+
+@contextmanager
+def sharing(model: Any, folder: Path, *, rows: bool = False) -> Iterator[Ranks]:
+    """The processes that share the blocks of a stage's journal in `folder`, held by the first one.
+
+    `rows`: each of them also writes rows of one file there, which takes one machine.
+    """
+    with joined(model) as ranks, held(folder, ranks):
+        if ranks.in_parts:
+            raise RelneuronError(
+                f"the model is held in {ranks.size} parts, and this takes a whole one",
+                "load it without --tensor-parallel-size, or with --device-map auto",
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        if rows and here < ranks.size:
+            raise RelneuronError(
+                f"{here} of {ranks.size} processes are on this machine, and all write one file",
+                "start them on one machine",
+                2,
+            )
+        yield ranks

@@ -13,7 +13,8 @@ from relneuron.ablation.effect import effect
 from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
-from relneuron.artifact.files import Json, atomic_write, sha256
+from relneuron.artifact.files import Json, RelneuronError, atomic_write, sha256
+from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import Manifest, locked, same_model
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, prompts_bytes
@@ -80,6 +81,12 @@ def contrast_study(
     outputs.jsonl has the answers of both models and of A with B's values in each set of the choice
     and in its random sets, effect.csv what they do to the cost.
     """
+    if n_started() > 1:
+        raise RelneuronError(
+            f"a study of two models is made by one process, and torchrun started {n_started()}",
+            "start it without torchrun, or its stages with it",
+            2,
+        )
     neurons, outputs, effects = (folder / name for name in ("neurons.json", OUTPUTS, EFFECT))
     prompts = {name: folder / f"{name}.jsonl" for name in ("contrasted", "asked")}
     with locked(folder):

@@ -24,6 +24,7 @@ from relneuron.methods.gains.rank import (
     identify_gains_inputs,
 )
 from relneuron.methods.gains.study import BEST
+from relneuron.model.ranks import Ranks
 from relneuron.model.stream.read import read_residual_model
 
 
@@ -36,6 +37,7 @@ def gain_study(
     batch_tokens: int = 4096,
     oom: str = "split",
     drop: bool = False,
+    ranks: Ranks | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
@@ -43,7 +45,8 @@ def gain_study(
     """Make, or go on with, `study`/attribution: as many neurons by gain as each set has by AP.
 
     The gains are those of the det prompts that are answered right, which the sets were found with;
-    with `drop` gains.safetensors goes once the neurons are chosen. Returns the neurons, or None,
+    with `drop` gains.safetensors goes once the neurons are chosen. `ranks` are processes that share
+    the attribution, and wait to hear of it (`Ranks.serve`). Returns the neurons, or None,
     with a warning, if the model cannot be attributed.
     """
     try:
@@ -75,7 +78,8 @@ def gain_study(
                 Manifest(folder).forget("attribute")
         # What no manifest knows is left of a run that was killed.
         again = force or "attribute" not in Manifest(folder).data["stages"]
-        attribute(
+        (ranks or Ranks()).call(
+            attribute,
             name,
             model,
             tokenizer,

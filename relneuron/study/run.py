@@ -14,7 +14,7 @@ from relneuron.ablation.conditions import check_names
 from relneuron.ablation.how import ablate_inputs
 from relneuron.ablation.options import AblateOptions
 from relneuron.artifact.files import RelneuronError, sha256
-from relneuron.artifact.manifest import Manifest, checked, locked
+from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
@@ -34,6 +34,7 @@ from relneuron.model.load import describe_model, load_model, load_tokenizer
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.questions import encode
+from relneuron.model.ranks import sharing
 from relneuron.report.page import files_read, write_report
 from relneuron.study.facts import Facts
 from relneuron.study.gain import gain_study
@@ -49,6 +50,8 @@ from relneuron.texts.prompts import (
     write_prompts,
 )
 from relneuron.texts.tokens import check_bos
+
+REPORT = "report.html"
 
 
 def open_study(folder: Path, force: bool) -> Manifest:
@@ -172,7 +175,14 @@ def make_study(
     described = describe_model(name, model, mlps, o.backend)
 
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
-    with held(model, described["digest"]), Clock(model) as clock, locked(folder):
+    with (
+        held(model, described["digest"]),
+        Clock(model) as clock,
+        sharing(model, folder, rows=True) as ranks,
+    ):
+        if ranks.rank:
+            ranks.serve(model, tokenizer)
+            return folder / REPORT
         manifest = open_study(folder, force)
         if not manifest.path.exists():
             manifest.save()
@@ -195,7 +205,8 @@ def make_study(
         if not recorded or not (identified or responses.exists()):
             for line in first_answers(Asker(model, tokenizer), questions, o.batch_tokens):
                 say(line)
-            record(
+            ranks.call(
+                record,
                 name,
                 model,
                 tokenizer,
@@ -247,6 +258,7 @@ def make_study(
                 top=top,
                 options=recording,
                 drop_responses=o.drop_responses,
+                ranks=ranks,
                 backend=o.backend,
                 force=force,
                 quiet=quiet,
@@ -260,13 +272,15 @@ def make_study(
                 batch_tokens=o.batch_tokens,
                 oom=o.oom,
                 drop=o.drop_responses,
+                ranks=ranks,
                 backend=o.backend,
                 force=force,
                 quiet=quiet,
             )
         inputs = ablate_inputs(described, tokenizer, neurons, prompts, asked)
         if not Manifest(folder).is_done("ablate", inputs, force=force):
-            ablate_prompts(
+            ranks.call(
+                ablate_prompts,
                 name,
                 model,
                 tokenizer,
@@ -288,7 +302,8 @@ def make_study(
             show(folder, folder / "look.html")
         for journal in ("record.journal", "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
-        report = report_stage(folder, folder / "report.html", force=force, resume=True)
+        report = report_stage(folder, folder / REPORT, force=force, resume=True)
+        ranks.dismiss()
     say(f"study: {clock}")
     return report
 

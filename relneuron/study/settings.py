@@ -105,6 +105,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
     choices: int | None = None
     choose: str | None = None
     choose_from: int = 4
+    # Its stages read each other's results, which a part has not.
+    shard: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

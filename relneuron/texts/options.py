@@ -46,6 +46,23 @@ def check_shard(shard: tuple[int, int]) -> None:
 
 
 @dataclass(frozen=True)
+class ShardOptions(OomOptions):
+    """Which of the batches a stage does: (i, n) every n-th, from the i-th; by default all."""
+
+    shard: tuple[int, int] = option(
+        (1, 1),
+        "Only a part of the batches, such as 1/3, and no results yet; add the parts with merge.",
+        read=read_shard,
+        show="{0[0]}/{0[1]}".format,
+        records=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shard(self.shard)
+
+
+@dataclass(frozen=True)
 class PromptsOptions(SeedOptions):
     """How facts become prompts."""
 

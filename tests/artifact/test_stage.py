@@ -36,6 +36,8 @@ RUNNING = {"--force", "--quiet", "--debug", "--oom", "--workers", "--help", "--o
 RUNNING |= {"--max-record-mib"}
 RUNNING |= {"--checkpoint-seconds", "--checkpoint-batches", "--revision"}
 RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_parts.py
+# Of the others it makes a part, and no results: study/test_shared.py.
+RUNNING |= {"--shard"}
 RUNNING |= {"--serve", "--host", "--port"}  # a server makes no file: study/test_serve.py
 # They write no study, and a model's folder no page.
 NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite"}

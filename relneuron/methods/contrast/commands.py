@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,12 +46,10 @@ def contrast(
     from relneuron.artifact.prompts import read_questions
     from relneuron.methods.contrast.contrast import contrast as contrast_stage
     from relneuron.model.pair import load_pair
-    from relneuron.model.ranks import local_device
 
     check_folder(output)
     # What is wrong with them is said before the models are loaded.
     read_questions(prompts, options.template)
-    load_options = replace(load_options, device=local_device(load_options.device))
     pair = load_pair(model_a, model_b, load_options)
     made = contrast_stage(
         pair,
@@ -64,8 +60,6 @@ def contrast(
         force=force,
         quiet=quiet,
     )
-    if int(os.environ.get("RANK", "0")):
-        return
     if made is None:
         yield f"{output} holds this contrast already"
         return

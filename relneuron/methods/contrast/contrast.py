@@ -28,16 +28,16 @@ from relneuron.model.checkpoint import (
     Position,
     Saver,
     drop_checkpoint,
-    held,
     interruptible,
     refusal,
     write_checkpoint,
 )
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import fallbacks
+from relneuron.model.meeting import OthersEnd
 from relneuron.model.pair import Pair
 from relneuron.model.questions import Questions, encode
-from relneuron.model.ranks import joined
+from relneuron.model.ranks import held, joined
 from relneuron.texts.prompts import chat_wrap
 from relneuron.texts.tokens import policy_text
 
@@ -106,7 +106,7 @@ def contrast(
             refused = refusal(path, folder / NAME, inputs, Contrast, force=force)
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
-            raise refused or RelneuronError("the first process refused", "see what it says")
+            raise refused or OthersEnd()
         job = ContrastJob(
             options=options,
             counter=counter,

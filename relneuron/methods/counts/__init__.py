@@ -14,7 +14,11 @@ _OF = {"reads": "counts.safetensors", "of": "counts", "run": f"{_HERE}.commands:
 METHOD = Method(
     stages=(
         Stage(
-            "count", f"{_HERE}.commands:count", ("transformers", "tqdm", "filelock"), papers=(LAPE,)
+            "count",
+            f"{_HERE}.commands:count",
+            ("transformers", "tqdm", "filelock"),
+            is_shared=True,
+            papers=(LAPE,),
         ),
         Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
     ),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -47,13 +45,10 @@ def count(
     from relneuron.methods.counts.count import count as count_stage
     from relneuron.methods.counts.pictured import with_pictures
     from relneuron.model.load import load
-    from relneuron.model.ranks import local_device
     from relneuron.texts.sources import parse_sources
 
     check_folder(output)
     found = parse_sources(sources, **vars(reading))
-    if load_options.tensor_parallel_size is None:
-        load_options = replace(load_options, device=local_device(load_options.device))
     loaded, tokenizer = load(model, load_options, needs_text=any(not s.is_ids for s in found))
     found, processor = with_pictures(found, model, loaded, load_options.revision)
     counted = count_stage(
@@ -69,8 +64,6 @@ def count(
         quiet=quiet,
         say=print,
     )
-    if int(os.environ.get("RANK", "0")):
-        return
     if counted is None:
         yield f"{output} holds this count already"
         return
@@ -99,19 +92,29 @@ def token_lines(groups: list[str], tokens: list[int]) -> Iterator[str]:
 
 
 def merge(
-    folders: Annotated[list[Path], Argument("DIR...", "Folders of finished counts.")],
+    folders: Annotated[list[Path], Argument("DIR...", "Folders that --shard made.")],
     output: Output,
     force: bool = False,
 ) -> Iterator[str]:
-    """Add finished counts of one model, or contrasts of the same two: their file of both.
+    """Add finished counts of one model, or contrasts of the same two; or parts of another stage.
+
+    Of a stage that asks prompts or sentences each part has the batches that it did: the command
+    that made them does the rest where they are put together.
 
     Examples:
       # of count --shard 1/3, 2/3, 3/3
       relneuron merge part1 part2 part3 -o counts
     """
+    from relneuron.artifact.parts import journals_in, merge_parts
     from relneuron.methods.counts.merge import merge as merge_stage
 
     check_folder(output)
+    if len(folders) > 1 and journals_in(folders[0]):
+        for name, n in merge_parts(folders, output, force=force).items():
+            stage = name.removesuffix(".journal")
+            yield f"{stage}: {n:,} batches of {len(folders)} parts"
+        yield f"-> {output}: run the command without --shard there, it does what is left"
+        return
     total = merge_stage(folders, output, force=force)
     yield from token_lines(total.groups, total.tokens.tolist())
     yield f"-> {output}"

@@ -32,17 +32,17 @@ from relneuron.model.checkpoint import (
     Position,
     Saver,
     drop_checkpoint,
-    held,
     interruptible,
     refusal,
     write_checkpoint,
 )
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
+from relneuron.model.meeting import OthersEnd
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.peaks import Asked
 from relneuron.model.pictures import Processor, picture_run
-from relneuron.model.ranks import joined
+from relneuron.model.ranks import held, joined
 from relneuron.texts.feed import Feed
 from relneuron.texts.options import (
     CountOptions,
@@ -177,7 +177,7 @@ def count(
             refused = refusal(folder / CHECKPOINT, folder / NAME, inputs, force=force)
         # Nobody reads the checkpoint before it was looked at, and all end if it cannot be used.
         if ranks.largest(int(refused is not None)):
-            raise refused or RelneuronError("the first process refused", "see what it says")
+            raise refused or OthersEnd()
         if asked_of(options) != Asked() and ranks.rank == 0:
             say(needed(mlps, sources, options))
         job = _job(

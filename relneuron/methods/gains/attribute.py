@@ -41,7 +41,7 @@ from relneuron.artifact.gains import (
     targets_bytes,
 )
 from relneuron.artifact.journal import Journal, progress_bar
-from relneuron.artifact.manifest import Manifest, json_digest, locked, versions
+from relneuron.artifact.manifest import Manifest, json_digest, versions
 from relneuron.artifact.prompts import (
     Prompt,
     check_copy,
@@ -60,6 +60,7 @@ from relneuron.methods.gains.targets import predictions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
+from relneuron.model.ranks import sharing
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.targets import encode_targets, read_asked
@@ -144,21 +145,23 @@ def attribute(
         targets = replace(targets, targets=chosen, rights=[[token] for token in chosen])
     sentences = Sentences(prompts, targets)
     notices = targets.notices + target_notices(tokenizer, prompts, targets.targets)
-    with locked(folder):
-        write_copy(folder / "prompts.jsonl", prompts_path, copy)
-        journal = Journal(folder / JOURNAL, inputs)
+    about = {
+        "prompts": inputs["prompts"],
+        "ids": [prompt.id for prompt in prompts],
+        "model": described["digest"],
+    }
+    with sharing(model, folder, rows=True) as ranks:
         gains = None
-        if not journal.done:
-            (folder / GAINS).unlink(missing_ok=True)
-        if "ffn_neuron" in options.kinds:
-            about = {
-                "prompts": inputs["prompts"],
-                "ids": [prompt.id for prompt in prompts],
-                "model": described["digest"],
-            }
-            gains = GainFile(folder / GAINS, residual.shape, about)
-            journal.before_commit = gains.flush
-            _redo_lost(journal, gains, batches)
+        with ranks.in_turn():
+            if ranks.rank == 0:
+                write_copy(folder / "prompts.jsonl", prompts_path, copy)
+            journal = Journal(folder / JOURNAL, inputs, ranks=ranks, shard=options.shard)
+            if journal.is_first and not journal.done:
+                (folder / GAINS).unlink(missing_ok=True)
+            if "ffn_neuron" in options.kinds:
+                gains = GainFile(folder / GAINS, residual.shape, about)
+                journal.before_commit = gains.flush
+                journal.check(gains.digest, GAINS)
         scorer = Scorer(residual, sentences, options, sizes, backend)
         budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES)
         found = _score_all(scorer, batches, gains, journal, budget, quiet)
@@ -196,6 +199,8 @@ def attribute(
         for notice in notices:
             warnings.warn(notice, stacklevel=2)
         notices += budget.notices
+        if ranks.rank:
+            return
         # Until the journal is gone, what is written here counts as unfinished.
         for file, data in written.items():
             atomic_write(folder / file, data)
@@ -267,7 +272,6 @@ def _score_all(
     quiet: bool,
 ) -> list[Json]:
     """Score every batch that the journal lacks; what it keeps of each sentence, in their order."""
-    by_row: dict[int, Json] = {}
     ids = scorer.sentences.targets.ids
 
     def score(rows: list[int]) -> list[Json]:
@@ -279,24 +283,16 @@ def _score_all(
     with progress_bar(sum(map(len, batches)), "attribute", "sentence", quiet) as bar, journal:
         for batch, rows in enumerate(batches):
             key = f"attribute {batch}"
-            if key not in journal.done:
+            if journal.takes(key):
                 found = budget.run(rows, lambda row: len(ids[row]), score)
                 digest = None if gains is None else gains.digest(rows)
-                journal.add(key, {"found": found, "gains": digest})
-            by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
+                journal.add(key, {"found": found, "rows": rows, "digest": digest})
             bar.update(len(rows))
+        journal.together()
+    by_row: dict[int, Json] = {}
+    for batch, rows in enumerate(batches):
+        by_row |= dict(zip(rows, journal.done[f"attribute {batch}"]["found"], strict=True))
     return [by_row[row] for row in range(len(by_row))]
-
-
-def _redo_lost(journal: Journal, gains: GainFile, batches: Sequence[list[int]]) -> None:
-    """Have the batches scored again whose gains are not in the file as they were written."""
-    noted = {
-        f"attribute {batch}": rows
-        for batch, rows in enumerate(batches)
-        if journal.done.get(f"attribute {batch}", {}).get("gains")
-    }
-    lost = [k for k, rows in noted.items() if journal.done[k]["gains"] != gains.digest(rows)]
-    journal.redo(lost, f"rows of {GAINS} are not as they were written")
 
 
 def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | None) -> Json:

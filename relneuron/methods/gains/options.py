@@ -12,8 +12,9 @@ from typing import Any
 from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.installed import need
 from relneuron.artifact.manifest import same_model
-from relneuron.artifact.options import Only, OomOptions, TopOptions, option
+from relneuron.artifact.options import Only, TopOptions, option
 from relneuron.artifact.prompts import SPLITS
+from relneuron.texts.options import ShardOptions
 
 # What a row of attributions.csv can score, in the table's order.
 VALUE_KINDS = (
@@ -42,7 +43,7 @@ _QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", _asks_
 
 
 @dataclass(frozen=True)
-class AttributeOptions(OomOptions):
+class AttributeOptions(ShardOptions):
     """What is scored, and what is compared; the defaults are those of arXiv 2312.12141.
 
     `splits`: only these prompts, () for all. `target`: the token that is scored, of the answer or

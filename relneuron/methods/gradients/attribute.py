@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import (
     Manifest,
     json_digest,
-    locked,
     same_model,
     versions,
 )
@@ -53,6 +52,7 @@ from relneuron.model.gradients.sites import read_sites
 from relneuron.model.gradients.wide import in_float64
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
+from relneuron.model.ranks import sharing
 from relneuron.model.targets import encode_targets, read_asked
 from relneuron.texts.tokens import policy_text, target_notices
 
@@ -111,30 +111,36 @@ def attribute(
     check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
     replaced = end_of_text(tokenizer) if getattr(options, "baseline", "") == "replaced" else None
     wide = in_float64(model) if options.precision == "float64" else nullcontext()
-    with locked(folder), wide:
-        write_copy(folder / "prompts.jsonl", prompts_path, copy)
-        journal = Journal(path, inputs)
-        budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES, alone=ALONE)
-        asking = Asking(sites, prompts, targets, options, budget, replaced)
-        if not journal.done:
-            (folder / written).unlink(missing_ok=True)
-        about = {
-            "prompts": inputs["prompts"],
-            "ids": [prompt.id for prompt in prompts],
-            "relations": [prompt.relation for prompt in prompts],
-            "targets": asking.goals,
-            "model": described["digest"],
-            "position": "last" if method == IG else "all",
-            "probability": asking.precision(described["dtype"]),
-            **options.recorded(),
-        }
-        shape = {"layers": described["layers"], "width": described["width"]}
-        scores = GradientFile(folder / written, method, shape, about)
-        journal.before_commit = scores.flush
-        by_length = sorted(range(len(prompts)), key=lambda row: lengths[row])
-        columns = [asking.columns(row, lengths[row]) for row in range(len(prompts))]
-        batches = cut(by_length, columns.__getitem__, options.batch_tokens)
-        found = _score(asking, stage, batches, columns, scores, journal, budget, quiet)
+    shape = {"layers": described["layers"], "width": described["width"]}
+    with sharing(model, folder, rows=True) as ranks, wide:
+        with ranks.in_turn():
+            if ranks.rank == 0:
+                write_copy(folder / "prompts.jsonl", prompts_path, copy)
+            journal = Journal(path, inputs, ranks=ranks, shard=options.shard)
+            budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES, alone=ALONE)
+            asking = Asking(sites, prompts, targets, options, budget, replaced)
+            if journal.is_first and not journal.done:
+                (folder / written).unlink(missing_ok=True)
+            about = {
+                "prompts": inputs["prompts"],
+                "ids": [prompt.id for prompt in prompts],
+                "relations": [prompt.relation for prompt in prompts],
+                "targets": asking.goals,
+                "model": described["digest"],
+                "position": "last" if method == IG else "all",
+                "probability": asking.precision(described["dtype"]),
+                **options.recorded(),
+            }
+            scores = GradientFile(folder / written, method, shape, about)
+            journal.before_commit = scores.flush
+            by_length = sorted(range(len(prompts)), key=lambda row: lengths[row])
+            columns = [asking.columns(row, lengths[row]) for row in range(len(prompts))]
+            cuts = cut(by_length, columns.__getitem__, options.batch_tokens)
+            batches = {f"{stage} {number}": rows for number, rows in enumerate(cuts)}
+            journal.check(scores.digest, written)
+        found = _score(asking, batches, columns, scores, journal, budget, quiet)
+        if ranks.rank:
+            return
         # Until the journal is gone, what is written here counts as unfinished.
         names = [written, "prompts.jsonl"]
         if method == IG:
@@ -172,8 +178,7 @@ def attribute(
 
 def _score(
     asking: Asking,
-    stage: str,
-    batches: Sequence[list[int]],
+    batches: Mapping[str, list[int]],
     columns: Sequence[int],
     scores: GradientFile,
     journal: Journal,
@@ -181,25 +186,21 @@ def _score(
     quiet: bool,
 ) -> list[Json]:
     """Ask every batch that the journal lacks; what it keeps of each sentence, in their order."""
-    keys = {f"{stage} {number}": rows for number, rows in enumerate(batches)}
-    lost = [
-        key
-        for key, rows in keys.items()
-        if key in journal.done and journal.done[key]["digest"] != scores.digest(rows)
-    ]
-    journal.redo(lost, "rows of the scores are not as they were written")
-    by_row: dict[int, Json] = {}
     with progress_bar(len(columns), "attribute", "sentence", quiet) as bar, journal:
-        for key, rows in keys.items():
-            if key not in journal.done:
+        for key, rows in batches.items():
+            if journal.takes(key):
                 said = budget.run(rows, columns.__getitem__, asking.ask)
                 _check_finite(asking, rows, said)
                 names = said[0].keys()
                 scores.store(rows, {n: np.stack([one[n] for one in said]) for n in names})
                 kept = [_kept(one) for one in said]
-                journal.add(key, {"found": kept, "digest": scores.digest(rows)})
-            by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
+                noted = {"rows": rows, "digest": scores.digest(rows)}
+                journal.add(key, {"found": kept, **noted})
             bar.update(len(rows))
+        journal.together()
+    by_row: dict[int, Json] = {}
+    for key, rows in batches.items():
+        by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
     return [by_row[row] for row in range(len(by_row))]
 
 

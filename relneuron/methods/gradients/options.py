@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from relneuron.artifact.options import Only, OomOptions, option
+from relneuron.artifact.options import Only, option
 from relneuron.artifact.papers import ATTNLRP
 from relneuron.artifact.prompts import SPLITS
+from relneuron.texts.options import ShardOptions
 
 SITES = ("product", "act", "up", "gate")
 SCHEDULES = ("inclusive", "right", "midpoint")
@@ -23,7 +24,7 @@ RULES = ("plain", "conservative")
 
 
 @dataclass(frozen=True)
-class GradientOptions(OomOptions):
+class GradientOptions(ShardOptions):
     """What both have in common.
 
     `site`: where a neuron is taken, `product`, `act` and `up` being one and the same but under the

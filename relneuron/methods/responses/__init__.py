@@ -14,6 +14,7 @@ METHOD = Method(
             "record",
             "relneuron.methods.responses.commands:record",
             ("transformers", "tqdm", "filelock"),
+            is_shared=True,
             papers=(RELATIONS,),
         ),
     ),

@@ -23,6 +23,7 @@ from relneuron.methods.responses.rank import identify, identify_inputs
 from relneuron.methods.responses.record import record, record_inputs
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
+from relneuron.model.ranks import Ranks
 from relneuron.texts.facts import ENGLISH, Relation, split_facts
 
 TEMPLATES = ("{} can", "{} has a")  # in English (arXiv 2502.17355, section 5.4)
@@ -107,12 +108,14 @@ def concept_study(
     top: int | None,
     options: RecordOptions,
     drop_responses: bool = False,
+    ranks: Ranks | None = None,
     backend: str = "auto",
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile | None:
     """Make, or go on with, the study of the concepts in `folder`: prompts, record, identify.
 
+    `ranks` are processes that share the recording, and wait to hear of it (`Ranks.serve`).
     Returns each concept's `top` neurons, or None if there are fewer than two concepts. Warns of
     relations that are left out.
     """
@@ -147,7 +150,8 @@ def concept_study(
             "identify", identify_inputs(folder, ranking), force=force
         )
         if not recorded or not (identified or responses.exists()):
-            record(
+            (ranks or Ranks()).call(
+                record,
                 name,
                 model,
                 tokenizer,

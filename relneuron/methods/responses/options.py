@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Only, OomOptions, SeedOptions, TopOptions, option
+from relneuron.artifact.options import Only, SeedOptions, TopOptions, option
+from relneuron.texts.options import ShardOptions
 
 POOLING = ("mean", "last")
 ENDS = ("top", "bottom", "both")
@@ -15,7 +16,7 @@ NOISE = 100_000
 
 
 @dataclass(frozen=True)
-class RecordOptions(OomOptions):
+class RecordOptions(ShardOptions):
     """What a prompt's response is, and which answers are correct.
 
     Without `validate` nothing is asked: every prompt counts as correct.

@@ -27,7 +27,7 @@ from relneuron.artifact.files import (
     sha256,
 )
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
+from relneuron.artifact.manifest import Manifest, checked, same_model, versions
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS
@@ -45,6 +45,7 @@ from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
 from relneuron.model.questions import Questions, encode, is_correct
+from relneuron.model.ranks import sharing
 from relneuron.model.states import LayerState, Tokens
 from relneuron.texts.tokens import check_bos, policy_text
 
@@ -131,9 +132,12 @@ class _Responses:
             means = ((mlp.unfold(values) if is_inner else values).cpu() / divisors).numpy()
             self._maps[f"{site}.{mlp.layer}"][places, inside] = means
 
-    def digest(self, rows: Sequence[int]) -> str | None:
-        """Of a batch's rows as they are in the file; None for prompts that have none."""
-        places = [self._row[row] for row in rows if row in self._row]
+    def places(self, rows: Sequence[int]) -> list[int]:
+        """Which rows of the file some prompts have."""
+        return [self._row[row] for row in rows if row in self._row]
+
+    def digest(self, places: Sequence[int]) -> str | None:
+        """Of some rows as they are in the file; None where there is none."""
         return rows_digest(list(self._maps.values()), places) if places else None
 
     def flush(self) -> None:
@@ -196,10 +200,13 @@ def _ask_all(
             return said
 
         for number, rows in enumerate(batches):
-            if str(number) not in journal.done:
+            if journal.takes(str(number)):
                 said = budget.run(rows, questions.length, ask)
-                journal.add(str(number), {"predictions": said, "rows": responses.digest(rows)})
+                places = responses.places(rows)
+                noted = {"rows": places, "digest": responses.digest(places)}
+                journal.add(str(number), {"predictions": said, **noted})
             bar.update(len(rows))
+        journal.together()
 
 
 def record(
@@ -253,33 +260,26 @@ def record(
     inputs = record_inputs(described, tokenizer, prompts_path, options)
     for notice in questions.notices:
         warnings.warn(notice, stacklevel=2)
-    with locked(folder):
-        copy = folder / "prompts.jsonl"
-        if not copy.exists() or copy.read_bytes() != prompts_path.read_bytes():
-            refuse_overwrite(copy, force)
-            atomic_write(copy, prompts_path.read_bytes())
-        path = folder / "responses.safetensors"
-        journal = Journal(folder / "record.journal", inputs)
-        if not journal.done:
-            path.unlink(missing_ok=True)
-        about = {
-            "prompts": inputs["prompts"],
-            "ids": [prompts[row].id for row in det],
-            "pooling": pooling,
-            "exclude_bos": exclude_bos,
-            "model": described["digest"],
-        }
-        responses = _Responses(path, shape, det, n_pooled, about)
-        journal.before_commit = responses.flush
-        journal.redo(
-            [
-                str(number)
-                for number, rows in enumerate(batches)
-                if str(number) in journal.done
-                and journal.done[str(number)]["rows"] != responses.digest(rows)
-            ],
-            f"rows of {path.name} are not as they were written",
-        )
+    about = {
+        "prompts": inputs["prompts"],
+        "ids": [prompts[row].id for row in det],
+        "pooling": pooling,
+        "exclude_bos": exclude_bos,
+        "model": described["digest"],
+    }
+    copy, path = folder / "prompts.jsonl", folder / "responses.safetensors"
+    with sharing(model, folder, rows=True) as ranks:
+        with ranks.in_turn():
+            data = prompts_path.read_bytes()
+            if ranks.rank == 0 and not (copy.exists() and copy.read_bytes() == data):
+                refuse_overwrite(copy, force)
+                atomic_write(copy, data)
+            journal = Journal(folder / "record.journal", inputs, ranks=ranks, shard=options.shard)
+            if journal.is_first and not journal.done:
+                path.unlink(missing_ok=True)
+            responses = _Responses(path, shape, det, n_pooled, about)
+            journal.before_commit = responses.flush
+            journal.check(responses.digest, path.name)
         budget = Budget(options.batch_tokens, options.oom, journal)
         _ask_all(
             Asker(model, tokenizer),
@@ -304,6 +304,9 @@ def record(
             not validate or any(right(prediction, name) for name in prompt.objects)
             for prompt, prediction in zip(prompts, predictions, strict=True)
         ]
+        accuracy = sum(correct) / len(correct) if validate else None
+        if ranks.rank:
+            return accuracy
         table = zip((prompt.id for prompt in prompts), predictions, map(int, correct), strict=True)
         atomic_write(output, csv_bytes(("id", "prediction", "correct"), table))
         manifest = Manifest(folder)
@@ -345,4 +348,4 @@ def record(
         made_by = made_by if is_asked else []
         manifest.finish("record", inputs, made, reads=[copy], commands=made_by)
         journal.remove()
-    return sum(correct) / len(correct) if validate else None
+    return accuracy

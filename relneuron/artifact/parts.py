@@ -1,0 +1,133 @@
+"""Parts of a stage that machines did which share nothing (`--shard`), put together for its end.
+
+`relneuron merge` calls it. A part is a journal, and the rows of a file that its blocks note.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relneuron.artifact.files import (
+    Json,
+    RelneuronError,
+    map_safetensors,
+    real_path,
+    refuse_overwrite,
+)
+from relneuron.artifact.gains import GAINS
+from relneuron.artifact.gradients import FILES
+from relneuron.artifact.journal import Journal, has_rows, parts_of, read_blocks
+from relneuron.artifact.manifest import differences, locked, versions
+from relneuron.artifact.reading import parse_json
+
+# The file whose rows a stage's blocks note.
+ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
+ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
+BUDGET = "budget"  # the key of what memory had room for (model/batches.Budget)
+
+
+def journals_in(folder: Path) -> list[str]:
+    """The names of the journals of stages that are not finished in a folder."""
+    return sorted(path.name for path in folder.glob("*.journal") if path.is_file())
+
+
+def merge_parts(folders: Sequence[Path], output: Path, *, force: bool = False) -> dict[str, int]:
+    """Put the finished blocks of all folders into `output`; how many there are, by journal.
+
+    The stage's own command, without --shard, does there what is left of it and writes its files.
+    Rows of a file are copied; that command compares them with their digests, as it always does.
+    """
+    names = journals_in(folders[0])
+    for folder in folders:
+        if journals_in(folder) != names:
+            raise RelneuronError(
+                f"{folder} does not hold the unfinished stages of {folders[0]}: {', '.join(names)}",
+                "merge parts of the same stage, made by --shard",
+            )
+    if real_path(output) in [real_path(folder) for folder in folders]:
+        raise RelneuronError(f"{output} is one of the parts", "choose another output", 2)
+    heads = {name: _head(folders, name) for name in names}
+    files = {name: ROWS[name] for name in names if name in ROWS}
+    for name in names:
+        for file in (name, *([files[name]] if name in files else [])):
+            refuse_overwrite(output / file, force)
+    with locked(output):
+        return {name: _merge(folders, output, name, heads[name], files.get(name)) for name in names}
+
+
+def _head(folders: Sequence[Path], name: str) -> Json:
+    """What the parts were made from, which is the same for all of them, and of these versions."""
+    heads = []
+    for folder in folders:
+        line = (folder / name).read_bytes().partition(b"\n")[0].partition(b" ")[2]
+        where = f"{folder / name}, line 1"
+        head = parse_json(line.decode(errors="replace"), where, "make the part again")
+        if not isinstance(head, dict) or not isinstance(head.get("inputs"), dict):
+            raise RelneuronError(f"{folder / name} is no journal", "make the part again")
+        heads.append(head)
+    for folder, head in zip(folders, heads, strict=True):
+        changed = differences(heads[0], head)
+        if changed:
+            raise RelneuronError(
+                f"{folders[0]} and {folder} are parts of different runs: {'; '.join(changed)}",
+                "give each part the same model, files, options and versions",
+            )
+    changed = differences(heads[0].get("versions") or {}, versions())
+    if changed:
+        raise RelneuronError(
+            f"{folders[0]} was made with other versions: {'; '.join(changed)}",
+            "merge the parts with the versions that made them",
+        )
+    return heads[0]
+
+
+def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: str | None) -> int:
+    whole: Json = {}
+    rows: list[set[int]] = []
+    for folder in folders:
+        done: Json = {}
+        for path in (folder / name, *parts_of(folder / name)):
+            done = read_blocks(path, head)[0] | done
+        for key in [key for key in done if key in whole and key != BUDGET]:
+            if done[key] != whole[key]:
+                raise RelneuronError(
+                    f"{folder} and a part before it have other results of the same batch",
+                    "make the parts on machines of one kind, each part once",
+                )
+        budgets = [one[BUDGET] for one in (whole, done) if BUDGET in one]
+        whole |= done | ({BUDGET: min(budgets)} if budgets else {})
+        rows.append({row for value in done.values() if has_rows(value) for row in value["rows"]})
+    (output / name).unlink(missing_ok=True)  # its rows are written next
+    if file is not None and any(rows):
+        _copy_rows([folder / file for folder in folders], rows, output / file)
+    with Journal(output / name, head["inputs"]) as journal:
+        for key, value in whole.items():
+            journal.add(key, value)
+    return len(whole.keys() - {BUDGET})
+
+
+def _tensors(path: Path, *, writable: bool = False) -> Json:
+    try:
+        return map_safetensors(path, writable=writable)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RelneuronError(f"{path} is damaged", "make the part again") from error
+
+
+def _copy_rows(files: Sequence[Path], rows: Sequence[set[int]], output: Path) -> None:
+    """The first file with the rows of the others."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(files[0], output)
+    total = _tensors(output, writable=True)
+    for file, chosen in zip(files[1:], rows[1:], strict=True):
+        found = _tensors(file)
+        if {n: a.shape for n, a in found.items()} != {n: a.shape for n, a in total.items()}:
+            raise RelneuronError(f"{file} is not of the shape of {files[0]}", "make it again")
+        places = np.array(sorted(chosen), np.int64)
+        for name, array in found.items():
+            total[name][places] = array[places]
+    for array in total.values():
+        array.flush()

@@ -1,0 +1,347 @@
+"""Stages that several processes share, as torchrun starts them: whole, killed, refused.
+
+study/test_shared.py runs it, by hand:
+    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|run|shards N
+As stage_crash.py, whose stages these are: every process is a fork of one that imported torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+import relneuron.ablation.ablate
+import relneuron.ablation.generate
+import relneuron.ablation.nll
+import relneuron.methods.gradients.attribute
+import relneuron.methods.responses.record
+import relneuron.model.load
+import relneuron.model.meeting
+import relneuron.study.run
+from relneuron.artifact.journal import Journal
+from relneuron.artifact.parts import ROWS
+from relneuron.cli import main as cli
+from tests.kit.count_crash import code_of, free_port, join
+from tests.kit.stage_crash import QUICK, Study, files_of
+
+SMALL = ("--batch-tokens", 64, "--quiet")  # tokens of a batch: many batches
+# In their order; those of one process make what the others read.
+STAGES = ("prompts", "record", "identify", "ablate", "generate", "nll", "attribute", "ig")
+STAGES = (*STAGES, "relevance")
+ALONE = ("prompts", "identify")
+RUN = ("--eva", 8, "--random-seeds", 1, "--analyses", "concepts,gain,perplexity")
+
+
+class Shared(Study):
+    """Commands of one process or of several, each a fork."""
+
+    def words(self, stage: str, place: Path) -> list[str]:
+        """The command of a stage, in many small batches."""
+        model, prompts, neurons = self.model, place / "prompts.jsonl", place / "neurons.json"
+        texts = {name: self.folder / f"{name}.txt" for name in "ab"}
+        for name, text in texts.items():
+            if not text.exists():
+                text.write_text(f"Person{ord(name)} eats plum. He lives in Oslo.\n" * 40)
+        found: dict[str, list[Any]] = {
+            "record": [model, prompts, "-o", place],
+            "ablate": [model, neurons, prompts, "-o", place / "effects.csv", "--random-seeds", 1],
+            "generate": [model, prompts, "-o", place / "said.jsonl", "--neurons", neurons],
+            "nll": [
+                model,
+                neurons,
+                *(f"{n}={t}" for n, t in texts.items()),
+                "-o",
+                place,
+                "--window",
+                16,
+            ],
+            "attribute": [model, prompts, "-o", place],
+            "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
+            "relevance": [model, prompts, "-o", place, "--method", "relevance"],
+            "run": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
+        }
+        if stage not in found:
+            return super().words(stage, place)
+        found["generate"] += ["--off", "lives_in", "--max-new-tokens", 2]
+        found["nll"] += ["--windows", 4, "--workers", 1]
+        name = "attribute" if stage in ("ig", "relevance") else stage
+        return [str(word) for word in (name, *found[stage], *SMALL)]
+
+    def start(self, words: Sequence[str], before: Callable[[], object]) -> int:
+        """Begin a command; the process id."""
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 99
+        try:
+            # Appended to: several processes say their lines in one file.
+            said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            before()
+            sys.argv = ["relneuron", *words]
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def begin(
+        self, words: Sequence[str], size: int, act: Callable[[int], object] = lambda rank: None
+    ) -> list[int]:
+        """Begin a command in `size` processes, in each of which `act` comes first; their ids."""
+        (self.folder / "said").unlink(missing_ok=True)
+        port, pids = free_port(), []
+        for rank in range(size):
+
+            def before(rank: int = rank) -> None:
+                if size > 1:
+                    join(rank, size, port)
+                act(rank)
+
+            pids.append(self.start(words, before))
+        return pids
+
+    def ranks(
+        self, words: Sequence[str], size: int, act: Callable[[int], object] = lambda rank: None
+    ) -> list[int]:
+        """A whole command in `size` processes; their exit codes."""
+        return [code_of(pid) for pid in self.begin(words, size, act)]
+
+
+def load_once(model: Path) -> None:
+    """One model and one tokenizer for all forks."""
+    torch.set_num_threads(1)
+    cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]
+    loaded = relneuron.model.load.load_model(str(model), device="cpu")
+    tokenizer = relneuron.model.load.load_tokenizer(str(model))
+    relneuron.model.load.load_model = lambda *_, **__: loaded
+    relneuron.model.load.load_tokenizer = lambda *_, **__: tokenizer
+
+
+def whole(study: Shared, stage: str, base: Path, sizes: Sequence[int]) -> Path:
+    """The folder of one process's run, which any number of them makes, too."""
+    for size in (1, *sizes):
+        place = study.folder / f"{stage} {size}"
+        shutil.copytree(base, place)
+        assert study.ranks(study.words(stage, place), size) == [0] * size, study.said()
+        expected = files_of(study.folder / f"{stage} 1")
+        found = files_of(place)
+        wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+        assert not wrong, (stage, size, wrong)
+    return study.folder / f"{stage} 1"
+
+
+def at_work(
+    folder: Path, on_block: Callable[[int, int], object] = lambda rank, number: time.sleep(0.01)
+) -> Callable[[int], object]:
+    """What has blocks be safe at once, and `on_block(rank, how many it has done)` come before each.
+
+    `folder` hears who has met the others, and of each block who has done it.
+    """
+
+    def act(rank: int) -> None:
+        add, meet = Journal.add, relneuron.model.meeting.meet
+        did = os.open(folder / f"did {rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def slow(journal: Journal, key: str, value: object) -> None:
+            on_block(rank, os.fstat(did).st_size)
+            add(journal, key, value)
+            os.write(did, b".")
+
+        def noted(*asked: Any) -> Any:
+            store = meet(*asked)
+            (folder / f"met {rank}").touch()
+            return store
+
+        Journal.SAVE_EVERY_S, Journal.add = 0.0, slow  # type: ignore[method-assign]
+        relneuron.model.meeting.PATIENCE_S = 0.3
+        relneuron.model.meeting.meet = noted
+
+    return act
+
+
+def codes_within(pids: Sequence[int], seconds: float) -> list[int]:
+    """The exit codes of processes that end soon, 128 + its number if a signal ended one."""
+    until, codes = time.monotonic() + seconds, dict[int, int]()
+    while len(codes) < len(pids):
+        assert time.monotonic() < until, f"{len(pids) - len(codes)} of {len(pids)} do not end"
+        for pid in {*pids} - {*codes}:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                codes[pid] = code if code >= 0 else 128 - code
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def killed(study: Shared, stage: str, base: Path, n: int, sizes: Sequence[int] = (2, 3, 4)) -> int:
+    """SIGKILL any process at a random moment, `n` times: all end. How often it was at work.
+
+    Others, in another number, go on, and whoever comes to the end leaves the bytes of one process.
+    """
+    relneuron.model.meeting.LINGER_S = 0.5  # who says what is not looked at
+    rng = random.Random(stage)
+    expected = files_of(whole(study, stage, base, ()))
+    place = study.folder / f"{stage} killed"
+    n_hit, took = 0, 0.8
+    for number in range(n + 1):
+        if not place.exists():
+            shutil.copytree(base, place)
+        began = time.monotonic()
+        met = fresh(study.folder / "met")
+        pids = study.begin(study.words(stage, place), rng.choice(sizes), at_work(met))
+        while len([*met.glob("met *")]) < len(pids):
+            time.sleep(0.01)
+        if number < n:
+            time.sleep(rng.uniform(0, took))
+            os.kill(rng.choice(pids), signal.SIGKILL)
+        codes = codes_within(pids, 60)
+        n_hit += 128 + signal.SIGKILL in codes
+        found = files_of(place)
+        is_done = all(code == 0 for code in codes) or "exists" in study.said()
+        assert is_done or number < n, (codes, study.said())
+        if is_done:
+            wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+            assert not wrong, (stage, number, wrong)
+            shutil.rmtree(place)
+            took = time.monotonic() - began
+    return n_hit
+
+
+def shards(study: Shared, stage: str, base: Path) -> int:
+    """Two machines that share nothing, one of them killed, and `merge`: the bytes of one."""
+    expected = files_of(whole(study, stage, base, ()))
+    noted = fresh(study.folder / "noted")
+    places = [study.folder / f"{stage} part {number}" for number in (1, 2)]
+    for number, place in enumerate(places, 1):
+        shutil.copytree(base, place)
+        words = [*study.words(stage, place), "--shard", f"{number}/2"]
+        if number == 2:  # by three processes, which all do some blocks and end
+            act = at_work(noted, lambda rank, n: os._exit(9) if n == 1 else None)
+            assert sum(study.ranks(words, 3, act)), study.said()
+        assert study.ranks(words, number) == [0] * number, study.said()
+        assert study.said().count(f"part {number}/2 is done -> {place}") == 1, study.said()
+        new = {re.sub(r"\.\d$", "", name) for name in files_of(place)} - {*files_of(base)}
+        assert new <= left(stage) | {"prompts.jsonl"}, new
+    output = study.folder / f"{stage} merged"
+    shutil.copytree(base, output)
+    assert study.ranks(["merge", *map(str, places), "-o", str(output)], 1) == [0], study.said()
+    n = int(re.findall(r": (\d+) batches of 2 parts", study.said())[0])
+
+    def never(rank: int, number: int) -> None:
+        raise AssertionError("a batch was done again")
+
+    act = at_work(noted, never) if stage != "attribute" else lambda rank: None  # it compares
+    assert study.ranks(study.words(stage, output), 1, act) == [0], study.said()
+    found = files_of(output)
+    wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+    assert not wrong, (stage, wrong)
+    return n
+
+
+def left(stage: str) -> set[str]:
+    """What a part of a stage is: its journal, and the file whose rows that notes."""
+    name = {"generate": "said.jsonl", "ig": "attribute_ig", "relevance": "attribute_relevance"}
+    journal = f"{name.get(stage, stage)}.journal"
+    return {journal, ROWS.get(journal, journal)}
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder, where there may have been one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def shares(study: Shared, base: Path) -> list[int]:
+    """Two processes, one of them slow: how many blocks each did."""
+    place, noted = study.folder / "slow", fresh(study.folder / "noted")
+    shutil.copytree(base, place)
+
+    def wait(rank: int, number: int) -> None:
+        time.sleep(0.1 * rank)
+
+    codes = study.ranks(study.words("record", place), 2, at_work(noted, wait))
+    assert codes == [0, 0], study.said()
+    assert study.said().count("->") == 1  # one process speaks
+    assert files_of(place) == files_of(study.folder / "record 1")
+    return [(noted / f"did {rank}").stat().st_size for rank in range(2)]
+
+
+def ends(study: Shared, base: Path) -> None:
+    """What is refused, or fails in one process, ends all, with one message; then it goes on."""
+    place = study.folder / "ends"
+    shutil.copytree(base, place)
+    words = study.words("record", place)
+
+    def refused(codes: list[int], cause: str, fix: str, *asked: Any) -> None:
+        assert study.ranks(*asked) == codes, study.said()
+        lines = study.said().splitlines()
+        assert len(lines) == 2 and cause in lines[0] and fix in lines[1], lines
+
+    (place / "validated.csv").write_text("mine")
+    refused([2, 2], "validated.csv exists", "--force", words, 2)
+    (place / "validated.csv").unlink()
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused([1, 1, 1], "another process is writing to", "wait for it", words, 3)
+    identify = study.words("identify", place)
+    refused([2, 2], "identify is the work of one process", "without torchrun", identify, 2)
+    assert files_of(place) == files_of(base)
+
+    def fail(rank: int, number: int) -> None:
+        if rank and number == 2:
+            raise MemoryError
+
+    noted = fresh(study.folder / "noted")
+    asked = (words, 3, at_work(noted, fail))
+    refused([1, 1, 1], "MemoryError", "--debug", *asked)
+    assert (place / "record.journal").exists() and (place / "record.journal.1").exists()
+    assert study.ranks(words, 2) == [0, 0], study.said()
+    assert files_of(place) == files_of(study.folder / "record 1")
+
+
+def main(*words: str) -> None:
+    folder, model, facts = map(Path, words[:3])
+    what, n = words[3], int(words[4])
+    load_once(model)
+    study, base = Shared(folder, model, facts), fresh(folder / "empty")
+    found: Any = {}
+    if what == "quick":
+        base = whole(study, "prompts", base, ())
+        whole(study, "record", base, (2,))
+        found = shares(study, base)
+        ends(study, base)
+    for stage in STAGES if what == "shards" else ():
+        found[stage] = 0 if stage in ALONE else shards(study, stage, base)
+        base = whole(study, stage, base, ()) if stage in ALONE else folder / f"{stage} 1"
+    for stage in {"stages": STAGES, "run": ("run",)}.get(what, ()):
+        sizes = () if stage in ALONE else (2, 3, 4)
+        if n and sizes:
+            found[stage] = killed(study, stage, base, n)
+            base = folder / f"{stage} 1"
+        else:
+            base = whole(study, stage, base, sizes[: 1 if stage == "run" else 3])
+            found[stage] = len(sizes)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

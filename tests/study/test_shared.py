@@ -1,0 +1,60 @@
+"""Stages that torchrun's processes share: the bytes of one process, whatever ends any of them.
+
+All of it runs in forks of one process (kit/shared.py), as of one process of torchrun each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit import shared
+from tests.kit.forked import Forked
+from tests.methods.counts.test_ranks import needs_gloo
+
+
+def found(folder: Path, model: Path, facts: Path, what: str, n: int = 0) -> Any:
+    process = Forked(shared.main, *map(str, (folder, model, facts, what, n)))
+    assert process.wait(600) == 0, process.said()
+    return json.loads(process.said()[0].splitlines()[-1])
+
+
+@needs_gloo
+def test_two_processes_share_the_work_and_end_together(
+    tmp_path: Path, model_folder: Path, fact_folder: Path
+) -> None:
+    """A slow one does not hold the other; a refusal, or the failure of one, is said once."""
+    quick, slow = found(tmp_path, model_folder, fact_folder, "quick")
+    assert quick > slow >= 1
+
+
+@pytest.mark.slow
+@needs_gloo
+@pytest.mark.parametrize("what", ["stages", "run"])
+def test_any_number_of_processes_leaves_the_bytes_of_one(
+    tmp_path: Path, model_folder: Path, fact_folder: Path, what: str
+) -> None:
+    done = found(tmp_path, model_folder, fact_folder, what)
+    stages = shared.STAGES if what == "stages" else ("run",)
+    assert done == {stage: 0 if stage in shared.ALONE else 3 for stage in stages}
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_any_of_them_is_killed(tmp_path: Path, model_folder: Path, fact_folder: Path) -> None:
+    """All others end, and go on in another number."""
+    done = found(tmp_path, model_folder, fact_folder, "stages", 4)
+    assert sum(done.values()) >= 14  # some kills hit none at work
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_machines_that_share_nothing(
+    tmp_path: Path, model_folder: Path, fact_folder: Path
+) -> None:
+    """A part each, put together by merge: no batch is done twice."""
+    done = found(tmp_path, model_folder, fact_folder, "shards")
+    assert all((n >= 4) == (stage not in shared.ALONE) for stage, n in done.items()), done
