@@ -343,41 +343,56 @@ RELNEURON_INLINE U32 bin_of(F32 x, F32 scale, F32 first, float last) {
   return reinterpret_cast<U32>(__builtin_convertvector(place, I32));
 }
 
+// Bytes of the counts of a range of columns, in the second-level cache.
+constexpr int64_t counts_bytes = 256 << 10;
+
 template <typename Element, Site site, Activation activation>
 void histogram_columns(const HistogramArgs& args, const PeaksPlan& plan, int64_t f_begin,
                        int64_t f_end) {
   using Storage = typename Element::Storage;
   const SwigluStatsArgs& in = args.site;
   const float last = static_cast<float>(args.B - 1);
-  for (int64_t f = f_begin; f < f_end; f += block_width) {
-    const int64_t width = f_end - f < block_width ? f_end - f : block_width;
-    const Bins bins = load_bins<Element>(args, f, width);
+  const int64_t n_fit = counts_bytes / (8 * args.B * block_width) * block_width;
+  const int64_t n_columns = n_fit < block_width ? block_width
+                            : n_fit < range_width ? n_fit : range_width;
+  Bins bins[range_width / block_width];
+  for (int64_t f = f_begin; f < f_end; f += n_columns) {
+    const int64_t width = f_end - f < n_columns ? f_end - f : n_columns;
+    for (int64_t at = 0; at < width; at += block_width) {
+      const int64_t rest = width - at < block_width ? width - at : block_width;
+      bins[at / block_width] = load_bins<Element>(args, f + at, rest);
+    }
     for (int64_t group = 0; group < in.G; ++group) {
       const int64_t begin = plan.begins[group], end = plan.begins[group + 1];
       int64_t* const counts = args.counts + (group * in.F + f) * args.B;
+      if (begin == end) continue;
+      Rows<Storage> next = take_rows<Storage>(in, plan, begin, end, f);
       for (int64_t first = begin; first < end; first += chunk_rows) {
-        const Rows<Storage> rows = take_rows<Storage>(in, plan, first, end, f);
-        const auto count = [&](const Rows<Storage>& own, int64_t at, int64_t n_columns)
-            RELNEURON_LAMBDA {
+        const Rows<Storage> rows = next;
+        const int64_t after = first + rows.n;
+        next = take_rows<Storage>(in, plan, after < end ? after : begin, end, f);
+        const auto count = [&](const Rows<Storage>& own, int64_t at, int64_t n) RELNEURON_LAMBDA {
+          const Bins& own_bins = bins[at / block_width];
+          int64_t* const cells = counts + at * args.B;
           for (int64_t r = 0; r < own.n; ++r) {
             const Block x = site_values<Element, site, activation>(own, r, at, plan.act_table);
             uint32_t bin[2][n_lanes];
             uint64_t is_nan[2];
             for (int i = 0; i < 2; ++i) {
-              store(bin[i], bin_of(x.plane[i], bins.scale[i], bins.first[i], last));
+              store(bin[i], bin_of(x.plane[i], own_bins.scale[i], own_bins.first[i], last));
               is_nan[i] = top_bits(x.plane[i] != x.plane[i]);
             }
-            const bool is_plain = n_columns == block_width && !(is_nan[0] | is_nan[1]);
+            const bool is_plain = n == block_width && !(is_nan[0] | is_nan[1]);
             for (int plane = 0; plane < 2; ++plane) {
               for (int lane = 0; lane < n_lanes; ++lane) {
                 const int column = Element::column(plane, lane);
-                if (!is_plain && (column >= n_columns || (is_nan[plane] >> lane & 1))) continue;
-                counts[column * args.B + bin[plane][lane]] += 1;
+                if (!is_plain && (column >= n || (is_nan[plane] >> lane & 1))) continue;
+                cells[column * args.B + bin[plane][lane]] += 1;
               }
             }
           }
         };
-        for_each_block<site == site_product>(rows, rows, width, count);
+        for_each_block<site == site_product>(rows, next, width, count);
       }
     }
   }

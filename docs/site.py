@@ -95,4 +95,4 @@ def stages() -> Iterator[str]:
         if name[0].islower():
             home = getattr(stages, name)
             yield f"::: {home.__module__}.{home.__qualname__}"
-            yield f"    options:\n      heading: stages.{name}\n"
+            yield f"    options:\n      heading: stages.{name}\n      toc_label: {name}\n"

@@ -20,7 +20,6 @@ from relneuron.cli.main import app
 from tests.conftest import ROOT, shared_folder
 from tests.kit.corpus_commands import Result
 from tests.kit.fences import (
-    DOCS,
     LANGUAGES,
     PAGES,
     Shell,
@@ -169,19 +168,21 @@ def test_what_a_page_shows_runs(
 def test_links_between_files_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), target
-    assert path.parent == ROOT or DOCS in path.parents
 
 
 def said() -> list[tuple[str, re.Pattern[str]]]:
     """Every text of the package: what of it is fixed, and a pattern of what it may become."""
     found = []
     for path in (ROOT / "relneuron").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if node in docstrings or not isinstance(node, ast.JoinedStr | ast.Constant):
+                continue
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [str(p.value) if isinstance(p, ast.Constant) else None for p in parts]
             fixed = "".join(text or "" for text in texts)
-            if len(fixed) > 8 and (isinstance(node, ast.JoinedStr | ast.Constant)):
+            if len(fixed) > 8:
                 pattern = "".join(".+" if text is None else re.escape(text) for text in texts)
                 found.append((fixed, re.compile(pattern)))
     return found

@@ -262,7 +262,8 @@ def run_tasks(
       relneuron eval Qwen/Qwen3-0.6B --neurons counts/neurons.json --off zh \\
           --tasks hellaswag --limit 200 --random-seeds 3 -o evals
     """
-    from relneuron.ablation.harness.stage import check_neurons, evaluate, score_table
+    from relneuron.ablation.harness.scores import score_table
+    from relneuron.ablation.harness.stage import check_neurons, evaluate
     from relneuron.model.load import load
 
     check_folder(output)

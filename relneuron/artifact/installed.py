@@ -42,6 +42,8 @@ USES = {
     "datasets": "data sets of the hub, hf:..., in count and nll",
     "PIL": "pictures in count, ablate and generate",
     "peft": "adapters in contrast",
+    "starlette": "look --serve",
+    "uvicorn": "look --serve",
     "pandas": "data frames of relneuron.load: a table is a dict of arrays",
 }
 # Installed by another name than they are imported by.

@@ -16,14 +16,15 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Case:
     """One row of a suite. In average_precision T, F, G are the prompts, columns and relations, in
-    logprob_gain the tokens of the vocabulary, neurons and sentences."""
+    logprob_gain the tokens of the vocabulary, neurons and sentences; G of peaks are the windows,
+    T of merge_peaks those that are merged."""
 
     op: str = "swiglu_stats"
     dtype: str = "float32"
     T: int = 2048
     F: int = 11008
     G: int = 12
-    layout: str = "sorted"  # swiglu_stats, pair_stats: how groups lie in the rows, sorted or mixed
+    layout: str = "sorted"  # how groups lie in the rows, sorted or mixed
 
     def __str__(self) -> str:
         letters = {"average_precision": "NMR", "logprob_gain": "VKE"}.get(self.op, "TFG")

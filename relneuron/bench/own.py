@@ -18,7 +18,7 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import refuse_stray
 from relneuron.artifact.stage import load_own
 from relneuron.bench.case import Case
-from relneuron.testing import ContractError, check_backend
+from relneuron.testing import OPS, ContractError, check_backend
 
 # A call of the contract with more elements than this is left out: the bench has large calls itself.
 MAX_ELEMENTS = 20_000
@@ -58,9 +58,9 @@ def _broken(
     function: Callable[..., Any], op: str, dtype: str, device: str, features: tuple[str, ...]
 ) -> str | None:
     claims: dict[str, Any] = {"dtypes": [getattr(torch, dtype)], "features": list(features)}
-    if op == "swiglu_stats":
-        if "out" in inspect.signature(function).parameters:
-            claims["features"].append("out")
+    if op == "swiglu_stats" and "out" in inspect.signature(function).parameters:
+        claims["features"].append("out")
+    if OPS[op].activations:
         claims |= {"activations": ["silu"], "sites": ["act"]}
     try:
         check_backend(function, op, device=device, max_elements=MAX_ELEMENTS, **claims)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from relneuron.bench import gain as bench_gain
 from relneuron.bench import pair_stats as bench_pair
+from relneuron.bench import peaks as bench_peaks
 from relneuron.bench import ranking as bench_ranking
 from relneuron.bench.case import Case
 
@@ -14,6 +15,7 @@ SUITES = {
         *bench_ranking.QUICK,
         *bench_gain.QUICK,
         *bench_pair.QUICK,
+        *bench_peaks.QUICK,
     ],
     "usual": [
         # Decoding has a row or a few a call: there the inputs are in the caches.
@@ -25,6 +27,7 @@ SUITES = {
         *bench_ranking.USUAL,
         *bench_gain.USUAL,
         *bench_pair.USUAL,
+        *bench_peaks.USUAL,
     ],
     "full": [
         *(
@@ -36,5 +39,6 @@ SUITES = {
         *bench_ranking.FULL,
         *bench_gain.FULL,
         *bench_pair.FULL,
+        *bench_peaks.FULL,
     ],
 }

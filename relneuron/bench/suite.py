@@ -2,7 +2,8 @@
 
 bench/timing.py asks for the contestants of a case and times them. Those of swiglu_stats are here,
 with their peers in bench/peers.py; those of average_precision are in bench/ranking.py, those of
-logprob_gain in bench/gain.py, those of pair_stats in bench/pair_stats.py. `torch.compile` gets
+logprob_gain in bench/gain.py, those of pair_stats in bench/pair_stats.py, those of peaks,
+merge_peaks and histogram in bench/peaks.py. `torch.compile` gets
 whole graphs of fixed shapes.
 """
 
@@ -21,6 +22,7 @@ from torch.nn import functional as nnf
 from relneuron import ops
 from relneuron.bench import gain as bench_gain
 from relneuron.bench import pair_stats as bench_pair
+from relneuron.bench import peaks as bench_peaks
 from relneuron.bench import peers
 from relneuron.bench import ranking as bench_ranking
 from relneuron.bench import training as bench_training
@@ -382,4 +384,7 @@ CONTESTANTS: dict[str, Callable[..., list[Contestant]]] = {
     "average_precision": bench_ranking.average_precision_contestants,
     "logprob_gain": bench_gain.logprob_gain_contestants,
     "pair_stats": bench_pair.pair_stats_contestants,
+    "peaks": bench_peaks.peaks_contestants,
+    "merge_peaks": bench_peaks.merge_peaks_contestants,
+    "histogram": bench_peaks.histogram_contestants,
 }

@@ -33,7 +33,7 @@ def look(
     cards of all neurons of the model are made as a browser asks for them, until Ctrl-C.
 
     Examples:
-      relneuron look study -o look.html
+      relneuron look study -o study/look.html
       relneuron look study -o look.html --neurons 12.gate.345,3.up.7
       relneuron look study -o look.html --neurons other.json --cards 50
       relneuron look study --serve
@@ -111,15 +111,18 @@ def _serve(
     import secrets
 
     from relneuron.model.load import describe_model
+    from relneuron.study.browse import Pages
     from relneuron.study.look import check_same, open_cards
-    from relneuron.study.serve import Server, address, hosts_of, listening, serve
+    from relneuron.study.ranked import Ranked
+    from relneuron.study.serve import address, app_of, hosts_of, listening, serve
 
     backend = load_options.backend
     cards, sets = open_cards(model, tokenizer, folder, options, backend=backend)
     check_same(folder, describe_model(name, model, cards.mlps, backend))
     token = secrets.token_urlsafe(32)
     with listening(serving.host, serving.port) as found:
-        app = Server(cards, sets, name).app(token, hosts_of(serving.host))
+        ranked = Ranked(folder, cards.order)
+        app = app_of(Pages(cards, sets, ranked, name), token, hosts_of(serving.host))
         yield f"{cards.order.total:,} neurons: {address(found, token)}"
         yield "Whoever has this address may look, at nothing else. Ctrl-C ends it."
         serve(app, found)

@@ -152,7 +152,10 @@ class BenchOptions(Options):
     no_compile: bool = option(False, "Leave out torch.compile, which needs a C++ compiler.")
 
 
-OPS = ("swiglu_stats", "average_precision", "logprob_gain", "pair_stats")
+OPS = (
+    *("swiglu_stats", "average_precision", "logprob_gain", "pair_stats"),
+    *("peaks", "merge_peaks", "histogram"),
+)
 
 
 def bench(

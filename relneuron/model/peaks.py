@@ -251,8 +251,13 @@ def _keep_best(
 
 def _widen(looked: Looked, site: str, own: Mapping[str, Any], segments: Segments) -> None:
     """The range with that of the tokens that are counted."""
-    rows = segments.ids.reshape(-1) >= 0
-    kept: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
-    smallest, largest = ops.site_range(**kept)
     low, high = looked.ranges[site]
-    looked.ranges[site] = torch.minimum(low, smallest), torch.maximum(high, largest)
+    # A part at a time: plain torch copies it several times.
+    for rows in (segments.ids.reshape(-1) >= 0).nonzero().squeeze(1).split(_ROWS):
+        part: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
+        smallest, largest = ops.site_range(**part)
+        low, high = torch.minimum(low, smallest), torch.maximum(high, largest)
+    looked.ranges[site] = low, high
+
+
+_ROWS = 64

@@ -1,6 +1,6 @@
 """Fits a figure to a width: its panels are placed anew, its text stays as large as print asks for.
 
-files.py calls it. A picture that is scaled has text that nobody reads; here only what is drawn
+save.py calls it. A picture that is scaled has text that nobody reads; here only what is drawn
 between the text is made narrower or wider.
 """
 
@@ -84,9 +84,10 @@ def fit(fig: Figure, width: float) -> tuple[Bbox, list[str]]:
             break
     _thin(fig)
     said = [*_fit_numbers(fig), *_without_font(fig)]
-    middle = (sheet.x0 + sheet.x1) / 2
-    left = sheet.x0 if sheet.width <= room else middle - width / 2
-    left -= max(0.0, width - sheet.width) / 2
+    if sheet.width > room + 0.01:  # names and numbers alone take more: nothing is cut off
+        width = sheet.width + 2 * PAD
+        said.append(f"The text of the figure needs {width:.2f}in.")
+    left = (sheet.x0 + sheet.x1 - width) / 2
     return Bbox.from_extents(left, sheet.y0 - PAD, left + width, sheet.y1 + PAD), said
 
 
@@ -169,7 +170,9 @@ def _place(
         for (_, column), own in zip(places, text, strict=True):
             sides[column] = np.fmax(sides[column], own[[0, 2]])
         free = room - sides.sum() - GAP * (beside - 1)
-        stretch = float(np.clip(free / widths.sum(), 0.05, WIDEST))
+        before, stretch = stretch, float(np.clip(free / widths.sum(), 0.05, WIDEST))
+        if abs(stretch - before) < 1e-4:
+            break
     least = min(min(ax.get_position().width for ax in panel.axes) for panel in panels)
     lefts = [
         sides[: c + 1, 0].sum() + sides[:c, 1].sum() + stretch * widths[:c].sum() + GAP * c

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # matplotlib is imported when figures are made
 
 FORMATS = ("pdf", "svg", "png")
 INCHES = {"in": 1.0, "cm": 1 / 2.54, "mm": 1 / 25.4, "pt": 1 / 72}
-LEAST, MOST = 2.0, 40.0  # inches: names and a picture need so much, and no printer takes more
+LEAST, MOST = 3.0, 40.0  # inches: names and a picture need so much, and no printer takes more
 
 
 def inches(text: str) -> float:

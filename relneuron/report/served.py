@@ -1,6 +1,6 @@
 """The pages of `look --serve`, as served.html.j2 lays them out: lists of neurons, and one's card.
 
-study/serve.py gives them what they show.
+study/browse.py gives them what they show.
 """
 
 from __future__ import annotations

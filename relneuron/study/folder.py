@@ -11,17 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from relneuron.ablation.outputs import Generated, read_outputs
 from relneuron.artifact.contrast import Contrast
-from relneuron.artifact.counts import Counts
 from relneuron.artifact.effects import read_conditions
-from relneuron.artifact.files import Json, RelneuronError, require, unfinished
+from relneuron.artifact.files import RelneuronError, require
 from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import Neuron, NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
-from relneuron.report.page import PageKind, kind_of
+from relneuron.report.page import kind_of
 from relneuron.study import shown, tensors
-from relneuron.study.frames import Frame, frame, read_any, read_columns
-from relneuron.study.held import HELD, Held
+from relneuron.study.frames import Frame, frame, read_any, read_lens
+from relneuron.study.held import HELD
+from relneuron.study.opened import Opened
 from relneuron.study.pages import PAGES
 
 
@@ -45,7 +46,7 @@ def load(folder: str | Path) -> Study:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Study:
+class Study(Opened):
     """What a folder holds, each table read when it is first asked for.
 
     A table is a pandas.DataFrame; without pandas (the extra `frames`) a dict of numpy arrays, one a
@@ -54,15 +55,6 @@ class Study:
     manifest notes it: its digest is compared first, at about 1 GB a second. `load` the folder again
     for what was written since.
     """
-
-    folder: Path
-    kind: PageKind
-    manifest: Json
-
-    @property
-    def there(self) -> list[str]:
-        """The tables whose files are there."""
-        return [name for name, held in HELD.items() if held.path(self.folder) is not None]
 
     # --- prompts and answers
 
@@ -227,6 +219,54 @@ class Study:
         """Tasks: condition, set, task, metric, filter, value, stderr, n, n_shot."""
         return self._table("evaluation")
 
+    # --- texts and what they tell
+
+    @cached_property
+    def outputs(self) -> Frame:
+        """The texts of `generate`: mask, set, id, prompt, output, n_tokens, stopped, group, seed,
+        score.
+
+        None where a text has no group, seed or score.
+        """
+        lines = read_outputs(self._path("outputs"))
+        return frame({name: [getattr(line, name) for line in lines] for name in Generated._fields})
+
+    @cached_property
+    def output_scores(self) -> Frame:
+        """Their mean scores: mask, group, measure, n_prompts, n_seeds, score, sd_seeds, low, high.
+
+        `low` and `high` are the 95 % interval of the mean.
+        """
+        return self._table("output_scores")
+
+    @cached_property
+    def lens(self) -> Frame:
+        """What each layer would say: mask, group, id, seed, place, layer, entropy, top.
+
+        `place` counts a text's tokens from 0; `entropy` is in nats; `top` is the tuple of the most
+        probable tokens.
+        """
+        return frame(read_lens(self._path("lens")))
+
+    @cached_property
+    def layer_stages(self) -> Frame:
+        """Its mean by layer: mask, group, n_tokens, layer, entropy, stage (1 to 3)."""
+        return self._table("layer_stages")
+
+    @cached_property
+    def probe(self) -> Frame:
+        """A probe: neurons, n_prompts, n_positive, n_neurons, accuracy, low, high, chance,
+        sd_sets.
+
+        `neurons` is `top`, the chosen ones, or random ones; `chance` the share of the larger class.
+        """
+        return self._table("probe")
+
+    @cached_property
+    def probe_predictions(self) -> Frame:
+        """Of each prompt: id, label, fold, predicted, probability (of label 1)."""
+        return self._table("probe_predictions")
+
     # --- attribution and gradients
 
     @cached_property
@@ -329,76 +369,3 @@ class Study:
         """What `edit` changed: measure, n, before, before_low, before_high, after, after_low,
         after_high."""
         return self._table("edits")
-
-    # --- reading
-
-    def _path(self, name: str) -> Path:
-        """The file of a table, checked; one that is not there, or not whole, raises."""
-        held = HELD[name]
-        path = held.path(self.folder)
-        if path is None:
-            return require(self.folder / held.files[0], self._made_by(held))
-        if self._is_begun(held, path):
-            raise RelneuronError(
-                f"{path} is of a run that was not finished", f"go on with: relneuron {held.made_by}"
-            )
-        return checked(path)
-
-    def _is_begun(self, held: Held, path: Path) -> bool:
-        """Whether a long stage is still writing a file, or was killed meanwhile."""
-        is_known = path.name in self.manifest["files"]
-        return not is_known and any((self.folder / name).exists() for name in held.journals)
-
-    def _made_by(self, held: Held) -> str:
-        """The command that makes it, as the folder's kind of study says it."""
-        found = (self.kind.reads.get(name) for name in held.files)
-        return next((command for command in found if command), held.made_by)
-
-    def _table(self, name: str, more: tuple[str, ...] = ()) -> Frame:
-        return frame(read_columns(self._path(name), HELD[name].columns, more))
-
-    def _counts(self, group: str | None) -> dict[str, Any]:
-        path, asked = self._path("counts"), None if group is None else [group]
-        return tensors.counts(path, Counts, asked, self._order)
-
-    @property
-    def _order(self) -> Shape | None:
-        """Which neurons the model has, as far as the manifest says."""
-        model = self.manifest.get("model")
-        return Shape.of(model) if model else None
-
-    def _model(self, path: Path) -> Json:
-        """What the manifest says of the model, which the rows of a file need."""
-        model: Json | None = self.manifest.get("model")
-        if not model:
-            raise RelneuronError(
-                f"no manifest says of which model {path} is", "give the folder that it was made in"
-            )
-        return model
-
-    def __repr__(self) -> str:
-        return shown.as_text(self.kind.name, self.folder, self._states())
-
-    def _repr_html_(self) -> str:
-        """For notebooks: what is there, what is missing, and the commands that make it."""
-        model = (self.manifest.get("model") or {}).get("id")
-        return shown.as_html(self.kind.name, self.folder, model, self._states())
-
-    def _states(self) -> list[shown.State]:
-        """Of each table of this kind of study, and of each that is there."""
-        left = unfinished(self.folder)
-        rows = []
-        for name, held in HELD.items():
-            path, of_kind = held.path(self.folder), {*held.files} & self.kind.reads.keys()
-            command = f"relneuron {self._made_by(held)}"
-            if path is None and not of_kind:
-                continue
-            if path is None:
-                known = any(self.manifest["files"].get(f, {}).get("dropped") for f in held.files)
-                state = "deleted to save space" if known else "missing"
-            elif path.name in left or self._is_begun(held, path):
-                state = "unfinished"
-            else:
-                state, command = shown.file_of(path), ""
-            rows.append(shown.State(held.call or name, held.words, state, command))
-        return rows

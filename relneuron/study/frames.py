@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relneuron.ablation.outputs import LENS
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.installed import missing
 from relneuron.artifact.parquet import read_table
-from relneuron.artifact.reading import Cells, read_csv
+from relneuron.artifact.reading import Cells, parse_json, read_csv
 
 Frame = Any  # a pandas.DataFrame, or without pandas a dict of numpy arrays
 Array = np.ndarray[Any, Any]
@@ -26,13 +27,13 @@ Array = np.ndarray[Any, Any]
 TEXTS = frozenset(
     ("answer", "choice", "condition", "end", "fact", "given", "group", "id", "kind", "logprob_of")
     + ("mask", "measure", "prediction", "relation", "site", "split", "target", "token", "window")
-    + ("filter", "metric", "set", "task")
+    + ("filter", "metric", "neurons", "set", "task", "top")
 )
 FLAGS = frozenset(("acts", "consistent", "correct", "kept"))  # 1 and 0
 # ... and so are those whose name begins with n_, but for a mean.
 WHOLE = frozenset(
-    ("first", "gained", "head", "index", "label", "last", "layer", "lost", "n", "place", "position")
-    + ("rank", "seed", "target_id", "token_id")
+    ("first", "fold", "gained", "head", "index", "label", "last", "layer", "lost", "n", "place")
+    + ("position", "predicted", "rank", "seed", "stage", "target_id", "token_id")
 )
 
 # The most that a frame takes, in bytes: what is larger is asked for in parts.
@@ -95,6 +96,15 @@ def read_columns(path: Path, columns: Sequence[str], more: Sequence[str] = ()) -
             values.append(_value(row, name))
     found = found or {name: [] if name in TEXTS else array("d") for name in columns}
     return {name: _column(name, values) for name, values in found.items()}
+
+
+def read_lens(path: Path) -> dict[str, Any]:
+    """The columns of a lens.csv: `token`, a number there, as place, and `top` as tuples."""
+    found = read_columns(path, LENS)
+    numbers = {"place": np.array([int(number) for number in found.pop("token")], np.int64)}
+    top = [tuple(parse_json(text, str(path), "make it again")) for text in found.pop("top")]
+    about = {name: found.pop(name) for name in ("mask", "group", "id", "seed")}
+    return {**about, **numbers, **found, "top": top}
 
 
 def _text(cell: object) -> str:

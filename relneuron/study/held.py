@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relneuron.ablation.effect import Effect
-from relneuron.ablation.harness.stage import CSV as EVAL
-from relneuron.ablation.harness.stage import Score
+from relneuron.ablation.harness.scores import CSV as EVAL
+from relneuron.ablation.harness.scores import Score
+from relneuron.ablation.outputs import SCORES, STAGES, Generated
 from relneuron.analyses.perplexity import SentenceRow
 from relneuron.analyses.study import ACCURACY
 from relneuron.artifact import contrast, examples, histogram
@@ -33,6 +34,8 @@ from relneuron.artifact.gains import (
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
 from relneuron.artifact.gradients import COMPLETENESS, COMPLETENESS_COLUMNS, FILES, IG, RELEVANCE
 from relneuron.artifact.gradients import made_by as gradients_by
+from relneuron.methods.contrast.classify import MADE_BY as PROBE
+from relneuron.methods.contrast.classify import PREDICTIONS, Scored
 from relneuron.methods.contrast.study import EFFECT
 from relneuron.methods.counts.study import NLL, WINDOWS
 from relneuron.methods.gradients.editing import COLUMNS, MEASURES
@@ -43,6 +46,7 @@ _IDENTIFY = "identify DIR -o DIR/neurons.json"
 _ABLATE = "ablate MODEL DIR/neurons.json DIR/prompts.jsonl -o DIR/effects.csv"
 _COUNT = "count MODEL GROUP=TEXT... -o DIR"
 _NLL = "nll MODEL DIR/neurons.json GROUP=TEXT... -o DIR"
+_GENERATE = "generate MODEL PROMPTS -o DIR/outputs.jsonl"
 _EDIT = "edit MODEL neurons.json prompts.jsonl -o DIR"
 _IG = gradients_by(IG)
 
@@ -140,6 +144,23 @@ HELD = {
     ),
     "nll": Held("text with neurons off", ("nll.csv",), _NLL, NLL),
     "nll_windows": Held("the same by window", ("nll_windows.csv",), _NLL, WINDOWS),
+    "outputs": Held("texts with neurons off", ("outputs.jsonl",), _GENERATE, Generated._fields),
+    "output_scores": Held(
+        "their scores", ("outputs.scores.csv",), f"{_GENERATE} --measure MEASURE", SCORES
+    ),
+    "lens": Held(
+        "what each layer would say",
+        ("outputs.lens.csv",),
+        f"{_GENERATE} --lens 5",
+        ("mask", "group", "id", "seed", "place", "layer", "entropy", "top"),
+    ),
+    "layer_stages": Held(
+        "its mean by layer", ("outputs.stages.csv",), f"{_GENERATE} --lens 5", STAGES
+    ),
+    "probe": Held("what neurons tell of a label", ("probe.csv",), PROBE, Scored._fields),
+    "probe_predictions": Held(
+        "the same of each prompt", ("probe_predictions.csv",), PROBE, PREDICTIONS
+    ),
     "targets": Held(
         "sentences and their answers",
         (TARGETS,),

@@ -201,11 +201,13 @@ def look(
     described = describe_model(name, model, cards.mlps, backend)
     check_same(folder, described)
     reads = [*sets.files, *(cards.strongest.files if cards.strongest else ())]
+    recorded = options.recorded()
+    del recorded["batch_tokens"]  # changes no digit that a card shows, but a rounding
     inputs = {
         "model": same_model(described),
         "tokenizer": tokenizer_digest(tokenizer),
         "files": {path.name: sha256(path) for path in reads},
-        **options.recorded(),
+        **recorded,
         "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
     }
     made = [folder / NAME, folder / SETS]

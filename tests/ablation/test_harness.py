@@ -27,6 +27,7 @@ from torch import Tensor
 import relneuron
 import relneuron.ablation.harness.stage as stage
 from relneuron.ablation.harness.options import EvalOptions
+from relneuron.ablation.harness.scores import Score, score_table
 from relneuron.ablation.harness.stage import evaluate
 from relneuron.artifact.counts import NAME as COUNTS
 from relneuron.artifact.counts import Counts
@@ -318,7 +319,7 @@ def test_random_sets_and_files(study: Study, tasks: Path, neurons: Path, tmp_pat
     assert study.tokenizer.pad_token is None
     names = ["clean", "lives_in", "random.0", "random.1"]
     assert list(dict.fromkeys(s.condition for s in scores)) == names
-    assert [tuple(row) for row in read_rows(tmp_path / "eval.csv")][0] == stage.Score._fields
+    assert [tuple(row) for row in read_rows(tmp_path / "eval.csv")][0] == Score._fields
     whole = json.loads((tmp_path / "eval.json").read_text())
     assert whole["lm_eval"] == lm_eval.__version__
     n = len(study.sets["lives_in"])
@@ -345,7 +346,7 @@ def test_a_group_has_its_own_rows(study: Study, tasks: Path, neurons: Path, tmp_
     found = {(s.condition, s.task, s.metric, s.filter): (s.value, s.n) for s in scores}
     assert found["clean", "tiny", "acc", "none"] == (theirs["tiny"]["acc,none"], N)
     assert found["clean", "tiny_text", "exact_match", "whole"][1] == N
-    table = stage.score_table(scores, ["tiny"])
+    table = score_table(scores, ["tiny"])
     assert table.columns == ("off", "tiny acc")
     assert [row[0] for row in table.rows] == ["clean", "lives_in"]
     own = [s.value for s in scores if (s.task, s.metric) == ("tiny", "acc")]

@@ -68,7 +68,7 @@ def made(
     rng = np.random.default_rng(0)
     facts_asked = [(r, s, list(rng.normal(size=(2, 2, 48)))) for r in "rs" for s in "abc"]
     gradient_study(root / "gradients", facts_asked)
-    counted(loaded, corpus, root / "counts")
+    counted(loaded, corpus, root / "counts", examples=2, histogram=8)
     counted(loaded, corpus, root / "products", sites=("product",))
     for shard in (1, 2):
         counted(loaded, corpus, root / f"half{shard}", shard=(shard, 2), examples=2, histogram=8)

@@ -35,7 +35,7 @@ def attributed(loaded: tuple[Any, Any], prompts: Path, folder: Path, **more: Any
 
 
 def counted(loaded: tuple[Any, Any], corpus: list[str], folder: Path, **changes: Any) -> None:
-    options = CountOptions(window=16, moments=True, examples=2, histogram=8, **changes)
+    options = CountOptions(window=16, moments=True, **changes)
     count("m", *loaded, parse_sources(corpus), folder, options, quiet=True)
 
 

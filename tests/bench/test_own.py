@@ -21,6 +21,9 @@ CASES = {
     "average_precision": Case("average_precision", T=40, F=6, G=2, layout="neuron-major"),
     "logprob_gain": Case("logprob_gain", T=60, F=7, G=3, layout="D=16"),
     "pair_stats": Case("pair_stats", T=24, F=65, G=2, layout="mixed"),
+    "peaks": Case("peaks", T=24, F=65, G=2, layout="mixed"),
+    "merge_peaks": Case("merge_peaks", T=8, F=65, G=2),
+    "histogram": Case("histogram", T=24, F=65, G=2),
 }
 
 
@@ -120,3 +123,14 @@ def test_the_function_is_found_in_this_folder(
         with pytest.raises(RelneuronError, match=cause) as caught:
             find_own(text, "swiglu_stats")
         assert caught.value.fix and "\n" not in caught.value.cause
+
+
+def test_an_own_op_of_peaks_takes_part() -> None:
+    def later(*inputs: Any, values: Tensor, positions: Tensor, **options: Any) -> None:
+        ops.peaks(*inputs, values=values, positions=positions, **options)
+        positions += 1
+
+    for name in ("peaks", "merge_peaks", "histogram"):
+        assert rows(name, getattr(ops, name))[name, "mine:op"].correct == 1
+    found = rows("peaks", later)["peaks", "mine:op"]
+    assert found.correct == 0 and "positions (segment, neuron)" in found.note

@@ -216,9 +216,9 @@ def test_the_examples_of_the_stages_make_a_study(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "facts").symlink_to(fact_folder)
     few = {"prompts": ["--eva", 8], "ablate": ["--random-seeds", 1, "--quiet"]}
-    few["record"] = ["--quiet"]
+    few |= {"record": ["--quiet"], "look": ["--cards", 4, "--quiet"]}
     few["identify"] = ["--permutations", 10, "--bootstrap", 10, "--noise", 1000, "--quiet"]
-    for name in ("prompts", "record", "identify", "ablate", "report", "export", "cite"):
+    for name in ("prompts", "record", "identify", "look", "ablate", "report", "export", "cite"):
         words = [word for word in examples(name) if "study" in " ".join(word)][0]
         words = [str(model_folder) if "/Qwen" in f"/{word}" else word for word in words[1:]]
         words = ["0.5" if word == "0.05" else word for word in words]

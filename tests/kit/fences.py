@@ -1,9 +1,9 @@
 """The fenced blocks of the pages that users read, and the commands in them, checked or run.
 
 A block says its language. Of `bash` every line is a command: of relneuron, whose words the command
-line itself takes or refuses, or one of the few others in `_OTHERS`. A page that sets a variable
-(M=relneuron/demo/checkpoint) is run from there on: its commands, its Python, and its `console`
-blocks, which show what a command prints.
+line itself takes or refuses, or one of the few others that `check_other` knows. A page that sets a
+variable (M=relneuron/demo/checkpoint) is run from there on: its commands, its Python, and its
+`console` blocks, which show what a command prints.
 """
 
 from __future__ import annotations

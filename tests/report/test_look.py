@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from relneuron.artifact.cards import read_cards
 from relneuron.report.cards import GROUPS, view
 from relneuron.report.look import card_html, page_of
 from relneuron.report.page import render
 from tests.kit.cards import SETS, chromium, make_card, opened
+from tests.kit.corpus_commands import call
 from tests.kit.pages import PAYLOADS, Page
 
 MANIFEST = {"model": {"id": "a/model"}, "stages": {}, "files": {}}
@@ -178,6 +180,32 @@ def test_it_is_small_and_the_same_each_time(page: Path) -> None:
         for n in range(200)
     ]
     assert len(render(page_of(many, MANIFEST)).encode()) < 5e6
+
+
+@pytest.mark.slow
+def test_the_page_of_the_demo(browser: Any, tmp_path: Path) -> None:
+    """200 cards of the real thing: their tokens, and shades in the order of the values."""
+    quick = ("--permutations", 0, "--bootstrap", 0, "--noise", 0, "--random-seeds", 0, "--quiet")
+    assert call("demo", "-o", tmp_path, "--analyses", "main", *quick) == 0
+    cards = read_cards(tmp_path / "cards.jsonl")
+    with opened(browser, tmp_path / "look.html", viewport={"width": 420, "height": 900}) as both:
+        tab, said = both
+        assert names(tab) == [card["neuron"] for card in cards] and len(cards) == 200
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 420
+        found = tab.eval_on_selector_all(
+            ".card",
+            """cards => cards.map(card => [...card.querySelectorAll('.t')].map(one =>
+                 [one.textContent, Number(one.style.getPropertyValue('--s'))]))""",
+        )
+        assert said == []
+    for card, tokens in zip(cards, found, strict=True):
+        every = [one for example in card["examples"] for one in example["tokens"]]
+        assert [text for text, _ in tokens] == every
+        values = [value for example in card["examples"] for value in example["values"]]
+        shades = sorted((v, s) for v, (_, s) in zip(values, tokens, strict=True) if v > 0)
+        assert [s for _, s in shades] == sorted(s for _, s in shades)
+        assert max(values) <= 0 or shades[-1][1] == 1
+    assert (tmp_path / "look.html").stat().st_size < 5e6
 
 
 def test_text_stays_text() -> None:

@@ -339,6 +339,9 @@ def test_cards_that_are_there_are_shown_again(
     assert run("look", folder, "-o", page, *LOOK)[0] == 0
     assert page.read_bytes() == (root / "look.html").read_bytes()
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    other = tmp_path / "other.html"
+    assert run("look", folder, "-o", other, *LOOK, "--batch-tokens", 100)[0] == 0
+    assert other.read_bytes() == page.read_bytes()
     code, _, err = run("look", folder, "-o", page, *LOOK)
     assert code == 2 and "page.html exists" in err
     code, _, err = run("look", folder, "-o", page, "--force", "--examples", 3, "--quiet")

@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+import numpy as np
 import pytest
 import uvicorn
 
 from relneuron.artifact.cards import check_card
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import NeuronFile
+from relneuron.study import browse
 from relneuron.study import serve as served
+from relneuron.study.browse import PER_PAGE, Pages
 from relneuron.study.look import open_cards
-from relneuron.study.serve import PER_PAGE, Server, address, hosts_of, listening
+from relneuron.study.ranked import Ranked
+from relneuron.study.serve import address, app_of, hosts_of, listening
 from relneuron.study.settings import LookOptions
 from tests.conftest import ROOT
 from tests.kit.cards import chromium
@@ -44,9 +48,9 @@ def study(model_folder: Path, fact_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def server(study: Study) -> Server:
+def server(study: Study) -> Pages:
     cards, sets = open_cards(study.model, study.tokenizer, study.folder, LookOptions(examples=2))
-    return Server(cards, sets, "a/<b>model</b>")
+    return Pages(cards, sets, Ranked(study.folder, cards.order), "a/<b>model</b>")
 
 
 @contextmanager
@@ -68,10 +72,10 @@ def running(app: Any, found: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def url(server: Server) -> Iterator[str]:
+def url(server: Pages) -> Iterator[str]:
     with listening("127.0.0.1", 0) as found:
         place = address(found, TOKEN)
-        with running(server.app(TOKEN, hosts_of("127.0.0.1")), found):
+        with running(app_of(server, TOKEN, hosts_of("127.0.0.1")), found):
             yield place
 
 
@@ -115,12 +119,13 @@ def test_it_begins_with_the_sets_and_the_layers(url: str, study: Study) -> None:
     assert status == 200 and "<b>model" not in text and "a/&lt;b&gt;model" in text
     rows = cells(text)
     assert rows[:3] == [[name, str(len(chosen))] for name, chosen in study.sets.items()]
-    assert rows[3:] == [["L0", "48", "48", "32"], ["L1", "48", "48", "32"]]
+    assert rows[3:6] == [[name] for name in study.sets]
+    assert rows[6:] == [["L0", "48", "48", "32"], ["L1", "48", "48", "32"]]
     for link in links(text):
         assert ask(url, link)[0] == 200, link
 
 
-def test_every_neuron_has_a_card(url: str, server: Server) -> None:
+def test_every_neuron_has_a_card(url: str, server: Pages) -> None:
     """Of each site, the first and the last; those beside it are linked."""
     for neuron in ((0, "gate", 0), (1, "up", 47), (1, "down", 31), (0, "down", 5)):
         name = ".".join(map(str, neuron))
@@ -138,10 +143,10 @@ def test_every_neuron_has_a_card(url: str, server: Server) -> None:
             assert ask(url, f"neuron/{link}")[0] == 200
 
 
-def test_a_card_is_made_once(url: str, server: Server, monkeypatch: Any) -> None:
+def test_a_card_is_made_once(url: str, server: Pages, monkeypatch: Any) -> None:
     made, true = [], server.cards.card
     monkeypatch.setattr(server.cards, "card", lambda n: made.append(n) or true(n))
-    monkeypatch.setattr(served, "KEPT", 2)
+    monkeypatch.setattr(browse, "KEPT", 2)
     for name in ("0.gate.30", "0.gate.30", "0.gate.31", "0.gate.32", "0.gate.32", "0.gate.30"):
         assert ask(url, f"neuron/{name}")[0] == 200
     assert [index for _, _, index in made] == [30, 31, 32, 30]
@@ -180,7 +185,7 @@ def test_sets_and_layers_are_sorted_and_cut(
     shown = [int(row[0].split(".")[2]) for row in cells(ask(url, "layer/1/gate?sort=score")[2])]
     wanted = sorted(range(48), key=lambda i: (-best.get(i, -1.0), i))
     assert [best.get(i) for i in shown] == [best.get(i) for i in wanted]
-    monkeypatch.setattr(served, "PER_PAGE", 20)
+    monkeypatch.setattr(browse, "PER_PAGE", 20)
     seen, page = [], "layer/1/gate?sort=index"
     for _ in range(3):
         text = ask(url, page)[2]
@@ -188,6 +193,41 @@ def test_sets_and_layers_are_sorted_and_cut(
         following = re.search(r'rel="next" href="([^"]+)"', text)
         page = f"layer/1/gate{unescape(following[1])}" if following else ""
     assert page == "" and seen == [f"L1.gate.{i}" for i in range(48)] and PER_PAGE == 100
+
+
+def test_all_neurons_by_a_score(url: str, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As numpy sorts them; equal scores in the order of layers within a site."""
+    from safetensors.numpy import load_file
+
+    scores, relation = load_file(study.folder / "scores.safetensors"), "lives_in"
+    every = [
+        (float(value), site, layer, index)
+        for site in ("gate", "up", "down")
+        for (layer, index), value in np.ndenumerate(
+            scores[f"ap.{site}"][list(study.sets).index(relation)]
+        )
+    ]
+    monkeypatch.setattr(browse, "PER_PAGE", 100)
+    for sort, sign in (("", -1), ("&sort=-ap", 1)):
+        seen = []
+        for page in (1, 2, 3):
+            status, _, text = ask(url, f"scores?of={relation}{sort}&page={page}")
+            assert status == 200
+            seen += cells(text)
+        assert len(seen) == 256
+        values = {f"L{layer}.{site}.{index}": value for value, site, layer, index in every}
+        assert sorted(values) == sorted(row[0] for row in seen)
+        shown = [values[row[0]] for row in seen]
+        assert shown == sorted(shown, key=lambda value: sign * value)
+    first = cells(ask(url, f"scores?of={relation}")[2])[0]
+    assert f"{relation} no. " in first[-1]
+
+
+def test_a_folder_without_scores_has_no_list(study: Study, server: Pages, tmp_path: Path) -> None:
+    assert Ranked(tmp_path, server.cards.order).names == []
+    (tmp_path / "scores.safetensors").write_bytes(b"no tensors")
+    with pytest.warns(UserWarning, match="no lists by score"):
+        assert Ranked(tmp_path, server.cards.order).names == []
 
 
 def test_a_neuron_is_found_by_its_name(url: str) -> None:
@@ -206,6 +246,7 @@ def test_a_neuron_is_found_by_its_name(url: str) -> None:
         *("neuron/0.gate.99999999999999999999", "neuron/0.gate.%C2%B2", "find?neuron=<b>x"),
         *("layer/2/gate", "layer/0/q", "layer/-1/gate", "layer/%C2%B2/gate", "layer/0/gate?page=0"),
         *("layer/0/gate?page=2", "layer/0/gate?page=x", "layer/0/gate?sort=x", "set?name=<b>x"),
+        *("scores", "scores?of=x", "scores?of=lives_in&sort=x", "scores?of=lives_in&page=4"),
         *("set", "nothing", "find", "manifest.json", "static/../manifest.json"),
     ],
 )
@@ -217,13 +258,13 @@ def test_what_is_not_there_is_said_without_a_trace(url: str, path: str, study: S
     assert ask(urljoin(url, path), links(text)[0])[0] == 200  # the way back
 
 
-def test_an_error_stays_in_the_terminal(url: str, server: Server, monkeypatch: Any) -> None:
+def test_an_error_stays_in_the_terminal(url: str, server: Pages, monkeypatch: Any) -> None:
     def broken(neuron: Any) -> Any:
         raise RuntimeError("a secret of /home")
 
     monkeypatch.setattr(server.cards, "card", broken)
     said: list[str] = []
-    monkeypatch.setattr(served.warnings, "warn", lambda text, **_: said.append(text))
+    monkeypatch.setattr(browse.warnings, "warn", lambda text, **_: said.append(text))
     status, headers, text = ask(url, "neuron/0.up.0")
     assert (status, text) == (500, "This page cannot be made; the terminal says why.")
     assert "secret" not in str(headers) and said == ["look: RuntimeError: a secret of /home"]
@@ -263,6 +304,10 @@ def test_another_host_is_refused(url: str) -> None:
         assert ask(url, host=host)[0] == 200, host
     assert hosts_of("192.0.2.7") == ["192.0.2.7"]
     assert "*" not in hosts_of("0.0.0.0") and "localhost" in hosts_of("0.0.0.0")
+    with listening("0.0.0.0", 0) as found:
+        assert urlsplit(address(found, TOKEN)).hostname in [h.lower() for h in hosts_of("0.0.0.0")]
+    with listening("::1", 0) as found:
+        assert address(found, TOKEN).startswith("http://[::1]:")
 
 
 def test_every_answer_is_guarded(url: str) -> None:
@@ -346,7 +391,7 @@ def test_a_browser_walks_from_the_layers_to_a_card(url: str, study: Study) -> No
         asked: list[str] = []
         tab.on("request", lambda one: asked.append(one.url))
         tab.goto(url)
-        tab.click("text=lives_in")
+        tab.click("text=lives_in >> nth=0")
         assert tab.locator("tbody tr").count() == len(study.sets["lives_in"])
         tab.click("tbody tr:first-child a")
         name = ".".join(map(str, chosen[:3]))

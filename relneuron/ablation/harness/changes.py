@@ -91,10 +91,9 @@ class Changes:
         shape = model_shape(self.mlps)
         neurons.check_model(shape)
         sets, doubles = read_sets(neurons, shape)
-        off = list(sets) if options.off is None else list(options.off)
         self._plan = named_masks(
             sets,
-            off if options.off is not None else [name for name in off if name != CLEAN],
+            list(sets) if options.off is None else options.off,
             shape,
             models=(CLEAN,),
             random_seeds=random_seeds,

@@ -10,16 +10,17 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from relneuron.ablation.harness.changes import Changes, Run
 from relneuron.ablation.harness.options import ChangeOptions, EvalOptions
+from relneuron.ablation.harness.scores import CSV, Score, scores_of
 from relneuron.ablation.options import CLEAN
 from relneuron.artifact.files import (
     Json,
@@ -32,7 +33,7 @@ from relneuron.artifact.files import (
 )
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, locked, same_model, versions
-from relneuron.artifact.stage import STUDY, Printed, command, loading, placed
+from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
@@ -44,27 +45,7 @@ if TYPE_CHECKING:
     from relneuron.ablation.harness.tasks import Read
 
 SCHEMA = "relneuron.eval/1"
-CSV, JSON, SAMPLES = "eval.csv", "eval.json", "samples"
-
-
-class Score(NamedTuple):
-    """One row of eval.csv.
-
-    condition  clean, a set, or random.<seed>; set: whose neurons are at their mean besides
-    filter     the harness's, by which an answer was read; "none" mostly
-    stderr     the harness's, None where it has none
-    n          documents that the value is of
-    """
-
-    condition: str
-    set: str
-    task: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    n: int
-    n_shot: int | None
+JSON, SAMPLES = "eval.json", "samples"
 
 
 def evaluate(
@@ -130,7 +111,11 @@ def evaluate(
         found = {
             (run, task): journal.done[_key(run, task)] for run in changes.runs for task in tasks
         }
-        scores = [one for (run, _), value in found.items() for one in scores_of(run, value)]
+        scores = [
+            one
+            for (run, _), value in found.items()
+            for one in scores_of(run.condition.name, run.set, value)
+        ]
         written = {
             folder / CSV: csv_bytes(Score._fields, scores),
             folder / JSON: json_bytes(whole(changes.runs, found)),
@@ -255,25 +240,6 @@ def remove_samples(folder: Path, kept: Sequence[Path]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def scores_of(run: Run, value: Json) -> Iterator[Score]:
-    """The rows of one task or group under a condition: each metric that is a number."""
-    results = value["results"]
-    for task, metrics in results["results"].items():
-        counts = metrics.get("sample_count") or {}
-        for key, number in metrics.items():
-            metric, comma, how = key.partition(",")
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if not comma or metric.endswith("_stderr") or not is_number:
-                continue
-            error = metrics.get(f"{metric}_stderr,{how}")
-            yield Score(
-                *(run.condition.name, run.set, task, metric, how, number),
-                error if isinstance(error, int | float) else None,
-                counts.get(key, metrics["sample_len"]),
-                results["n-shot"].get(task),
-            )
-
-
 def whole(runs: Sequence[Run], found: Mapping[tuple[Run, str], Json]) -> Json:
     """eval.json: the conditions, and all that the harness says of each task under each."""
     return {
@@ -289,26 +255,3 @@ def whole(runs: Sequence[Run], found: Mapping[tuple[Run, str], Json]) -> Json:
             for (run, task), value in found.items()
         ],
     }
-
-
-def score_table(scores: Sequence[Score], tasks: Sequence[str]) -> Printed:
-    """Each metric of the tasks, clean, and how much it changes under each condition.
-
-    Of a group its own metrics, where it has some; a column is a task and a metric.
-    """
-    keys = list(dict.fromkeys((s.task, s.metric, s.filter) for s in scores))
-    named = [key for key in keys if key[0] in tasks] or keys
-    filters = {key[:2]: len({k[2] for k in named if k[:2] == key[:2]}) for key in named}
-    heads = [" ".join((*key[:2], *([key[2]] if filters[key[:2]] > 1 else []))) for key in named]
-    runs = list(dict.fromkeys((s.condition, s.set) for s in scores))
-    values = {(s.condition, s.set, s.task, s.metric, s.filter): s for s in scores}
-    rows = []
-    for number, run in enumerate(runs):
-        cells = []
-        for key in named:
-            clean, own = values[(*runs[0], *key)], values[(*run, *key)]
-            error = "" if own.stderr is None else f" ±{own.stderr:.4f}"
-            cells.append(f"{own.value - clean.value:+.4f}" if number else f"{own.value:.4f}{error}")
-        name = run[0] if not run[1] else f"{run[0]}, {run[1]} set"
-        rows.append([name, *cells])
-    return Printed(("off", *heads), rows, "clean ± standard error, and how much it changes")

@@ -260,7 +260,7 @@ def quietly() -> Iterator[list[str]]:
     for owner, name, new in MUTED:
         setattr(owner, name, new)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield warned
     finally:
         for (owner, name, _), own in zip(MUTED, before, strict=True):

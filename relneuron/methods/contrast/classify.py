@@ -22,6 +22,7 @@ from relneuron.artifact.reading import open_tensors
 NAME = "probe.safetensors"
 KEY = "relneuron.probe"
 MADE_BY = "probe MODEL PROMPTS -o DIR --neurons NEURONS --labels FILE.csv:COLUMN"
+PREDICTIONS = ("id", "label", "fold", "predicted", "probability")  # of probe_predictions.csv
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]

@@ -33,6 +33,7 @@ from relneuron.artifact.reading import read_csv
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.methods.contrast.classify import (
     NAME,
+    PREDICTIONS,
     Labels,
     Probe,
     Scored,
@@ -53,7 +54,6 @@ from relneuron.model.questions import Questions, encode
 from relneuron.texts.prompts import chat_wrap
 from relneuron.texts.tokens import listed
 
-PREDICTIONS = ("id", "label", "fold", "predicted", "probability")
 # The files of a probe that is fitted, and of one that is applied.
 FITTED = (NAME, "probe.csv", "probe_predictions.csv")
 APPLIED = ("applied.csv", "applied_predictions.csv")

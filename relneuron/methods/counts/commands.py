@@ -33,6 +33,8 @@ def count(
 
     Examples:
       relneuron count Qwen/Qwen3-0.6B en=en.txt zh=zh.txt -o counts --moments
+      relneuron count Qwen/Qwen3-0.6B en=en.txt zh=zh.txt -o seen --window 256 \\
+          --examples 16 --histogram
       relneuron count Qwen/Qwen3-0.6B \\
           en=hf:wikimedia/wikipedia:20231101.en:train \\
           zh=hf:wikimedia/wikipedia:20231101.zh:train \\

@@ -21,13 +21,17 @@ from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.histogram import Histogram
 from relneuron.demo import CHECKPOINT
 from relneuron.methods.counts.batches import pool_windows
+from relneuron.methods.counts.count import count
 from relneuron.methods.counts.merge import merge
 from relneuron.model.load import load_tokenizer
 from relneuron.model.passes import plan_pool
 from relneuron.ops.swiglu_stats.reference import site_values
+from relneuron.texts.options import CountOptions
+from relneuron.texts.sources import Source
 from tests.kit.counted import (
     BOS,
     Documents,
+    Numbers,
     Windows,
     alone,
     draw,
@@ -230,6 +234,41 @@ def test_a_count_without_them_leaves_none_of_an_earlier_one(
     assert files(tmp_path / "o").keys() == {"counts.safetensors"}
     with pytest.raises(RelneuronError, match="other inputs: examples: None -> 4"):
         run(model, documents, tmp_path / "o", examples=K, **asked)
+
+
+def test_groups_that_come_later_number_their_own_windows(
+    model: Any, documents: Documents, tmp_path: Path
+) -> None:
+    """Records of all groups in one file; one window a batch, whose values are then the same."""
+    rows = [
+        {"group": name, "text": " ".join(map(str, line))}
+        for name in THREE  # the second group begins when the first one has ended
+        for line in documents[name][:6]
+    ]
+    source = Source(group_column="group", dataset=rows)
+    asked: dict[str, Any] = {"window": 10, "mode": "documents", "batch_tokens": 1, "examples": K}
+    found = count(
+        "m", model, Numbers(), [source], tmp_path / "o", CountOptions(**asked), quiet=True
+    )
+    assert found is not None and found.counts.groups == list(THREE)
+    run(model, {n: documents[n][:6] for n in THREE}, tmp_path / "apart", **asked)
+    assert files(tmp_path / "o") == files(tmp_path / "apart")
+
+
+def test_texts_that_can_be_read_once_only_are_refused(model: Any, tmp_path: Path) -> None:
+    rows = iter([{"text": "5 6 7"}])
+    for asked in ({"examples": 1}, {"histogram": 8}):
+        with pytest.raises(RelneuronError, match="can be read once only"):
+            count(
+                "m",
+                model,
+                Numbers(),
+                [Source("en", dataset=rows)],
+                tmp_path / "o",
+                CountOptions(window=2, **asked),
+                quiet=True,
+            )
+    assert not (tmp_path / "o").exists()
 
 
 # --- as data frames ------------------------------------------------------------------------------

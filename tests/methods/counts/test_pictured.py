@@ -316,6 +316,8 @@ def test_a_line_that_is_wrong_is_named(
         (["--max-tokens", 16], "--max-tokens is of windows of text"),
         (["--exclude-bos"], "--exclude-bos is of windows of text"),
         (["--boundaries", "position"], "--boundaries is of windows of text"),
+        (["--examples", "4"], "--examples is of windows of text"),
+        (["--histogram"], "--histogram is of windows of text"),
         (["--image-column", "photo"], "has no field 'photo'"),
     ],
 )

@@ -106,6 +106,17 @@ def test_rows_of_larger_tensors(backend: str) -> None:
         assert_same_bits(counts, expected)
 
 
+@pytest.mark.parametrize("bins", [1, 64, 1000])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
+def test_any_number_of_threads_and_columns(backend: str, bins: int) -> None:
+    gate, ids = wild(70, 1100, torch.bfloat16, 4), integers(-1, 2, 70)
+    exponent = torch.full((1100,), -4, dtype=torch.int32)
+    args = (gate, None, ids, zeros(2, 1100, bins), exponent, exponent)
+    expected = run_histogram("reference", *args)
+    for n_threads in (1, 3):
+        assert_same_bits(run_histogram(backend, *args, n_threads=n_threads), expected)
+
+
 # --- edges -----------------------------------------------------------------------------------
 
 

@@ -135,3 +135,10 @@ def test_mistakes_have_their_message_and_nothing_is_written() -> None:
             BestPeaks.none(*wrong)
     with pytest.raises(ValueError, match="^BestPeaks: groups, width, k and device must be equal"):
         best + BestPeaks.none(2, 3, 5)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
+def test_any_number_of_threads(backend: str) -> None:
+    segments, empty = some_peaks(60, 2100, 3), BestPeaks.none(3, 2100, 16)
+    expected = run_merge("reference", empty, *segments)
+    assert_same(run_merge(backend, empty, *segments, n_threads=3), expected)

@@ -159,3 +159,61 @@ def test_mistakes_have_their_message_and_nothing_is_written() -> None:
         with pytest.raises(TypeError, match=f"^peaks: {message}"):
             peaks(gate, **given)  # type: ignore[arg-type]
     assert values.isinf().all() and (positions == -1).all()
+
+
+# --- the search among gates, csrc/peaks_kernel.cpp -----------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbouring_gates(backend: str, activation: str) -> None:
+    """Gates a few units apart: their acts are equal, or off by as much as they differ."""
+    sizes = (
+        20.0,
+        3.0,
+        0.7,
+        1e-3,
+        1e-30,
+        1e-40,
+        -1e-40,
+        -1e-3,
+        -0.5,
+        -0.76,
+        -1.27,
+        -3.0,
+        -9.0,
+        -90.0,
+    )
+    base = torch.tensor(sizes).view(torch.int32)
+    gate = (base + integers(-3, 4, 60, len(sizes), seed=3)).view(torch.float32)
+    # In some columns one gate stands out, below or above.
+    gate = gate.repeat(1, 3)
+    gate[7, len(sizes) : 2 * len(sizes)] = -300.0
+    gate[9, 2 * len(sizes) :] = torch.tensor(sizes) * torch.where(torch.tensor(sizes) > 0, 1.1, 0.9)
+    ids = (torch.arange(60) // 20).int()
+    value = site_values(gate, None, activation, ("act",))["act"]
+    expected = brute_peaks(value, ids, no_peaks(3, gate.shape[1]))
+    assert_same(run_peaks(backend, gate, None, ids, 3, activation=activation), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_acts_of_16_bits_fall_and_then_rise(dtype: torch.dtype, activation: str) -> None:
+    """With their gates, as the C++ kernel takes for granted."""
+    gate = all_patterns(dtype).float()
+    gate = gate[gate.isfinite()].sort().values.to(dtype)[:, None]
+    act = site_values(gate, None, activation, ("act",))["act"][:, 0]
+    turn = int(act.argmin())
+    assert (act[1 : turn + 1] <= act[:turn]).all() and (act[turn + 1 :] >= act[turn:-1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")])
+def test_any_number_of_threads_and_columns(backend: str, dtype: torch.dtype) -> None:
+    """More columns than are known at a time, and more chunks of rows than one."""
+    gate, up, ids = wild(70, 2100, dtype, 4), wild(70, 2100, dtype, 6), integers(-1, 2, 70)
+    for site in ("act", "product"):
+        expected = run_peaks("reference", gate, up, ids, 2, site=site)
+        for n_threads in (1, 3):
+            found = run_peaks(backend, gate, up, ids, 2, site=site, n_threads=n_threads)
+            assert_same(found, expected)

@@ -1,0 +1,17 @@
+"""The op merge_peaks against the plain torch computation.
+
+One test per contestant and case; conftest.py measures, relneuron/bench/peaks.py lists both.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.conftest import CLOCK
+
+OP = "merge_peaks"
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_merge_peaks(replay) -> None:
+    replay()
