@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 
-from relneuron.ops import ACTIVATIONS, SITES, peaks
+from relneuron.ops import ACTIVATIONS, SITES, BestPeaks, histogram, merge_peaks, peaks
 from relneuron.ops.swiglu_stats.reference import site_values
 from relneuron.testing import assert_same_bits
 from relneuron.testing.oracle import all_patterns, integers
 from relneuron.testing.oracle_peaks import brute_peaks, no_peaks, wild
 from tests.kit.interpreter import quiet
-from tests.ops.peaks.runs import BACKENDS, run_peaks
+from tests.ops.peaks.runs import BACKENDS, op, run_peaks
 from tests.ops.swiglu_stats.cases import DTYPES, strided
 
 pytestmark = quiet
@@ -159,6 +159,36 @@ def test_mistakes_have_their_message_and_nothing_is_written() -> None:
         with pytest.raises(TypeError, match=f"^peaks: {message}"):
             peaks(gate, **given)  # type: ignore[arg-type]
     assert values.isinf().all() and (positions == -1).all()
+
+
+def test_compiled_code_and_the_dispatcher_see_the_ops() -> None:
+    """One graph of all three, with the bits of the ops themselves."""
+    gate, up, ids = (
+        wild(20, 40, torch.float32, 1),
+        wild(20, 40, torch.float32, 2),
+        integers(-1, 3, 20),
+    )
+    exponent = torch.full((40,), -2, dtype=torch.int32)
+
+    def all_three(*written: torch.Tensor) -> None:
+        values, positions, value, number, position, counts = written
+        peaks(gate, up, site="product", values=values, positions=positions, segment_ids=ids)
+        best = BestPeaks(value, number, position)
+        merge_peaks(values, positions, best=best, numbers=torch.arange(3))
+        histogram(gate, counts=counts, exponent=exponent, first=exponent, group_ids=ids)
+
+    def fresh() -> list[torch.Tensor]:
+        best = BestPeaks.none(1, 40, 2)
+        lists = (best.value, best.number, best.position)
+        return [*no_peaks(3, 40), *lists, torch.zeros(3, 40, 8, dtype=torch.int64)]
+
+    plain, compiled = fresh(), fresh()
+    all_three(*plain)
+    torch.compile(all_three, backend="aot_eager", fullgraph=True)(*compiled)
+    for ours, expected in zip(compiled, plain, strict=True):
+        assert_same_bits(ours, expected)
+    arguments = (gate, up, "silu", "act", *no_peaks(3, 40), ids, 0, False, "reference")
+    torch.library.opcheck(op._peaks_op, arguments)
 
 
 # --- the search among gates, csrc/peaks_kernel.cpp -----------------------------------------------
