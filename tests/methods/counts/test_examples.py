@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,10 @@ def test_a_neuron_is_a_data_frame(model: Any, documents: Documents, tmp_path: Pa
         assert row.before == tokenizer.decode(ids[max(0, t - 2) : t])
         assert row.after == tokenizer.decode(ids[t + 1 : t + 3])
         assert row.text == tokenizer.decode(ids) and row.token in row.text
+    drawn = frame._repr_html_()
+    assert "L1.act.7" in drawn and "largest value in a window" in drawn
+    assert all(escape(row.token.strip()) in drawn for row in frame.itertuples())
+    assert "<table" in frame[:3]._repr_html_()  # some rows are a plain frame
     spread = study.histogram((1, "act", 7))
     assert spread.groupby("group", observed=True)["count"].sum().tolist() == (
         Counts.read(folder / "counts.safetensors").tokens.tolist()
