@@ -523,7 +523,7 @@ MUTANTS = {
         "return width",
         "study/test_folder.py::test_layers_of_different_width",
     ),
-    "study.folder: a file that a killed run began is read": Mutant(
+    "study.opened: a file that a killed run began is read": Mutant(
         "not is_known and any(",
         "is_known and any(",
         "study/test_folder.py::test_what_is_unfinished_is_said",

@@ -31,7 +31,8 @@ MEET = timedelta(minutes=10)  # processes are started together; on a cluster not
 PATIENCE_S = 2.0
 LINGER_S = 5.0
 _LOOK_EVERY_S = 0.2
-_N_ENDED, _HOW = "ended", "how the first one ended"  # keys of the store
+# Keys of the store: how many processes end, how the first one did, how many know that.
+_N_ENDED, _HOW, _N_TOLD = "ended", "how", "told"
 
 # Where the processes meet, once they have: a store of keys and values; and the same on a line of
 # its own, as one on which a value is waited for takes no other call.
@@ -151,7 +152,8 @@ def said(code: int) -> None:
     with suppress(RuntimeError):
         store = _MET[1]
         store.set(_HOW, str(code))
+        store.add(_N_TOLD, 1)
         keeps = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and os.environ["RANK"] == "0"
         until = time.monotonic() + LINGER_S
-        while keeps and time.monotonic() < until and store.add(_N_ENDED, 0) < n_started():
+        while keeps and time.monotonic() < until and store.add(_N_TOLD, 0) < n_started():
             time.sleep(0.05)

@@ -32,6 +32,8 @@ TABLES: dict[str, tuple[Any, float]] = {
     "first": (np.int32, -(2**31)),
 }
 
+_ROWS = 64  # tokens of a sample whose range is taken at a time
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -253,11 +255,9 @@ def _widen(looked: Looked, site: str, own: Mapping[str, Any], segments: Segments
     """The range with that of the tokens that are counted."""
     low, high = looked.ranges[site]
     # A part at a time: plain torch copies it several times.
-    for rows in (segments.ids.reshape(-1) >= 0).nonzero().squeeze(1).split(_ROWS):
-        part: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
-        smallest, largest = ops.site_range(**part)
+    counted = (segments.ids.reshape(-1) >= 0).nonzero().squeeze(1)
+    for rows in torch.split(counted, _ROWS):
+        taken: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
+        smallest, largest = ops.site_range(**taken)
         low, high = torch.minimum(low, smallest), torch.maximum(high, largest)
     looked.ranges[site] = low, high
-
-
-_ROWS = 64

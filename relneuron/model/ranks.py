@@ -187,8 +187,10 @@ _JOINED: list[Ranks] = []  # in the contexts that are open
 def joined(model: Any) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the context lasts; it may be nested.
 
-    Those that hold the model in parts are joined already. What they tell each other goes from host
-    to host (gloo); it is small, and waits for the device only when a checkpoint is written.
+    Those that hold the model in parts are joined already. In a program that has joined its
+    processes for something of its own each works alone: one of them may well study the model. What
+    they tell each other goes from host to host (gloo); it is small, and waits for the device only
+    when a checkpoint is written.
     """
     if n_parts(model) > 1:
         yield Ranks(part_number(model), n_parts(model), in_parts=True)
@@ -199,6 +201,9 @@ def joined(model: Any) -> Iterator[Ranks]:
     if _JOINED:
         with _JOINED[0].stage():
             yield _JOINED[0]
+        return
+    if distributed.is_initialized():
+        yield Ranks()
         return
     rank, size = int(os.environ["RANK"]), n_started()
     number = meet().add(f"joined by {rank}", 1)  # a process may join again

@@ -116,6 +116,8 @@ class _Reader:
 
     def _state(self, mlp: Part, n_tokens: int) -> LayerState:
         sites = [site for layer, site in sorted(self.parts) if layer == mlp.layer]
+        # Without up the product is the activation.
+        sites = [site for site in sites if site != "up" or mlp.is_gated]
         if not mlp.runs or not sites:
             return LayerState()
         outside = {part.site: part.width for part in mlp.projections} | {"down": mlp.hidden}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from relneuron.ablation.outputs import Generated, read_outputs
 from relneuron.artifact.contrast import Contrast
 from relneuron.artifact.effects import read_conditions
-from relneuron.artifact.files import RelneuronError, require
+from relneuron.artifact.files import Json, RelneuronError, require
 from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import Neuron, NeuronFile, Shape
 from relneuron.artifact.prompts import read_prompts
@@ -195,14 +196,30 @@ class Study(Opened):
 
     def examples(self, neuron: Neuron | str, tokenizer: Any = None, context: int = 16) -> Frame:
         """A neuron's strongest tokens: layer, site, index, group, rank, value, position, token,
-        before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345"."""
+        before, after, window, token_id, text. Neurons are (12, "act", 345) or "12.act.345".
+
+        A notebook draws the neuron's card: the one that `look` made, or what is in these rows.
+        """
         path = self._path("examples")
-        return frame(tensors.examples(path, neuron, self._model(path), tokenizer, context))
+        model = self._model(path)
+        found = frame(tensors.examples(path, neuron, model, tokenizer, context))
+        return shown.drawn(found, lambda: self._card(tensors.neuron_of(neuron, model), found))
 
     def histogram(self, neuron: Neuron | str) -> Frame:
         """A neuron's values, low <= v < high: layer, site, index, group, bin, low, high, count."""
         path = self._path("histogram")
         return frame(tensors.histogram(path, neuron, self._model(path)))
+
+    def _card(self, neuron: Neuron, examples: Frame) -> Json:
+        """The card of a neuron that `look` made, or one of its examples alone."""
+        if HELD["cards"].path(self.folder) is not None:
+            with suppress(RelneuronError):
+                return self.card(neuron).data
+        bins = HELD["histogram"].path(self.folder)
+        spread = None if bins is None else self.histogram(neuron)
+        order = self._order
+        name = order.name(*neuron) if order else ".".join(map(str, neuron))
+        return shown.card_of(neuron, name, examples, spread)
 
     @cached_property
     def nll(self) -> Frame:

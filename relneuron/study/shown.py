@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relneuron.artifact.cards import read_cards
+from relneuron.artifact.cards import FORMAT, read_cards
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.neurons import Neuron
 
 _LEFT = "<td style='text-align:left'>"
 
@@ -78,6 +80,71 @@ class Card:
         from relneuron.report.look import card_html
 
         return card_html(self.data)
+
+
+def drawn(table: Any, card: Callable[[], Json]) -> Any:
+    """A frame of examples that a notebook draws as a card; of a dict, without pandas, itself."""
+    if isinstance(table, dict):
+        return table
+    found = _drawn_frame()(table)
+    found.card = card
+    return found
+
+
+@cache
+def _drawn_frame() -> Any:
+    import pandas
+
+    class Examples(pandas.DataFrame):  # type: ignore[misc]
+        """Examples of a neuron; what is made of it, some rows, say, is a plain frame."""
+
+        _metadata = ["card"]
+
+        def _repr_html_(self) -> str:
+            from relneuron.report.look import card_html
+
+            return card_html(self.card())
+
+    return Examples
+
+
+def card_of(neuron: Neuron, name: str, examples: Any, histogram: Any | None) -> Json:
+    """A card of what `count` wrote alone: of a text only the strongest token has a value."""
+    rows = list(zip(*(examples[one] for one in _ROW), strict=True))
+    layer, site, index = neuron
+    return {
+        "format": FORMAT,
+        "neuron": f"{layer}.{site}.{index}",
+        "name": name,
+        **{"layer": layer, "site": site, "index": index, "sets": []},
+        **{"value_of": "largest value in a window", "values_at": site},
+        "examples": [
+            {
+                **{"id": f"{group}, window {window}", "group": group, "value": float(value)},
+                **{"first": int(position), "tokens": [before, token, after]},
+                **{"values": [0.0, float(value), 0.0], "peak": 1},
+                **{"next": None, "p": None, "p_off": None},
+            }
+            for group, window, value, position, before, token, after in rows
+        ],
+        "histogram": None if histogram is None else _spread(histogram),
+        **{"promotes": [], "suppresses": [], "nearest": []},
+    }
+
+
+_ROW = ("group", "window", "value", "position", "before", "token", "after")
+
+
+def _spread(histogram: Any) -> Json:
+    """A frame of `Study.histogram` as a card has it: the outer bins as wide as the others."""
+    inner = [float(low) for low, bin in zip(histogram["low"], histogram["bin"], strict=True) if bin]
+    groups: dict[str, list[int]] = {}
+    for group, count in zip(histogram["group"], histogram["count"], strict=True):
+        groups.setdefault(str(group), []).append(int(count))
+    inner = inner[: len(next(iter(groups.values()))) - 1]
+    step = inner[1] - inner[0]
+    edges = [inner[0] - step, *inner, inner[-1] + step]
+    return {"of": "value at a token", "edges": edges, "groups": groups}
 
 
 def find_card(path: Path, neuron: str | Sequence[Any]) -> Card:

@@ -8,7 +8,7 @@ windows that `count --examples` kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import numpy as np
 from relneuron.artifact.chosen import switched
 from relneuron.artifact.examples import NAME as EXAMPLES
 from relneuron.artifact.examples import Example, examples_of, sites_of
-from relneuron.artifact.files import Json
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.gains import GAIN_ROWS, GAINS, TARGETS, read_targets
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
 from relneuron.artifact.gradients import FILES, IG, RELEVANCE, Gradients, made_by
@@ -30,6 +30,7 @@ from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS, open_tensors
 from relneuron.model.questions import encode
 from relneuron.study.tensors import RECORD, rows_of
+from relneuron.texts.tokens import listed
 
 BINS = 24
 # Tokens of a text that a card shows, around the one with the largest value.
@@ -132,8 +133,9 @@ def _texts(
     folder: Path, model: Any, tokenizer: Any, ids: Sequence[str], targets: Sequence[int] | None
 ) -> list[Text]:
     """The prompts of a folder by their ids, and what follows: the right answer, or the targets."""
-    by_id = {prompt.id: prompt for prompt in read_prompts(checked(folder / "prompts.jsonl"))}
-    prompts = [by_id[one] for one in ids]
+    path = folder / "prompts.jsonl"
+    by_id = {prompt.id: prompt for prompt in read_prompts(checked(path))}
+    prompts = _of(ids, by_id, path)
     has_answers = all(prompt.object for prompt in prompts)
     questions = encode(tokenizer, model, prompts, answers=has_answers, n_tokens=0, options=False)
     found = []
@@ -144,6 +146,16 @@ def _texts(
         tokens = (*questions.ids[row], *(token for token in spaces if token is not None))
         found.append(Text(prompt.id, prompt.relation, tokens, target))
     return found
+
+
+def _of(ids: Sequence[str], by_id: Mapping[str, Any], path: Path) -> list[Any]:
+    """What a file says of each text that there is a number of."""
+    if missing := [one for one in ids if one not in by_id]:
+        raise RelneuronError(
+            f"{path} lacks {listed(missing)}, of which there are numbers beside it",
+            "make both again with the stage that writes them, with --force",
+        )
+    return [by_id[one] for one in ids]
 
 
 def _responses(folder: Path, model: Any, tokenizer: Any) -> Strongest:
@@ -187,7 +199,7 @@ def _gains(folder: Path, model: Any, tokenizer: Any) -> Strongest:
             found: Array = file.get(f"ffn.{layer}", (len(ids), None), rows=rows)[:, 0]
             return found
 
-    texts = _texts(folder, model, tokenizer, ids, [by_id[one] for one in ids])
+    texts = _texts(folder, model, tokenizer, ids, _of(ids, by_id, table))
     files = (path, table, folder / "prompts.jsonl")
     of = "gain of the answer, in nats"
     return Strongest(of, files, _at_product, by_text(texts, column, of))

@@ -145,7 +145,7 @@ def _counted(
     return {**about, "tokens": ran, **found}
 
 
-def _neuron(neuron: Neuron | str, model: Mapping[str, Any]) -> Neuron:
+def neuron_of(neuron: Neuron | str, model: Mapping[str, Any]) -> Neuron:
     """A neuron (layer, site, index), also of its name, such as 12.act.345."""
     if isinstance(neuron, str):
         return read_name(neuron, model)
@@ -165,7 +165,7 @@ def examples(
     many of its group stand before it in the corpus), token_id and text (the whole window). The
     tokenizer is that of the model unless one is given.
     """
-    neuron = _neuron(named, model)
+    neuron = neuron_of(named, model)
     (found,) = examples_of(path, [neuron])
     if tokenizer is None:
         from relneuron.model.load import load_tokenizer
@@ -193,7 +193,7 @@ def examples(
 
 def histogram(path: Path, named: Neuron | str, model: Mapping[str, Any]) -> dict[str, Any]:
     """group, bin, low, high and count of a neuron's values, as `Study.histogram` says."""
-    neuron = _neuron(named, model)
+    neuron = neuron_of(named, model)
     found, site = Histogram.read(path, neuron), neuron[1]
     n, n_bins = len(found.groups), int(found.last[site][0, 0]) + 1
     edges = found.edges(site)[0, 0]

@@ -233,7 +233,7 @@ def test_the_examples_of_the_stages_make_a_study(
 def test_the_page_of_run_tells_the_steps_in_order() -> None:
     text = page("run")
     steps = re.findall(r"^    (\w+)  ", text, re.M)
-    assert steps == ["prompts", "record", "identify", "ablate", "report"]
+    assert steps == ["prompts", "record", "identify", "look", "ablate", "report"]
     assert len([words for words in examples("run") if words[1] == "run"]) == 3
     for word in ("How long", "What to try first", "relneuron demo", "goes on"):
         assert word in " ".join(text.split())

@@ -323,16 +323,16 @@ CASES = {
         ("probe/probe.safetensors", "probe/manifest.json"),
     ),
     "look": Case(
-        "look study -o out.html --cards 3 --examples 2 --force --quiet",
+        "look study -o out.html --model model --cards 3 --examples 2 --force --quiet",
         _of("study", "neurons.json", "significance.csv", "responses.safetensors", "prompts.jsonl")
         + _of("study", "manifest.json"),
     ),
     "look again": Case(
-        "look study -o out.html --cards 3 --quiet",
+        "look study -o out.html --model model --cards 3 --quiet",
         _of("study", "cards.jsonl", "sets.csv"),
     ),
     "look at a corpus": Case(
-        "look counts -o out.html --cards 3 --examples 2 --quiet",
+        "look counts -o out.html --model model --cards 3 --examples 2 --quiet",
         _of("counts", "neurons.json", "examples.safetensors", "histogram.safetensors"),
     ),
     "effect": Case(

@@ -74,6 +74,24 @@ def test_act_is_the_models_own_activation(llama: Any) -> None:
     )
 
 
+def test_without_up_the_product_is_the_activation() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    seen: list[torch.Tensor] = []
+    model.transformer.h[1].mlp.c_proj.register_forward_pre_hook(lambda _m, x: seen.append(x[0][0]))
+    mlps, neurons = find_mlps(model), [(1, "product", 7), (1, "act", 7), (1, "gate", 7)]
+    (values,) = token_values(model, TOKENIZER, mlps, TEXTS[:1], [neurons], Budget(64))
+    seen.clear()
+    with torch.no_grad():
+        model(torch.tensor(TEXTS[:1]))
+    wanted = seen[0][:, 7].numpy()
+    assert values[0] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert values[1] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4", "granite", "jetmoe"])
 def test_experts_give_0_at_tokens_that_they_do_not_get(family: str) -> None:
     """Expert by expert in plain torch, of what the module was called with."""

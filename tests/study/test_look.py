@@ -370,6 +370,16 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path, run: Any) -> None:
     assert code == 2 and "manifest.json does not exist" in err
 
 
+def test_numbers_of_a_prompt_that_is_not_there(study: Path, loaded: Any) -> None:
+    path, manifest = study / "prompts.jsonl", Manifest(study)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"alpha.det.en.0000.0"' not in line))
+    del manifest.data["files"]["prompts.jsonl"]
+    manifest.save()
+    with pytest.raises(RelneuronError, match="prompts.jsonl lacks alpha.det.en.0000"):
+        open_cards(*loaded, study, LookOptions())
+
+
 def test_the_report_shows_the_cards_while_they_hold(root: Path, tmp_path: Path, run: Any) -> None:
     """Those of neurons that were chosen again are not shown."""
     folder = tmp_path / "study"

@@ -76,6 +76,17 @@ def test_alone_nothing_is_sent(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert (Ranks().rank, Ranks().size) == (0, 1)
 
 
+@needs_gloo
+def test_a_program_that_has_joined_its_processes_works_alone(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with joined(model) as ranks:
+        assert (ranks.rank, ranks.size) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("local", "has_gpu", "asked", "device"),
     [
