@@ -62,7 +62,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, fact_folder: Path) ->
     return train_model(path, fact_folder, config, **changes)
 
 
-@pytest.mark.filterwarnings("ignore:(few answers are right|gain left out|concepts left out)")
+@pytest.mark.filterwarnings(
+    "ignore:(few answers are right|gain left out|concepts left out|no value vectors on the cards)"
+)
 def test_a_study_of_relations(folder: Path, fact_folder: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
     options = ["--eva", 4, "--top", 20, "--permutations", 0, "--bootstrap", 0, "--noise", 0]

@@ -224,6 +224,7 @@ class Manifest:
             made_here = other not in apart and stages[other].get("reads") != {}
             if changed & {*stages[other]["files"]} or (is_apart and made_here):
                 del stages[other]
+        stages.pop(stage, None)  # it is now the last one
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
             root = real_path(folder)

@@ -7,6 +7,7 @@ file, where in it, what was expected and what to do.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import pickle
@@ -56,8 +57,8 @@ def reading(path: Path | str, expected: str, fix: str) -> Iterator[None]:
     except (RelneuronError, MemoryError):
         raise
     except OSError as error:
-        if error.errno is not None:
-            raise  # of the system, not of the content
+        if error.errno not in (None, errno.EINVAL):
+            raise  # of the system, not of the content, which may lead to a place before its begin
         raise RelneuronError(f"{path} is no {expected} ({one_line(error)})", fix) from error
     except Exception as error:
         raise RelneuronError(f"{path} is no {expected} ({one_line(error)})", fix) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -291,3 +292,13 @@ def test_a_manifest_says_where_it_is_wrong(
     path.write_text(json.dumps(data | change))
     with pytest.raises(RelneuronError, match=rf"manifest\.json.*{cause}"):
         Manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EINVAL, "x.pth is no torch file"), (errno.ENOSPC, "why")]
+)
+def test_a_place_before_the_begin_is_the_content_s_fault(number: int, said: str) -> None:
+    """A reader that is led there by what it read is told so by the system; a full disk is none."""
+    kind = OSError if said == "why" else RelneuronError
+    with pytest.raises(kind, match=said), reading.reading("x.pth", "torch file", "give another"):
+        raise OSError(number, "why")

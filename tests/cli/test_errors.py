@@ -147,7 +147,7 @@ def test_names_in_letters_that_the_output_has_not(monkeypatch: pytest.MonkeyPatc
     """Where a pipe is not UTF-8, as on Windows, a name is spelled out."""
     pipe = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, "cp1252", write_through=True))
-    monkeypatch.setattr(cli, "app", lambda standalone_mode: print("\u0141\xf3d\u017a"))
+    monkeypatch.setattr(cli, "app", lambda **_: print("\u0141\xf3d\u017a"))
     with pytest.raises(SystemExit):
         cli.main()
     assert pipe.getvalue() == b"\\u0141\xf3d\\u017a" + os.linesep.encode()

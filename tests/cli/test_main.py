@@ -163,6 +163,7 @@ def by_stages(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> P
         ["prompts", fact_folder, "-o", folder / "prompts.jsonl", "--eva", "8"],
         ["record", model_folder, folder / "prompts.jsonl", "-o", folder, "--quiet"],
         ["identify", folder, "-o", folder / "neurons.json", "--top", "40", "--quiet"],
+        ["look", folder, "-o", folder / "look.html", "--quiet"],
         ["ablate", model_folder, folder / "neurons.json", folder / "prompts.jsonl", "-o"]
         + [folder / "effects.csv", "--random-seeds", "2", "--quiet"],
         ["report", folder, "-o", folder / "report.html"],

@@ -197,8 +197,9 @@ def count(
         counts, kept = separate(ranks.add(counter.result(feed.groups)))
         tokens = ranks.total(job.speed.tokens)
         if ranks.rank == 0:
-            texts = job.open(None) if isinstance(job, TextJob) else None
-            files = made(feed.groups, kept, texts, feed.n_windows, quiet)
+            is_text = isinstance(job, TextJob)
+            texts, n_windows = (job.open(None), feed.n_windows) if is_text else (None, ())
+            files = made(feed.groups, kept, texts, n_windows, quiet)
             check_unchanged(sources, inputs)
             made_by = corpus_command("count", [name], sources, folder, packing, described, options)
             _finish(
