@@ -224,7 +224,6 @@ class Manifest:
             made_here = other not in apart and stages[other].get("reads") != {}
             if changed & {*stages[other]["files"]} or (is_apart and made_here):
                 del stages[other]
-        stages.pop(stage, None)  # it is now the last one
         stages[stage] = {"inputs": inputs, "files": names, **details}
         if reads is not None:
             root = real_path(folder)
@@ -283,8 +282,11 @@ class Manifest:
 
 
 def _in_order(stages: Json) -> Json:
-    """The stages so that each comes after those whose files it read; else as they were."""
-    left, placed = dict(stages), {}
+    """The stages so that each comes after those whose files it read; else as they were.
+
+    The report, which shows what all others made, is the last one.
+    """
+    left, placed = dict(sorted(stages.items(), key=lambda one: one[0] == "report")), {}
     while left:
         waiting = [
             stage

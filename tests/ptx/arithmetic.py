@@ -64,11 +64,11 @@ def parts_of(instruction: Instruction) -> list[str]:
     return instruction.op.split(".")
 
 
-def on_pairs(function: Function) -> Function:
-    """For words of two float16 each."""
+def on_pairs(function: Function, kind: type = np.float16) -> Function:
+    """For words of two numbers of 16 bits each."""
 
     def of_words(*words: Array) -> Array:
-        halves = [rounding.halves_of(each).view(np.float16) for each in words]
+        halves = [rounding.halves_of(each).view(kind) for each in words]
         return rounding.words_of(np.ascontiguousarray(function(*halves)).view(np.uint16))
 
     return of_words
@@ -93,9 +93,10 @@ def _binary(code: Code, instruction: Instruction) -> Step:
     return apply(code, instruction, _BINARY[name], [kind, kind], kind)
 
 
-@form(r"(add|sub|mul)(\.rn)?\.f16x2")
+@form(r"(add|sub|mul)(\.rn)?\.f16x2|add\.[su]16x2")
 def _binary_of_pairs(code: Code, instruction: Instruction) -> Step:
-    function = on_pairs(_BINARY[parts_of(instruction)[0]])
+    name, *_, kind = parts_of(instruction)
+    function = on_pairs(_BINARY[name], np.float16 if kind[0] == "f" else np.uint16)
     return apply(code, instruction, function, ["b32", "b32"], "b32")
 
 
