@@ -38,7 +38,6 @@ def look(
       relneuron look study -o look.html --neurons other.json --cards 50
       relneuron look study --serve
     """
-    from relneuron.artifact.cards import NAME
     from relneuron.model.load import load
     from relneuron.study.look import check_page, read_sets, studied
     from relneuron.study.look import look as look_stage
@@ -67,8 +66,7 @@ def look(
         force=force,
         quiet=quiet,
     )
-    yield f"{len(found):,} cards -> {folder / NAME}"
-    yield f"-> {output}"
+    yield f"{len(found):,} cards -> {output}"
 
 
 def _place(name: str) -> str:

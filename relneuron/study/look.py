@@ -190,7 +190,8 @@ def look(
     """Write the cards of a folder's neurons, its sets as csv, and the page (`output`).
 
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
-    model, are kept: only the page is written then. `resume` replaces files that others left there.
+    model, are kept: only the page is written then. So are others where neurons are named and the
+    page is outside of the folder (without `force`). `resume` replaces files that others left there.
     """
     options = options or LookOptions()
     if output is not None:
@@ -211,6 +212,14 @@ def look(
         "neurons": None if names_file(options.neurons) else list(options.neurons) or None,
     }
     made = [folder / NAME, folder / SETS]
+    if output is not None and not force and _is_aside(folder, output, inputs, options):
+        with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
+            found = cards.cards(neurons, bar.update)
+        by = _command(name, described, folder, output, options)
+        _show_aside(folder, output, found, {"inputs": inputs, "commands": by}, reads)
+        for notice in cards.all_notices():
+            warnings.warn(notice, stacklevel=2)
+        return found
     with locked(folder):
         if not Manifest(folder).is_done("look", inputs, force=force):
             for path in made:
@@ -254,6 +263,26 @@ def show(folder: Path, output: Path) -> None:
             inputs, reads = entry.pop("inputs"), [folder / name for name in entry.pop("reads")]
             del entry["files"]
             manifest.finish("look", inputs, [*made, output], reads=reads, **entry)
+
+
+def _is_aside(folder: Path, output: Path, inputs: Json, options: LookOptions) -> bool:
+    """Whether named neurons are looked at beside the cards of a folder, which are of others."""
+    entry = Manifest(folder).data["stages"].get("look")
+    is_outside = not real_path(output).is_relative_to(real_path(folder))
+    return bool(options.neurons) and is_outside and entry is not None and entry["inputs"] != inputs
+
+
+def _show_aside(
+    folder: Path, output: Path, cards: Sequence[Json], entry: Json, reads: Sequence[Path]
+) -> None:
+    """Write the page of cards that the folder does not keep."""
+    manifest = Manifest(folder).data
+    inside = {path.name: sha256(path) for path in reads if path.parent == folder}
+    stages = {**manifest["stages"], "look": {**entry, "files": [], "reads": inside}}
+    about = made_from({**manifest, "stages": stages})
+    about["stages"]["look"]["files"] = []
+    about["files"] = {name: of for name, of in about["files"].items() if name not in (NAME, SETS)}
+    atomic_write(output, render(page_of(cards, about)).encode())
 
 
 def is_shown(folder: Path, output: Path) -> bool:

@@ -350,6 +350,23 @@ def test_cards_that_are_there_are_shown_again(
     assert code == 1 and "look was made from other inputs: examples: 4 -> 3" in err
 
 
+def test_named_neurons_are_looked_at_beside_the_cards_of_the_study(
+    root: Path, tmp_path: Path, run: Any
+) -> None:
+    folder, page = tmp_path / "study", tmp_path / "page.html"
+    shutil.copytree(root / "study", folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    words = ("look", folder, *LOOK, "--model", root / "model", "--neurons", "2.gate.3,2.up.0")
+    code, out, err = run(*words, "-o", page)
+    assert code == 0, err
+    assert "2 cards" in out and page.read_bytes().count(b"<article") == 2
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    code, _, err = run(*words, "-o", folder / "other.html")
+    assert code == 1 and "look was made from other inputs" in err
+    assert run(*words, "-o", page, "--force")[0] == 0
+    assert [card["neuron"] for card in read_cards(folder / "cards.jsonl")] == ["2.gate.3", "2.up.0"]
+
+
 def test_the_page_is_no_file_of_the_study(study: Path, run: Any) -> None:
     for name in ("cards.jsonl", "neurons.json", "sets.csv"):
         code, _, err = run("look", study, "-o", study / name, *LOOK, "--force")
