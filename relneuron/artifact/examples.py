@@ -15,7 +15,7 @@ import numpy as np
 
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
-from relneuron.artifact.histogram import check_place
+from relneuron.artifact.histogram import check_place, form_of
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.reading import Tensors, open_tensors
 
@@ -327,17 +327,7 @@ _TYPES = {"value": "F32", "window": "I32", "position": "I32"}
 
 def _form(file: Tensors) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
     """The groups, the sites and (G, L, F, K) by site of an open file."""
-    about = file.about(ABOUT)
-    groups = about.get("groups") if isinstance(about, dict) else None
-    if not isinstance(groups, list) or len(set(map(str, groups))) < len(groups):
-        raise file.wrong("it has no groups")
-    sites = [site for site in SITES if f"value.{site}" in file.names]
-    if not sites:
-        raise file.wrong("it has no value")
-    size = {
-        site: file.shape(f"value.{site}", (len(groups), None, None, None), "F32") for site in sites
-    }
-    return [str(name) for name in groups], sites, size
+    return form_of(file, ABOUT, "value", "F32")
 
 
 def _index(file: Tensors, n_groups: int) -> tuple[Array, Array, Array]:

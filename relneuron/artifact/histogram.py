@@ -17,7 +17,7 @@ import numpy as np
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
 from relneuron.artifact.neurons import Neuron
-from relneuron.artifact.reading import open_tensors
+from relneuron.artifact.reading import Tensors, open_tensors
 
 NAME = "histogram.safetensors"
 ABOUT = "relneuron.histogram"
@@ -188,17 +188,7 @@ class Histogram:
     def read(cls, path: Path, neuron: Neuron | None = None) -> Histogram:
         """All of a file, or one neuron (layer, site, index) of it, then with L = F = 1."""
         with open_tensors(path, MADE_BY, what="file of a histogram") as file:
-            about = file.about(ABOUT)
-            groups = about.get("groups") if isinstance(about, dict) else None
-            if not isinstance(groups, list) or len(set(map(str, groups))) < len(groups):
-                raise file.wrong("it has no groups")
-            sites = [site for site in SITES if f"count.{site}" in file.names]
-            if not sites:
-                raise file.wrong("it has no count")
-            size = {
-                site: file.shape(f"count.{site}", (len(groups), None, None, None), "I64")
-                for site in sites
-            }
+            groups, sites, size = form_of(file, ABOUT, "count", "I64")
             place: tuple[slice, ...] | None = None
             if neuron is not None:
                 check_place(path, neuron, {site: size[site][1:3] for site in sites})
@@ -235,6 +225,25 @@ def _common(one: Histogram, other: Histogram, site: str) -> tuple[Array, Array, 
     n_edges = (last - first + 1).clip(0)
     begin = np.where(n_edges > 0, first - 1, 0)
     return exponent, begin.astype(np.int32), n_edges.astype(np.int32)
+
+
+def form_of(
+    file: Tensors, about: str, statistic: str, dtype: str
+) -> tuple[list[str], list[str], dict[str, tuple[int, ...]]]:
+    """The groups, the sites and the shape (G, L, F, .) by site of `statistic` in an open file.
+
+    `about` is the key of the metadata that name the groups.
+    """
+    said = file.about(about)
+    groups = said.get("groups") if isinstance(said, dict) else None
+    if not isinstance(groups, list) or len(set(map(str, groups))) < len(groups):
+        raise file.wrong("it has no groups")
+    sites = [site for site in SITES if f"{statistic}.{site}" in file.names]
+    if not sites:
+        raise file.wrong(f"it has no {statistic}")
+    shape = (len(groups), None, None, None)
+    size = {site: file.shape(f"{statistic}.{site}", shape, dtype) for site in sites}
+    return [str(name) for name in groups], sites, size
 
 
 def check_place(path: Path, neuron: Neuron, sizes: Mapping[str, tuple[int, ...]]) -> None:

@@ -279,9 +279,7 @@ def _show_aside(
     manifest = Manifest(folder).data
     inside = {path.name: sha256(path) for path in reads if path.parent == folder}
     stages = {**manifest["stages"], "look": {**entry, "files": [], "reads": inside}}
-    about = made_from({**manifest, "stages": stages})
-    about["stages"]["look"]["files"] = []
-    about["files"] = {name: of for name, of in about["files"].items() if name not in (NAME, SETS)}
+    about = made_from({**manifest, "stages": stages}, ())
     atomic_write(output, render(page_of(cards, about)).encode())
 
 
@@ -290,10 +288,10 @@ def is_shown(folder: Path, output: Path) -> bool:
     return output.name in Manifest(folder).data["stages"]["look"]["files"]
 
 
-def made_from(manifest: Json) -> Json:
+def made_from(manifest: Json, made: Sequence[str] = (NAME, SETS)) -> Json:
     """What a manifest says of the cards: of the stages whose files they are made from, and theirs.
 
-    So that their page is the same whatever was made since.
+    `made` are the files of the cards. So that their page is the same whatever was made since.
     """
     files = manifest["stages"]["look"]["reads"].keys()
     stages = {
@@ -301,8 +299,8 @@ def made_from(manifest: Json) -> Json:
         for name, entry in manifest["stages"].items()
         if name == "look" or files & {*entry["files"]}
     }
-    stages["look"] = {**stages["look"], "files": [NAME, SETS]}
-    known = {name: of for name, of in manifest["files"].items() if name in {*files, NAME, SETS}}
+    stages["look"] = {**stages["look"], "files": [*made]}
+    known = {name: of for name, of in manifest["files"].items() if name in {*files, *made}}
     about: Json = {k: manifest[k] for k in ("schema", "versions", "model") if k in manifest}
     return {**about, "stages": stages, "files": known}
 

@@ -80,28 +80,6 @@ class Shared(Study):
         name = "attribute" if stage in ("ig", "relevance") else stage
         return [str(word) for word in (name, *found[stage], *SMALL)]
 
-    def start(self, words: Sequence[str], before: Callable[[], object]) -> int:
-        """Begin a command; the process id."""
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 99
-        try:
-            # Appended to: several processes say their lines in one file.
-            said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            before()
-            sys.argv = ["relneuron", *words]
-            cli.main()
-            code = 0
-        except SystemExit as error:
-            code = int(error.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
     def begin(
         self, words: Sequence[str], size: int, act: Callable[[int], object] = lambda rank: None
     ) -> list[int]:

@@ -71,14 +71,20 @@ class Study:
 
     def run(self, words: Sequence[str], before: Callable[[], object] = lambda: None) -> int:
         """A command in a fork; its exit code."""
+        (self.folder / "said").unlink(missing_ok=True)
+        return code_of(self.start(words, before))
+
+    def start(self, words: Sequence[str], before: Callable[[], object]) -> int:
+        """Begin a command in a fork; its process id."""
         pid = os.fork()
         if pid:
-            return code_of(pid)
-        said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+            return pid
         code = 99
         try:
+            # Appended to: several processes may say their lines in one file.
+            said = os.open(self.folder / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
             before()
             sys.argv = ["relneuron", *words]
             cli.main()
