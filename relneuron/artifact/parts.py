@@ -27,6 +27,7 @@ from relneuron.artifact.reading import parse_json
 # The file whose rows a stage's blocks note.
 ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
 ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
+ROWS |= {f"{stage}.journal": f"{stage}.values" for stage in ("probe", "probe_apply")}
 BUDGET = "budget"  # the key of what memory had room for (model/batches.Budget)
 
 

@@ -110,6 +110,14 @@ class Ranks:
         found: Array = tensor.numpy()
         return found
 
+    def told(self, value: Any) -> Any:
+        """The first process's value, as pickle has it; all must call it."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -147,26 +155,21 @@ class Ranks:
         **asked: Any,
     ) -> Any:
         """`stage(name, model, tokenizer, ...)`, and have the others that `serve` call it, too."""
-        self._tell((stage, name, args, asked))
+        self.told((stage, name, args, asked))
         return stage(name, model, tokenizer, *args, **asked)
 
     def serve(self, model: Any, tokenizer: Any) -> None:
         """Call the stages that the first process does, until it is done with all."""
         while True:
-            box: list[Any] = [None]
-            distributed.broadcast_object_list(box, src=0)
-            if box[0] is None:
+            told = self.told(None)
+            if told is None:
                 return
-            stage, name, args, asked = box[0]
+            stage, name, args, asked = told
             stage(name, model, tokenizer, *args, **asked)
 
     def dismiss(self) -> None:
         """Have the others that `serve` end."""
-        self._tell(None)
-
-    def _tell(self, what: object) -> None:
-        if self.size > 1:
-            distributed.broadcast_object_list([what], src=0)
+        self.told(None)
 
 
 # --- processes that join ------------------------------------------------------------------------
@@ -184,15 +187,16 @@ _JOINED: list[Ranks] = []  # in the contexts that are open
 
 
 @contextmanager
-def joined(model: Any) -> Iterator[Ranks]:
+def joined(model: Any = None) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the context lasts; it may be nested.
 
+    `model` is the one that they ask, None where the first process alone does the work.
     Those that hold the model in parts are joined already. In a program that has joined its
     processes for something of its own each works alone: one of them may well study the model. What
     they tell each other goes from host to host (gloo); it is small, and waits for the device only
     when a checkpoint is written.
     """
-    if n_parts(model) > 1:
+    if model is not None and n_parts(model) > 1:
         yield Ranks(part_number(model), n_parts(model), in_parts=True)
         return
     if n_started() == 1:
