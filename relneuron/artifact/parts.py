@@ -28,6 +28,7 @@ from relneuron.artifact.reading import parse_json
 ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
 ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
 ROWS |= {f"{stage}.journal": f"{stage}.values" for stage in ("probe", "probe_apply")}
+SAMPLES = "samples"  # files that blocks of eval note, in a folder of this name
 BUDGET = "budget"  # the key of what memory had room for (model/batches.Budget)
 
 
@@ -105,10 +106,21 @@ def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: s
     (output / name).unlink(missing_ok=True)  # its rows are written next
     if file is not None and any(rows):
         _copy_rows([folder / file for folder in folders], rows, output / file)
+    for folder in folders:
+        _copy_samples(folder / SAMPLES, whole, output / SAMPLES)
     with Journal(output / name, head["inputs"]) as journal:
         for key, value in whole.items():
             journal.add(key, value)
     return len(whole.keys() - {BUDGET})
+
+
+def _copy_samples(folder: Path, done: Json, output: Path) -> None:
+    """Those of a part's files that blocks note; `eval` compares them with their digests."""
+    noted = [value for value in done.values() if isinstance(value, dict)]
+    for name in {name for value in noted for name in value.get(SAMPLES, ())}:
+        if (folder / name).is_file():
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
 
 
 def _tensors(path: Path, *, writable: bool = False) -> Json:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,16 +21,12 @@ from relneuron.artifact.examples import best
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import locked
-from relneuron.model.meeting import distributed, meet
+from relneuron.model.meeting import WAIT, distributed, meet
 from relneuron.model.peaks import BEST, BINS
 from relneuron.model.shards import n_parts, part_number
 
 Array = np.ndarray[Any, Any]
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
-
-# The others wait for what the first one does alone, such as ranking for hours. One that ends closes
-# its connections, which the others see at once.
-WAIT = timedelta(days=2)
 
 
 class Ranks:
@@ -222,18 +217,18 @@ def joined(model: Any = None) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
-def held(folder: Path, ranks: Ranks) -> Any:
-    """The folder's lock, for the one process that writes."""
-    return locked(folder) if ranks.rank == 0 else nullcontext()
+def held(folder: Path, ranks: Ranks, *beneath: Path) -> Any:
+    """The folder's lock, for the one process that writes; `beneath` as `locked` has it."""
+    return locked(folder, *beneath) if ranks.rank == 0 else nullcontext()
 
 
 @contextmanager
-def sharing(model: Any, folder: Path, *, rows: bool = False) -> Iterator[Ranks]:
+def sharing(model: Any, folder: Path, *beneath: Path, rows: bool = False) -> Iterator[Ranks]:
     """The processes that share the blocks of a stage's journal in `folder`, held by the first one.
 
     `rows`: each of them also writes rows of one file there, which takes one machine.
     """
-    with joined(model) as ranks, held(folder, ranks):
+    with joined(model) as ranks, held(folder, ranks, *beneath):
         if ranks.in_parts:
             raise RelneuronError(
                 f"the model is held in {ranks.size} parts, and this takes a whole one",
