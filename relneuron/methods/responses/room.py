@@ -14,10 +14,14 @@ import numpy as np
 import torch
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import n_started
+from relneuron.artifact.neurons import Shape
+from relneuron.artifact.prompts import RECORDED
 from relneuron.methods.responses.options import DEVICE, DISK, MEMORY
-from relneuron.methods.responses.places import Prompts
+from relneuron.methods.responses.places import Prompts, Store
 from relneuron.model.layers import device_of
-from relneuron.model.mlps.shape import Part
+from relneuron.model.mlps.shape import Part, model_shape
+from relneuron.model.questions import Questions
 from relneuron.model.ranks import Ranks
 
 # Of what is free, the responses may take half: the other half is for the forward, its batches' sums
@@ -117,3 +121,10 @@ def agreed(asked: str, prompts: Prompts, devices: Mapping[int, torch.device], ra
     kinds = (DEVICE, MEMORY, DISK)
     own = kinds.index(choose(asked, prompts, devices, ranks.size)) if ranks.rank == 0 else 0
     return kinds[int(ranks.first(np.array([own]))[0])]
+
+
+def check_room(store: Store, mlps: Sequence[Part], questions: Questions) -> None:
+    """Refuse a place without room before anything is done."""
+    det = [row for row, prompt in enumerate(questions.prompts) if prompt.split in RECORDED]
+    prompts = Prompts(Shape.of(model_shape(mlps)), det, [1] * len(det), {})
+    choose(store.asked, prompts, devices_of(mlps), n_started())
