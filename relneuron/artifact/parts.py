@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from relneuron.artifact.reading import parse_json
 # The file whose rows a stage's blocks note.
 ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
 ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
+ROWS |= {f"{stage}.journal": f"{stage}.values" for stage in ("probe", "probe_apply")}
+SAMPLES = "samples"  # files that blocks of eval note, in a folder of this name
 
 
 def journals_in(folder: Path) -> list[str]:
@@ -89,6 +91,7 @@ def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: s
     whole: dict[str, Blocks] = {}
     budgets: list[int] = []
     rows: list[set[int]] = []
+    samples: set[str] = set()
     for folder in folders:
         done = Blocks()
         for path in (folder / name, *parts_of(folder / name)):
@@ -103,10 +106,17 @@ def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: s
                     f"{folder} and a part before it have other results of the same batch",
                     "make the parts on machines of one kind, each part once",
                 )
-        rows.append({row for value in done.values() if has_rows(value) for row in value["rows"]})
+        rows.append(set())
+        for value in done.values():
+            if has_rows(value):
+                rows[-1].update(value["rows"])
+            if isinstance(value, dict):
+                samples.update(value.get(SAMPLES, ()))
     (output / name).unlink(missing_ok=True)  # its rows are written next
     if file is not None and any(rows):
         _copy_rows([folder / file for folder in folders], rows, output / file)
+    for folder in folders:
+        _copy_samples(folder / SAMPLES, samples, output / SAMPLES)
     with Journal(output / name, head["inputs"]) as journal:
         if budgets:
             journal.add(BUDGET, min(budgets))
@@ -115,6 +125,14 @@ def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: s
                 journal.keep(key, number, blocks.piece(key, number))
             journal.add(key, blocks[key])
     return len(whole)
+
+
+def _copy_samples(folder: Path, names: Iterable[str], output: Path) -> None:
+    """Those of a part's files that blocks note; `eval` compares them with their digests."""
+    for name in sorted(names):
+        if (folder / name).is_file():
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
 
 
 def _tensors(path: Path, *, writable: bool = False) -> Json:
