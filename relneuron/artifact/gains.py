@@ -26,7 +26,7 @@ from relneuron.artifact.files import (
     rows_digest,
 )
 from relneuron.artifact.installed import need
-from relneuron.artifact.parquet import read_table
+from relneuron.artifact.parquet import Sink, read_table
 from relneuron.artifact.reading import Cells, open_tensors, read_csv
 
 TARGETS = "targets.csv"
@@ -161,7 +161,7 @@ def table_pieces(name: str, texts: Iterable[str]) -> Iterator[bytes]:
 
     types = dict.fromkeys(ATTRIBUTIONS, pyarrow.int32())
     types |= {"id": pyarrow.string(), "kind": pyarrow.string(), "score": pyarrow.float32()}
-    sink = _Sink()
+    sink = Sink()
     with pyarrow.parquet.ParquetWriter(sink, pyarrow.schema(types.items())) as writer:
         for block in _blocks(texts):
             columns = zip(*csv.reader(io.StringIO(block, newline="")), strict=True)
@@ -172,29 +172,6 @@ def table_pieces(name: str, texts: Iterable[str]) -> Iterator[bytes]:
             writer.write_table(pyarrow.table(arrays, ATTRIBUTIONS))
             yield sink.taken()
     yield sink.taken()
-
-
-class _Sink(io.RawIOBase):
-    """A file that is written to and, piece by piece, taken from."""
-
-    def __init__(self) -> None:
-        self._data, self._n_taken = bytearray(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._data += data
-        return len(data)
-
-    def tell(self) -> int:
-        return self._n_taken + len(self._data)
-
-    def taken(self) -> bytes:
-        data = bytes(self._data)
-        self._n_taken += len(data)
-        self._data.clear()
-        return data
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:
