@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from relneuron.ablation.evaluate import Ask, Evaluator, Row
+from relneuron.ablation.evaluate import Ask, Evaluator
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import alone
+from relneuron.ablation.said import Row, Said
 from relneuron.artifact.files import fold
 from relneuron.model.ask import Asker
 from relneuron.model.choose import Chooser, choose, encode_options, right_places
@@ -16,7 +17,7 @@ from relneuron.model.converse import Step
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, begins_with, is_correct
 
 # Of each row: what is said, log p of a right answer, which of them, and the option chosen, if any.
-Answers = dict[Row, tuple[Any, ...]]
+Answers = Mapping[Row, Sequence[Any]]
 
 
 class Greedy:
@@ -87,13 +88,14 @@ class Choosing:
         asked = [Row(row.condition, k) for row in rows for k in self._options.rows_of(row.prompt)]
         ask: Ask = partial(self._chooser.likelihoods, self._options)
         found = evaluator.run("options", asked, lengths, ask, advance, self.positions)
-        return {
-            row: self._answer(
+        answers = (
+            self._answer(
                 row.prompt,
                 [found[Row(row.condition, k)] for k in self._options.rows_of(row.prompt)],
             )
             for row in rows
-        }
+        )
+        return Said(([row] for row in rows), ([answer] for answer in answers))
 
     def _answer(self, prompt: int, likelihoods: list[float]) -> tuple[Any, ...]:
         p = self.prompts[prompt]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.exchange import puts_of
 from relneuron.ablation.options import DONOR
+from relneuron.ablation.said import Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.batches import Budget, cut
@@ -45,13 +46,6 @@ class Answering(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-
-
-class Row(NamedTuple):
-    """One condition (its place in the plan) and one prompt."""
-
-    condition: int
-    prompt: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ class Evaluator:
         advance: Callable[[int], object],
         positions: str = "all",
         alone: Callable[[int], int] = _anyone,
-    ) -> dict[Row, Any]:
+    ) -> Said:
         """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches.
 
         At the tokens `positions` (all, prompt, last) the neurons are off.
@@ -193,10 +187,8 @@ class Evaluator:
                 self.journal.add(key, said)
             advance(len(batch))
         self.journal.together()
-        found: dict[Row, Any] = {}
-        for number, (_, batch) in enumerate(batches):
-            found.update(zip(batch, self.journal.done[f"{what} {number}"], strict=True))
-        return found
+        done = (self.journal.done[f"{what} {number}"] for number in range(len(batches)))
+        return Said((batch for _, batch in batches), done)
 
     def _begin(self, wave: range) -> list[LayerState]:
         """What a patch does under the conditions of a wave; an exchanged model is told it."""

@@ -7,7 +7,7 @@ padding, and runs them by a `Budget`, which is smaller from there on each time t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -89,16 +89,17 @@ def shared(
     A block of the journal is called by `name` and the batch's number. Without one nothing is kept.
     """
     keys = [f"{name} {number}" for number in range(len(batches))]
-    said: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for key, batch in zip(keys, batches, strict=True):
         if journal is None:
-            said[key] = ask(batch)
+            own[key] = ask(batch)
         elif journal.takes(key):
             journal.add(key, ask(batch))
         advance(len(batch))
     if journal is not None:
         journal.together()
-    return [(said if journal is None else journal.done)[key] for key in keys]
+    said: Mapping[str, Any] = own if journal is None else journal.done
+    return [said[key] for key in keys]
 
 
 # --- when memory runs out --------------------------------------------------------------------
