@@ -29,11 +29,19 @@ class Greedy:
         self._asker = asker
         self.described = f"{self._n_tokens} greedy tokens"
         self.described += ", teacher-forced" if self._forced else ""
+        # Under most conditions a prompt's answer is one that was given before.
+        self._is_right: dict[tuple[str, str], bool] = {}
 
     def n_rows(self, rows: Sequence[Row]) -> int:
         return len(rows)
 
     def is_right(self, said: str, name: str) -> bool:
+        key = (said, name)
+        if key not in self._is_right:
+            self._is_right[key] = self._gives(said, name)
+        return self._is_right[key]
+
+    def _gives(self, said: str, name: str) -> bool:
         if self.options.generate is not None:
             return begins_with(said, name)
         prefix = self.options.accept_object_prefix

@@ -68,6 +68,26 @@ def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
     return [row[k] for row, k in zip(scores, which, strict=True)], which
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """Where each token stands in its text: (B, T) int64 of a padding mask (B, T).
+
+    On a CPU (1, T) where all rows have the same, as transformers itself has it without a mask: what
+    a model makes of positions, its rotary embedding for one, is then made once for all rows.
+    """
+    # A GPU would have to be waited for.
+    if mask.device.type == "cpu" and len(mask) > 1 and bool((mask == mask[:1]).all()):
+        mask = mask[:1]
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The place of the largest of the last dimension, the first of equal ones, as `argmax`."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    # numpy compares many values at a time, torch one by one.
+    return torch.from_numpy(logits.numpy().argmax(-1))
+
+
 def ignore(step: Step) -> None:
     """Marks nothing."""
 
@@ -92,11 +112,10 @@ class Asker:
         self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Mapping[str, Any] | None = None
     ) -> Any:
         """Logits of the last `n_logits` columns, or of all of them (0); `cache` by `cache_of`."""
-        width = tokens.shape[1]
         return self.model(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            position_ids=positions_of(mask)[:, -tokens.shape[1] :],
             use_cache=n_logits > 0,
             **(cache or {}),
             **({"logits_to_keep": n_logits} if self._takes_keep else {}),
@@ -129,7 +148,7 @@ class Asker:
             logits = out.logits[:, -1].float()
             if number == 0:
                 scores = self._firsts(logits, [questions.asked_of(row) for row in rows])
-            chosen.append(logits.argmax(-1))
+            chosen.append(largest(logits))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
                 made = [self._first_tokens(line, n_tokens) for line in lines]
@@ -157,7 +176,7 @@ class Asker:
         def choose(number: int, logits: Tensor) -> Tensor | None:
             if number == 0:
                 scores[:] = self._firsts(logits, [starts] * len(rows))
-            chosen.append(logits.argmax(-1))
+            chosen.append(largest(logits))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
                 made[:] = [self._first_tokens(line, n_tokens) for line in lines]
@@ -247,7 +266,7 @@ class Asker:
         for i, k in ((i, k) for i, some in enumerate(starts) for k in range(len(some))):
             if len(starts[i][k]) > 1:
                 scores[i][k] += self._logprobs(logits[i : i + 1, 1], starts[i][k][1:])[0]
-        chosen = logits.argmax(-1)
+        chosen = largest(logits)
         firsts = chosen[:, 0].tolist()
         open_rows = [
             i
@@ -263,7 +282,7 @@ class Asker:
             mask[:, -1] = 0
             before_step(Step(places, torch.ones_like(inputs), 1, 1))
             step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
-            chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
+            chosen[places, 1] = largest(step.logits[:, -1].float())
         made = chosen.tolist()
         predictions = [self._text(answer) for answer in made]
         again = [i for i, answer in enumerate(made) if self._is_cut(answer)]
