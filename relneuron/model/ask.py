@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.alike import Alike
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
 from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
@@ -103,6 +105,8 @@ class Asker:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
         self._texts: dict[tuple[int, ...], str] = {}
+        # Where the first layer's attention runs once for all rows of a prompt.
+        self.alike: Alike | None = None
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """`batches.pad` on the model's device."""
@@ -259,7 +263,8 @@ class Asker:
         )
         everyone = torch.arange(len(rows), device=self.device)
         before_step(Step(everyone, mask, 1, 2))
-        out = self._forward(tokens, mask, 2)
+        with self.alike.of(rows, tokens.shape[1]) if self.alike else nullcontext():
+            out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
         starts = [questions.asked_of(row) for row in rows]
         scores = self._firsts(logits[:, 0], starts)
