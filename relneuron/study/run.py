@@ -230,6 +230,7 @@ def make_study(
                 folder,
                 None,
                 LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
+                ranks=ranks,
                 backend=o.backend,
                 force=force,
                 resume=True,
