@@ -94,7 +94,7 @@ class Shared(Study):
         found["probe"] += ["--neurons", self.folder / "inner.json"]
         found["probe"] += ["--labels", f"{self.folder / 'labels.csv'}:cost"]
         found["effect"] += ["--cost", self.folder / "judge"]
-        found["eval"] += ["--tasks", "tiny_choice,tiny_text", "--random-seeds", 1, "--quiet"]
+        found["eval"] += ["--tasks", "tiny_choice,tiny_text", "--random-seeds", 2, "--quiet"]
         found["eval"] += ["--include-path", self.folder / "tasks", "--log-samples"]
         if stage == "eval":
             return [str(word) for word in (stage, *found[stage])]
