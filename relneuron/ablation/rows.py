@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
-from relneuron.model.batches import SENTENCES, Budget, cut, pad
+from relneuron.model.batches import SENTENCES, Budget, cut, pad, shared
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 from relneuron.model.stream.mixture import ExpertMember
@@ -175,19 +175,11 @@ def intervene(
         )
 
     batches = cut(rows, length, batch_tokens)
-    said: dict[str, Any] = {}
-    for number, batch in enumerate(batches):
-        key = f"intervene {number}"
-        if journal is None:
-            said[key] = budget.run(batch, length, ask)
-        elif journal.takes(key):
-            journal.add(key, budget.run(batch, length, ask))
-        advance(len(batch))
-    if journal is not None:
-        journal.together()
-        said = journal.done
-    for number, batch in enumerate(batches):
-        for (c, s), values in zip(batch, said[f"intervene {number}"], strict=True):
+    said = shared(
+        journal, "intervene", batches, lambda batch: budget.run(batch, length, ask), advance
+    )
+    for batch, answers in zip(batches, said, strict=True):
+        for (c, s), values in zip(batch, answers, strict=True):
             found[:, c, s] = values
     return Answered(found[0].astype(np.int64), found[1], found[2])
 

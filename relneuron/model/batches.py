@@ -88,18 +88,17 @@ def shared(
 
     A block of the journal is called by `name` and the batch's number. Without one nothing is kept.
     """
-    keys = [f"{name} {number}" for number in range(len(batches))]
-    said: dict[str, Any] = {}
-    for key, batch in zip(keys, batches, strict=True):
+    said = []
+    for number, batch in enumerate(batches):
         if journal is None:
-            said[key] = ask(batch)
-        elif journal.takes(key):
-            journal.add(key, ask(batch))
+            said.append(ask(batch))
+        elif journal.takes(f"{name} {number}"):
+            journal.add(f"{name} {number}", ask(batch))
         advance(len(batch))
-    if journal is not None:
-        journal.together()
-        said = journal.done
-    return [said[key] for key in keys]
+    if journal is None:
+        return said
+    journal.together()
+    return [journal.done[f"{name} {number}"] for number in range(len(batches))]
 
 
 # --- when memory runs out --------------------------------------------------------------------
