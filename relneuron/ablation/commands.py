@@ -54,8 +54,8 @@ def ablate(
           --sizes 10,50,200
     """
     from relneuron.ablation.ablate import ablate_prompts, refuse_outputs
-    from relneuron.ablation.tables import check_format
     from relneuron.ablation.pictured import processor_for
+    from relneuron.ablation.tables import check_format
     from relneuron.model.instrument import Clock
 
     refuse_outputs(output, force)
