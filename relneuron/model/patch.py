@@ -19,14 +19,13 @@ from relneuron.model.layers import CHANGING, Parts, Projection, has_hooks
 from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
+from relneuron.model.outputs import record_down, record_outputs
 from relneuron.model.states import (
     LayerState,
     Tokens,
     hidden,
     is_recomputing,
     masked,
-    record_down,
-    record_outputs,
     replace_act,
     rows_of,
     statistics_only,

@@ -68,7 +68,8 @@ class Tokens:
     input of any other shape, such as the patches of all pictures, is of the B rows one behind the
     other, each with as much of it. With `n_needed` the last layer's output is only needed at so
     many last columns; at the others its MLP is left out. `counted`, if not None, are the MLPs that
-    have counted the tokens: each may do it once. `segments` are the windows of a corpus.
+    have counted the tokens: each may do it once. `segments` are the windows of a corpus. `pooled`:
+    where the prompt ids are not -1, and the ids there, both int64, if that is known beforehand.
     """
 
     group_ids: Tensor | None = None
@@ -78,6 +79,7 @@ class Tokens:
     counted: set[tuple[int, int]] | None = None
     stacked: bool = False
     segments: Segments | None = None
+    pooled: tuple[Tensor, Tensor] | None = None
     _elsewhere: dict[torch.device, Tokens] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Tokens:
@@ -88,7 +90,10 @@ class Tokens:
         if device not in self._elsewhere:
             groups, prompts, rows = (None if ids is None else ids.to(device) for ids in every)
             segments = None if self.segments is None else self.segments.on(device)
-            about = (self.n_needed, self.counted, self.stacked, segments)
+            pooled = None
+            if self.pooled is not None:
+                pooled = self.pooled[0].to(device), self.pooled[1].to(device)
+            about = (self.n_needed, self.counted, self.stacked, segments, pooled)
             self._elsewhere[device] = Tokens(groups, prompts, rows, *about)
         return self._elsewhere[device]
 
@@ -372,29 +377,3 @@ def replace_act(
     places = h.new_zeros((), dtype=torch.long) if rows is None else rows.long()
     new = replace.shift[places].to(h.dtype)
     return torch.where(replace.chosen[places], new if up is None else new * up, h)
-
-
-def record_down(y: Tensor, state: LayerState, tokens: Tokens, backend: str) -> None:
-    look(None, {"down": rows_of(y)}, state.looked, tokens.segments, backend)
-    if state.stats_down is not None and not is_recomputing():
-        flat_y = y.detach().reshape(-1, y.shape[-1])
-        ops.residual_stats(
-            flat_y,
-            torch.zeros_like(flat_y),
-            stats=state.stats_down,
-            group_ids=flat_ids(tokens.group_ids, y.shape, "group_ids"),
-            ids_checked=True,
-            backend=backend,
-        )
-    record_outputs(y, "down", state, tokens)
-
-
-def record_outputs(y: Tensor, site: str, state: LayerState, tokens: Tokens) -> None:
-    """Add the outputs of a linear map to the responses of their prompts."""
-    ids = tokens.prompt_ids
-    if is_recomputing() or state.responses is None or site not in state.responses or ids is None:
-        return
-    flat = cast(Tensor, flat_ids(ids, y.shape, "prompt_ids"))
-    rows = (flat >= 0).nonzero().squeeze(1)
-    values = y.detach().reshape(-1, y.shape[-1])[rows].float()
-    state.responses[site].index_add_(0, flat[rows].long(), values)

@@ -29,6 +29,7 @@ from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.manifest import MODEL_KEYS, Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, Neuron, NeuronFile, check_neurons
 from relneuron.artifact.stage import command, loading, placed
+from relneuron.methods.responses.places import Kept
 from relneuron.model.batches import Budget
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
@@ -154,6 +155,7 @@ def open_cards(
     folder: Path,
     options: LookOptions,
     *,
+    responses: Kept | None = None,
     backend: str = "auto",
 ) -> tuple[Cards, Sets]:
     """What makes the cards of a folder's neurons with its model, and the sets they may be in."""
@@ -163,7 +165,7 @@ def open_cards(
     mlps = find_mlps(model, attention=bool(sites & {*ATTENTION}))
     if sets.file is not None:
         sets.file.check_model(model_shape(mlps))
-    strongest = find_strongest(folder, model, tokenizer)
+    strongest = find_strongest(folder, model, tokenizer, responses)
     budget = Budget(options.batch_tokens, options.oom)
     cards = Cards(
         *(model, tokenizer, mlps, strongest, sets.by_neuron()),
@@ -182,6 +184,7 @@ def look(
     output: Path | None,
     options: LookOptions | None = None,
     *,
+    responses: Kept | None = None,
     backend: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -192,12 +195,15 @@ def look(
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
     model, are kept: only the page is written then. So are others where neurons are named and the
     page is outside of the folder (without `force`). `resume` replaces files that others left there.
+    `responses` are those that the folder does not have, as `record` kept them.
     """
     options = options or LookOptions()
     if output is not None:
         check_page(output, folder, force or resume)
     studied(folder)
-    cards, sets = open_cards(model, tokenizer, folder, options, backend=backend)
+    cards, sets = open_cards(
+        model, tokenizer, folder, options, responses=responses, backend=backend
+    )
     neurons = chosen(sets, options, model_shape(cards.mlps), folder)
     described = describe_model(name, model, cards.mlps, backend)
     check_same(folder, described)

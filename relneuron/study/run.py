@@ -18,15 +18,14 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
+from relneuron.methods.responses.at_once import JOURNAL, RESPONSES, are_done
 from relneuron.methods.responses.concepts import concept_study, concept_subjects
 from relneuron.methods.responses.options import RankOptions, RecordOptions
+from relneuron.methods.responses.places import Store
 from relneuron.methods.responses.preview import first_answers, warn_of_unknown
-from relneuron.methods.responses.rank import (
-    check_installed,
-    identify,
-    identify_inputs,
-)
-from relneuron.methods.responses.record import record, record_inputs
+from relneuron.methods.responses.rank import check_installed, identify
+from relneuron.methods.responses.record import record
+from relneuron.methods.responses.room import check_room
 from relneuron.model.ask import Asker
 from relneuron.model.identity import held
 from relneuron.model.instrument import Clock
@@ -174,6 +173,9 @@ def make_study(
     check_asked(o, facts.where, relations, wanted, model_shape(mlps))
     described = describe_model(name, model, mlps, o.backend)
 
+    store = Store(o.responses) if o.drop_responses else None
+    if store:
+        check_room(store, mlps, questions)
     prompts, neurons = folder / "prompts.jsonl", folder / "neurons.json"
     with (
         held(model, described["digest"]),
@@ -192,17 +194,14 @@ def make_study(
             write_prompts(placed_facts, prompts, asking, chat=chat, force=True)
 
         recording, ranking = o.part(RecordOptions), o.part(RankOptions)
-        manifest = Manifest(folder)
-        recorded = manifest.is_done(
-            "record",
-            record_inputs(described, tokenizer, prompts, recording),
-            force=force,
+        recorded, identified = are_done(
+            folder, described, tokenizer, prompts, recording, ranking, force=force
         )
-        identified = recorded and manifest.is_done(
-            "identify", identify_inputs(folder, ranking), force=force
-        )
-        responses = folder / "responses.safetensors"
-        if not recorded or not (identified or responses.exists()):
+        responses = folder / RESPONSES
+        # A run that kept responses in memory was killed before it had shown what it ranked.
+        is_lost = o.drop_responses and o.cards and (folder / JOURNAL).exists()
+        is_lost = is_lost and "look" not in Manifest(folder).data["stages"]
+        if not recorded or not (responses.exists() or (identified and not is_lost)):
             for line in first_answers(Asker(model, tokenizer), questions, o.batch_tokens):
                 say(line)
             ranks.call(
@@ -213,16 +212,19 @@ def make_study(
                 prompts,
                 folder,
                 recording,
+                store=store,
                 backend=o.backend,
                 force=True,
                 quiet=quiet,
             )
             identified = False
+        kept = store.kept if store else None
         warn_of_unknown(folder)
         if not identified:
-            identify(folder, neurons, ranking, force=True, quiet=quiet)
+            identify(folder, neurons, ranking, responses=kept, force=True, quiet=quiet)
         # Without responses there is nothing to look at that was not seen before they went.
-        if o.cards and responses.exists() and any(NeuronFile.read(neurons).sets.values()):
+        is_there = kept is not None or responses.exists()
+        if o.cards and is_there and any(NeuronFile.read(neurons).sets.values()):
             look(
                 name,
                 model,
@@ -230,12 +232,14 @@ def make_study(
                 folder,
                 None,
                 LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
+                responses=kept,
                 backend=o.backend,
                 force=force,
                 resume=True,
                 quiet=quiet,
             )
-        if o.drop_responses:
+        if store:
+            store.kept = kept = None
             Manifest(folder).drop(responses.name)
 
         asked = o.part(AblateOptions)
@@ -257,7 +261,7 @@ def make_study(
                 seed=o.seed,
                 top=top,
                 options=recording,
-                drop_responses=o.drop_responses,
+                store=store,
                 ranks=ranks,
                 backend=o.backend,
                 force=force,
@@ -300,7 +304,7 @@ def make_study(
         # Its page says by which commands it was made, as they are known now.
         if "look" in Manifest(folder).data["stages"] and not is_shown(folder, folder / "look.html"):
             show(folder, folder / "look.html")
-        for journal in ("record.journal", "ablate.journal"):
+        for journal in (JOURNAL, "ablate.journal"):
             (folder / journal).unlink(missing_ok=True)
         report = report_stage(folder, folder / REPORT, force=force, resume=True)
         ranks.dismiss()

@@ -18,7 +18,7 @@ from relneuron.artifact.options import (
     refuse_stray,
 )
 from relneuron.methods import rankings
-from relneuron.methods.responses.options import RankOptions, RecordOptions
+from relneuron.methods.responses.options import RankOptions, RecordOptions, responses_option
 from relneuron.texts.options import PromptsOptions
 
 DEMO = "relneuron demo"  # what the bundled model is called
@@ -85,7 +85,8 @@ class RunOptions(PromptsOptions, RecordOptions, RankOptions, AblateOptions, Load
 
     chat_template: bool = option(False, "Wrap every prompt in the model's chat template.")
     method: str = option("ap", "How neurons are ranked; ap is average precision.", offers=("ap",))
-    drop_responses: bool = option(False, "Delete responses.safetensors after identify.")
+    drop_responses: bool = option(False, "Keep no responses: they are gone once neurons are shown.")
+    responses: str = responses_option(Only("with --drop-responses", lambda o: o.drop_responses))
     cards: int = like(
         LookOptions,
         "cards",

@@ -28,6 +28,7 @@ from relneuron.artifact.manifest import checked
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import read_prompts
 from relneuron.artifact.reading import RESPONSE_ROWS, open_tensors
+from relneuron.methods.responses.places import Kept
 from relneuron.model.questions import encode
 from relneuron.study.tensors import RECORD, rows_of
 from relneuron.texts.tokens import listed
@@ -118,11 +119,16 @@ def short(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}") + 0.0
 
 
-def find_strongest(folder: Path, model: Any, tokenizer: Any) -> Strongest | None:
+def find_strongest(
+    folder: Path, model: Any, tokenizer: Any, responses: Kept | None = None
+) -> Strongest | None:
     """What a folder's examples come from: its examples, else responses, gains or gradients.
 
-    None where the folder has no number of single texts.
+    None where the folder has no number of single texts. `responses` are those that it does not
+    have, as `record` kept them.
     """
+    if responses is not None:
+        return _kept(responses, folder, model, tokenizer)
     for name, make in _SOURCES.items():
         if (folder / name).is_file():
             return make(folder, model, tokenizer)
@@ -174,9 +180,30 @@ def _responses(folder: Path, model: Any, tokenizer: Any) -> Strongest:
             found: Array = file.get(name, (len(ids), None), rows=rows)[:, 0]
             return found
 
+    return _of_prompts(folder, model, tokenizer, ids, pooling, column, (path,))
+
+
+def _kept(responses: Kept, folder: Path, model: Any, tokenizer: Any) -> Strongest:
+    def column(neuron: Neuron) -> Array | None:
+        layer, site, index = neuron
+        return responses.column((layer, switched(site), index))
+
+    pooling = responses.prompts.about["pooling"]
+    return _of_prompts(folder, model, tokenizer, responses.ids, pooling, column)
+
+
+def _of_prompts(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[str],
+    pooling: str | None,
+    column: Callable[[Neuron], Array | None],
+    files: tuple[Path, ...] = (),
+) -> Strongest:
     of = "output at the prompt's last token" if pooling == "last" else "mean output over the prompt"
     texts = _texts(folder, model, tokenizer, ids, None)
-    files = (path, folder / "prompts.jsonl")
+    files = (*files, folder / "prompts.jsonl")
     return Strongest(of, files, lambda site: site, by_text(texts, column, of))
 
 

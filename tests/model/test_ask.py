@@ -16,8 +16,8 @@ import torch
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Shape, random_neurons, top_k
 from relneuron.artifact.prompts import Prompt
+from relneuron.methods.responses.fill import pooled_tokens
 from relneuron.methods.responses.labels import sample_labels
-from relneuron.methods.responses.record import pooled_tokens
 from relneuron.model.ask import Answers, Asker
 from relneuron.model.batches import plan_batches
 from relneuron.model.converse import Step

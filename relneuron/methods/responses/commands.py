@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from relneuron.artifact.files import require
+from relneuron.artifact.files import RelneuronError, require
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import Argument, LoadOptions, Model, Output
-from relneuron.methods.responses.options import RankOptions, RecordOptions
+from relneuron.methods.responses.options import AtOnceOptions, RankOptions, RecordOptions
 
 
 def record(
@@ -21,6 +21,7 @@ def record(
     ],
     output: Output,
     options: RecordOptions,
+    at_once: AtOnceOptions,
     load_options: LoadOptions,
     force: bool = False,
     quiet: bool = False,
@@ -31,25 +32,28 @@ def record(
       relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o study
       relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o last-token \\
           --pooling last
+      # ranked at once: neurons.json, and no responses on the disk
+      relneuron record Qwen/Qwen3-0.6B study/prompts.jsonl -o study \\
+          --identify --top 500
     """
+    from relneuron.methods.responses.at_once import identify_at_once
     from relneuron.methods.responses.record import record as record_stage
     from relneuron.model.load import load
     from relneuron.texts.prompts import concepts_beside
 
+    if at_once.identify and options.shard != (1, 1):
+        cause = "--identify ranks by all prompts, and a --shard has a part of them"
+        raise RelneuronError(cause, "leave out one of them", 2)
     prompts = concepts_beside(prompts, output, force=force)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     loaded, tokenizer = load(model, load_options)
-    accuracy = record_stage(
-        model,
-        loaded,
-        tokenizer,
-        prompts,
-        output,
-        options,
-        backend=load_options.backend,
-        force=force,
-        quiet=quiet,
-    )
+    given = model, loaded, tokenizer, prompts, output, options
+    how: dict[str, Any] = {"backend": load_options.backend, "force": force, "quiet": quiet}
+    if at_once.identify:
+        chosen = identify_at_once(*given, at_once, **how)
+        yield from chosen_lines(chosen)
+        return
+    accuracy = record_stage(*given, **how)
     said = "sentences read, nothing asked"
     if accuracy is not None:
         said = f"{accuracy:.1%} of the prompts answered correctly"

@@ -18,9 +18,9 @@ from relneuron.artifact.files import atomic_write, writing
 from relneuron.artifact.manifest import Manifest, locked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, prompts_bytes
+from relneuron.methods.responses.at_once import record_and_identify
 from relneuron.methods.responses.options import RankOptions, RecordOptions
-from relneuron.methods.responses.rank import identify, identify_inputs
-from relneuron.methods.responses.record import record, record_inputs
+from relneuron.methods.responses.places import Store
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.ranks import Ranks
@@ -107,7 +107,7 @@ def concept_study(
     seed: int,
     top: int | None,
     options: RecordOptions,
-    drop_responses: bool = False,
+    store: Store | None = None,
     ranks: Ranks | None = None,
     backend: str = "auto",
     force: bool = False,
@@ -115,7 +115,8 @@ def concept_study(
 ) -> NeuronFile | None:
     """Make, or go on with, the study of the concepts in `folder`: prompts, record, identify.
 
-    `ranks` are processes that share the recording, and wait to hear of it (`Ranks.serve`).
+    `ranks` are processes that share the recording, and wait to hear of it (`Ranks.serve`); with a
+    `store` responses are there until the neurons are ranked, and not kept.
     Returns each concept's `top` neurons, or None if there are fewer than two concepts. Warns of
     relations that are left out.
     """
@@ -130,8 +131,7 @@ def concept_study(
     if not prompts:
         return None
     described = describe_model(name, model, find_mlps(model), backend)
-    path, neurons = folder / "prompts.jsonl", folder / "neurons.json"
-    responses = folder / "responses.safetensors"
+    path = folder / "prompts.jsonl"
     recording = replace(options, attention=False, accept_object_prefix=False, validate=False)
     # Scores alone: as many negatives as positives, nothing of how sure a score is.
     ranking = RankOptions(top=top, negatives=1, permutations=0, bootstrap=0, noise=0, seed=seed)
@@ -144,28 +144,18 @@ def concept_study(
                 atomic_write(path, data)
                 manifest.describe(seeds={"split": seed})
                 manifest.finish("prompts", inputs, [path], reads=[])
-        inputs = record_inputs(described, tokenizer, path, recording)
-        recorded = manifest.is_done("record", inputs, force=force)
-        identified = recorded and manifest.is_done(
-            "identify", identify_inputs(folder, ranking), force=force
+        return record_and_identify(
+            name,
+            model,
+            tokenizer,
+            described,
+            path,
+            folder,
+            recording,
+            ranking,
+            store,
+            ranks=ranks,
+            backend=backend,
+            force=force,
+            quiet=quiet,
         )
-        if not recorded or not (identified or responses.exists()):
-            (ranks or Ranks()).call(
-                record,
-                name,
-                model,
-                tokenizer,
-                path,
-                folder,
-                recording,
-                backend=backend,
-                force=True,
-                quiet=quiet,
-            )
-            identified = False
-        if not identified:
-            identify(folder, neurons, ranking, force=True, quiet=quiet)
-        if drop_responses:
-            Manifest(folder).drop(responses.name)
-        (folder / "record.journal").unlink(missing_ok=True)
-    return NeuronFile.read(neurons)

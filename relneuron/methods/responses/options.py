@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.options import Only, SeedOptions, TopOptions, option
+from relneuron.artifact.options import Only, SeedOptions, TopOptions, like, option
 from relneuron.texts.options import ShardOptions
 
+DEVICE, MEMORY, DISK = "device", "memory", "disk"
+PLACES = ("auto", DEVICE, MEMORY, DISK)
 POOLING = ("mean", "last")
 ENDS = ("top", "bottom", "both")
 PERMUTATIONS = BOOTSTRAP = 1000
@@ -87,3 +90,38 @@ class RankOptions(TopOptions, SeedOptions):
             cause = f"--fdr {self.fdr} needs more columns of noise than {self.noise}"
             more = max(NOISE, math.ceil(1 / self.fdr))
             raise RelneuronError(f"{cause}: no p-value is so low", f"use --noise {more} or more", 2)
+
+
+def responses_option(only: Only) -> Any:
+    """`--responses` of what records and ranks in one go."""
+    return option(
+        "auto",
+        "Where responses are until neurons are ranked: on the device, in memory, on the disk, or "
+        "where there is room for them, in this order.",
+        choices=PLACES,
+        records=False,
+        only=only,
+    )
+
+
+_BESIDE = Only("with --identify", lambda o: o.identify)
+
+
+@dataclass(frozen=True)
+class AtOnceOptions(RankOptions):
+    """Whether `record` ranks, too, and how; responses are then not kept."""
+
+    PANEL = "Ranking at once"
+
+    identify: bool = option(
+        False, "Also rank the neurons, as identify does, and keep no responses."
+    )
+    responses: str = responses_option(_BESIDE)
+    top: int | None = like(RankOptions, "top", only=_BESIDE)
+    seed: int = like(RankOptions, "seed", only=_BESIDE)
+    ends: str = like(RankOptions, "ends", only=_BESIDE)
+    fdr: float | None = like(RankOptions, "fdr", only=_BESIDE)
+    negatives: int = like(RankOptions, "negatives", only=_BESIDE)
+    permutations: int = like(RankOptions, "permutations", only=_BESIDE)
+    bootstrap: int = like(RankOptions, "bootstrap", only=_BESIDE)
+    noise: int = like(RankOptions, "noise", only=_BESIDE)

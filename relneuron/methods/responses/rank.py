@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from relneuron.methods.responses import significance
 from relneuron.methods.responses.choice import choose
 from relneuron.methods.responses.labels import sample_labels, why_unranked
 from relneuron.methods.responses.options import RankOptions
+from relneuron.methods.responses.places import Kept, blocks_of
 
 METHOD = "ap"
 RECORD = "record MODEL prompts.jsonl -o DIR"
@@ -73,6 +75,7 @@ def identify(
     output: Path,
     options: RankOptions | None = None,
     *,
+    responses: Kept | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> NeuronFile:
@@ -89,7 +92,8 @@ def identify(
     `bootstrap` resamples of the facts; a cell is empty where the number is 0.
 
     One layer and site is in memory at a time; the responses are read twice if there are
-    permutations or resamples.
+    permutations or resamples. `responses` that `record` kept (`places.Store`) are ranked where they
+    are, in place of those of responses.safetensors: the files are the same.
     """
     options = options or RankOptions()
     top, fdr, ends, seed = options.top, options.fdr, options.ends, options.seed
@@ -123,8 +127,20 @@ def identify(
             f"no relation has both a correct det prompt and others to compare with ({found})",
             "give facts that the model knows, of at least two relations",
         )
-    responses = require(folder / "responses.safetensors", f"{RECORD} --force")
-    check_rows(checked(responses), RESPONSE_ROWS, [prompt.id for prompt in prompts], RECORD)
+    ids = [prompt.id for prompt in prompts]
+    reads = [folder / "prompts.jsonl", folder / "validated.csv"]
+    if responses is not None:
+        if responses.ids != ids:
+            raise RelneuronError(
+                f"the responses are of other prompts than {folder / 'prompts.jsonl'}",
+                "rank them in the folder that they were recorded for",
+            )
+        blocks = partial(blocks_of, responses)
+    else:
+        path = require(folder / "responses.safetensors", f"{RECORD} --force")
+        check_rows(checked(path), RESPONSE_ROWS, ids, RECORD)
+        reads.append(path)
+        blocks = partial(_read_blocks, path, order, len(prompts))
     n_blocks = len(list(order.blocks()))
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -134,14 +150,14 @@ def identify(
             for site, width in widths.items()
         }
         picked = torch.from_numpy(labels[usable])
-        for layer, site, values in _read_blocks(responses, order, len(prompts), bar.update):
+        for layer, site, values in blocks(bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
                 raise RelneuronError(
                     f"responses of layer {layer}, {site} are not all finite",
                     "record with --dtype float32 or bfloat16",
                 )
-            of_block = ops.average_precision(values, picked).numpy()
+            of_block = ops.average_precision(values, picked).cpu().numpy()
             scores[site][usable, layer, : of_block.shape[1]] = of_block
             del values  # before the next block is read
         key = significance.seed_of("noise", seed)
@@ -165,8 +181,7 @@ def identify(
                 *(name, labels[row], neurons, q, permutations, bootstrap, seed, asked, n_lowest)
             )
         if permutations or bootstrap:
-            blocks = _read_blocks(responses, order, len(prompts), bar.update)
-            for layer, site, values in blocks:
+            for layer, site, values in blocks(bar.update):
                 for relation in chosen.values():
                     relation.measure(layer, site, values)
                 del values
@@ -205,7 +220,6 @@ def identify(
             for file, data in zip(files, written.values(), strict=False):
                 atomic_write(file, data)
             result.write(output)
-            reads = [folder / "prompts.jsonl", folder / "validated.csv", responses]
             manifest.finish("identify", inputs, files, reads=reads, commands=made_by, **details)
     return result
 

@@ -115,7 +115,7 @@ def permutation_p(values: Tensor, shuffled: Array, ap: Array, lowest: Array | No
     n, k = len(shuffled), values.shape[1]
     n_reached = np.empty(k, np.int64)
     for columns in blocks(k, 4 * n):
-        null = ops.average_precision(values[:, columns], labels).numpy()
+        null = ops.average_precision(values[:, columns], labels).cpu().numpy()
         n_reached[columns] = (null >= ap[columns]).sum(0)
         if lowest is not None:
             low = lowest[columns]
@@ -161,7 +161,7 @@ def bootstrap_interval(values: Tensor, row: Array, weights: Array, level: float 
     drawn = torch.from_numpy(weights)
     interval = np.empty((2, values.shape[1]), np.float32)
     for columns in blocks(values.shape[1], 4 * len(weights)):
-        ap = ops.average_precision(values[:, columns], labels, weights=drawn).numpy()
+        ap = ops.average_precision(values[:, columns], labels, weights=drawn).cpu().numpy()
         interval[:, columns] = np.quantile(
             ap, [(1 - level) / 2, (1 + level) / 2], axis=0, method="linear", overwrite_input=True
         )
@@ -219,7 +219,8 @@ class Significance:
         if not places:
             return
         columns = torch.tensor([self.neurons[place][2] for place in places], device="cpu")
-        own = values[torch.from_numpy(self.members)[:, None], columns]
+        members = torch.from_numpy(self.members)[:, None].to(values.device)
+        own = values[members, columns.to(values.device)]
         self._waiting.append((places, own))
         if sum(waiting.nbytes for _, waiting in self._waiting) >= WAITING_BYTES:
             self.finish()
