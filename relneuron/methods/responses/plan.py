@@ -14,11 +14,9 @@ from relneuron.artifact.planned import Planned
 from relneuron.artifact.reading import RESPONSE_ROWS
 from relneuron.methods.responses.asked import Asked, read_asked
 from relneuron.methods.responses.options import RecordOptions
-from relneuron.model.dry import Dry, Work, dry_model
+from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.questions import N_ANSWER_TOKENS
 from relneuron.texts.tokens import CHARACTER_BYTES
-
-DIGEST = "0" * 64  # as long as any
 
 
 def record(
