@@ -185,9 +185,9 @@ def intervene(
         advance(len(batch))
     if journal is not None:
         journal.together()
-        said = journal.done
+    done = said if journal is None else journal.done
     for number, batch in enumerate(batches):
-        for (c, s), values in zip(batch, said[f"intervene {number}"], strict=True):
+        for (c, s), values in zip(batch, done[f"intervene {number}"], strict=True):
             found[:, c, s] = values
     return Answered(found[0].astype(np.int64), found[1], found[2])
 

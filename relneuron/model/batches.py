@@ -111,8 +111,7 @@ def shared(
         advance(len(batch))
     if journal is not None:
         journal.together()
-        said = journal.done
-    return [said[key] for key in keys]
+    return [(said if journal is None else journal.done)[key] for key in keys]
 
 
 # --- when memory runs out --------------------------------------------------------------------
