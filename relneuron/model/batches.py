@@ -77,6 +77,19 @@ def plan_batches(
     return [batch for rows in in_order for batch in cut(rows, questions.length, batch_tokens)]
 
 
+def batch_sizes(batches: Iterable[Sequence[Row]], length: Callable[[Row], int]) -> dict[str, int]:
+    """How many batches there are, the tokens of their rows, and those with padding.
+
+    For the manifest's batch_plan; what a stage's planner says is of the same rows.
+    """
+    lengths = [[length(row) for row in batch] for batch in batches]
+    return {
+        "batches": len(lengths),
+        "tokens": sum(map(sum, lengths)),
+        "padded_tokens": sum(len(batch) * max(batch) for batch in lengths),
+    }
+
+
 def shared(
     journal: Journal | None,
     name: str,
