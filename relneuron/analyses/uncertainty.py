@@ -155,8 +155,10 @@ def overlap_ps(pairs: Counts, n_all: int) -> Array:
     """`overlap_p` of many pairs (P, 3) of shared, n_first and n_second, in one call."""
     from scipy.stats import hypergeom
 
-    shared, n_first, n_second = pairs.reshape(-1, 3).T
-    found: Array = hypergeom.sf(shared - 1, n_all, n_first, n_second)
+    # Of many pairs most are alike, and scipy takes them one by one.
+    kinds, place = np.unique(pairs.reshape(-1, 3), axis=0, return_inverse=True)
+    shared, n_first, n_second = kinds.T
+    found: Array = hypergeom.sf(shared - 1, n_all, n_first, n_second)[place.reshape(-1)]
     return found
 
 
