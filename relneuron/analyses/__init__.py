@@ -77,9 +77,9 @@ __all__ = [
 ]
 
 
-# Sets that are each compared with all others: a million pairs. Of more sets those of the relations
-# that were asked are, whatever they cost is known of them.
-MOST_SETS = 1000
+# Sets that are each compared with all others, whoever they are of. Of more sets only those of the
+# relations that were asked are: nothing says what the others do to their own.
+MOST_SETS = 200
 
 
 def compared(sets: Mapping[str, Sequence[Neuron]], grid: Grid) -> Collection[str] | None:

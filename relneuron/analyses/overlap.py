@@ -59,8 +59,8 @@ def overlap(sets: Sets, n_neurons: int, of: Collection[str] | None = None) -> Ta
     rows: list[Row] = []
     for row, i in enumerate(own):
         n, length = shared[row].tolist(), int(size[i])
-        tests = zip(p[row].tolist(), q[row].tolist(), strict=True)
-        for j, found in enumerate(tests):
+        of_row = zip(p[row].tolist(), q[row].tolist(), strict=True)
+        for j, found in enumerate(of_row):
             share, expected = (
                 Share(n[j] / length if length else NAN),
                 length * int(size[j]) / n_neurons,
