@@ -16,6 +16,6 @@ STAGES = (
     Stage("ablate", f"{_HERE}:ablate", _ASKS, is_shared=True, papers=(RELATIONS,)),
     Stage("nll", f"{_HERE}:nll", _ASKS, is_shared=True, papers=(LAPE,)),
     Stage("generate", f"{_HERE}:generate", _ASKS, is_shared=True),
-    Stage("eval", f"{_HERE}:run_tasks", (*_ASKS, "lm_eval"), papers=(HARNESS,)),
-    Stage("effect", f"{_HERE}:effect", _WORKS, papers=(SAFETY,)),
+    Stage("eval", f"{_HERE}:run_tasks", (*_ASKS, "lm_eval"), is_shared=True, papers=(HARNESS,)),
+    Stage("effect", f"{_HERE}:effect", _WORKS, is_shared=True, papers=(SAFETY,)),
 )

@@ -7,25 +7,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from relneuron.ablation.effect_options import OUTPUT, EffectOptions
 from relneuron.ablation.measures import find_function
 from relneuron.ablation.outputs import Generated
-from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.installed import need
-from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.prompts import FIELD
 from relneuron.artifact.reading import read_csv
 from relneuron.texts.tokens import listed
 
 COSTS = ("mask", "id", "seed", "cost")
 
-Price = Callable[[Sequence[Generated]], list[float]]
+
+class Price(NamedTuple):
+    """What says the cost of lines, as finite numbers.
+
+    of      (lines, journal) to their costs; a model's processes share the journal's batches
+    model   the one that is asked; None: a table, or a function
+    inputs  what its answers depend on, beside the lines
+    """
+
+    of: Callable[[Sequence[Generated], Journal | None], list[float]]
+    model: Any = None
+    inputs: Json = {}
 
 
 def find_price(options: EffectOptions, *, quiet: bool = False) -> Price:
-    """What says the cost of lines, as `options.cost` names it; each cost is a finite number."""
+    """What says the cost of lines, as `options.cost` names it."""
     path, _, column = options.cost.rpartition(":")
     if Path(options.cost).is_dir():
         return _classified(options, quiet)
@@ -37,13 +50,13 @@ def find_price(options: EffectOptions, *, quiet: bool = False) -> Price:
         "a prompt and an output; or FILE.csv:COLUMN, or a classifier's folder",
         lambda _, output: f"the output {output[:60]!r}",
     )
-    return lambda lines: [own(line.prompt, line.output) for line in lines]
+    return Price(lambda lines, _: [own(line.prompt, line.output) for line in lines])
 
 
 def _of_column(path: Path, column: str) -> Price:
     """A column of a csv, by the mask and id of its rows, and by their seed where lines have one."""
 
-    def price(lines: Sequence[Generated]) -> list[float]:
+    def price(lines: Sequence[Generated], _: Journal | None) -> list[float]:
         by = ("mask", "id", "seed") if any(line.seed is not None for line in lines) else COSTS[:2]
         found: dict[tuple[str, ...], float] = {}
         for row in read_csv(path, (*by, column)):
@@ -63,24 +76,33 @@ def _of_column(path: Path, column: str) -> Price:
             )
         return [found[key] for key in keys]
 
-    return price
+    return Price(price)
 
 
 def _classified(options: EffectOptions, quiet: bool) -> Price:
     """A classifier's logit of prompt and output in the template."""
     need("a classifier as --cost", "transformers")
-    from relneuron.model.classifier import load_classifier  # which brings torch
+    # These bring torch.
+    from relneuron.model.classifier import load_classifier
+    from relneuron.model.identity import model_digest, tokenizer_digest
 
     classifier = load_classifier(options.cost, dtype=options.dtype, device=options.device)
     label = classifier.place_of(options.label)
     template = options.template or FIELD + OUTPUT
 
-    def price(lines: Sequence[Generated]) -> list[float]:
+    def price(lines: Sequence[Generated], journal: Journal | None) -> list[float]:
         texts = [written(template, line) for line in lines]
-        with progress_bar(len(texts), "effect", "text", quiet) as bar:
-            return classifier.logits(texts, label, options.batch_tokens, bar.update)
+        with progress_bar(len(texts), "effect", "text", quiet) as bar, journal or nullcontext():
+            return classifier.logits(texts, label, options.batch_tokens, bar.update, journal)
 
-    return price
+    inputs = {
+        "classifier": model_digest(classifier.model),
+        "tokenizer": tokenizer_digest(classifier.tokenizer),
+        "label": label,
+        "template": template,
+        "batch_tokens": options.batch_tokens,
+    }
+    return Price(price, classifier.model, inputs)
 
 
 def written(template: str, line: Generated) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,10 @@ from relneuron.artifact.files import (
     atomic_write,
     csv_bytes,
     refuse_output,
+    sha256,
     writing,
 )
+from relneuron.artifact.journal import Journal, n_started
 from relneuron.artifact.manifest import checked, locked
 from relneuron.artifact.stage import Printed
 
@@ -141,7 +144,8 @@ def effect(
 ) -> list[Effect]:
     """Write what each mask of `outputs` does (`output`), and what each line costs beside it.
 
-    The costs (`<stem>.costs.csv`) can be given again as `<stem>.costs.csv:cost`.
+    The costs (`<stem>.costs.csv`) can be given again as `<stem>.costs.csv:cost`. A classifier that
+    says them keeps `<output>.journal`, by which a killed run goes on.
     """
     if output.suffix != ".csv":
         raise RelneuronError(f"{output} is no .csv", "give a name that ends in .csv", 2)
@@ -160,23 +164,55 @@ def effect(
             2,
         )
     by_mask(lines, [0.0] * len(lines), outputs)
-    costs = find_price(options, quiet=quiet)(lines)
-    found = causal_effects(by_mask(lines, costs, outputs))
-    if found[0].low is None:
-        warnings.warn(
-            f"the donor's cost differs by {found[0].donor_low:.4g} to {found[0].donor_high:.4g} "
-            "from the model's own, an interval that holds 0: effects are parts of what may be "
-            "nothing, and have no interval",
-            stacklevel=2,
-        )
-    rows = [
-        (line.mask, line.id, "" if line.seed is None else line.seed, cost)
-        for line, cost in zip(lines, costs, strict=True)
-    ]
-    with locked(output.parent), writing("effect", output.parent, [beside, output]):
-        atomic_write(beside, csv_bytes(COSTS, rows))
-        atomic_write(output, csv_bytes(Effect._fields, [_cells(one) for one in found]))
+    price = find_price(options, quiet=quiet)
+    with _sharing(price.model, output.parent) as ranks:
+        journal = None
+        if price.model is not None:
+            inputs = {"outputs": sha256(outputs), **price.inputs}
+            path = output.with_name(f"{output.name}.journal")
+            with ranks.in_turn():
+                journal = Journal(path, inputs, ranks=ranks, shard=options.shard)
+            costs = price.of(lines, journal)
+        elif ranks is None:
+            costs = price.of(lines, None)
+        else:  # only the first process reads the table, or calls the function
+            costs = ranks.told(price.of(lines, None) if ranks.rank == 0 else None)
+        found = causal_effects(by_mask(lines, costs, outputs))
+        if found[0].low is None:
+            low, high = found[0].donor_low, found[0].donor_high
+            warnings.warn(
+                f"the donor's cost differs by {low:.4g} to {high:.4g} from the model's own, an "
+                "interval that holds 0: effects are parts of what may be nothing, and have no "
+                "interval",
+                stacklevel=2,
+            )
+        if ranks is None or ranks.rank == 0:
+            rows = [
+                (line.mask, line.id, "" if line.seed is None else line.seed, cost)
+                for line, cost in zip(lines, costs, strict=True)
+            ]
+            with writing("effect", output.parent, [beside, output]):
+                atomic_write(beside, csv_bytes(COSTS, rows))
+                atomic_write(output, csv_bytes(Effect._fields, [_cells(one) for one in found]))
+                if journal is not None:
+                    journal.remove()
     return found
+
+
+@contextmanager
+def _sharing(model: Any, folder: Path) -> Iterator[Any]:
+    """The processes that share the work in `folder`, held by the first one.
+
+    None where no model is asked and there is one process: torch takes longer than a table.
+    """
+    if model is None and n_started() == 1:
+        with locked(folder):
+            yield None
+        return
+    from relneuron.model.ranks import sharing
+
+    with sharing(model, folder) as ranks:
+        yield ranks
 
 
 def _cells(one: Effect) -> list[object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import LoadOptions, Only, Options, like, option
 from relneuron.artifact.words import escaped, unescaped
+from relneuron.texts.options import ShardOptions, check_shard
 
 OUTPUT = "{output}"
 _CLASSIFIER = Only("with a classifier as --cost", lambda o: Path(o.cost).is_dir())
@@ -39,11 +40,13 @@ class EffectOptions(Options):
     batch_tokens: int = option(
         8192, "Tokens of a batch, padding included.", least=1, only=_CLASSIFIER
     )
+    shard: tuple[int, int] = like(ShardOptions, "shard", only=_CLASSIFIER)
     dtype: str | None = like(LoadOptions, "dtype", only=_CLASSIFIER)
     device: str | None = like(LoadOptions, "device", only=_CLASSIFIER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_shard(self.shard)
         if not self.cost:
             raise RelneuronError(
                 "--cost does not say what an output costs",

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,7 @@ def _joined(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview
 
 
 _JOINED = 1 << 20  # bytes
+_ROWS = 1000  # of a table that are text at a time
 
 # Seconds between tries to replace a file on Windows: a scanner of viruses reads every new file.
 _WAITS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.3)
@@ -195,10 +197,18 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes
     A spreadsheet runs text that begins like a formula. An apostrophe before it, as OWASP advises
     (CSV injection), makes it text; `read_csv` takes it off. Numbers are as they are.
     """
+    return b"".join(csv_pieces(columns, rows))
+
+
+def csv_pieces(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[bytes]:
+    """The bytes of `csv_bytes`, of some rows at a time, for `atomic_write`."""
     lines = _UnixLines()
     writer = csv.writer(lines, lineterminator="\r\n")
-    writer.writerows([_as_cell(value) for value in row] for row in (columns, *rows))
-    return "".join(lines).encode()
+    left = chain([columns], rows)
+    while some := [[_as_cell(value) for value in row] for row in islice(left, _ROWS)]:
+        writer.writerows(some)
+        yield "".join(lines).encode()
+        lines.clear()
 
 
 # With any apostrophes before it, so that a text that has its own comes back whole.

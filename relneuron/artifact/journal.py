@@ -5,20 +5,19 @@ Every stage that asks a model keeps a `Journal`; manifest.py says what is finish
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import Any, Protocol
 
+from relneuron.artifact.blocks import BUDGET, Blocks, chained
 from relneuron.artifact.files import Json, RelneuronError, atomic_write, sha256
-from relneuron.artifact.manifest import Manifest, differences, versions
-from relneuron.artifact.reading import parse_json
+from relneuron.artifact.manifest import Manifest, versions
 
 
 def n_started() -> int:
@@ -61,7 +60,7 @@ def has_rows(value: Any) -> bool:
 
 
 class Journal:
-    """What a long stage has finished so far: one line per block, appended and synced.
+    """What a long stage has finished so far: one line per block, appended, and synced now and then.
 
     A line is a SHA-256 and the JSON that it is of, with all lines before it. A line cut short by a
     kill is ignored, so the block is simply done again; so is all from the first line on that is
@@ -70,12 +69,17 @@ class Journal:
     it also saves what is finished when the stage is interrupted. `before_commit` runs first: it
     makes safe what the lines stand for.
 
+    `done` has the values of blocks by their keys. They stay on the disk: each is read when it is
+    asked for. What of a block is large comes in pieces (`keep`), each a line of its own. Lines that
+    later ones have replaced are left out of the file once they outweigh the others.
+
     Several processes, `ranks`, each note the blocks of their own: the first one in `path`, number r
     in `path`.r. The first one opens it before the others do, with all that any of them left. Of a
     `shard` (i, n) only every n-th block is done, from the i-th; `together` then raises PartDone.
     """
 
     SAVE_EVERY_S = 10.0
+    WAITING_BYTES = 1 << 22  # of lines that are not in the file yet
 
     def __init__(
         self,
@@ -91,13 +95,17 @@ class Journal:
         self.path = path.with_name(f"{path.name}.{number}") if number else path
         self._saved = time.monotonic()
         self._head = head_of(inputs)
-        self._last = ""  # the digest of the last line
-        self._pending: list[str] = []
+        # Where the next line begins, and the digest of the one before it.
+        self._end, self._last = 0, ""
+        self._waiting: list[bytes] = []  # lines that are not in the file yet
+        self._waiting_bytes = 0
+        self._is_synced = True
+        self._kept: dict[int, int] = {}  # where each piece of the next block is
         # The keys asked for, those of them that were not done, and of these the one that is taken.
         self._n_keys = 0
         self._asked: list[str] = []
         self._taken = -1
-        self.done: dict[str, Any] = {}
+        self.done = Blocks()
         if self.is_first:
             self._open()
         else:
@@ -115,16 +123,18 @@ class Journal:
     def _open(self) -> None:
         """Take over what each process of a run that was killed has noted."""
         parts = parts_of(self._whole)
-        self.done, n_bytes, self._last = read_blocks(self.path, self._head)
+        own = self.done.read(self.path, self._head)
         for part in parts:
-            self.done = read_blocks(part, self._head)[0] | self.done
-        if parts or not n_bytes:
-            self._write(self.done)
+            self.done.read(part, self._head)
+        self._end, self._last = own.end, own.last
+        if parts or not own.end or self._is_stale:
+            self._write()
             for part in parts:
                 part.unlink()
         else:
             # A cut last line must not join the next one.
-            os.truncate(self.path, n_bytes)
+            os.truncate(self.path, own.end)
+            self.done.before_read = self._spill
 
     def _follow(self) -> None:
         """Begin with what the first process has found."""
@@ -133,20 +143,48 @@ class Journal:
                 f"{self._whole.parent} is not the folder that the first process writes to",
                 "give a folder that all processes share",
             )
-        self.done = read_blocks(self._whole, self._head)[0]
-        self._write({})
+        atomic_write(self.path, self._head_line())
+        self.done.read(self._whole, self._head)
+        self.done.file(self.path)
+        self.done.before_read = self._spill
 
-    def _write(self, done: dict[str, Any]) -> None:
-        """The whole file: the head and what is done."""
-        self._last = ""
-        self._pending.clear()
-        blocks = [{"key": key, "value": value} for key, value in done.items()]
-        atomic_write(self.path, "".join(map(self._line, [self._head, *blocks])).encode())
+    @property
+    def _is_stale(self) -> bool:
+        """Whether more of the file was replaced than stands."""
+        return 2 * self.done.stale_bytes > self._end
 
-    def _line(self, value: Json) -> str:
-        text = json.dumps(value, ensure_ascii=False)
-        self._last = _chained(self._last, text.encode())
-        return f"{self._last} {text}\n"
+    def _write(self) -> None:
+        """The whole file anew: the head and what is done."""
+        self._spill()
+        old, new = self.done, Blocks()
+        noted: dict[str, list[int]] = {}
+
+        def lines() -> Iterator[bytes]:
+            yield self._head_line()
+            for key in old:
+                noted[key] = []
+                for text in old.texts(key):
+                    noted[key].append(self._end)
+                    yield self._line(text)
+            old.close()  # on Windows an open file cannot be replaced
+
+        atomic_write(self.path, lines())
+        new.file(self.path)
+        for key, (*pieces, place) in noted.items():
+            new.add(self.path, key, place, pieces)
+        new.before_read = self._spill
+        self.done = new
+
+    def _head_line(self) -> bytes:
+        self._end, self._last = 0, ""
+        return self._line(_text(self._head))
+
+    def _line(self, text: bytes) -> bytes:
+        """The next line of the file."""
+        self._last = chained(self._last, text)
+        line = b"%s %s\n" % (self._last.encode(), text)
+        self._end += len(line)
+        return line
 
     def check(self, digest: Callable[[Sequence[int]], str | None], what: str) -> None:
         """Have the finished blocks done again whose rows of a file are not as they were noted.
@@ -155,8 +193,11 @@ class Journal:
         others begin.
         """
         if self.is_first:
-            noted = {key: value for key, value in self.done.items() if has_rows(value)}
-            lost = [key for key, one in noted.items() if one["digest"] != digest(one["rows"])]
+            lost = [
+                key
+                for key, one in self.done.items()
+                if has_rows(one) and one["digest"] != digest(one["rows"])
+            ]
             self.redo(lost, f"rows of {what} are not as they were written")
 
     def redo(self, keys: Collection[str], why: str) -> None:
@@ -164,8 +205,8 @@ class Journal:
         if keys:
             what = f"{len(keys)} of {len(self.done)} blocks are done again"
             warnings.warn(f"{self.path}: {why}: {what}", stacklevel=3)
-            self.done = {key: value for key, value in self.done.items() if key not in keys}
-            self._write(self.done)
+            self.done.forget(keys)
+            self._write()
 
     def takes(self, key: str) -> bool:
         """Whether this process does a block now: it is not done, and no other one has taken it.
@@ -185,13 +226,44 @@ class Journal:
             self._taken = self._ranks.take()
         return self._taken == number
 
+    def keep(self, key: str, number: int, value: object) -> None:
+        """Note piece `number`, from 0 on, of the block that is added next.
+
+        Again, of a batch that memory had no room for, in place of what was noted. `piece` reads it.
+        """
+        self._kept[number] = self._note({"key": key, "piece": number, "value": value})
+
+    def piece(self, key: str, number: int) -> Any:
+        """What `keep` noted of a finished block."""
+        return self.done.piece(key, number)
+
     def add(self, key: str, value: object) -> None:
         """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
-        block = json.loads(json.dumps({"key": key, "value": value}))
-        self._pending.append(self._line(block))
-        self.done[key] = block["value"]
+        place = self._note({"key": key, "value": value})
+        pieces = [] if key == BUDGET else [self._kept[number] for number in sorted(self._kept)]
+        self.done.add(self.path, key, place, pieces)
+        if key != BUDGET:
+            self._kept.clear()
         if time.monotonic() - self._saved > self.SAVE_EVERY_S:
             self.commit()
+
+    def _note(self, value: Json) -> int:
+        """Have a line be the next one; where it begins."""
+        place, line = self._end, self._line(_text(value))
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._is_synced = False
+        if self._waiting_bytes > self.WAITING_BYTES:
+            self._spill()
+        return place
+
+    def _spill(self) -> None:
+        """Have in the file what waits; it is not safe there yet."""
+        if self._waiting:
+            with self.path.open("ab") as file:
+                file.writelines(self._waiting)
+            self._waiting.clear()
+            self._waiting_bytes = 0
 
     def together(self) -> None:
         """Have in `done` the blocks of all processes, each of which has done its own."""
@@ -204,8 +276,8 @@ class Journal:
     def _read_others(self, ranks: Processes) -> None:
         self.commit()
         ranks.wait()
-        for path in {self._whole, *parts_of(self._whole)} - {self.path}:
-            self.done |= read_blocks(path, self._head)[0]
+        for path in sorted({self._whole, *parts_of(self._whole)} - {self.path}):
+            self.done.read(path, self._head)
         ranks.wait()  # the first one may then remove them
         lost = [key for key in self._asked if key not in self.done]
         if lost:
@@ -219,23 +291,29 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Of several processes the first one may have removed the files of all by now.
-        has_more = bool(self._pending) or not self.is_shared
+        has_more = not self._is_synced or not self.is_shared
         if has_more and (kind is None or issubclass(kind, KeyboardInterrupt)):
             self.commit()
 
     def commit(self) -> None:
         """Append what was added and wait until it is on the disk."""
         self.before_commit()
+        self._spill()
         with self.path.open("ab") as file:
-            file.write("".join(self._pending).encode())
-            file.flush()
             os.fsync(file.fileno())
-        self._pending.clear()
-        self._saved = time.monotonic()
+        self._is_synced, self._saved = True, time.monotonic()
+        # What others have read of the file stays where it is.
+        if self._is_stale and not self._kept and not self.is_shared:
+            self._write()
 
     def remove(self) -> None:
+        self.done.close()
         for path in (*parts_of(self._whole), self._whole):
             path.unlink(missing_ok=True)
+
+
+def _text(value: Json) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def head_of(inputs: Json) -> Json:
@@ -244,49 +322,16 @@ def head_of(inputs: Json) -> Json:
     return found
 
 
+def first_line(path: Path) -> bytes:
+    """The text of a journal's head."""
+    with path.open("rb") as file:
+        return file.readline().rstrip(b"\n").partition(b" ")[2]
+
+
 def parts_of(path: Path) -> list[Path]:
     """The journals of the other processes beside that of the first one."""
     found = path.parent.glob(f"{escape(path.name)}.*")
     return sorted(part for part in found if part.suffix[1:].isdecimal())
-
-
-def read_blocks(path: Path, head: Json) -> tuple[dict[str, Any], int, str]:
-    """The blocks of a journal that are as they were written, where they end, the last digest.
-
-    Of one with another `head` (`head_of`) none are.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    done: dict[str, Any] = {}
-    lines, end, last = data.split(b"\n")[:-1], 0, ""
-    for number, line in enumerate(lines):
-        digest, _, text = line.partition(b" ")
-        if _chained(last, text) != digest.decode(errors="replace"):
-            n_bad = len(lines) - number
-            _warn(path, f"{n_bad} of {len(lines)} lines are not as they were written")
-            break
-        value = parse_json(text.decode(), f"{path}, line {number + 1}", "delete it")
-        if number == 0 and value != head:
-            known = value if isinstance(value, dict) else {}
-            changed = "; ".join(differences(known, head))
-            _warn(path, f"it is of other inputs ({changed})")
-            break
-        if number and not (isinstance(value, dict) and {"key", "value"} <= value.keys()):
-            _warn(path, "a line is no block")
-            break
-        if number:
-            done[str(value["key"])] = value["value"]
-        end, last = end + len(line) + 1, digest.decode()
-    if data and not lines:
-        _warn(path, "it is cut short")
-    return done, end, last
-
-
-def _warn(path: Path, why: str) -> None:
-    warnings.warn(f"{path}: {why}; what it noted there is done again", stacklevel=5)
-
-
-def _chained(last: str, text: bytes) -> str:
-    return hashlib.sha256(last.encode() + text).hexdigest()
 
 
 def progress_bar(
@@ -318,7 +363,7 @@ def is_unfinished(output: Path, stage: str) -> bool:
     if known["files"].get(output.name, {}).get("sha256") != sha256(output):
         return True
     with suppress(ValueError, KeyError, FileNotFoundError):  # other processes look, too
-        head = json.loads(journal.read_bytes().partition(b"\n")[0].partition(b" ")[2])
+        head = json.loads(first_line(journal))
         if head["inputs"] == known["stages"][stage]["inputs"]:
             journal.unlink()
     return False

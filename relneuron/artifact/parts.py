@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from relneuron.artifact.blocks import BUDGET, Blocks
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
@@ -20,14 +21,15 @@ from relneuron.artifact.files import (
 )
 from relneuron.artifact.gains import GAINS
 from relneuron.artifact.gradients import FILES
-from relneuron.artifact.journal import Journal, has_rows, parts_of, read_blocks
+from relneuron.artifact.journal import Journal, first_line, has_rows, parts_of
 from relneuron.artifact.manifest import differences, locked, versions
 from relneuron.artifact.reading import parse_json
 
 # The file whose rows a stage's blocks note.
 ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
 ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
-BUDGET = "budget"  # the key of what memory had room for (model/batches.Budget)
+ROWS |= {f"{stage}.journal": f"{stage}.values" for stage in ("probe", "probe_apply")}
+SAMPLES = "samples"  # files that blocks of eval note, in a folder of this name
 
 
 def journals_in(folder: Path) -> list[str]:
@@ -63,9 +65,9 @@ def _head(folders: Sequence[Path], name: str) -> Json:
     """What the parts were made from, which is the same for all of them, and of these versions."""
     heads = []
     for folder in folders:
-        line = (folder / name).read_bytes().partition(b"\n")[0].partition(b" ")[2]
         where = f"{folder / name}, line 1"
-        head = parse_json(line.decode(errors="replace"), where, "make the part again")
+        line = first_line(folder / name).decode(errors="replace")
+        head = parse_json(line, where, "make the part again")
         if not isinstance(head, dict) or not isinstance(head.get("inputs"), dict):
             raise RelneuronError(f"{folder / name} is no journal", "make the part again")
         heads.append(head)
@@ -86,28 +88,51 @@ def _head(folders: Sequence[Path], name: str) -> Json:
 
 
 def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: str | None) -> int:
-    whole: Json = {}
+    whole: dict[str, Blocks] = {}
+    budgets: list[int] = []
     rows: list[set[int]] = []
+    samples: set[str] = set()
     for folder in folders:
-        done: Json = {}
+        done = Blocks()
         for path in (folder / name, *parts_of(folder / name)):
-            done = read_blocks(path, head)[0] | done
-        for key in [key for key in done if key in whole and key != BUDGET]:
-            if done[key] != whole[key]:
+            done.read(path, head)
+        for key in done:
+            if key == BUDGET:
+                budgets.append(done[key])
+            elif key not in whole:
+                whole[key] = done
+            elif [*done.texts(key)] != [*whole[key].texts(key)]:
                 raise RelneuronError(
                     f"{folder} and a part before it have other results of the same batch",
                     "make the parts on machines of one kind, each part once",
                 )
-        budgets = [one[BUDGET] for one in (whole, done) if BUDGET in one]
-        whole |= done | ({BUDGET: min(budgets)} if budgets else {})
-        rows.append({row for value in done.values() if has_rows(value) for row in value["rows"]})
+        rows.append(set())
+        for value in done.values():
+            if has_rows(value):
+                rows[-1].update(value["rows"])
+            if isinstance(value, dict):
+                samples.update(value.get(SAMPLES, ()))
     (output / name).unlink(missing_ok=True)  # its rows are written next
     if file is not None and any(rows):
         _copy_rows([folder / file for folder in folders], rows, output / file)
+    for folder in folders:
+        _copy_samples(folder / SAMPLES, samples, output / SAMPLES)
     with Journal(output / name, head["inputs"]) as journal:
-        for key, value in whole.items():
-            journal.add(key, value)
-    return len(whole.keys() - {BUDGET})
+        if budgets:
+            journal.add(BUDGET, min(budgets))
+        for key, blocks in whole.items():
+            for number in range(blocks.n_pieces(key)):
+                journal.keep(key, number, blocks.piece(key, number))
+            journal.add(key, blocks[key])
+    return len(whole)
+
+
+def _copy_samples(folder: Path, names: Iterable[str], output: Path) -> None:
+    """Those of a part's files that blocks note; `eval` compares them with their digests."""
+    for name in sorted(names):
+        if (folder / name).is_file():
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, output / name)
 
 
 def _tensors(path: Path, *, writable: bool = False) -> Json:

@@ -59,17 +59,23 @@ def _two_models(output: Path, force: bool, quiet: bool) -> Iterator[str]:
     from relneuron.demo import CHECKPOINT, tuned
     from relneuron.model.load import load as load_model
     from relneuron.model.pair import pair_of
+    from relneuron.model.ranks import joined
     from relneuron.study.contrast import Plan, contrast_study
     from relneuron.study.run import open_study
 
-    open_study(output, force)
     how = LoadOptions(device="cpu", dtype="float32")
-    second = tuned.make_tuned(output, force=force)
-    (a, tokenizer), (b, other) = (load_model(str(one), how) for one in (CHECKPOINT, second))
-    pair = pair_of(a, b, tokenizer, other, names=(DEMO, f"{DEMO}, {tuned.RELATION} retaught"))
-    made_by = command("demo", "-o", STUDY, analyses=CONTRAST)
-    plan = Plan(*tuned.prompts(), cost=f"{tuned.__name__}:cost", made_by=made_by)
-    yield f"report: {contrast_study(pair, plan, output, force=force, quiet=quiet, say=say)}"
+    with joined() as ranks:
+        second = None
+        if ranks.rank == 0:
+            open_study(output, force)
+            second = tuned.make_tuned(output, force=force)
+        second = ranks.told(second)
+        (a, tokenizer), (b, other) = (load_model(str(one), how) for one in (CHECKPOINT, second))
+        pair = pair_of(a, b, tokenizer, other, names=(DEMO, f"{DEMO}, {tuned.RELATION} retaught"))
+        made_by = command("demo", "-o", STUDY, analyses=CONTRAST)
+        plan = Plan(*tuned.prompts(), cost=f"{tuned.__name__}:cost", made_by=made_by)
+        report = contrast_study(pair, plan, output, force=force, quiet=quiet, say=say)
+    yield f"report: {report}"
 
 
 def run(

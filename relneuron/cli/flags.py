@@ -318,12 +318,6 @@ class Command(TyperCommand):
         """Check the packages, the numbers and the output, then run."""
         name = str(self.name)
         need(f"relneuron {name}", *self.needs.get(name, ()))
-        if n_started() > 1 and name not in self.shared:
-            raise RelneuronError(
-                f"{name} is the work of one process, and torchrun started {n_started()}",
-                f"start it without torchrun: relneuron {name} ...",
-                2,
-            )
         flags = {p.name: p.opts[-1] for p in self.params}
         sources = {option: ctx.get_parameter_source(option) for option in ctx.params}
         _given[:] = [
@@ -336,4 +330,8 @@ class Command(TyperCommand):
                     raise RelneuronError(cause, "give a smaller number", 2)
         if ctx.params.get("output") is not None:
             check_place(Path(ctx.params["output"]))
+        if n_started() > 1 and name not in self.shared:
+            from relneuron.model.meeting import first_alone
+
+            return first_alone(functools.partial(super().invoke, ctx))
         return super().invoke(ctx)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -75,6 +75,31 @@ def plan_batches(
         kinds.setdefault((prompt.split, prompt.language), []).append(row)
     in_order = (sorted(rows, key=questions.length) for rows in kinds.values())
     return [batch for rows in in_order for batch in cut(rows, questions.length, batch_tokens)]
+
+
+def shared(
+    journal: Journal | None,
+    name: str,
+    batches: Sequence[list[Row]],
+    ask: Callable[[list[Row]], Any],
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[Any]:
+    """What `ask` says of each batch, as JSON; the journal's processes share the batches.
+
+    A block of the journal is called by `name` and the batch's number. Without one nothing is kept.
+    """
+    keys = [f"{name} {number}" for number in range(len(batches))]
+    said: dict[str, Any] = {}
+    for key, batch in zip(keys, batches, strict=True):
+        if journal is None:
+            said[key] = ask(batch)
+        elif journal.takes(key):
+            journal.add(key, ask(batch))
+        advance(len(batch))
+    if journal is not None:
+        journal.together()
+        said = journal.done
+    return [said[key] for key in keys]
 
 
 # --- when memory runs out --------------------------------------------------------------------

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.batches import Budget, cut
+from relneuron.artifact.journal import Journal
+from relneuron.model.batches import Budget, cut, shared
 from relneuron.model.identity import check_model_folder
 from relneuron.model.layers import first_line, input_device
 from relneuron.model.load import choose_device, load_tokenizer, settle_arithmetic
@@ -45,11 +47,13 @@ class Classifier:
         label: int,
         batch_tokens: int,
         advance: Callable[[int], object] = lambda _: None,
+        journal: Journal | None = None,
     ) -> list[float]:
         """The float32 logit of a label for each text, padded on the right in batches by length.
 
         A text has the special tokens that the tokenizer gives it. One that is longer than what
-        the classifier reads raises, as does a logit that is not finite.
+        the classifier reads raises, as does a logit that is not finite. With a `journal` its
+        processes share the batches.
         """
         ids = [list(line) for line in self.tokenizer(list(texts), verbose=False)["input_ids"]]
         for number, line in enumerate(ids, 1):
@@ -59,23 +63,27 @@ class Classifier:
                     f"{self._longest}",
                     "make shorter outputs, or give a classifier that reads more",
                 )
-        budget = Budget(batch_tokens, what=TEXTS, otherwise="")
-        found = [0.0] * len(ids)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for batch in cut(order, lambda row: len(ids[row]), batch_tokens):
-            values = budget.run(
-                batch,
-                lambda row: len(ids[row]),
-                lambda rows: self._ask([ids[row] for row in rows], label),
+        budget = Budget(batch_tokens, journal=journal, what=TEXTS, otherwise="")
+
+        def length(row: int) -> int:
+            return len(ids[row])
+
+        def ask(batch: list[int]) -> list[float]:
+            said = budget.run(
+                batch, length, lambda rows: self._ask([ids[row] for row in rows], label)
             )
+            if bad := [value for value in said if not math.isfinite(value)]:
+                raise RelneuronError(
+                    f"the classifier {self.name} gives {bad[0]}", "use --dtype float32"
+                )
+            return said
+
+        batches = cut(sorted(range(len(ids)), key=length), length, batch_tokens)
+        found = [0.0] * len(ids)
+        said = shared(journal, "texts", batches, ask, advance)
+        for batch, values in zip(batches, said, strict=True):
             for row, value in zip(batch, values, strict=True):
                 found[row] = value
-            advance(len(batch))
-        bad = [value for value in found if not torch.isfinite(torch.tensor(value, device="cpu"))]
-        if bad:
-            raise RelneuronError(
-                f"the classifier {self.name} gives {bad[0]}", "use --dtype float32"
-            )
         return found
 
     @torch.no_grad()

@@ -21,11 +21,14 @@ from typing import Any
 import torch
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.journal import n_started
+from relneuron.artifact.journal import is_first, n_started
 
 distributed: Any = torch.distributed  # a torch may be built without some of it
 
 MEET = timedelta(minutes=10)  # processes are started together; on a cluster not at once
+# They wait for what the first one does alone, such as ranking for hours. One that ends closes its
+# connections, which the others see at once.
+WAIT = timedelta(days=2)
 # Seconds that a process which only saw another one end leaves it to say why, and itself to save
 # what it has done; and that the one which keeps the store waits for the others to see it end.
 PATIENCE_S = 2.0
@@ -33,6 +36,7 @@ LINGER_S = 5.0
 _LOOK_EVERY_S = 0.2
 # Keys of the store: how many processes end, how the first one did, how many know that.
 _N_ENDED, _HOW, _N_TOLD = "ended", "how", "told"
+_DONE, _N_HEARD = "done", "heard"  # what the first one did alone, and how many know that
 
 # Where the processes meet, once they have: a store of keys and values; and the same on a line of
 # its own, as one on which a value is waited for takes no other call.
@@ -62,6 +66,27 @@ def meet(end: Callable[[BaseException], object] | None = None) -> Any:
             store.set(f"process {os.environ['RANK']}", f"{_place()} {os.getpid()}")
             threading.Thread(target=_watch, args=(_MET[1], end), daemon=True).start()
     return _MET[0]
+
+
+def first_alone(work: Callable[[], Any]) -> Any:
+    """`work()` in the first process, for which the others wait; they end as it does."""
+    store = meet()
+    if not is_first():
+        store.wait([_DONE], WAIT)
+        store.add(_N_HEARD, 1)
+        return None
+    found = work()
+    store.set(_DONE, "")
+    _linger(lambda: int(store.add(_N_HEARD, 0)) < n_started() - 1)
+    return found
+
+
+def _linger(others_wait: Callable[[], bool]) -> None:
+    """Leave the others a while, as this process may be the one that keeps the store."""
+    keeps = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and os.environ["RANK"] == "0"
+    until = time.monotonic() + LINGER_S
+    while keeps and time.monotonic() < until and others_wait():
+        time.sleep(0.05)
 
 
 def leave() -> None:
@@ -153,7 +178,4 @@ def said(code: int) -> None:
         store = _MET[1]
         store.set(_HOW, str(code))
         store.add(_N_TOLD, 1)
-        keeps = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ and os.environ["RANK"] == "0"
-        until = time.monotonic() + LINGER_S
-        while keeps and time.monotonic() < until and store.add(_N_TOLD, 0) < n_started():
-            time.sleep(0.05)
+        _linger(lambda: int(store.add(_N_TOLD, 0)) < n_started())

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relneuron.artifact.files import rows_digest
+from relneuron.artifact.journal import Journal
 from relneuron.model.batches import Budget, pad, plan_batches
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.pair import read_one
@@ -28,11 +30,15 @@ def last_products(
     neurons: Sequence[tuple[int, int]],
     budget: Budget,
     advance: Callable[[int], object] = lambda _: None,
+    *,
+    journal: Journal | None = None,
+    found: Array | None = None,
 ) -> Array:
     """(N, K) float32: of N prompts the products of K neurons (layer, index) at the last token.
 
     `mlps` are those that text runs (`pair.running`). Only the listed columns leave the device, and
-    a forward ends behind the last layer that has one.
+    a forward ends behind the last layer that has one. With a `journal` its processes share the
+    batches, and `found` is the file that all of them write rows of.
     """
     columns: dict[int, tuple[list[int], list[int]]] = {}
     for k, (layer, index) in enumerate(neurons):
@@ -45,7 +51,8 @@ def last_products(
         here.append(k)
         inside.append(index - mlps[number].inside.start)
     last = max(columns)
-    found = np.zeros((len(questions.ids), len(neurons)), np.float32)
+    if found is None:
+        found = np.zeros((len(questions.ids), len(neurons)), np.float32)
 
     def read(rows: list[int]) -> list[Array]:
         ids, mask = pad([questions.ids[row] for row in rows], torch.device("cpu"))
@@ -63,8 +70,13 @@ def last_products(
         read_one(model, mlps[: last + 1], (ids, mask, positions), see)
         return list(values)
 
-    for batch in plan_batches(questions, budget.planned):
-        said = budget.run(batch, questions.length, read)
-        found[batch] = np.stack(said)
+    for number, batch in enumerate(plan_batches(questions, budget.planned)):
+        if journal is None or journal.takes(str(number)):
+            said = budget.run(batch, questions.length, read)
+            found[batch] = np.stack(said)
+            if journal is not None:
+                journal.add(str(number), {"rows": batch, "digest": rows_digest([found], batch)})
         advance(len(batch))
+    if journal is not None:
+        journal.together()
     return found

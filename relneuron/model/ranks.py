@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,16 +21,12 @@ from relneuron.artifact.examples import best
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import n_started
 from relneuron.artifact.manifest import locked
-from relneuron.model.meeting import distributed, meet
+from relneuron.model.meeting import WAIT, distributed, meet
 from relneuron.model.peaks import BEST, BINS
 from relneuron.model.shards import n_parts, part_number
 
 Array = np.ndarray[Any, Any]
 AnyCounts = TypeVar("AnyCounts", bound=Counts)
-
-# The others wait for what the first one does alone, such as ranking for hours. One that ends closes
-# its connections, which the others see at once.
-WAIT = timedelta(days=2)
 
 
 class Ranks:
@@ -110,6 +105,14 @@ class Ranks:
         found: Array = tensor.numpy()
         return found
 
+    def told(self, value: Any) -> Any:
+        """The first process's value, as pickle has it; all must call it."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -147,26 +150,21 @@ class Ranks:
         **asked: Any,
     ) -> Any:
         """`stage(name, model, tokenizer, ...)`, and have the others that `serve` call it, too."""
-        self._tell((stage, name, args, asked))
+        self.told((stage, name, args, asked))
         return stage(name, model, tokenizer, *args, **asked)
 
     def serve(self, model: Any, tokenizer: Any) -> None:
         """Call the stages that the first process does, until it is done with all."""
         while True:
-            box: list[Any] = [None]
-            distributed.broadcast_object_list(box, src=0)
-            if box[0] is None:
+            told = self.told(None)
+            if told is None:
                 return
-            stage, name, args, asked = box[0]
+            stage, name, args, asked = told
             stage(name, model, tokenizer, *args, **asked)
 
     def dismiss(self) -> None:
         """Have the others that `serve` end."""
-        self._tell(None)
-
-    def _tell(self, what: object) -> None:
-        if self.size > 1:
-            distributed.broadcast_object_list([what], src=0)
+        self.told(None)
 
 
 # --- processes that join ------------------------------------------------------------------------
@@ -184,15 +182,16 @@ _JOINED: list[Ranks] = []  # in the contexts that are open
 
 
 @contextmanager
-def joined(model: Any) -> Iterator[Ranks]:
+def joined(model: Any = None) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the context lasts; it may be nested.
 
+    `model` is the one that they ask, None where the first process alone does the work.
     Those that hold the model in parts are joined already. In a program that has joined its
     processes for something of its own each works alone: one of them may well study the model. What
     they tell each other goes from host to host (gloo); it is small, and waits for the device only
     when a checkpoint is written.
     """
-    if n_parts(model) > 1:
+    if model is not None and n_parts(model) > 1:
         yield Ranks(part_number(model), n_parts(model), in_parts=True)
         return
     if n_started() == 1:
@@ -218,18 +217,18 @@ def joined(model: Any) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
-def held(folder: Path, ranks: Ranks) -> Any:
-    """The folder's lock, for the one process that writes."""
-    return locked(folder) if ranks.rank == 0 else nullcontext()
+def held(folder: Path, ranks: Ranks, *beneath: Path) -> Any:
+    """The folder's lock, for the one process that writes; `beneath` as `locked` has it."""
+    return locked(folder, *beneath) if ranks.rank == 0 else nullcontext()
 
 
 @contextmanager
-def sharing(model: Any, folder: Path, *, rows: bool = False) -> Iterator[Ranks]:
+def sharing(model: Any, folder: Path, *beneath: Path, rows: bool = False) -> Iterator[Ranks]:
     """The processes that share the blocks of a stage's journal in `folder`, held by the first one.
 
     `rows`: each of them also writes rows of one file there, which takes one machine.
     """
-    with joined(model) as ranks, held(folder, ranks):
+    with joined(model) as ranks, held(folder, ranks, *beneath):
         if ranks.in_parts:
             raise RelneuronError(
                 f"the model is held in {ranks.size} parts, and this takes a whole one",

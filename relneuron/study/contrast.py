@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from relneuron.ablation.effect import effect
 from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.generate import generate
 from relneuron.ablation.options import CLEAN, DONOR, GenerateOptions
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, sha256
-from relneuron.artifact.journal import n_started
-from relneuron.artifact.manifest import Manifest, locked, same_model
+from relneuron.artifact.files import Json, atomic_write, sha256
+from relneuron.artifact.manifest import Manifest, same_model
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.methods.contrast.choices import ChangeOptions
@@ -24,6 +24,7 @@ from relneuron.methods.contrast.options import ContrastOptions
 from relneuron.methods.contrast.rank import identify_contrast, identify_contrast_inputs
 from relneuron.methods.contrast.study import EFFECT, OUTPUTS
 from relneuron.model.pair import Pair
+from relneuron.model.ranks import Ranks, sharing
 from relneuron.study.run import record_whole, report_stage
 
 
@@ -79,45 +80,64 @@ def contrast_study(
     """Make, or go on with, the study of a pair in `folder`; returns the report's path.
 
     outputs.jsonl has the answers of both models and of A with B's values in each set of the choice
-    and in its random sets, effect.csv what they do to the cost.
+    and in its random sets, effect.csv what they do to the cost. Of several processes the first one
+    decides what is left to do, and all share the stages that ask a model.
     """
-    if n_started() > 1:
-        raise RelneuronError(
-            f"a study of two models is made by one process, and torchrun started {n_started()}",
-            "start it without torchrun, or its stages with it",
-            2,
-        )
     neurons, outputs, effects = (folder / name for name in ("neurons.json", OUTPUTS, EFFECT))
     prompts = {name: folder / f"{name}.jsonl" for name in ("contrasted", "asked")}
-    with locked(folder):
+    with sharing(pair.a, folder) as ranks:
+        if ranks.rank:
+            ranks.serve(pair, pair.tokenizer)
+            return folder / "report.html"
         for name, path in prompts.items():
             data = prompts_bytes(getattr(plan, name))
             if not path.exists() or path.read_bytes() != data:
                 atomic_write(path, data)
-        contrast(pair, prompts["contrasted"], folder, plan.contrast, force=force, quiet=quiet)
+        how = {"force": force, "quiet": quiet}
+        ranks.call(_contrast, "", pair, None, prompts["contrasted"], folder, plan.contrast, **how)
         inputs = identify_contrast_inputs(folder, plan.choice)
         if not Manifest(folder).is_done("identify", inputs, force=force):
             identify_contrast(folder, neurons, plan.choice, force=True)
         sets = NeuronFile.read(neurons).sets
         for name, found in sets.items():
             say(f"{name}: {len(found):,} neurons")
-        _generate(pair, plan, folder, [neurons, prompts["asked"], outputs], [*sets], force, quiet)
+        _answer(pair, plan, folder, [neurons, prompts["asked"], outputs], [*sets], ranks, **how)
         inputs = {"outputs": sha256(outputs), "cost": plan.cost}
         if not Manifest(folder).is_done("effect", inputs, force=force):
-            effect(outputs, effects, EffectOptions(cost=plan.cost), force=True, quiet=quiet)
+            asked = (outputs, effects, EffectOptions(cost=plan.cost))
+            ranks.call(_effect, "", pair, None, *asked, force=True, quiet=quiet)
             costs = effects.with_name(f"{effects.stem}.costs.csv")
             Manifest(folder).finish("effect", inputs, [effects, costs], reads=[outputs])
         stages = [stage for stage in Manifest(folder).data["stages"] if stage != "report"]
         record_whole(folder, plan.made_by, stages)
-        return report_stage(folder, folder / "report.html", force=force, resume=True)
+        report = report_stage(folder, folder / "report.html", force=force, resume=True)
+        ranks.dismiss()
+    return report
 
 
-def _generate(
+# Stages of a pair as `Ranks.call` has them: a name, what is asked, a tokenizer, and their own.
+
+
+def _contrast(_name: str, pair: Pair, _tokenizer: Any, *asked: Any, **how: Any) -> None:
+    contrast(pair, *asked, **how)
+
+
+def _generate(name: str, pair: Pair, _tokenizer: Any, *asked: Any, **how: Any) -> None:
+    generate(name, pair.a, pair.tokenizer, *asked, pair=pair, **how)
+
+
+def _effect(_name: str, _pair: Pair, _tokenizer: Any, *asked: Any, **how: Any) -> None:
+    effect(*asked, **how)
+
+
+def _answer(
     pair: Pair,
     plan: Plan,
     folder: Path,
     files: Sequence[Path],
     sets: Sequence[str],
+    ranks: Ranks,
+    *,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -133,16 +153,6 @@ def _generate(
     }
     if Manifest(folder).is_done("generate", inputs, force=force):
         return
-    generate(
-        name_a,
-        pair.a,
-        pair.tokenizer,
-        neurons,
-        asked,
-        outputs,
-        options,
-        pair=pair,
-        force=True,
-        quiet=quiet,
-    )
+    files = (neurons, asked, outputs)
+    ranks.call(_generate, name_a, pair, None, *files, options, force=True, quiet=quiet)
     Manifest(folder).finish("generate", inputs, [outputs], reads=[neurons])

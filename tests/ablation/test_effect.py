@@ -172,10 +172,10 @@ def test_a_classifier_reads_prompt_and_output(tmp_path: Path) -> None:
     classifier = load_classifier(str(folder), device="cpu")
     asked = EffectOptions(cost=str(folder), label="1", template="{prompt} c {output}")
     texts = [f"a b c {line.output}" for line in own]
-    assert find_price(asked, quiet=True)(own) == classifier.logits(texts, 1, 8192)
+    assert find_price(asked, quiet=True).of(own, None) == classifier.logits(texts, 1, 8192)
     plain = EffectOptions(cost=str(folder), label="0", batch_tokens=5, device="cpu")
     joined = [line.prompt + line.output for line in own]
-    assert find_price(plain, quiet=True)(own) == classifier.logits(joined, 0, 5)
+    assert find_price(plain, quiet=True).of(own, None) == classifier.logits(joined, 0, 5)
     with pytest.raises(RelneuronError, match="has several labels"):
         find_price(EffectOptions(cost=str(folder)), quiet=True)
 

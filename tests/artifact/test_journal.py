@@ -47,12 +47,12 @@ def by_threads(path: Path, size: int, until: int = 99) -> list[dict[str, Any]]:
         n_own = 0
         for key in KEYS:
             if n_own == until:
-                return journal.done
+                return dict(journal.done)
             if journal.takes(key):
                 journal.add(key, [key, "ä"])
                 n_own += 1
         journal.together()
-        return journal.done | {"own": n_own}
+        return {**journal.done, "own": n_own}
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(work, range(size)))

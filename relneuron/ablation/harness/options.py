@@ -17,6 +17,7 @@ from relneuron.ablation.options import (
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import Only, Options, like, option
 from relneuron.artifact.papers import EXPERTS
+from relneuron.texts.options import ShardOptions, check_shard
 
 MODES = ("zero", "scale", "mean", *FORCED)
 
@@ -113,11 +114,18 @@ class EvalOptions(ChangeOptions):
     unsafe_code: bool = option(
         False, "Run tasks that execute the code that the model writes, on this machine."
     )
+    shard: tuple[int, int] = like(
+        ShardOptions,
+        "shard",
+        help="Only a part of the tasks under each condition, such as 1/3, and no results yet; add "
+        "the parts with merge.",
+    )
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise RelneuronError("--tasks names no task", "use --tasks hellaswag,arc_easy, say", 2)
         super().__post_init__()
+        check_shard(self.shard)
         if self.limit is not None and self.limit >= 1 and self.limit != int(self.limit):
             raise RelneuronError(
                 f"--limit {self.limit} is no number of documents",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -32,20 +33,22 @@ from relneuron.artifact.files import (
     sha256,
 )
 from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
-from relneuron.artifact.manifest import Manifest, locked, same_model, versions
+from relneuron.artifact.manifest import Manifest, same_model, versions
+from relneuron.artifact.parts import SAMPLES
 from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.model.batches import is_out_of_memory
 from relneuron.model.canary import check_canary
 from relneuron.model.identity import other_weights, tokenizer_digest
 from relneuron.model.layers import input_device
 from relneuron.model.load import describe_model
+from relneuron.model.ranks import sharing
 
 if TYPE_CHECKING:
     from relneuron.ablation.harness.lm import NeuronLM
     from relneuron.ablation.harness.tasks import Read
 
 SCHEMA = "relneuron.eval/1"
-JSON, SAMPLES = "eval.json", "samples"
+JSON = "eval.json"
 
 
 def evaluate(
@@ -64,13 +67,20 @@ def evaluate(
     A task or group is run by itself, as `lm_eval --tasks TASK` runs it, on the harness's own `hf`
     model: clean results are the harness's, those with neurons off what forward hooks give. With
     `neurons_path` None there is the clean model only. `eval.journal` lets a killed run go on behind
-    the last task of the last condition that it finished, with the same bits.
+    the last task of the last condition that it finished, with the same bits; several processes each
+    run a task under a condition, the next one that is free.
 
     Raises RelneuronError for a task that is not known or cannot be read, and for what of the
     neurons is not there, before anything is written.
     """
     from relneuron.ablation.harness.lm import NeuronLM
-    from relneuron.ablation.harness.tasks import find_tasks, quietly, read_task, run_task
+    from relneuron.ablation.harness.tasks import (
+        each_once,
+        find_tasks,
+        quietly,
+        read_task,
+        run_task,
+    )
 
     for path in (folder / CSV, folder / JSON):
         refuse_overwrite(path, force or is_unfinished(folder / CSV, "eval"))
@@ -92,30 +102,37 @@ def evaluate(
         ids = lm.tokenizer("a", return_tensors="pt")["input_ids"].to(input_device(model))
         check_canary(model, changes.mlps, ids, "auto")
     inputs = eval_inputs(described, tokenizer, changes, read, options)
-    with locked(folder, folder / SAMPLES):
-        journal = Journal(folder / "eval.journal", inputs)
-        redo_samples(journal, folder)
+    with sharing(model, folder, folder / SAMPLES) as ranks:
+        with ranks.in_turn():
+            journal = Journal(folder / "eval.journal", inputs, ranks=ranks, shard=options.shard)
+            if journal.is_first:
+                redo_samples(journal, folder)
         total = len(changes.runs) * sum(one.n_requests for one in read.values())
-        with quietly() as more, progress_bar(total, "eval", "request", quiet) as bar, journal:
-            for run in changes.runs:
-                for task in tasks:
-                    if _key(run, task) not in journal.done:
+        with progress_bar(total, "eval", "request", quiet) as bar, journal:
+            for run, task in product(changes.runs, tasks):
+                if journal.takes(_key(run, task)):
+                    with quietly() as more:
                         ask = partial(run_task, lm, manager, task, options, bar.update)
-                        journal.add(_key(run, task), run_one(changes, lm, run, ask, folder))
-                        journal.commit()
-                    else:
-                        bar.update(read[task].n_requests)
+                        value = run_one(changes, lm, run, ask, folder)
+                    journal.add(_key(run, task), value | {"said": more})
+                    journal.commit()
+                else:
+                    bar.update(read[task].n_requests)
+            journal.together()
+        found = {
+            (run, task): journal.done[_key(run, task)] for run, task in product(changes.runs, tasks)
+        }
+        more = each_once(text for value in found.values() for text in value["said"])
         notices += [f"lm_eval: {text}" for text in dict.fromkeys(said + more)]
         for notice in notices:
             warnings.warn(notice, stacklevel=2)
-        found = {
-            (run, task): journal.done[_key(run, task)] for run in changes.runs for task in tasks
-        }
         scores = [
             one
             for (run, _), value in found.items()
             for one in scores_of(run.condition.name, run.set, value)
         ]
+        if ranks.rank:
+            return scores
         written = {
             folder / CSV: csv_bytes(Score._fields, scores),
             folder / JSON: json_bytes(whole(changes.runs, found)),

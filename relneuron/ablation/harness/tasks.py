@@ -10,9 +10,10 @@ import difflib
 import hashlib
 import json
 import logging
+import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,18 +243,21 @@ MUTED: list[tuple[Any, str, Any]] = [
 @contextmanager
 def quietly() -> Iterator[list[str]]:
     """Without what is MUTED; what the harness warns of, each once; generators are put back."""
-    said: dict[str, str] = {}
+    said: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage()
             if not _NOISE.search(text):
-                said.setdefault(re.sub(r"\d+", "", text), text)
+                said.append(text)
 
     bars = datasets.are_progress_bars_disabled()
     logger, keep, warned = logging.getLogger("lm_eval"), Keep(logging.WARNING), list[str]()
     before, propagates = [getattr(owner, name) for owner, name, _ in MUTED], logger.propagate
     states = random.getstate(), np.random.get_state()
+    # Of torchrun's processes the harness gives results to the first one alone; each of ours runs
+    # tasks of its own.
+    number = os.environ.pop("LOCAL_RANK", None)
     logger.addHandler(keep)
     logger.propagate = False
     datasets.disable_progress_bars()
@@ -271,4 +275,14 @@ def quietly() -> Iterator[list[str]]:
         logger.propagate = propagates
         random.setstate(states[0])
         np.random.set_state(states[1])
-        warned += said.values()
+        if number is not None:
+            os.environ["LOCAL_RANK"] = number
+        warned += each_once(said)
+
+
+def each_once(said: Iterable[str]) -> list[str]:
+    """Texts that differ in more than their numbers; of the others the first one."""
+    found: dict[str, str] = {}
+    for text in said:
+        found.setdefault(re.sub(r"\d+", "", text), text)
+    return list(found.values())

@@ -18,7 +18,13 @@ _ASKS = ("transformers", "tqdm", "filelock")
 METHOD = Method(
     stages=(
         Stage("contrast", f"{_HERE}.commands:contrast", _ASKS, is_shared=True, papers=(SAFETY,)),
-        Stage("probe", f"{_HERE}.commands:probe", (*_ASKS, "sklearn"), papers=(SAFETY,)),
+        Stage(
+            "probe",
+            f"{_HERE}.commands:probe",
+            (*_ASKS, "sklearn"),
+            is_shared=True,
+            papers=(SAFETY,),
+        ),
     ),
     rankings=(
         Ranking(

@@ -8,7 +8,7 @@ from pathlib import Path
 from relneuron.ablation.options import CLEAN, GenerateOptions
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.options import Only, OomOptions, Options, like, option
-from relneuron.texts.options import CountOptions, check_shard
+from relneuron.texts.options import CountOptions, ShardOptions, check_shard
 
 TOKENS = ("completion", "prompt", "last")
 POSITIONS = ("own", "predicting")
@@ -65,7 +65,7 @@ _LABELLED = Only("with --labels", lambda o: o.labels is not None)
 
 
 @dataclass(frozen=True)
-class ProbeOptions(OomOptions):
+class ProbeOptions(ShardOptions):
     """What a probe learns, of which neurons, or which one is applied."""
 
     PANEL = "The probe"

@@ -8,7 +8,7 @@ probes of random neurons, and can be applied to other prompts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +20,17 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
+    create_safetensors,
     csv_bytes,
     refuse_output,
+    rows_digest,
     sha256,
     writing,
 )
-from relneuron.artifact.journal import progress_bar
-from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
+from relneuron.artifact.journal import Journal, is_unfinished, progress_bar
+from relneuron.artifact.manifest import Manifest, checked, same_model, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
+from relneuron.artifact.parts import ROWS
 from relneuron.artifact.prompts import Prompt, read_questions
 from relneuron.artifact.reading import read_csv
 from relneuron.artifact.stage import command, loading, placed
@@ -51,6 +54,7 @@ from relneuron.model.mlps.shape import model_shape
 from relneuron.model.pair import running
 from relneuron.model.products import Array, last_products
 from relneuron.model.questions import Questions, encode
+from relneuron.model.ranks import sharing
 from relneuron.texts.prompts import chat_wrap
 from relneuron.texts.tokens import listed
 
@@ -87,10 +91,13 @@ def probe(
     """Fit a probe, or apply one; returns the rows of probe.csv, or of applied.csv.
 
     Fitted, `folder` gets probe.safetensors, of all prompts, probe.csv, by cross-validation, and
-    probe_predictions.csv; applied, applied_predictions.csv and, with labels, applied.csv.
+    probe_predictions.csv; applied, applied_predictions.csv and, with labels, applied.csv. A journal
+    of finished batches, whose rows are in a file beside it, lets a killed run go on; both are
+    removed at the end.
     """
     stage = "probe" if options.apply is None else "probe_apply"
     files = [folder / file for file in (FITTED if options.apply is None else APPLIED)]
+    is_unfinished(files[-1], stage)  # removes the journal of a run that was killed behind its end
     for path in files:
         refuse_output(path, stage, force)
     mlps = running(model)
@@ -114,62 +121,100 @@ def probe(
         **{k: v for k, v in options.recorded().items() if k not in ("neurons", "apply", "labels")},
         "column": _table(options)[1] if options.labels else None,
     }
-    make = _fitted if options.apply is None else _applied
-    rows, made, notices = make(asked, described, inputs, options, quiet)
-    for notice in notices:
-        warnings.warn(notice, stacklevel=2)
-    with locked(folder), writing(stage, folder, files):
-        for file, data in made.items():
-            atomic_write(folder / file, data)
-        for path in files:
-            if path.name not in made:
-                path.unlink(missing_ok=True)
-        manifest = Manifest(folder)
-        if "model" not in manifest.data:
-            manifest.describe(versions=versions(), model=described)
-        manifest.finish(
-            stage,
-            inputs,
-            [folder / file for file in made],
-            reads=[prompts_path, read, *([_table(options)[0]] if options.labels else [])],
-            notices=notices,
-            commands=_command(name, described, prompts_path, folder, options),
-        )
-    return rows
+    prepare = _to_fit if options.apply is None else _to_apply
+    neurons, tell = prepare(asked, described, inputs, options)
+    with sharing(model, folder, rows=True) as ranks:
+        path = folder / f"{stage}.journal"
+        beside = folder / ROWS[path.name]
+        with ranks.in_turn():
+            journal = Journal(path, inputs, ranks=ranks, shard=options.shard)
+            if journal.is_first and not journal.done:
+                beside.unlink(missing_ok=True)
+            shape = (len(questions.ids), len(neurons))
+            found = create_safetensors(beside, {"products": shape})["products"]
+            journal.before_commit = found.flush
+            journal.check(lambda rows: rows_digest([found], rows), beside.name)
+        values, notices = _values(asked, neurons, found, journal, options, quiet)
+        rows: list[Scored] = []
+        if ranks.rank == 0:
+            rows, made, more = tell(values)
+            notices += more
+            for notice in notices:
+                warnings.warn(notice, stacklevel=2)
+            with writing(stage, folder, files):
+                for file, data in made.items():
+                    atomic_write(folder / file, data)
+                for path in files:
+                    if path.name not in made:
+                        path.unlink(missing_ok=True)
+                manifest = Manifest(folder)
+                if "model" not in manifest.data:
+                    manifest.describe(versions=versions(), model=described)
+                manifest.finish(
+                    stage,
+                    inputs,
+                    [folder / file for file in made],
+                    reads=[prompts_path, read, *([_table(options)[0]] if options.labels else [])],
+                    notices=notices,
+                    commands=_command(name, described, prompts_path, folder, options),
+                )
+            beside.unlink()
+            journal.remove()
+        told: list[Scored] = ranks.told(rows)
+    return told
 
 
+# What is told of the values: the rows of the table, the files, what a reader must know.
 Made = tuple[list[Scored], dict[str, bytes], list[str]]
+Tell = Callable[[Array], Made]
 
 
-def _fitted(
-    asked: Asked, described: Json, inputs: Json, options: ProbeOptions, quiet: bool
-) -> Made:
+def _to_fit(
+    asked: Asked, described: Json, inputs: Json, options: ProbeOptions
+) -> tuple[Neurons, Tell]:
+    """The neurons to read, and what becomes of their values."""
     path, labels, shape = options.neurons, asked.labels, model_shape(asked.mlps)
     assert path is not None and labels is not None, "ProbeOptions has both"
     file = NeuronFile.read(checked(path))
     file.check_model(shape)
     check_labels(labels, options.folds)
     sets = _with_random(chosen(file, path, options), shape, options.random_seeds)
-    every = [one for some in sets.values() for one in some]
-    values, notices = _values(asked, every, options, quiet)
-    of_set = dict(zip(sets, np.split(values, len(sets), axis=1), strict=True))
-    notices += other_weights(f"{path}: neurons", file.model, described)
+    notices = other_weights(f"{path}: neurons", file.model, described)
     k = len(sets[TOP])
     if k < options.top:
         notices.append(f"{path} has {k} such neurons, not {options.top}: all of them are read")
+
+    def tell(values: Array) -> Made:
+        of_set = dict(zip(sets, np.split(values, len(sets), axis=1), strict=True))
+        rows, files, more = _fitted(of_set, asked, labels, inputs, options, sets[TOP])
+        return rows, files, notices + more
+
+    return [one for some in sets.values() for one in some], tell
+
+
+def _fitted(
+    of_set: dict[str, Array],
+    asked: Asked,
+    labels: Labels,
+    inputs: Json,
+    options: ProbeOptions,
+    top: Neurons,
+) -> Made:
+    """The probe of all prompts, and how each set does by cross-validation."""
     rows, told, n_short = [], {}, 0
     for name, own in of_set.items():
         told[name] = cross_validated(own, labels, options.folds, options.seed)
-        rows.append(score(name, told[name].probabilities, labels, k))
+        rows.append(score(name, told[name].probabilities, labels, len(top)))
         n_short += told[name].n_short
     rows += [summed_up(rows[1:])] if rows[1:] else []
     coefficients, intercept, has_converged = fit(of_set[TOP], labels)
     n_short += not has_converged
+    notices = []
     if n_short:
-        n_fits = len(sets) * options.folds + 1
-        notices.append(f"{n_short} of {n_fits} fits ended before they converged (100 steps)")
+        n_fits = len(of_set) * options.folds + 1
+        notices = [f"{n_short} of {n_fits} fits ended before they converged (100 steps)"]
     about = {**inputs, "reads": "product, last token of the prompt", "scaling": "none"}
-    made = Probe(np.array(sets[TOP], np.int64), coefficients, intercept, about)
+    made = Probe(np.array(top, np.int64), coefficients, intercept, about)
     prompts = asked.questions.prompts
     predictions = _predictions(prompts, labels, told[TOP].folds, told[TOP].probabilities)
     files = zip(FITTED, (made.to_bytes(), _table_of(rows), predictions), strict=True)
@@ -187,9 +232,10 @@ def _with_random(top: Neurons, shape: Json, seeds: int) -> dict[str, Neurons]:
     return sets
 
 
-def _applied(
-    asked: Asked, described: Json, inputs: Json, options: ProbeOptions, quiet: bool
-) -> Made:
+def _to_apply(
+    asked: Asked, described: Json, inputs: Json, options: ProbeOptions
+) -> tuple[Neurons, Tell]:
+    """The neurons to read, and what becomes of their values."""
     assert options.apply is not None, "else it is fitted"
     made, shape = Probe.read(checked(options.apply)), Shape.of(model_shape(asked.mlps))
     for layer, index in made.neurons.tolist():
@@ -199,30 +245,46 @@ def _applied(
                 "give the model that the probe was made with",
             )
     neurons = [(layer, index) for layer, index in made.neurons.tolist()]
-    values, notices = _values(asked, neurons, options, quiet)
-    notices += other_weights(f"{options.apply}: the probe", made.about.get("model", {}), described)
+    notices = other_weights(f"{options.apply}: the probe", made.about.get("model", {}), described)
     for name in ("template", "chat_template"):
         if made.about.get(name) != inputs[name]:
             notices.append(
                 f"{options.apply} was made of prompts with another --{name.replace('_', '-')}: "
                 f"{made.about.get(name)}"
             )
-    found = made.probabilities(values)
-    files = {APPLIED[1]: _predictions(asked.questions.prompts, asked.labels, None, found)}
-    if asked.labels is None:
-        return [], files, notices
-    rows = [score("applied", found, asked.labels, len(neurons))]
-    return rows, {APPLIED[0]: _table_of(rows), **files}, notices
+
+    def tell(values: Array) -> Made:
+        found = made.probabilities(values)
+        files = {APPLIED[1]: _predictions(asked.questions.prompts, asked.labels, None, found)}
+        if asked.labels is None:
+            return [], files, notices
+        rows = [score("applied", found, asked.labels, len(neurons))]
+        return rows, {APPLIED[0]: _table_of(rows), **files}, notices
+
+    return neurons, tell
 
 
 def _values(
-    asked: Asked, neurons: Neurons, options: ProbeOptions, quiet: bool
+    asked: Asked,
+    neurons: Neurons,
+    found: Array,
+    journal: Journal,
+    options: ProbeOptions,
+    quiet: bool,
 ) -> tuple[Array, list[str]]:
-    """(N, K) products of the last token, and what a reader must know of them."""
-    budget = Budget(options.batch_tokens, options.oom)
+    """(N, K) products of the last token, and what a reader must know of them.
+
+    `found` is the file that keeps them, of which the journal notes the rows.
+    """
+    budget = Budget(options.batch_tokens, options.oom, journal)
     questions = asked.questions
-    with progress_bar(len(questions.ids), "probe", "prompt", quiet) as bar:
-        values = last_products(asked.model, asked.mlps, questions, neurons, budget, bar.update)
+    with progress_bar(len(questions.ids), "probe", "prompt", quiet) as bar, journal:
+        of_file = last_products(
+            *(asked.model, asked.mlps, questions, neurons, budget, bar.update),
+            journal=journal,
+            found=found,
+        )
+    values = np.array(of_file)  # which outlives it
     if not np.isfinite(values).all():
         rows = np.flatnonzero(~np.isfinite(values).all(1)).tolist()
         raise RelneuronError(

@@ -265,7 +265,7 @@ def test_what_no_probe_is_made_of(
 def test_a_fit_that_is_cut_short_is_said(loaded: Any, study: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(
         "relneuron.methods.contrast.probe.last_products",
-        lambda *_: np.random.default_rng(0).normal(size=(72, 6)) * np.geomspace(1e-3, 1e5, 6),
+        lambda *_, **__: np.random.default_rng(0).normal(size=(72, 6)) * np.geomspace(1e-3, 1e5, 6),
     )
     with pytest.warns(UserWarning, match="of 6 fits ended before they converged"):
         fitted(loaded, study, top=6, random_seeds=0)
