@@ -177,7 +177,7 @@ MUTANTS = {
         "methods/gains/test_kinds.py::test_padding_changes_no_number[norms behind alone]",
     ),
     # methods/responses
-    "methods.responses.record: the first token is not excluded": Mutant(
+    "methods.responses.fill: the first token is not excluded": Mutant(
         "chosen & (rank > 1)",
         "chosen & (rank > 0)",
         "model/test_ask.py::test_pooling_takes_effective_tokens_on_either_side",

@@ -214,7 +214,8 @@ def ablate_prompts(
         exchanged=exchanged,
     )
     asker = Asker(exchanged or model, tokenizer)
-    way = asking(asker, questions, options)
+    # Only an MLP's neurons leave what comes before it as it is, and no other model's products do.
+    way = asking(asker, questions, options, () if exchanged else mlps)
     first_prompt = first_inputs(questions, asker.pad)
     check_canary(model, mlps, first_prompt, backend)
     if exchanged:

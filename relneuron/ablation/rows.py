@@ -6,7 +6,7 @@ section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal
-from relneuron.model.batches import SENTENCES, Budget, cut, pad
+from relneuron.model.batches import SENTENCES, Budget, cut, pad, shared
 from relneuron.model.patch import Patch
 from relneuron.model.states import LayerState, Replacement, Tokens, pack_keep
 from relneuron.model.stream.mixture import ExpertMember
@@ -193,20 +193,12 @@ def intervene(
         )
 
     batches = cut(rows, length, batch_tokens)
-    own: dict[str, Any] = {}
-    for number, batch in enumerate(batches):
-        key = f"intervene {number}"
-        if journal is None:
-            own[key] = budget.run(batch, length, ask)
-        elif journal.takes(key):
-            journal.add(key, budget.run(batch, length, ask))
-        advance(len(batch))
-    if journal is not None:
-        journal.together()
-    said: Mapping[str, Any] = own if journal is None else journal.done
-    for number, batch in enumerate(batches):
+    said = shared(
+        journal, "intervene", batches, lambda batch: budget.run(batch, length, ask), advance
+    )
+    for batch, answers in zip(batches, said, strict=True):
         places = np.array(batch)
-        found[:, places // n, places % n] = np.array(said[f"intervene {number}"]).T
+        found[:, places // n, places % n] = np.array(answers).T
     return Answered(found[0].astype(np.int64), found[1], found[2])
 
 

@@ -24,6 +24,7 @@ from relneuron.artifact.files import (
     release,
     require,
     rows_digest,
+    zeros_bytes,
 )
 from relneuron.artifact.installed import need
 from relneuron.artifact.parquet import Sink, read_table
@@ -221,11 +222,7 @@ class GainFile:
     """
 
     def __init__(self, path: Path, shape: Mapping[str, Any], about: Json) -> None:
-        n = len(about["ids"])
-        sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
-        # One key only, as in every file: safetensors writes several in any order.
-        metadata = {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
-        self._maps = list(create_safetensors(path, sizes, metadata).values())
+        self._maps = list(create_safetensors(path, *_gain_form(shape, about)).values())
 
     def store(self, rows: Sequence[int], gains: Array) -> None:
         """Write the gains (E, L, F) of the sentences in `rows`, F that of the widest layer."""
@@ -249,6 +246,21 @@ class GainFile:
     def flush(self) -> None:
         for array in self._maps:
             array.flush()
+
+
+def _gain_form(
+    shape: Mapping[str, Any], about: Json
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The tensors of gains.safetensors and its metadata."""
+    n = len(about["ids"])
+    sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
+    # One key only, as in every file: safetensors writes several in any order.
+    return sizes, {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
+
+
+def gains_bytes(shape: Mapping[str, Any], about: Json) -> int:
+    """The size of gains.safetensors."""
+    return zeros_bytes(*_gain_form(shape, about))
 
 
 def read_gains(
