@@ -233,6 +233,7 @@ def make_study(
                 None,
                 LookOptions(cards=o.cards, batch_tokens=o.batch_tokens, oom=o.oom),
                 responses=kept,
+                ranks=ranks,
                 backend=o.backend,
                 force=force,
                 resume=True,
