@@ -22,7 +22,7 @@ from relneuron.ablation.exchange import puts_of
 from relneuron.ablation.options import DONOR
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
-from relneuron.model.batches import Budget, cut
+from relneuron.model.batches import Budget, batch_sizes, cut
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
@@ -107,6 +107,11 @@ def plan_rows(
                 yield wave, sorted(batch)
 
 
+def wave_size(mode: str, total: int) -> int:
+    """How many conditions have their masks held together, of a model of so many neurons."""
+    return max(1, WAVE_BYTES // ((1 if mode == "zero" else 5) * total) - 1)
+
+
 def wave_states(
     plan: Sequence[Ablation], wave: range, mlps: Sequence[Part], how: How
 ) -> list[LayerState]:
@@ -156,8 +161,9 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         total = Shape.of(model_shape(self.mlps)).total
-        per_neuron = 1 if self.how.mode == "zero" else 5
-        self._wave_size = max(1, WAVE_BYTES // (per_neuron * total) - 1)
+        self._wave_size = wave_size(self.how.mode, total)
+        # Of all batches, whoever runs them: `batches.batch_sizes`.
+        self.sizes = batch_sizes([], len)
         self._budget = Budget(self.batch_tokens, self.oom, self.journal)
 
     @property
@@ -182,6 +188,8 @@ class Evaluator:
         states: list[LayerState] = []
         current = range(0)
         batches = list(plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone))
+        more = batch_sizes((b for _, b in batches), lambda row: lengths[row.prompt])
+        self.sizes = {name: n + more[name] for name, n in self.sizes.items()}
         for number, (wave, batch) in enumerate(batches):
             key = f"{what} {number}"
             if self.journal.takes(key):
