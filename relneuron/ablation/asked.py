@@ -19,10 +19,11 @@ from relneuron.ablation.conditions import (
     read_sets,
     scores_beside,
 )
-from relneuron.ablation.evaluate import How, Row, same_ablation
+from relneuron.ablation.evaluate import How, same_ablation
 from relneuron.ablation.how import SETS_BESIDE, left_out, sets_beside
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import check_positions
+from relneuron.ablation.said import Row
 from relneuron.artifact.effects import own_languages
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
@@ -30,7 +31,7 @@ from relneuron.artifact.neurons import NeuronFile, Shape
 from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, encode
-from relneuron.texts.neutral import read_sentences
+from relneuron.texts.neutral import Sentence, read_sentences
 from relneuron.texts.tokens import target_notices
 
 
@@ -44,7 +45,13 @@ class Prompts:
 
     @classmethod
     def read(cls, path: Path, options: AblateOptions, neurons: NeuronFile) -> Prompts:
-        everything = read_prompts(checked(path))
+        found = cls.of(path, read_prompts(checked(path)), options)
+        check_positions(options.positions, neurons, found.asked)
+        return found
+
+    @classmethod
+    def of(cls, path: Path, everything: list[Prompt], options: AblateOptions) -> Prompts:
+        """Of prompts that were read from the file, or will be written to it."""
         asked = [p for p in everything if p.split in options.splits]
         if not asked:
             raise RelneuronError(
@@ -52,7 +59,6 @@ class Prompts:
                 "name others with --splits",
                 2,
             )
-        check_positions(options.positions, neurons, asked)
         return cls(path, everything, asked)
 
 
@@ -143,8 +149,12 @@ def encode_asked(
     options: AblateOptions,
     total: int,
     processor: Processor | None = None,
+    given: Sequence[Sentence] | None = None,
 ) -> Texts:
-    """The tokens of what is asked; of the model its config alone is. `total`: its neurons."""
+    """The tokens of what is asked; of the model its config alone is. `total`: its neurons.
+
+    Neutral sentences are read beside the prompts, unless they are `given`.
+    """
     questions = encode(
         tokenizer,
         model,
@@ -153,7 +163,7 @@ def encode_asked(
         processor=processor,
         options=options.choose is None,
     )
-    sentences = _read_sentences(options, prompts.path.parent / "sentences.jsonl")
+    sentences = _neutral(options, prompts.path.parent / "sentences.jsonl", given)
     texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
     notices = [*questions.notices]
     if options.choose is None:
@@ -163,13 +173,13 @@ def encode_asked(
     return Texts(questions, texts, notices)
 
 
-def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
+def _neutral(options: AblateOptions, path: Path, given: Sequence[Sentence] | None) -> list[Prompt]:
     """Neutral sentences as prompts that ask nothing."""
-    if "perplexity" not in options.analyses or not path.exists():
+    if "perplexity" not in options.analyses or (given is None and not path.exists()):
         return []
+    found = read_sentences(checked(path)) if given is None else given
     return [
-        Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
-        for s in read_sentences(checked(path))
+        Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence) for s in found
     ]
 
 

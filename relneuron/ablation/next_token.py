@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Neuron
-from relneuron.model.batches import Budget, cut, pad
+from relneuron.model.batches import Budget, cut, pad, shared
 from relneuron.model.layers import input_device
 from relneuron.model.mlps.shape import Part
 from relneuron.model.patch import Patch
@@ -35,19 +36,23 @@ def next_probabilities(
     budget: Budget,
     *,
     backend: str = "auto",
+    journal: Journal | None = None,
+    part: str = "",
 ) -> list[float]:
     """p(target | ids) of each row, with its neurons at zero at every token; rows share batches.
 
-    The softmax is taken in float64. What is asked several times is computed once.
+    The softmax is taken in float64. What is asked several times is computed once. With a `journal`
+    its processes share the batches, which it calls by `part`.
     """
     rows = sorted(dict.fromkeys(asked), key=lambda one: (len(one.ids), one))
 
     def ask(batch: list[Asked]) -> list[float]:
-        return _ask(model, mlps, batch, backend)
+        return budget.run(batch, _length, lambda part: _ask(model, mlps, part, backend))
 
     found: dict[Asked, float] = {}
-    for batch in cut(rows, _length, budget.planned):
-        found |= dict(zip(batch, budget.run(batch, _length, ask), strict=True))
+    batches = cut(rows, _length, budget.planned)
+    for batch, said in zip(batches, shared(journal, f"next {part}", batches, ask), strict=True):
+        found |= dict(zip(batch, said, strict=True))
     return [found[one] for one in asked]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from relneuron.ablation.ablate import PERPLEXITY, check_format, refuse_outputs
+from relneuron.ablation.ablate import PERPLEXITY, refuse_outputs
 from relneuron.ablation.asked import (
     Prompts,
     Sets,
@@ -20,13 +20,15 @@ from relneuron.ablation.asked import (
     sentences_of,
 )
 from relneuron.ablation.conditions import Ablation, empty_sets, read_sets
-from relneuron.ablation.evaluate import How, Row, plan_rows, same_ablation, wave_size
+from relneuron.ablation.evaluate import How, plan_rows, same_ablation, wave_size
 from relneuron.ablation.generate import check_answers
 from relneuron.ablation.generate import plan_masks as generate_masks
 from relneuron.ablation.how import by_product, read_how
 from relneuron.ablation.nll import COLUMNS, WINDOWS, plan_masks
 from relneuron.ablation.options import AblateOptions, GenerateOptions, NllOptions
 from relneuron.ablation.outputs import Generated, beside, lines_bytes
+from relneuron.ablation.said import Row
+from relneuron.ablation.tables import check_format
 from relneuron.ablation.windows import LOGITS, read_texts
 from relneuron.artifact.effects import conditions_bytes, split_name
 from relneuron.artifact.files import (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -381,6 +382,17 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
 
 
 _ZEROS = 1 << 20  # bytes that are written at a time
+
+
+def release(maps: Iterable[Any]) -> None:
+    """Have what was read of memory maps, or written to them, be no memory of this process any more.
+
+    It stays in the system's cache of the file, and is written from there as before.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for array in maps:
+            if array.size:
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def rows_digest(arrays: Sequence[np.ndarray[Any, Any]], rows: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ def look(
       relneuron look study --serve
     """
     from relneuron.model.load import load
+    from relneuron.model.ranks import joined
     from relneuron.study.look import check_page, read_sets, studied
     from relneuron.study.look import look as look_stage
 
@@ -53,7 +54,10 @@ def look(
         load_options = replace(load_options, dtype=described.get("dtype"))
     loaded, tokenizer = load(_place(name), load_options)
     if output is None:
-        yield from _serve(name, loaded, tokenizer, folder, options, serve_options, load_options)
+        with joined(loaded) as ranks:  # one process serves, for which the others wait
+            if ranks.rank == 0:
+                how = (options, serve_options, load_options)
+                yield from _serve(name, loaded, tokenizer, folder, *how)
         return
     found = look_stage(
         name,

@@ -62,7 +62,7 @@ def stages() -> list[Stage]:
         *ABLATION,
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
-        Stage("look", "relneuron.cli.look:look", (*_ASKS, "jinja2")),
+        Stage("look", "relneuron.cli.look:look", (*_ASKS, "jinja2"), is_shared=True),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
         Stage("plan", "relneuron.cli.plan:plan", ("transformers",)),
         Stage("cite", "relneuron.cli.cite:cite"),

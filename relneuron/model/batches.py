@@ -7,7 +7,7 @@ padding, and runs them by a `Budget`, which is smaller from there on each time t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -96,22 +96,23 @@ def shared(
     batches: Sequence[list[Row]],
     ask: Callable[[list[Row]], Any],
     advance: Callable[[int], object] = lambda _: None,
-) -> list[Any]:
-    """What `ask` says of each batch, as JSON; the journal's processes share the batches.
+) -> Iterator[Any]:
+    """What `ask` says of each batch, as JSON, read from the journal, whose processes share them.
 
     A block of the journal is called by `name` and the batch's number. Without one nothing is kept.
+    All batches are done when this returns.
     """
-    keys = [f"{name} {number}" for number in range(len(batches))]
-    said: dict[str, Any] = {}
-    for key, batch in zip(keys, batches, strict=True):
+    said = []
+    for number, batch in enumerate(batches):
         if journal is None:
-            said[key] = ask(batch)
-        elif journal.takes(key):
-            journal.add(key, ask(batch))
+            said.append(ask(batch))
+        elif journal.takes(f"{name} {number}"):
+            journal.add(f"{name} {number}", ask(batch))
         advance(len(batch))
-    if journal is not None:
-        journal.together()
-    return [(said if journal is None else journal.done)[key] for key in keys]
+    if journal is None:
+        return iter(said)
+    journal.together()
+    return (journal.done[f"{name} {number}"] for number in range(len(batches)))
 
 
 # --- when memory runs out --------------------------------------------------------------------

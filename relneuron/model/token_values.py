@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Neuron
 from relneuron.model.ask import Asker
-from relneuron.model.batches import Budget, cut
+from relneuron.model.batches import Budget, cut, shared
 from relneuron.model.converse import Step
 from relneuron.model.layers import compute_dtype, device_of
 from relneuron.model.mlps.experts import Experts
@@ -42,21 +43,30 @@ def token_values(
     budget: Budget,
     *,
     backend: str = "auto",
+    journal: Journal | None = None,
+    part: str = "",
 ) -> list[Values]:
     """(K, T) float32 of each text: the values of its own K neurons (layer, site, index) at its T
     tokens.
 
     The site is one of `mlps`, `act` (the activation of gate) or `product` (act times up, what down
     reads). The values are those that `record` sums up, number by number: each token is a prompt of
-    its own. A neuron of an expert that a token was not sent to gives 0 there.
+    its own. A neuron of an expert that a token was not sent to gives 0 there. With a `journal` its
+    processes share the batches, which it calls by `part`.
     """
     reader = _Reader(model, tokenizer, mlps, texts, neurons, backend)
     rows = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     length = reader.length
     found: dict[int, Values] = {}
     most = max(1, min(budget.planned, MOST_BYTES // reader.bytes_a_token))
-    for batch in cut(rows, length, most):
-        found |= dict(zip(batch, budget.run(batch, length, reader.read), strict=True))
+
+    def read(batch: list[int]) -> list[list[list[float]]]:
+        return [values.tolist() for values in budget.run(batch, length, reader.read)]
+
+    batches = cut(rows, length, most)
+    for batch, said in zip(batches, shared(journal, f"values {part}", batches, read), strict=True):
+        for row, values in zip(batch, said, strict=True):
+            found[row] = np.array(values, np.float32).reshape(len(neurons[row]), length(row))
     return [found[row] for row in range(len(texts))]
 
 

@@ -9,15 +9,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from relneuron.ablation.next_token import Asked, next_probabilities
 from relneuron.artifact.cards import FORMAT
 from relneuron.artifact.chosen import switched
 from relneuron.artifact.files import Json, RelneuronError
+from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Neuron, Shape
 from relneuron.model.batches import Budget, is_out_of_memory
+from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, check_sites, model_shape
+from relneuron.model.ranks import Ranks, sharing
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.token_values import MADE, Values, token_values
@@ -39,6 +43,8 @@ class Cards:
     mlps       those of the model, with attention if neurons of it are asked for
     strongest  where examples come from; None: cards have none
     sets       by neuron the sets that it is in: set, rank, score, p, q, low, high
+    ranks      processes that share what the model is asked, and wait to hear of it (`Ranks.serve`)
+    journal    where what it said is noted, and what that depends on; None: nowhere
     """
 
     model: Any
@@ -49,6 +55,8 @@ class Cards:
     n_examples: int = 8
     budget: Budget = field(default_factory=lambda: Budget(4096))
     backend: str = "auto"
+    ranks: Ranks = field(default_factory=Ranks)
+    journal: tuple[Path, Json] | None = None
     notices: list[str] = field(default_factory=list)
     n_apart: int = 0  # examples whose token has another value when its window is read alone
 
@@ -88,20 +96,20 @@ class Cards:
         found: list[Json] = []
         for start in range(0, len(neurons), AT_ONCE):
             some = neurons[start : start + AT_ONCE]
-            found += self._some(some)
+            found += self._some(some, str(start))
             advance(len(some))
         return found
 
-    def _some(self, neurons: Sequence[Neuron]) -> list[Json]:
+    def _some(self, neurons: Sequence[Neuron], part: str) -> list[Json]:
         check_sites(self.mlps, {site for _, site, _ in neurons if site in MADE})
         read = [
             ([], None) if self.strongest is None else self.strongest.of(n, self.n_examples)
             for n in neurons
         ]
         asked = [(n, one) for n, (texts, _) in zip(neurons, read, strict=True) for one in texts]
-        values = self._values(asked)
+        values = self._values(asked, part)
         peaks = [_peak(one, own) for (_, one), own in zip(asked, values, strict=True)]
-        probs = self._probabilities(asked, peaks)
+        probs = self._probabilities(asked, peaks, part)
         examples = map(self._example, (one for _, one in asked), values, peaks, probs)
         written = self._written(neurons)
         return [
@@ -128,21 +136,24 @@ class Cards:
 
     # --- examples
 
-    def _values(self, asked: Sequence[tuple[Neuron, Found]]) -> list[Values]:
+    def _ask(self, ask: Callable[..., Any], part: str, *asked: Any) -> Any:
+        """What the model says of texts, of which each of the processes asks some."""
+        how: dict[str, Any] = {"backend": self.backend, "part": part}
+        if self.journal is None:
+            first = (self.model, self.tokenizer) if ask is token_values else (self.model,)
+            return ask(*first, self.mlps, *asked, self.budget, **how)
+        how["attention"] = any(mlp.projections for mlp in self.mlps)
+        how |= {"budget": self.budget, "journal": self.journal}
+        return self.ranks.call(_share, "", self.model, self.tokenizer, ask, *asked, **how)
+
+    def _values(self, asked: Sequence[tuple[Neuron, Found]], part: str) -> list[Values]:
         """(T,) of each: the neuron's values at the tokens of the text."""
         wanted: dict[Ids, dict[Neuron, None]] = {}
         named = [((n[0], self._site(n[1]), n[2]), one.text.ids) for n, one in asked]
         for neuron, ids in named:
             wanted.setdefault(ids, {})[neuron] = None
-        found = token_values(
-            self.model,
-            self.tokenizer,
-            self.mlps,
-            list(wanted),
-            [list(some) for some in wanted.values()],
-            self.budget,
-            backend=self.backend,
-        )
+        listed = [list(some) for some in wanted.values()]
+        found = self._ask(token_values, part, list(wanted), listed)
         rows = {
             (neuron, ids): row
             for (ids, some), values in zip(wanted.items(), found, strict=True)
@@ -151,7 +162,7 @@ class Cards:
         return [rows[one] for one in named]
 
     def _probabilities(
-        self, asked: Sequence[tuple[Neuron, Found]], peaks: Sequence[int]
+        self, asked: Sequence[tuple[Neuron, Found]], peaks: Sequence[int], part: str
     ) -> list[tuple[int, float, float] | None]:
         """The token that follows, its probability, and that with the neuron off."""
         rows: list[Asked] = []
@@ -163,7 +174,7 @@ class Cards:
             places.append(None if target is None else len(rows))
             if target is not None:
                 rows += [Asked(ids, target), Asked(ids, target, (_off(neuron),))]
-        found = next_probabilities(self.model, self.mlps, rows, self.budget, backend=self.backend)
+        found = self._ask(next_probabilities, part, rows)
         return [
             None if place is None else (rows[place].target, found[place], found[place + 1])
             for place in places
@@ -225,6 +236,31 @@ class Cards:
             {"token": token_text(self.tokenizer, token), "id": token, "logit": short(logit)}
             for token, logit in found
         ]
+
+
+def _share(
+    _name: str,
+    model: Any,
+    tokenizer: Any,
+    ask: Callable[..., Any],
+    *asked: Any,
+    attention: bool,
+    budget: Budget,
+    journal: tuple[Path, Json],
+    **how: Any,
+) -> Any:
+    """What `ask` says, in one of the processes that share its batches."""
+    path, inputs = journal
+    with sharing(model, path.parent) as ranks:
+        with ranks.in_turn():
+            noted = Journal(path, inputs, ranks=ranks)
+        own = Budget(budget.planned, budget.oom, noted)
+        first = (model, tokenizer) if ask is token_values else (model,)
+        with noted:
+            mlps = find_mlps(model, attention=attention)
+            found = ask(*first, mlps, *asked, own, journal=noted, **how)
+        budget.tokens = own.tokens
+    return found
 
 
 def _off(neuron: Neuron) -> Neuron:

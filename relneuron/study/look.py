@@ -25,7 +25,7 @@ from relneuron.artifact.files import (
     sha256,
     writing,
 )
-from relneuron.artifact.journal import progress_bar
+from relneuron.artifact.journal import Journal, progress_bar
 from relneuron.artifact.manifest import MODEL_KEYS, Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import ATTENTION, Neuron, NeuronFile, check_neurons
 from relneuron.artifact.stage import command, loading, placed
@@ -35,12 +35,14 @@ from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
+from relneuron.model.ranks import Ranks, joined
 from relneuron.report.look import page_of
 from relneuron.report.page import render
 from relneuron.study.cards import Cards
 from relneuron.study.settings import LookOptions, names_file
 from relneuron.study.strongest import find_strongest, short
 
+JOURNAL = "look.journal"
 COLUMNS = ("set", "rank", "layer", "site", "index", "score", *SIGNIFICANCE)
 _CERTAIN = dict(zip(SIGNIFICANCE, ("p", "q", "low", "high"), strict=True))
 
@@ -185,6 +187,7 @@ def look(
     options: LookOptions | None = None,
     *,
     responses: Kept | None = None,
+    ranks: Ranks | None = None,
     backend: str = "auto",
     force: bool = False,
     resume: bool = False,
@@ -195,9 +198,41 @@ def look(
     `folder` gets cards.jsonl and sets.csv. Cards that are there, of the same neurons, files and
     model, are kept: only the page is written then. So are others where neurons are named and the
     page is outside of the folder (without `force`). `resume` replaces files that others left there.
-    `responses` are those that the folder does not have, as `record` kept them.
+    `responses` are those that the folder does not have, as `record` kept them. `ranks` are
+    processes that share what the model is asked, and wait to hear of it (`Ranks.serve`); by default
+    those that torchrun started. look.journal lets a killed run go on.
     """
-    options = options or LookOptions()
+    how: dict[str, Any] = {"backend": backend, "force": force, "resume": resume, "quiet": quiet}
+    asked = (name, model, tokenizer, folder, output, options or LookOptions(), responses)
+    if ranks is not None:
+        return _look(*asked, ranks, **how)
+    with joined(model) as ranks:
+        if ranks.rank:
+            ranks.serve(model, tokenizer)
+            found = []
+        else:
+            found = _look(*asked, ranks, **how)
+            ranks.dismiss()
+        told: list[Json] = ranks.told(found)
+    return told
+
+
+def _look(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    output: Path | None,
+    options: LookOptions,
+    responses: Kept | None,
+    ranks: Ranks,
+    *,
+    backend: str,
+    force: bool,
+    resume: bool,
+    quiet: bool,
+) -> list[Json]:
+    """`look` in the first process."""
     if output is not None:
         check_page(output, folder, force or resume)
     studied(folder)
@@ -230,6 +265,7 @@ def look(
         if not Manifest(folder).is_done("look", inputs, force=force):
             for path in made:
                 refuse_output(path, "look", force or resume)
+            cards.ranks, cards.journal = ranks, (folder / JOURNAL, inputs)
             with progress_bar(len(neurons), "look", "neuron", quiet) as bar:
                 found = cards.cards(neurons, bar.update)
             notices = cards.all_notices()
@@ -238,6 +274,7 @@ def look(
             with writing("look", folder, made):
                 atomic_write(folder / NAME, cards_bytes(found))
                 atomic_write(folder / SETS, sets.csv())
+                Journal(folder / JOURNAL, inputs).remove()
                 manifest = Manifest(folder)
                 if "model" not in manifest.data:
                     manifest.describe(versions=versions(), model=described)

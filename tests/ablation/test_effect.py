@@ -19,7 +19,7 @@ from relneuron.ablation.outputs import Generated, lines_bytes, read_outputs
 from relneuron.artifact.files import RelneuronError, csv_bytes
 from relneuron.model.classifier import load_classifier
 from tests.kit.corpus_commands import check_refused
-from tests.model.test_classifier import classifier_folder
+from tests.kit.speakers import classifier_folder
 
 
 def column(*costs: float) -> np.ndarray[Any, Any]:

@@ -1,7 +1,7 @@
 """Stages that several processes share, as torchrun starts them: whole, killed, refused.
 
 study/test_shared.py runs it, by hand:
-    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|run|shards N
+    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|others|run|shards N
 As stage_crash.py, whose stages these are: every process is a fork of one that imported torch.
 """
 
@@ -25,23 +25,33 @@ import typer
 
 import relneuron.ablation.ablate
 import relneuron.ablation.generate
+import relneuron.ablation.harness.tasks
 import relneuron.ablation.nll
+import relneuron.methods.contrast.probe
 import relneuron.methods.gradients.attribute
 import relneuron.methods.responses.record
+import relneuron.model.classifier  # whose tokenizers are its own
 import relneuron.model.load
 import relneuron.model.meeting
 import relneuron.study.run
+from relneuron.ablation.outputs import Generated, lines_bytes
+from relneuron.artifact.files import csv_bytes
 from relneuron.artifact.journal import Journal
+from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.parts import ROWS
 from relneuron.cli import main as cli
 from tests.kit.count_crash import code_of, free_port, join
+from tests.kit.speakers import classifier_folder
 from tests.kit.stage_crash import QUICK, Study, files_of
+from tests.kit.tasks import write_tasks
 
 SMALL = ("--batch-tokens", 64, "--quiet")  # tokens of a batch: many batches
 # In their order; those of one process make what the others read.
 STAGES = ("prompts", "record", "identify", "ablate", "generate", "nll", "attribute", "ig")
 STAGES = (*STAGES, "relevance")
+OTHERS = ("prompts", "record", "identify", "look", "probe", "effect", "eval")
 ALONE = ("prompts", "identify")
+WHOLE = ("look",)  # stages of which no machine does a part
 RUN = ("--eva", 8, "--random-seeds", 1, "--analyses", "concepts,gain,perplexity")
 
 
@@ -72,11 +82,22 @@ class Shared(Study):
             "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
             "relevance": [model, prompts, "-o", place, "--method", "relevance"],
             "run": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
+            "look": [place, "-o", place / "look.html", "--cards", 6],
+            "probe": [model, prompts, "-o", place, "--folds", 2, "--random-seeds", 1],
+            "effect": [self.folder / "said.jsonl", "-o", place / "effect.csv", "--label", 1],
+            "eval": [model, "-o", place, "--neurons", neurons, "--off", "lives_in", "--limit", 3],
         }
         if stage not in found:
             return super().words(stage, place)
         found["generate"] += ["--off", "lives_in", "--max-new-tokens", 2]
         found["nll"] += ["--windows", 4, "--workers", 1]
+        found["probe"] += ["--neurons", self.folder / "inner.json"]
+        found["probe"] += ["--labels", f"{self.folder / 'labels.csv'}:cost"]
+        found["effect"] += ["--cost", self.folder / "judge"]
+        found["eval"] += ["--tasks", "tiny_choice,tiny_text", "--random-seeds", 2, "--quiet"]
+        found["eval"] += ["--include-path", self.folder / "tasks", "--log-samples"]
+        if stage == "eval":
+            return [str(word) for word in (stage, *found[stage])]
         name = "attribute" if stage in ("ig", "relevance") else stage
         return [str(word) for word in (name, *found[stage], *SMALL)]
 
@@ -101,6 +122,25 @@ class Shared(Study):
     ) -> list[int]:
         """A whole command in `size` processes; their exit codes."""
         return [code_of(pid) for pid in self.begin(words, size, act)]
+
+
+def write_beside(folder: Path, prompts: Path) -> None:
+    """What probe, effect and eval read beside a study."""
+    sets = {"inner": [(layer, "gate", i, 1.0) for layer in range(2) for i in range(3)]}
+    shape = {"layers": 2, "width": 48, "hidden": 32}
+    NeuronFile({"id": "m", **shape}, "contrast", sets, {}).write(folder / "inner.json")
+    ids = [json.loads(line)["id"] for line in prompts.read_text().splitlines()]
+    rows = [(one, number % 3 - 1) for number, one in enumerate(ids)]
+    (folder / "labels.csv").write_bytes(csv_bytes(("id", "cost"), rows))
+    rng = random.Random(0)
+    said = [
+        Generated(mask, "", str(n), "a", " ".join(rng.choices("abcd", k=1 + n % 6)), 1, "length")
+        for mask in ("clean", "donor", "some")
+        for n in range(60)
+    ]
+    (folder / "said.jsonl").write_bytes(lines_bytes(said))
+    classifier_folder(folder / "judge")
+    write_tasks(folder / "tasks", 3)
 
 
 def load_once(model: Path) -> None:
@@ -217,6 +257,7 @@ def shards(study: Shared, stage: str, base: Path) -> int:
         assert study.ranks(words, number) == [0] * number, study.said()
         assert study.said().count(f"part {number}/2 is done -> {place}") == 1, study.said()
         new = {re.sub(r"\.\d$", "", name) for name in files_of(place)} - {*files_of(base)}
+        new = {name for name in new if not (stage == "eval" and name.startswith("samples/"))}
         assert new <= left(stage) | {"prompts.jsonl"}, new
     output = study.folder / f"{stage} merged"
     shutil.copytree(base, output)
@@ -237,6 +278,7 @@ def shards(study: Shared, stage: str, base: Path) -> int:
 def left(stage: str) -> set[str]:
     """What a part of a stage is: its journal, and the file whose rows that notes."""
     name = {"generate": "said.jsonl", "ig": "attribute_ig", "relevance": "attribute_relevance"}
+    name["effect"] = "effect.csv"
     journal = f"{name.get(stage, stage)}.journal"
     return {journal, ROWS.get(journal, journal)}
 
@@ -280,9 +322,13 @@ def ends(study: Shared, base: Path) -> None:
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused([1, 1, 1], "another process is writing to", "wait for it", words, 3)
-    identify = study.words("identify", place)
-    refused([2, 2], "identify is the work of one process", "without torchrun", identify, 2)
+    identify = study.words("identify", place)  # done by the first process alone
+    refused([2, 2], "validated.csv does not exist", "relneuron record", identify, 2)
     assert files_of(place) == files_of(base)
+    shutil.rmtree(place)
+    place.mkdir()
+    assert study.ranks(study.words("prompts", place), 3) == [0, 0, 0], study.said()
+    assert study.said().count("->") == 1 and files_of(place) == files_of(base)
 
     def fail(rank: int, number: int) -> None:
         if rank and number == 2:
@@ -307,17 +353,23 @@ def main(*words: str) -> None:
         whole(study, "record", base, (2,))
         found = shares(study, base)
         ends(study, base)
-    for stage in STAGES if what == "shards" else ():
-        found[stage] = 0 if stage in ALONE else shards(study, stage, base)
-        base = whole(study, stage, base, ()) if stage in ALONE else folder / f"{stage} 1"
-    for stage in {"stages": STAGES, "run": ("run",)}.get(what, ()):
-        sizes = () if stage in ALONE else (2, 3, 4)
-        if n and sizes:
+    known = {"stages": STAGES, "others": OTHERS, "run": ("run",)}
+    known |= {"shards": STAGES, "other shards": OTHERS}
+    for stage in known.get(what, ()):
+        is_made = stage in ALONE or (stage == "record" and "other" in what)
+        found[stage] = 0
+        if is_made or (stage in WHOLE and "shards" in what):
+            base = whole(study, stage, base, ())
+        elif "shards" in what:
+            found[stage] = shards(study, stage, base)
+        elif n:
             found[stage] = killed(study, stage, base, n)
-            base = folder / f"{stage} 1"
         else:
-            base = whole(study, stage, base, sizes[: 1 if stage == "run" else 3])
-            found[stage] = len(sizes)
+            whole(study, stage, base, (2, 3, 4))
+            found[stage] = 3
+        base = folder / f"{stage} 1"
+        if stage == "prompts":
+            write_beside(folder, base / "prompts.jsonl")
     print(json.dumps(found))
 
 

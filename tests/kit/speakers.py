@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -124,3 +125,23 @@ def save(folder: Path, model: Any, tokenizer: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "Llama": {"intermediate_size": 24, "max_position_embeddings": 16},
+    "Bert": {"intermediate_size": 24, "max_position_embeddings": 16},
+}
+
+
+def classifier_folder(folder: Path, kind: str = "Llama", n_labels: int = 2, **more: Any) -> Path:
+    """A random classifier with a token a word."""
+    tokenizer = words(["a b c d"])
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), num_labels=n_labels, **_SIZES, **CLASSIFIERS[kind], **more
+    )
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return save(folder, model, tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,30 +10,12 @@ import transformers
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.classifier import load_classifier
-from tests.kit.speakers import save, words
+from tests.kit.speakers import CLASSIFIERS, classifier_folder, save, words
 
 TEXTS = ["a b c", "a", "c c a b a", "b", "a b", "b c a c b a c"]
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-KINDS: dict[str, dict[str, Any]] = {
-    "Llama": {"intermediate_size": 24, "max_position_embeddings": 16},
-    "Bert": {"intermediate_size": 24, "max_position_embeddings": 16},
-}
 
 
-def classifier_folder(folder: Path, kind: str = "Llama", n_labels: int = 2, **more: Any) -> Path:
-    """A random classifier with a token a word."""
-    tokenizer = words([*TEXTS, "d"])
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), num_labels=n_labels, **SIZES, **KINDS[kind], **more
-    )
-    torch.manual_seed(3)
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return save(folder, model, tokenizer)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("pad", [None, 0])
 def test_logits_are_those_of_each_text_alone(tmp_path: Path, kind: str, pad: int | None) -> None:
     folder = classifier_folder(tmp_path, kind, pad_token_id=pad)
@@ -83,7 +64,7 @@ def test_what_is_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(RelneuronError, match="gives (inf|-inf|nan)"):
         classifier.logits(["a"], 0, 100)
     # A language model has no weights that classify.
-    config = transformers.LlamaConfig(vocab_size=8, **SIZES, **KINDS["Llama"])
+    config = transformers.LlamaConfig(vocab_size=8, hidden_size=16, num_attention_heads=2)
     speaker = save(tmp_path / "b", transformers.LlamaForCausalLM(config), words(TEXTS))
     with pytest.raises(RelneuronError, match=r"lacks weights: score\.weight"):
         load_classifier(str(speaker), device="cpu")
