@@ -85,7 +85,7 @@ def report(plans: Sequence[Planned], options: DryOptions) -> Iterator[str | Prin
     rows = [_row(one, speed) for one in plans]
     if len(plans) > 1:
         rows.append(_total(plans, speed))
-    columns = ["stage", "batches", "tokens", "padded", "FLOP", "memory", "device", "disk", "time"]
+    columns = ["stage", "batches", "tokens", "FLOP", "memory", "device", "disk", "time"]
     keep = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     yield Printed([columns[i] for i in keep], [[row[i] for i in keep] for row in rows])
     first = next(one for one in plans if one.layers)
@@ -136,10 +136,9 @@ def _row(one: Planned, speed: Any) -> list[str]:
     has_work = bool(one.forwards)
     seconds = one.seconds(speed.flops_per_s, speed.bytes_per_s)
     return [
-        one.stage.replace(" ", "\u00a0"),  # which no table breaks
+        one.stage,
         f"{one.batches:,}" if has_work else "",
         _short(one.tokens + one.steps) if has_work else "",
-        _short(one.padded + one.steps) if has_work else "",
         _short(one.flops) if has_work else "",
         _short(one.memory, "B") if one.memory else "",
         _short(one.on_device, "B") if one.on_device else "",
@@ -156,7 +155,6 @@ def _total(plans: Sequence[Planned], speed: Any) -> list[str]:
         "in all",
         f"{sum(one.batches for one in plans):,}",
         _short(sum(one.tokens for one in plans) + steps),
-        _short(sum(one.padded for one in plans) + steps),
         _short(sum(one.flops for one in plans)),
         _short(max(one.memory for one in plans), "B"),
         _short(device, "B") if device else "",
