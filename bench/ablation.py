@@ -31,7 +31,8 @@ import torch
 
 from bench.rows import add_rows
 from relneuron.ablation.conditions import Ablation
-from relneuron.ablation.evaluate import Evaluator, How, Row
+from relneuron.ablation.evaluate import Evaluator, How
+from relneuron.ablation.said import Row
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape, random_neurons

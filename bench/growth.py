@@ -105,7 +105,7 @@ AXES = {
     "prompts": Axis("facts", World(facts=128), STUDY),
     "sentences": Axis("facts", World(facts=32), ("attribute",), ("prompts",)),
     "relations": Axis("relations", World(relations=8, facts=16), STUDY, (), ("ablate", "report")),
-    "conditions": Axis("conditions", World(conditions=64), ("ablate", "report"), ("prompts",)),
+    "conditions": Axis("conditions", World(conditions=256), ("ablate", "report"), ("prompts",)),
     "groups": Axis("groups", World(groups=16, texts=8), CORPUS, (), ("nll", "report nll")),
     "layers": Axis("layers", World(width=256), (*STUDY[1:4], "count")),
     "width": Axis("width", World(width=256), (*STUDY[1:4], "count")),

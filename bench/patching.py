@@ -35,9 +35,10 @@ from bench.ablation import race
 from bench.rows import add_rows
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.continuer import Continuer
-from relneuron.ablation.evaluate import Evaluator, How, Row
+from relneuron.ablation.evaluate import Evaluator, How
 from relneuron.ablation.exchange import PRODUCTS
 from relneuron.ablation.options import GenerateOptions
+from relneuron.ablation.said import Row
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape

@@ -177,7 +177,7 @@ MUTANTS = {
         "methods/gains/test_kinds.py::test_padding_changes_no_number[norms behind alone]",
     ),
     # methods/responses
-    "methods.responses.record: the first token is not excluded": Mutant(
+    "methods.responses.fill: the first token is not excluded": Mutant(
         "chosen & (rank > 1)",
         "chosen & (rank > 0)",
         "model/test_ask.py::test_pooling_takes_effective_tokens_on_either_side",
@@ -606,8 +606,8 @@ MUTANTS = {
         "artifact/test_journal.py::test_each_block_is_done_once_and_known_to_all[2]",
     ),
     "artifact.journal: what the others of a killed run have done is forgotten": Mutant(
-        "self.done = read_blocks(part, self._head)[0] | self.done",
-        "read_blocks(part, self._head)",
+        "self.done.read(part, self._head)",
+        "pass",
         "artifact/test_journal.py::test_another_number_goes_on[3-2]",
     ),
     "artifact.parts: the first part says how many tokens memory had room for": Mutant(
@@ -615,8 +615,8 @@ MUTANTS = {
         "budgets[0]",
         "artifact/test_parts.py::test_the_smallest_budget_stays",
     ),
-    "artifact.journal: the digest of a line is not compared": Mutant(
-        '_chained(last, text) != digest.decode(errors="replace")',
+    "artifact.blocks: the digest of a line is not compared": Mutant(
+        'chained(self.last, text) != digest.decode(errors="replace")',
         "not digest",
         "artifact/test_files.py::test_a_flipped_bit_of_a_journal_is_found_and_what_follows_done_again[0]",
     ),

@@ -6,10 +6,8 @@ accuracies (accuracy.csv) and, if asked for, the perplexity of neutral sentences
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,7 +24,7 @@ from relneuron.ablation.conditions import (
     read_sets,
     scores_beside,
 )
-from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.evaluate import Evaluator, How, same_ablation
 from relneuron.ablation.exchange import check_products, from_donor
 from relneuron.ablation.how import (
     SETS_BESIDE,
@@ -44,15 +42,19 @@ from relneuron.ablation.pictured import (
     first_inputs,
     pictured_inputs,
 )
+from relneuron.ablation.said import Row
+from relneuron.ablation.tables import Accuracy, Effect, check_format, table_pieces
 from relneuron.artifact.effects import (
-    CHOICE,
-    WRITTEN,
     conditions_bytes,
     own_languages,
     split_name,
 )
-from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, refuse_overwrite
-from relneuron.artifact.installed import need
+from relneuron.artifact.files import (
+    RelneuronError,
+    atomic_write,
+    csv_bytes,
+    refuse_overwrite,
+)
 from relneuron.artifact.journal import Journal, PartDone, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
@@ -86,16 +88,6 @@ def refuse_outputs(output: Path, force: bool) -> None:
     force = force or is_unfinished(output, "ablate")
     for path in (output, *(output.parent / name for name in BESIDE)):
         refuse_overwrite(path, force)
-
-
-def accuracy_rows(effects: Sequence[Sequence[Any]]) -> list[tuple[str, str, str, int, int, float]]:
-    """(condition, relation, split, n_prompts, n_correct, accuracy), in order of appearance."""
-    total: Counter[tuple[str, str, str]] = Counter()
-    correct: Counter[tuple[str, str, str]] = Counter()
-    for condition, relation, split, _, _, _, is_right, *_ in effects:
-        total[condition, relation, split] += 1
-        correct[condition, relation, split] += is_right
-    return [(*key, n, correct[key], correct[key] / n) for key, n in total.items()]
 
 
 def ablate_prompts(
@@ -222,7 +214,8 @@ def ablate_prompts(
         exchanged=exchanged,
     )
     asker = Asker(exchanged or model, tokenizer)
-    way = asking(asker, questions, options)
+    # Only an MLP's neurons leave what comes before it as it is, and no other model's products do.
+    way = asking(asker, questions, options, () if exchanged else mlps)
     first_prompt = first_inputs(questions, asker.pad)
     check_canary(model, mlps, first_prompt, backend)
     if exchanged:
@@ -242,35 +235,40 @@ def ablate_prompts(
         scored = _scored(plan, texts, how)
         bar = progress_bar(way.n_rows(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
-            nll = {}
+            nll: Mapping[Row, float] = {}
             if texts:
                 lengths, score = [len(ids) for ids in texts.ids], partial(asker.score, texts)
                 with suppress(PartDone):  # it ends with the answers
                     nll = evaluator.run("sentences", scored, lengths, score, bar.update)
             answers = way.answers(evaluator, rows, bar.update)
         first = same_ablation(plan, how)
-        effects: list[tuple[Any, ...]] = []
-        for place, ablation in enumerate(plan):
-            condition = ablation.condition.name
-            for row in ablation.prompts:
-                p, (said, logprob, which, *choice) = prompts[row], answers[Row(first[place], row)]
-                given = given_object(said, p.objects, way.is_right)
-                values = (said, given, int(bool(given)), p.objects[which], logprob)
-                chosen = ("" if k < 0 else p.options[k] for k in choice)
-                about = (condition, p.relation, split_name(p, own), p.id)
-                effects.append((*about, *values, *chosen))
-        accuracy = accuracy_rows(effects)
+
+        def asked_of() -> Iterator[Effect]:
+            for place, ablation in enumerate(plan):
+                condition = ablation.condition.name
+                for row in ablation.prompts:
+                    said, logprob, which, *choice = answers[Row(first[place], row)]
+                    p = prompts[row]
+                    given = given_object(said, p.objects, way.is_right)
+                    values = (said, given, int(bool(given)), p.objects[which], logprob)
+                    chosen = ("" if k < 0 else p.options[k] for k in choice)
+                    about = (condition, p.relation, split_name(p, own), p.id)
+                    yield (*about, *values, *chosen)
+
+        accuracy = Accuracy()
+        effects = accuracy.count(asked_of())
         if ranks.rank:
-            return accuracy
-        columns = ("condition", "relation", "split", "n_prompts", "n_correct", "accuracy")
-        written = {
-            output: _table_bytes(output, effects),
-            output.parent / "accuracy.csv": csv_bytes(columns, accuracy),
-            output.parent / "conditions.csv": conditions_bytes(a.condition for a in plan),
+            for _ in effects:
+                pass
+            return accuracy.rows()
+        written: dict[Path, Iterable[bytes]] = {
+            output: table_pieces(output, effects),
+            output.parent / "accuracy.csv": accuracy.pieces(),
+            output.parent / "conditions.csv": [conditions_bytes(a.condition for a in plan)],
         }
         if texts:
             table = _perplexity_rows(plan, texts, nll, first)
-            written[output.parent / "perplexity.csv"] = csv_bytes(PERPLEXITY, table)
+            written[output.parent / "perplexity.csv"] = [csv_bytes(PERPLEXITY, table)]
         # The output comes first: if this is killed, it says that the others are not finished.
         for file, data in written.items():
             atomic_write(file, data)
@@ -291,7 +289,7 @@ def ablate_prompts(
             reads=[neurons_path, prompts_path, *beside.values()],
             conditions=len(plan),
             prompts=len(prompts),
-            answers=len(effects),
+            answers=accuracy.n_effects,
             answering=way.described,
             random_set_size=set_size,
             commands=command(
@@ -302,7 +300,7 @@ def ablate_prompts(
             ),
         )
         journal.remove()
-    return accuracy
+    return accuracy.rows()
 
 
 def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
@@ -352,24 +350,3 @@ def _perplexity_rows(
         for row in _sentences_of(a, texts)
         for p in [texts.prompts[row]]
     ]
-
-
-def check_format(output: Path) -> None:
-    """Refuse a table format that cannot be written, before any prompt is asked."""
-    if output.suffix not in (".csv", ".parquet"):
-        raise RelneuronError(f"{output} is neither .csv nor .parquet", "choose one of the two", 2)
-    if output.suffix == ".parquet":
-        need("writing .parquet", "pyarrow", otherwise=", or write .csv")
-
-
-def _table_bytes(path: Path, effects: list[tuple[Any, ...]]) -> bytes:
-    names = (*WRITTEN, CHOICE)[: len(effects[0])]
-    if path.suffix == ".csv":
-        return csv_bytes(names, effects)
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = dict(zip(names, map(list, zip(*effects, strict=True)), strict=True))
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
-    return sink.getvalue()

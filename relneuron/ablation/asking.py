@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from relneuron.ablation.evaluate import Ask, Evaluator, Row
+from relneuron.ablation.evaluate import Ask, Evaluator
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import alone
+from relneuron.ablation.said import Row, Said
 from relneuron.artifact.files import fold
+from relneuron.model.alike import find_alike, may_share
 from relneuron.model.ask import Asker
 from relneuron.model.choose import Chooser, choose, encode_options, right_places
 from relneuron.model.converse import Step
+from relneuron.model.mlps.shape import Part
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, begins_with, is_correct
 
 # Of each row: what is said, log p of a right answer, which of them, and the option chosen, if any.
-Answers = dict[Row, tuple[Any, ...]]
+Answers = Mapping[Row, Sequence[Any]]
 
 
 class Greedy:
     """Greedy tokens: two of them, or as many as `options.generate` says."""
 
-    def __init__(self, asker: Asker, questions: Questions, options: AblateOptions) -> None:
+    def __init__(
+        self, asker: Asker, questions: Questions, options: AblateOptions, mlps: Sequence[Part]
+    ) -> None:
         self.questions, self.options = questions, options
         self._n_tokens = options.generate or N_ANSWER_TOKENS
         self._forced = options.generate is None and asker.forces_exactly(questions)
         self._asker = asker
         self.described = f"{self._n_tokens} greedy tokens"
         self.described += ", teacher-forced" if self._forced else ""
+        # Rows of one prompt stand together whether or not what they share is computed once: every
+        # process plans the same batches.
+        self._by_prompt = self._forced and bool(mlps) and may_share(asker.model, mlps)
+        if self._by_prompt:
+            asker.alike = find_alike(asker.model, mlps, max(questions.ids, key=len))
+        # Under most conditions a prompt's answer is one that was given before.
+        self._is_right: dict[tuple[str, str], bool] = {}
 
     def n_rows(self, rows: Sequence[Row]) -> int:
         return len(rows)
 
     def is_right(self, said: str, name: str) -> bool:
+        key = (said, name)
+        if key not in self._is_right:
+            self._is_right[key] = self._gives(said, name)
+        return self._is_right[key]
+
+    def _gives(self, said: str, name: str) -> bool:
         if self.options.generate is not None:
             return begins_with(said, name)
         prefix = self.options.accept_object_prefix
@@ -45,7 +63,14 @@ class Greedy:
         lengths = [len(ids) + 1 for ids in self.questions.ids]
         beside = alone(self.questions)
         return evaluator.run(
-            "answers", rows, lengths, self._ask, advance, self.options.positions, beside
+            "answers",
+            rows,
+            lengths,
+            self._ask,
+            advance,
+            self.options.positions,
+            beside,
+            self._by_prompt,
         )
 
     def _ask(self, rows: list[int], mark: Callable[[Step], None]) -> list[Any]:
@@ -87,13 +112,14 @@ class Choosing:
         asked = [Row(row.condition, k) for row in rows for k in self._options.rows_of(row.prompt)]
         ask: Ask = partial(self._chooser.likelihoods, self._options)
         found = evaluator.run("options", asked, lengths, ask, advance, self.positions)
-        return {
-            row: self._answer(
+        answers = (
+            self._answer(
                 row.prompt,
                 [found[Row(row.condition, k)] for k in self._options.rows_of(row.prompt)],
             )
             for row in rows
-        }
+        )
+        return Said(([row] for row in rows), ([answer] for answer in answers))
 
     def _answer(self, prompt: int, likelihoods: list[float]) -> tuple[Any, ...]:
         p = self.prompts[prompt]
@@ -103,7 +129,10 @@ class Choosing:
         return p.options[chosen], likelihoods[best], which, chosen
 
 
-def asking(asker: Asker, questions: Questions, options: AblateOptions) -> Greedy | Choosing:
-    """The way to answer that the options ask for."""
-    kind: type[Greedy | Choosing] = Choosing if options.choose else Greedy
-    return kind(asker, questions, options)
+def asking(
+    asker: Asker, questions: Questions, options: AblateOptions, mlps: Sequence[Part] = ()
+) -> Greedy | Choosing:
+    """The way to answer that the options ask for; without `mlps` nothing is shared by rows."""
+    if options.choose:
+        return Choosing(asker, questions, options)
+    return Greedy(asker, questions, options, mlps)

@@ -53,8 +53,9 @@ def ablate(
           -o halved/effects.csv --mode scale --factor 0.5 --analyses sizes \\
           --sizes 10,50,200
     """
-    from relneuron.ablation.ablate import ablate_prompts, check_format, refuse_outputs
+    from relneuron.ablation.ablate import ablate_prompts, refuse_outputs
     from relneuron.ablation.pictured import processor_for
+    from relneuron.ablation.tables import check_format
     from relneuron.model.instrument import Clock
 
     refuse_outputs(output, force)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from itertools import chain, groupby, pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.exchange import puts_of
 from relneuron.ablation.options import DONOR
+from relneuron.ablation.said import Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
+from relneuron.model.alike import LEAST_ROWS
 from relneuron.model.batches import Budget, cut
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
@@ -45,13 +47,6 @@ class Answering(Protocol):
 
     @property
     def device(self) -> torch.device: ...
-
-
-class Row(NamedTuple):
-    """One condition (its place in the plan) and one prompt."""
-
-    condition: int
-    prompt: int
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,14 @@ def plan_rows(
     batch_tokens: int,
     n_conditions: int,
     alone: Callable[[int], int] = _anyone,
+    by_prompt: bool = False,
 ) -> Iterator[tuple[range, list[Row]]]:
     """Batches of rows of about the same length, at most `batch_tokens` with padding.
 
     Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
     which wave it belongs to. Within a batch rows stand by condition. Only rows of prompts for which
-    `alone` says the same share a batch: those of one prompt with pictures.
+    `alone` says the same share a batch: those of one prompt with pictures. With `by_prompt` rows
+    of one prompt stand together, each with as much padding as without (model/alike.py).
     """
     waves: dict[int, list[Row]] = {}
     for row in rows:
@@ -103,8 +100,29 @@ def plan_rows(
         wave = range(number * n_conditions, (number + 1) * n_conditions)
         members.sort(key=lambda r: (alone(r.prompt), lengths[r.prompt], r.condition, r.prompt))
         for _, some in groupby(members, lambda row: alone(row.prompt)):
-            for batch in cut(some, lambda row: lengths[row.prompt], batch_tokens):
+            batches = cut(some, lambda row: lengths[row.prompt], batch_tokens)
+            for batch in _by_prompt(batches, lengths) if by_prompt else batches:
                 yield wave, sorted(batch)
+
+
+def _by_prompt(batches: Sequence[list[Row]], lengths: Sequence[int]) -> Iterator[list[Row]]:
+    """The rows of all batches of one length, by prompt, in as many batches of about one size.
+
+    Batches with padding, and small ones, stay as they are: so are the bits of their answers.
+    """
+
+    def length_of(batch: list[Row]) -> int:
+        found = {lengths[row.prompt] for row in batch}
+        return found.pop() if len(found) == 1 and len(batch) >= LEAST_ROWS else 0
+
+    for length, some in groupby(batches, length_of):
+        same = list(some)
+        if not length:
+            yield from same
+            continue
+        rows = sorted(chain(*same), key=lambda row: (row.prompt, row.condition))
+        ends = [len(rows) * k // len(same) for k in range(len(same) + 1)]
+        yield from (rows[a:b] for a, b in pairwise(ends))
 
 
 def wave_states(
@@ -174,14 +192,18 @@ class Evaluator:
         advance: Callable[[int], object],
         positions: str = "all",
         alone: Callable[[int], int] = _anyone,
-    ) -> dict[Row, Any]:
+        by_prompt: bool = False,
+    ) -> Said:
         """What `ask(prompts, before_step)` says of each row; `what` names the rows' batches.
 
-        At the tokens `positions` (all, prompt, last) the neurons are off.
+        At the tokens `positions` (all, prompt, last) the neurons are off. `by_prompt`: as
+        `plan_rows`.
         """
         states: list[LayerState] = []
         current = range(0)
-        batches = list(plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone))
+        batches = list(
+            plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone, by_prompt)
+        )
         for number, (wave, batch) in enumerate(batches):
             key = f"{what} {number}"
             if self.journal.takes(key):
@@ -193,10 +215,8 @@ class Evaluator:
                 self.journal.add(key, said)
             advance(len(batch))
         self.journal.together()
-        found: dict[Row, Any] = {}
-        for number, (_, batch) in enumerate(batches):
-            found.update(zip(batch, self.journal.done[f"{what} {number}"], strict=True))
-        return found
+        done = (self.journal.done[f"{what} {number}"] for number in range(len(batches)))
+        return Said((batch for _, batch in batches), done)
 
     def _begin(self, wave: range) -> list[LayerState]:
         """What a patch does under the conditions of a wave; an exchanged model is told it."""

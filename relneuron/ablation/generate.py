@@ -20,7 +20,7 @@ from relneuron.ablation.conditions import (
     read_sets,
 )
 from relneuron.ablation.continuer import Continuer
-from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.evaluate import Evaluator, How, same_ablation
 from relneuron.ablation.exchange import (
     FromMeans,
     check_products,
@@ -40,6 +40,7 @@ from relneuron.ablation.outputs import (
     score_rows,
 )
 from relneuron.ablation.pictured import alone, find_for, first_inputs, pictured_inputs
+from relneuron.ablation.said import Row
 from relneuron.ablation.steer import steering_patch
 from relneuron.artifact.counts import NAME
 from relneuron.artifact.files import (

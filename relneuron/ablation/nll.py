@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets
-from relneuron.ablation.evaluate import Evaluator, How, Row, same_ablation
+from relneuron.ablation.evaluate import Evaluator, How, same_ablation
 from relneuron.ablation.options import CLEAN, NllOptions
+from relneuron.ablation.said import Row
 from relneuron.ablation.windows import Scorer, Texts, read_texts
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,24 @@ def off(ffn: Iterable[int] = (), attention: Iterable[int] = ()) -> Off:
     """An Off of places, each once."""
     both = (np.array(sorted(set(places)), np.int64) for places in (ffn, attention))
     return Off(*both)
+
+
+class Planned(Sequence[Off]):
+    """The sets of a condition's N sentences, each made when it is asked for.
+
+    They are of places that the model has: what makes them takes them from it.
+    """
+
+    def __init__(self, n: int, make: Callable[[int], Off]) -> None:
+        self._n, self._make = n, make
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, sentence: Any) -> Any:
+        if not 0 <= sentence < self._n:
+            raise IndexError(sentence)
+        return self._make(sentence)
 
 
 def head_places(heads: Iterable[int], head_dim: int) -> list[int]:
@@ -153,25 +171,25 @@ def intervene(
             f"{len(targets)} and {sorted({len(offs) for offs in conditions})}"
         )
     for offs in conditions:
-        for one in offs:
+        for one in () if isinstance(offs, Planned) else offs:
             _check_places(residual, one)
     found = np.zeros((3, len(conditions), n))
-    rows = sorted(
-        ((c, s) for c in range(len(conditions)) for s in range(n)), key=lambda row: len(ids[row[1]])
-    )
+    lengths = [len(line) for line in ids]
+    # Row c * N + s is sentence s under condition c.
+    rows = np.argsort(np.tile(lengths, len(conditions)), kind="stable").tolist()
     if residual.unembed.is_cpu:
         batch_tokens = min(batch_tokens, CPU_TOKENS)
     budget = budget or Budget(batch_tokens, what=SENTENCES)
 
-    def length(row: tuple[int, int]) -> int:
-        return len(ids[row[1]])
+    def length(row: int) -> int:
+        return lengths[row % n]
 
-    def ask(part: list[tuple[int, int]]) -> list[list[float]]:
+    def ask(part: list[int]) -> list[list[float]]:
         return _ask(
             residual,
-            [ids[s] for _, s in part],
-            [targets[s] for _, s in part],
-            [conditions[c][s] for c, s in part],
+            [ids[row % n] for row in part],
+            [targets[row % n] for row in part],
+            [conditions[row // n][row % n] for row in part],
         )
 
     batches = cut(rows, length, batch_tokens)
@@ -179,8 +197,8 @@ def intervene(
         journal, "intervene", batches, lambda batch: budget.run(batch, length, ask), advance
     )
     for batch, answers in zip(batches, said, strict=True):
-        for (c, s), values in zip(batch, answers, strict=True):
-            found[:, c, s] = values
+        places = np.array(batch)
+        found[:, places // n, places % n] = np.array(answers).T
     return Answered(found[0].astype(np.int64), found[1], found[2])
 
 

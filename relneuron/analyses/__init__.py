@@ -28,7 +28,7 @@ what is not defined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from relneuron.analyses.answers import (
     ResilienceTest,
@@ -77,6 +77,16 @@ __all__ = [
 ]
 
 
+# Sets that are each compared with all others, whoever they are of. Of more sets only those of the
+# relations that were asked are: nothing says what the others do to their own.
+MOST_SETS = 200
+
+
+def compared(sets: Mapping[str, Sequence[Neuron]], grid: Grid) -> Collection[str] | None:
+    """The sets that `overlap` compares with all others; None: all of them."""
+    return None if len(sets) <= MOST_SETS else {*grid.relations}
+
+
 def run_all(
     grids: Mapping[str, Grid],
     sets: Mapping[str, Sequence[Neuron]],
@@ -98,7 +108,7 @@ def run_all(
     tables = {
         "accuracy": accuracy(grids),
         "drop": drop_table(grid),
-        "overlap": overlap(sets, n_neurons),
+        "overlap": overlap(sets, n_neurons, compared(sets, grid)),
         "versatility": versatility(sets),
         "interference": interference(grid, prompts),
         "sizes": sizes(grid),

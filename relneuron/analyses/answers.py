@@ -35,12 +35,14 @@ ARTICLE = re.compile(r"[\W_]*(the|an?)?[\W_]*")
 def interference(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
     """The answers that are wrong clean and right with another relation's set off."""
     rows: list[Row] = []
+    sets = sets_off(grid)
     for relation in relations(grid):
-        for off, name in sets_off(grid).items():
+        places = asked(grid, relation)
+        wrong = places[grid.correct["clean"][places] == 0]
+        for off, name in sets.items():
             if off == relation:
                 continue
-            mended = (grid.correct["clean"] == 0) & (grid.correct[name] == 1)
-            for i in np.flatnonzero(asked(grid, relation) & mended).tolist():
+            for i in wrong[grid.correct[name][wrong] == 1].tolist():
                 prompt = prompts[grid.ids[i]]
                 answers = grid.prediction["clean"][i], grid.prediction[name][i]
                 facts = prompt.id, prompt.subject, prompt.right
@@ -50,8 +52,9 @@ def interference(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
 
 def _places(grid: Grid, relation: str, off: str, after: int) -> list[int]:
     """The relation's prompts that are right clean and `after` (1, 0) with `off` off."""
-    found = (grid.correct["clean"] == 1) & (grid.correct[off] == after)
-    places: list[int] = np.flatnonzero(asked(grid, relation) & found).tolist()
+    rows = asked(grid, relation)
+    found = (grid.correct["clean"][rows] == 1) & (grid.correct[off][rows] == after)
+    places: list[int] = rows[found].tolist()
     return places
 
 

@@ -5,6 +5,7 @@ analyses/page.py puts them between those of analyses/sections.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -63,12 +64,19 @@ def overlap(study: Study) -> Section:
     table = study.tables["overlap"]
     question = "How many neurons do two relations share, and do they break each other for it?"
     title = "What the sets share"
-    names, shared = list(study.sets), [int(n) for n in table.floats("shared")]
-    pairs = [i for i in range(len(shared)) if i // len(names) < i % len(names)]
-    if not any(study.sets.values()) or not pairs:
+    shared, place_of = table.floats("shared"), {name: i for i, name in enumerate(study.sets)}
+    compared = dict.fromkeys(map(str, table.column("relation")))
+    own, other = (
+        np.array([place_of[str(name)] for name in table.column(key)], np.int64)
+        for key in ("relation", "other")
+    )
+    # A pair of two sets of which each is compared with all stands there twice.
+    is_twin = np.isin(other, [place_of[name] for name in compared])
+    pairs = np.flatnonzero((own < other) | (~is_twin & (own != other)))
+    if not any(study.sets.values()) or not pairs.size:
         return Section("overlap", title, question, ["There are no two sets to compare."])
-    if most := max(shared[i] for i in pairs):
-        place = next(i for i in pairs if shared[i] == most)
+    if most := int(shared[pairs].max()):
+        place = int(pairs[np.argmax(shared[pairs])])
         a, b = (label(str(table.column(name)[place])) for name in ("relation", "other"))
         chance = table.floats("expected")[pairs]
         beyond = int((table.floats("q_value")[pairs] <= kit.SURE).sum())
@@ -86,17 +94,20 @@ def overlap(study: Study) -> Section:
             f"{significant(effect.rho, 2)} (p = {significant(effect.p_value, 2)}, "
             f"{n_of(effect.n_pairs, 'pair')})."
         )
-    return Section(
-        "overlap",
-        title,
-        question,
-        seen,
+    how = (
         "Number of neurons that two sets have in common; the frames hold the sizes of the sets. "
         "Bold: more than two random sets would share (hypergeometric test, Benjamini–Hochberg over "
-        f"the pairs, q ≤ {kit.SURE}).",
-        [figures.overlap_heatmap(table)],
-        [("overlap", table)],
+        f"the pairs, q ≤ {kit.SURE})."
     )
+    drawn = table
+    if len(compared) < len(study.sets):
+        seen.append(
+            f"Of {len(study.sets):,} sets those of the {n_of(len(compared), 'relation')} that were "
+            "asked are compared, each with all others; drawn: with each other."
+        )
+        drawn = table._replace(rows=[row for row in table.rows if row[1] in compared])
+    drawings = [figures.overlap_heatmap(drawn)] if len(compared) > 1 else []
+    return Section("overlap", title, question, seen, how, drawings, [("overlap", table)])
 
 
 def versatility(study: Study) -> Section:
@@ -154,8 +165,9 @@ def site_counts(
     """Chosen neurons per set, site and layer: (R, S, L)."""
     count = np.zeros((len(sets), len(sites), n_layers), dtype=np.int64)
     for r, neurons in enumerate(sets):
-        for layer, site, _ in neurons:
-            count[r, sites.index(site), layer] += 1
+        times = Counter((layer, site) for layer, site, _ in neurons)
+        for (layer, site), n in times.items():
+            count[r, sites.index(site), layer] = n
     return count
 
 
@@ -179,10 +191,10 @@ def selection_table(study: Study, count: NDArray[np.int64]) -> Table:
         *("best_score", "score_at_cut", "ties_at_cut", "perfect"),
     ]
     rows: list[list[Cell]] = []
-    sets = study.neurons.sets.items()
+    sets, cuts = study.neurons.sets.items(), _cuts(study)
+    det = Counter(p.relation for p in study.prompts.values() if p.split == "det")
     for (name, chosen), by_site in zip(sets, count.sum(axis=2).tolist(), strict=True):
-        n_prompts = sum(p.relation == name and p.split == "det" for p in study.prompts.values())
-        cut = _cuts(study).get(name, {})
+        n_prompts, cut = det[name], cuts.get(name, {})
         right, *ties = (cut.get(key, 0) for key in ("positives", "ties_at_cut", "perfect"))
         ends = [chosen[0][3], chosen[-1][3]] if chosen else [np.nan, np.nan]
         rows.append([name, n_prompts, right, sum(by_site), *by_site, *ends, *ties])

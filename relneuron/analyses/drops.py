@@ -11,7 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from relneuron.analyses.outcomes import (
+    Mean,
     Row,
+    conditions_by_relation,
+    effects,
     filled_sets,
     known,
     mean_of,
@@ -66,23 +69,32 @@ def accuracy(grids: Mapping[str, Grid]) -> Table:
     """
     rows: list[Row] = []
     for grid in grids.values():
-        found = [_accuracy_row(grid, relation) for relation in relations(grid)]
-        rows += with_q(ACCURACY, found)
+        rows += with_q(ACCURACY, _accuracy_rows(grid))
     return Table("Accuracy before and after", ACCURACY, rows)
 
 
-def _accuracy_row(grid: Grid, relation: str) -> Row:
-    sets = sets_off(grid)
-    clean, own = (outcomes(grid, relation, name) for name in ("clean", sets.get(relation)))
-    ends = own.intervals()
-    others, random, matched = (
-        mean_of(outcomes(grid, relation, name) for name in names)
-        for names in (
-            [name for other, name in sets.items() if other != relation],
-            [condition.name for condition in grid.of_kind("random")],
-            [c.name for c in grid.of_kind("matched") if c.relation == relation],
+def _accuracy_rows(grid: Grid) -> list[Row]:
+    sets, matched = sets_off(grid), conditions_by_relation(grid, "matched")
+    place = {name: i for i, name in enumerate(grid.relations)}
+    others = effects(grid, sets.values())
+    random = effects(grid, [condition.name for condition in grid.of_kind("random")])
+    rows = []
+    for relation in relations(grid):
+        i, foreign = place[relation], [other != relation for other in sets]
+        drawn = effects(grid, [condition.name for condition in matched.get(relation, ())])
+        means = (
+            mean_of(others.after[i, foreign], others.drop[i, foreign]),
+            *(mean_of(found.after[i], found.drop[i]) for found in (random, drawn)),
         )
-    )
+        rows.append(_accuracy_row(grid, relation, sets.get(relation), *means))
+    return rows
+
+
+def _accuracy_row(
+    grid: Grid, relation: str, off: str | None, others: Mean, random: Mean, matched: Mean
+) -> Row:
+    clean, own = (outcomes(grid, relation, name) for name in ("clean", off))
+    ends = own.intervals()
     return [
         *(grid.split, relation, clean.n),
         *shares(clean.before, *clean.intervals().before),
@@ -102,8 +114,9 @@ def drop_table(grid: Grid) -> Table:
     q over the whole matrix.
     """
     rows: list[Row] = []
+    sets = sets_off(grid)
     for relation in relations(grid):
-        for off, condition in sets_off(grid).items():
+        for off, condition in sets.items():
             found = outcomes(grid, relation, condition)
             rows.append(
                 [
@@ -146,16 +159,17 @@ def random_sets(grid: Grid) -> list[str]:
 def drop_matrix(grid: Grid, names: Collection[str], conditions: Collection[str]) -> Array:
     """(R, C): the drop of every relation of `names` under every condition (see `drop_table`)."""
     measured = [name if name in grid.conditions else None for name in conditions]
-    drops = [outcomes(grid, name, condition).drop for name in names for condition in measured]
-    return np.array(drops, np.float64).reshape(len(names), len(conditions))
+    place = {name: i for i, name in enumerate(grid.relations)}
+    found = effects(grid, measured).drop
+    return np.stack([found[place[name]] for name in names]) if names else found[:0]
 
 
 def sites(grid: Grid) -> Table:
     """Types of neurons: the best neurons of one site alone off, and the own set of all sites."""
     rows: list[Row] = []
-    off = sets_off(grid)
+    off, alone = sets_off(grid), conditions_by_relation(grid, "site")
     for relation in relations(grid):
-        found = {c.site: c for c in grid.of_kind("site") if c.relation == relation}
+        found = {c.site: c for c in alone.get(relation, ())}
         if not found:
             continue
         if relation in off:
@@ -171,10 +185,10 @@ def sites(grid: Grid) -> Table:
 def modules(grid: Grid) -> Table:
     """Of a relation's set the neurons in some modules off (MMNeuron, arXiv 2406.11193)."""
     rows: list[Row] = []
+    parts = conditions_by_relation(grid, "modules")
     for relation in relations(grid):
-        for condition in grid.of_kind("modules"):
-            if condition.relation == relation:
-                own = outcomes(grid, relation, condition.name)
-                measured = shares(own.before, own.after, *own.intervals().after, own.drop)
-                rows.append([relation, condition.site, condition.n_neurons, *measured])
+        for condition in parts.get(relation, ()):
+            own = outcomes(grid, relation, condition.name)
+            measured = shares(own.before, own.after, *own.intervals().after, own.drop)
+            rows.append([relation, condition.site, condition.n_neurons, *measured])
     return Table("Effects by set of modules", MODULE_COLUMNS, rows)

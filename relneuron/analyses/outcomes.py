@@ -5,7 +5,7 @@ Every analysis of a grid starts here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,8 @@ from relneuron.analyses.uncertainty import (
     q_values,
     sign_flip_p,
 )
-from relneuron.artifact.effects import NOT_ASKED, Grid
-from relneuron.report.tables import Share, Spread, spread
+from relneuron.artifact.effects import NOT_ASKED, Condition, Grid
+from relneuron.report.tables import Array, Share, Spread, spread
 
 Row = list[str | float]
 
@@ -89,6 +89,14 @@ def sets_off(grid: Grid) -> dict[str, str]:
     return {condition.relation: condition.name for condition in grid.of_kind("set")}
 
 
+def conditions_by_relation(grid: Grid, kind: str) -> dict[str, list[Condition]]:
+    """The conditions of a kind, in their order, by whose neurons they switch off."""
+    found: dict[str, list[Condition]] = {}
+    for condition in grid.of_kind(kind):
+        found.setdefault(condition.relation, []).append(condition)
+    return found
+
+
 def filled_sets(grid: Grid) -> dict[str, str]:
     """`sets_off` of the sets that have neurons: another one switches nothing off."""
     return {name: off for name, off in sets_off(grid).items() if grid.conditions[off].n_neurons}
@@ -96,9 +104,9 @@ def filled_sets(grid: Grid) -> dict[str, str]:
 
 def relations(grid: Grid) -> list[str]:
     """The relations asked: those with a set in the order of the sets, then the others."""
-    asked = grid.relations
-    with_set = [name for name in sets_off(grid) if name in asked]
-    return with_set + [name for name in asked if name not in with_set]
+    asked = dict.fromkeys(grid.relations)
+    with_set = {name: None for name in sets_off(grid) if name in asked}
+    return [*with_set, *(name for name in asked if name not in with_set)]
 
 
 def own_sets(grid: Grid) -> dict[str, str]:
@@ -107,11 +115,11 @@ def own_sets(grid: Grid) -> dict[str, str]:
     return {name: off[name] for name in relations(grid) if name in off}
 
 
-def asked(grid: Grid, relation: str, *conditions: str) -> NDArray[np.bool_]:
-    """(N,): the prompts of a relation that were asked under all of `conditions`."""
-    rows: NDArray[np.bool_] = grid.relation == relation
+def asked(grid: Grid, relation: str, *conditions: str) -> NDArray[np.int64]:
+    """The places, ascending, of a relation's prompts that were asked under all of `conditions`."""
+    rows = grid.rows(relation)
     for condition in conditions:
-        rows = rows & (grid.correct[condition] != NOT_ASKED)
+        rows = rows[grid.correct[condition][rows] != NOT_ASKED]
     return rows
 
 
@@ -129,10 +137,11 @@ def outcomes(grid: Grid, relation: str, condition: str | None) -> Outcomes:
 
 def by_fact(facts: Counts, before: NDArray[np.int8], after: NDArray[np.int8]) -> Counts:
     """(F, 3): the prompts of each fact that was asked, those right before, those right after."""
-    n = np.bincount(facts)
+    # The facts of a relation may be the last ones of very many.
+    _, place, n = np.unique(facts, return_inverse=True, return_counts=True)
     # Sums of zeros and ones: exact as floats.
-    right = [np.bincount(facts, one, len(n)).astype(np.int64) for one in (before, after)]
-    return np.stack([n, *right], axis=1)[n > 0]
+    right = [np.bincount(place, one, len(n)).astype(np.int64) for one in (before, after)]
+    return np.stack([n, *right], axis=1)
 
 
 def known(grid: Grid) -> list[str]:
@@ -149,16 +158,43 @@ class Mean(NamedTuple):
     drop: Spread
 
 
-def mean_of(found: Iterable[Outcomes]) -> Mean:
-    pairs = np.array([(one.after, one.drop) for one in found]).reshape(-1, 2)
-    return Mean(spread(pairs[:, 0]), spread(pairs[:, 1]))
+def mean_of(after: Array, drop: Array) -> Mean:
+    return Mean(spread(after), spread(drop))
+
+
+class Effects(NamedTuple):
+    """`Outcomes.after` and `Outcomes.drop` of all relations under some conditions, (R, C) both."""
+
+    after: Array
+    drop: Array
+
+
+def effects(grid: Grid, conditions: Collection[str | None]) -> Effects:
+    """What conditions do to every relation of `grid.relations`; None was not measured: NaN.
+
+    All relations at once: of many of them, under as many sets, `outcomes` of each would take long.
+    """
+    n_relations, clean = len(grid.relations), grid.correct["clean"]
+    # By what an answer was before and is after: wrong, gained, lost, kept.
+    tally = np.zeros((n_relations, len(conditions), 4), np.int64)
+    for place, condition in enumerate(conditions):
+        if condition is not None:
+            after = grid.correct[condition]
+            rows = np.flatnonzero(after != NOT_ASKED)
+            kind = 4 * grid.numbers[rows] + 2 * clean[rows] + after[rows]
+            tally[:, place] = np.bincount(kind, minlength=4 * n_relations).reshape(-1, 4)
+    _, gained, lost, kept = np.moveaxis(tally, 2, 0)
+    n = tally.sum(2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        was, now = np.where(n > 0, [kept + lost, kept + gained] / n, NAN)
+        return Effects(now, np.where(kept + lost > 0, (was - now) / was, NAN))
 
 
 def others_under(grid: Grid, relation: str, condition: str) -> Mean:
     """Unweighted means over the other relations with the condition's neurons off."""
-    return mean_of(
-        outcomes(grid, other, condition) for other in grid.relations if other != relation
-    )
+    found = effects(grid, [condition])
+    others = [i for i, name in enumerate(grid.relations) if name != relation]
+    return mean_of(found.after[others, 0], found.drop[others, 0])
 
 
 def shares(*values: float) -> list[Share]:

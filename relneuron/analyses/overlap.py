@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import permutations, product
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.analyses.outcomes import Row, outcomes, sets_off, with_q
+from relneuron.analyses.outcomes import Row, effects, sets_off, with_q
 from relneuron.analyses.uncertainty import NAN, overlap_p, overlap_ps, q_values, spearman
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.neurons import Neuron
@@ -32,41 +32,56 @@ def _shared(a: Sequence[Neuron], b: Sequence[Neuron], n_neurons: int) -> list[fl
     return [shared, Share(shared / len(a) if a else NAN), len(a) * len(b) / n_neurons]
 
 
-def overlap(sets: Sets, n_neurons: int) -> Table:
+def overlap(sets: Sets, n_neurons: int, of: Collection[str] | None = None) -> Table:
     """How many neurons every two sets share, and the chance that random sets share as many.
 
     `n_neurons` the model has. p is hypergeometric, q over the pairs; NaN for a set with itself.
+    `of`: names of sets, each of which is compared with all; without it all are.
     """
-    names, shared = list(sets), shared_counts(sets)
+    names = list(sets)
+    own = [i for i, name in enumerate(names) if of is None or name in of]
+    shared = shared_counts(sets, own)
     size = np.array([len(sets[name]) for name in names], np.int64)
-    first, second = np.triu_indices(len(names), 1)
+    # A pair of two such sets is one test, and has two rows.
+    twin = np.full(len(names), -1, np.int64)
+    twin[own] = range(len(own))
+    is_tested = (twin < 0) | (twin > np.arange(len(own))[:, None])
+    first, second = np.nonzero(is_tested)
     p = np.full(shared.shape, NAN)
-    p[first, second] = overlap_ps(
-        np.stack([shared[first, second], size[first], size[second]], axis=1), n_neurons
-    )
+    pairs = np.stack([shared[first, second], size[own][first], size[second]], axis=1)
+    p[first, second] = overlap_ps(pairs, n_neurons)
     q = np.full(shared.shape, NAN)
     q[first, second] = q_values(p[first, second])
+    both = twin[second] >= 0
+    here, there = (first[both], second[both]), (twin[second[both]], np.array(own, int)[first[both]])
     for tests in (p, q):
-        tests[second, first] = tests[first, second]
+        tests[there] = tests[here]
     rows: list[Row] = []
-    for i, j in product(range(len(names)), repeat=2):
-        n, share = int(shared[i, j]), Share(shared[i, j] / size[i] if size[i] else NAN)
-        expected = int(size[i]) * int(size[j]) / n_neurons
-        rows.append([names[i], names[j], n, share, expected, float(p[i, j]), float(q[i, j])])
+    for row, i in enumerate(own):
+        n, length = shared[row].tolist(), int(size[i])
+        of_row = zip(p[row].tolist(), q[row].tolist(), strict=True)
+        for j, found in enumerate(of_row):
+            share, expected = (
+                Share(n[j] / length if length else NAN),
+                length * int(size[j]) / n_neurons,
+            )
+            rows.append([names[i], names[j], n[j], share, expected, *found])
     return Table("Neurons that two sets share", OVERLAP, rows)
 
 
-def shared_counts(sets: Sets) -> NDArray[np.int64]:
-    """How many neurons every two sets have in common, (S, S)."""
+def shared_counts(sets: Sets, of: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """How many neurons every two sets have in common, (S, S); of some sets with all, (O, S)."""
     owners: dict[Neuron, list[int]] = {}
     for place, chosen in enumerate(sets.values()):
         for neuron in set(chosen):
             owners.setdefault(neuron, []).append(place)
     # Neurons of the same sets are counted at once.
     times = Counter(map(tuple, owners.values()))
-    shared = np.zeros((len(sets), len(sets)), np.int64)
+    own = range(len(sets)) if of is None else of
+    row = {place: i for i, place in enumerate(own)}
+    shared = np.zeros((len(row), len(sets)), np.int64)
     for places, n in times.items():
-        shared[np.ix_(places, places)] += n
+        shared[np.ix_([row[place] for place in places if place in row], places)] += n
     return shared
 
 
@@ -92,15 +107,15 @@ def overlap_effect(sets: Sets, grid: Grid) -> OverlapEffect:
 
     Over pairs of different relations that both have neurons and whose drop is defined.
     """
-    off = sets_off(grid)
-    common, place = shared_counts(sets), {name: i for i, name in enumerate(sets)}
-    pairs = []
-    for a, b in permutations([name for name, chosen in sets.items() if chosen], 2):
-        drop = outcomes(grid, a, off.get(b)).drop
-        if np.isfinite(drop):
-            pairs.append((int(common[place[a], place[b]]), drop))
-    shared, drops = np.array(pairs, np.float64).reshape(-1, 2).T
-    return OverlapEffect(*spearman(shared, drops), len(pairs))
+    off, asked = sets_off(grid), {name: i for i, name in enumerate(grid.relations)}
+    filled = [(place, name) for place, (name, chosen) in enumerate(sets.items()) if chosen]
+    known = [(place, name) for place, name in filled if name in asked]
+    rows, columns = (np.array([place for place, _ in some], np.int64) for some in (known, filled))
+    common = shared_counts(sets, rows.tolist())[:, columns].astype(np.float64)
+    drops = effects(grid, [off.get(name) for _, name in filled]).drop
+    drops = drops[np.array([asked[name] for _, name in known], np.int64)]
+    is_pair = np.isfinite(drops) & (columns != rows[:, None])
+    return OverlapEffect(*spearman(common[is_pair], drops[is_pair]), int(is_pair.sum()))
 
 
 def concepts(sets: Sets, concept_sets: Sets, grid: Grid, n_neurons: int) -> Table:
@@ -109,11 +124,15 @@ def concepts(sets: Sets, concept_sets: Sets, grid: Grid, n_neurons: int) -> Tabl
     drop: of the relation's accuracy with the concept's set off. q over all pairs.
     """
     off = {condition.relation: condition.name for condition in grid.of_kind("concept")}
+    asked = {name: i for i, name in enumerate(grid.relations)}
+    drops = dict(
+        zip(concept_sets, effects(grid, [*map(off.get, concept_sets)]).drop.T, strict=True)
+    )
     rows: list[Row] = []
     for relation, concept in product(sets, concept_sets):
         own, other = sets[relation], concept_sets[concept]
         shared = _shared(own, other, n_neurons)
-        drop = outcomes(grid, relation, off.get(concept)).drop
+        drop = float(drops[concept][asked[relation]]) if relation in asked else NAN
         p = overlap_p(int(shared[0]), len(own), len(other), n_neurons)
         rows.append([relation, concept, *shared, Share(drop), p])
     return Table("Relations and kinds of subjects", CONCEPTS, with_q(CONCEPTS, rows))

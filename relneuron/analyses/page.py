@@ -14,8 +14,8 @@ import numpy as np
 
 from relneuron.analyses import chosen, sections
 from relneuron.analyses.drops import Headline, headline
-from relneuron.analyses.outcomes import known, outcomes, relations
-from relneuron.analyses.study import Study, examples, read_study
+from relneuron.analyses.outcomes import filled_sets, known, outcomes, relations
+from relneuron.analyses.study import MOST_EXAMPLES, Study, examples, read_study
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.files import Json
 from relneuron.report.page import Page, Section, Tile
@@ -52,7 +52,8 @@ def page(study: Study, titles: Mapping[str, str]) -> Page:
     model = study.neurons.model.get("id", "an unnamed model")
     asked = list(dict.fromkeys(name for one in study.grids.values() for name in relations(one)))
     method = titles.get(study.neurons.method, study.neurons.method)
-    left_out = [label(name) for name in asked if name not in known(grid)]
+    sure = set(known(grid))
+    left_out = [label(name) for name in asked if name not in sure]
     return Page(
         title=f"Relation-specific neurons of {model}",
         facts=f"{n_of(len(asked), 'relation')} · {len(grid.ids):,} {split_title(grid.split)} · "
@@ -64,7 +65,7 @@ def page(study: Study, titles: Mapping[str, str]) -> Page:
         sections=made(study),
         tables=study.tables,
         manifest=study.manifest,
-        note=note(study.manifest, left_out),
+        note=note(study.manifest, left_out, len(filled_sets(grid))),
         examples=list(examples(study).items()),
     )
 
@@ -127,8 +128,8 @@ def tiles(numbers: Headline, n_seeds: int) -> list[Tile]:
     ]
 
 
-def note(manifest: Json, left_out: Sequence[str]) -> str:
-    """What the tiles show, and of which relations."""
+def note(manifest: Json, left_out: Sequence[str], n_sets: int = 0) -> str:
+    """What the tiles show, and of which relations; and of how many sets there are answers below."""
     text = "Mean accuracy drop, (before − after) / before. A negative drop is a gain."
     if found := off(manifest):
         text += f" {found}"
@@ -137,6 +138,8 @@ def note(manifest: Json, left_out: Sequence[str]) -> str:
             " Left out of the means, because the model answered too few before for a drop to mean "
             f"anything: {', '.join(left_out)}."
         )
+    if n_sets > MOST_EXAMPLES:
+        text += f" Single answers are shown of {MOST_EXAMPLES} of {n_of(n_sets, 'set')}."
     return text
 
 

@@ -28,6 +28,8 @@ from relneuron.report.tables import (
     spread,
 )
 
+MOST_COLUMNS = 400  # of a picture: a cell has two hundredths of an inch
+
 # What sets do
 
 
@@ -144,6 +146,13 @@ def drop(study: Study) -> Section:
                 f"The largest side effect: “{asked}” loses {percent(drops[worst])} of its accuracy "
                 f"when the neurons of “{off}” are off."
             )
+    drawn = costliest(table)
+    if len(drawn.rows) < len(table.rows):
+        n = len(set(drawn.column("off")))
+        seen.append(
+            f"Drawn: the sets of the relations that were asked and those that cost one of them "
+            f"most, {n:,} of {n_of(len(set(table.column('off'))), 'set')}."
+        )
     return Section(
         "drop",
         "Which set breaks which relation",
@@ -153,9 +162,26 @@ def drop(study: Study) -> Section:
         "the set that was off; frames mark a relation's own set. Bold: beyond chance (exact "
         f"sign-flip test over facts, Benjamini–Hochberg over the matrix, q ≤ {kit.SURE}); small: "
         "could be chance. A dash: the model answered none before, or the pair was not run.",
-        [figures.drop_heatmap(table)],
+        [figures.drop_heatmap(drawn)],
         [("drop", table)],
     )
+
+
+def costliest(table: Table) -> Table:
+    """The rows of `drop` of so many sets as a picture has columns for.
+
+    The own sets, then those that change a relation most, in the table's order.
+    """
+    change: dict[Cell, float] = {}
+    rows = zip(table.column("off"), table.column("own"), table.floats("drop"), strict=True)
+    for off, is_own, found in rows:
+        weight = np.inf if is_own else abs(found) if np.isfinite(found) else 0.0
+        change[off] = max(change.get(off, 0.0), weight)
+    if len(change) <= MOST_COLUMNS:
+        return table
+    kept = {*sorted(change, key=lambda off: -change[off])[:MOST_COLUMNS]}
+    place = table.columns.index("off")
+    return table._replace(rows=[row for row in table.rows if row[place] in kept])
 
 
 def interference(study: Study) -> Section:

@@ -5,14 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from relneuron.analyses.outcomes import Row, asked, others_under, outcomes, relations, shares
+from relneuron.analyses.outcomes import (
+    Row,
+    asked,
+    conditions_by_relation,
+    others_under,
+    outcomes,
+    relations,
+    shares,
+)
 from relneuron.analyses.uncertainty import NAN
-from relneuron.artifact.effects import Grid
+from relneuron.artifact.effects import Condition, Grid
 from relneuron.report.tables import Share, Table
 
 SIZES = ("relation", "size", "own", "own_low", "own_high", "others", "own_drop", "others_drop")
@@ -20,9 +28,9 @@ CUMULATIVITY = ("relation", "from", "to", "total", "affected", "cumulativity")
 SUMMARY = ("from", "to", "total", "affected", "macro", "micro")
 
 
-def _by_size(grid: Grid, relation: str) -> dict[int, str]:
+def _by_size(conditions: Iterable[Condition]) -> dict[int, str]:
     """The conditions that switch the best neurons of a relation off, by their number, ascending."""
-    found = {c.last: c.name for c in grid.of_kind("size") if c.relation == relation and c.last}
+    found = {c.last: c.name for c in conditions if c.last}
     return dict(sorted(found.items()))
 
 
@@ -32,8 +40,9 @@ def sizes(grid: Grid) -> Table:
     Size 0 is the model as it is.
     """
     rows: list[Row] = []
+    tops = conditions_by_relation(grid, "size")
     for relation in relations(grid):
-        found = _by_size(grid, relation)
+        found = _by_size(tops.get(relation, ()))
         for size, condition in ({0: "clean", **found} if found else {}).items():
             own, others = (
                 outcomes(grid, relation, condition),
@@ -52,16 +61,17 @@ def cumulativity(grid: Grid) -> Table:
     b are off. cumulativity = 1 - affected / total (arXiv 2502.17355, section 5.1).
     """
     rows: list[Row] = []
+    sizes, ranges = (conditions_by_relation(grid, kind) for kind in ("size", "range"))
     for relation in relations(grid):
-        tops = _by_size(grid, relation)
-        ranges = grid.of_kind("range")
-        only = {(c.first, c.last): c.name for c in ranges if c.relation == relation}
+        tops = _by_size(sizes.get(relation, ()))
+        only = {(c.first, c.last): c.name for c in ranges.get(relation, ())}
         for a, b in pairwise(tops):
             if (a + 1, b) not in only:
                 continue
             names = tops[a], tops[b], only[a + 1, b]
-            smaller, larger, alone = (grid.correct[name] == 1 for name in names)
-            broken = asked(grid, relation, *names) & smaller & ~larger
+            places = asked(grid, relation, *names)
+            smaller, larger, alone = (grid.correct[name][places] == 1 for name in names)
+            broken = smaller & ~larger
             total, affected = int(broken.sum()), int((broken & ~alone).sum())
             share = macro_micro([(total, affected)])[0]
             rows.append([relation, a, b, total, affected, Share(share)])
@@ -85,8 +95,10 @@ def cumulativity_summary(table: Table) -> Table:
     """The relations of `cumulativity` taken together, by range of ranks."""
     numbers = [[int(cell) for cell in row[1:5]] for row in table.rows]
     rows: list[Row] = []
-    for a, b in sorted({(first, last) for first, last, _, _ in numbers}):
-        pairs = [(total, affected) for *ends, total, affected in numbers if ends == [a, b]]
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for first, last, total, affected in numbers:
+        found.setdefault((first, last), []).append((total, affected))
+    for (a, b), pairs in sorted(found.items()):
         total, affected = np.sum(pairs, axis=0).tolist()
         rows.append([a, b, total, affected, *shares(*macro_micro(pairs))])
     return Table("Cumulativity over all relations", SUMMARY, rows)

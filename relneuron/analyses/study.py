@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from relneuron.analyses import NO_GAINS, Gains, SentenceRow, read_perplexity, run_all
 from relneuron.analyses.outcomes import filled_sets
@@ -242,14 +242,16 @@ def check_effects(accuracy: Path, grids: dict[str, Grid], prompts: dict[str, Pro
     """Raise unless effects are of these prompts, and accuracy.csv counts just them."""
     if not grids:
         raise ValueError("effects.csv has no answer of the model as it is")
-    relations: dict[tuple[str, str], NDArray[np.bool_]] = {}
     for grid in grids.values():
         if unknown := set(grid.ids) - prompts.keys():
             raise ValueError(f"prompts.jsonl has no {min(unknown)}")
-        relations |= {(grid.split, name): grid.relation == name for name in grid.relations}
+    known = {(grid.split, name) for grid in grids.values() for name in grid.relations}
     for row in read_csv(accuracy, ACCURACY):
         condition, relation, split = (row[name] for name in ACCURACY[:3])
-        correct = grids[split].correct[condition][relations[split, relation]]
+        if (split, relation) not in known:
+            raise KeyError((split, relation))
+        grid = grids[split]
+        correct = grid.correct[condition][grid.rows(relation)]
         counted = (correct != NOT_ASKED).sum(), (correct == 1).sum()
         if counted != (row.whole("n_prompts"), row.whole("n_correct")):
             raise ValueError(f"accuracy.csv counts {condition}, {relation}, {split} otherwise")
@@ -277,11 +279,14 @@ def read_significance(path: Path, neurons: NeuronFile) -> dict[str, Array]:
 
 # Answers
 
+MOST_EXAMPLES = 200  # sets whose answers a page shows
+
 
 def answered(study: Study, off: str, relation: str) -> Iterator[Example]:
     """The prompts of a relation that were asked both as the model is and with `off` off."""
     grid = study.main
-    for i in np.flatnonzero((grid.relation == relation) & (grid.correct[off] != NOT_ASKED)):
+    rows = grid.rows(relation)
+    for i in rows[grid.correct[off][rows] != NOT_ASKED]:
         before, after = (
             Answer(grid.prediction[name][i], bool(grid.correct[name][i])) for name in ("clean", off)
         )
@@ -294,12 +299,20 @@ def examples(study: Study) -> dict[str, list[Example]]:
     The first of each; a set that breaks nothing shows a prompt that stays right, or else any.
     """
     shown = {}
-    sets = filled_sets(study.main)
+    sets, asked = filled_sets(study.main), set(study.main.relations)
+    # Where there are too many, those of the relations that were asked are shown first.
+    names = {*sorted(sets, key=lambda name: name not in asked)[:MOST_EXAMPLES]}
+    known = [(place, name) for place, name in enumerate(sets) if name in asked]
+    places = [place for place, _ in known]
     for place, (name, off) in enumerate(sets.items()):
+        if name not in names:
+            continue
         own = sorted(
             answered(study, off, name), key=lambda e: (not e.before.correct, e.after.correct)
         )
-        others = [*sets][place + 1 :] + [*sets][:place]
+        # The relations of the sets behind it, then those of the sets before it.
+        cut = bisect(places, place)
+        others = [other for _, other in known[cut:] + known[:cut] if other != name]
         spared = (
             example
             for relation in others

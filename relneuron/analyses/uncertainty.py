@@ -7,7 +7,9 @@ NaN stands for what cannot be tested.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from statistics import NormalDist
 from typing import NamedTuple
@@ -73,15 +75,23 @@ def paired_bootstrap(facts: Counts, seed: int = 0) -> Paired:
     """
     if not len(facts):
         return Paired(UNKNOWN, UNKNOWN, UNKNOWN)
-    kinds, times = np.unique(facts, axis=0, return_counts=True)
+    # Under many sets a relation's facts often go the same way.
+    return _of_kinds(tuple(sorted(Counter(map(tuple, facts.tolist())).items())), seed)
+
+
+@lru_cache(maxsize=1 << 14)
+def _of_kinds(facts: tuple[tuple[tuple[int, ...], int], ...], seed: int) -> Paired:
+    """`paired_bootstrap` of so many facts of each kind."""
+    kinds, times = (np.array(some, np.int64) for some in zip(*facts, strict=True))
+    n_facts = int(times.sum())
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(facts), times / len(facts), size=N_RESAMPLES)
+    drawn = rng.multinomial(n_facts, times / n_facts, size=N_RESAMPLES)
     n, before, after = (drawn @ kinds).T
     some = before > 0
     drop = percentile_interval((before[some] - after[some]) / before[some])
     return Paired(
-        _accuracy_interval(before / n, len(facts)),
-        _accuracy_interval(after / n, len(facts)),
+        _accuracy_interval(before / n, n_facts),
+        _accuracy_interval(after / n, n_facts),
         UNKNOWN if drop.low == drop.high else drop,
     )
 
@@ -113,14 +123,20 @@ def sign_flip_p(changes: Counts) -> float:
     to gain d as to lose d, so every sign is a fair coin (Fisher 1935, section 21). Where every d
     is -1, 0 or 1 this is McNemar's exact test; 1 if nothing changed.
     """
-    sizes, times = np.unique(np.abs(changes[changes != 0]), return_counts=True)
+    times = Counter(np.abs(changes[changes != 0]).tolist())
+    return _flipped(tuple(sorted(times.items())), abs(int(changes.sum())))
+
+
+@lru_cache(maxsize=1 << 14)
+def _flipped(times: tuple[tuple[int, int], ...], total: int) -> float:
+    """`sign_flip_p` of so many changes of each size, which sum to `total`."""
     chance = np.ones(1)  # of the sum of those |d| whose sign is +, from 0 on
-    for size, n in zip(sizes.tolist(), times.tolist(), strict=True):
+    for size, n in times:
         positive = np.zeros(size * n + 1)
         positive[::size] = _heads(n)
         chance = np.convolve(chance, positive)
     sums = 2 * np.arange(chance.size) - (chance.size - 1)
-    return min(1.0, float(chance[np.abs(sums) >= abs(int(changes.sum()))].sum()))
+    return min(1.0, float(chance[np.abs(sums) >= total].sum()))
 
 
 def _heads(n: int) -> list[float]:
@@ -155,8 +171,10 @@ def overlap_ps(pairs: Counts, n_all: int) -> Array:
     """`overlap_p` of many pairs (P, 3) of shared, n_first and n_second, in one call."""
     from scipy.stats import hypergeom
 
-    shared, n_first, n_second = pairs.reshape(-1, 3).T
-    found: Array = hypergeom.sf(shared - 1, n_all, n_first, n_second)
+    # Of many pairs most are alike, and scipy takes them one by one.
+    kinds, place = np.unique(pairs.reshape(-1, 3), axis=0, return_inverse=True)
+    shared, n_first, n_second = kinds.T
+    found: Array = hypergeom.sf(shared - 1, n_all, n_first, n_second)[place.reshape(-1)]
     return found
 
 

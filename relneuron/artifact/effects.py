@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def main_split(names: Iterable[str]) -> str:
 
 # --- answers ---------------------------------------------------------------------------------
 
+_NO_ROWS: NDArray[np.int64] = np.empty(0, np.int64)
+
 
 @dataclass
 class Grid:
@@ -139,10 +142,26 @@ class Grid:
         if not self.facts.size:
             self.facts = np.arange(len(self.ids))
 
-    @property
+    @cached_property
     def relations(self) -> list[str]:
         """The relations asked, in order of appearance."""
         return list(dict.fromkeys(self.relation.tolist()))
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """(N,): the place in `relations` of the relation that each prompt asks."""
+        place = {name: i for i, name in enumerate(self.relations)}
+        return np.array([place[name] for name in self.relation.tolist()], np.int64)
+
+    @cached_property
+    def _rows(self) -> dict[str, NDArray[np.int64]]:
+        order = np.argsort(self.numbers, kind="stable")
+        ends = np.cumsum(np.bincount(self.numbers, minlength=len(self.relations)))
+        return dict(zip(self.relations, np.split(order, ends[:-1]), strict=True))
+
+    def rows(self, relation: str) -> NDArray[np.int64]:
+        """The places of the prompts that ask a relation, ascending."""
+        return self._rows.get(relation, _NO_ROWS)
 
     def of_kind(self, kind: str) -> list[Condition]:
         return [condition for condition in self.conditions.values() if condition.kind == kind]
@@ -168,33 +187,30 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
 
     Every prompt was asked under `clean`; a condition that conditions.csv lacks raises.
     """
-    places: dict[str, dict[str, int]] = {}
-    relations: dict[str, list[str]] = {}
-    grids: dict[str, Grid] = {}
     if path.suffix == ".parquet":
         need(f"reading {path}", "pyarrow")
-    rows: list[tuple[Any, ...]] = [
-        (
-            *(row[name] for name in EFFECTS[:5]),
-            *(row.flag("correct"), row.real("logprob"), row.get(CHOICE, "")),
-        )
-        for row in read_table(path, EFFECTS, _text)
-    ]
-    for condition, relation, split, prompt, *_ in rows:
-        if condition == "clean":
-            place = places.setdefault(split, {})
-            if prompt in place:
-                raise RelneuronError(f"{path} holds {prompt} twice", "run ablate again")
-            place[prompt] = len(place)
-            relations.setdefault(split, []).append(relation)
-    for split, place in places.items():
-        grids[split] = Grid(split, list(place), np.array(relations[split]), {})
-    for condition, _, split, prompt, prediction, correct, logprob, choice in rows:
-        if condition not in conditions or prompt not in places.get(split, ()):
+    # `ablate` writes the answers of clean first: what comes before all others is all that has to be
+    # known of a file to fill its grids row by row. A file in another order is read whole for it.
+    grids = _filled(path, conditions, whole=False)
+    return grids if grids is not None else _filled(path, conditions, whole=True) or {}
+
+
+def _filled(path: Path, conditions: dict[str, Condition], *, whole: bool) -> dict[str, Grid] | None:
+    """The grids; None if clean asks more than its first rows, and these are all that was read."""
+    places, grids = _asked_clean(path, whole=whole)
+    # Answers repeat, under many conditions most of all: each text is held once.
+    texts: dict[str, str] = {}
+    empty: dict[str, list[str]] = {}  # by split, for every condition, where prompts have no options
+    for row in read_table(path, EFFECTS, _text):
+        condition, split, prompt = row["condition"], row["split"], row["id"]
+        i = places.get(split, {}).get(prompt)
+        if condition not in conditions or (i is None and whole):
             raise RelneuronError(
                 f"{path}: conditions.csv does not know {condition}, or it asks what clean does not",
                 "run ablate again",
             )
+        if i is None:
+            return None
         grid = grids[split]
         if condition not in grid.conditions:
             n = len(grid.ids)
@@ -202,15 +218,41 @@ def read_effects(path: Path, conditions: dict[str, Condition]) -> dict[str, Grid
             grid.correct[condition] = np.full(n, NOT_ASKED, np.int8)
             grid.logprob[condition] = np.full(n, np.nan)
             grid.prediction[condition] = [""] * n
-            grid.choice[condition] = [""] * n
-        i = places[split][prompt]
+            grid.choice[condition] = (
+                [""] * n if CHOICE in row else empty.setdefault(split, [""] * n)
+            )
         if grid.correct[condition][i] != NOT_ASKED:
             raise RelneuronError(f"{path} holds {prompt} twice", "run ablate again")
-        grid.correct[condition][i] = correct
-        grid.logprob[condition][i] = logprob
-        grid.prediction[condition][i] = prediction
-        grid.choice[condition][i] = choice
+        grid.correct[condition][i] = row.flag("correct")
+        grid.logprob[condition][i] = row.real("logprob")
+        grid.prediction[condition][i] = texts.setdefault(row["prediction"], row["prediction"])
+        if CHOICE in row:
+            grid.choice[condition][i] = texts.setdefault(row[CHOICE], row[CHOICE])
     return grids
+
+
+def _asked_clean(path: Path, *, whole: bool) -> tuple[dict[str, dict[str, int]], dict[str, Grid]]:
+    """Where each prompt that clean asks stands in the grid of its split, and grids without answers.
+
+    Of the whole file, or of what stands before another condition.
+    """
+    places: dict[str, dict[str, int]] = {}
+    relations: dict[str, list[str]] = {}
+    for row in read_table(path, EFFECTS, _text):
+        if row["condition"] != "clean":
+            if whole:
+                continue
+            break
+        place = places.setdefault(row["split"], {})
+        if row["id"] in place:
+            raise RelneuronError(f"{path} holds {row['id']} twice", "run ablate again")
+        place[row["id"]] = len(place)
+        relations.setdefault(row["split"], []).append(row["relation"])
+    grids = {
+        split: Grid(split, list(place), np.array(relations[split]), {})
+        for split, place in places.items()
+    }
+    return places, grids
 
 
 def _text(cell: object) -> str:

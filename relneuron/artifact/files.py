@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import mmap
 import os
 import re
 import tempfile
@@ -293,19 +294,7 @@ def create_safetensors(
     The space is reserved at once, so that a full disk is an error here and not a crash later.
     An existing file with the same header is opened as it is; what it lacks at its end is zeros.
     """
-    header: Json = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, shape in shapes.items():
-        size = 4 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    head = len(text).to_bytes(8, "little") + text
+    head, places, offset = _zeros_head(shapes, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     existing = b""
     if path.exists():
@@ -322,9 +311,44 @@ def create_safetensors(
                 raise
     result = {}
     for name, shape in shapes.items():
-        start = len(head) + header[name]["data_offsets"][0]
-        result[name] = np.memmap(path, np.float32, "r+", start, shape)
+        result[name] = np.memmap(path, np.float32, "r+", len(head) + places[name], shape)
     return result
+
+
+def _zeros_head(
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int], int]:
+    """What a file of `create_safetensors` begins with, where each tensor is, and their bytes."""
+    header: Json = {"__metadata__": dict(metadata)} if metadata else {}
+    places, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        places[name], offset = offset, offset + size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text, places, offset
+
+
+def zeros_bytes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None) -> int:
+    """The size of a file of `create_safetensors`."""
+    head, _, n_bytes = _zeros_head(shapes, metadata)
+    return len(head) + n_bytes
+
+
+def dense_bytes(
+    shapes: Mapping[str, tuple[tuple[int, ...], Any]], metadata: Mapping[str, str]
+) -> int:
+    """The size of a file of `safetensors_pieces`, of tensors of these shapes and types."""
+    tensors = {
+        name: np.broadcast_to(np.zeros((), dtype), shape) for name, (shape, dtype) in shapes.items()
+    }
+    head = next(safetensors_pieces(tensors, metadata))
+    return len(head) + sum(array.nbytes for array in tensors.values())
 
 
 def map_safetensors(path: Path, *, writable: bool = False) -> dict[str, Any]:
@@ -358,6 +382,17 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
 
 
 _ZEROS = 1 << 20  # bytes that are written at a time
+
+
+def release(maps: Iterable[Any]) -> None:
+    """Have what was read of memory maps, or written to them, be no memory of this process any more.
+
+    It stays in the system's cache of the file, and is written from there as before.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for array in maps:
+            if array.size:
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def rows_digest(arrays: Sequence[np.ndarray[Any, Any]], rows: Sequence[int]) -> str:

@@ -21,11 +21,13 @@ from relneuron.artifact.files import (
     cell_text,
     create_safetensors,
     csv_bytes,
+    release,
     require,
     rows_digest,
+    zeros_bytes,
 )
 from relneuron.artifact.installed import need
-from relneuron.artifact.parquet import read_table
+from relneuron.artifact.parquet import Sink, read_table
 from relneuron.artifact.reading import Cells, open_tensors, read_csv
 
 TARGETS = "targets.csv"
@@ -57,6 +59,7 @@ COMPARISON_COLUMNS = (
     *(f"{drop}_{end}" for drop in _DROPS for end in ("low", "high")),
 )
 BLOCK = 1 << 22  # characters of the table that are turned into columns at a time
+GAIN_BLOCK = 256  # sentences whose gains of a layer are read at a time
 
 Array = np.ndarray[Any, Any]
 Row = tuple[object, ...]
@@ -147,16 +150,19 @@ def rows_text(rows: Sequence[Row]) -> str:
     return csv_bytes([str(cell) for cell in rows[0]], rows[1:]).decode() if rows else ""
 
 
-def table_bytes(name: str, texts: Iterable[str]) -> bytes:
-    """attributions.csv or .parquet from the texts of its rows, in their order."""
+def table_pieces(name: str, texts: Iterable[str]) -> Iterator[bytes]:
+    """attributions.csv or .parquet from the texts of its rows, in their order, some at a time."""
     if name.endswith(".csv"):
-        return b"".join([csv_bytes(ATTRIBUTIONS, ()), *(text.encode() for text in texts)])
+        yield csv_bytes(ATTRIBUTIONS, ())
+        for text in texts:
+            yield text.encode()
+        return
     import pyarrow
     import pyarrow.parquet
 
     types = dict.fromkeys(ATTRIBUTIONS, pyarrow.int32())
     types |= {"id": pyarrow.string(), "kind": pyarrow.string(), "score": pyarrow.float32()}
-    sink = io.BytesIO()
+    sink = Sink()
     with pyarrow.parquet.ParquetWriter(sink, pyarrow.schema(types.items())) as writer:
         for block in _blocks(texts):
             columns = zip(*csv.reader(io.StringIO(block, newline="")), strict=True)
@@ -165,18 +171,22 @@ def table_bytes(name: str, texts: Iterable[str]) -> bytes:
                 for name, column in zip(ATTRIBUTIONS, columns, strict=True)
             ]
             writer.write_table(pyarrow.table(arrays, ATTRIBUTIONS))
-    return sink.getvalue()
+            yield sink.taken()
+    yield sink.taken()
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:
     """Texts joined to blocks of at least BLOCK characters, so that few rows are objects at once."""
     waiting: list[str] = []
+    n_waiting = 0
     for text in texts:
         waiting.append(text)
-        if sum(map(len, waiting)) >= BLOCK:
+        n_waiting += len(text)
+        if n_waiting >= BLOCK:
             yield "".join(waiting)
             waiting.clear()
-    if any(waiting):
+            n_waiting = 0
+    if n_waiting:
         yield "".join(waiting)
 
 
@@ -212,11 +222,7 @@ class GainFile:
     """
 
     def __init__(self, path: Path, shape: Mapping[str, Any], about: Json) -> None:
-        n = len(about["ids"])
-        sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
-        # One key only, as in every file: safetensors writes several in any order.
-        metadata = {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
-        self._maps = list(create_safetensors(path, sizes, metadata).values())
+        self._maps = list(create_safetensors(path, *_gain_form(shape, about)).values())
 
     def store(self, rows: Sequence[int], gains: Array) -> None:
         """Write the gains (E, L, F) of the sentences in `rows`, F that of the widest layer."""
@@ -225,11 +231,36 @@ class GainFile:
 
     def digest(self, rows: Sequence[int]) -> str:
         """Of the gains of some sentences as they are in the file."""
-        return rows_digest(self._maps, rows)
+        digest = rows_digest(self._maps, rows)
+        release(self._maps)
+        return digest
+
+    def blocks(self, layer: int) -> Iterator[tuple[slice, Array]]:
+        """The gains of a layer, some sentences at a time."""
+        array = self._maps[layer]
+        for first in range(0, len(array), GAIN_BLOCK):
+            rows = slice(first, first + GAIN_BLOCK)
+            yield rows, np.array(array[rows])
+            release([array])
 
     def flush(self) -> None:
         for array in self._maps:
             array.flush()
+
+
+def _gain_form(
+    shape: Mapping[str, Any], about: Json
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The tensors of gains.safetensors and its metadata."""
+    n = len(about["ids"])
+    sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
+    # One key only, as in every file: safetensors writes several in any order.
+    return sizes, {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
+
+
+def gains_bytes(shape: Mapping[str, Any], about: Json) -> int:
+    """The size of gains.safetensors."""
+    return zeros_bytes(*_gain_form(shape, about))
 
 
 def read_gains(

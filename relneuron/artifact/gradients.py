@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.files import Json, create_safetensors, rows_digest
+from relneuron.artifact.files import Json, create_safetensors, rows_digest, zeros_bytes
 from relneuron.artifact.reading import open_tensors
 
 # The name of a file's scores, (E, L, F) float32, is that of the method that writes it.
@@ -46,11 +46,7 @@ class GradientFile:
     """
 
     def __init__(self, path: Path, method: str, shape: Mapping[str, int], about: Json) -> None:
-        size = (len(about["ids"]), shape["layers"], shape["width"])
-        names = {method: size} | {name: size[:n] for name, n in BESIDE[method].items()}
-        # One key only, as in every file: safetensors writes several in any order.
-        text = json.dumps({"method": method, **about}, ensure_ascii=False)
-        self._maps = create_safetensors(path, names, {ABOUT: text})
+        self._maps = create_safetensors(path, *_form(method, shape, about))
 
     def store(self, rows: Sequence[int], found: Mapping[str, Array]) -> None:
         """Write what was found of the sentences in `rows`, each tensor's rows by its name."""
@@ -64,6 +60,22 @@ class GradientFile:
     def flush(self) -> None:
         for array in self._maps.values():
             array.flush()
+
+
+def _form(
+    method: str, shape: Mapping[str, int], about: Json
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The tensors of a method's file and its metadata."""
+    size = (len(about["ids"]), shape["layers"], shape["width"])
+    names: dict[str, tuple[int, ...]] = {method: size}
+    names |= {name: size[:n] for name, n in BESIDE[method].items()}
+    # One key only, as in every file: safetensors writes several in any order.
+    return names, {ABOUT: json.dumps({"method": method, **about}, ensure_ascii=False)}
+
+
+def gradients_bytes(method: str, shape: Mapping[str, int], about: Json) -> int:
+    """The size of a method's file."""
+    return zeros_bytes(*_form(method, shape, about))
 
 
 @dataclass(frozen=True)

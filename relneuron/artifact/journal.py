@@ -240,7 +240,7 @@ class Journal:
     def add(self, key: str, value: object) -> None:
         """Note a finished block; it is safe after the next `commit`, at most 10 s later."""
         place = self._note({"key": key, "value": value})
-        pieces = [] if key == BUDGET else [self._kept[number] for number in sorted(self._kept)]
+        pieces = [] if key == BUDGET else [self._kept[n] for n in range(len(self._kept))]
         self.done.add(self.path, key, place, pieces)
         if key != BUDGET:
             self._kept.clear()

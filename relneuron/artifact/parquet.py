@@ -1,10 +1,11 @@
 """Rows of parquet files, which can claim, or pack, far more than they hold.
 
-The corpus' reader and the readers of tables call it; pyarrow is imported when it is needed.
+The corpus' reader and those that read and write tables call it; pyarrow is imported when needed.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +67,29 @@ def _longest(column: Any) -> int:
     if not any(word in str(values.type) for word in ("string", "binary")):
         return 0
     return int(compute.max(compute.binary_length(values)).as_py() or 0)
+
+
+class Sink(io.RawIOBase):
+    """What a table is written to and, piece by piece, taken from: for `atomic_write`."""
+
+    def __init__(self) -> None:
+        self._data, self._n_taken = bytearray(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._data += data
+        return len(data)
+
+    def tell(self) -> int:
+        return self._n_taken + len(self._data)
+
+    def taken(self) -> bytes:
+        data = bytes(self._data)
+        self._n_taken += len(data)
+        self._data.clear()
+        return data
 
 
 def read_table(

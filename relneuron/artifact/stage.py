@@ -72,6 +72,8 @@ class Stage:
     needs   packages besides those of the command line
     is_shared   whether the processes of torchrun share its work
     papers  what it goes back to, whatever it is asked for
+    plan    "module:function" of the same parameters, which yields the `planned.Planned` of what it
+            would take, for --dry-run and `relneuron plan`; "" of a stage that runs no model
     """
 
     name: str
@@ -79,6 +81,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     is_shared: bool = False
     papers: tuple[Paper, ...] = ()
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Attribution:
     run      "module:function" (model, prompts, output, options, load_options, *, method, force,
              quiet), which yields what is printed
     papers   what it goes back to
+    plan     "module:function" of the same parameters, as of a `Stage`
     """
 
     name: str
@@ -118,6 +122,7 @@ class Attribution:
     options: type[Options]
     run: str
     papers: tuple[Paper, ...] = ()
+    plan: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from relneuron.artifact.options import (
     options_of,
     refuse_stray,
 )
+from relneuron.artifact.planned import Planned
 from relneuron.artifact.stage import STUDY, Attribution, Printed, Ranking, command, load
 from relneuron.cli.flags import check_only, given, taken
 from relneuron.methods import attributions, rankings
@@ -258,6 +259,27 @@ def attribute(
         model, prompts, output, asked, load_options, method=method, force=force, quiet=quiet
     )
     yield f"-> {output}"
+
+
+def plan_attribute(
+    model: str,
+    prompts: Path,
+    output: Path,
+    *,
+    method: str,
+    options: dict[str, Any],
+    load_options: LoadOptions,
+    force: bool,
+    quiet: bool,
+) -> Iterator[Planned]:
+    """The plan of `attribute`: that of the method which is asked for."""
+    known = attributions()
+    asked = _asked(method, known, options)
+    check_only(asked, given())
+    plan = load(known[method].plan)
+    yield from plan(
+        model, prompts, output, asked, load_options, method=method, force=force, quiet=quiet
+    )
 
 
 def _methods_help() -> str:

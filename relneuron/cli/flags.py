@@ -32,8 +32,10 @@ from relneuron.artifact.options import (
     shown,
 )
 from relneuron.artifact.reading import MAX_RECORD_MIB, allow_record_mib
+from relneuron.artifact.stage import load
 from relneuron.artifact.words import whole_number
 from relneuron.cli.help import FILES, RUNS, parts_of, write_examples, write_panels
+from relneuron.cli.plan import DryOptions, report
 
 state = {"debug": False, "interrupted": False}
 _bare: dict[str, str] = {}  # by flag, the number that it stands for where none follows
@@ -195,8 +197,13 @@ def given() -> list[str]:
     return list(_given)
 
 
-def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Callable[..., None]:
-    """A function that typer takes, which calls `function` and shows what it yields."""
+def command(
+    function: Callable[..., Any], show: Callable[[Any], object], plan: str = ""
+) -> Callable[..., None]:
+    """A function that typer takes, which calls `function` and shows what it yields.
+
+    With `plan`, the "module:function" of its stage's planner, it takes --dry-run, too.
+    """
     signature = inspect.signature(function, eval_str=True)
     own: dict[str, type[Options]] = {}
     several: dict[str, list[inspect.Parameter]] = {}  # of each dictionary of flags
@@ -211,6 +218,8 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
             parameters += flags_of({name: hint})
         else:
             parameters.append(_typed(parameter))
+    if plan:
+        parameters += flags_of({"plan": DryOptions})
     parameters += _LAST
 
     @functools.wraps(function)
@@ -222,7 +231,7 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
         for name, flags in several.items():
             found[name] = {flag.name: values[flag.name] for flag in flags}
         try:
-            for item in function(**found) or ():
+            for item in _run(function, found, values, plan) or ():
                 show(item)
         except PartDone as part:
             show(str(part))
@@ -232,6 +241,18 @@ def command(function: Callable[..., Any], show: Callable[[Any], object]) -> Call
     run.__doc__ = parts_of(function)[0]
     del run.__wrapped__
     return run
+
+
+def _run(
+    function: Callable[..., Any], found: dict[str, Any], values: dict[str, Any], plan: str
+) -> Any:
+    """What a command yields, or, where it is planned, its plan."""
+    if not plan:
+        return function(**found)
+    dry = taken(DryOptions, values)
+    check_only(dry, _given)
+    assert isinstance(dry, DryOptions)
+    return report(list(load(plan)(**found)), dry) if dry.dry_run else function(**found)
 
 
 def _parts(hint: Any) -> tuple[Any, Any]:

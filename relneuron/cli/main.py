@@ -42,16 +42,29 @@ def stages() -> list[Stage]:
     """Every command, those that make a whole study first; a method brings its own."""
     return [
         Stage("demo", f"{_HERE}:demo", (*_ASKS, *_DRAWS), is_shared=True),
-        Stage("run", f"{_HERE}:run", (*_ASKS, *_DRAWS), is_shared=True),
+        Stage(
+            "run",
+            f"{_HERE}:run",
+            (*_ASKS, *_DRAWS),
+            is_shared=True,
+            plan="relneuron.study.plan:run",
+        ),
         Stage("prompts", f"{_HERE}:prompts", ("filelock",)),
         *(stage for method in methods() for stage in method.stages),
-        Stage("attribute", f"{_HERE}:attribute", _ASKS, is_shared=True),
+        Stage(
+            "attribute",
+            f"{_HERE}:attribute",
+            _ASKS,
+            is_shared=True,
+            plan=f"{_HERE}:plan_attribute",
+        ),
         Stage("identify", f"{_HERE}:identify", _WORKS),
         *ABLATION,
         Stage("import", f"{_EXCHANGE}:import_files", ("transformers", "filelock")),
         Stage("export", f"{_EXCHANGE}:export", ("filelock",)),
         Stage("look", "relneuron.cli.look:look", (*_ASKS, "jinja2"), is_shared=True),
         Stage("report", f"{_HERE}:report", (*_DRAWS, "filelock")),
+        Stage("plan", "relneuron.cli.plan:plan", ("transformers",)),
         Stage("cite", "relneuron.cli.cite:cite"),
         Stage("bench", f"{_MACHINE}:bench"),
         Stage("doctor", f"{_MACHINE}:doctor"),
@@ -100,8 +113,15 @@ def make_app(only: str | None = None) -> Any:
     known = stages()
     for stage in [stage for stage in known if only in (None, stage.name)]:
         function = load(stage.run)
-        made = app.command(stage.name, cls=Command, epilog=parts_of(function)[1] or None)
-        made(command(function, show))
+        # The words of a command that is planned are its own.
+        words = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+        made = app.command(
+            stage.name,
+            cls=Command,
+            epilog=parts_of(function)[1] or None,
+            context_settings=words if stage.name == "plan" else None,
+        )
+        made(command(function, show, stage.plan))
     Command.needs = {stage.name: stage.needs for stage in known}
     Command.shared = {stage.name for stage in known if stage.is_shared}
     return app

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.alike import Alike
 from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
 from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
@@ -68,6 +70,26 @@ def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
     return [row[k] for row, k in zip(scores, which, strict=True)], which
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """Where each token stands in its text: (B, T) int64 of a padding mask (B, T).
+
+    On a CPU (1, T) where all rows have the same, as transformers itself has it without a mask: what
+    a model makes of positions, its rotary embedding for one, is then made once for all rows.
+    """
+    # A GPU would have to be waited for.
+    if mask.device.type == "cpu" and len(mask) > 1 and bool((mask == mask[:1]).all()):
+        mask = mask[:1]
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The place of the largest of the last dimension, the first of equal ones, as `argmax`."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    # numpy compares many values at a time, torch one by one.
+    return torch.from_numpy(logits.numpy().argmax(-1))
+
+
 def ignore(step: Step) -> None:
     """Marks nothing."""
 
@@ -83,6 +105,8 @@ class Asker:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
         self._texts: dict[tuple[int, ...], str] = {}
+        # Where the first layer's attention runs once for all rows of a prompt.
+        self.alike: Alike | None = None
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """`batches.pad` on the model's device."""
@@ -92,11 +116,10 @@ class Asker:
         self, tokens: Tensor, mask: Tensor, n_logits: int, cache: Mapping[str, Any] | None = None
     ) -> Any:
         """Logits of the last `n_logits` columns, or of all of them (0); `cache` by `cache_of`."""
-        width = tokens.shape[1]
         return self.model(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -width:],
+            position_ids=positions_of(mask)[:, -tokens.shape[1] :],
             use_cache=n_logits > 0,
             **(cache or {}),
             **({"logits_to_keep": n_logits} if self._takes_keep else {}),
@@ -129,7 +152,7 @@ class Asker:
             logits = out.logits[:, -1].float()
             if number == 0:
                 scores = self._firsts(logits, [questions.asked_of(row) for row in rows])
-            chosen.append(logits.argmax(-1))
+            chosen.append(largest(logits))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
                 made = [self._first_tokens(line, n_tokens) for line in lines]
@@ -157,7 +180,7 @@ class Asker:
         def choose(number: int, logits: Tensor) -> Tensor | None:
             if number == 0:
                 scores[:] = self._firsts(logits, [starts] * len(rows))
-            chosen.append(logits.argmax(-1))
+            chosen.append(largest(logits))
             if number >= n_tokens - 1:
                 lines = torch.stack(chosen, 1).tolist()
                 made[:] = [self._first_tokens(line, n_tokens) for line in lines]
@@ -240,14 +263,15 @@ class Asker:
         )
         everyone = torch.arange(len(rows), device=self.device)
         before_step(Step(everyone, mask, 1, 2))
-        out = self._forward(tokens, mask, 2)
+        with self.alike.of(rows, tokens.shape[1]) if self.alike else nullcontext():
+            out = self._forward(tokens, mask, 2)
         logits = out.logits[:, -2:].float()
         starts = [questions.asked_of(row) for row in rows]
         scores = self._firsts(logits[:, 0], starts)
         for i, k in ((i, k) for i, some in enumerate(starts) for k in range(len(some))):
             if len(starts[i][k]) > 1:
                 scores[i][k] += self._logprobs(logits[i : i + 1, 1], starts[i][k][1:])[0]
-        chosen = logits.argmax(-1)
+        chosen = largest(logits)
         firsts = chosen[:, 0].tolist()
         open_rows = [
             i
@@ -263,7 +287,7 @@ class Asker:
             mask[:, -1] = 0
             before_step(Step(places, torch.ones_like(inputs), 1, 1))
             step = self._forward(inputs, torch.cat([mask, torch.ones_like(inputs)], 1), 1, cache)
-            chosen[places, 1] = step.logits[:, -1].float().argmax(-1)
+            chosen[places, 1] = largest(step.logits[:, -1].float())
         made = chosen.tolist()
         predictions = [self._text(answer) for answer in made]
         again = [i for i, answer in enumerate(made) if self._is_cut(answer)]

@@ -7,7 +7,7 @@ padding, and runs them by a `Budget`, which is smaller from there on each time t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -77,16 +77,30 @@ def plan_batches(
     return [batch for rows in in_order for batch in cut(rows, questions.length, batch_tokens)]
 
 
+def batch_sizes(batches: Iterable[Sequence[Row]], length: Callable[[Row], int]) -> dict[str, int]:
+    """How many batches there are, the tokens of their rows, and those with padding.
+
+    For the manifest's batch_plan; what a stage's planner says is of the same rows.
+    """
+    lengths = [[length(row) for row in batch] for batch in batches]
+    return {
+        "batches": len(lengths),
+        "tokens": sum(map(sum, lengths)),
+        "padded_tokens": sum(len(batch) * max(batch) for batch in lengths),
+    }
+
+
 def shared(
     journal: Journal | None,
     name: str,
     batches: Sequence[list[Row]],
     ask: Callable[[list[Row]], Any],
     advance: Callable[[int], object] = lambda _: None,
-) -> list[Any]:
-    """What `ask` says of each batch, as JSON; the journal's processes share the batches.
+) -> Iterator[Any]:
+    """What `ask` says of each batch, as JSON, read from the journal, whose processes share them.
 
     A block of the journal is called by `name` and the batch's number. Without one nothing is kept.
+    All batches are done when this returns.
     """
     said = []
     for number, batch in enumerate(batches):
@@ -96,9 +110,9 @@ def shared(
             journal.add(f"{name} {number}", ask(batch))
         advance(len(batch))
     if journal is None:
-        return said
+        return iter(said)
     journal.together()
-    return [journal.done[f"{name} {number}"] for number in range(len(batches))]
+    return (journal.done[f"{name} {number}"] for number in range(len(batches)))
 
 
 # --- when memory runs out --------------------------------------------------------------------

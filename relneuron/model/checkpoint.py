@@ -35,12 +35,14 @@ class Position:
     done      batches of them that are counted
     number    batches before them
     n_tokens  in all batches so far
+    own       of those of the shard so far: `batches.batch_sizes`
     """
 
     feed: Json | None
     done: int
     number: int
     n_tokens: int = 0
+    own: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

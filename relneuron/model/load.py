@@ -106,6 +106,38 @@ def read_device_map(asked: str, device: str | None) -> str | dict[str, Any]:
     return found
 
 
+def check_loading(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str | None,
+    device: str | None,
+    device_map: str | None,
+    tensor_parallel_size: int | None,
+) -> tuple[str, str | dict[str, Any] | None]:
+    """The device, and what `read_device_map` gives; raises for what cannot be loaded so."""
+    places = read_device_map(device_map, device) if device_map is not None else None
+    if tensor_parallel_size is not None:
+        if device is not None or device_map is not None:
+            raise RelneuronError(
+                "--tensor-parallel-size says where the model goes: each process takes a GPU",
+                f"leave out {'--device' if device is not None else '--device-map'}",
+                2,
+            )
+        check_parts(tensor_parallel_size)
+    else:
+        device = local_device(device)
+    found = choose_device(device)
+    if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
+        raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
+    looks_local = check_model_folder(name)
+    if looks_local and revision is not None:
+        raise RelneuronError(
+            f"{name} is a folder, which has no revision {revision}", "leave out --revision", 2
+        )
+    return found, places
+
+
 def load_model(
     name: str,
     *,
@@ -123,26 +155,16 @@ def load_model(
     `tensor_parallel_size` N each of torchrun's N processes gets a part of it, on a GPU of its own
     where there are GPUs. The model comes in eval mode.
     """
-    places = read_device_map(device_map, device) if device_map is not None else None
-    if tensor_parallel_size is not None:
-        if device is not None or device_map is not None:
-            raise RelneuronError(
-                "--tensor-parallel-size says where the model goes: each process takes a GPU",
-                f"leave out {'--device' if device is not None else '--device-map'}",
-                2,
-            )
-        check_parts(tensor_parallel_size)
-    else:
-        device = local_device(device)
-    device = choose_device(device)
-    if dtype not in (None, "auto", "float32", "bfloat16", "float16"):
-        raise RelneuronError(f"unknown dtype {dtype!r}", "use float32, bfloat16 or float16", 2)
+    device, places = check_loading(
+        name,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        tensor_parallel_size=tensor_parallel_size,
+    )
     settle_arithmetic()
-    looks_local = check_model_folder(name)
-    if looks_local and revision is not None:
-        raise RelneuronError(
-            f"{name} is a folder, which has no revision {revision}", "leave out --revision", 2
-        )
+    looks_local = Path(name).is_dir()
     if looks_local and (Path(name) / ADAPTER).is_file():
         becomes = "used, as peft is installed" if find_spec("peft") else "ignored without peft"
         warnings.warn(f"{name} also holds an adapter ({ADAPTER}): it is {becomes}", stacklevel=2)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from relneuron.artifact.counts import Counts
 from relneuron.artifact.files import Json
 from relneuron.artifact.journal import progress_bar
-from relneuron.model.batches import Budget, cut
+from relneuron.model.batches import Budget, batch_sizes, cut
 from relneuron.model.checkpoint import Checkpoint, Position, Saver, read_checkpoint
 from relneuron.model.ranks import Ranks
 
@@ -60,6 +60,7 @@ class Job(Generic[AnyFeed, Item]):
     saver: Saver
     quiet: bool
     waiting: float = 0.0  # seconds, for what is counted
+    sizes: dict[str, int] = field(default_factory=dict)  # of the shard's batches: `batch_sizes`
 
     stage: ClassVar[str] = "count"
     unit: ClassVar[str] = "token"
@@ -78,6 +79,10 @@ class Job(Generic[AnyFeed, Item]):
 
     def begin(self, start: Checkpoint | None) -> None:
         """What must be known before anything is counted."""
+
+    def length(self, item: Item) -> int:
+        """How many tokens an item has in a forward, at most."""
+        raise NotImplementedError
 
     def note(self) -> str:
         """What the progress bar says at its end."""
@@ -110,6 +115,8 @@ class Job(Generic[AnyFeed, Item]):
 
     def _count_pools(self, feed: AnyFeed, position: Position, bar: Any) -> None:
         skip, number, n_tokens = position.done, position.number, position.n_tokens
+        self.sizes = batch_sizes([], self.length) | position.own
+        shard, of = self.options.shard
         while True:
             begin = feed.state()
             batches = self.plan(feed, number)
@@ -120,11 +127,14 @@ class Job(Generic[AnyFeed, Item]):
                 if self.is_mine(number + place):
                     self.count_batch(members)
                 n_tokens += n
+                if (number + place) % of == shard - 1:
+                    more = batch_sizes([members], self.length)
+                    self.sizes = {name: n + more[name] for name, n in self.sizes.items()}
                 self._show(bar, feed, n_tokens)
                 self.saver.look(
                     number + place,
                     lambda: self.counter.result(feed.groups),
-                    Position(begin, place + 1, number, n_tokens),
+                    Position(begin, place + 1, number, n_tokens, self.sizes),
                 )
             skip, number = 0, number + len(batches)
 

@@ -149,9 +149,14 @@ class Looked:
 
 def bytes_a_group(parts: Sequence[Part], sites: Sequence[str], asked: Asked) -> int:
     """What is kept of a group of tokens, on all devices together, as `Looked.nothing` makes it."""
+    return beside_bytes(n_neurons(parts, sites), asked)
+
+
+def beside_bytes(n: int, asked: Asked) -> int:
+    """Likewise of so many neurons."""
     sizes = {name: np.dtype(kind).itemsize for name, (kind, _) in TABLES.items()}
     each = (asked.k or 0) * sum(sizes[name] for name in BEST) + (asked.bins or 0) * sizes["bin"]
-    return int(n_neurons(parts, sites) * each)
+    return int(n * each)
 
 
 def n_neurons(parts: Sequence[Part], sites: Sequence[str]) -> int:

@@ -7,11 +7,14 @@ on torch's meta device, which has shapes and no numbers.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +101,19 @@ def memory_here() -> dict[Device, int]:
     return found
 
 
+def base_bytes() -> int:
+    """What this process holds in memory now: Python, the libraries and their code."""
+    with suppress(OSError, ValueError):
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    with suppress(ImportError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as good as it gets
+        return most if sys.platform == "darwin" else 1024 * most
+    return 0
+
+
 # --- the model without numbers ---------------------------------------------------------------
 
 
@@ -134,7 +150,7 @@ def meta_model(name: str, revision: str | None, dtype: str | None) -> Any:
     return model.eval()
 
 
-def _stored(model: Any) -> dict[str, int]:
+def stored(model: Any) -> dict[str, int]:
     """The bytes of every weight and buffer by its name; of tied ones by the first.
 
     transformers loads some weights in float32 whatever the dtype.
@@ -268,7 +284,7 @@ def _spread(
     places = {device: Place(device, memory=memory.get(device)) for device in order}
     computing = [device for device in order if device not in ("cpu", "disk")]
     ran: dict[int, Device] = {}
-    for name, n_bytes in _stored(model).items():
+    for name, n_bytes in stored(model).items():
         device = _device(name, where)
         place, number = places[device], numbers.number(name)
         place.weights += n_bytes
@@ -322,7 +338,7 @@ def _parts(
     places = []
     for part in range(n_parts):
         place = Place(part, list(range(len(numbers.layers))), memory=memory.get(part))
-        for name, n_bytes in _stored(model).items():
+        for name, n_bytes in stored(model).items():
             size, own = _own_rows(name, shapes.get(name), styles, part, n_parts)
             place.weights += n_bytes * own // size
             if numbers.number(name) is None:

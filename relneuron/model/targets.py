@@ -14,6 +14,7 @@ from relneuron.artifact.files import RelneuronError, real_path
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.prompts import Prompt
 from relneuron.model.ask import Asker
+from relneuron.model.layers import input_device
 from relneuron.model.questions import Questions, encode, object_continuations
 from relneuron.texts.knowledge import TargetPrompt, read_knowledge
 from relneuron.texts.tokens import (
@@ -94,7 +95,8 @@ def encode_targets(
             _check_answer(prompt, name, answer, vocabulary, n_logits)
     starts = [[(*one.spaces, one.tokens[0]) for one in some] for some in every]
     which = [0] * len(prompts)
-    if any(len({*some}) > 1 for some in starts):
+    # A model without numbers cannot say: the first answer stands for the others.
+    if any(len({*some}) > 1 for some in starts) and input_device(model).type != "meta":
         questions = Questions(list(prompts), heads, [some[0][-1] for some in starts], starts)
         which = Asker(model, tokenizer).most_probable(questions, batch_tokens)
     found = [some[k] for some, k in zip(every, which, strict=True)]

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from relneuron.model.layers import Unfound, features
+from relneuron.artifact.files import Json, RelneuronError
+from relneuron.model.layers import Unfound, decoder_layers, features, find_projections
 from relneuron.model.mlps.candidates import linear_maps
 from relneuron.model.mlps.find_experts import expert_parts
 
@@ -63,6 +64,66 @@ def told_widths(model: Any, layers: Sequence[nn.Module]) -> list[int]:
         told = own or 0
         widths.append(routed + (told if last_map(layer, told) is not None else 0))
     return widths
+
+
+def told_shape(model: Any, *, attention: bool = False) -> Json:
+    """What files will say of a model's neurons (`shape.model_shape`), by its structure alone.
+
+    An MLP is gated if beside its last map as many outputs are made twice as that has inputs. Raises
+    RelneuronError for a model in which no layer has an MLP.
+    """
+    try:
+        path, found = decoder_layers(model)
+    except Unfound as error:
+        raise RelneuronError(
+            f"{type(model).__name__} has {error}", "give a decoder-only model"
+        ) from None
+    layers = list(found)
+    widths, hidden = told_widths(model, layers), model.config.get_text_config().hidden_size
+    if not any(widths):
+        raise RelneuronError(
+            f"the config of {type(model).__name__} tells of no MLP in its layers",
+            "ask relneuron doctor MODEL, which looks at its weights",
+        )
+    shape: Json = {"layers": len(layers), "width": max(widths), "hidden": int(hidden)}
+    if min(widths) < max(widths):
+        shape["widths"] = widths
+    if not any(_is_gated(layer, model.config.get_text_config()) for layer in layers):
+        shape["gated"] = False
+    experts = [_experts(layer, int(hidden)) for layer in layers]
+    if any(experts):
+        shape["experts"] = [one[0] if one else 0 for one in experts]
+        shape["expert_width"] = next(one[1] for one in experts if one)
+    if attention:
+        number = next(number for number, width in enumerate(widths) if width)
+        parts = find_projections(f"{path}.{number}", layers[number])
+        shape |= {part.site: part.width for part in parts}
+    return shape
+
+
+def _experts(layer: nn.Module, hidden: int) -> tuple[int, int] | None:
+    """How many routed experts a layer has, and how wide each is."""
+    for module in layer.modules():
+        parts = expert_parts(module)
+        if parts is not None:
+            last = module.get_parameter(parts[2])
+            n = len(last) if last.dim() == 3 else int(module.num_experts)  # type: ignore[arg-type]
+            return n, last.numel() // n // hidden
+    return None
+
+
+def _is_gated(layer: nn.Module, config: Any) -> bool:
+    for module in layer.modules():
+        parts = expert_parts(module)
+        if parts is not None:
+            return parts[1] != ("up_proj",)
+    width = mlp_width(config)
+    down = last_map(layer, width) if type(width) is int else None
+    if down is None:
+        return True  # as most are
+    beside = layer.get_submodule(down.rpartition(".")[0])
+    made = [features(m)[1] for p, m in linear_maps(beside).items() if p != down.rpartition(".")[2]]
+    return bool(sum(n for n in made if n in (width, 2 * width)) >= 2 * width)
 
 
 def last_map(layer: nn.Module, width: int) -> str | None:

@@ -16,6 +16,7 @@ from relneuron.report.tables import Table, split_title
 
 # Panels side by side: three fit the width of a printed page.
 PANELS_PER_FIGURE = 3
+MOST_NAMES = 100  # rows of a picture that have a name each, where its page scrolls past them
 
 
 def accuracy_plots(table: Table, splits: Sequence[str], stem: str) -> list[kit.Drawing]:
@@ -122,7 +123,9 @@ def layers_plot(
 ) -> kit.Drawing:
     """Chosen neurons (R, S, L) per relation, site and layer, with the sum over relations on top."""
     n_rows, _, n_layers = count.shape
-    width, high = 2.2, 0.24 * n_rows
+    # Of so many rows there is room for some names.
+    step = kit.every(n_rows) if n_rows > MOST_NAMES else 1
+    width, high = 2.2, 0.24 * n_rows if step == 1 else kit.BROAD
     top, tallest = max(1, int(count.max())), max(1, int(count.sum(axis=0).max()))
     colours = ScalarMappable(Normalize(0, top), mpl.colormaps["Blues"])
     with kit.figure() as fig:
@@ -136,12 +139,11 @@ def layers_plot(
             bars.set_title(site, loc="left", fontsize=9.5, fontweight="bold")
             grid = fig.add_axes((x, 0, width, high))
             values = count[:, s].astype(float)
-            kit.cells(grid, values, colours, values if n_layers <= 8 else None, 7)
+            kit.cells(grid, values, colours, values if n_layers <= 8 and step == 1 else None, 7)
             layers = range(0, n_layers, -(-n_layers // 8))
             grid.set_xticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
             grid.set_xlabel("layer")
-            grid.set_yticks(
-                np.arange(n_rows) + 0.5, map(kit.short, names) if s == 0 else [""] * n_rows
-            )
+            shown = [kit.short(name) if s == 0 else "" for name in names[::step]]
+            grid.set_yticks(np.arange(0, n_rows, step) + 0.5, shown)
         kit.scale(fig, colours, [0, top], ["0", f"{top:,} chosen neurons"], below=0.75)
         return kit.inline(fig, "layers", "Chosen neurons by relation, site and layer")

@@ -73,6 +73,7 @@ SQUARE, SCALE, CELL, ERROR = "square", "scale", "cell", "error"
 ROW = 0.3  # inches
 MOST = 40  # rows or columns of a picture with a number, or a name, for each
 BROAD = 8.0  # inches of a matrix of more
+HATCHED = 0.05  # inches of a cell that has room for lines: those of a hatch are as far apart
 SURE = 0.05  # the largest q that is written bold
 
 
@@ -277,7 +278,7 @@ def matrix(
     ax = fig.add_axes((0, 0, cell * len(columns), cell * len(rows)), label=SQUARE)
     shown = values if numbers is None else numbers
     cells(ax, values, colours, None if is_large else shown, size, sure)
-    if is_large and is_centred(colours):
+    if is_large and is_centred(colours) and cell >= HATCHED:
         hatch(ax, values < 0)
     for i, j in np.argwhere(np.zeros(values.shape) if framed is None or is_large else framed):
         ink = INK if np.isnan(values[i, j]) else DARK

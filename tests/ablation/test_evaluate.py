@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import relneuron.ablation.evaluate
-from relneuron.ablation.evaluate import Row, plan_rows
+from relneuron.ablation.evaluate import plan_rows
+from relneuron.ablation.said import Row
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import random_neurons
 from relneuron.model.ask import Asker

@@ -25,7 +25,7 @@ from relneuron.artifact.gains import (
     read_gains,
     read_targets,
     rows_text,
-    table_bytes,
+    table_pieces,
     targets_bytes,
 )
 
@@ -97,6 +97,10 @@ def test_nine_digits_give_every_float32_back() -> None:
     for value in bits[np.isfinite(bits)].tolist():
         assert np.float32(number(value)) == np.float32(value)
     assert number(float("nan")) == ""
+
+
+def table_bytes(name: str, texts: list[str]) -> bytes:
+    return b"".join(table_pieces(name, texts))
 
 
 def rows_of(name: str, n: int) -> list[tuple[object, ...]]:

@@ -18,7 +18,7 @@ from relneuron.artifact.neurons import Shape, random_neurons, top_k
 from relneuron.artifact.prompts import Prompt
 from relneuron.methods.responses.fill import pooled_tokens
 from relneuron.methods.responses.labels import sample_labels
-from relneuron.model.ask import Answers, Asker
+from relneuron.model.ask import Answers, Asker, largest, positions_of
 from relneuron.model.batches import plan_batches
 from relneuron.model.converse import Step
 from relneuron.model.load import load_model
@@ -50,6 +50,25 @@ from tests.conftest import SHARED, tiny_model
 def test_both_correctness_rules(prediction: str, answer: str, strict: int, relaxed: int) -> None:
     assert is_correct(prediction, answer) == strict
     assert is_correct(prediction, answer, accept_object_prefix=True) == relaxed
+
+
+def test_the_largest_is_that_of_argmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randint(0, 5, (50, 2, 300)).float()  # many equal ones
+    logits[0, 0, 7], logits[1], logits[2, 1, 3:5] = float("nan"), float("-inf"), float("nan")
+    logits[3], logits[3, 0, 9] = -0.0, 0.0
+    assert torch.equal(largest(logits), logits.argmax(-1))
+    assert torch.equal(largest(logits[:, -1]), logits[:, -1].argmax(-1))
+    assert torch.equal(largest(logits.double()), logits.argmax(-1))
+
+
+def test_rows_with_the_same_positions_share_them() -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1]])
+    assert positions_of(mask).tolist() == [[0, 1, 2]]
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert positions_of(mask).tolist() == [[0, 0, 1], [0, 1, 2]]
+    mask = torch.tensor([[0, 1, 1], [0, 1, 1]])
+    assert positions_of(mask).tolist() == [[0, 0, 1]]
 
 
 def questions(lengths: list[int], splits: list[str]) -> Questions:

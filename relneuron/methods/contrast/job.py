@@ -69,6 +69,9 @@ class ContrastJob(Job[Plan, int]):
         batches = plan_pool(lengths, self.lines.group_of, self.options.batch_tokens)
         return [(rows, len(rows)) for rows in batches]
 
+    def length(self, item: int) -> int:
+        return self.lines.length(item)
+
     def count_batch(self, items: list[int]) -> None:
         for part in cut(items, self.lines.length, self.budget.tokens):
             if not self.budget.attempt(part, self.lines.length, self._count):

@@ -19,6 +19,7 @@ METHOD = Method(
             ("transformers", "tqdm", "filelock"),
             is_shared=True,
             papers=(LAPE,),
+            plan=f"{_HERE}.plan:count",
         ),
         Stage("merge", f"{_HERE}.commands:merge", ("filelock",)),
     ),

@@ -211,7 +211,7 @@ def count(
                 feed,
                 counts,
                 files,
-                job.budget,
+                job,
                 made_by,
             )
     return Counted(
@@ -264,11 +264,11 @@ def _finish(
     feed: Feed | PictureFeed,
     counts: Counts,
     kept: Kept,
-    budget: Budget,
+    job: CorpusJob[Any, Any],
     made_by: list[list[str]],
 ) -> None:
     """Write the counters and the manifest; the checkpoint goes last."""
-    is_whole = options.shard[1] == 1
+    is_whole, budget = options.shard[1] == 1, job.budget
     if is_whole and packing is None and not counts.tokens.any():
         raise RelneuronError("the corpus has no record", "give records with pictures")
     if is_whole and packing is not None and not counts.tokens.any():
@@ -309,6 +309,7 @@ def _finish(
         },
         batch_plan={
             "batch_tokens": options.batch_tokens,
+            **job.sizes,
             "order": "sources in turn, longest window first among the next ones, then by group",
             **({"plan_changed": f"{budget.tokens} tokens a forward"} if budget.notices else {}),
         }

@@ -263,6 +263,14 @@ def _nothing(name: str, *shape: int) -> Array:
     return np.full(shape, empty, kind)
 
 
+FIRST_TIMED, EVERY = 3, 128  # batches that are run without the patch, too
+
+
+def next_timed(number: int) -> int:
+    """Which batch is timed beside the bare forward after one that was: 3, 6, 12, ..., 384, 512."""
+    return number + min(number, EVERY)
+
+
 class Speed:
     """How fast the counting is beside the bare forward of the same batches; times in seconds.
 
@@ -270,13 +278,11 @@ class Speed:
     there on each 128th. `share` is the median over these of the bare time by the counted time.
     """
 
-    EVERY = 128
-
     def __init__(self, counter: Counter) -> None:
         self.counter = counter
         self.tokens = 0
         self._shares: list[float] = []
-        self._batches, self._next = 0, 3
+        self._batches, self._next = 0, FIRST_TIMED
         self._began = time.perf_counter()
 
     def count(self, batch: Batch | Pictured) -> None:
@@ -286,7 +292,7 @@ class Speed:
         if self._batches < self._next:
             self.counter.count(batch)
             return
-        self._next += min(self._next, self.EVERY)
+        self._next = next_timed(self._next)
         self._wait()
         times = [time.perf_counter()]
         self.counter.count(batch)

@@ -170,7 +170,7 @@ def rise_heatmap(table: Table, sure: float) -> kit.Drawing:
     with kit.figure() as fig:
         ax = fig.add_axes((0, 0, wide * len(columns), high * len(rows)), label=kit.SQUARE)
         kit.cells(ax, values, colours, None, size)
-        if is_large:
+        if is_large and wide >= kit.HATCHED:
             kit.hatch(ax, values < 0)
         rgba = colours.to_rgba(values)
         for (i, j), value in np.ndenumerate(np.empty((0, 0)) if is_large else values):

@@ -23,6 +23,13 @@ from relneuron.texts.windows import Packing, Window
 SAMPLE_TOKENS = 8192  # whose values decide about the bins of histograms
 
 
+def plan_windows(pool: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
+    """The batches of windows that are planned together."""
+    groups = [window.group for window in pool]
+    batches = plan_pool([len(window.ids) for window in pool], groups, batch_tokens)
+    return [[pool[i] for i in own] for own in batches]
+
+
 @dataclass
 class CorpusJob(Job[AnyFeed, Item]):
     """A pass over sources, whose speed is looked at."""
@@ -79,10 +86,11 @@ class TextJob(CorpusJob[Feed, Window]):
 
     def plan(self, feed: Feed, number: int) -> list[tuple[list[Window], int]]:
         pool = feed.take(pool_windows(feed.packing.window, self.options.batch_tokens))
-        lengths = [len(window.ids) for window in pool]
-        groups = [window.group for window in pool]
-        batches = plan_pool(lengths, groups, self.options.batch_tokens)
-        return [([pool[i] for i in own], sum(lengths[i] for i in own)) for own in batches]
+        batches = plan_windows(pool, self.options.batch_tokens)
+        return [(own, sum(map(_length, own))) for own in batches]
+
+    def length(self, item: Window) -> int:
+        return _length(item)
 
     def count_batch(self, items: list[Window]) -> None:
         for part in cut(items, _length, self.budget.tokens):

@@ -137,6 +137,9 @@ class PictureJob(CorpusJob[PictureFeed, _Ready]):
             found.append(([_Ready(record, feed.place(record.group), made)], 1))
         return found
 
+    def length(self, item: _Ready) -> int:
+        return 0  # its processor says it when it is run
+
     def _made(self, record: Record) -> Any:
         assert self.processor is not None
         return self.processor.inputs(record.open(), record.text, record.where)

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from relneuron.ablation.rows import intervene
 from relneuron.artifact.effects import fact_numbers
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
     csv_bytes,
+    csv_pieces,
     refuse_overwrite,
 )
 from relneuron.artifact.gains import (
@@ -37,7 +40,7 @@ from relneuron.artifact.gains import (
     GainFile,
     Target,
     number,
-    table_bytes,
+    table_pieces,
     targets_bytes,
 )
 from relneuron.artifact.journal import Journal, progress_bar
@@ -50,12 +53,13 @@ from relneuron.artifact.prompts import (
     write_copy,
 )
 from relneuron.artifact.stage import STUDY, command, loading, placed
-from relneuron.methods.gains.comparison import Sizes, plan, run
-from relneuron.methods.gains.drops import summary
+from relneuron.methods.gains.comparison import Sizes, plan, rows_of
+from relneuron.methods.gains.drops import measures, summarise
+from relneuron.methods.gains.found import Found, Sets
 from relneuron.methods.gains.options import AttributeOptions, attribute_inputs, check_heads
 from relneuron.methods.gains.promoted import promoted_rows
 from relneuron.methods.gains.rank import best_by_relation
-from relneuron.methods.gains.scorer import Scorer, Sentences, unpack
+from relneuron.methods.gains.scorer import Scorer, Sentences
 from relneuron.methods.gains.targets import predictions
 from relneuron.model.batches import SENTENCES, Budget, plan_batches
 from relneuron.model.load import describe_model, fallbacks
@@ -103,10 +107,10 @@ def attribute(
     neurons that eight methods choose, and asks again (B5, B6).
 
     What the sentences are read from: `knowledge.read_knowledge`. Memory holds one batch of scores
-    at a time, and of all sentences the rows of the table as text (about 60 bytes each); a journal
-    of finished batches, with the digests of their gains, lets a killed run go on, and end with the
-    same bits. An attribution that is finished already is left as it is. The folder may be that of
-    a recorded study of this model and these prompts, whose files and description stay as they are.
+    at a time; the rows of the table stand in a journal of finished batches, with the digests of
+    their gains, which lets a killed run go on, and end with the same bits. An attribution that is
+    finished already is left as it is. The folder may be that of a recorded study of this model and
+    these prompts, whose files and description stay as they are.
     """
     options = options or AttributeOptions()
     options.check_installed()
@@ -165,6 +169,7 @@ def attribute(
         scorer = Scorer(residual, sentences, options, sizes, backend)
         budget = Budget(options.batch_tokens, options.oom, journal, what=SENTENCES)
         found = _score_all(scorer, batches, gains, journal, budget, quiet)
+        known = found.known()
         made = [
             Target(
                 prompt.id,
@@ -178,29 +183,32 @@ def attribute(
             )
             for prompt, answer, target, n_answer, ids, one in zip(
                 *(prompts, targets.answers, targets.targets, targets.n_answer_tokens),
-                *(targets.ids, found),
+                *(targets.ids, known),
                 strict=True,
             )
         ]
-        written = {
-            TARGETS: targets_bytes(made),
-            options.table: table_bytes(options.table, (one.get("text", "") for one in found)),
-            PROMOTED: csv_bytes(
-                PROMOTED_COLUMNS, promoted_rows(residual, tokenizer, prompts, found)
-            ),
-        }
-        n_kept = sum(one["kept"] for one in found)
-        if options.compare and n_kept:
-            written |= _compare(residual, sentences, found, sizes, options, journal, budget, quiet)
+        written: dict[str, bytes | Iterable[bytes]] = {}
+        kept = [row for row, target in enumerate(made) if target.kept]
+        if options.compare and kept:
+            written |= _compare(
+                residual, sentences, found, kept, sizes, options, journal, budget, quiet
+            )
         elif options.compare:
             notices.append("nothing compared: the model knows the answer of no sentence")
-        if options.keep == "known" and not n_kept:
+        if options.keep == "known" and not kept:
             notices.append("nothing scored: the model knows the answer of no sentence")
         for notice in notices:
             warnings.warn(notice, stacklevel=2)
         notices += budget.notices
         if ranks.rank:
             return
+        promoted = promoted_rows(residual, tokenizer, prompts, found.best())
+        written = {
+            TARGETS: targets_bytes(made),
+            options.table: table_pieces(options.table, found.texts()),
+            PROMOTED: csv_bytes(PROMOTED_COLUMNS, promoted),
+            **written,
+        }
         # Until the journal is gone, what is written here counts as unfinished.
         for file, data in written.items():
             atomic_write(folder / file, data)
@@ -208,7 +216,7 @@ def attribute(
             (folder / file).unlink(missing_ok=True)
         best = {}
         if gains is not None:
-            best = best_by_relation(folder / GAINS, residual.shape, made, options.keep)
+            best = best_by_relation(gains, residual.shape, made, options.keep)
         manifest = Manifest(folder)
         run_on = {
             "versions": versions(),
@@ -226,8 +234,8 @@ def attribute(
             reads=[folder / "prompts.jsonl"],
             apart=("count", "contrast"),
             sentences=len(prompts),
-            kept=n_kept,
-            **_said(residual, options, sizes if n_kept else None),
+            kept=len(kept),
+            **_said(residual, options, sizes if kept else None),
             tokens={
                 "target": _asked_for(prompts, options.target),
                 "special": policy_text(tokenizer),
@@ -241,7 +249,7 @@ def attribute(
                 "batches": len(batches),
                 "order": "by split and language, then by length",
             },
-            memory={"scores": "of one batch of sentences; the rows of all as text"},
+            memory={"scores": "of one batch of sentences; the rows of all on disk"},
             **run_on,
             best=best,
             commands=command(
@@ -270,29 +278,27 @@ def _score_all(
     journal: Journal,
     budget: Budget,
     quiet: bool,
-) -> list[Json]:
-    """Score every batch that the journal lacks; what it keeps of each sentence, in their order."""
+) -> Found:
+    """Score every batch that the journal lacks; what is found of each sentence."""
     ids = scorer.sentences.targets.ids
+    by_key = {f"attribute {batch}": rows for batch, rows in enumerate(batches)}
+    found = Found(journal, by_key)
 
-    def score(rows: list[int]) -> list[Json]:
-        found, block = scorer.score(rows)
+    def score(key: str, rows: list[int]) -> list[Json]:
+        known, block = scorer.score(rows, partial(found.keep, key))
         if gains is not None and block is not None:
             gains.store(rows, block)
-        return found
+        return known
 
     with progress_bar(sum(map(len, batches)), "attribute", "sentence", quiet) as bar, journal:
-        for batch, rows in enumerate(batches):
-            key = f"attribute {batch}"
+        for key, rows in by_key.items():
             if journal.takes(key):
-                found = budget.run(rows, lambda row: len(ids[row]), score)
+                known = budget.run(rows, lambda row: len(ids[row]), partial(score, key))
                 digest = None if gains is None else gains.digest(rows)
-                journal.add(key, {"found": found, "rows": rows, "digest": digest})
+                journal.add(key, {"found": known, "rows": rows, "digest": digest})
             bar.update(len(rows))
         journal.together()
-    by_row: dict[int, Json] = {}
-    for batch, rows in enumerate(batches):
-        by_row |= dict(zip(rows, journal.done[f"attribute {batch}"]["found"], strict=True))
-    return [by_row[row] for row in range(len(by_row))]
+    return found
 
 
 def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | None) -> Json:
@@ -326,47 +332,41 @@ def _said(residual: ResidualModel, options: AttributeOptions, sizes: Sizes | Non
 def _compare(
     residual: ResidualModel,
     sentences: Sentences,
-    found: Sequence[Json],
+    found: Found,
+    kept: Sequence[int],
     sizes: Sizes,
     options: AttributeOptions,
     journal: Journal,
     budget: Budget,
     quiet: bool,
-) -> dict[str, bytes]:
+) -> dict[str, Iterable[bytes]]:
     """interventions.csv and comparison.csv: the known sentences with their neurons zeroed."""
-    kept = [row for row, one in enumerate(found) if one["kept"]]
     prompts = [sentences.prompts[row] for row in kept]
     ids, types = [p.id for p in prompts], [p.relation for p in prompts]
-    shape = (len(kept), len(residual.layers), residual.n_heads)
-    heads = np.stack([unpack(found[row]["heads"], "<f4") for row in kept]).reshape(shape)
-    chosen = [
-        {name: unpack(places, "<i4").tolist() for name, places in found[row]["off"].items()}
-        for row in kept
-    ]
-    conditions = plan(
-        residual, ids, types, chosen, heads.astype(np.float64), sizes, n_seeds=options.random_seeds
-    )
+    heads = found.heads(kept).reshape(len(kept), len(residual.layers), residual.n_heads)
+    sets = Sets(found, kept)
+    conditions = plan(residual, ids, types, sets, heads, sizes, n_seeds=options.random_seeds)
     total = len(conditions) * len(kept)
     with progress_bar(total, "compare", "answer", quiet) as bar, journal:
-        rows = run(
+        answered = intervene(
             residual,
             [sentences.targets.ids[row] for row in kept],
             [sentences.targets.targets[row] for row in kept],
-            ids,
-            types,
-            conditions,
+            [condition.offs for condition in conditions],
             batch_tokens=options.batch_tokens,
             budget=budget,
             journal=journal,
             advance=bar.update,
         )
+    names = [condition.name for condition in conditions]
     asked = (
-        (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob)) for r in rows
+        (r.condition, r.id, r.relation, r.rank, number(r.prob), number(r.logprob))
+        for r in rows_of(names, ids, types, answered)
     )
-    facts = dict(zip(ids, fact_numbers(ids, {p.id: p for p in prompts}).tolist(), strict=True))
-    found_means = summary(rows, facts)
+    facts = fact_numbers(ids, {p.id: p for p in prompts})
+    found_means = summarise(names, np.array(types), facts, measures(answered))
     means = ([number(v) if isinstance(v, float) else v for v in row] for row in found_means)
     return {
-        INTERVENTIONS: csv_bytes(INTERVENTIONS_COLUMNS, asked),
-        COMPARISON: csv_bytes(COMPARISON_COLUMNS, means),
+        INTERVENTIONS: csv_pieces(INTERVENTIONS_COLUMNS, asked),
+        COMPARISON: csv_pieces(COMPARISON_COLUMNS, means),
     }

@@ -7,17 +7,17 @@ hand, `plan` when every sentence has been through, `run` to measure; `drops.py` 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relneuron.ablation.rows import Off, head_places, intervene, off
-from relneuron.artifact.journal import Journal
+from relneuron.ablation.rows import Answered, Off, Planned, head_places, off
 from relneuron.methods.gains.scores import (
     METHODS,
     QueryScores,
@@ -26,7 +26,6 @@ from relneuron.methods.gains.scores import (
     traced_scores,
 )
 from relneuron.methods.gains.values import ValueScores
-from relneuron.model.batches import Budget
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains
@@ -186,7 +185,7 @@ class Condition(NamedTuple):
     """A name in interventions.csv, and what is off in each of N sentences."""
 
     name: str
-    offs: list[Off]
+    offs: Sequence[Off]
 
 
 def plan(
@@ -201,7 +200,8 @@ def plan(
 ) -> list[Condition]:
     """All conditions of N sentences, `clean` first, each asked of every sentence.
 
-    `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. Random sets are
+    `chosen` as `choose` returns it; `heads` (N, L, H) are the heads' value scores. What is off in a
+    sentence is made of what was chosen in it when it is asked for. Random sets are
     drawn from all neurons, or from those that the last token was sent to, as many as the condition
     they stand beside has in the sentence. If no
     sentence has a query neuron, as in models of one layer, there is no condition `query`; where
@@ -226,27 +226,46 @@ def plan(
         places: list[int] = (stops[span] - (ends[span] - some)).tolist()
         return places
 
-    conditions = [Condition("clean", [off()] * len(ids))]
+    conditions: list[Condition] = []
+
+    def add(name: str, make: Callable[..., Off], *asked: Any) -> None:
+        conditions.append(Condition(name, Planned(len(ids), partial(make, *asked))))
+
+    def of_method(name: str, s: int) -> Off:
+        return off(chosen[s][name])
+
+    def of_random(seed: int, s: int) -> Off:
+        return off(of_ffn("random", seed, ids[s], chosen[s], sizes.method))
+
+    def both(name: str, s: int) -> tuple[Sequence[int], Sequence[int]]:
+        row = chosen[s]
+        if name == "query":
+            return row.get("query", ()), ()
+        return row["value_ffn"], row.get("value_attention", ())
+
+    def of_both(name: str, s: int) -> Off:
+        return off(*both(name, s))
+
+    def of_random_both(name: str, seed: int, s: int) -> Off:
+        ffn, attention = both(name, s)
+        return off(
+            of_ffn(f"random_{name}.ffn", seed, ids[s], chosen[s], len(ffn)),
+            drawn(f"random_{name}.attention", seed, ids[s], n_attention, len(attention)),
+        )
+
+    def of_all(one: Off, s: int) -> Off:
+        return one
+
+    add("clean", of_all, off())
     for name in METHODS:
-        conditions.append(Condition(name, [off(row[name]) for row in chosen]))
+        add(name, of_method, name)
     for seed in range(n_seeds):
-        pairs = zip(ids, chosen, strict=True)
-        sets = [of_ffn("random", seed, i, row, sizes.method) for i, row in pairs]
-        conditions.append(Condition(f"random.{seed}", [off(ffn) for ffn in sets]))
-    wholes = {"value": [(row["value_ffn"], row.get("value_attention", ())) for row in chosen]}
-    if any(row.get("query") for row in chosen):
-        wholes["query"] = [(row.get("query", ()), ()) for row in chosen]
-    for name, both in wholes.items():
-        conditions.append(Condition(name, [off(*one) for one in both]))
+        add(f"random.{seed}", of_random, seed)
+    has_query = any(row.get("query") for row in chosen)
+    for name in ("value", "query") if has_query else ("value",):
+        add(name, of_both, name)
         for seed in range(n_seeds):
-            offs = [
-                off(
-                    of_ffn(f"random_{name}.ffn", seed, i, row, len(ffn)),
-                    drawn(f"random_{name}.attention", seed, i, n_attention, len(attention)),
-                )
-                for i, row, (ffn, attention) in zip(ids, chosen, both, strict=True)
-            ]
-            conditions.append(Condition(f"random_{name}.{seed}", offs))
+            add(f"random_{name}.{seed}", of_random_both, name, seed)
     sets_of_heads = {}
     if n_heads:
         best_heads = top_heads(heads, types, sizes)
@@ -256,7 +275,7 @@ def plan(
         sets_of_heads[f"random_heads.{seed}"] = some
     for name, some in sets_of_heads.items():
         one = off((), head_places(some, residual.head_dim))
-        conditions.append(Condition(name, [one] * len(ids)))
+        add(name, of_all, one)
     return conditions
 
 
@@ -287,37 +306,13 @@ class Row(NamedTuple):
     logprob: float  # nats
 
 
-def run(
-    residual: ResidualModel,
-    sentences: Sequence[Sequence[int]],
-    targets: Sequence[int],
-    ids: Sequence[str],
-    types: Sequence[str],
-    conditions: Sequence[Condition],
-    *,
-    batch_tokens: int,
-    budget: Budget | None = None,
-    journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda n_rows: None,
-) -> list[Row]:
-    """Ask every condition of every sentence; see interventions.intervene.
-
-    `sentences` are token ids, `targets` the tokens asked for. `advance` hears of len(conditions) *
-    N rows in all. With a journal a run that was killed goes on where it stopped.
-    """
-    found = intervene(
-        residual,
-        *(sentences, targets, [condition.offs for condition in conditions]),
-        batch_tokens=batch_tokens,
-        budget=budget,
-        journal=journal,
-        advance=advance,
-    )
-    return [
-        Row(
-            *(condition.name, name, kind, int(found.rank[c, s])),
-            *(float(found.prob[c, s]), float(found.logprob[c, s])),
-        )
-        for c, condition in enumerate(conditions)
-        for s, (name, kind) in enumerate(zip(ids, types, strict=True))
-    ]
+def rows_of(
+    names: Sequence[str], ids: Sequence[str], types: Sequence[str], answered: Answered
+) -> Iterator[Row]:
+    """What became of the targets: every condition, by its name, of every sentence."""
+    for c, name in enumerate(names):
+        for s, (key, kind) in enumerate(zip(ids, types, strict=True)):
+            rank, prob, logprob = (
+                part[c, s] for part in (answered.rank, answered.prob, answered.logprob)
+            )
+            yield Row(name, key, kind, int(rank), float(prob), float(logprob))

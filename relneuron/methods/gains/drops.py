@@ -1,6 +1,6 @@
 """What zeroing cost: means and drops of every condition of a comparison, with intervals.
 
-The `attribute` stage makes comparison.csv with it, of the rows that `comparison.run` gives.
+The `attribute` stage makes comparison.csv with it, of what `intervene` measured.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from relneuron.ablation.rows import Answered
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.gains.comparison import Array, Row
 
@@ -65,10 +66,27 @@ def summary(
     ).reshape(len(by_condition), len(asked), 3)
     relation = np.array([row.relation for row in asked.values()])
     numbers = np.array([(facts or {}).get(i, -1 - n) for n, i in enumerate(asked)])
+    return summarise(list(by_condition), relation, numbers, values, seed=seed)
+
+
+def measures(answered: Answered) -> Array:
+    """1 / rank, probability and log-probability of every condition and sentence: (C, n, 3)."""
+    return np.stack([1 / answered.rank, answered.prob, answered.logprob], -1)
+
+
+def summarise(
+    conditions: Sequence[str],
+    relation: NDArray[np.str_],
+    facts: NDArray[np.int64],
+    values: Array,
+    *,
+    seed: int = 0,
+) -> list[Summary]:
+    """`summary` of `measures` (C, n, 3), and of each sentence (n,) its relation and its fact."""
     found = []
     for kind in ("", *dict.fromkeys(relation.tolist())):
         rows_of = relation == kind if kind else np.ones(len(relation), bool)
-        found += _summaries(list(by_condition), kind, values[:, rows_of], numbers[rows_of], seed)
+        found += _summaries(list(conditions), kind, values[:, rows_of], facts[rows_of], seed)
     return found
 
 

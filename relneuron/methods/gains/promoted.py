@@ -5,7 +5,7 @@ The `attribute` stage makes promoted.csv with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from relneuron.artifact.files import Json
@@ -20,7 +20,7 @@ TOKENS = 10  # at each end of a neuron's value vector
 
 
 def promoted_rows(
-    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Sequence[Json]
+    residual: ResidualModel, tokenizer: Any, prompts: Sequence[Prompt], found: Iterable[Json]
 ) -> list[Row]:
     """Tokens at both ends of the neurons that are among the best of most sentences.
 

@@ -29,7 +29,9 @@ from relneuron.artifact.gains import (
     GAINS,
     MADE_BY,
     TARGETS,
+    GainFile,
     Target,
+    ffn_widths,
     number,
     read_gains,
     read_targets,
@@ -294,15 +296,20 @@ def best_neurons(scores: Array, k: int) -> list[ScoredNeuron]:
 
 
 def best_by_relation(
-    path: Path, shape: Mapping[str, Any], targets: Sequence[Target], keep: str
+    gains: GainFile, shape: Mapping[str, Any], targets: Sequence[Target], keep: str
 ) -> Json:
     """Each relation's FFN neurons with the highest mean gain: [layer, index, nats], best first."""
     relations = sorted({target.relation for target in targets})
-    taken = [relations.index(t.relation) if t.kept or keep == "all" else -1 for t in targets]
+    place = {name: number for number, name in enumerate(relations)}
+    taken = np.array([place[t.relation] if t.kept or keep == "all" else -1 for t in targets])
+    n_sentences = np.bincount(taken[taken >= 0], minlength=len(relations))
     scores = np.zeros((len(relations), shape["layers"], shape["width"]), np.float32)
-    for layer, gains in read_gains(path, shape, len(targets)):
-        means = mean_gains(gains, np.array(taken), len(relations))
-        scores[:, layer, : means.shape[1]] = means
+    for layer, width in enumerate(ffn_widths(shape)):
+        sums = np.zeros((len(relations), width))
+        for rows, block in gains.blocks(layer):
+            add_rows(sums, block, taken[rows])
+        with np.errstate(invalid="ignore"):  # of a relation without sentences
+            scores[:, layer, :width] = sums / n_sentences[:, None]
     return {
         name: [
             [layer, index, float(number(score))]
@@ -311,3 +318,13 @@ def best_by_relation(
         for row, name in enumerate(relations)
         if row in taken
     }
+
+
+def add_rows(sums: Array, values: Array, group: Array) -> None:
+    """Add each row of `values` (n, F) to the float64 sums (G, F) of its group; -1 is none.
+
+    One after the other, as `mean` adds them, so that it does not matter how they are cut.
+    """
+    for place in np.unique(group[group >= 0]).tolist():
+        rows = np.concatenate([sums[place][None], values[group == place]], dtype=np.float64)
+        sums[place] = rows.sum(0)

@@ -6,7 +6,7 @@ The `attribute` stage calls it for each batch and keeps in its journal what it r
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,8 @@ from relneuron.artifact.prompts import Prompt
 from relneuron.methods.gains.comparison import Sizes, TargetRanks, choose
 from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
 from relneuron.methods.gains.scores import QueryScores, query_scores
-from relneuron.methods.gains.targets import keep, type_tokens
+from relneuron.methods.gains.targets import keep as knows
+from relneuron.methods.gains.targets import type_tokens
 from relneuron.methods.gains.values import ValueScores, value_scores
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.trace import Trace, scaled, trace
@@ -34,6 +35,9 @@ NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
 WRITES = ("ffn_layer", "attention_layer", "head", "position")
 
 Array = np.ndarray[Any, Any]
+
+# Hears of a sentence, by its row among all, its rows of the table and what else is kept of it.
+Keep = Callable[[int, str, Json], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _Scored:
 
 
 class Scorer:
-    """Scores batches of sentences; what `score` returns of each goes into the journal."""
+    """Scores batches of sentences; what `score` says of each goes into the journal."""
 
     def __init__(
         self,
@@ -88,10 +92,12 @@ class Scorer:
         is_close = options.mode == "exact" or options.tolerance <= GAIN_TOLERANCE
         self._gains_are_compared = is_close and not options.own_norm
 
-    def score(self, rows: list[int]) -> tuple[list[Json], Array | None]:
-        """What the journal keeps of each sentence in `rows`, and the gains (E, L, F) float32.
+    def score(self, rows: list[int], keep: Keep) -> tuple[list[Json], Array | None]:
+        """How the model knows each sentence in `rows`, and the gains (E, L, F) float32.
 
-        The gains of a sentence that is left out are NaN; without `ffn_neuron` there are none.
+        `keep` hears of each of them the rows of the table as text, and its best neurons with what
+        is zeroed; of one that is left out, none. Its gains are NaN; without `ffn_neuron` there are
+        none.
         """
         residual, options = self.residual, self.options
         traced = trace(residual, [self.sentences.targets.ids[row] for row in rows])
@@ -101,7 +107,7 @@ class Scorer:
         self._check_finite(rows, logprob, "log-probabilities")
         types = [self.sentences.prompts[row].relation for row in rows]
         rights = [self.sentences.targets.rights[row] for row in rows]
-        kept = keep(logits, wanted, types, self.sentences.type_tokens, rights).tolist()
+        kept = knows(logits, wanted, types, self.sentences.type_tokens, rights).tolist()
         found: list[Json] = [
             {"rank": rank, "prob": prob, "logprob": log, "kept": known}
             for rank, prob, log, known in zip(
@@ -113,14 +119,15 @@ class Scorer:
             )
         ]
         taken = [i for i in range(len(rows)) if kept[i] or options.keep == "all"]
+        for i in {*range(len(rows))} - {*taken}:
+            keep(rows[i], "", {})
         shape = (len(rows), len(residual.layers), residual.width)
         gains = np.full(shape, np.nan, np.float32) if "ffn_neuron" in options.kinds else None
         if taken:
             if len(taken) < len(rows):
                 traced = trace(residual, [self.sentences.targets.ids[rows[i]] for i in taken])
             scored = self._scores([rows[i] for i in taken], traced)
-            for i, part in zip(taken, self._parts(scored, [kept[i] for i in taken]), strict=True):
-                found[i] |= part
+            self._keep_parts(scored, [kept[i] for i in taken], keep)
             if gains is not None:
                 assert scored.values.ffn_neuron is not None
                 self._check_finite(scored.rows, scored.values.ffn_neuron, "gains")
@@ -173,7 +180,7 @@ class Scorer:
             )
         return _Scored(rows, traced, wanted, values, query)
 
-    def _parts(self, scored: _Scored, kept: Sequence[bool]) -> Iterator[Json]:
+    def _keep_parts(self, scored: _Scored, kept: Sequence[bool], keep: Keep) -> None:
         """Of each sentence its rows as text, its best neurons and, if kept, what is zeroed."""
         known = [e for e, is_kept in enumerate(kept) if is_kept]
         chosen: dict[int, Mapping[str, Sequence[int]]] = {}
@@ -182,12 +189,12 @@ class Scorer:
         table = _Table(scored, self.residual)
         for e, row in enumerate(scored.rows):
             rows = table.rows(e, self.sentences.prompts[row].id, self.options)
-            part: Json = {"text": rows_text(rows), "best": table.best(e, rows)}
+            part: Json = {"best": table.best(e, rows)}
             if e in chosen:
                 heads = table.arrays["head"][e] if "head" in table.arrays else np.empty(0)
                 off = {name: pack(np.array(places, "<i4")) for name, places in chosen[e].items()}
                 part |= {"off": off, "heads": pack(heads.astype("<f4"))}
-            yield part
+            keep(row, rows_text(rows), part)
 
     def _choose(self, scored: _Scored, known: list[int]) -> list[dict[str, list[int]]]:
         """What the comparison zeroes in the sentences `known` of the batch."""

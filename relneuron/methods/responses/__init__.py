@@ -16,6 +16,7 @@ METHOD = Method(
             ("transformers", "tqdm", "filelock"),
             is_shared=True,
             papers=(RELATIONS,),
+            plan="relneuron.methods.responses.plan:record",
         ),
     ),
     rankings=(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,22 @@ import torch
 
 from relneuron.artifact.files import (
     Json,
-    RelneuronError,
     atomic_write,
     csv_bytes,
     refuse_overwrite,
     sha256,
 )
 from relneuron.artifact.journal import Journal, is_unfinished, n_started, progress_bar
-from relneuron.artifact.manifest import Manifest, checked, same_model, versions
+from relneuron.artifact.manifest import Manifest, same_model, versions
 from relneuron.artifact.neurons import Shape
-from relneuron.artifact.prompts import RECORDED, read_prompts
 from relneuron.artifact.stage import STUDY, command, loading, placed
+from relneuron.methods.responses.asked import read_asked
 from relneuron.methods.responses.fill import Filling, ask_all
 from relneuron.methods.responses.options import DEVICE, DISK, MEMORY, RecordOptions
 from relneuron.methods.responses.places import Kept, OnDisk, Prompts, Store
 from relneuron.methods.responses.room import agreed, choose, devices_of
 from relneuron.model.ask import Asker
-from relneuron.model.batches import Budget, plan_batches
+from relneuron.model.batches import Budget, batch_sizes
 from relneuron.model.canary import check_canary
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model, fallbacks
@@ -40,10 +38,10 @@ from relneuron.model.mlps.experts import Experts
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
-from relneuron.model.questions import encode, is_correct
+from relneuron.model.questions import is_correct
 from relneuron.model.ranks import sharing
 from relneuron.model.states import LayerState
-from relneuron.texts.tokens import check_bos, policy_text
+from relneuron.texts.tokens import policy_text
 
 
 def record_inputs(model: Json, tokenizer: Any, prompts: Path, options: RecordOptions) -> Json:
@@ -107,34 +105,19 @@ def record(
     pooling, exclude_bos = options.pooling, options.exclude_bos
     output = folder / "validated.csv"
     refuse_overwrite(output, force or is_unfinished(output, "record"))
-    prompts = read_prompts(checked(prompts_path))
-    options = replace(options, validate=options.validate and any(p.object for p in prompts))
+    asked = read_asked(prompts_path, model, tokenizer, options)
+    prompts, options, questions = asked.prompts, asked.options, asked.questions
+    batches, det, n_pooled = asked.batches, asked.det, asked.n_pooled
     validate = options.validate
     mlps = find_mlps(model, attention=options.attention)
     shape = model_shape(mlps)
-    questions = encode(tokenizer, model, prompts, answers=validate)
-    batches = plan_batches(questions, options.batch_tokens)
-    det = [row for row, prompt in enumerate(prompts) if prompt.split in RECORDED]
-    if not det:
-        raise RelneuronError(f"{prompts_path} has no det prompt", "make prompts with det facts")
-    if exclude_bos:
-        check_bos(tokenizer, (questions.ids[row] for row in det))
-    n_pooled = [len(questions.ids[row]) - exclude_bos if pooling == "mean" else 1 for row in det]
-    if min(n_pooled) < 1:
-        raise RelneuronError("a det prompt has no token but the first", "drop --exclude-bos")
     if options.attention:
         check_canary(model, mlps, Asker(model, tokenizer).pad(questions.ids[:1])[0], backend)
     described = describe_model(name, model, mlps, backend)
     inputs = record_inputs(described, tokenizer, prompts_path, options)
     for notice in questions.notices:
         warnings.warn(notice, stacklevel=2)
-    about = {
-        "prompts": inputs["prompts"],
-        "ids": [prompts[row].id for row in det],
-        "pooling": pooling,
-        "exclude_bos": exclude_bos,
-        "model": described["digest"],
-    }
+    about = asked.about(inputs["prompts"], described["digest"])
     recorded, devices = Prompts(Shape.of(shape), det, n_pooled, about), devices_of(mlps)
     if store is not None:
         store.kept = None
@@ -207,7 +190,7 @@ def record(
             },
             batch_plan={
                 "batch_tokens": options.batch_tokens,
-                "batches": len(batches),
+                **batch_sizes(batches, questions.length),
                 "order": "by split and language, then by length",
             },
             memory=_memory(kind, recorded.n_bytes, len(det), max(map(len, batches))),

@@ -5,7 +5,7 @@ Every stage with a model asks; `artifact/neurons.py` gives each neuron its place
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from relneuron.artifact.files import RelneuronError
@@ -65,18 +65,26 @@ def model_shape(mlps: Sequence[Part]) -> dict[str, Any]:
     return shape | dict(attention.pop() if attention else ())
 
 
-def check_sites(mlps: Sequence[Part], sites: Iterable[str]) -> None:
-    """Refuse sites that the MLPs do not have."""
-    ungated = [mlp for mlp in mlps if not mlp.is_gated]
+def refuse_sites(shape: Mapping[str, Any], sites: Iterable[str], where: str = "") -> None:
+    """Refuse sites of a gated MLP where a model has others; `where` is a module's name."""
+    gated = shape.get("gated", True)
+    if gated is True or (isinstance(gated, list) and all(gated)):
+        return
     for site in sites:
-        if ungated and site in ("up", "product"):
-            one = ungated[0]
-            where = next((m for m, own in layers_of(one.modules).items() if one.layer in own), "")
+        if site in ("up", "product"):
             raise RelneuronError(
                 f"the model's MLPs{where and f' of the module {where}'} are not gated: they have "
                 f"no site {site}",
                 "use gate, before the activation, or act, which is what down reads",
             )
+
+
+def check_sites(mlps: Sequence[Part], sites: Iterable[str]) -> None:
+    """Refuse sites that the MLPs do not have."""
+    sites = list(sites)
+    for one in mlps:
+        where = next((m for m, own in layers_of(one.modules).items() if one.layer in own), "")
+        refuse_sites({"gated": one.is_gated}, sites, where)
     layers = [mlp.layer for mlp in mlps]
     if "down" in sites and len(set(layers)) < len(layers):
         raise RelneuronError(

@@ -184,7 +184,7 @@ def test_tied_embeddings_work(llama: Attributed, tmp_path: Path) -> None:
 def test_out_of_memory_is_an_error_with_a_way_out(
     llama: Attributed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Any, rows: list[int]) -> Any:
+    def full(self: Any, rows: list[int], keep: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(attribute_module.Scorer, "score", full)

@@ -166,11 +166,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 
     left, own = [2], scorer.Scorer.score
 
-    def some(self: Any, rows: list[int]) -> Any:
+    def some(self: Any, rows: list[int], keep: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return own(self, rows)
+        return own(self, rows, keep)
 
     monkeypatch.setattr(scorer.Scorer, "score", some)
     folder = tmp_path / "out"

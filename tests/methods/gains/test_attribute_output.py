@@ -89,12 +89,12 @@ def test_forced_and_killed_it_goes_on_with_force_only(
     shutil.copytree(llama.folder / "out", output)
     true, n_scored = attribute_module.Scorer.score, 0
 
-    def score(self: Any, rows: list[int]) -> Any:
+    def score(self: Any, rows: list[int], keep: Any) -> Any:
         nonlocal n_scored
         n_scored += 1
         if n_scored == 3:
             raise KeyboardInterrupt
-        return true(self, rows)
+        return true(self, rows, keep)
 
     monkeypatch.setattr(attribute_module.Scorer, "score", score)
     with pytest.raises(KeyboardInterrupt):

@@ -22,7 +22,7 @@ from relneuron.methods.gains.comparison import (
     choose,
     method_scores,
     plan,
-    run,
+    rows_of,
     top_heads,
 )
 from relneuron.methods.gains.drops import Summary, summary
@@ -232,15 +232,13 @@ def test_rows_are_conditions_by_sentences(traced: Traced) -> None:
     ids = sentences()
     conditions = some_plan(residual, list("abcd"), n_seeds=1)[0]
     seen: list[int] = []
-    rows = run(
-        *(residual, ids, targets.tolist(), list("abcd"), ["x", "y", "x", "y"], conditions),
+    answered = intervene(
+        *(residual, ids, targets.tolist(), [c.offs for c in conditions]),
         batch_tokens=64,
         advance=seen.append,
     )
+    rows = [*rows_of([c.name for c in conditions], "abcd", "xyxy", answered)]
     assert sum(seen) == len(rows) == 4 * len(conditions)
-    answered = intervene(
-        residual, ids, targets.tolist(), [c.offs for c in conditions], batch_tokens=64
-    )
     for number, row in enumerate(rows):
         c, s = divmod(number, 4)
         assert (row.condition, row.id, row.relation) == (conditions[c].name, "abcd"[s], "xyxy"[s])
@@ -259,7 +257,9 @@ def test_zeroed_gain_neurons_cost_more_than_random_ones(traced: Traced) -> None:
     chosen = choose(residual, found, targets, value, None, sizes)
     names = [str(i) for i in range(24)]
     conditions = plan(residual, names, ["r"] * 24, chosen, np.asarray(value.head), sizes)
-    rows = run(residual, ids, targets.tolist(), names, ["r"] * 24, conditions, batch_tokens=999)
+    offs = [condition.offs for condition in conditions]
+    answered = intervene(residual, ids, targets.tolist(), offs, batch_tokens=999)
+    rows = rows_of([c.name for c in conditions], names, ["r"] * 24, answered)
     table = {row.condition: row for row in summary(rows) if not row.relation}
     for seed in range(3):
         assert table["log_prob_gain"].logprob_drop > table[f"random.{seed}"].logprob_drop + 0.5

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.artifact.gains import table_bytes
+from relneuron.artifact.gains import table_pieces
 from relneuron.methods.gains.page import build
 from relneuron.methods.gains.study import read_attribution_study
 from relneuron.methods.gains.tables import attribution_tables
@@ -244,5 +244,6 @@ def test_the_table_may_be_parquet(tmp_path: Path, html: str) -> None:
     folder = write_attribution(tmp_path)
     text = (folder / "attributions.csv").read_text(encoding="utf-8").partition("\n")[2]
     (folder / "attributions.csv").unlink()
-    (folder / "attributions.parquet").write_bytes(table_bytes("attributions.parquet", [text]))
+    data = b"".join(table_pieces("attributions.parquet", [text]))
+    (folder / "attributions.parquet").write_bytes(data)
     assert render(build(folder, {})) == html

@@ -22,6 +22,7 @@ from relneuron.artifact.prompts import prompts_bytes, read_prompts
 from relneuron.demo import FACTS
 from relneuron.methods.responses.concepts import concept_study, make_concept_prompts
 from relneuron.methods.responses.options import RecordOptions
+from relneuron.methods.responses.places import Store
 from relneuron.methods.responses.record import record
 from relneuron.model.ask import Asker
 from relneuron.model.load import load_model, load_tokenizer
@@ -299,12 +300,12 @@ def test_again_is_the_same_and_does_nothing(
     def unexpected(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished stage ran again")
 
-    monkeypatch.setattr("relneuron.methods.responses.concepts.record", unexpected)
+    monkeypatch.setattr("relneuron.methods.responses.at_once.record", unexpected)
     # Without the scores' file only the ranking is made again, from the responses.
     (tmp_path / "two" / "scores.safetensors").unlink()
     study(loaded, concepts, tmp_path / "two")
     assert contents(tmp_path / "two") == before
-    monkeypatch.setattr("relneuron.methods.responses.concepts.identify", unexpected)
+    monkeypatch.setattr("relneuron.methods.responses.at_once.identify", unexpected)
     assert study(loaded, concepts, tmp_path / "one") == found
     assert contents(tmp_path / "one") == before
 
@@ -354,10 +355,10 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(
 def test_responses_can_be_dropped(
     loaded: tuple[Any, Any], concepts: list[Relation], tmp_path: Path
 ) -> None:
-    found = study(loaded, concepts, tmp_path, drop_responses=True)
+    found = study(loaded, concepts, tmp_path, store=Store())
     assert not (tmp_path / "responses.safetensors").exists()
     before = contents(tmp_path)
-    assert study(loaded, concepts, tmp_path, drop_responses=True) == found
+    assert study(loaded, concepts, tmp_path, store=Store()) == found
     assert contents(tmp_path) == before
 
 

@@ -1,0 +1,187 @@
+"""A model and its tokenizer as a stage would load them, without its weights.
+
+The planners of the stages (`Stage.plan`) call `dry_model` where the stage calls `load.load`, and
+count with it what the stage will do; everything else they ask the stage's own functions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from relneuron import ops
+from relneuron.artifact.files import Json
+from relneuron.artifact.neurons import Shape
+from relneuron.artifact.options import PlaceOptions
+from relneuron.artifact.planned import Planned
+from relneuron.model.load import check_loading, load_tokenizer, settle_arithmetic
+from relneuron.model.plan import base_bytes, meta_model, stored
+from relneuron.model.traced import Costs, takes_keep, traced
+from relneuron.model.widths import told_shape
+
+DIGEST = "0" * 64  # stands for one that only the weights could say
+
+
+@dataclass(frozen=True)
+class Dry:
+    """A model without numbers, and what the stages ask of it; `device`: where it would compute."""
+
+    model: Any
+    tokenizer: Any
+    shape: Json
+    device: str
+
+    @cached_property
+    def order(self) -> Shape:
+        return Shape.of(self.shape)
+
+    @cached_property
+    def costs(self) -> Costs:
+        return Costs.of(self.model)
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the weights and buffers, tied ones once."""
+        return sum(stored(self.model).values())
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def neurons(self) -> dict[str, int]:
+        return {site: len(self.order.site_places(site)) for site in self.order.widths}
+
+    def logits(self, width: int, n: int) -> int:
+        """How many columns of logits a forward gives where the last n are asked for."""
+        return n if n and takes_keep(self.model) else width
+
+    @cached_property
+    def last_mlp(self) -> int:
+        """Operations of a token in the MLP of the last layer."""
+        last = self.order.layers - 1
+        width, hidden = self.order.width(last, "gate"), self.order.width(last, "down")
+        n_experts, each = self.order.experts
+        if n_experts and n_experts[last]:
+            config = self.model.config.get_text_config()
+            names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+            k = next((v for name in names if (v := getattr(config, name, None))), 1)
+            width += each * (int(k) - n_experts[last])
+        return 2 * width * hidden * (3 if self.order.width(last, "up") else 2)
+
+    @property
+    def last_down(self) -> int:
+        """Operations of a token in what the last layer's MLP ends with; of experts none is told."""
+        last = self.order.layers - 1
+        if self.order.experts[0]:
+            return 0
+        return 2 * self.order.width(last, "gate") * self.order.width(last, "down")
+
+    def planned(self, stage: str, reads: Mapping[str, int], **told: Any) -> Planned:
+        """What a stage takes, with what is known of the model.
+
+        The process holds what this one does: Python, the libraries, the texts and their tokens.
+        """
+        told["host"] = {"process": base_bytes(), **told.get("host", {})}
+        told["tensors"] = {"weights": self.weights, **told.get("tensors", {})}
+        about: Json = {"neurons": self.neurons, "layers": self.order.layers, "device": self.device}
+        about["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        return Planned(stage, reads, **about, **told)
+
+
+def dry_model(
+    name: str, options: PlaceOptions, *, attention: bool = False, needs_text: bool = True
+) -> Dry:
+    """A model of its config alone, with its tokenizer; refused as `load.load` refuses it."""
+    device = check_loading(
+        name,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        tensor_parallel_size=getattr(options, "tensor_parallel_size", None),
+    )[0]
+    dtype = options.dtype or ("float32" if device == "cpu" else "auto")
+    model = meta_model(name, options.revision, dtype)
+    tokenizer = None
+    try:
+        tokenizer = load_tokenizer(name, revision=options.revision)
+    except Exception:
+        if needs_text:
+            raise
+    shape = told_shape(model, attention=attention)
+    # What a stage has loaded before it begins, for this process is looked at in its place: the
+    # kernels, and what the first product of matrices makes.
+    settle_arithmetic()
+    ops.available_backends(model.dtype)
+    square = torch.ones(512, 512, device="cpu")
+    (square @ square).softmax(-1)
+    return Dry(model, tokenizer, shape, device.partition(":")[0])
+
+
+# --- forwards ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """The forwards of a stage, batches alike counted together."""
+
+    dry: Dry
+    found: Counter[tuple[int, int]] = field(default_factory=Counter)
+    batches: int = 0
+    tokens: int = 0
+    padded: int = 0
+    steps: int = 0
+    largest: tuple[int, int, int] = (0, 0, 0)  # rows, tokens and logits of the largest one
+
+    def forward(
+        self,
+        rows: int,
+        width: int,
+        *,
+        keys: int | None = None,
+        logits: int = 1,
+        less: int = 0,
+        times: int = 1,
+    ) -> None:
+        """A forward of rows of `width` tokens; `less` operations are left out of it."""
+        n = self.dry.logits(width, logits) if logits else 0
+        flops = self.dry.costs.flops(rows, width, keys=keys, logits=n) - less
+        self.found[flops, self.dry.weights] += times
+        if rows * width > self.largest[0] * self.largest[1]:
+            self.largest = (rows, width, logits)
+
+    def batch(self, lengths: Sequence[int], **how: Any) -> None:
+        """A batch that is planned, of rows of these lengths, padded to the longest."""
+        self.batches += 1
+        self.tokens += sum(lengths)
+        self.padded += len(lengths) * max(lengths)
+        self.forward(len(lengths), max(lengths), **how)
+
+    def step(self, rows: int, keys: int) -> None:
+        """One more token of each row, which sees `keys`."""
+        self.steps += rows
+        self.forward(rows, 1, keys=keys)
+
+    def peak(self, body: Any = None, *, cache: bool = True) -> int:
+        """Bytes of the tensors that the largest forward holds at once, by tracing it.
+
+        `body` is what is run in place of the model: it without its head.
+        """
+        rows, width, n = self.largest
+        if not rows:
+            return 0
+        model = self.dry.model if body is None else body
+        return traced(model, rows, width, n_logits=n, cache=cache).peak_bytes
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a `Planned` takes of it."""
+        numbers = {name: getattr(self, name) for name in ("batches", "tokens", "padded", "steps")}
+        forwards = tuple((n, *one) for one, n in sorted(self.found.items()))
+        return {**numbers, "forwards": forwards}
