@@ -16,19 +16,28 @@ import pytest
 from safetensors import safe_open
 
 import relneuron.model.ask
+from relneuron.ablation.effect import effect
+from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.nll import nll
+from relneuron.ablation.outputs import Generated, lines_bytes
 from relneuron.artifact.blocks import Blocks
 from relneuron.artifact.files import RelneuronError, map_safetensors
 from relneuron.artifact.journal import Journal, PartDone, first_line
 from relneuron.artifact.parts import ROWS, merge_parts
+from relneuron.methods.contrast.options import ProbeOptions
+from relneuron.methods.contrast.probe import probe
 from relneuron.methods.counts.count import count
 from relneuron.methods.gains.attribute import attribute
 from relneuron.methods.responses.options import RecordOptions
 from relneuron.methods.responses.record import record
+from relneuron.model.batches import Budget
+from relneuron.study.look import look
+from relneuron.study.settings import LookOptions
 from relneuron.texts.options import CountOptions
 from relneuron.texts.sources import parse_sources
 from tests.artifact.handed import ATTRIBUTED, NLL, attributed, flip
 from tests.artifact.test_integrity import ablated, generated
+from tests.kit.speakers import classifier_folder
 
 
 class Crash(Exception):
@@ -141,7 +150,41 @@ def test_attribute_does_damaged_gains_again(
             assert data == before[name], name
 
 
-@pytest.mark.parametrize("stage", ["ablate", "nll", "generate"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_probe_does_damaged_values_again(
+    made: Path, loaded: tuple[Any, Any], tmp_path: Path, damage: str
+) -> None:
+    learned = {"neurons": made / "counts" / "neurons.json", "of_set": "a", "top": 3, "folds": 2}
+    learned |= {"labels": f"{made / 'labels.csv'}:y", "batch_tokens": 64}
+    prompts, options = made / "study" / "prompts.jsonl", ProbeOptions(**learned)
+
+    def run(folder: Path) -> None:
+        probe("m", *loaded, prompts, folder, options, quiet=True)
+
+    run(tmp_path / "whole")
+    crashed(partial(run, tmp_path / "out"), Budget, "run", 12)
+    act, said = DAMAGE[damage]
+    act(tmp_path / "out" / "probe.values")
+    with pytest.warns(match=said):
+        run(tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def judged(outputs: Path, judge: Path, out: Path) -> object:
+    options = EffectOptions(cost=str(judge), label="1", batch_tokens=8, device="cpu")
+    return effect(outputs, out / "effect.csv", options, quiet=True)
+
+
+def shown(loaded: tuple[Any, Any], study: Path, out: Path) -> object:
+    """Cards of a study, whose files are put into the folder first."""
+    shutil.copytree(study, out, dirs_exist_ok=True)
+    return look(
+        "m", *loaded, out, None, LookOptions(cards=3, batch_tokens=64), force=True, quiet=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the donor.s cost differs")
+@pytest.mark.parametrize("stage", ["ablate", "nll", "generate", "effect", "look"])
 def test_a_flipped_bit_of_a_journal_changes_no_result(
     made: Path,
     loaded: tuple[Any, Any],
@@ -155,6 +198,8 @@ def test_a_flipped_bit_of_a_journal_changes_no_result(
     run: Callable[[Path], object] = {
         "ablate": lambda o: ablated(loaded, corpus, made, o, **asked),
         "generate": lambda o: generated(loaded, corpus, made, o, **asked),
+        "effect": lambda o: judged(tmp_path / "said.jsonl", tmp_path / "judge", o),
+        "look": lambda o: shown(loaded, made / "study", o),
         "nll": lambda o: nll(
             "m",
             *loaded,
@@ -165,6 +210,15 @@ def test_a_flipped_bit_of_a_journal_changes_no_result(
             quiet=True,
         ),
     }[stage]
+    if stage == "effect":
+        classifier_folder(tmp_path / "judge")
+        said = {"clean": "a ", "donor": "c b ", "s": "c "}
+        lines = [
+            Generated(mask, "", str(n), "a ", text * n, 1, "length")
+            for mask, text in said.items()
+            for n in (1, 2, 3)
+        ]
+        (tmp_path / "said.jsonl").write_bytes(lines_bytes(lines))
     run(tmp_path / "whole")
     folder, blocks = tmp_path / "out", []
     add = Journal.add

@@ -47,7 +47,7 @@ from relneuron.artifact.prompts import (
 from relneuron.artifact.stage import STUDY, command, loading, placed
 from relneuron.methods.gradients.asking import ALONE, Asking, asked_lengths, end_of_text
 from relneuron.methods.gradients.options import GradientOptions, IgOptions
-from relneuron.model.batches import SENTENCES, Budget, cut
+from relneuron.model.batches import SENTENCES, Budget, batch_sizes, cut
 from relneuron.model.gradients.sites import read_sites
 from relneuron.model.gradients.wide import in_float64
 from relneuron.model.identity import tokenizer_digest
@@ -164,7 +164,10 @@ def attribute(
             sentences=len(prompts),
             how=asking.how(described["dtype"]),
             tokens={"special": policy_text(tokenizer), "several": targets.n_several},
-            batch_plan={"batch_tokens": options.batch_tokens, "batches": len(batches)},
+            batch_plan={
+                "batch_tokens": options.batch_tokens,
+                **batch_sizes(batches.values(), lengths.__getitem__),
+            },
             **run_on,
             commands=command(
                 "attribute",
