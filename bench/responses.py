@@ -2,11 +2,10 @@
 
     PYTHONPATH=. python -m bench.responses [--rounds N] [-o FILE.csv]
 
-A model of random weights reads the det prompts of the demo's facts, and every neuron is ranked for
-every relation, with nothing said of how sure a score is. The model is as narrow as it must be for a
-processor to compute as much of it a byte of responses as a GPU computes of a model of 7B: there a
-forward of a token takes 14 GFLOP for 3.3 MB of responses a prompt, and a GPU does that a thousand
-times faster.
+A model of random weights reads prompts of a few tokens, the subjects of the demo's facts, and every
+neuron is ranked for every relation, with nothing said of how sure a score is. The model is narrow
+and the prompts are short, so that a processor computes little a byte of responses: of a model of 7B
+a GPU computes a prompt of ten tokens, which leaves 3.3 MB of responses, in less than a millisecond.
 
 Both ways in each round, in turns. A round over the disk ends when all is on it (fsync of the file,
 which `record` does) and begins with nothing of it in the page cache, as far as the system drops it.
@@ -42,7 +41,7 @@ from relneuron.texts.facts import read_relations
 from relneuron.texts.prompts import make_prompts
 
 RESULTS = ("validated.csv", "labels.csv", "scores.safetensors", "neurons.json")
-RANKING = RankOptions(permutations=0, bootstrap=0, noise=0)
+RANKING = RankOptions(top=100, permutations=0, bootstrap=0, noise=0)
 
 
 def random_model(layers: int, width: int, hidden: int, vocabulary: int) -> Any:
@@ -110,9 +109,9 @@ def measure(
     model = random_model(layers, width, hidden, len(tokenizer) + 8)
     every = [p for r in read_relations(FACTS) for p in make_prompts(r, n_eva=10, seed=0)]
     det = [p for p in every if p.split == "det"]
-    # Another text in each round of the list, for as many prompts as are asked for.
+    # As often as there have to be prompts, each under a name of its own.
     more = [
-        replace(p, id=f"{p.id}.{n}", prompt=f"{n} {p.prompt}")
+        replace(p, id=f"{p.id}.{n}", prompt=p.subject)
         for n in range(-(-n_prompts // len(det)))
         for p in det
     ]
@@ -150,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--layers", type=int, default=8)
-    add("--width", type=int, default=4096)
-    add("--hidden", type=int, default=32)
-    add("--prompts", type=int, default=1000)
+    add("--width", type=int, default=8192)
+    add("--hidden", type=int, default=16)
+    add("--prompts", type=int, default=2000)
     add("--rounds", type=int, default=3)
     add("--place", choices=["memory", "device"], default="memory")
     add("--asks", action="store_true", help="ask every prompt, in place of reading it")
