@@ -93,6 +93,24 @@ def check_asked(
     )
 
 
+def relations_of(facts: Facts, folder: Path, options: RunOptions, force: bool) -> list[Relation]:
+    """The relations of a study; what is wrong with them, or with its folder, raises."""
+    o = options
+    check_installed(o.noise)
+    open_study(folder, force)
+    facts.check(folder, force)
+    relations = facts.relations(o.suffix)
+    if len(relations) < 2:
+        raise RelneuronError(
+            f"{facts.where} has one relation, and nothing to tell its neurons from",
+            "give a folder with the fact files of at least two relations",
+            2,
+        )
+    for relation in relations:
+        split_facts(relation, o.eva, o.seed)
+    return relations
+
+
 def run_study(
     model_path: str,
     facts: Path,
@@ -150,18 +168,7 @@ def make_study(
     command of a stage that asked it makes its files again.
     """
     o = options
-    check_installed(o.noise)
-    open_study(folder, force)
-    facts.check(folder, force)
-    relations = facts.relations(o.suffix)
-    if len(relations) < 2:
-        raise RelneuronError(
-            f"{facts.where} has one relation, and nothing to tell its neurons from",
-            "give a folder with the fact files of at least two relations",
-            2,
-        )
-    for relation in relations:
-        split_facts(relation, o.eva, o.seed)
+    relations = relations_of(facts, folder, o, force)
     model, tokenizer = load()
     mlps = find_mlps(model, attention=o.attention)
     chat = tokenizer if o.chat_template else None

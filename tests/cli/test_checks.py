@@ -129,7 +129,7 @@ FITTED = (
 )
 JUDGED = (
     *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
-    *(("--dtype", "float16"), ("--device", "cuda")),
+    *(("--dtype", "float16"), ("--device", "cuda"), ("--shard", "1/2")),
 )
 PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))

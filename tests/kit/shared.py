@@ -148,6 +148,12 @@ def write_beside(folder: Path, prompts: Path) -> None:
     write_tasks(folder / "tasks", 3)
 
 
+def is_shared(stage: str, what: str) -> bool:
+    """Whether several processes, or machines, do the stage, of which one makes what others read."""
+    is_made = stage in ALONE or (stage == "record" and "other" in what)
+    return not is_made and not (stage in WHOLE and "shards" in what)
+
+
 def load_once(model: Path) -> None:
     """One model and one tokenizer for all forks."""
     torch.set_num_threads(1)
@@ -361,10 +367,9 @@ def main(*words: str) -> None:
     known = {"stages": STAGES, "others": OTHERS, "run": ("run",)}
     known |= {"shards": STAGES, "other shards": OTHERS, "kept": ("prompts", "once", "dropped")}
     for stage in known.get(what, ()):
-        is_made = stage in ALONE or (stage == "record" and "other" in what)
         found[stage] = 0
-        if is_made or (stage in WHOLE and "shards" in what):
-            base = whole(study, stage, base, ())
+        if not is_shared(stage, what):
+            whole(study, stage, base, ())
         elif "shards" in what:
             found[stage] = shards(study, stage, base)
         elif n:

@@ -31,15 +31,17 @@ def test_two_processes_share_the_work_and_end_together(
     assert quick > slow >= 1
 
 
+GROUPS = {"stages": shared.STAGES, "others": shared.OTHERS, "run": ("run",)}
+
+
 @pytest.mark.slow
 @needs_gloo
-@pytest.mark.parametrize("what", ["stages", "run"])
+@pytest.mark.parametrize("what", GROUPS)
 def test_any_number_of_processes_leaves_the_bytes_of_one(
     tmp_path: Path, model_folder: Path, fact_folder: Path, what: str
 ) -> None:
     done = found(tmp_path, model_folder, fact_folder, what)
-    stages = shared.STAGES if what == "stages" else ("run",)
-    assert done == {stage: 0 if stage in shared.ALONE else 3 for stage in stages}
+    assert done == {stage: shared.is_shared(stage, what) * 3 for stage in GROUPS[what]}
 
 
 @pytest.mark.slow
@@ -55,17 +57,21 @@ def test_responses_come_together_in_the_memory_of_the_first_process(
 
 @pytest.mark.slow
 @needs_gloo
-def test_any_of_them_is_killed(tmp_path: Path, model_folder: Path, fact_folder: Path) -> None:
-    """All others end, and go on in another number."""
-    done = found(tmp_path, model_folder, fact_folder, "stages", 4)
-    assert sum(done.values()) >= 14  # some kills hit none at work
+@pytest.mark.parametrize(("what", "n", "hit"), [("stages", 3, 10), ("others", 2, 4), ("run", 2, 1)])
+def test_any_of_them_is_killed(
+    tmp_path: Path, model_folder: Path, fact_folder: Path, what: str, n: int, hit: int
+) -> None:
+    """All others end, and go on in another number; some kills hit none at work."""
+    done = found(tmp_path, model_folder, fact_folder, what, n)
+    assert sum(done.values()) >= hit, done
 
 
 @pytest.mark.slow
 @needs_gloo
+@pytest.mark.parametrize("what", ["shards", "other shards"])
 def test_two_machines_that_share_nothing(
-    tmp_path: Path, model_folder: Path, fact_folder: Path
+    tmp_path: Path, model_folder: Path, fact_folder: Path, what: str
 ) -> None:
     """A part each, put together by merge: no batch is done twice."""
-    done = found(tmp_path, model_folder, fact_folder, "shards")
-    assert all((n >= 4) == (stage not in shared.ALONE) for stage, n in done.items()), done
+    done = found(tmp_path, model_folder, fact_folder, what)
+    assert all((n >= 4) == shared.is_shared(stage, what) for stage, n in done.items()), done
