@@ -46,7 +46,7 @@ def child(words: list[str], result: Path) -> None:
         finally:
             seconds[0] += time.perf_counter() - start
 
-    torch.nn.Linear.forward = timed  # type: ignore[method-assign]
+    torch.nn.Linear.forward = timed  # type: ignore[assignment, method-assign]
     from relneuron.cli.main import main
 
     sys.argv = ["relneuron", *words]
@@ -82,7 +82,8 @@ def run(root: Path, command: list[str]) -> tuple[dict[str, float], dict[str, str
         start = [sys.executable, str(Path(__file__).resolve()), "--child", str(result), "--"]
         environ = os.environ | {"PYTHONPATH": str(root)}
         subprocess.run([*start, *words], env=environ, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(result.read_text()), digests(out)
+        found: dict[str, float] = json.loads(result.read_text())
+        return found, digests(out)
 
 
 def main() -> None:
@@ -109,15 +110,15 @@ def main() -> None:
             names = files["this"].keys() | files["other"].keys()
             differ = [n for n in names if files["this"].get(n) != files["other"].get(n)]
             sys.exit(f"the files differ: {', '.join(sorted(differ))}")
-    rows = []
+    rows: list[dict[str, object]] = []
     for what in ("seconds", "cpu"):
         pairs = zip(taken["this"], taken["other"], strict=True)
         ratios = [this[what] / other[what] for this, other in pairs]
         ends = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{what}: {median(ratios):.3f} of the other's ({ends} over {len(ratios)} rounds)")
         rows.append({"command": " ".join(command), "of": what, "ratio": median(ratios)})
-    for name, found in taken.items():
-        share = median(one["products"] / one["seconds"] for one in found)
+    for name, all_of in taken.items():
+        share = median(one["products"] / one["seconds"] for one in all_of)
         print(f"{name}: {share:.0%} in the model's matrix products")
         rows.append({"command": " ".join(command), "of": f"products, {name}", "ratio": share})
     if asked.output:
