@@ -106,7 +106,7 @@ AXES = {
     "sentences": Axis("facts", World(facts=32), ("attribute",), ("prompts",)),
     "relations": Axis("relations", World(relations=8, facts=16), STUDY, (), ("ablate", "report")),
     "conditions": Axis("conditions", World(conditions=256), ("ablate", "report"), ("prompts",)),
-    "groups": Axis("groups", World(groups=16, texts=8), CORPUS, (), ("nll", "report nll")),
+    "groups": Axis("groups", World(groups=64, texts=4), CORPUS, (), ("nll", "report nll")),
     "layers": Axis("layers", World(width=256), (*STUDY[1:4], "count")),
     "width": Axis("width", World(width=256), (*STUDY[1:4], "count")),
     "tokens": Axis("texts", World(texts=160), ("count", "nll"), (), ()),

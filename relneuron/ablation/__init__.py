@@ -8,14 +8,34 @@ commands. No torch here.
 from relneuron.artifact.papers import HARNESS, LAPE, RELATIONS, SAFETY
 from relneuron.artifact.stage import Stage
 
-_HERE = "relneuron.ablation.commands"
+_HERE, _PLAN = "relneuron.ablation.commands", "relneuron.ablation.plan"
 _WORKS = ("tqdm", "filelock")
 _ASKS = ("transformers", *_WORKS)
 
 STAGES = (
-    Stage("ablate", f"{_HERE}:ablate", _ASKS, is_shared=True, papers=(RELATIONS,)),
-    Stage("nll", f"{_HERE}:nll", _ASKS, is_shared=True, papers=(LAPE,)),
-    Stage("generate", f"{_HERE}:generate", _ASKS, is_shared=True),
+    Stage(
+        "ablate",
+        f"{_HERE}:ablate",
+        _ASKS,
+        is_shared=True,
+        plan=f"{_PLAN}:ablate",
+        papers=(RELATIONS,),
+    ),
+    Stage(
+        "nll",
+        f"{_HERE}:nll",
+        _ASKS,
+        is_shared=True,
+        plan=f"{_PLAN}:nll",
+        papers=(LAPE,),
+    ),
+    Stage(
+        "generate",
+        f"{_HERE}:generate",
+        _ASKS,
+        is_shared=True,
+        plan=f"{_PLAN}:generate",
+    ),
     Stage("eval", f"{_HERE}:run_tasks", (*_ASKS, "lm_eval"), is_shared=True, papers=(HARNESS,)),
     Stage("effect", f"{_HERE}:effect", _WORKS, is_shared=True, papers=(SAFETY,)),
 )

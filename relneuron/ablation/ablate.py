@@ -14,30 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from relneuron.ablation.asked import (
+    Prompts,
+    encode_asked,
+    plan_sets,
+    rows_asked,
+    rows_read,
+    sentences_of,
+)
 from relneuron.ablation.asking import asking
 from relneuron.ablation.conditions import (
     Ablation,
-    default_sizes,
-    empty_sets,
-    plan_conditions,
-    read_rankings,
-    read_sets,
-    scores_beside,
 )
-from relneuron.ablation.evaluate import Evaluator, How, same_ablation
+from relneuron.ablation.evaluate import Evaluator, same_ablation
 from relneuron.ablation.exchange import check_products, from_donor
 from relneuron.ablation.how import (
-    SETS_BESIDE,
     ablate_inputs,
     by_product,
     files_beside,
-    left_out,
     read_how,
-    sets_beside,
 )
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import (
-    check_positions,
     find_for,
     first_inputs,
     pictured_inputs,
@@ -46,7 +44,6 @@ from relneuron.ablation.said import Row
 from relneuron.ablation.tables import Accuracy, Effect, check_format, table_pieces
 from relneuron.artifact.effects import (
     conditions_bytes,
-    own_languages,
     split_name,
 )
 from relneuron.artifact.files import (
@@ -58,7 +55,6 @@ from relneuron.artifact.files import (
 from relneuron.artifact.journal import Journal, PartDone, is_unfinished, progress_bar
 from relneuron.artifact.manifest import Manifest, checked, versions
 from relneuron.artifact.neurons import NeuronFile, Shape
-from relneuron.artifact.prompts import Prompt, read_prompts, rows_about
 from relneuron.artifact.stage import command, loading, placed
 from relneuron.model.ask import Asker
 from relneuron.model.canary import check_canary, check_exchange
@@ -68,14 +64,10 @@ from relneuron.model.mlps.shape import model_shape
 from relneuron.model.pair import Pair
 from relneuron.model.pictures import Processor
 from relneuron.model.questions import (
-    N_ANSWER_TOKENS,
     Questions,
-    encode,
     given_object,
 )
 from relneuron.model.ranks import sharing
-from relneuron.texts.neutral import read_sentences
-from relneuron.texts.tokens import target_notices
 
 PERPLEXITY = ("condition", "relation", "id", "n_tokens", "nll")
 BESIDE = ("accuracy.csv", "conditions.csv", "perplexity.csv")  # written beside the output
@@ -126,85 +118,23 @@ def ablate_prompts(
     refuse_outputs(output, force)
     check_format(output)
     neurons = NeuronFile.read(checked(neurons_path))
-    everything = read_prompts(checked(prompts_path))
-    prompts = [p for p in everything if p.split in options.splits]
-    if not prompts:
-        raise RelneuronError(
-            f"{prompts_path} has no prompt of the splits {', '.join(options.splits)}",
-            "name others with --splits",
-            2,
-        )
-    check_positions(options.positions, neurons, prompts)
+    found = Prompts.read(prompts_path, options, neurons)
+    everything, prompts = found.everything, found.asked
     mlps = pair.mlps[0] if pair else find_for(model, neurons, processor)
     shape = model_shape(mlps)
     neurons.check_model(shape)
     described = pair.described[0] if pair else describe_model(name, model, mlps, backend)
     Manifest(output.parent).check_model(described)
-    sets, doubles = read_sets(neurons, shape)
-    known = rows_about(everything)
-    strangers = [name for name in sets if name not in known]
-    if strangers and not options.any_set:
-        raise RelneuronError(
-            f"{neurons_path} has a set for {strangers[0]}, which no prompt is about",
-            "correct its name, or add --any-set to switch it off all the same",
-        )
-    notices = empty_sets(sets)
-    notices += other_weights(f"{neurons_path}: neurons", neurons.model, described)
-    notices += [f"{name}: {n} neurons stood there twice" for name, n in doubles.items()]
-    rankings = dict(sets)
-    if {"sizes", "sites"} & {*options.analyses}:
-        rankings = read_rankings(checked(scores_beside(neurons_path)), sets, shape)
-    concepts, gains = (
-        sets_beside(neurons_path.parent / SETS_BESIDE[analysis], shape)
-        if analysis in options.analyses
-        else {}
-        for analysis in ("concepts", "gain")
-    )
-    set_size = max(map(len, sets.values()), default=0)
-    sizes = options.sizes or default_sizes(set_size, Shape.of(shape).total)
-    own = own_languages(everything)
-    plan = plan_conditions(
-        sets,
-        rankings,
-        concepts,
-        gains,
-        prompts,
-        shape,
-        analyses=options.analyses,
-        sizes=sizes,
-        random_seeds=options.random_seeds,
-        with_modules=options.module_sets,
-        own=own,
-        unrelated=options.unrelated,
-        products=options.mode == "patch",
-    )
+    of_weights = other_weights(f"{neurons_path}: neurons", neurons.model, described)
+    sets = plan_sets(neurons_path, neurons, found, options, shape, of_weights)
+    plan, own = sets.plan, sets.own
     exchanged = from_donor(pair, options.donor, options.mode)
     if exchanged:
         check_products(plan, mlps, prompts, options.mode)
-    questions = encode(
-        tokenizer,
-        model,
-        prompts,
-        n_tokens=options.generate or N_ANSWER_TOKENS,
-        processor=processor,
-        options=options.choose is None,
-    )
-    sentences = _read_sentences(options, prompts_path.parent / "sentences.jsonl")
-    texts = encode(tokenizer, model, sentences, answers=False, n_tokens=0) if sentences else None
-    notices += questions.notices
-    if options.choose is None:
-        notices += target_notices(tokenizer, prompts, questions.answers)
-    notices += left_out(
-        options.analyses,
-        sizes,
-        known=min(map(len, rankings.values()), default=Shape.of(shape).total),
-        total=Shape.of(shape).total,
-        has={
-            "concepts": bool(concepts),
-            "gain": bool(gains),
-            "perplexity": texts is not None,
-        },
-    )
+    total = Shape.of(shape).total
+    tokens = encode_asked(tokenizer, model, found, sets, options, total, processor)
+    questions, texts = tokens.questions, tokens.sentences
+    notices = sets.notices + tokens.notices
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     responses = neurons_path.parent / "responses.safetensors"
@@ -231,8 +161,8 @@ def ablate_prompts(
         evaluator = Evaluator(
             asker, mlps, plan, journal, how, options.batch_tokens, backend, options.oom
         )
-        rows = _asked(plan, how)
-        scored = _scored(plan, texts, how)
+        rows = rows_asked(plan, how)
+        scored = rows_read(plan, texts, how)
         bar = progress_bar(way.n_rows(rows) + len(scored), "ablate", "answer", quiet)
         with bar, journal:
             nll: Mapping[Row, float] = {}
@@ -291,7 +221,8 @@ def ablate_prompts(
             prompts=len(prompts),
             answers=accuracy.n_effects,
             answering=way.described,
-            random_set_size=set_size,
+            random_set_size=sets.size,
+            batch_plan={"batch_tokens": options.batch_tokens, **evaluator.sizes},
             commands=command(
                 "ablate",
                 *(name, *(placed(p, output.parent) for p in (neurons_path, prompts_path))),
@@ -303,50 +234,12 @@ def ablate_prompts(
     return accuracy.rows()
 
 
-def _read_sentences(options: AblateOptions, path: Path) -> list[Prompt]:
-    """Neutral sentences as prompts that ask nothing."""
-    if "perplexity" not in options.analyses or not path.exists():
-        return []
-    return [
-        Prompt(s.id, s.relation, "neutral", "", s.template, "", s.object, s.sentence)
-        for s in read_sentences(checked(path))
-    ]
-
-
-def _asked(plan: Sequence[Ablation], how: How) -> list[Row]:
-    """Every row once, also where two conditions have the same neurons."""
-    pairs = zip(same_ablation(plan, how), plan, strict=True)
-    return list(dict.fromkeys(Row(place, row) for place, a in pairs for row in a.prompts))
-
-
-def _scored(plan: Sequence[Ablation], texts: Questions | None, how: How) -> list[Row]:
-    """Sentences of a relation under the clean model, its own set and the random sets."""
-    if texts is None:
-        return []
-    pairs = zip(same_ablation(plan, how), plan, strict=True)
-    return list(
-        dict.fromkeys(
-            Row(place, row) for place, ablation in pairs for row in _sentences_of(ablation, texts)
-        )
-    )
-
-
-def _sentences_of(ablation: Ablation, texts: Questions) -> list[int]:
-    about = ablation.condition
-    return [
-        row
-        for row, text in enumerate(texts.prompts)
-        if len(texts.ids[row]) > 1
-        and (about.kind in ("clean", "random") or about.name == text.relation)
-    ]
-
-
 def _perplexity_rows(
     plan: Sequence[Ablation], texts: Questions, nll: Mapping[Row, float], first: Sequence[int]
 ) -> list[tuple[str, str, str, int, float]]:
     return [
         (a.condition.name, p.relation, p.id, len(texts.ids[row]) - 1, nll[Row(first[place], row)])
         for place, a in enumerate(plan)
-        for row in _sentences_of(a, texts)
+        for row in sentences_of(a, texts)
         for p in [texts.prompts[row]]
     ]

@@ -24,7 +24,7 @@ from relneuron.ablation.said import Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.alike import LEAST_ROWS
-from relneuron.model.batches import Budget, cut
+from relneuron.model.batches import Budget, batch_sizes, cut
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
@@ -105,6 +105,11 @@ def plan_rows(
                 yield wave, sorted(batch)
 
 
+def wave_size(mode: str, total: int) -> int:
+    """How many conditions have their masks held together, of a model of so many neurons."""
+    return max(1, WAVE_BYTES // ((1 if mode == "zero" else 5) * total) - 1)
+
+
 def _by_prompt(batches: Sequence[list[Row]], lengths: Sequence[int]) -> Iterator[list[Row]]:
     """The rows of all batches of one length, by prompt, in as many batches of about one size.
 
@@ -174,8 +179,9 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         total = Shape.of(model_shape(self.mlps)).total
-        per_neuron = 1 if self.how.mode == "zero" else 5
-        self._wave_size = max(1, WAVE_BYTES // (per_neuron * total) - 1)
+        self._wave_size = wave_size(self.how.mode, total)
+        # Of all batches, whoever runs them: `batches.batch_sizes`.
+        self.sizes = batch_sizes([], len)
         self._budget = Budget(self.batch_tokens, self.oom, self.journal)
 
     @property
@@ -204,6 +210,8 @@ class Evaluator:
         batches = list(
             plan_rows(rows, lengths, self.batch_tokens, self._wave_size, alone, by_prompt)
         )
+        more = batch_sizes((b for _, b in batches), lambda row: lengths[row.prompt])
+        self.sizes = {name: n + more[name] for name, n in self.sizes.items()}
         for number, (wave, batch) in enumerate(batches):
             key = f"{what} {number}"
             if self.journal.takes(key):

@@ -253,7 +253,8 @@ def _gain_form(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The tensors of gains.safetensors and its metadata."""
     n = len(about["ids"])
-    sizes = {f"ffn.{layer}": (n, width) for layer, width in enumerate(ffn_widths(shape))}
+    widths = enumerate(ffn_widths(shape))
+    sizes: dict[str, tuple[int, ...]] = {f"ffn.{layer}": (n, width) for layer, width in widths}
     # One key only, as in every file: safetensors writes several in any order.
     return sizes, {GAIN_ROWS: json.dumps(about, ensure_ascii=False)}
 

@@ -85,34 +85,39 @@ def report(plans: Sequence[Planned], options: DryOptions) -> Iterator[str | Prin
     rows = [_row(one, speed) for one in plans]
     if len(plans) > 1:
         rows.append(_total(plans, speed))
-    columns = ["stage", "batches", "tokens", "padded", "FLOP", "memory"]
-    columns += ["device", "disk", "time"]
+    columns = ["stage", "batches", "tokens", "FLOP", "memory", "device", "disk", "time"]
     keep = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     yield Printed([columns[i] for i in keep], [[row[i] for i in keep] for row in rows])
     first = next(one for one in plans if one.layers)
     sites = ", ".join(f"{n:,} {site}" for site, n in first.neurons.items())
     yield f"neurons: {sum(first.neurons.values()):,} in {first.layers} layers ({sites})"
-    for one in plans:
-        if one.reads:
-            yield f"{one.stage}: " + ", ".join(f"{n:,} {name}" for name, n in one.reads.items())
+    yield from map(_counted, plans)
     most = max(plans, key=lambda one: one.memory + one.on_device)
     where = "memory" if most.device == "cpu" else f"memory and {most.device}"
-    yield f"{where}, {most.stage}: {_parts({**most.host, **most.tensors})}"
+    yield f"{where} of {most.stage}: {_parts({**most.host, **most.tensors})}"
     for one in plans:
         if one.files:
             told = {name: size for name, size in one.files.items() if size is not None}
-            more = [name for name, size in one.files.items() if size is None]
-            yield f"disk, {one.stage}: {_parts(told)}" + (
-                f"; not told: {', '.join(more)}" if more else ""
-            )
-    for one in plans:
-        if one.more:
-            yield f"at most {one.more:,} more tokens: {one.stage}, where answers go on"
+            more = ", ".join(name for name, size in one.files.items() if size is None)
+            parts = [_parts(told)] * bool(told) + [f"{more} (not told)"] * bool(more)
+            yield f"disk, {one.stage}: {', '.join(parts)}"
     yield from dict.fromkeys(note for one in plans for note in one.notes)
     yield (
         f"time: of the forwards alone, at {_short(speed.flops_per_s, 'FLOP/s')} and "
         f"{_short(speed.bytes_per_s, 'B/s')} from memory; Python and disks come to it"
     )
+
+
+def _counted(one: Planned) -> str:
+    """How many of what a stage reads, and in which batches of tokens."""
+    parts = [", ".join(f"{n:,} {name}" for name, n in one.reads.items())]
+    if one.batches:
+        parts.append(f"{one.batches:,} batches of {one.tokens:,} tokens, {one.padded:,} padded")
+    if one.steps:
+        parts.append(f"{one.steps:,} tokens one by one")
+    if one.more:
+        parts.append(f"at most {one.more:,} more")
+    return f"{one.stage}: {'; '.join(parts)}"
 
 
 def _speed(plans: Sequence[Planned], options: DryOptions) -> Any:
@@ -133,12 +138,11 @@ def _row(one: Planned, speed: Any) -> list[str]:
     return [
         one.stage,
         f"{one.batches:,}" if has_work else "",
-        f"{one.tokens + one.steps:,}" if has_work else "",
-        f"{one.padded + one.steps:,}" if has_work else "",
+        _short(one.tokens + one.steps) if has_work else "",
         _short(one.flops) if has_work else "",
         _short(one.memory, "B") if one.memory else "",
         _short(one.on_device, "B") if one.on_device else "",
-        _short(one.disk, "B") if one.files else "",
+        _short(one.disk, "B") if one.disk else "",
         _time(seconds) if has_work else "",
     ]
 
@@ -150,8 +154,7 @@ def _total(plans: Sequence[Planned], speed: Any) -> list[str]:
     return [
         "in all",
         f"{sum(one.batches for one in plans):,}",
-        f"{sum(one.tokens for one in plans) + steps:,}",
-        f"{sum(one.padded for one in plans) + steps:,}",
+        _short(sum(one.tokens for one in plans) + steps),
         _short(sum(one.flops for one in plans)),
         _short(max(one.memory for one in plans), "B"),
         _short(device, "B") if device else "",

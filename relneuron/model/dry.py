@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from relneuron.artifact.neurons import Shape
 from relneuron.artifact.options import PlaceOptions
 from relneuron.artifact.planned import Planned
 from relneuron.model.load import check_loading, load_tokenizer, settle_arithmetic
-from relneuron.model.plan import base_bytes, meta_model, stored
+from relneuron.model.plan import base_bytes, cache_bytes, meta_model, stored
 from relneuron.model.traced import Costs, takes_keep, traced
 from relneuron.model.widths import told_shape
 
@@ -73,6 +74,12 @@ class Dry:
             k = next((v for name in names if (v := getattr(config, name, None))), 1)
             width += each * (int(k) - n_experts[last])
         return 2 * width * hidden * (3 if self.order.width(last, "up") else 2)
+
+    def cache_bytes(self) -> int:
+        """Keys and values of a token, in all layers; 0 where a forward does not tell them."""
+        with suppress(Exception):
+            return sum(cache_bytes(self.model))
+        return 0
 
     @property
     def last_down(self) -> int:

@@ -167,7 +167,7 @@ def stored(model: Any) -> dict[str, int]:
     return found
 
 
-def _cache_bytes(model: Any) -> list[int]:
+def cache_bytes(model: Any) -> list[int]:
     """Of each layer, the bytes of keys and values of a token: those of three less those of two."""
     with suppress(Exception):  # the one that runs without looking at numbers
         model.set_experts_implementation("batched_mm")
@@ -219,7 +219,7 @@ def plan(
     cache: list[int] = []
     no_cache = None
     try:
-        cache = _cache_bytes(model)
+        cache = cache_bytes(model)
         if len(cache) != len(layers):
             no_cache = f"its cache has {len(cache)} layers, the model {len(layers)}"
     except Exception as error:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact.files import csv_bytes
+from relneuron.artifact.files import csv_pieces
 
 Array = NDArray[np.float64]
 
@@ -37,6 +37,8 @@ RANGES = ("others", "random", "matched")  # from the least to the greatest; the 
 
 def visible(text: str) -> str:
     """`text` with controls, direction overrides and unencodable characters written as escapes."""
+    if text.isascii() and text.isprintable():  # most text, soon
+        return text
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode("ascii")
         # The zero-width joiners are part of ordinary words in several scripts.
@@ -130,6 +132,8 @@ def spread(values: Array) -> Spread:
 class Share(float):
     """A fraction: people read it in percent, files hold the fraction."""
 
+    __slots__ = ()  # a table of pairs has millions
+
 
 class Number(str):
     """A number, or several, written as text."""
@@ -163,8 +167,11 @@ class Table(NamedTuple):
 
     def csv(self) -> bytes:
         """The table as a csv file in full precision (artifact.csv_bytes)."""
-        rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
-        return csv_bytes(rows[0], rows[1:])
+        return b"".join(self.csv_pieces())
+
+    def csv_pieces(self) -> Iterator[bytes]:
+        """The bytes of `csv`, of some rows at a time: a table of a million is written so."""
+        return csv_pieces([*map(_plain, self.columns)], ([*map(_plain, row)] for row in self.rows))
 
     @property
     def is_small(self) -> bool:

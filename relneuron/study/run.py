@@ -18,7 +18,7 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
-from relneuron.methods.responses.at_once import JOURNAL, RESPONSES, are_done
+from relneuron.methods.responses.at_once import JOURNAL, RESPONSES, are_done, drop_journal
 from relneuron.methods.responses.concepts import concept_study, concept_subjects
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.places import Store
@@ -93,6 +93,24 @@ def check_asked(
     )
 
 
+def relations_of(facts: Facts, folder: Path, options: RunOptions, force: bool) -> list[Relation]:
+    """The relations of a study; what is wrong with them, or with its folder, raises."""
+    o = options
+    check_installed(o.noise)
+    open_study(folder, force)
+    facts.check(folder, force)
+    relations = facts.relations(o.suffix)
+    if len(relations) < 2:
+        raise RelneuronError(
+            f"{facts.where} has one relation, and nothing to tell its neurons from",
+            "give a folder with the fact files of at least two relations",
+            2,
+        )
+    for relation in relations:
+        split_facts(relation, o.eva, o.seed)
+    return relations
+
+
 def run_study(
     model_path: str,
     facts: Path,
@@ -150,18 +168,7 @@ def make_study(
     command of a stage that asked it makes its files again.
     """
     o = options
-    check_installed(o.noise)
-    open_study(folder, force)
-    facts.check(folder, force)
-    relations = facts.relations(o.suffix)
-    if len(relations) < 2:
-        raise RelneuronError(
-            f"{facts.where} has one relation, and nothing to tell its neurons from",
-            "give a folder with the fact files of at least two relations",
-            2,
-        )
-    for relation in relations:
-        split_facts(relation, o.eva, o.seed)
+    relations = relations_of(facts, folder, o, force)
     model, tokenizer = load()
     mlps = find_mlps(model, attention=o.attention)
     chat = tokenizer if o.chat_template else None
@@ -305,8 +312,8 @@ def make_study(
         # Its page says by which commands it was made, as they are known now.
         if "look" in Manifest(folder).data["stages"] and not is_shown(folder, folder / "look.html"):
             show(folder, folder / "look.html")
-        for journal in (JOURNAL, "ablate.journal"):
-            (folder / journal).unlink(missing_ok=True)
+        drop_journal(folder)
+        (folder / "ablate.journal").unlink(missing_ok=True)
         report = report_stage(folder, folder / REPORT, force=force, resume=True)
         ranks.dismiss()
     say(f"study: {clock}")

@@ -24,8 +24,8 @@ from relneuron.artifact.files import (
     sha256,
     writing,
 )
-from relneuron.artifact.manifest import Manifest, locked
-from relneuron.artifact.prompts import SPLITS, Prompt, distinct, prompts_bytes
+from relneuron.artifact.manifest import Manifest, checked, locked
+from relneuron.artifact.prompts import SPLITS, Prompt, distinct, prompts_bytes, read_prompts
 from relneuron.artifact.stage import command, placed
 from relneuron.texts.choices import make_choices
 from relneuron.texts.concept_files import concept_prompts, find_concepts, read_concept
@@ -279,16 +279,30 @@ def refuse_concepts(place: Path) -> None:
 
 def concepts_beside(place: Path, folder: Path, *, force: bool = False) -> Path:
     """`place`, or where it is one of concepts, the prompts.jsonl in `folder` that is made of it."""
-    if place.suffix == ".jsonl" or not place.exists():
+    if not _are_concepts(place):
         return place
+    output = folder / "prompts.jsonl"
+    inputs = prompts_inputs(place, PromptsOptions())
+    if not Manifest(folder).is_done("prompts", inputs, force=force):
+        write_prompts(place, output, force=force)
+    return output
+
+
+def concepts_of(place: Path) -> list[Prompt]:
+    """The prompts that `record` reads at `place`, where nothing is written."""
+    if not _are_concepts(place):
+        return read_prompts(checked(place))
+    return list(concept_prompts([read_concept(path) for path in find_concepts(place)]))
+
+
+def _are_concepts(place: Path) -> bool:
+    """Whether it is one of concepts; what is neither that nor a prompts.jsonl raises."""
+    if place.suffix == ".jsonl" or not place.exists():
+        return False
     if not find_concepts(place):
         raise RelneuronError(
             f"{place} is no prompts.jsonl, and holds no concept's sentences",
             "make prompts of facts with: relneuron prompts FACTS -o prompts.jsonl",
             2,
         )
-    output = folder / "prompts.jsonl"
-    inputs = prompts_inputs(place, PromptsOptions())
-    if not Manifest(folder).is_done("prompts", inputs, force=force):
-        write_prompts(place, output, force=force)
-    return output
+    return True

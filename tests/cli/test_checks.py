@@ -152,6 +152,15 @@ STRAY: list[tuple[list[str], str, str]] = [
         "--exclude-bos",
         "with --pooling mean",
     ),
+    ([*RUN, "--responses", "memory"], "--responses", "with --drop-responses"),
+    *(
+        (["record", *MODEL, "p.jsonl", "-o", "o", *words], words[0], "with --identify")
+        for words in (
+            *(("--responses", "memory"), ("--top", "5"), ("--ends", "both"), ("--fdr", "0.1")),
+            *(("--negatives", "2"), ("--permutations", "9"), ("--bootstrap", "9")),
+            *(("--noise", "90000"), ("--seed", "1")),
+        )
+    ),
     ([*ABLATE, "--analyses", "sites", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*ABLATE, "--mode", "zero", "--mean-of", "relation"], "--mean-of", "with --mode mean"),
     (

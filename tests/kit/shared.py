@@ -52,6 +52,7 @@ STAGES = (*STAGES, "relevance")
 OTHERS = ("prompts", "record", "identify", "look", "probe", "effect", "eval")
 ALONE = ("prompts", "identify")
 WHOLE = ("look",)  # stages of which no machine does a part
+KEPT = ("--responses", "memory")
 RUN = ("--eva", 8, "--random-seeds", 1, "--analyses", "concepts,gain,perplexity")
 
 
@@ -82,6 +83,8 @@ class Shared(Study):
             "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
             "relevance": [model, prompts, "-o", place, "--method", "relevance"],
             "run": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
+            "once": [model, prompts, "-o", place, "--identify", *KEPT, *QUICK[:-1]],
+            "dropped": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
             "look": [place, "-o", place / "look.html", "--cards", 6],
             "probe": [model, prompts, "-o", place, "--folds", 2, "--random-seeds", 1],
             "effect": [self.folder / "said.jsonl", "-o", place / "effect.csv", "--label", 1],
@@ -98,7 +101,9 @@ class Shared(Study):
         found["eval"] += ["--include-path", self.folder / "tasks", "--log-samples"]
         if stage == "eval":
             return [str(word) for word in (stage, *found[stage])]
-        name = "attribute" if stage in ("ig", "relevance") else stage
+        found["dropped"] += ["--drop-responses", *KEPT]
+        name = {"once": "record", "dropped": "run"}.get(stage, stage)
+        name = "attribute" if stage in ("ig", "relevance") else name
         return [str(word) for word in (name, *found[stage], *SMALL)]
 
     def begin(
@@ -360,7 +365,7 @@ def main(*words: str) -> None:
         found = shares(study, base)
         ends(study, base)
     known = {"stages": STAGES, "others": OTHERS, "run": ("run",)}
-    known |= {"shards": STAGES, "other shards": OTHERS}
+    known |= {"shards": STAGES, "other shards": OTHERS, "kept": ("prompts", "once", "dropped")}
     for stage in known.get(what, ()):
         found[stage] = 0
         if not is_shared(stage, what):
@@ -373,6 +378,8 @@ def main(*words: str) -> None:
             whole(study, stage, base, (2, 3, 4))
             found[stage] = 3
         base = folder / f"{stage} 1"
+        if stage == "once":
+            base = folder / "empty"
         if stage == "prompts":
             write_beside(folder, base / "prompts.jsonl")
     print(json.dumps(found))

@@ -51,6 +51,17 @@ def test_any_number_of_processes_leaves_the_bytes_of_one(
 
 @pytest.mark.slow
 @needs_gloo
+@pytest.mark.parametrize("n", [0, 4])
+def test_responses_come_together_in_the_memory_of_the_first_process(
+    tmp_path: Path, model_folder: Path, fact_folder: Path, n: int
+) -> None:
+    """Of any number of processes, killed at random, too: what is ranked has the same bytes."""
+    done = found(tmp_path, model_folder, fact_folder, "kept", n)
+    assert done["once"] + done["dropped"] >= (4 if n else 6)
+
+
+@pytest.mark.slow
+@needs_gloo
 @pytest.mark.parametrize(("what", "n", "hit"), [("stages", 3, 10), ("others", 2, 4), ("run", 2, 1)])
 def test_any_of_them_is_killed(
     tmp_path: Path, model_folder: Path, fact_folder: Path, what: str, n: int, hit: int

@@ -17,7 +17,14 @@ _ASKS = ("transformers", "tqdm", "filelock")
 
 METHOD = Method(
     stages=(
-        Stage("contrast", f"{_HERE}.commands:contrast", _ASKS, is_shared=True, papers=(SAFETY,)),
+        Stage(
+            "contrast",
+            f"{_HERE}.commands:contrast",
+            _ASKS,
+            is_shared=True,
+            papers=(SAFETY,),
+            plan=f"{_HERE}.plan:contrast",
+        ),
         Stage(
             "probe",
             f"{_HERE}.commands:probe",

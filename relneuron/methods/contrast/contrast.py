@@ -92,7 +92,7 @@ def contrast(
     the same inputs. A contrast that is finished already is left as it is: the result is then None.
     """
     options = options or ContrastOptions()
-    lines = _lines(pair, read_questions(checked(prompts_path), options.template), options)
+    lines = lines_of(pair, read_questions(checked(prompts_path), options.template), options)
     inputs = contrast_inputs(pair, prompts_path, options)
     counter = PairCounter(pair, len(lines.groups), backend)
     began, path = perf_counter(), folder / CHECKPOINT
@@ -129,7 +129,8 @@ def contrast(
     return Contrasted(found, tokens, perf_counter() - began)
 
 
-def _lines(pair: Pair, prompts: list[Prompt], options: ContrastOptions) -> Lines:
+def lines_of(pair: Pair, prompts: list[Prompt], options: ContrastOptions) -> Lines:
+    """Prompts as both models of a pair read them."""
     if options.chat_template:
         wrap = chat_wrap(pair.tokenizer)
         prompts = [replace(prompt, prompt=wrap(prompt.prompt)) for prompt in prompts]

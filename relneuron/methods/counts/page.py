@@ -15,7 +15,8 @@ from relneuron.analyses import figures as draw
 from relneuron.artifact.modules import module_layers
 from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import figures as draw_groups
-from relneuron.methods.counts.study import CLEAN, GroupStudy, NllCell, read_group_study, rise
+from relneuron.methods.counts.rises import CLEAN, NllCell
+from relneuron.methods.counts.study import GroupStudy, read_group_study, rise
 from relneuron.methods.counts.tables import (
     greatest,
     group_tables,

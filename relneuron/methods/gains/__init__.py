@@ -18,6 +18,7 @@ METHOD = Method(
             AttributeOptions,
             f"{_HERE}.commands:attribute",
             papers=(GAIN,),
+            plan=f"{_HERE}.plan:attribute",
         ),
     ),
     supports=f"{_HERE}.commands:supports",

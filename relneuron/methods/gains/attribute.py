@@ -61,7 +61,7 @@ from relneuron.methods.gains.promoted import promoted_rows
 from relneuron.methods.gains.rank import best_by_relation
 from relneuron.methods.gains.scorer import Scorer, Sentences
 from relneuron.methods.gains.targets import predictions
-from relneuron.model.batches import SENTENCES, Budget, plan_batches
+from relneuron.model.batches import SENTENCES, Budget, batch_sizes, plan_batches
 from relneuron.model.load import describe_model, fallbacks
 from relneuron.model.questions import Questions
 from relneuron.model.ranks import sharing
@@ -246,7 +246,7 @@ def attribute(
             seeds={"interventions": list(range(options.random_seeds))},
             batch_plan={
                 "batch_tokens": options.batch_tokens,
-                "batches": len(batches),
+                **batch_sizes(batches, lambda row: len(targets.ids[row])),
                 "order": "by split and language, then by length",
             },
             memory={"scores": "of one batch of sentences; the rows of all on disk"},

@@ -76,7 +76,7 @@ def plan_attribute(
     n_conditions = 1 + len(METHODS) + len(relations) + 2 + 4 * options.random_seeds
     about = {"prompts": DIGEST, "ids": [p.id for p in prompts], "model": DIGEST}
     n_gains = gains_bytes(dry.shape, about) if "ffn_neuron" in options.kinds else 0
-    rows, width, _ = work.largest
+    n_rows, width, _ = work.largest
     files: dict[str, int | None] = {
         TARGETS: len(_targets(dry, prompts, targets)),
         options.table: _table_bytes(dry, prompts, targets, options),
@@ -94,7 +94,7 @@ def plan_attribute(
             f"the comparison asks the sentences that are known again, under {n_conditions} "
             "conditions at most"
         )
-    held = rows * width * dry.order.layers * _wide(dry) * dry.model.dtype.itemsize
+    held = n_rows * width * dry.order.layers * _wide(dry) * dry.model.dtype.itemsize
     return dry.planned(
         "attribute",
         {"sentences": len(prompts)},
@@ -103,7 +103,7 @@ def plan_attribute(
         tensors={
             "activations": work.peak(cache=False),
             "what a batch writes": held,
-            "scores": 4 * rows * dry.order.layers * dry.order.widths["gate"],
+            "scores": 4 * n_rows * dry.order.layers * dry.order.widths["gate"],
         },
         host={"gains, of the disk": n_gains},
         files=files,
@@ -124,7 +124,10 @@ def _targets(dry: Dry, prompts: Sequence[Prompt], targets: Targets) -> bytes:
     return targets_bytes(
         Target(
             *(p.id, p.relation, token_text(dry.tokenizer, token), token, n, len(ids)),
-            **{"rank": 1, "prob": _NUMBER, "logprob": -_NUMBER, "kept": True},
+            rank=1,
+            prob=_NUMBER,
+            logprob=-_NUMBER,
+            kept=True,
         )
         for p, token, n, ids in rows
     )

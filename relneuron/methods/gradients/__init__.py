@@ -20,6 +20,7 @@ from relneuron.methods.gradients.options import IgOptions, RelevanceOptions
 
 _HERE = "relneuron.methods.gradients"
 _RUN = f"{_HERE}.commands:attribute"
+_PLAN = f"{_HERE}.plan:attribute"
 _IG = {"reads": FILES[IG], "of": "integrated gradients", "run": f"{_HERE}.rank:rank"}
 _RELEVANCE = {"reads": FILES[RELEVANCE], "of": "relevance", "run": f"{_HERE}.rank:rank"}
 
@@ -39,8 +40,15 @@ METHOD = Method(
             IgOptions,
             _RUN,
             papers=(KNOWLEDGE,),
+            plan=_PLAN,
         ),
-        Attribution("relevance", "gradient x activation over all tokens", RelevanceOptions, _RUN),
+        Attribution(
+            "relevance",
+            "gradient x activation over all tokens",
+            RelevanceOptions,
+            _RUN,
+            plan=_PLAN,
+        ),
     ),
     rankings=(
         Ranking(

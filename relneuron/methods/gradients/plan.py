@@ -98,13 +98,15 @@ def plan_attribute(
     by_length = sorted(range(len(prompts)), key=lambda row: lengths[row])
     costs = dry.costs
     for rows in cut(by_length, columns.__getitem__, options.batch_tokens):
-        asked = [lengths[row] for row in rows for _ in range(goals[row])]
-        n, longest = len(asked), max(asked)
+        own = [lengths[row] for row in rows]
+        n, longest = sum(goals[row] for row in rows), max(own)
         more = costs.flops(n, longest)  # back again
         if n_steps:
             climbed = (costs.token + costs.pair * longest) * (n_layers + 1) // 2
             more = 2 * n * n_steps * (climbed + costs.logit * n_layers)
-        work.batch(asked, less=-more)
+        # Every token of an answer is asked for in a row of its own.
+        more += costs.flops(n, longest) - costs.flops(len(own), longest)
+        work.batch(own, less=-more)
     about = {
         "prompts": DIGEST,
         "ids": [p.id for p in prompts],

@@ -41,9 +41,7 @@ def record(
     from relneuron.model.load import load
     from relneuron.texts.prompts import concepts_beside
 
-    if at_once.identify and options.shard != (1, 1):
-        cause = "--identify ranks by all prompts, and a --shard has a part of them"
-        raise RelneuronError(cause, "leave out one of them", 2)
+    check_whole(options, at_once)
     prompts = concepts_beside(prompts, output, force=force)
     require(prompts, "prompts FACTS_DIR -o prompts.jsonl")
     loaded, tokenizer = load(model, load_options)
@@ -58,6 +56,13 @@ def record(
     if accuracy is not None:
         said = f"{accuracy:.1%} of the prompts answered correctly"
     yield f"{said} -> {output}"
+
+
+def check_whole(options: RecordOptions, at_once: AtOnceOptions) -> None:
+    """Refuse to rank by a part of the prompts."""
+    if at_once.identify and options.shard != (1, 1):
+        cause = "--identify ranks by all prompts, and a --shard has a part of them"
+        raise RelneuronError(cause, "leave out one of them", 2)
 
 
 def rank(
