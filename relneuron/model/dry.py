@@ -63,7 +63,7 @@ class Dry:
         return n if n and takes_keep(self.model) else width
 
     def active(self, layer: int) -> int:
-        """How many neurons of a layer's MLP a token goes through: of experts those it is sent to."""
+        """How many neurons of a layer a token goes through: of experts those of some of them."""
         width, (n_experts, each) = self.order.width(layer, "gate"), self.order.experts
         if not (n_experts and n_experts[layer]):
             return width
