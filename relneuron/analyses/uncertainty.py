@@ -218,6 +218,20 @@ def signed_rank_ps(samples: Sequence[Array]) -> list[float]:
     return p
 
 
+def signed_rank_rows(differences: Array) -> Array:
+    """The p of `signed_rank` of each row of (C, n), n > 0; rows of one kind are tested at once."""
+    from scipy.stats import wilcoxon
+
+    p = np.full(len(differences), NAN)
+    is_whole = (differences != 0).all(1) & ~np.isnan(differences).any(1)
+    has_ties = (np.diff(np.sort(np.abs(differences), axis=1), axis=1) == 0).any(1)
+    for rows in (is_whole & has_ties, is_whole & ~has_ties):
+        if rows.any():
+            p[rows] = wilcoxon(differences[rows], axis=1).pvalue
+    p[~is_whole] = signed_rank_ps(list(differences[~is_whole]))
+    return p
+
+
 def rank_sum_p(first: Array, second: Array) -> float:
     """The p-value of Mann and Whitney's U test, two-sided; NaN if a sample is empty."""
     from scipy.stats import mannwhitneyu

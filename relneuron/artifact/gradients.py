@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.files import Json, create_safetensors, rows_digest, zeros_bytes
+from relneuron.artifact.files import (
+    Json,
+    create_safetensors,
+    release,
+    rows_digest,
+    zeros_bytes,
+)
 from relneuron.artifact.reading import open_tensors
 
 # The name of a file's scores, (E, L, F) float32, is that of the method that writes it.
@@ -55,7 +61,9 @@ class GradientFile:
 
     def digest(self, rows: Sequence[int]) -> str:
         """Of all that the file holds of some sentences, as it is there."""
-        return rows_digest(list(self._maps.values()), rows)
+        digest = rows_digest(list(self._maps.values()), rows)
+        release(self._maps.values())
+        return digest
 
     def flush(self) -> None:
         for array in self._maps.values():

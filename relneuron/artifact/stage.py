@@ -223,7 +223,9 @@ def commands(manifest: Json) -> list[str]:
             if words[0] not in WHOLE:
                 # The whole study has written these files already.
                 again = ["--force"] if whole and stage in IN_WHOLE else []
-                lines.append(_line([*words, *again]))
+                line = _line([*words, *again])
+                # One command may make two stages.
+                lines += [line] if line not in lines else []
     return "\n".join([*lines, f"relneuron report {STUDY} -o {STUDY}/report.html"]).split("\n")
 
 

@@ -333,6 +333,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """The words as the parser takes them."""
+        if self.name == "run" and any(word.partition("=")[0] == "--shard" for word in args):
+            raise RelneuronError(
+                "run makes no part of a study: its stages need each other's results",
+                "do them one by one: prompts, record --shard, merge, record, identify, "
+                "ablate --shard, merge, ablate, report",
+                2,
+            )
         return super().parse_args(ctx, _with_numbers(args))
 
     def invoke(self, ctx: Any) -> Any:

@@ -43,7 +43,7 @@ class Alike:
     """
 
     def __init__(self, attention: nn.Module, sizes: Collection[int] = ()) -> None:
-        self._attention = attention
+        self.attention = attention
         self.sizes = {*sizes}  # of other dimensions than the rows, such as heads
 
     @contextmanager
@@ -51,24 +51,27 @@ class Alike:
         """The next forward, and no second one: of rows of these prompts, each of `n_tokens`."""
         firsts = {prompt: row for row, prompt in reversed([*enumerate(prompts)])}
         places = {prompt: place for place, prompt in enumerate(firsts)}
-        n, n_all = len(firsts), len(prompts)
-        # A number that is that of tokens or heads, too, does not tell which dimension is the rows.
-        is_clear = {n, n_all}.isdisjoint(self.sizes | {n_tokens})
-        if n == n_all or n * n_tokens < LEAST_TOKENS or not is_clear:
+        # Some rows run twice, rather than so few tokens. A number that is that of tokens or heads,
+        # too, would not tell which dimension is the rows.
+        unclear, n_all = self.sizes | {n_tokens}, len(prompts)
+        least = max(len(firsts), -(-LEAST_TOKENS // n_tokens))
+        n = next(n for n in count(least) if n not in unclear)
+        if n >= n_all or n_all in unclear:
             yield
             return
-        first = torch.tensor([*firsts.values()], device="cpu")
+        rows = [*firsts.values()] * -(-n // len(firsts))
+        first = torch.tensor(rows[:n], device="cpu")
         repeated = torch.tensor([places[prompt] for prompt in prompts], device="cpu")
-        before = self._attention.__dict__.get("forward")
-        plain = self._attention.forward
-        self._attention.__dict__["forward"] = _once(plain, first, repeated)
+        before = self.attention.__dict__.get("forward")
+        plain = self.attention.forward
+        self.attention.__dict__["forward"] = _once(plain, first, repeated)
         try:
             yield
         finally:
             if before is None:
-                del self._attention.__dict__["forward"]
+                del self.attention.__dict__["forward"]
             else:
-                self._attention.__dict__["forward"] = before
+                self.attention.__dict__["forward"] = before
 
 
 def _once(plain: Callable[..., Any], first: Tensor, repeated: Tensor) -> Callable[..., Any]:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.alike import Alike
-from relneuron.model.batches import Budget, is_out_of_memory, pad, plan_batches
+from relneuron.model.batches import (
+    Budget,
+    is_out_of_memory,
+    largest,
+    pad,
+    plan_batches,
+    positions_of,
+)
 from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions
@@ -68,26 +75,6 @@ def _best(scores: Sequence[Sequence[float]]) -> tuple[list[float], list[int]]:
     """The largest score of each row, and which one it is; of equal ones the first."""
     which = [row.index(max(row)) for row in scores]
     return [row[k] for row, k in zip(scores, which, strict=True)], which
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Where each token stands in its text: (B, T) int64 of a padding mask (B, T).
-
-    On a CPU (1, T) where all rows have the same, as transformers itself has it without a mask: what
-    a model makes of positions, its rotary embedding for one, is then made once for all rows.
-    """
-    # A GPU would have to be waited for.
-    if mask.device.type == "cpu" and len(mask) > 1 and bool((mask == mask[:1]).all()):
-        mask = mask[:1]
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def largest(logits: Tensor) -> Tensor:
-    """The place of the largest of the last dimension, the first of equal ones, as `argmax`."""
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        return logits.argmax(-1)
-    # numpy compares many values at a time, torch one by one.
-    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def ignore(step: Step) -> None:

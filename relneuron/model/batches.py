@@ -38,7 +38,28 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Ten
     for row, line in enumerate(ids):
         tokens[row, longest - len(line) :] = line
         mask[row, longest - len(line) :] = 1
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+    both = torch.from_numpy(tokens), torch.from_numpy(mask)
+    return both[0].to(device, non_blocking=True), both[1].to(device, non_blocking=True)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Where each token stands in its text: (B, T) int64 of a padding mask (B, T).
+
+    On a CPU (1, T) where all rows have the same, as transformers itself has it without a mask: what
+    a model makes of positions, its rotary embedding for one, is then made once for all rows.
+    """
+    # A GPU would have to be waited for.
+    if mask.device.type == "cpu" and len(mask) > 1 and bool((mask == mask[:1]).all()):
+        mask = mask[:1]
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The place of the largest of the last dimension, the first of equal ones, as `argmax`."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    # numpy compares many values at a time, torch one by one.
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 # --- plans -----------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def write_tables(folder: Path, tables: Mapping[str, Table]) -> list[Path]:
     for old in set((folder / "analyses").glob("*.csv")) - set(paths):
         old.unlink()
     for path, table in zip(paths, tables.values(), strict=True):
-        atomic_write(path, table.csv())
+        atomic_write(path, table.csv_pieces())
     return paths
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import base64
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.artifact.files import csv_bytes
+from relneuron.artifact.files import csv_pieces
 
 Array = NDArray[np.float64]
 
@@ -29,6 +29,7 @@ HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after
 NAMES = ("relation", "off", "other", "concept", "group", "mask", "set")  # of sets and texts
 TESTS = ("p_value", "q_value")
 MOST_HELD = 60_000  # cells of a table whose file is within the page: about 1 MB
+MOST_LISTED = 100  # names in a sentence
 RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 
 
@@ -37,6 +38,8 @@ RANGES = ("others", "random", "matched")  # from the least to the greatest; the 
 
 def visible(text: str) -> str:
     """`text` with controls, direction overrides and unencodable characters written as escapes."""
+    if text.isascii() and text.isprintable():  # most text, soon
+        return text
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode("ascii")
         # The zero-width joiners are part of ordinary words in several scripts.
@@ -89,6 +92,12 @@ def n_of(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence; of very many the first ones, and how many more there are."""
+    left = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {left:,} more" if left > 0 else "")
+
+
 def amount(n: int) -> str:
     """12,345,678 -> 12.3 million."""
     for size, name in ((10**9, "billion"), (10**6, "million")):
@@ -130,6 +139,8 @@ def spread(values: Array) -> Spread:
 class Share(float):
     """A fraction: people read it in percent, files hold the fraction."""
 
+    __slots__ = ()  # a table of pairs has millions
+
 
 class Number(str):
     """A number, or several, written as text."""
@@ -163,8 +174,11 @@ class Table(NamedTuple):
 
     def csv(self) -> bytes:
         """The table as a csv file in full precision (artifact.csv_bytes)."""
-        rows = [[_plain(value) for value in row] for row in (self.columns, *self.rows)]
-        return csv_bytes(rows[0], rows[1:])
+        return b"".join(self.csv_pieces())
+
+    def csv_pieces(self) -> Iterator[bytes]:
+        """The bytes of `csv`, of some rows at a time: a table of a million is written so."""
+        return csv_pieces([*map(_plain, self.columns)], ([*map(_plain, row)] for row in self.rows))
 
     @property
     def is_small(self) -> bool:

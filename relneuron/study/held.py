@@ -37,7 +37,7 @@ from relneuron.artifact.gradients import made_by as gradients_by
 from relneuron.methods.contrast.classify import MADE_BY as PROBE
 from relneuron.methods.contrast.classify import PREDICTIONS, Scored
 from relneuron.methods.contrast.study import EFFECT
-from relneuron.methods.counts.study import NLL, WINDOWS
+from relneuron.methods.counts.rises import NLL, WINDOWS
 from relneuron.methods.gradients.editing import COLUMNS, MEASURES
 from relneuron.methods.gradients.scored import FACT_COLUMNS, FACTS
 

@@ -18,7 +18,7 @@ from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.artifact.prompts import Prompt
 from relneuron.artifact.stage import IN_WHOLE, STUDY, command, placed
-from relneuron.methods.responses.at_once import JOURNAL, RESPONSES, are_done
+from relneuron.methods.responses.at_once import JOURNAL, RESPONSES, are_done, drop_journal
 from relneuron.methods.responses.concepts import concept_study, concept_subjects
 from relneuron.methods.responses.options import RankOptions, RecordOptions
 from relneuron.methods.responses.places import Store
@@ -312,8 +312,8 @@ def make_study(
         # Its page says by which commands it was made, as they are known now.
         if "look" in Manifest(folder).data["stages"] and not is_shown(folder, folder / "look.html"):
             show(folder, folder / "look.html")
-        for journal in (JOURNAL, "ablate.journal"):
-            (folder / journal).unlink(missing_ok=True)
+        drop_journal(folder)
+        (folder / "ablate.journal").unlink(missing_ok=True)
         report = report_stage(folder, folder / REPORT, force=force, resume=True)
         ranks.dismiss()
     say(f"study: {clock}")

@@ -66,6 +66,7 @@ STUDIES: dict[str, list[str]] = {
         " --suffix '' --method ap --negatives 3 --permutations 20 --bootstrap 20 --noise 900"
         " --splits eva --analyses gain,sizes --sizes 5,10 --mode scale --factor 0.5"
         " --scale-at output --positions prompt --generate 3 --drop-responses --pooling last"
+        " --responses memory"
         " --accept-object-prefix --cards 3"
         f" --batch-tokens 300 {EXACT}",
     ],
@@ -101,6 +102,17 @@ STUDIES: dict[str, list[str]] = {
         " --quiet",
         "identify {d} -o {d}/gain.json --method logprob_gain --top 20 --quiet",
         "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --quiet",
+    ],
+    "prompts recorded and ranked at once": [
+        "record {model} {prompts} -o {d} --quiet --identify --responses memory --ends both --seed 2"
+        f" --top 30 --negatives 3 --permutations 20 --bootstrap 20 --noise 900 {EXACT}",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 1"
+        " --quiet",
+    ],
+    "prompts ranked at once by a rate": [
+        "record {model} {prompts} -o {d} --quiet --identify --fdr 0.3 --noise 900 --pooling last",
+        "ablate {model} {d}/neurons.json {d}/prompts.jsonl -o {d}/effects.csv --random-seeds 0"
         " --quiet",
     ],
     "attribution": [

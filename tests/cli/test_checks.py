@@ -129,7 +129,7 @@ FITTED = (
 )
 JUDGED = (
     *(("--label", "1"), ("--template", "{output}"), ("--batch-tokens", "8")),
-    *(("--dtype", "float16"), ("--device", "cuda")),
+    *(("--dtype", "float16"), ("--device", "cuda"), ("--shard", "1/2")),
 )
 PATCH = ["--off", "donor", "--mode", "patch", "--from", "b"]
 EDITS = (("--old-factor", "2"), ("--new-factor", "2"), ("--embedding", "input"))
@@ -151,6 +151,15 @@ STRAY: list[tuple[list[str], str, str]] = [
         ["record", *MODEL, "p.jsonl", "-o", "o", "--pooling", "last", "--exclude-bos"],
         "--exclude-bos",
         "with --pooling mean",
+    ),
+    ([*RUN, "--responses", "memory"], "--responses", "with --drop-responses"),
+    *(
+        (["record", *MODEL, "p.jsonl", "-o", "o", *words], words[0], "with --identify")
+        for words in (
+            *(("--responses", "memory"), ("--top", "5"), ("--ends", "both"), ("--fdr", "0.1")),
+            *(("--negatives", "2"), ("--permutations", "9"), ("--bootstrap", "9")),
+            *(("--noise", "90000"), ("--seed", "1")),
+        )
     ),
     ([*ABLATE, "--analyses", "sites", "--sizes", "5"], "--sizes", "with --analyses sizes"),
     ([*ABLATE, "--mode", "zero", "--mean-of", "relation"], "--mean-of", "with --mode mean"),

@@ -81,6 +81,8 @@ MADE = [
     f"!count model en=corpus/en.txt zh=corpus/zh.jsonl -o unfinished-count {COUNT}"
     " --batch-tokens 32 --checkpoint-batches 1",
     f"!{CONTRAST} -o unfinished-contrast --batch-tokens 8 --checkpoint-batches 1",
+    *(f"{ABLATE} -o part{n}/effects.csv --batch-tokens 64 --shard {n}/2" for n in (1, 2)),
+    *(f"{ATTRIBUTE} table.csv -o rows{n} --batch-tokens 20 {PARTS} --shard {n}/2" for n in (1, 2)),
     "!generate model prompts.txt -o unfinished/texts.jsonl --neurons counts/neurons.json"
     f" {CONTINUE} --off en,zh --batch-tokens 8",
 ]
@@ -274,6 +276,15 @@ CASES = {
         _of("counts", "neurons.json", "manifest.json"),
         _of("corpus", "en.txt", "zh.jsonl"),
     ),
+    "ablate of two processes, unfinished": Case(
+        f"{ABLATE} -o shared/effects.csv --batch-tokens 64",
+        _of("shared", "ablate.journal", "ablate.journal.1"),
+    ),
+    # What of a part is damaged is left to do, so that the output is another one.
+    "merge of answers": Case("merge part1 part2 -o out", given=_of("part2", "ablate.journal")),
+    "merge of rows": Case(
+        "merge rows1 rows2 -o out", given=_of("rows2", "attribute.journal", "gains.safetensors")
+    ),
     "nll, unfinished": Case(
         f"{NLL} -o unfinished-nll --batch-tokens 32", ("unfinished-nll/nll.journal",)
     ),
@@ -458,6 +469,9 @@ def make_world(root: Path, call: Callable[[list[str], Callable[[], None]], int])
         assert code == (137 if killed else 0), f"{code}: {line}"
     shutil.copy(root / "study" / "prompts.jsonl", root / "columns" / "prompts.jsonl")
     shutil.copy(root / "sentences" / "neurons.json", root / "columns" / "neurons.json")
+    (root / "shared").mkdir()  # as two processes that were killed leave it
+    for n, name in ((1, "ablate.journal"), (2, "ablate.journal.1")):
+        shutil.copy(root / f"part{n}" / "ablate.journal", root / "shared" / name)
     for path in root.rglob(".lock"):
         path.unlink()
     for case in CASES.values():

@@ -52,6 +52,7 @@ STAGES = (*STAGES, "relevance")
 OTHERS = ("prompts", "record", "identify", "look", "probe", "effect", "eval")
 ALONE = ("prompts", "identify")
 WHOLE = ("look",)  # stages of which no machine does a part
+KEPT = ("--responses", "memory")
 RUN = ("--eva", 8, "--random-seeds", 1, "--analyses", "concepts,gain,perplexity")
 
 
@@ -82,6 +83,8 @@ class Shared(Study):
             "ig": [model, prompts, "-o", place, "--method", "ig", "--steps", 2],
             "relevance": [model, prompts, "-o", place, "--method", "relevance"],
             "run": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
+            "once": [model, prompts, "-o", place, "--identify", *KEPT, *QUICK[:-1]],
+            "dropped": [model, "--facts", self.facts, "-o", place, *QUICK[:-1], *RUN],
             "look": [place, "-o", place / "look.html", "--cards", 6],
             "probe": [model, prompts, "-o", place, "--folds", 2, "--random-seeds", 1],
             "effect": [self.folder / "said.jsonl", "-o", place / "effect.csv", "--label", 1],
@@ -98,7 +101,9 @@ class Shared(Study):
         found["eval"] += ["--include-path", self.folder / "tasks", "--log-samples"]
         if stage == "eval":
             return [str(word) for word in (stage, *found[stage])]
-        name = "attribute" if stage in ("ig", "relevance") else stage
+        found["dropped"] += ["--drop-responses", *KEPT]
+        name = {"once": "record", "dropped": "run"}.get(stage, stage)
+        name = "attribute" if stage in ("ig", "relevance") else name
         return [str(word) for word in (name, *found[stage], *SMALL)]
 
     def begin(
@@ -141,6 +146,12 @@ def write_beside(folder: Path, prompts: Path) -> None:
     (folder / "said.jsonl").write_bytes(lines_bytes(said))
     classifier_folder(folder / "judge")
     write_tasks(folder / "tasks", 3)
+
+
+def is_shared(stage: str, what: str) -> bool:
+    """Whether several processes, or machines, do the stage, of which one makes what others read."""
+    is_made = stage in ALONE or (stage == "record" and "other" in what)
+    return not is_made and not (stage in WHOLE and "shards" in what)
 
 
 def load_once(model: Path) -> None:
@@ -354,12 +365,11 @@ def main(*words: str) -> None:
         found = shares(study, base)
         ends(study, base)
     known = {"stages": STAGES, "others": OTHERS, "run": ("run",)}
-    known |= {"shards": STAGES, "other shards": OTHERS}
+    known |= {"shards": STAGES, "other shards": OTHERS, "kept": ("prompts", "once", "dropped")}
     for stage in known.get(what, ()):
-        is_made = stage in ALONE or (stage == "record" and "other" in what)
         found[stage] = 0
-        if is_made or (stage in WHOLE and "shards" in what):
-            base = whole(study, stage, base, ())
+        if not is_shared(stage, what):
+            whole(study, stage, base, ())
         elif "shards" in what:
             found[stage] = shards(study, stage, base)
         elif n:
@@ -368,6 +378,8 @@ def main(*words: str) -> None:
             whole(study, stage, base, (2, 3, 4))
             found[stage] = 3
         base = folder / f"{stage} 1"
+        if stage == "once":
+            base = folder / "empty"
         if stage == "prompts":
             write_beside(folder, base / "prompts.jsonl")
     print(json.dumps(found))

@@ -18,8 +18,8 @@ from relneuron.artifact.neurons import Shape, random_neurons, top_k
 from relneuron.artifact.prompts import Prompt
 from relneuron.methods.responses.fill import pooled_tokens
 from relneuron.methods.responses.labels import sample_labels
-from relneuron.model.ask import Answers, Asker, largest, positions_of
-from relneuron.model.batches import plan_batches
+from relneuron.model.ask import Answers, Asker
+from relneuron.model.batches import largest, plan_batches, positions_of
 from relneuron.model.converse import Step
 from relneuron.model.load import load_model
 from relneuron.model.mlps.find import find_mlps

@@ -15,7 +15,8 @@ from relneuron.analyses import figures as draw
 from relneuron.artifact.modules import module_layers
 from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import figures as draw_groups
-from relneuron.methods.counts.study import CLEAN, GroupStudy, NllCell, read_group_study, rise
+from relneuron.methods.counts.rises import CLEAN, NllCell
+from relneuron.methods.counts.study import GroupStudy, read_group_study, rise
 from relneuron.methods.counts.tables import (
     greatest,
     group_tables,
@@ -25,7 +26,7 @@ from relneuron.methods.counts.tables import (
 )
 from relneuron.report import figures, kit
 from relneuron.report.page import Page, Section, Tile
-from relneuron.report.tables import NBSP, Table, amount, n_of, nats, percent, significant
+from relneuron.report.tables import NBSP, Table, amount, listed, n_of, nats, percent, significant
 
 # Of the rankings that choose neurons, and where none of ours did.
 TITLES = {ranking.name: ranking.title for ranking in METHOD.rankings}
@@ -231,7 +232,7 @@ def layers(study: GroupStudy, tables: Tables) -> Section | None:
             f"{last}."
         )
     if empty := [f"“{kit.short(name)}”" for name, chosen in study.sets.items() if not chosen]:
-        seen.append(f"No neurons: {', '.join(empty)}.")
+        seen.append(f"No neurons: {listed(empty)}.")
     return Section(
         "layers",
         "Where the chosen neurons are",

@@ -7,7 +7,7 @@ model is needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.analyses.uncertainty import NAN, q_values, signed_rank_ps
+from relneuron.analyses.uncertainty import NAN
 from relneuron.artifact.counts import NAME, Counts
 from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
-from relneuron.artifact.reading import open_tensors, read_csv
+from relneuron.artifact.reading import open_tensors
+from relneuron.methods.counts.rises import CLEAN, NllCell, read_nll
 from relneuron.report.page import PageKind, opened
 from relneuron.report.tables import Array, Spread, spread
 
@@ -43,31 +44,6 @@ PAGE = PageKind(
     again="run the stages from identify on again",
     build="relneuron.methods.counts.page:build",
 )
-CLEAN = "clean"
-UNTESTED: Array = np.empty(0)
-NLL = ("mask", "group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity")
-WINDOWS = ("mask", "group", "window", "n_tokens", "nll")
-
-
-class NllCell(NamedTuple):
-    """The text of a group under a mask: mean NLL in nats per token, and its rise against clean.
-
-    rise     mean over windows of NLL(mask) - NLL(clean) of the same window
-    rise_se  sample standard deviation of these differences / sqrt(windows); NaN for one window
-    p_value  Wilcoxon's signed-rank test of the differences; q_value over all cells but clean's
-    """
-
-    mask: str
-    group: str
-    n_windows: int
-    n_tokens: int
-    nll: float
-    nll_se: float
-    perplexity: float
-    rise: float = NAN
-    rise_se: float = NAN
-    p_value: float = NAN
-    q_value: float = NAN
 
 
 class Activity(NamedTuple):
@@ -314,65 +290,3 @@ def _check(study: GroupStudy) -> None:
     width = study.activity.probability.shape[2] if study.activity else 0
     if study.activity and any(index >= width for _, _, index in study.times):
         raise ValueError("a neuron is not at the site that was counted")
-
-
-# NLL
-
-
-def read_nll(path: Path, windows: Path | None) -> list[NllCell]:
-    """nll.csv with the rises against clean: paired by window if there is a file of windows."""
-    cells = []
-    for row in read_csv(path, NLL):
-        n = [row.whole(name) for name in ("n_windows", "n_tokens")]
-        values = [row.real(name) for name in ("nll", "nll_se", "perplexity")]
-        cells.append(NllCell(row["mask"], row["group"], *n, *values))
-    if len({cell[:2] for cell in cells}) < len(cells):
-        raise ValueError(f"{path.name} holds a mask and a group twice")
-    clean = {cell.group: cell for cell in cells if cell.mask == CLEAN}
-    pairs = read_windows(windows) if windows else {}
-    found, samples = [], []
-    for cell in cells:
-        risen, differences = (cell, UNTESTED) if cell.mask == CLEAN else _risen(cell, clean, pairs)
-        found.append(risen)
-        samples.append(differences)
-    if pairs:
-        _check_means(cells, pairs)
-    p = signed_rank_ps(samples)
-    found = [cell._replace(p_value=value) for cell, value in zip(found, p, strict=True)]
-    q = q_values([cell.p_value for cell in found]).tolist()
-    return [cell._replace(q_value=value) for cell, value in zip(found, q, strict=True)]
-
-
-Windows = Mapping[tuple[str, str], Mapping[str, float]]
-
-
-def read_windows(path: Path) -> Windows:
-    """NLL of each window by mask and group."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read_csv(path, WINDOWS):
-        found.setdefault((row["mask"], row["group"]), {})[row["window"]] = row.real("nll")
-    return found
-
-
-def _check_means(cells: Sequence[NllCell], pairs: Windows) -> None:
-    for cell in cells:
-        values = list(pairs.get((cell.mask, cell.group), {}).values())
-        mean = float(np.mean(values)) if values else NAN
-        if len(values) != cell.n_windows or not np.isclose(mean, cell.nll, 1e-6, equal_nan=True):
-            raise ValueError(f"nll_windows.csv has another mean for {cell.mask}, {cell.group}")
-
-
-def _risen(cell: NllCell, clean: Mapping[str, NllCell], pairs: Windows) -> tuple[NllCell, Array]:
-    """The cell with its rise, and the differences of its windows that are to be tested."""
-    if not pairs:
-        before = clean[cell.group].nll if cell.group in clean else NAN
-        return cell._replace(rise=cell.nll - before), UNTESTED
-    off, before_of = pairs.get(cell[:2], {}), pairs.get((CLEAN, cell.group), {})
-    if off.keys() != before_of.keys():
-        raise ValueError(f"{cell.mask}, {cell.group}: other windows than clean has")
-    difference = np.array([off[window] - before_of[window] for window in before_of])
-    n = difference.size
-    if not n or not np.isfinite(difference).all():
-        return cell, UNTESTED
-    error = float(difference.std(ddof=1) / np.sqrt(n)) if n > 1 else NAN
-    return cell._replace(rise=float(difference.mean()), rise_se=error), difference

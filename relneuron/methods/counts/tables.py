@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from relneuron.analyses.overlap import overlap, versatility
 from relneuron.artifact.files import Json
 from relneuron.artifact.neurons import Shape
-from relneuron.methods.counts.study import CLEAN, GroupStudy, rise
+from relneuron.methods.counts.rises import CLEAN
+from relneuron.methods.counts.study import GroupStudy, rise
 from relneuron.report.tables import Array, Cell, Share, Table
 
 BINS = 60

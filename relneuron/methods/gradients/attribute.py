@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
-    csv_bytes,
+    csv_pieces,
     refuse_overwrite,
 )
 from relneuron.artifact.gradients import (
@@ -188,7 +188,10 @@ def _score(
     budget: Budget,
     quiet: bool,
 ) -> list[Json]:
-    """Ask every batch that the journal lacks; what it keeps of each sentence, in their order."""
+    """Ask every batch that the journal lacks; what it keeps of each sentence, in their order.
+
+    Numbers are arrays, of 8 bytes each.
+    """
     with progress_bar(len(columns), "attribute", "sentence", quiet) as bar, journal:
         for key, rows in batches.items():
             if journal.takes(key):
@@ -201,10 +204,11 @@ def _score(
                 journal.add(key, {"found": kept, **noted})
             bar.update(len(rows))
         journal.together()
-    by_row: dict[int, Json] = {}
+    found: list[Json] = [{}] * len(columns)
     for key, rows in batches.items():
-        by_row |= dict(zip(rows, journal.done[key]["found"], strict=True))
-    return [by_row[row] for row in range(len(by_row))]
+        for row, one in zip(rows, journal.done[key]["found"], strict=True):
+            found[row] = one and {name: np.array(value, np.float64) for name, value in one.items()}
+    return found
 
 
 def _check_finite(asking: Asking, rows: Sequence[int], said: Sequence[dict[str, Any]]) -> None:
@@ -225,16 +229,19 @@ def _kept(one: dict[str, Any]) -> Json:
     return {"p": float(one["probability"]), "at": change, "sums": one[IG].sum(-1).tolist()}
 
 
-def _completeness(prompts: Sequence[Prompt], found: Sequence[Json]) -> bytes:
+def _completeness(prompts: Sequence[Prompt], found: Sequence[Json]) -> Iterator[bytes]:
     """A row a sentence and layer: P, P at the layer's baseline, their difference, the sum of IG."""
     shown: Callable[[float], str] = "{:.9g}".format
-    rows = [
+    rows = (
         (
             *(prompt.id, prompt.relation, layer),
-            *map(shown, (one["p"], at, one["p"] - at, total, total - (one["p"] - at))),
+            *map(shown, (p, at, p - at, total, total - (p - at))),
         )
         for prompt, one in zip(prompts, found, strict=True)
-        for layer, (at, total) in enumerate(zip(one["at"], one["sums"], strict=True))
-        if at is not None
-    ]
-    return csv_bytes(COMPLETENESS_COLUMNS, rows)
+        for p in [float(one["p"])]
+        for layer, (at, total) in enumerate(
+            zip(one["at"].tolist(), one["sums"].tolist(), strict=True)
+        )
+        if at == at
+    )
+    return csv_pieces(COMPLETENESS_COLUMNS, rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from relneuron.artifact.files import Json, refuse_output, refuse_overwrite
-from relneuron.artifact.journal import is_unfinished
+from relneuron.artifact.journal import is_unfinished, parts_of
 from relneuron.artifact.manifest import Manifest, checked
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import read_prompts
@@ -44,6 +44,12 @@ def are_done(
         "identify", identify_inputs(folder, ranking), force=force
     )
     return recorded, identified
+
+
+def drop_journal(folder: Path) -> None:
+    """Remove what `record` noted of responses that are needed no more."""
+    for path in (*parts_of(folder / JOURNAL), folder / JOURNAL):
+        path.unlink(missing_ok=True)
 
 
 def record_and_identify(
@@ -100,7 +106,7 @@ def record_and_identify(
     if store is not None:
         store.kept = None
         Manifest(folder).drop(RESPONSES)
-    (folder / JOURNAL).unlink(missing_ok=True)
+    drop_journal(folder)
     return NeuronFile.read(neurons)
 
 

@@ -156,10 +156,6 @@ def ask_all(
         parts.append(len(rows))
         return said
 
-    def run(rows: Sequence[int], reads: bool) -> list[str]:
-        parts.clear()
-        return budget.run(rows, questions.length, partial(forward, reads=reads))
-
     def note(number: int, rows: Sequence[int], said: list[str], sizes: list[int]) -> None:
         # How memory had it cut, so that it can be read again in the same forwards.
         cuts = {"parts": sizes} if len(sizes) > 1 else {}
@@ -169,16 +165,20 @@ def ask_all(
 
     known = {n: journal.done[str(n)] for n in range(len(batches)) if str(n) in journal.done}
     again = [n for n, value in known.items() if place.lacks(batches[n], value)]
+    # Not in the smaller batches of a budget that was cut later.
+    as_before = Budget(budget.planned, budget.oom)
     for number in again[ranks.share :: ranks.shares]:
         rows, before = batches[number], known[number]
         sizes: list[int] = []
         for size in before.get("parts", [len(rows)]):
-            run(rows[sum(sizes) :][:size], reads=True)
+            part = rows[sum(sizes) :][:size]
+            as_before.run(part, questions.length, partial(forward, reads=True))
             sizes.append(size)
         filling.then(partial(note, number, rows, before["predictions"], sizes))
     for number, rows in enumerate(batches):
         if journal.takes(str(number)):
-            said = run(rows, reads=not validate)
+            parts.clear()
+            said = budget.run(rows, questions.length, partial(forward, reads=not validate))
             filling.then(partial(note, number, rows, said, [*parts]))
         bar.update(len(rows))
     filling.settle()

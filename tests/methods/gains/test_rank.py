@@ -15,6 +15,7 @@ from relneuron.artifact.gains import GAINS, TARGETS, GainFile, Target, targets_b
 from relneuron.artifact.manifest import Manifest, json_digest
 from relneuron.artifact.neurons import NeuronFile, default_top
 from relneuron.methods.gains.rank import (
+    add_rows,
     best_neurons,
     identify_gains,
     identify_gains_inputs,
@@ -225,3 +226,22 @@ def test_equal_neurons_come_by_layer_and_index() -> None:
         (0, "gate", 2, 0.5),
     ]
     assert len(best_neurons(scores, 99)) == 6 and best_neurons(scores, 0) == []
+
+
+@pytest.mark.parametrize("width", [2, 3, 64, 9000])
+@pytest.mark.parametrize("n_block", [1, 7, 256, 1000])
+def test_rows_that_come_in_blocks_have_the_same_mean(width: int, n_block: int) -> None:
+    """To the last bit, however they are cut: as `mean_gains` has them at once."""
+    rng = np.random.default_rng(width)
+    n = 300 if width < 100 else 40
+    gains = (rng.normal(size=(n, width)) * 10.0 ** rng.integers(-9, 9, (n, 1))).astype(np.float32)
+    group = rng.integers(-1, 4, n)
+    group[group == 2] = 1  # of which there is no sentence
+    sums = np.zeros((4, width))
+    for first in range(0, n, n_block):
+        rows = slice(first, first + n_block)
+        add_rows(sums, gains[rows], group[rows])
+    wanted = mean_gains(gains, group, 4)
+    with np.errstate(invalid="ignore"):
+        found = (sums / np.bincount(group[group >= 0], minlength=4)[:, None]).astype(np.float32)
+    assert np.isnan(found[2]).all() and np.array_equal(found, wanted, equal_nan=True)
