@@ -620,6 +620,26 @@ MUTANTS = {
         "not digest",
         "artifact/test_files.py::test_a_flipped_bit_of_a_journal_is_found_and_what_follows_done_again[0]",
     ),
+    "artifact.journal: lines that were replaced stay": Mutant(
+        "return 2 * self.done.stale_bytes > self._end",
+        "return False",
+        "artifact/test_blocks.py::test_lines_that_were_replaced_are_left_out_when_they_outweigh_the_others",
+    ),
+    "artifact.journal: a budget takes the pieces of the block that it comes before": Mutant(
+        "if key != BUDGET:\n            self._kept.clear()",
+        "self._kept.clear()",
+        "artifact/test_blocks.py::test_pieces_belong_to_the_block_that_is_added_next",
+    ),
+    "artifact.blocks: pieces whose block was cut are those of the next one": Mutant(
+        "if lines.waiting_of != key:",
+        "if False:",
+        "artifact/test_blocks.py::test_pieces_of_a_block_that_never_ended_are_no_others",
+    ),
+    "ablation.said: a prompt beyond the last one is one of the next condition": Mutant(
+        "if row.prompt >= self._n_prompts or at",
+        "if at",
+        "ablation/test_said.py::test_every_row_has_what_was_said_of_it",
+    ),
     "artifact.effects: another language comes before other templates": Mutant(
         '"." in name, name',
         '"." not in name, name',

@@ -43,9 +43,8 @@ class Lines:
         self.waiting_of = ""
         self._file: Any = None
         if path.exists():
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            self._file = open(handle, "rb", closefd=False)  # noqa: SIM115
-            self._close = weakref.finalize(self, os.close, handle)
+            self._file = path.open("rb")
+            self._close = weakref.finalize(self, self._file.close)
 
     def close(self) -> None:
         """No line can be read any more; on Windows the file can then be replaced."""

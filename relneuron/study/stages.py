@@ -17,6 +17,7 @@ _HOMES = {
     "PromptsOptions": "texts.options:PromptsOptions",
     "record": "methods.responses.record:record",
     "RecordOptions": "methods.responses.options:RecordOptions",
+    "Store": "methods.responses.places:Store",
     "identify": "methods.responses.rank:identify",
     "RankOptions": "methods.responses.options:RankOptions",
     "ablate": "ablation.ablate:ablate_prompts",

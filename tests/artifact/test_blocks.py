@@ -42,10 +42,10 @@ def test_pieces_belong_to_the_block_that_is_added_next(tmp_path: Path) -> None:
     journal = filled(path, 3)
     wanted = [[n, ["a", n], {"b": TEXT}] for n in range(3)]
     assert pieces(journal) == pieces(Journal(path, {})) == wanted
-    journal.keep("3", 0, "of a batch that did not fit")
-    journal.add("budget", 64)
-    for number in (1, 0):  # in any order, and again
-        journal.keep("3", number, number)
+    for number in (1, 0):  # in any order
+        journal.keep("3", number, 1)
+    journal.add("budget", 64)  # of a batch that did not fit
+    journal.keep("3", 0, 0)  # again
     journal.add("3", "last")
     journal.keep("4", 0, "of a block that never ended")
     journal.commit()
@@ -54,6 +54,21 @@ def test_pieces_belong_to_the_block_that_is_added_next(tmp_path: Path) -> None:
         assert list(one.done) == ["0", "1", "2", "budget", "3"]
     with pytest.raises(KeyError):
         journal.piece("4", 0)
+
+
+def test_pieces_of_a_block_that_never_ended_are_no_others(tmp_path: Path) -> None:
+    """Another process has done it meanwhile; the next block of this one has its own."""
+    path = tmp_path / "a.journal"
+    with Journal(path, {}) as journal:
+        journal.keep("0", 0, "of a block that never ended")
+        journal.keep("0", 1, "of it, too")
+    with Journal(path, {}) as journal:
+        journal.keep("1", 0, "own")
+        journal.add("1", 1)
+    again = Journal(path, {})
+    assert again.piece("1", 0) == "own" and [*again.done] == ["1"]
+    with pytest.raises(IndexError):
+        again.piece("1", 1)
 
 
 def test_a_block_that_was_cut_has_no_pieces(tmp_path: Path) -> None:

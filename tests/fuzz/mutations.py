@@ -41,6 +41,7 @@ BY_SUFFIX: dict[str, list[Mutation]] = {
     ".gz": binary.GZIP * 2 + text.BYTES,
     ".parquet": binary.PARQUET * 2 + text.BYTES,
     ".journal": text.BYTES + text.TEXT,
+    ".1": text.BYTES + text.TEXT,  # the journal of another process
     ".checkpoint": text.BYTES,
 }
 
