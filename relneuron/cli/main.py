@@ -31,6 +31,8 @@ _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
 _MACHINE = "relneuron.cli.machine"
 _COMPLETES = "_RELNEURON_COMPLETE"  # set by a shell that asks typer for completions
+# Of `plan`: the words of the command that is planned are that one's.
+OWN_WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 _BEGIN = """\
 relneuron demo              # a study of the bundled model, in a minute
 relneuron doctor            # what works on this machine, what is missing
@@ -113,13 +115,11 @@ def make_app(only: str | None = None) -> Any:
     known = stages()
     for stage in [stage for stage in known if only in (None, stage.name)]:
         function = load(stage.run)
-        # The words of a command that is planned are its own.
-        words = {"ignore_unknown_options": True, "allow_interspersed_args": False}
         made = app.command(
             stage.name,
             cls=Command,
             epilog=parts_of(function)[1] or None,
-            context_settings=words if stage.name == "plan" else None,
+            context_settings=OWN_WORDS if stage.name == "plan" else None,
         )
         made(command(function, show, stage.plan))
     Command.needs = {stage.name: stage.needs for stage in known}

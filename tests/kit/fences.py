@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import typer
 
+from relneuron.artifact.planned import Planned
 from relneuron.artifact.stage import load
 from relneuron.cli.flags import Command, command
-from relneuron.cli.main import stages
+from relneuron.cli.main import OWN_WORDS, stages
 from tests.conftest import ROOT
 from tests.kit.corpus_commands import Result
 
@@ -78,8 +79,16 @@ def command_line() -> Any:
         function = load(stage.run)
         # These two say themselves which options a method takes; what they run is put out of action.
         asks = function if stage.name in ("identify", "attribute") else _idle(function)
-        app.command(stage.name, cls=Command)(command(asks, lambda item: None))
+        words = OWN_WORDS if stage.name == "plan" else None
+        plan = f"{__name__}:no_plan" if stage.plan else ""
+        made = app.command(stage.name, cls=Command, context_settings=words)
+        made(command(asks, lambda item: None, plan))
     return typer.main.get_command(app)
+
+
+def no_plan(**_: object) -> list[Planned]:
+    """What a planner gives that is put out of action."""
+    return [Planned("nothing", {}, layers=1)]
 
 
 def _idle(function: Callable[..., Any]) -> Callable[..., None]:

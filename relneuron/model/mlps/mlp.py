@@ -85,6 +85,8 @@ class MLP:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """gate and up (T, F) of x (..., D); parts of one tensor where the weights are packed."""
+        if hasattr(self.gate.module, "nx"):  # transformers' Conv1D, which takes a view of its input
+            x = x.contiguous()
         out = _rows(self.gate.module(x))
         gate = _dense(self.gate.of(out))
         if self.up is None:
