@@ -1,6 +1,6 @@
 """A whole command of two checkouts in the same rounds: seconds, and how much of them is products.
 
-    PYTHONPATH=. python -m bench.study OTHER [--rounds N] [-o FILE.csv] [COMMAND ...]
+    PYTHONPATH=. python -m bench.study [--rounds N] [-o FILE.csv] OTHER [COMMAND ...]
 
 COMMAND (default: `demo -o OUT --analyses all --quiet`) runs in a fresh process with this checkout
 and with the one at OTHER, in an order drawn again each round; OUT stands for an empty folder. Of
@@ -35,6 +35,11 @@ def child(words: list[str], result: Path) -> None:
     """Run a command line in this process, and note what it took; `result` is a file of JSON."""
     began = time.perf_counter()
     import torch
+
+    import relneuron
+
+    if not Path(relneuron.__file__).is_relative_to(os.environ["PYTHONPATH"]):
+        sys.exit(f"{relneuron.__file__} is not of {os.environ['PYTHONPATH']}")
 
     seconds = [0.0]
     plain = torch.nn.Linear.forward
