@@ -126,9 +126,9 @@ MUTANTS = {
         "model/test_count_experts.py::"
         "test_counters_are_those_of_every_token_that_an_expert_sees[qwen3-eager-0.0]",
     ),
-    "model.states: the first prompt of a batch has no responses": Mutant(
-        "rows = (flat >= 0)",
-        "rows = (flat > 0)",
+    "model.outputs: the first prompt of a batch has no responses": Mutant(
+        "places = (flat >= 0)",
+        "places = (flat > 0)",
         "model/test_ask.py::test_pooled_sums_are_those_of_plain_hooks",
     ),
     "model.batches: a batch may be a row too long": Mutant(
