@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -99,6 +99,11 @@ def test_numbers_of_rows_that_are_those_of_tokens_or_heads_are_not_shared() -> N
             assert "forward" not in found.attention.__dict__
 
 
+EVERY = [(condition, prompt) for condition in range(31) for prompt in range(9)]
+
+
+# A batch of two lengths between those of one, and a small one at the end.
+@example(EVERY, [2, 2, 2, 3, 3, 3, 3, 4, 4], 150, 40)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), unique=True, max_size=400),
