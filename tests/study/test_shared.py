@@ -82,6 +82,14 @@ def test_two_machines_that_share_nothing(
     assert all((n >= 4) == shared.is_shared(stage, what) for stage, n in done.items()), done
 
 
+@pytest.mark.slow
+@needs_gloo
+def test_a_study_of_two_models_is_shared(
+    tmp_path: Path, model_folder: Path, fact_folder: Path
+) -> None:
+    assert found(tmp_path, model_folder, fact_folder, "two") == 3
+
+
 EARLY = """
 import os, sys
 from pathlib import Path
