@@ -141,6 +141,21 @@ MUTANTS = {
         "mask[:, -1] = 1",
         "model/test_ask.py::test_the_forced_token_changes_no_answer",
     ),
+    "model.alike: what comes before the attention is not looked at": Mutant(
+        "return found if _is_exact(found, model, mlps, prompt) else None",
+        "return found",
+        "model/test_alike.py::test_an_attention_behind_the_mlp_is_not_shared",
+    ),
+    "model.alike: few tokens run alone, in other bits": Mutant(
+        "least = max(len(firsts), -(-LEAST_TOKENS // n_tokens))",
+        "least = len(firsts)",
+        "model/test_alike.py::test_rows_of_one_prompt_share_the_first_attention_bit_for_bit",
+    ),
+    "ablation.evaluate: small batches are made anew, with more padding": Mutant(
+        "return found.pop() if len(found) == 1 and len(batch) >= LEAST_ROWS else 0",
+        "return max(found)",
+        "model/test_alike.py::test_rows_by_prompt_are_the_same_rows_with_the_same_padding",
+    ),
     "model.questions: saying nothing is right": Mutant(
         "if not given:\n        return False",
         "if not given:\n        return True",

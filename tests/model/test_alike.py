@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from relneuron.ablation.evaluate import Row, plan_rows
+from relneuron.ablation.evaluate import plan_rows
+from relneuron.ablation.said import Row
 from relneuron.model.alike import LEAST_ROWS, Alike, find_alike, may_share
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
@@ -79,7 +80,9 @@ def test_an_attention_behind_the_mlp_is_not_shared(monkeypatch: pytest.MonkeyPat
 
     def turned(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         read = layer.post_attention_layernorm(hidden_states)
-        return own(hidden_states + layer.mlp(read), *args, **kwargs)  # the MLP comes first, too
+        # The MLP comes first, too.
+        out: Tensor = own(hidden_states + layer.mlp(read), *args, **kwargs)
+        return out
 
     monkeypatch.setattr(layer, "forward", turned)
     assert find_alike(model, find_mlps(model), PROMPT) is None
@@ -99,6 +102,11 @@ def test_numbers_of_rows_that_are_those_of_tokens_or_heads_are_not_shared() -> N
             assert "forward" not in found.attention.__dict__
 
 
+EVERY = [(condition, prompt) for condition in range(31) for prompt in range(9)]
+
+
+# A batch of two lengths between those of one, and a small one at the end.
+@example(EVERY, [2, 2, 2, 3, 3, 3, 3, 4, 4], 150, 40)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)), unique=True, max_size=400),
@@ -113,9 +121,9 @@ def test_rows_by_prompt_are_the_same_rows_with_the_same_padding(
         rows = [Row(*pair) for pair in pairs]
         return list(plan_rows(rows, lengths, budget, n_conditions, by_prompt=by_prompt))
 
-    def padding(batches: list[tuple[range, list[Row]]]) -> dict[Row, tuple[range, int, bool]]:
+    def padding(batches: list[tuple[range, list[Row]]]) -> dict[Row, tuple[range, int, bool, bool]]:
         """Of each row its wave, its columns, and whether the batch is masked; small ones whole."""
-        found = {}
+        found: dict[Row, tuple[range, int, bool, bool]] = {}
         for wave, batch in batches:
             own = {lengths[row.prompt] for row in batch}
             found |= {row: (wave, max(own), len(own) > 1, len(batch) < LEAST_ROWS) for row in batch}
