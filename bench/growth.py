@@ -11,7 +11,7 @@ A cost is taken to be a + b n^k. With k from 0 to 3 in steps of 0.01, a and b ar
 squares of (a + b n^k) / cost - 1, neither below 0; k is the one with the smallest sum. a is what a
 stage costs whatever its size is: imports that are left, the model, the files. `last` is the same
 from the last doubling alone, log2((c(2n) - a) / (c(n) - a)): an exponent that still rises shows
-there. Where the larger cost is less than a tenth above the smallest one it is flat, and k is 0.
+there. Where the largest cost is less than a quarter above the smallest one it is flat, and k is 0.
 
 A stage whose result is itself a matrix (of R relations under R sets, of G texts under G masks) is
 fitted against its cells, R^2; its rows say so in `of`.
@@ -44,7 +44,7 @@ from relneuron.bench.machine import where
 from relneuron.report import kit
 
 N, CELLS = "n", "cells"
-FLAT = 1.1  # the largest cost over the smallest one, up to which nothing grows
+FLAT = 1.25  # the largest cost over the smallest one, up to which nothing grows: noise is less
 POWERS = np.arange(0, 3.001, 0.01)
 WINDOW = 32
 COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#59636f")
@@ -109,7 +109,7 @@ AXES = {
     "groups": Axis("groups", World(groups=64, texts=4), CORPUS, (), ("nll", "report nll")),
     "layers": Axis("layers", World(width=256), (*STUDY[1:4], "count")),
     "width": Axis("width", World(width=256), (*STUDY[1:4], "count")),
-    "tokens": Axis("texts", World(texts=160), ("count", "nll"), (), ()),
+    "tokens": Axis("texts", World(texts=160), CORPUS[:3]),
 }
 
 
@@ -149,8 +149,9 @@ def in_fork(act: Callable[[], object], said: Path) -> Cost:
         code = 1
         try:
             file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            for number in (1, 2):
+                os.dup2(file, number)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115, PTH123
             torch.set_num_threads(1)
             act()
             code = 0

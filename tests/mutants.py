@@ -182,6 +182,28 @@ MUTANTS = {
         "chosen & (rank > 0)",
         "model/test_ask.py::test_pooling_takes_effective_tokens_on_either_side",
     ),
+    "methods.responses.fill: what memory cut is read again in other parts": Mutant(
+        'before.get("parts", [len(rows)])',
+        "[len(rows)]",
+        "methods/responses/test_places.py::test_what_memory_cut_is_read_again_in_the_same_parts",
+    ),
+    "methods.responses.fill: a batch is noted before it is stored": Mutant(
+        "            for wait in coming:\n                wait()\n            note()",
+        "            note()\n            for wait in coming:\n                wait()",
+        "methods/responses/test_places.py::test_a_thread_that_fails_ends_the_stage",
+    ),
+    "methods.responses.room: responses may take all that is free": Mutant(
+        "SHARE = 2",
+        "SHARE = 1",
+        "methods/responses/test_places.py"
+        "::test_auto_takes_the_first_place_with_room_for_twice_as_much",
+    ),
+    "methods.responses.sums: the MLPs of a layer have a down each": Mutant(
+        "mlp.offset if site in INNER else 0",
+        "mlp.offset",
+        "methods/responses/test_places.py"
+        "::test_the_sums_of_experts_stand_where_their_neurons_do[deepseek]",
+    ),
     "methods.responses.labels: negatives are of the own relation, too": Mutant(
         'r not in ("", relation)',
         'r != ""',

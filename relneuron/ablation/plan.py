@@ -238,7 +238,7 @@ def _accuracy_bytes(prompts: Sequence[Prompt], sets: Sets) -> int:
             p = prompts[row]
             key = (ablation.condition.name, p.relation, split_name(p, sets.own))
             rows[key] = rows.get(key, 0) + 1
-    return len(csv_bytes(columns, ((*key, n, n, -_NUMBER) for key, n in rows.items())))
+    return len(csv_bytes(columns, ((*key, n, n, n // 3 / n) for key, n in rows.items())))
 
 
 # --- nll ---------------------------------------------------------------------------------------

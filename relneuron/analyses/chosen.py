@@ -18,7 +18,7 @@ from relneuron.artifact.files import Json
 from relneuron.artifact.neurons import SITES, Neuron, Shape
 from relneuron.report import figures, kit
 from relneuron.report.page import Section
-from relneuron.report.tables import NBSP, Cell, Table, label, n_of, percent, significant
+from relneuron.report.tables import NBSP, Cell, Table, label, listed, n_of, percent, significant
 
 SHOWN = 5  # neurons of each set in the table of neurons, before its last
 
@@ -272,7 +272,7 @@ def _selection_notes(study: Study) -> list[str]:
         if not chosen
     ]
     if empty:
-        notes.append(f"No neurons: {', '.join(empty)}.")
+        notes.append(f"No neurons: {listed(empty)}.")
     return notes
 
 

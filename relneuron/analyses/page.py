@@ -19,7 +19,7 @@ from relneuron.analyses.study import MOST_EXAMPLES, Study, examples, read_study
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.files import Json
 from relneuron.report.page import Page, Section, Tile
-from relneuron.report.tables import NBSP, Spread, change, label, n_of, percent, split_title
+from relneuron.report.tables import NBSP, Spread, change, label, listed, n_of, percent, split_title
 
 BEFORE: dict[str, Callable[[Study], Section]] = {  # the sections on the chosen neurons
     "accuracy": sections.accuracy,
@@ -136,7 +136,7 @@ def note(manifest: Json, left_out: Sequence[str], n_sets: int = 0) -> str:
     if left_out:
         text += (
             " Left out of the means, because the model answered too few before for a drop to mean "
-            f"anything: {', '.join(left_out)}."
+            f"anything: {listed(left_out)}."
         )
     if n_sets > MOST_EXAMPLES:
         text += f" Single answers are shown of {MOST_EXAMPLES} of {n_of(n_sets, 'set')}."

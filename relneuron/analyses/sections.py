@@ -28,7 +28,7 @@ from relneuron.report.tables import (
     spread,
 )
 
-MOST_COLUMNS = 400  # of a picture: a cell has two hundredths of an inch
+MOST_COLUMNS = 100  # sets in a picture of what they do
 
 # What sets do
 
@@ -168,9 +168,10 @@ def drop(study: Study) -> Section:
 
 
 def costliest(table: Table) -> Table:
-    """The rows of `drop` of so many sets as a picture has columns for.
+    """The rows of `drop` of the sets that are drawn: all, or of very many some, in their order.
 
-    The own sets, then those that change a relation most, in the table's order.
+    Those are the sets of the relations that were asked, then those that change a relation most, to
+    as many as have a number each.
     """
     change: dict[Cell, float] = {}
     rows = zip(table.column("off"), table.column("own"), table.floats("drop"), strict=True)
@@ -179,7 +180,8 @@ def costliest(table: Table) -> Table:
         change[off] = max(change.get(off, 0.0), weight)
     if len(change) <= MOST_COLUMNS:
         return table
-    kept = {*sorted(change, key=lambda off: -change[off])[:MOST_COLUMNS]}
+    n = max(kit.MOST, sum(weight == np.inf for weight in change.values()))
+    kept = {*sorted(change, key=lambda off: -change[off])[:n]}
     place = table.columns.index("off")
     return table._replace(rows=[row for row in table.rows if row[place] in kept])
 

@@ -99,7 +99,7 @@ def run(
                  prompts.jsonl, sentences.jsonl
       record     the model answers each prompt once, every neuron is recorded;
                  only what it answers right counts
-                 validated.csv, responses.safetensors (the largest file; goes
+                 validated.csv, responses.safetensors (the largest file; none
                  with --drop-responses)
       identify   every neuron is ranked, the best of each relation are chosen
                  neurons.json, scores.safetensors, significance.csv, labels.csv

@@ -38,7 +38,8 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Ten
     for row, line in enumerate(ids):
         tokens[row, longest - len(line) :] = line
         mask[row, longest - len(line) :] = 1
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+    both = torch.from_numpy(tokens), torch.from_numpy(mask)
+    return both[0].to(device, non_blocking=True), both[1].to(device, non_blocking=True)
 
 
 def positions_of(mask: Tensor) -> Tensor:

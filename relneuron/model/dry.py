@@ -62,18 +62,22 @@ class Dry:
         """How many columns of logits a forward gives where the last n are asked for."""
         return n if n and takes_keep(self.model) else width
 
+    def active(self, layer: int) -> int:
+        """How many neurons of a layer a token goes through: of experts those of some of them."""
+        width, (n_experts, each) = self.order.width(layer, "gate"), self.order.experts
+        if not (n_experts and n_experts[layer]):
+            return width
+        config = self.model.config.get_text_config()
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
+        k = next((v for name in names if (v := getattr(config, name, None))), 1)
+        return width + each * (int(k) - n_experts[layer])
+
     @cached_property
     def last_mlp(self) -> int:
         """Operations of a token in the MLP of the last layer."""
         last = self.order.layers - 1
-        width, hidden = self.order.width(last, "gate"), self.order.width(last, "down")
-        n_experts, each = self.order.experts
-        if n_experts and n_experts[last]:
-            config = self.model.config.get_text_config()
-            names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k")
-            k = next((v for name in names if (v := getattr(config, name, None))), 1)
-            width += each * (int(k) - n_experts[last])
-        return 2 * width * hidden * (3 if self.order.width(last, "up") else 2)
+        hidden, n_maps = self.order.width(last, "down"), 3 if self.order.width(last, "up") else 2
+        return 2 * self.active(last) * hidden * n_maps
 
     def cache_bytes(self) -> int:
         """Keys and values of a token, in all layers; 0 where a forward does not tell them."""

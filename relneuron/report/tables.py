@@ -29,6 +29,7 @@ HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after
 NAMES = ("relation", "off", "other", "concept", "group", "mask", "set")  # of sets and texts
 TESTS = ("p_value", "q_value")
 MOST_HELD = 60_000  # cells of a table whose file is within the page: about 1 MB
+MOST_LISTED = 100  # names in a sentence
 RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 
 
@@ -89,6 +90,12 @@ def change(drop: float) -> str:
 
 def n_of(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence; of very many the first ones, and how many more there are."""
+    left = len(names) - MOST_LISTED
+    return ", ".join(names[:MOST_LISTED]) + (f" and {left:,} more" if left > 0 else "")
 
 
 def amount(n: int) -> str:

@@ -171,7 +171,9 @@ def _stand_ins(
     gains = names if "gain" in o.analyses else []
 
     def others(number: int, n: int) -> np.ndarray[Any, Any]:
-        return (np.arange(n) + number) % total
+        # Drawn, so that the best of a site differ, too.
+        rng = np.random.default_rng(number)
+        return rng.permutation(total) if n == total else rng.choice(total, n, replace=False)
 
     ranked = [others(number, total if needs_all else top) for number in range(len(names))]
     rankings = dict(zip(names, ranked, strict=True))

@@ -19,6 +19,8 @@ _HOMES = {
     "RecordOptions": "methods.responses.options:RecordOptions",
     "identify": "methods.responses.rank:identify",
     "RankOptions": "methods.responses.options:RankOptions",
+    "identify_at_once": "methods.responses.at_once:identify_at_once",
+    "AtOnceOptions": "methods.responses.options:AtOnceOptions",
     "ablate": "ablation.ablate:ablate_prompts",
     "AblateOptions": "ablation.options:AblateOptions",
     "nll": "ablation.nll:nll",

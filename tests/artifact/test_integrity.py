@@ -37,6 +37,8 @@ from relneuron.methods.gradients.choices import KnowledgeOptions
 from relneuron.methods.gradients.edit import edit_model
 from relneuron.methods.gradients.options import IgOptions
 from relneuron.methods.gradients.rank import identify_gradients
+from relneuron.methods.responses.at_once import identify_at_once
+from relneuron.methods.responses.options import AtOnceOptions, RecordOptions
 from relneuron.methods.responses.rank import identify
 from relneuron.methods.responses.record import record
 from relneuron.model.pair import pair_of
@@ -95,10 +97,17 @@ def reported(loaded: Any, corpus: Any, root: Path, out: Path, *, of: str) -> obj
     return write_report(root / of, out / "report.html", PAGES)
 
 
+AT_ONCE = AtOnceOptions(identify=True, top=5, permutations=0, bootstrap=0, noise=0)
 IG = IgOptions(steps=2, splits=("eva",))
 STAGES: dict[str, tuple[Stage, tuple[str, ...]]] = {
     "record": (
         lambda m, c, r, o: record("m", *m, r / "study" / "prompts.jsonl", o, quiet=True),
+        ("study/prompts.jsonl",),
+    ),
+    "record and identify at once": (
+        lambda m, c, r, o: identify_at_once(
+            *("m", *m, r / "study" / "prompts.jsonl", o, RecordOptions(), AT_ONCE), quiet=True
+        ),
         ("study/prompts.jsonl",),
     ),
     "identify": (

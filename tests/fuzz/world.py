@@ -126,6 +126,10 @@ CASES = {
         "record model study/prompts.jsonl -o out --quiet",
         _of("study", "prompts.jsonl", "manifest.json"),
     ),
+    "record at once": Case(
+        "record model study/prompts.jsonl -o out --identify --top 9 --quiet",
+        _of("study", "prompts.jsonl"),
+    ),
     "record again": Case(
         "record model study/prompts.jsonl -o study --force --quiet",
         _of("study", "prompts.jsonl", "manifest.json"),

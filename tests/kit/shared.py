@@ -1,12 +1,13 @@
 """Stages that several processes share, as torchrun starts them: whole, killed, refused.
 
 study/test_shared.py runs it, by hand:
-    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|others|run|shards N
+    python -m tests.kit.shared FOLDER MODEL FACTS quick|stages|others|run|shards|two N
 As stage_crash.py, whose stages these are: every process is a fork of one that imported torch.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -39,7 +40,11 @@ from relneuron.artifact.files import csv_bytes
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.parts import ROWS
+from relneuron.artifact.prompts import read_prompts
 from relneuron.cli import main as cli
+from relneuron.cli.errors import end
+from relneuron.model.pair import pair_of
+from relneuron.study.contrast import Plan, contrast_study
 from tests.kit.count_crash import code_of, free_port, join
 from tests.kit.speakers import classifier_folder
 from tests.kit.stage_crash import QUICK, Study, files_of
@@ -286,6 +291,52 @@ def shards(study: Shared, stage: str, base: Path) -> int:
     return n
 
 
+def two_models(study: Shared, base: Path) -> int:
+    """The study of two models by one process and by several, which may be killed and go on."""
+    model = relneuron.model.load.load_model("")
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data += torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter)
+    tokenizer = relneuron.model.load.load_tokenizer("")
+    pair = pair_of(model, other, tokenizer, tokenizer, names=("a", "b"))
+    prompts = read_prompts(base / "prompts.jsonl")
+    asked = [prompt for prompt in prompts if prompt.split == "eva"]
+    plan = Plan(prompts[:30], asked[:12], "likes_fruit", f"{__name__}:cost", [], sizes=(5, 10))
+
+    def by(size: int, place: Path, act: Callable[[int], object] = lambda rank: None) -> list[int]:
+        def study_pair(rank: int) -> None:
+            act(rank)
+            try:
+                contrast_study(pair, plan, place, quiet=True)
+            except BaseException as error:
+                end(error)  # as the command line does
+            os._exit(0)
+
+        return codes_within(study.begin([], size, study_pair), 120)
+
+    for size in (1, 2, 4):
+        assert by(size, study.folder / f"two {size}") == [0] * size, study.said()
+    expected = files_of(study.folder / "two 1")
+    place, noted = study.folder / "two killed", fresh(study.folder / "noted")
+
+    def die(rank: int, number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    relneuron.model.meeting.LINGER_S = 0.5
+    assert 128 + signal.SIGKILL in by(2, place, at_work(noted, die)), study.said()
+    assert by(3, place) == [0, 0, 0], study.said()
+    for name in ("two 2", "two 4", "two killed"):
+        found = files_of(study.folder / name)
+        wrong = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+        assert not wrong, (name, wrong)
+    return 3
+
+
+def cost(prompt: str, output: str) -> float:
+    """What `two_models` takes for the cost of an answer."""
+    return float(len(output) % 5)
+
+
 def left(stage: str) -> set[str]:
     """What a part of a stage is: its journal, and the file whose rows that notes."""
     name = {"generate": "said.jsonl", "ig": "attribute_ig", "relevance": "attribute_relevance"}
@@ -364,6 +415,8 @@ def main(*words: str) -> None:
         whole(study, "record", base, (2,))
         found = shares(study, base)
         ends(study, base)
+    if what == "two":
+        found = two_models(study, whole(study, "prompts", base, ()))
     known = {"stages": STAGES, "others": OTHERS, "run": ("run",)}
     known |= {"shards": STAGES, "other shards": OTHERS, "kept": ("prompts", "once", "dropped")}
     for stage in known.get(what, ()):

@@ -26,7 +26,7 @@ from relneuron.methods.counts.tables import (
 )
 from relneuron.report import figures, kit
 from relneuron.report.page import Page, Section, Tile
-from relneuron.report.tables import NBSP, Table, amount, n_of, nats, percent, significant
+from relneuron.report.tables import NBSP, Table, amount, listed, n_of, nats, percent, significant
 
 # Of the rankings that choose neurons, and where none of ours did.
 TITLES = {ranking.name: ranking.title for ranking in METHOD.rankings}
@@ -232,7 +232,7 @@ def layers(study: GroupStudy, tables: Tables) -> Section | None:
             f"{last}."
         )
     if empty := [f"“{kit.short(name)}”" for name, chosen in study.sets.items() if not chosen]:
-        seen.append(f"No neurons: {', '.join(empty)}.")
+        seen.append(f"No neurons: {listed(empty)}.")
     return Section(
         "layers",
         "Where the chosen neurons are",

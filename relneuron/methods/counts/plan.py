@@ -18,8 +18,9 @@ from relneuron.artifact.planned import Planned
 from relneuron.methods.counts.batches import pool_windows
 from relneuron.methods.counts.counter import FIRST_TIMED, next_timed
 from relneuron.methods.counts.examples import asked_of, check_twice
-from relneuron.methods.counts.job import plan_windows
+from relneuron.methods.counts.job import SAMPLE_TOKENS, plan_windows
 from relneuron.methods.counts.pictured import check_options, with_pictures
+from relneuron.model.batches import cut
 from relneuron.model.dry import Dry, Work, dry_model
 from relneuron.model.mlps.shape import refuse_sites
 from relneuron.model.peaks import beside_bytes
@@ -64,11 +65,15 @@ def count(
         refuse_overwrite(output / NAME, force)
     work, shard, of = Work(dry), options.shard[0], options.shard[1]
     number, n_windows, due = 0, 0, FIRST_TIMED
+    sample: list[int] = []  # whose values decide about the bins, before anything is counted
+    n_sample = max(len(found), -(-SAMPLE_TOKENS // packing.window))
     n_down = 0 if "down" in options.sites else dry.last_down
     with Feed(
         found, dry.tokenizer, packing, vocabulary=dry.vocabulary, n_workers=options.workers
     ) as feed:
         while pool := feed.take(pool_windows(packing.window, options.batch_tokens)):
+            if options.histogram is not None:
+                sample += [len(w.ids) for w in pool[: n_sample - len(sample)]]
             for batch in plan_windows(pool, options.batch_tokens):
                 number += 1
                 if (number - 1) % of != shard - 1:
@@ -81,6 +86,8 @@ def count(
                     work.forward(len(lengths), max(lengths), logits=0)
                     due = next_timed(due)
         groups = feed.groups
+    for part in cut(sample, lambda length: length, options.batch_tokens):
+        work.forward(len(part), max(part), logits=0, less=n_down * len(part) * max(part))
     counters, n_beside = _counters(dry, groups, options)
     n_counters = sum(np.dtype(t).itemsize * math.prod(shape) for shape, t in counters.values())
     about = {Counts.KEY: json.dumps({"groups": groups}, ensure_ascii=False)}

@@ -142,7 +142,7 @@ def _table_bytes(
     config = dry.model.config.get_text_config()
     n_layers, n_heads = dry.order.layers, config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    width, size = dry.order.widths["gate"], 0
+    width, size = max(map(dry.active, range(n_layers))), 0
     for prompt, ids in zip(prompts, targets.ids, strict=True):
         n = len(ids)
         kinds = {

@@ -1,5 +1,7 @@
 """Neurons by their responses to recorded prompts: average precision (record.py, rank.py).
 
+Responses are in one of places.py in between.
+
 Imports artifact, model, texts, report, ablation, analyses and ops; no other method. No torch here.
 Begin with record.py.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relneuron.artifact.journal import Journal
 from relneuron.methods.responses.places import Place
-from relneuron.methods.responses.sums import Sums
+from relneuron.methods.responses.sums import Scratch, Sums, zeros
 from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget, pad
 from relneuron.model.converse import Step
@@ -53,11 +53,13 @@ class Filling:
         self.place, self._mlps, self._sites = place, mlps, sites
         is_away = any(device_of(mlp.module).type != "cpu" for mlp in mlps)
         self._beside = ThreadPoolExecutor(1) if is_away and place.on_host else None
+        # A batch that is stored beside the next one has memory of its own.
+        self._zeros = zeros if self._beside is not None else Scratch().zeros
         self._coming: list[Callable[[], object]] = []
         self._waiting: list[tuple[Callable[[], object], list[Callable[[], object]]]] = []
 
     def sums(self, n_rows: int) -> Sums:
-        return Sums(self._mlps, self._sites, n_rows)
+        return Sums(self._mlps, self._sites, n_rows, self._zeros)
 
     def store(self, sums: Sums, rows: Sequence[int]) -> None:
         """Store what a forward has summed up."""

@@ -29,17 +29,37 @@ def sample_labels(
     these, and no others. A prompt of the relation "" is only such a negative.
     """
     labels = np.full((len(relations), len(relation_of)), -1, np.int8)
+    # The prompts of each name, ascending: of many relations none looks at all prompts in Python.
+    is_valid = np.array(valid, bool)
+    asked, given = _by_name([[name] for name in relation_of]), _by_name(own_negatives)
+    is_other = is_valid.copy()
+    is_other[asked.get("", [])] = False
     for row, relation in enumerate(relations):
-        positive = [i for i, r in enumerate(relation_of) if r == relation and valid[i]]
-        own = [i for i, names in enumerate(own_negatives) if relation in names and valid[i]]
+        positive, own = (
+            np.array([i for i in some.get(relation, ()) if is_valid[i]], np.int64)
+            for some in (asked, given)
+        )
         labels[row, positive] = 1
-        if own:
+        if own.size:
             labels[row, own] = 0
             continue
-        others = [i for i, r in enumerate(relation_of) if r not in ("", relation) and valid[i]]
+        is_foreign = is_other.copy()
+        is_foreign[positive] = False
+        others = np.flatnonzero(is_foreign)
         generator = random.Random(f"relneuron.negatives.{seed}.{relation}")
-        labels[row, generator.sample(others, min(len(others), negatives * len(positive)))] = 0
+        n = min(others.size, negatives * positive.size)
+        # Which places are drawn does not depend on what stands there.
+        labels[row, others[generator.sample(range(others.size), n)]] = 0
     return labels
+
+
+def _by_name(names: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """The places that have a name among theirs, ascending."""
+    found: dict[str, list[int]] = {}
+    for place, some in enumerate(names):
+        for name in dict.fromkeys(some):
+            found.setdefault(name, []).append(place)
+    return found
 
 
 def why_unranked(row: np.ndarray[tuple[int], np.dtype[np.int8]]) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,28 @@ class Section:
         return self.mlp.unfold(self.values) if self.is_inner else self.values
 
 
+def zeros(n: int, device: torch.device) -> Tensor:
+    return torch.zeros(n, device=device)
+
+
+class Scratch:
+    """Zeros on the CPU in the same memory each time: new memory costs more than to clear it.
+
+    Who asks for the next ones is done with those before.
+    """
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, device="cpu")
+
+    def zeros(self, n: int, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return zeros(n, device)
+        if len(self._kept) < n:
+            self._kept = torch.empty(0, device="cpu")  # not both at a time
+            self._kept = torch.from_numpy(np.empty(n, np.float32))  # of numpy's large pages
+        return self._kept[:n].zero_()
+
+
 class Sums:
     """Zeros for the sums of a batch of `n_rows` prompts at `sites` of all MLPs that text runs.
 
@@ -43,7 +66,13 @@ class Sums:
     MLPs of a layer write into one stream: their down is what they sum to.
     """
 
-    def __init__(self, mlps: Sequence[Part], sites: Sequence[str], n_rows: int) -> None:
+    def __init__(
+        self,
+        mlps: Sequence[Part],
+        sites: Sequence[str],
+        n_rows: int,
+        zeros: Callable[[int, torch.device], Tensor] = zeros,
+    ) -> None:
         # By layer and site, of gate and up by MLP, too: whose it is, where it begins, its shape.
         plan: dict[tuple[int, str, int], tuple[Part, torch.device, int, tuple[int, int]]] = {}
         sizes: dict[torch.device, int] = {}
@@ -56,7 +85,7 @@ class Sums:
                     # A view begins where a line of the processor's cache does.
                     sizes[device] = start + -(-shape[0] * shape[1] // 16) * 16
         self._plan = plan
-        self._flat = {device: torch.zeros(n, device=device) for device, n in sizes.items()}
+        self._flat = {device: zeros(n, device) for device, n in sizes.items()}
         found = dict(zip(plan, self._sections(self._flat), strict=True))
         self.of = [
             {site: found[_key(mlp, site)].values for site in _shapes(mlp, n_rows, sites)}

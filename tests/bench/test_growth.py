@@ -1,0 +1,100 @@
+"""bench.growth: every axis runs, a point costs what it costs, and exponents are those of curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import growth
+from bench.growth_world import World
+from relneuron.artifact.reading import read_csv
+from tests.kit.forked import Forked
+
+
+def measured(path: Path, *words: str) -> None:
+    assert growth.main([*words, "-o", str(path)]) == 0
+
+
+@pytest.mark.parametrize("axis", ["conditions", "tokens"])
+def test_an_axis_runs_and_leaves_rows_and_a_picture(axis: str, tmp_path: Path) -> None:
+    """In a process of its own: it forks, and nothing may run beside a fork."""
+    words = ("--only", axis, "--start", "6", "--doublings", "1")
+    run = Forked(measured, tmp_path, *words)
+    out, err = run.said()
+    assert run.wait() == 0, err
+    [path] = tmp_path.glob("*-growth.csv")
+    rows = list(read_csv(path, ("axis", "stage", "n", "cpu_s", "peak_bytes", "of")))
+    stages = growth.AXES[axis].stages
+    assert [(row["axis"], row["stage"], row["n"]) for row in rows] == [
+        (axis, stage, n) for stage in stages for n in ("6", "12")
+    ]
+    assert all(row.real("cpu_s") > 0 and row.whole("peak_bytes") > 1 << 20 for row in rows)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert all(stage in out for stage in stages)
+
+
+def test_a_stage_that_fails_ends_the_bench_with_what_it_said(tmp_path: Path) -> None:
+    def fail() -> None:
+        print("this is why")
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="this is why"):
+        growth.in_fork(fail, tmp_path / "said.txt")
+
+
+def test_a_fork_is_measured_by_its_own_work(tmp_path: Path) -> None:
+    def work() -> None:
+        held = np.ones(1 << 23)  # 64 MiB
+        for _ in range(20):
+            held *= 1.0000001
+
+    idle, busy = (growth.in_fork(act, tmp_path / "said.txt") for act in (lambda: None, work))
+    assert busy.cpu_s > idle.cpu_s
+    assert busy.peak_bytes - idle.peak_bytes > 60 << 20
+
+
+N = [64.0, 128, 256, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    ("curve", "exponent", "constant"),
+    [
+        (lambda n: 0.01 * n, 1.0, 0.0),
+        (lambda n: 5 + 0.01 * n, 1.0, 5.0),
+        (lambda n: 2 + 0.0001 * n**1.5, 1.5, 2.0),
+        (lambda n: 1e-5 * n**2, 2.0, 0.0),
+        (lambda n: 3 + 0.3 * n**0.5, 0.5, 3.0),
+    ],
+)
+def test_a_curve_has_its_exponent_whatever_is_constant(
+    curve: Callable[[float], float], exponent: float, constant: float
+) -> None:
+    found = growth.fit(N, [curve(n) for n in N])
+    assert found.exponent == pytest.approx(exponent, abs=0.011)
+    assert found.last == pytest.approx(exponent, abs=0.02)
+    assert found.constant == pytest.approx(constant, abs=0.05)
+
+
+def test_what_does_not_grow_is_flat_and_a_square_among_lines_is_seen() -> None:
+    assert growth.fit(N, [2.0, 2.05, 1.98, 2.1, 2.02]).exponent == 0
+    mixed = growth.fit(N, [1 + 0.01 * n + 1e-5 * n**2 for n in N])
+    assert 1.2 < mixed.exponent < mixed.last < 2
+
+
+def test_sizes_double_and_matrices_are_fitted_by_their_cells() -> None:
+    axis = growth.AXES["groups"]._replace(world=World(groups=3))
+    worlds = growth.sizes_of(axis, 2)
+    assert [world.groups for world in worlds] == [3, 6, 12]
+    costs = {
+        world: dict.fromkeys(axis.stages, growth.Cost(world.groups**2, 10 + world.groups**2))
+        for world in worlds
+    }
+    rows = growth.rows_of("groups", axis, costs)
+    by_stage = {row["stage"]: (row["of"], row["time_exponent"]) for row in rows}
+    assert by_stage["count"] == ("n", 2.0)
+    assert by_stage["nll"] == ("cells", 1.0)
+    assert not any(math.isnan(float(str(row["time_last"]))) for row in rows)
