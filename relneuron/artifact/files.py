@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -356,20 +357,38 @@ def dense_bytes(
 
 
 def map_safetensors(path: Path, *, writable: bool = False) -> dict[str, Any]:
-    """The float32 tensors of a file that `create_safetensors` made, as memory maps."""
+    """The float32 tensors of a file that `create_safetensors` made, as memory maps.
+
+    Raises ValueError for one that is not as it was made: cut, or with another header.
+    """
     with path.open("rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size - 8
         n_head = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(n_head))
-    header.pop("__metadata__", None)
+        if n_head > n_bytes:
+            raise ValueError("it is cut in its header")
+        try:
+            header = json.loads(file.read(n_head))
+            header.pop("__metadata__", None)
+            spans = {
+                name: (about["shape"], *about["data_offsets"]) for name, about in header.items()
+            }
+            for shape, begin, end in spans.values():
+                sizes = [n for n in (*shape, begin, end) if isinstance(n, int) and n >= 0]
+                if len(sizes) < len(shape) + 2 or math.prod(shape) * 4 != end - begin:
+                    raise ValueError("a tensor is not of its shape")
+                if end > n_bytes - n_head:
+                    raise ValueError("it is cut")
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError("its header is none") from error
     return {
         name: np.memmap(
             path,
             np.float32,
             "r+" if writable else "r",
-            8 + n_head + about["data_offsets"][0],
-            tuple(about["shape"]),
+            8 + n_head + begin,
+            tuple(shape),
         )
-        for name, about in header.items()
+        for name, (shape, begin, _) in spans.items()
     }
 
 

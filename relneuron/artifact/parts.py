@@ -18,6 +18,7 @@ from relneuron.artifact.files import (
     map_safetensors,
     real_path,
     refuse_overwrite,
+    release,
 )
 from relneuron.artifact.gains import GAINS
 from relneuron.artifact.gradients import FILES
@@ -30,6 +31,8 @@ ROWS = {"record.journal": "responses.safetensors", "attribute.journal": GAINS}
 ROWS |= {f"attribute_{method}.journal": name for method, name in FILES.items()}
 ROWS |= {f"{stage}.journal": f"{stage}.values" for stage in ("probe", "probe_apply")}
 SAMPLES = "samples"  # files that blocks of eval note, in a folder of this name
+
+_ROWS = 256  # that are copied at a time
 
 
 def journals_in(folder: Path) -> list[str]:
@@ -112,9 +115,11 @@ def _merge(folders: Sequence[Path], output: Path, name: str, head: Json, file: s
                 rows[-1].update(value["rows"])
             if isinstance(value, dict):
                 samples.update(value.get(SAMPLES, ()))
+    files = [folder / file for folder in folders] if file is not None and any(rows) else []
+    _check_rows(files, rows)
     (output / name).unlink(missing_ok=True)  # its rows are written next
-    if file is not None and any(rows):
-        _copy_rows([folder / file for folder in folders], rows, output / file)
+    if file is not None and files:
+        _copy_rows(files, rows, output / file)
     for folder in folders:
         _copy_samples(folder / SAMPLES, samples, output / SAMPLES)
     with Journal(output / name, head["inputs"]) as journal:
@@ -138,8 +143,17 @@ def _copy_samples(folder: Path, names: Iterable[str], output: Path) -> None:
 def _tensors(path: Path, *, writable: bool = False) -> Json:
     try:
         return map_safetensors(path, writable=writable)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise RelneuronError(f"{path} is damaged", "make the part again") from error
+
+
+def _check_rows(files: Sequence[Path], rows: Sequence[set[int]]) -> None:
+    """Refuse, before anything is written, files that have not the rows that the parts note."""
+    shapes = [{name: a.shape for name, a in _tensors(file).items()} for file in files]
+    for file, shape, chosen in zip(files, shapes, rows, strict=False):
+        n_rows = min((sum(sizes[:1]) for sizes in shape.values()), default=0)
+        if shape != shapes[0] or not all(0 <= row < n_rows for row in chosen):
+            raise RelneuronError(f"{file} is not of the shape of {files[0]}", "make it again")
 
 
 def _copy_rows(files: Sequence[Path], rows: Sequence[set[int]], output: Path) -> None:
@@ -148,11 +162,11 @@ def _copy_rows(files: Sequence[Path], rows: Sequence[set[int]], output: Path) ->
     shutil.copyfile(files[0], output)
     total = _tensors(output, writable=True)
     for file, chosen in zip(files[1:], rows[1:], strict=True):
-        found = _tensors(file)
-        if {n: a.shape for n, a in found.items()} != {n: a.shape for n, a in total.items()}:
-            raise RelneuronError(f"{file} is not of the shape of {files[0]}", "make it again")
         places = np.array(sorted(chosen), np.int64)
-        for name, array in found.items():
-            total[name][places] = array[places]
+        for name, array in _tensors(file).items():
+            for first in range(0, len(places), _ROWS):
+                some = places[first : first + _ROWS]
+                total[name][some] = array[some]
+                release([array, total[name]])
     for array in total.values():
         array.flush()

@@ -98,6 +98,19 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, monkeypatch: pytest.M
     refused([first, second], second, "is one of the parts")
     (second / GAINS).write_bytes((second / GAINS).read_bytes()[:-4])
     refused([first, second], output, "is damaged")
+    whole = (first / GAINS).read_bytes()
+    for data in (
+        whole[8:],
+        b"\xff" * 8 + whole[8:],
+        whole.replace(b"[10,3]", b"[3,10]"),
+        whole.replace(b"[10,3]", b"[10,9]"),
+        whole.replace(b"[10,3]", b"[30.]0"),
+        whole.replace(b'"shape"', b'"shave"'),
+        (4).to_bytes(8, "little") + b"1.50" + whole,
+    ):
+        (second / GAINS).write_bytes(data)
+        refused([first, second], output, "is damaged|is not of the shape")
+    assert not (output / GAINS).exists()
     with monkeypatch.context() as patch:
         patch.setattr("relneuron.artifact.parts.versions", lambda: {"torch": "0"})
         refused([first, first], output, "other versions: .*torch")
