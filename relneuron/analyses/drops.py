@@ -161,7 +161,9 @@ def drop_matrix(grid: Grid, names: Collection[str], conditions: Collection[str])
     measured = [name if name in grid.conditions else None for name in conditions]
     place = {name: i for i, name in enumerate(grid.relations)}
     found = effects(grid, measured).drop
-    return np.stack([found[place[name]] for name in names]) if names else found[:0]
+    # Of a relation that was not asked nothing is known: the row behind them all.
+    found = np.concatenate([found, np.full((1, found.shape[1]), NAN)])
+    return found[np.array([place.get(name, -1) for name in names], np.int64)]
 
 
 def sites(grid: Grid) -> Table:
