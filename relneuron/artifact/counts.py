@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from relneuron.artifact.files import Json, RelneuronError, atomic_write, safetensors_pieces
+from relneuron.artifact.dense import safetensors_pieces
+from relneuron.artifact.files import Json, RelneuronError, atomic_write
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.reading import open_tensors
 

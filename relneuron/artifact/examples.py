@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from relneuron.artifact.counts import SITES
-from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
+from relneuron.artifact.dense import safetensors_pieces
+from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.histogram import check_place, form_of
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.reading import Tensors, open_tensors

@@ -15,17 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.files import (
-    Json,
-    RelneuronError,
-    cell_text,
-    create_safetensors,
-    csv_bytes,
-    release,
-    require,
-    rows_digest,
-    zeros_bytes,
-)
+from relneuron.artifact.dense import create_safetensors, release, rows_digest, zeros_bytes
+from relneuron.artifact.files import Json, RelneuronError, cell_text, csv_bytes, require
 from relneuron.artifact.installed import need
 from relneuron.artifact.parquet import Sink, read_table
 from relneuron.artifact.reading import Cells, open_tensors, read_csv

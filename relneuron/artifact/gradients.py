@@ -14,13 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from relneuron.artifact.files import (
-    Json,
-    create_safetensors,
-    release,
-    rows_digest,
-    zeros_bytes,
-)
+from relneuron.artifact.dense import create_safetensors, release, rows_digest, zeros_bytes
+from relneuron.artifact.files import Json
 from relneuron.artifact.reading import open_tensors
 
 # The name of a file's scores, (E, L, F) float32, is that of the method that writes it.

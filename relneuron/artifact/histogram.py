@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relneuron.artifact.counts import SITES
-from relneuron.artifact.files import RelneuronError, atomic_write, safetensors_pieces
+from relneuron.artifact.dense import safetensors_pieces
+from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.reading import Tensors, open_tensors
 

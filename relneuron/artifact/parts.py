@@ -12,14 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from relneuron.artifact.blocks import BUDGET, Blocks
-from relneuron.artifact.files import (
-    Json,
-    RelneuronError,
-    map_safetensors,
-    real_path,
-    refuse_overwrite,
-    release,
-)
+from relneuron.artifact.dense import map_safetensors, release
+from relneuron.artifact.files import Json, RelneuronError, real_path, refuse_overwrite
 from relneuron.artifact.gains import GAINS
 from relneuron.artifact.gradients import FILES
 from relneuron.artifact.journal import Journal, first_line, has_rows, parts_of

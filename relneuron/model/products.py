@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact.files import rows_digest
+from relneuron.artifact.dense import rows_digest
 from relneuron.artifact.journal import Journal
 from relneuron.model.batches import Budget, pad, plan_batches
 from relneuron.model.mlps.mlp import MLP

@@ -19,21 +19,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
 
 import relneuron.artifact.files
 import relneuron.artifact.journal
 import relneuron.artifact.manifest
-from relneuron.artifact.files import (
-    RelneuronError,
-    atomic_write,
-    create_safetensors,
-    csv_bytes,
-    real_path,
-    safetensors_pieces,
-)
+from relneuron.artifact.files import RelneuronError, atomic_write, csv_bytes, real_path
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.manifest import Manifest, checked, locked
 from relneuron.artifact.neurons import NeuronFile, check_neurons
@@ -233,38 +224,6 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_memory_maps_are_a_safetensors_file(tmp_path: Path) -> None:
-    path, shapes = tmp_path / "r.safetensors", {"gate.0": (3, 5), "down.0": (3, 2)}
-    maps = create_safetensors(path, shapes)
-    maps["gate.0"][1] = 7
-    maps["down.0"][2] = np.arange(2)
-    for array in maps.values():
-        array.flush()
-    again = create_safetensors(path, shapes)
-    assert (again["gate.0"][1] == 7).all()
-    loaded = load_file(path)
-    assert loaded["down.0"].tolist() == [[0, 0], [0, 0], [0, 1]]
-    assert (create_safetensors(path, {"gate.0": (4, 5)})["gate.0"] == 0).all()
-
-
-@pytest.mark.parametrize("system", ["posix", "nt"])
-def test_memory_maps_where_a_length_is_no_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
-) -> None:
-    monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    monkeypatch.setattr(relneuron.artifact.files, "_ZEROS", 1000)
-    path, shapes = tmp_path / "r.safetensors", {"gate.0": (301, 5)}
-    with on_windows() if system == "nt" else nullcontext():
-        create_safetensors(path, shapes)["gate.0"][:] = 7
-        assert (create_safetensors(path, shapes)["gate.0"] == 7).all()
-        n_bytes = path.stat().st_size
-        os.truncate(path, n_bytes - 301 * 4)  # what a kill left: the rest is zeros again
-        again = create_safetensors(path, shapes)["gate.0"]
-        assert path.stat().st_size == n_bytes and again.sum() == 7 * 301 * 4
-    if system == "posix":
-        assert path.stat().st_blocks * 512 >= n_bytes
-
-
 def neuron_file() -> NeuronFile:
     model = {"id": "m", "layers": 2, "width": 4, "hidden": 3}
     return NeuronFile(model, "ap", {"b": [(0, "up", 3, 0.75)], "a": []}, {"b": {"ties": 1}})
@@ -374,23 +333,3 @@ def test_a_loop_of_links_has_a_path(tmp_path: Path) -> None:
     assert real_path(loop).name == "loop" and not loop.exists()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     assert real_path(tmp_path / "x" / ".." / "link") == real_path(tmp_path) / "a"
-
-
-@pytest.mark.parametrize("n", [0, 3, 200_000])
-def test_the_pieces_of_tensors_are_what_safetensors_writes(tmp_path: Path, n: int) -> None:
-    """Also of views, tables without a number, names that are no ASCII, and large ones."""
-    rng = np.random.default_rng(0)
-    whole = rng.normal(size=(n, 4)).astype(np.float32)
-    tensors = {
-        "b": whole,
-        "part": np.ascontiguousarray(whole[:, 1]),
-        "a": np.arange(n, dtype=np.int64),
-        "数": np.zeros((2, 0, 3), np.int32),
-        "weight": np.ones((), np.float64),
-    }
-    about = {"key": json.dumps({"groups": ["日本語", 'a "b"']}, ensure_ascii=False)}
-    written = save(tensors, about)
-    views = tensors | {"part": whole[:, 1]}
-    assert b"".join(safetensors_pieces(views, about)) == written
-    atomic_write(tmp_path / "t.safetensors", safetensors_pieces(views, about))
-    assert (tmp_path / "t.safetensors").read_bytes() == written

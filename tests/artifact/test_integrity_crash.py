@@ -21,7 +21,8 @@ from relneuron.ablation.effect_options import EffectOptions
 from relneuron.ablation.nll import nll
 from relneuron.ablation.outputs import Generated, lines_bytes
 from relneuron.artifact.blocks import Blocks
-from relneuron.artifact.files import RelneuronError, map_safetensors
+from relneuron.artifact.dense import map_safetensors
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.journal import Journal, PartDone, first_line
 from relneuron.artifact.parts import ROWS, merge_parts
 from relneuron.methods.contrast.options import ProbeOptions

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from relneuron.artifact.files import RelneuronError, create_safetensors, rows_digest
+from relneuron.artifact.dense import create_safetensors, rows_digest
+from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.gains import GAINS
 from relneuron.artifact.journal import Journal, PartDone
 from relneuron.artifact.parts import merge_parts

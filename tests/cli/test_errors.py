@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from relneuron.artifact.files import atomic_write, create_safetensors
+from relneuron.artifact.dense import create_safetensors
+from relneuron.artifact.files import atomic_write
 from relneuron.artifact.journal import Journal
 from relneuron.cli import errors as cli_errors
 from relneuron.cli import main as cli

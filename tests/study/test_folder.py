@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 
 import relneuron
 from relneuron.artifact.counts import Counts
-from relneuron.artifact.files import RelneuronError, atomic_write, create_safetensors
+from relneuron.artifact.dense import create_safetensors
+from relneuron.artifact.files import RelneuronError, atomic_write
 from relneuron.artifact.gains import GainFile
 from relneuron.artifact.manifest import Manifest
 from relneuron.methods.gains.rank import mean_gains

@@ -12,7 +12,8 @@ import numpy as np
 
 from relneuron.artifact.contrast import NAME, RMS, SITES, Contrast
 from relneuron.artifact.counts import DTYPES
-from relneuron.artifact.files import RelneuronError, check_folder, dense_bytes, refuse_overwrite
+from relneuron.artifact.dense import dense_bytes
+from relneuron.artifact.files import RelneuronError, check_folder, refuse_overwrite
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relneuron.ablation.conditions import other_places
+from relneuron.artifact.dense import create_safetensors, rows_digest
 from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
-    create_safetensors,
     csv_bytes,
     refuse_output,
-    rows_digest,
     sha256,
     writing,
 )

@@ -12,7 +12,8 @@ import numpy as np
 
 from relneuron.artifact import examples, histogram
 from relneuron.artifact.counts import BESIDE, DTYPES, NAME, ROUTED, WEIGHT, Counts
-from relneuron.artifact.files import RelneuronError, check_folder, dense_bytes, refuse_overwrite
+from relneuron.artifact.dense import dense_bytes
+from relneuron.artifact.files import RelneuronError, check_folder, refuse_overwrite
 from relneuron.artifact.options import PartsOptions
 from relneuron.artifact.planned import Planned
 from relneuron.methods.counts.batches import pool_windows

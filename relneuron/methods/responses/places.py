@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relneuron.artifact.files import Json, create_safetensors, rows_digest
+from relneuron.artifact.dense import create_safetensors, rows_digest
+from relneuron.artifact.files import Json
 from relneuron.artifact.journal import has_rows
 from relneuron.artifact.neurons import Neuron, Shape
 from relneuron.artifact.reading import RESPONSE_ROWS

@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from relneuron.artifact.files import (
-    csv_bytes,
-    dense_bytes,
-    refuse_overwrite,
-    require,
-    zeros_bytes,
-)
+from relneuron.artifact.dense import dense_bytes, zeros_bytes
+from relneuron.artifact.files import csv_bytes, refuse_overwrite, require
 from relneuron.artifact.journal import is_unfinished
 from relneuron.artifact.neurons import default_top
 from relneuron.artifact.options import LoadOptions
