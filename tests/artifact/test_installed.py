@@ -137,6 +137,7 @@ def command_of(
             "look": [study, "-o", out / "l.html"],
             "report": [study, "-o", out / "r.html"],
             "doctor": [],
+            "plan": ["record", model_folder, prompts, "-o", out / "r"],
         }
         return [name, *found[name]]
 

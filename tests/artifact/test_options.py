@@ -109,7 +109,7 @@ def test_options_come_back_from_their_words(command: str, cls: type[Options]) ->
 
 def test_every_command_that_has_options_is_here() -> None:
     assert {name for name, _ in TAKEN} == {stage.name for stage in stages()} - {
-        *("merge", "import", "export")
+        *("merge", "import", "export", "plan")
     }
 
 
