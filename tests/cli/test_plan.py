@@ -220,7 +220,7 @@ def recorded(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.*its set has no neuron", "ignore:.* left out: no scores")
+@pytest.mark.filterwarnings("ignore:.*its set has no neuron", "ignore:.* left out. no scores")
 def test_ablate_does_what_its_plan_says(
     model: Path, recorded: Path, prompts: Path, tmp_path: Path
 ) -> None:
