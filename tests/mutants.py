@@ -220,8 +220,8 @@ MUTANTS = {
         "::test_the_sums_of_experts_stand_where_their_neurons_do[deepseek]",
     ),
     "methods.responses.labels: negatives are of the own relation, too": Mutant(
-        'r not in ("", relation)',
-        'r != ""',
+        "is_foreign[positive] = False",
+        "is_foreign[positive] = True",
         "model/test_ask.py::test_labels_are_positives_and_four_times_as_many_negatives",
     ),
     "methods.responses.rank: prompts that were answered wrongly count": Mutant(
@@ -445,8 +445,8 @@ MUTANTS = {
         "ablation/test_harness.py::test_steered_models_and_means_of_products_are_those_of_hooks",
     ),
     "ablation.harness.stage: what was finished before a kill is asked again": Mutant(
-        "if _key(run, task) not in journal.done:",
-        "if True:",
+        "if journal.takes(_key(run, task)):",
+        "if journal.takes(_key(run, task)) or True:",
         "ablation/test_harness.py::test_a_killed_run_goes_on_with_the_same_bits",
     ),
     "study.serve: whoever asks is answered": Mutant(
@@ -597,18 +597,18 @@ MUTANTS = {
         "report/test_results.py::test_headline_by_hand",
     ),
     "analyses.outcomes: a relation is among the others": Mutant(
-        "for other in grid.relations if other != relation",
-        "for other in grid.relations",
+        "enumerate(grid.relations) if name != relation]",
+        "enumerate(grid.relations)]",
         "analyses/test_analyses.py::test_sizes_by_hand",
     ),
     "analyses.uncertainty: what is as far from zero is not as extreme": Mutant(
-        "np.abs(sums) >= abs",
-        "np.abs(sums) > abs",
+        "np.abs(sums) >= total",
+        "np.abs(sums) > total",
         "analyses/test_uncertainty.py::test_sign_flips_of_single_prompts_are_mcnemar_s_exact_test",
     ),
     "analyses.overlap: the share is of the other set": Mutant(
-        "shared[i, j] / size[i] if size[i]",
-        "shared[i, j] / size[j] if size[j]",
+        "Share(n[j] / length if length else NAN)",
+        "Share(n[j] / size[j] if size[j] else NAN)",
         "analyses/test_analyses.py::test_overlap_by_hand",
     ),
     "analyses.sizes: what neurons do not break alone is affected": Mutant(

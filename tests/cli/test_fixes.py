@@ -21,7 +21,8 @@ PACKAGE = Path(relneuron.__file__).parent
 QUICK = ["--noise", "0", "--permutations", "0", "--bootstrap", "0", "--top", "20", "--quiet"]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 # A command in a text: its name, then words up to the end of the sentence.
-NAMED = re.compile(rf"relneuron ({'|'.join(COMMANDS)})((?: [^\s;,()`]+)*)")
+# `plan` takes those of the command behind it.
+NAMED = re.compile(rf"relneuron (?:plan )?({'|'.join(COMMANDS)})((?: [^\s;,()`]+)*)")
 
 
 def texts(path: Path) -> Iterator[str]:
