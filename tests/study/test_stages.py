@@ -12,7 +12,7 @@ from relneuron.cli.main import stages as commands
 from relneuron.study import stages
 
 # Commands that are no stage; `run` is relneuron.run.
-NO_STAGE = {"demo", "run", "import", "export", "cite", "bench", "doctor"}
+NO_STAGE = {"demo", "run", "import", "export", "cite", "bench", "doctor", "plan"}
 
 
 def test_every_command_is_there() -> None:
