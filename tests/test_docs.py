@@ -33,7 +33,7 @@ from tests.kit.given import GIVEN
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {name: {o for p in one.params for o in p.opts} for name, one in COMMANDS.items()}
 # A command in a sentence or a table, and what is asked of it.
-INLINE = re.compile(rf"`(?:relneuron )?({'|'.join(COMMANDS)})( [^`]*)?`")
+INLINE = re.compile(rf"`(?:relneuron )?(?:plan )?({'|'.join(COMMANDS)})( [^`]*)?`")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
