@@ -16,7 +16,7 @@ import torch
 from relneuron.artifact.counts import SITES
 from relneuron.artifact.files import RelneuronError
 from relneuron.methods.counts.batches import make_batch
-from relneuron.methods.counts.counter import Counter, Speed
+from relneuron.methods.counts.counter import Counter
 from relneuron.model.mlps.find import find_mlps
 from relneuron.texts.windows import Window
 from tests.conftest import tiny_model
@@ -245,5 +245,5 @@ def test_the_bare_forward_is_timed_now_and_then_and_counts_nothing(
     model: Any, documents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run(model, documents, tmp_path / "a", window=16, batch_tokens=16)
-    monkeypatch.setattr(Speed, "EVERY", 4)
+    monkeypatch.setattr("relneuron.methods.counts.counter.EVERY", 4)
     assert_equal(run(model, documents, tmp_path / "b", window=16, batch_tokens=16), plain)
