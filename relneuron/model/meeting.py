@@ -6,6 +6,7 @@ the others: on one machine they see it at once (`_watch`), on several torchrun d
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import socket
@@ -64,7 +65,7 @@ def meet(end: Callable[[BaseException], object] | None = None) -> Any:
         _MET[:] = [store, store.clone()]
         if end is not None and hasattr(os, "pidfd_open"):
             store.set(f"process {os.environ['RANK']}", f"{_place()} {os.getpid()}")
-            threading.Thread(target=_watch, args=(_MET[1], end), daemon=True).start()
+            _begin_to_watch(_MET[1], end)
     return _MET[0]
 
 
@@ -101,8 +102,20 @@ def _place() -> str:
     return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
 
 
-def _watch(store: Any, end: Callable[[BaseException], object]) -> None:
-    """See the others of this machine end, and end with those that did not end well."""
+def _begin_to_watch(store: Any, end: Callable[[BaseException], object]) -> None:
+    """Watch the others until Python ends; a thread that it finds in C++ then aborts the process."""
+    stopped, stop = os.pipe()
+    thread = threading.Thread(target=_watch, args=(store, end, stopped), daemon=True)
+    thread.start()
+    atexit.register(thread.join, LINGER_S)
+    atexit.register(os.write, stop, b"x")  # before that
+
+
+def _watch(store: Any, end: Callable[[BaseException], object], stopped: int) -> None:
+    """See the others of this machine end, and end with those that did not end well.
+
+    Until something can be read from `stopped`.
+    """
     unknown = {str(rank) for rank in range(n_started())} - {os.environ["RANK"]}
     watched: dict[int, str] = {}
     # The process that keeps the store may be gone: what needs it then says so.
@@ -114,14 +127,17 @@ def _watch(store: Any, end: Callable[[BaseException], object]) -> None:
                 if place == _place():
                     handle = _open(int(pid))
                     if handle is None and not store.check([f"left {rank}"]):
-                        _end_with(end)
+                        _end_with(end, stopped)
                     elif handle is not None:
                         watched[handle] = rank
             if store.add(_N_ENDED, 0):
-                _end_with(end)
-            for handle in select.select([*watched], [], [], _LOOK_EVERY_S)[0]:
+                _end_with(end, stopped)
+            seen = select.select([stopped, *watched], [], [], _LOOK_EVERY_S)[0]
+            if stopped in seen:
+                return
+            for handle in seen:
                 if not store.check([f"left {watched.pop(handle)}"]):
-                    _end_with(end)
+                    _end_with(end, stopped)
                 os.close(handle)
 
 
@@ -133,10 +149,9 @@ def _open(pid: int) -> int | None:
         return None
 
 
-def _end_with(end: Callable[[BaseException], object]) -> None:
+def _end_with(end: Callable[[BaseException], object], stopped: int) -> None:
     """End this process, whatever it is waiting for, unless it is about to end by itself."""
-    time.sleep(PATIENCE_S)
-    if _ENDING.locked():
+    if select.select([stopped], [], [], PATIENCE_S)[0] or _ENDING.locked():
         return
     code = 1
     try:

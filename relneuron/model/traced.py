@@ -110,7 +110,7 @@ def traced(
         fused = stack.enter_context(_Fused())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(held)
-        ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64)
+        ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64, device="meta")
         mask = torch.ones_like(ids)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids, attention_mask=mask, position_ids=places, **asked)

@@ -41,6 +41,7 @@ from tests.fuzz.mutations import Mutated, mutate
 from tests.fuzz.world import CASES, SLOW, make_world
 
 ROOM_BYTES = 64 << 20  # of memory, beside what the whole file needs and twice the mutated one
+TOKEN_BYTES = 210  # of memory, which tokenizers takes for each byte of "xxx..." in a user's file
 CLI_SHARE = 0.2  # of runs that are command lines
 GENERIC = "run again with --debug"
 PLACE = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
@@ -214,7 +215,8 @@ def judge(
     fault = crash(ended)
     if fault:
         return fault
-    most = 2 * mutated.size + ROOM_BYTES
+    a_byte = 2 + TOKEN_BYTES * (mutated.mode == "none")
+    most = a_byte * mutated.size + ROOM_BYTES
     if ended.peak_bytes > most and ended.peak_bytes > most + whole()[1]:
         return f"FAULT memory: more than {most >> 20} MiB beside"
     if ended.code:

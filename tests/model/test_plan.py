@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.methods.responses.commands import peak_bytes
 from relneuron.model.counting import counting_state, tables
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.plan import memory_here, plan, read_memory
@@ -160,8 +160,7 @@ def large() -> None:
         memory = read_memory(["0=80GiB", "1=80GiB", "cpu=200GiB"])
         found = plan(folder, memory=memory, device_map="auto")
         parts = plan(folder, memory={}, n_parts=8)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps([found.n_parameters, [p.layers for p in found.places], peak]))
+    print(json.dumps([found.n_parameters, [p.layers for p in found.places], peak_bytes()]))
     assert sum(place.weights for place in found.places) > 141 * GB
     assert [place.weights for place in parts.places] == [parts.places[0].weights] * 8
     assert abs(8 * parts.places[0].weights / (141.1 * GB) - 1) < 0.001

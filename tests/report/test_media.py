@@ -87,9 +87,10 @@ def test_on_a_phone(html: str, tmp_path: Path) -> None:
         page.goto((tmp_path / "page.html").as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
-        boxes = page.evaluate(
-            f"[...document.querySelectorAll('.scroll')].map(box => [{wide}, {hint}])"
-        )
+        all_boxes = "[...document.querySelectorAll('.scroll')]"
+        # A scroll timeline begins with a frame that is painted after the layout.
+        page.wait_for_function(f"{all_boxes}.every(box => ({wide}) === ({hint}))")
+        boxes = page.evaluate(f"{all_boxes}.map(box => [{wide}, {hint}])")
         browser.close()
     assert any(is_wide for is_wide, _ in boxes)
     assert all(is_wide == says_so for is_wide, says_so in boxes)
