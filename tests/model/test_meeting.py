@@ -22,8 +22,7 @@ meeting.leave()
 
 
 @mark.skipif(
-    not (torch.distributed.is_available() and hasattr(os, "pidfd_open")),
-    reason="nothing is watched",
+    not (torch.distributed.is_available() and hasattr(os, "pidfd_open")), reason="none watches"
 )
 def test_the_end_does_not_meet_the_thread_that_watches() -> None:
     for _ in range(2):
