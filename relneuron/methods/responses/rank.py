@@ -285,9 +285,8 @@ def _memory(labels: Array, order: Shape, permutations: int, bootstrap: int, nois
     block = 4 * n_prompts * max(order.widths.values())
     # Scores and the noise's; a p, a q and what sorting them needs for one relation.
     held = 4 * n_relations * (order.total + noise) + 48 * order.total
-    # Shuffled labels and multiplicities, one byte each; while one relation's are drawn, eight.
-    members = (labels >= 0).sum(1)
-    drawn = int(members.sum() + 8 * members.max()) * (permutations + bootstrap)
+    # Shuffled labels or multiplicities of one relation: one byte each, ten while they are drawn.
+    drawn = 10 * int((labels >= 0).sum(1).max()) * max(permutations, bootstrap)
     return {
         "scoring": "streamed by layer and site: one block of responses in memory",
         "scoring_block_bytes": block,

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,7 @@ def resamples(row: Array, n: int, seed: int, facts: Array | None = None) -> Arra
         )
         place = np.argsort(np.argsort(first))[place]
         drawn = rng.multinomial(first.size, np.full(first.size, 1 / first.size), n)
-        weights[:, own] = drawn[:, place]
+        weights[:, own] = drawn.astype(np.uint8)[:, place]
     return weights
 
 
@@ -175,7 +176,8 @@ class Significance:
     """p (K,), q (K,) and interval (2, K) of a relation's neurons; NaN for what is not asked for.
 
     `facts` (N,): the fact that each prompt asks, for the interval. The neurons lie in many blocks
-    of responses; `measure` takes one block at a time, in any order.
+    of responses; `measure` takes one block at a time, in any order. Shuffles and resamples are
+    drawn when they are needed, the same ones each time: many relations hold none of them.
     """
 
     def __init__(
@@ -204,10 +206,11 @@ class Significance:
         self.members = np.flatnonzero(labels >= 0)
         self.labels = labels[self.members]
         key = seed_of("permutations", seed, relation)
-        self.shuffled = shuffled_labels(self.labels, permutations, key)
+        self._shuffled = partial(shuffled_labels, self.labels, permutations, key)
         key = seed_of("bootstrap", seed, relation)
         asked = None if facts is None else facts[self.members]
-        self.weights = resamples(self.labels, bootstrap, key, asked)
+        self._weights = partial(resamples, self.labels, bootstrap, key, asked)
+        self.permutations, self.bootstrap = permutations, bootstrap
         self._waiting: list[tuple[list[int], Tensor]] = []
 
     def measure(self, layer: int, site: str, values: Tensor) -> None:
@@ -232,8 +235,8 @@ class Significance:
         places = [place for some, _ in self._waiting for place in some]
         values = torch.cat([values for _, values in self._waiting], dim=1)
         self._waiting.clear()
-        if len(self.shuffled):
+        if self.permutations:
             own = self.ap[places], self.lowest[places]
-            self.p[places] = permutation_p(values, self.shuffled, *own)
-        if len(self.weights):
-            self.interval[:, places] = bootstrap_interval(values, self.labels, self.weights)
+            self.p[places] = permutation_p(values, self._shuffled(), *own)
+        if self.bootstrap:
+            self.interval[:, places] = bootstrap_interval(values, self.labels, self._weights())

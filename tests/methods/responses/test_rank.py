@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,21 @@ def test_the_same_bytes_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run(tmp_path, fdr=0.3)
     for name in names:
         assert (tmp_path / name).read_bytes() == first[name], name
+
+
+def test_shuffles_and_resamples_are_held_of_no_relation_that_waits() -> None:
+    labels = np.tile(np.array([1, 0, 0, 0, 0], np.int8), 200)
+    tracemalloc.start()
+    try:
+        waiting = [
+            significance.Significance(str(i), labels, [(0, "gate", 0, 0.5)], None, 1000, 1000, 0)
+            for i in range(20)
+        ]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(waiting) == 20
+    assert held < 2 * 1000 * labels.size  # bytes that one relation's take
 
 
 def test_what_is_not_asked_for_is_an_empty_cell(
