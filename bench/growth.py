@@ -1,20 +1,28 @@
 """What a stage costs when one thing doubles: prompts, relations, conditions, groups, layers, ...
 
-    PYTHONPATH=. python -m bench.growth [--only conditions] [--doublings 4] [-o DIR]
+    PYTHONPATH=. python -m bench.growth [--only conditions] [--doublings 3] [--rounds 2] [-o DIR]
 
 Each axis doubles one field of a `World` (bench/growth_world.py) and runs the stages that it touches
 as commands, each in a fork of this process that has imported everything: its CPU seconds (user and
 system, those of its own processes with them) and its peak of resident memory beyond what it was
-born with. One thread, float32, on a CPU; what is set up before a stage is not measured.
+born with. One thread, float32, on a CPU; what is set up before a stage is not measured. All sizes
+are run in every round; a time is the shortest of its rounds, a peak the highest. An idle machine
+takes about ten minutes.
+
+Where relations double, the prompts in all stay as many: each relation has half the facts. So do
+the texts where groups double. A study of twice the relations with as many facts each has twice the
+prompts, too, and costs what both doublings cost together.
 
 A cost is taken to be a + b n^k. With k from 0 to 3 in steps of 0.01, a and b are those of the least
 squares of (a + b n^k) / cost - 1, neither below 0; k is the one with the smallest sum. a is what a
 stage costs whatever its size is: imports that are left, the model, the files. `last` is the same
 from the last doubling alone, log2((c(2n) - a) / (c(n) - a)): an exponent that still rises shows
 there. Where the largest cost is less than a quarter above the smallest one it is flat, and k is 0.
+Of memory `bytes_per_n` says, whatever the curve, what one more prompt, relation, ... takes: the
+difference of the peaks of the largest and the smallest size by that of n.
 
-A stage whose result is itself a matrix (of R relations under R sets, of G texts under G masks) is
-fitted against its cells, R^2; its rows say so in `of`.
+A stage whose result is itself a matrix (the page of R relations under R sets, of G texts under G
+masks) is fitted against its cells, R^2; its rows say so in `of`.
 """
 
 from __future__ import annotations
@@ -59,25 +67,21 @@ def words_of(stage: str, world: World, folder: Path) -> list[str]:
     prompts, neurons = f"{study}/prompts.jsonl", f"{study}/neurons.json"
     texts = [str(folder / "texts.jsonl"), "--group-column", "group", "--window", str(WINDOW)]
     n_windows = world.texts * (world.words + 1) // WINDOW + 1
+    attribute = ["attribute", model, prompts, "-o"]
     named: dict[str, list[str]] = {
-        "prompts": [
-            "prompts",
-            str(folder / "facts"),
-            "-o",
-            prompts,
-            "--eva",
-            f"{world.facts // 2}",
-        ],
+        "prompts": ["prompts", str(folder / "facts"), "-o", prompts],
         "record": ["record", model, prompts, "-o", study],
         "identify": ["identify", study, "-o", neurons],
         "ablate": ["ablate", model, neurons, prompts, "-o", f"{study}/effects.csv", "--any-set"],
         "report": ["report", study, "-o", f"{study}/report.html"],
-        "attribute": ["attribute", model, prompts, "-o", str(folder / "gains"), "--no-compare"],
+        "attribute": [*attribute, str(folder / "gains"), "--no-compare"],
+        "with comparison": [*attribute, str(folder / "compared")],
         "count": ["count", model, *texts, "-o", corpus],
         "identify lape": ["identify", corpus, "-o", f"{corpus}/neurons.json", "--method", "lape"],
         "nll": ["nll", model, f"{corpus}/neurons.json", *texts, "-o", corpus],
         "report nll": ["report", corpus, "-o", f"{corpus}/report.html"],
     }
+    named["prompts"] += ["--eva", f"{world.facts // 2}"]
     named["ablate"] += ["--random-seeds", "2"]
     named["nll"] += ["--windows", str(n_windows)]
     return named[stage]
@@ -92,6 +96,7 @@ class Axis(NamedTuple):
 
     before  stages that are run first, and not measured
     cells   those of them whose result is a matrix of n by n
+    halved  a field that is half as large at each doubling, so that there is as much of all together
     """
 
     field: str
@@ -99,17 +104,27 @@ class Axis(NamedTuple):
     stages: Sequence[str]
     before: Sequence[str] = ()
     cells: Sequence[str] = ()
+    halved: str | None = None
 
 
 AXES = {
-    "prompts": Axis("facts", World(facts=128), STUDY),
-    "sentences": Axis("facts", World(facts=32), ("attribute",), ("prompts",)),
-    "relations": Axis("relations", World(relations=8, facts=16), STUDY, (), ("ablate", "report")),
+    "prompts": Axis("facts", World(facts=512), STUDY),
+    "sentences": Axis(
+        "facts", World(facts=64), ("attribute", "with comparison"), before=("prompts",)
+    ),
+    "relations": Axis(
+        "relations", World(relations=16, facts=128), STUDY, cells=("report",), halved="facts"
+    ),
     "conditions": Axis("conditions", World(conditions=256), ("ablate", "report"), ("prompts",)),
-    "groups": Axis("groups", World(groups=64, texts=4), CORPUS, (), ("nll", "report nll")),
-    "layers": Axis("layers", World(width=256), (*STUDY[1:4], "count")),
-    "width": Axis("width", World(width=256), (*STUDY[1:4], "count")),
-    "tokens": Axis("texts", World(texts=160), CORPUS[:3]),
+    # More groups than a page draws whole.
+    "groups": Axis(
+        *("groups", World(groups=64, texts=8, words=25), CORPUS),
+        cells=("report nll",),
+        halved="texts",
+    ),
+    "layers": Axis("layers", World(facts=128, width=256), (*STUDY[1:4], "count"), ("prompts",)),
+    "width": Axis("width", World(facts=128, width=512), (*STUDY[1:4], "count"), ("prompts",)),
+    "tokens": Axis("texts", World(texts=256), CORPUS[:3]),
 }
 
 
@@ -242,7 +257,29 @@ def fit(n: Sequence[float], cost: Sequence[float]) -> Fit:
 
 def sizes_of(axis: Axis, doublings: int, start: int | None = None) -> list[World]:
     first = start or int(getattr(axis.world, axis.field))
-    return [axis.world._replace(**{axis.field: first << step}) for step in range(doublings + 1)]
+    worlds = [axis.world._replace(**{axis.field: first << step}) for step in range(doublings + 1)]
+    if axis.halved:
+        most = int(getattr(axis.world, axis.halved))
+        if not most >> doublings:
+            raise ValueError(f"{axis.halved}: {most} cannot be halved {doublings} times")
+        worlds = [w._replace(**{axis.halved: most >> step}) for step, w in enumerate(worlds)]
+    return worlds
+
+
+def measure_all(axis: Axis, worlds: Sequence[World], rounds: int) -> dict[World, dict[str, Cost]]:
+    """What each stage costs in each world: the shortest time of all rounds, the highest peak."""
+    found: dict[World, dict[str, Cost]] = {}
+    for _ in range(rounds):
+        for world in worlds:
+            new = measure(axis, world)
+            old = found.get(world, new)
+            found[world] = {
+                stage: Cost(
+                    min(cost.cpu_s, old[stage].cpu_s), max(cost.peak_bytes, old[stage].peak_bytes)
+                )
+                for stage, cost in new.items()
+            }
+    return found
 
 
 def rows_of(
@@ -257,6 +294,7 @@ def rows_of(
         x = [float(i**2 if is_matrix else i) for i in n]
         costs = [found[stage] for found in points.values()]
         fits = [fit(x, [float(cost[place]) for cost in costs]) for place in range(2)]
+        per_n = (costs[-1].peak_bytes - costs[0].peak_bytes) / (n[-1] - n[0])
         for i, cost in zip(n, costs, strict=True):
             row: dict[str, object] = {"axis": name, "stage": stage, "n": i}
             row |= {"cpu_s": round(cost.cpu_s, 3), "peak_bytes": cost.peak_bytes}
@@ -265,6 +303,7 @@ def rows_of(
                 row |= {f"{what}_exponent": round(one.exponent, 2)}
                 row |= {f"{what}_last": round(one.last, 2)}
                 row |= {f"{what}_constant": round(one.constant, 3)}
+            row |= {"bytes_per_n": round(per_n)}
             rows.append(row | machine)
     return rows
 
@@ -278,7 +317,7 @@ def say(rows: Sequence[Mapping[str, object]]) -> None:
         print(
             f"{last['axis']:<10} {stage:<13} {'per cell' if last['of'] == CELLS else '':<8} "
             f"time n^{last['time_exponent']:<4} (last {last['time_last']:<5}) {seconds} s   "
-            f"memory n^{last['memory_exponent']:<4} (last {last['memory_last']:<5}) {mib} MiB",
+            f"memory n^{last['memory_exponent']:<4} {mib} MiB, {last['bytes_per_n']} bytes each",
             flush=True,
         )
 
@@ -321,17 +360,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=AXES, default=list(AXES), help="axes; default: all")
-    add("--doublings", type=int, default=4, help="of each axis")
+    add("--doublings", type=int, default=3, help="of each axis")
+    add("--rounds", type=int, default=2, help="how often each size is run")
     add("--start", type=int, help="the first size, in place of the axis' own")
     add("-o", "--output", type=Path, metavar="DIR", help="add rows to a csv there, and draw them")
     o = parser.parse_args(arguments)
-    if o.doublings < 1 or (o.start or 1) < 1:
-        parser.error("--doublings and --start must be at least 1")
+    if min(o.doublings, o.rounds, o.start or 1) < 1:
+        parser.error("--doublings, --rounds and --start must be at least 1")
+    try:
+        worlds = {name: sizes_of(AXES[name], o.doublings, o.start) for name in o.only}
+    except ValueError as error:
+        parser.error(str(error))
     import_all()
     found: list[dict[str, object]] = []
     for name in o.only:
         axis = AXES[name]
-        points = {world: measure(axis, world) for world in sizes_of(axis, o.doublings, o.start)}
+        points = measure_all(axis, worlds[name], o.rounds)
         found += (rows := rows_of(name, axis, points))
         say(rows)
     if o.output:

@@ -55,7 +55,8 @@ def write_sentences(path: Path, n: int, n_relations: int) -> None:
     names, answers = ("Ada", "Bo", "Cy", "Di", "Ed"), ("Rome", "Oslo", "Paris", "Bern", "Kyiv")
     lines = ["prompt,answer,type\n"]
     for i in range(n):
-        text = SENTENCE.format(name=names[i % 5], thing=answers[i // 5 % 5], n=i)
+        # Numbers of one length: later sentences have no more tokens than earlier ones.
+        text = SENTENCE.format(name=names[i % 5], thing=answers[i // 5 % 5], n=f"{i:06}")
         lines.append(f"{text},{answers[i * 7 % 5]},relation{i % n_relations}\n")
     path.write_text("".join(lines))
 

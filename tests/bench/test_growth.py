@@ -22,7 +22,7 @@ def measured(path: Path, *words: str) -> None:
 @pytest.mark.parametrize("axis", ["conditions", "tokens"])
 def test_an_axis_runs_and_leaves_rows_and_a_picture(axis: str, tmp_path: Path) -> None:
     """In a process of its own: it forks, and nothing may run beside a fork."""
-    words = ("--only", axis, "--start", "6", "--doublings", "1")
+    words = ("--only", axis, "--start", "6", "--doublings", "1", "--rounds", "1")
     run = Forked(measured, tmp_path, *words)
     out, err = run.said()
     assert run.wait() == 0, err
@@ -86,15 +86,38 @@ def test_what_does_not_grow_is_flat_and_a_square_among_lines_is_seen() -> None:
 
 
 def test_sizes_double_and_matrices_are_fitted_by_their_cells() -> None:
-    axis = growth.AXES["groups"]._replace(world=World(groups=3))
+    axis = growth.AXES["groups"]._replace(world=World(groups=3, texts=8))
     worlds = growth.sizes_of(axis, 2)
-    assert [world.groups for world in worlds] == [3, 6, 12]
+    assert [(world.groups, world.texts) for world in worlds] == [(3, 8), (6, 4), (12, 2)]
     costs = {
         world: dict.fromkeys(axis.stages, growth.Cost(world.groups**2, 10 + world.groups**2))
         for world in worlds
     }
     rows = growth.rows_of("groups", axis, costs)
     by_stage = {row["stage"]: (row["of"], row["time_exponent"]) for row in rows}
-    assert by_stage["count"] == ("n", 2.0)
-    assert by_stage["nll"] == ("cells", 1.0)
+    assert by_stage["nll"] == ("n", 2.0)
+    assert by_stage["report nll"] == ("cells", 1.0)
     assert not any(math.isnan(float(str(row["time_last"]))) for row in rows)
+    assert {row["bytes_per_n"] for row in rows} == {(12**2 - 3**2) // (12 - 3)}
+
+
+def test_there_is_as_much_in_all_where_relations_and_groups_double() -> None:
+    for name in ("relations", "groups"):
+        axis = growth.AXES[name]
+        assert axis.halved
+        worlds = growth.sizes_of(axis, 3)
+        assert len({getattr(w, axis.field) * getattr(w, axis.halved) for w in worlds}) == 1
+    with pytest.raises(ValueError, match="cannot be halved 5 times"):
+        growth.sizes_of(axis._replace(world=World(texts=16)), 5)
+
+
+def test_a_time_is_the_shortest_of_its_rounds_and_a_peak_the_highest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = iter(
+        [growth.Cost(3.0, 10), growth.Cost(5.0, 20), growth.Cost(2.0, 30), growth.Cost(9, 5)]
+    )
+    monkeypatch.setattr(growth, "measure", lambda axis, world: {"count": next(said)})
+    worlds = [World(texts=1), World(texts=2)]
+    found = growth.measure_all(growth.AXES["tokens"], worlds, 2)
+    assert [found[world]["count"] for world in worlds] == [(2.0, 30), (5.0, 20)]
