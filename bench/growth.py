@@ -18,8 +18,9 @@ squares of (a + b n^k) / cost - 1, neither below 0; k is the one with the smalle
 stage costs whatever its size is: imports that are left, the model, the files. `last` is the same
 from the last doubling alone, log2((c(2n) - a) / (c(n) - a)): an exponent that still rises shows
 there. Where the largest cost is less than a quarter above the smallest one it is flat, and k is 0.
-Of memory `bytes_per_n` says, whatever the curve, what one more prompt, relation, ... takes: the
-difference of the peaks of the largest and the smallest size by that of n.
+Of memory `bytes_per_n` says, whatever the curve, what one more of n takes (a fact of each of the
+four relations, a condition, ...): the difference of the peaks of the largest and the smallest size
+by that of n.
 
 A stage whose result is itself a matrix (the page of R relations under R sets, of G texts under G
 masks) is fitted against its cells, R^2; its rows say so in `of`.
@@ -113,17 +114,17 @@ AXES = {
         "facts", World(facts=64), ("attribute", "with comparison"), before=("prompts",)
     ),
     "relations": Axis(
-        "relations", World(relations=16, facts=128), STUDY, cells=("report",), halved="facts"
+        "relations", World(relations=16, facts=256), STUDY, cells=("report",), halved="facts"
     ),
     "conditions": Axis("conditions", World(conditions=256), ("ablate", "report"), ("prompts",)),
     # More groups than a page draws whole.
     "groups": Axis(
-        *("groups", World(groups=64, texts=8, words=25), CORPUS),
+        *("groups", World(groups=64, texts=16), CORPUS),
         cells=("report nll",),
         halved="texts",
     ),
-    "layers": Axis("layers", World(facts=128, width=256), (*STUDY[1:4], "count"), ("prompts",)),
-    "width": Axis("width", World(facts=128, width=512), (*STUDY[1:4], "count"), ("prompts",)),
+    "layers": Axis("layers", World(facts=256, width=256), (*STUDY[1:4], "count"), ("prompts",)),
+    "width": Axis("width", World(facts=256, width=512), (*STUDY[1:4], "count"), ("prompts",)),
     "tokens": Axis("texts", World(texts=256), CORPUS[:3]),
 }
 
