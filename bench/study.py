@@ -167,16 +167,18 @@ def commands(
         model, facts, prompts = CHECKPOINT, FACTS, place / "prompts.jsonl"
         asked = PromptsOptions(eva=sizes["facts"] // 2) if sizes else PromptsOptions()
         texts = [str(prompts), "--text-column", "prompt", "--group-column", "relation"]
+        few: list[str] = []
         if sizes:
             world = World(**sizes)
             model, facts, path = place / "model", place / "facts", place / "texts.jsonl"
             write_model(world, model)
             write_facts(world, make_model(world), facts)
             write_texts(world, path)
-            texts = [str(path), "--group-column", "group"]
+            texts, few = [str(path), "--group-column", "group"], ["--cards", "10"]
         write_prompts(facts, prompts, asked)
         end = ["-o", "OUT", "--quiet"]
-        yield name, ["run", str(model), "--facts", str(facts), "--eva", f"{asked.eva}", *end]
+        few += ["--eva", str(asked.eva)]
+        yield name, ["run", str(model), "--facts", str(facts), *few, *end]
         yield name, ["count", str(model), *texts, *end]
         yield name, ["attribute", str(model), str(prompts), *end]
 
