@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -30,6 +31,9 @@ _ASKS = ("transformers", *_WORKS)
 _DRAWS = ("jinja2", "matplotlib", "scipy")
 _HERE, _EXCHANGE = "relneuron.cli.commands", "relneuron.cli.exchange"
 _MACHINE = "relneuron.cli.machine"
+# Objects that are made between two collections of Python's garbage; its own 700 have it go through
+# all that was imported, hundreds of thousands, again and again. No batch's tensors wait for one.
+GARBAGE = 50_000
 _COMPLETES = "_RELNEURON_COMPLETE"  # set by a shell that asks typer for completions
 # Of `plan`: the words of the command that is planned are that one's.
 OWN_WORDS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -162,6 +166,7 @@ def _run_together() -> Any:
 
 def main() -> None:
     """Run the command line and turn every error into one line of cause and one of fix."""
+    gc.set_threshold(GARBAGE)
     # Read by transformers when, and if, a command imports it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
