@@ -60,9 +60,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in RESULTS}
 
 
-def made(
-    loaded: tuple[Any, Any], prompts: Path, folder: Path, place: str | None, **changes: Any
-) -> Store:
+def made(loaded: tuple[Any, Any], prompts: Path, folder: Path, place: str | None) -> Store:
     """Both stages in a folder; without a place over the disk."""
     store = None if place is None else Store(place)
     record("m", *loaded, prompts, folder, OPTIONS, store=store, force=True, quiet=True)
@@ -118,13 +116,9 @@ def test_the_files_are_those_of_the_disk(
     assert "never written" in said[1]["responses"]
 
 
+@pytest.mark.usefixtures("no_file", "elsewhere")
 def test_blocks_on_a_device_are_filled_there(
-    loaded: tuple[Any, Any],
-    prompts: Path,
-    disk: Path,
-    tmp_path: Path,
-    no_file: None,
-    elsewhere: None,
+    loaded: tuple[Any, Any], prompts: Path, disk: Path, tmp_path: Path
 ) -> None:
     made(loaded, prompts, tmp_path / "d", "memory")
     assert results(tmp_path / "d") == results(disk)
