@@ -210,14 +210,24 @@ MUTANTS = {
     "methods.responses.room: responses may take all that is free": Mutant(
         "SHARE = 2",
         "SHARE = 1",
-        "methods/responses/test_places.py"
+        "methods/responses/test_room.py"
         "::test_auto_takes_the_first_place_with_room_for_twice_as_much",
     ),
     "methods.responses.sums: the MLPs of a layer have a down each": Mutant(
         "mlp.offset if site in INNER else 0",
         "mlp.offset",
-        "methods/responses/test_places.py"
-        "::test_the_sums_of_experts_stand_where_their_neurons_do[deepseek]",
+        "methods/responses/test_room.py"
+        "::test_the_sums_of_experts_stand_where_their_neurons_do[deepseek-False]",
+    ),
+    "methods.responses.places: a forward that failed leaves its sums": Mutant(
+        "self._n < self._n_touched",
+        "self._n_touched < self._n",
+        "methods/responses/test_places.py::test_what_memory_cut_is_read_again_in_the_same_parts",
+    ),
+    "methods.responses.rank: rows are taken for prompts": Mutant(
+        "np.argsort(rows)",
+        "rows",
+        "methods/responses/test_places.py::test_the_files_are_those_of_the_disk[memory]",
     ),
     "methods.responses.labels: negatives are of the own relation, too": Mutant(
         "is_foreign[positive] = False",

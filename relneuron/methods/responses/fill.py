@@ -59,7 +59,9 @@ class Filling:
         self._waiting: list[tuple[Callable[[], object], list[Callable[[], object]]]] = []
 
     def sums(self, n_rows: int) -> Sums:
-        return Sums(self._mlps, self._sites, n_rows, self._zeros)
+        # Beside the next batch rows are taken in another order.
+        room = self.place.room(n_rows) if self._beside is None else {}
+        return Sums(self._mlps, self._sites, n_rows, self._zeros, room)
 
     def store(self, sums: Sums, rows: Sequence[int]) -> None:
         """Store what a forward has summed up."""

@@ -66,6 +66,14 @@ class Place:
         """Whether sums are brought to the host to be stored."""
         return True
 
+    def room(self, n_rows: int) -> Mapping[str, Tensor]:
+        """Zeros (n_rows, .) of each block, by its name, where the next batch may be summed up.
+
+        They are the place's own memory, in which `store` leaves what is already there. {} where
+        there is none.
+        """
+        return {}
+
     def wants(self, rows: Sequence[int]) -> bool:
         """Whether the prompts of a batch are recorded: all of them are, or none."""
         return rows[0] in self._place
@@ -110,7 +118,10 @@ class OnDisk(Place):
         return self.wants(rows) and not has_rows(noted)
 
     def store(self, sections: Sequence[Section], rows: Sequence[int]) -> None:
-        _put(self._maps, sections, self.places(rows), self._divisors)
+        places = self.places(rows)
+        by = _column(self._divisors, places)
+        for section in sections:
+            self._maps[section.name][places, section.inside] = section.matrix().div_(by).numpy()
 
     def noted(self, rows: Sequence[int]) -> Json:
         places = self.places(rows)
@@ -128,104 +139,100 @@ class OnDisk(Place):
 class Kept(Place):
     """Responses that end with the process: in memory, or each block where its layer computes.
 
-    `device_of` says where a layer's blocks lie. A block's memory is taken when it is filled.
+    `device_of` says where a layer's blocks lie. A block's memory is taken when it is filled. Its
+    rows lie in the order in which they came: a batch is summed up in those that are free next, and
+    nothing is copied. `rows` (N,) int64 says which row each prompt has; -1: none yet.
     """
 
     def __init__(self, prompts: Prompts, device_of: Callable[[int], torch.device]) -> None:
         super().__init__(prompts)
-        self.is_filled = np.zeros(len(prompts.rows), bool)
+        self.rows = np.full(len(prompts.rows), -1)
+        self._n = self._n_touched = 0  # rows that are filled; those that are no zeros any more
         self._blocks = {
-            f"{site}.{layer}": _empty(len(prompts.rows), width, device_of(layer))
+            f"{site}.{layer}": _zeros(len(prompts.rows), width, device_of(layer))
             for layer, site, width in prompts.order.blocks()
-        }
-        self._host = {
-            name: block.numpy()
-            for name, block in self._blocks.items()
-            if block.device.type == "cpu"
         }
 
     @property
     def on_host(self) -> bool:
-        return len(self._host) == len(self._blocks)
+        return all(block.device.type == "cpu" for block in self._blocks.values())
 
     @property
     def ids(self) -> list[str]:
-        """The prompts, in the order of the rows."""
+        """The prompts, in the order of `rows`."""
         found: list[str] = self.prompts.about["ids"]
         return found
 
     def lacks(self, rows: Sequence[int], noted: Json) -> bool:
-        return self.wants(rows) and not self.is_filled[self.places(rows)].all()
+        return self.wants(rows) and bool((self.rows[self.places(rows)] < 0).any())
+
+    def room(self, n_rows: int) -> Mapping[str, Tensor]:
+        end = self._n + n_rows
+        found = {name: block[self._n : end] for name, block in self._blocks.items()}
+        if self._n < self._n_touched:  # a batch that failed was summed up here
+            for block in found.values():
+                block.zero_()
+        self._n_touched = max(self._n_touched, end)
+        return found
 
     def store(self, sections: Sequence[Section], rows: Sequence[int]) -> None:
         places = self.places(rows)
-        if self.on_host:
-            _put(self._host, sections, places, self._divisors)
-        else:
-            self._put_there(sections, places)
-        self.is_filled[places] = True
-
-    def _put_there(self, sections: Sequence[Section], places: list[int]) -> None:
-        """Each block on its device; what says where the rows go is sent there once a batch."""
-        index, by = torch.tensor(places, device="cpu"), _column(self._divisors, places)
-        sent: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        own = slice(self._n, self._n + len(places))
+        by = _column(self._divisors, places)
+        sent: dict[torch.device, Tensor] = {}  # once a batch and device
         for section in sections:
             block = self._blocks[section.name]
             if block.device not in sent:
-                to = [x.to(block.device, non_blocking=True) for x in (index, by)]
-                sent[block.device] = to[0], to[1]
-            own, divisors = sent[block.device]
-            block[:, section.inside].index_copy_(0, own, section.matrix().div_(divisors))
+                sent[block.device] = by.to(block.device, non_blocking=True)
+            values = section.matrix().div_(sent[block.device])
+            if not section.is_there:
+                block[own, section.inside] = values
+        self.rows[places] = np.arange(own.start, own.stop)
+        self._n = own.stop
 
     def block(self, layer: int, site: str) -> Tensor:
-        """(N, F) or (N, D) float32 of one layer and site, where it lies."""
+        """(N, F) or (N, D) float32 of one layer and site, where it lies, in the order it came."""
         return self._blocks[f"{site}.{layer}"]
 
     def column(self, neuron: Neuron) -> Array | None:
-        """(N,) of one neuron; None of a site that was not recorded."""
+        """(N,) of one neuron, by prompt; None of a site that was not recorded."""
         layer, site, index = neuron
         block = self._blocks.get(f"{site}.{layer}")
-        return None if block is None else block[:, index].cpu().numpy()
+        return None if block is None else block[:, index].cpu().numpy()[self.rows]
 
     def gather(self, ranks: Ranks) -> None:
         """Have the rows of all processes at the first one, block by block; the others' are gone."""
         if ranks.shares == 1:
             return
-        own: list[Any] = [None] * ranks.size
-        distributed.all_gather_object(own, np.flatnonzero(self.is_filled))
+        found: list[Any] = [None] * ranks.size
+        distributed.all_gather_object(found, (self._n, self.rows))
         for name in list(self._blocks):
             if ranks.rank:
-                rows = self._host.pop(name)[own[ranks.rank]]
-                del self._blocks[name]
-                if len(rows):
-                    distributed.send(torch.from_numpy(rows), 0)
+                block = self._blocks.pop(name)
+                if self._n:
+                    distributed.send(block[: self._n], 0)
                 continue
+            start = self._n
             for rank in range(1, ranks.size):
-                block = self._host[name]
-                sent = torch.empty(len(own[rank]), block.shape[1], device="cpu")
-                if len(sent):
-                    distributed.recv(sent, rank)
-                    block[own[rank]] = sent.numpy()
+                end = start + found[rank][0]
+                if end > start:
+                    distributed.recv(self._blocks[name][start:end], rank)
+                start = end
         if not ranks.rank:
-            self.is_filled[np.concatenate(own)] = True
+            for n, rows in found[1:]:
+                self.rows = np.where(rows < 0, self.rows, rows + self._n)
+                self._n += n
 
 
-def _empty(n_rows: int, width: int, device: torch.device) -> Tensor:
+def _zeros(n_rows: int, width: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
-        return torch.empty(n_rows, width, device=device)
-    return torch.from_numpy(np.empty((n_rows, width), np.float32))  # of numpy's large pages
+        return torch.zeros(n_rows, width, device=device)
+    # Of numpy's large pages, which are taken, and zeros, when they are first written to.
+    return torch.from_numpy(np.zeros((n_rows, width), np.float32))
 
 
 def _column(divisors: Array, places: list[int]) -> Tensor:
     return torch.from_numpy(divisors[places, None])
-
-
-def _put(
-    blocks: Mapping[str, Array], sections: Sequence[Section], places: list[int], divisors: Array
-) -> None:
-    by = _column(divisors, places)
-    for section in sections:
-        blocks[section.name][places, section.inside] = section.matrix().div_(by).numpy()
 
 
 @dataclass

@@ -135,12 +135,12 @@ def identify(
                 f"the responses are of other prompts than {folder / 'prompts.jsonl'}",
                 "rank them in the folder that they were recorded for",
             )
-        blocks = partial(blocks_of, responses)
+        blocks, rows = partial(blocks_of, responses), responses.rows
     else:
         path = require(folder / "responses.safetensors", f"{RECORD} --force")
         check_rows(checked(path), RESPONSE_ROWS, ids, RECORD)
         reads.append(path)
-        blocks = partial(_read_blocks, path, order, len(prompts))
+        blocks, rows = partial(_read_blocks, path, order, len(prompts)), np.arange(len(prompts))
     n_blocks = len(list(order.blocks()))
     n_noise = len(list(significance.blocks(noise, 8 * len(prompts))))
     total = n_blocks * (2 if permutations or bootstrap else 1) + n_noise
@@ -149,7 +149,7 @@ def identify(
             site: np.full((len(relations), order.layers, width), np.nan, np.float32)
             for site, width in widths.items()
         }
-        picked = torch.from_numpy(labels[usable])
+        picked = torch.from_numpy(labels[usable][:, np.argsort(rows)])
         for layer, site, values in blocks(bar.update):
             # NaN and infinities show in the extremes, without a copy of the block.
             if not bool(torch.stack(torch.aminmax(values)).isfinite().all()):
@@ -183,7 +183,7 @@ def identify(
         if permutations or bootstrap:
             for layer, site, values in blocks(bar.update):
                 for relation in chosen.values():
-                    relation.measure(layer, site, values)
+                    relation.measure(layer, site, values, rows)
                 del values
             for relation in chosen.values():
                 relation.finish()

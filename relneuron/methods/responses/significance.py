@@ -213,18 +213,19 @@ class Significance:
         self.permutations, self.bootstrap = permutations, bootstrap
         self._waiting: list[tuple[list[int], Tensor]] = []
 
-    def measure(self, layer: int, site: str, values: Tensor) -> None:
+    def measure(self, layer: int, site: str, values: Tensor, rows: Array | None = None) -> None:
         """Take p-values and intervals of the neurons in the block `values` (N, F) or (N, D).
 
+        `rows` (N,) int64: the row of each prompt (default: in their order).
         Few neurons of a relation lie in one block: they wait until there are many, or `finish`.
         """
         places = self.places[layer, site]
         if not places:
             return
         columns = torch.tensor([self.neurons[place][2] for place in places], device="cpu")
-        members = torch.from_numpy(self.members)[:, None].to(values.device)
-        own = values[members, columns.to(values.device)]
-        self._waiting.append((places, own))
+        own = self.members if rows is None else rows[self.members]
+        members = torch.from_numpy(own)[:, None].to(values.device)
+        self._waiting.append((places, values[members, columns.to(values.device)]))
         if sum(waiting.nbytes for _, waiting in self._waiting) >= WAITING_BYTES:
             self.finish()
 

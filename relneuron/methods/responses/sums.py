@@ -2,6 +2,7 @@
 
 `record.py` makes them before a forward, which adds to them, and has them stored behind it: with one
 copy a device, however many layers there are, which on a GPU runs while the next batch computes.
+Responses that stay where they are computed are summed up in their own rows, with no copy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Section:
     mlp: Part
     is_inner: bool  # gate or up
     values: Tensor  # (n, .) as the forward adds to it
+    is_there: bool  # `values` are rows of the block itself
 
     @property
     def inside(self) -> slice:
@@ -63,7 +65,8 @@ class Sums:
     """Zeros for the sums of a batch of `n_rows` prompts at `sites` of all MLPs that text runs.
 
     `of` has what the forward of each MLP adds to, by site; None where text runs none of it. The
-    MLPs of a layer write into one stream: their down is what they sum to.
+    MLPs of a layer write into one stream: their down is what they sum to. `room` has zeros of whole
+    blocks, by their names, which sums of that shape are taken in: those of experts have another.
     """
 
     def __init__(
@@ -72,16 +75,22 @@ class Sums:
         sites: Sequence[str],
         n_rows: int,
         zeros: Callable[[int, torch.device], Tensor] = zeros,
+        room: Mapping[str, Tensor] | None = None,
     ) -> None:
         # By layer and site, of gate and up by MLP, too: whose it is, where it begins, its shape.
         plan: dict[tuple[int, str, int], tuple[Part, torch.device, int, tuple[int, int]]] = {}
         sizes: dict[torch.device, int] = {}
+        self._there: dict[tuple[int, str, int], Tensor] = {}
         for mlp in filter(_runs, mlps):
             device = device_of(mlp.module)
             for site, shape in _shapes(mlp, n_rows, sites).items():
                 if (key := _key(mlp, site)) not in plan:
                     start = sizes.get(device, 0)
                     plan[key] = mlp, device, start, shape
+                    there = (room or {}).get(f"{site}.{mlp.layer}")
+                    if there is not None and there.shape == shape and there.device == device:
+                        self._there[key] = there
+                        continue
                     # A view begins where a line of the processor's cache does.
                     sizes[device] = start + -(-shape[0] * shape[1] // 16) * 16
         self._plan = plan
@@ -95,13 +104,15 @@ class Sums:
         ]
 
     def _sections(self, flat: Mapping[torch.device, Tensor]) -> list[Section]:
-        return [
-            Section(
-                *(f"{site}.{layer}", mlp, site in INNER),
-                flat[device][start : start + n * width].view(n, width),
-            )
-            for (layer, site, _), (mlp, device, start, (n, width)) in self._plan.items()
-        ]
+        found = []
+        for key, (mlp, device, start, (n, width)) in self._plan.items():
+            layer, site, _ = key
+            values = self._there.get(key)
+            is_there = values is not None
+            if values is None:
+                values = flat[device][start : start + n * width].view(n, width)
+            found.append(Section(f"{site}.{layer}", mlp, site in INNER, values, is_there))
+        return found
 
     def sections(self, *, on_host: bool) -> Callable[[], list[Section]]:
         """Begin to bring them to the host, if they are to go there; who calls the result waits."""
