@@ -103,6 +103,9 @@ def chosen_lines(chosen: NeuronFile) -> Iterator[str]:
         yield f"peak memory: {peak / 2**20:,.0f} MiB"
 
 
+_STATUS = Path("/proc/self/status")  # of Linux
+
+
 def peak_bytes() -> int | None:
     """The most memory that this process has held so far; None where the system does not tell.
 
@@ -110,7 +113,7 @@ def peak_bytes() -> int | None:
     the process.
     """
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) << 10
     try:
