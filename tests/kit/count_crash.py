@@ -2,8 +2,8 @@
 
 The tests of methods/counts run it; by hand, for as many kills as one likes:
     python -m tests.kit.count_crash FOLDER random --moments 30
-One process imports torch and makes a model; every run is a fork of it. No parallel work is done
-before a fork, and one thread in it: threads of OpenMP do not survive a fork.
+One process imports torch and makes a model, and does the undisturbed run; every other run is a fork
+of it. No parallel work is done before a fork, and one thread in it: threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+import tqdm
 import typer
 
 import relneuron.methods.counts.count  # before the forks, which need it
@@ -41,6 +44,7 @@ from tests.conftest import tiny_model
 from tests.kit.counted import Numbers, draw, write_corpus
 from tests.kit.pictures import tiny, write_lines
 
+tqdm.tqdm.monitor_interval = 0  # no thread
 KILLED = 137
 WHAT = ("kill", "full", "random", "ranks", "pictures", "pictures of ranks")
 LEFT = {".lock", "counts.safetensors", "manifest.json"}
@@ -147,17 +151,29 @@ class Study:
         said = os.open(self.folder / "said", flags)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        self.counter.count = self._noted()
+        before()
+        sys.argv = ["relneuron", *self.command, *self.words, *words, "-o", str(output)]
+        cli.main()
+        raise SystemExit(0)
+
+    def _noted(self) -> Callable[..., None]:
+        """What counts a batch, and notes that it did."""
         true, log = self.counter.count, os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def note(counter: Any, *batch: Any) -> None:
             true(counter, *batch)
             os.write(log, b".")
 
-        self.counter.count = note
-        before()
-        sys.argv = ["relneuron", *self.command, *self.words, *words, "-o", str(output)]
-        cli.main()
-        raise SystemExit(0)
+        return note
+
+    def whole(self) -> Path:
+        """The folder of an undisturbed run, which this process does."""
+        output = self.folder / "whole"
+        with mock.patch.object(self.counter, "count", self._noted()):
+            words = [*self.command, *self.words, "-o", str(output)]
+            assert run_here(words, self.folder / "said") == 0, self.said()
+        return output
 
     def run(self, output: Path, *words: str, before: Callable[[], object] = lambda: None) -> int:
         """A whole run; its exit code, 128 + the signal's number if one ended it."""
@@ -195,6 +211,26 @@ def code_of(pid: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def run_here(words: Sequence[str], said: Path) -> int:
+    """A command in this process; its exit code. What it says is in the file `said`.
+
+    Its forks then have what is imported, found or made once: half of a short command's time.
+    """
+    with (
+        said.open("w") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        mock.patch.object(sys, "argv", ["relneuron", *words]),
+    ):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+    assert threading.active_count() == 1
+    return code
+
+
 def files_of(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
@@ -215,8 +251,7 @@ def check_goes_on(study: Study, output: Path, whole: dict[str, bytes], n_batches
 
 def every_step(study: Study, *, kills: bool) -> int:
     """Fail at the first step, at the second one, ...; returns how many there are."""
-    assert study.run(study.folder / "whole") == 0, study.said()
-    whole, n_batches = files_of(study.folder / "whole"), study.batches()
+    whole, n_batches = files_of(study.whole()), study.batches()
     beside = BESIDE if {*KEPT} <= {*study.words} else set()
     assert whole.keys() == {".lock", study.result, "manifest.json"} | beside
 
@@ -248,9 +283,10 @@ def every_step(study: Study, *, kills: bool) -> int:
 def random_moments(study: Study, n: int, seed: int) -> int:
     """SIGKILL `n` runs of one count at random moments; returns how many it hit at work."""
     rng = random.Random(seed)
+    whole = files_of(study.whole())
     began = time.monotonic()
-    assert study.run(study.folder / "whole") == 0, study.said()
-    took, whole = time.monotonic() - began, files_of(study.folder / "whole")
+    assert study.run(study.folder / "again") == 0, study.said()
+    took = time.monotonic() - began
     n_hit, folder = 0, 0
     output = study.folder / "0"
     for _ in range(n):
@@ -330,8 +366,7 @@ def run_ranks(
 
 def ranks(study: Study, stop: int = 20) -> list[str]:
     """Counts by several processes, also one after the other; returns what was done."""
-    assert run_ranks(study, study.folder / "whole", 1) == [0], study.said()
-    whole, done = files_of(study.folder / "whole"), []
+    whole, done = files_of(study.whole()), list[str]()
     n_batches = study.batches()
     for sizes in ((2,), (3,), (1, 2), (2, 1), (3, 2)):
         output = study.folder / "-".join(map(str, sizes))

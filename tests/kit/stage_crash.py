@@ -2,11 +2,12 @@
 
 artifact/test_stage_crash.py runs it, by hand:
     python -m tests.kit.stage_crash FOLDER MODEL FACTS STAGE...
-As count_crash.py, whose faults these are: every run is a fork of a process that imported torch.
+As count_crash.py, whose faults these are: every run that is disturbed is a fork of this process.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import itertools
 import json
@@ -28,7 +29,7 @@ import relneuron.methods.gradients.edit
 import relneuron.model.load
 import relneuron.report.page
 from relneuron.cli import main as cli
-from tests.kit.count_crash import KILLED, Faults, code_of
+from tests.kit.count_crash import KILLED, Faults, code_of, run_here
 
 QUICK = ("--noise", 0, "--permutations", 0, "--bootstrap", 0, "--quiet")
 ASKED = ("--random-seeds", 1, "--quiet")
@@ -132,7 +133,7 @@ def killed(study: Study, stage: str, base: Path, stride: int) -> tuple[int, Path
     """
     whole = study.folder / stage
     shutil.copytree(base, whole)
-    assert study.run(study.words(stage, whole)) == 0, study.said()
+    assert run_here(study.words(stage, whole), study.folder / "said") == 0, study.said()
     expected = files_of(whole)
     assert not [name for name in expected if name.endswith((".tmp", ".journal", ".unfinished"))]
     for at in itertools.count(1, stride) if stride else ():
@@ -162,7 +163,7 @@ def main(*words: str) -> None:
     cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # once for all runs
     loaded = relneuron.model.load.load_model(str(model), device="cpu")
     tokenizer = relneuron.model.load.load_tokenizer(str(model))
-    relneuron.model.load.load_model = lambda *_, **__: loaded
+    relneuron.model.load.load_model = lambda *_, **__: copy.deepcopy(loaded)  # one edits its own
     relneuron.model.load.load_tokenizer = lambda *_, **__: tokenizer
     # What is killed is the writing of a page, not its making.
     relneuron.report.page.render = lambda page: "<html>"
