@@ -225,6 +225,7 @@ def nll(
             masks=len(masks),
             windows={group: texts.groups.count(group) for group in dict.fromkeys(texts.groups)},
             scored_tokens=sum(lengths),
+            batch_plan={"batch_tokens": options.batch_tokens, **evaluator.sizes},
             random_set_size=max(map(len, sets.values()), default=0) if random_sets else None,
             texts=notes,
             commands=corpus_command(

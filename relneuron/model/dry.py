@@ -50,6 +50,26 @@ class Dry:
         """Bytes of the weights and buffers, tied ones once."""
         return sum(stored(self.model).values())
 
+    @cached_property
+    def merged(self) -> int:
+        """Bytes of the weights that loading puts together of several of the checkpoint's.
+
+        The others are read where they lie in the file, which stays mapped, these with it.
+        """
+        try:
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+            kinds = get_checkpoint_conversion_mapping(self.model.config.model_type) or ()
+        except ImportError:
+            return 0
+        made = [
+            name
+            for kind in kinds
+            if any("*" in source for source in getattr(kind, "source_patterns", ()))
+            for name in kind.target_patterns
+        ]
+        return sum(n for name, n in stored(self.model).items() if any(m in name for m in made))
+
     @property
     def vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
@@ -99,6 +119,8 @@ class Dry:
         The process holds what this one does: Python, the libraries, the texts and their tokens.
         """
         told["host"] = {"process": base_bytes(), **told.get("host", {})}
+        if self.device == "cpu" and self.merged:
+            told["host"]["experts, of the file"] = self.merged
         told["tensors"] = {"weights": self.weights, **told.get("tensors", {})}
         about: Json = {"neurons": self.neurons, "layers": self.order.layers, "device": self.device}
         about["dtype"] = str(self.model.dtype).removeprefix("torch.")
@@ -180,7 +202,7 @@ class Work:
         self.forward(rows, 1, keys=keys)
 
     def peak(self, body: Any = None, *, cache: bool = True) -> int:
-        """Bytes of the tensors that the largest forward holds at once, by tracing it.
+        """Bytes that the tensors of the largest forward take at most, by tracing it.
 
         `body` is what is run in place of the model: it without its head.
         """
@@ -188,7 +210,8 @@ class Work:
         if not rows:
             return 0
         model = self.dry.model if body is None else body
-        return traced(model, rows, width, n_logits=n, cache=cache).peak_bytes
+        found = traced(model, rows, width, n_logits=n, cache=cache)
+        return found.kept_bytes if self.dry.device == "cpu" else found.peak_bytes
 
     @property
     def told(self) -> dict[str, Any]:

@@ -136,6 +136,24 @@ def kind_of(folder: Path, kinds: Sequence[PageKind]) -> PageKind:
     return kinds[0]
 
 
+def _need_tools() -> None:
+    need("a report", "jinja2", "matplotlib", "scipy")
+
+
+def load_tools() -> None:
+    """Load all that a page is made with, as making one does: for what a plan says of memory."""
+    _need_tools()
+    import scipy.stats
+
+    from relneuron.report.kit import figure, inline
+
+    with figure() as fig:
+        fig.subplots().set_title("a")
+        text = inline(fig, "plan", "").svg
+    assert text and scipy.stats
+    environment().get_template("report.html.j2")
+
+
 def make_page(
     folder: Path, kinds: Sequence[PageKind], titles: Mapping[str, str] | None = None
 ) -> Page:
@@ -143,7 +161,7 @@ def make_page(
 
     `titles` says what each ranking of neurons is, by its name.
     """
-    need("a report", "jinja2", "matplotlib", "scipy")
+    _need_tools()
     page: Page = load(kind_of(folder, kinds).build)(folder, titles or {})
     return replace(page, cards=cards_of(folder, Manifest(folder).data))
 

@@ -29,6 +29,7 @@ from relneuron.methods.responses.plan import place_of, plan_identify, plan_recor
 from relneuron.model.dry import Dry, Work, dry_model
 from relneuron.model.questions import encode
 from relneuron.model.targets import encode_targets
+from relneuron.report.page import load_tools
 from relneuron.study.facts import Facts
 from relneuron.study.run import check_asked, relations_of
 from relneuron.study.settings import RunOptions
@@ -82,7 +83,9 @@ def run(
         yield from _concepts(dry, relations, o, top)
     if "gain" in o.analyses:
         yield _gain(dry, wanted, o)
-    yield _ablate(dry, relations, Prompts.of(path, wanted, o.part(AblateOptions)), sentences, o)
+    ablated = _ablate(dry, relations, Prompts.of(path, wanted, o.part(AblateOptions)), sentences, o)
+    yield ablated
+    yield _report(dry, ablated)
 
 
 def _first_answers(dry: Dry, asked: Asked) -> Planned:
@@ -153,10 +156,19 @@ def _ablate(
         dry.tokenizer, dry.model, prompts, sets, options, dry.order.total, given=sentences
     )
     planned = plan_ablate(dry, prompts.asked, sets, texts, options, _how(sets, o), "effects.csv")
-    files = {**planned.files, "report.html": None, "analyses/*.csv": None}
     unsure = "--fdr says how many neurons a set has" if o.fdr is not None else ""
     notes = [*planned.notes, *([f"ablate: sets of the default --top; {unsure}"] if unsure else [])]
-    return replace(planned, files=files, notes=notes)
+    return replace(planned, notes=notes)
+
+
+def _report(dry: Dry, ablated: Planned) -> Planned:
+    """The page: what draws it is loaded here, too; its tables and texts are not told."""
+    load_tools()
+    return dry.planned(
+        "report",
+        {"conditions": ablated.reads["conditions"]},
+        files={"report.html": None, "analyses/*.csv": None},
+    )
 
 
 def _stand_ins(

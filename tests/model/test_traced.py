@@ -15,7 +15,7 @@ from relneuron.model.ask import cache_of
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.mlps.shape import model_shape
 from relneuron.model.plan import meta_model
-from relneuron.model.traced import Costs, takes_keep, traced
+from relneuron.model.traced import KEPT_BELOW, Costs, takes_keep, traced
 from relneuron.model.widths import told_shape
 from tests.conftest import FAMILIES, ROOT, tiny_model
 from tests.kit import experts
@@ -109,7 +109,16 @@ def test_held_bytes_are_those_that_the_allocator_sees(tmp_path: Path) -> None:
         chain = Chain()
     # The ids, the mask and the places are int64, and the sum of the mask that these are made of.
     ids = 3 * 8 * 10
-    assert traced(chain, 2, 5, cache=False).peak_bytes == ids + 4 * 10 * (8 + 64 + 64)
+    found = traced(chain, 2, 5, cache=False)
+    assert found.peak_bytes == ids + 4 * 10 * (8 + 64 + 64)
+    assert found.kept_bytes == 4 * found.peak_bytes // 3
+    # Where y and z are large, what stands beside them is kept apart: in the end x and the result.
+    n = 5 << 15
+    assert 4 * n * 8 < KEPT_BELOW < 4 * n * 64
+    found = traced(chain, n // 5, 5, cache=False)
+    assert found.peak_bytes == 3 * 8 * n + 4 * n * (8 + 64 + 64)
+    kept = 3 * 8 * n + 4 * n * (8 + 8)
+    assert found.kept_bytes == 4 * kept // 3 + 4 * n * (64 + 64)
 
 
 PLAN = """

@@ -125,7 +125,7 @@ def contrast(
                     f"{prompts_path} changed while it was read",
                     "leave it as it is meanwhile, and read it again with --force",
                 )
-            _finish(pair, prompts_path, folder, inputs, options, found, job.budget)
+            _finish(pair, prompts_path, folder, inputs, options, found, job)
     return Contrasted(found, tokens, perf_counter() - began)
 
 
@@ -151,7 +151,7 @@ def _finish(
     inputs: Json,
     options: ContrastOptions,
     found: Contrast,
-    budget: Budget,
+    job: ContrastJob,
 ) -> None:
     """Write the counters and the manifest; the checkpoint goes last."""
     if options.shard[1] == 1:
@@ -167,7 +167,7 @@ def _finish(
         nothing = Checkpoint(found.take([]), Position(None, 0, 0))
         write_checkpoint(folder / CHECKPOINT, inputs, nothing)
     found.write(path)
-    described, other = pair.described
+    (described, other), budget = pair.described, job.budget
     manifest = Manifest(folder)
     manifest.describe(
         versions=versions(),
@@ -184,6 +184,7 @@ def _finish(
         },
         batch_plan={
             "batch_tokens": options.batch_tokens,
+            **job.sizes,
             "order": "longest prompt first, within a batch by group",
             **({"plan_changed": f"{budget.tokens} tokens a forward"} if budget.notices else {}),
         },

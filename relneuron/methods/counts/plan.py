@@ -103,6 +103,7 @@ def count(
         **work.told,
         tensors={
             "activations": work.peak(dry.model.base_model, cache=False),
+            "gate, while it is counted": _gate_bytes(dry, work),
             "counters": n_counters + n_beside,
         },
         host={"counts": n_counters + n_beside},
@@ -114,6 +115,14 @@ def count(
         if options.examples is not None
         else [],
     )
+
+
+def _gate_bytes(dry: Dry, work: Work) -> int:
+    """What a gated MLP's own forward gives up before it has the product of gate and up."""
+    rows, width, _ = work.largest
+    is_gated = "up" in dry.order.widths and not dry.order.experts[0]
+    n_bytes = int(dry.model.dtype.itemsize)
+    return rows * width * dry.order.widths["gate"] * n_bytes * is_gated
 
 
 def _counters(

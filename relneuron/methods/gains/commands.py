@@ -30,12 +30,8 @@ def attribute(
     """`attribute --method gain`: says each relation's best neurons, and what zeroing cost."""
     from relneuron.methods.gains.attribute import attribute as attribute_stage
     from relneuron.model.load import load
-    from relneuron.texts.knowledge import read_knowledge
 
-    options.check_installed()
-    check_folder(output)
-    # What is wrong with them is said before the model is loaded.
-    read_knowledge(prompts, answers=options.target == "answer")
+    check(prompts, output, options)
     loaded, tokenizer = load(model, load_options)
     attribute_stage(
         model,
@@ -49,6 +45,15 @@ def attribute(
         quiet=quiet,
     )
     yield from attributed(output)
+
+
+def check(prompts: Path, output: Path, options: AttributeOptions) -> None:
+    """Raise for what can be refused before a model is loaded, or planned."""
+    from relneuron.texts.knowledge import read_knowledge
+
+    options.check_installed()
+    check_folder(output)
+    read_knowledge(prompts, answers=options.target == "answer")
 
 
 def attributed(folder: Path) -> Iterator[str | Printed]:

@@ -25,6 +25,7 @@ VALUE_KINDS = (
     "ffn_neuron",
     "attention_neuron",
 )
+WRITES = VALUE_KINDS[:4]
 QUERY_KINDS = ("query_layer", "query_ffn_neuron")
 KINDS = (*VALUE_KINDS, *QUERY_KINDS)
 MODES = ("certified", "exact")
@@ -36,7 +37,7 @@ FORMATS = ("csv", "parquet")
 
 
 def _asks_queries(o: AttributeOptions) -> bool:
-    return o.compare or bool({*o.kinds} & {*QUERY_KINDS})
+    return o.has_query
 
 
 _QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", _asks_queries)
@@ -137,6 +138,16 @@ class AttributeOptions(ShardOptions):
     def table(self) -> str:
         """The name of the table of scores."""
         return f"attributions.{self.format}"
+
+    @property
+    def has_query(self) -> bool:
+        """Whether query scores are taken."""
+        return self.compare or bool({*self.kinds} & {*QUERY_KINDS})
+
+    @property
+    def has_writes(self) -> bool:
+        """Whether layers, heads and positions are scored."""
+        return self.compare or bool({*self.kinds} & {*WRITES})
 
     def check_installed(self) -> None:
         """Refuse a table that cannot be written here, before any work."""

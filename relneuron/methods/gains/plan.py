@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from relneuron.artifact.files import check_folder
 from relneuron.artifact.gains import (
     COMPARISON,
     GAINS,
@@ -21,13 +20,14 @@ from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
 from relneuron.artifact.prompts import Prompt, check_copy, prompts_bytes
 from relneuron.methods.gains.attribute import refuse_outputs
+from relneuron.methods.gains.commands import check
 from relneuron.methods.gains.options import AttributeOptions
-from relneuron.methods.gains.scores import METHODS
+from relneuron.methods.gains.scores import METHODS, query_bytes
+from relneuron.methods.gains.values import write_bytes
 from relneuron.model.batches import plan_batches
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.questions import Questions
 from relneuron.model.targets import Targets, encode_targets, read_asked
-from relneuron.texts.knowledge import read_knowledge
 from relneuron.texts.tokens import token_text
 
 _NUMBER = 0.123456789  # as long as most scores are
@@ -45,10 +45,8 @@ def attribute(
     quiet: bool,
 ) -> Iterator[Planned]:
     """The plan of `attribute --method gain`, with its parameters."""
-    options.check_installed()
-    check_folder(output)
+    check(prompts, output, options)
     has_answers = options.target == "answer"
-    read_knowledge(prompts, answers=has_answers)
     dry = dry_model(model, load_options)
     everything, asked = read_asked(prompts, output, options.splits, answers=has_answers)
     targets = encode_targets(
@@ -94,7 +92,14 @@ def plan_attribute(
             f"the comparison asks the sentences that are known again, under {n_conditions} "
             "conditions at most"
         )
+    n_heads, head = _heads(dry)
     held = n_rows * width * dry.order.layers * _wide(dry) * dry.model.dtype.itemsize
+    scores = {"scores": 4 * n_rows * dry.order.layers * dry.order.widths["gate"]}
+    if options.has_writes:
+        n_writes = write_bytes(n_rows, width, n_heads, dry.order.widths["down"])
+        scores["vectors of positions"] = n_writes
+    if options.has_query:
+        scores["query scores"] = query_bytes(n_rows, dry.order, options.query_units)
     return dry.planned(
         "attribute",
         {"sentences": len(prompts)},
@@ -103,7 +108,8 @@ def plan_attribute(
         tensors={
             "activations": work.peak(cache=False),
             "what a batch writes": held,
-            "scores": 4 * n_rows * dry.order.layers * dry.order.widths["gate"],
+            "the head with the last norm": 4 * dry.vocabulary * dry.order.widths["down"],
+            **scores,
         },
         host={"gains, of the disk": n_gains},
         files=files,
@@ -113,10 +119,15 @@ def plan_attribute(
 
 def _wide(dry: Dry) -> int:
     """What a trace keeps of a token and layer: the stream twice, two writes, neurons, values."""
+    n_heads, head = _heads(dry)
+    return 4 * dry.order.widths["down"] + dry.order.widths["gate"] + n_heads * head
+
+
+def _heads(dry: Dry) -> tuple[int, int]:
+    """How many heads a layer's attention has, and how wide one is."""
     config = dry.model.config.get_text_config()
-    n_heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    return int(4 * config.hidden_size + dry.order.widths["gate"] + n_heads * head)
+    n_heads = int(config.num_attention_heads)
+    return n_heads, int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
 
 
 def _targets(dry: Dry, prompts: Sequence[Prompt], targets: Targets) -> bytes:
@@ -139,9 +150,7 @@ def _table_bytes(
     """About the size of attributions.csv; None of a table that is packed."""
     if options.format != "csv":
         return None
-    config = dry.model.config.get_text_config()
-    n_layers, n_heads = dry.order.layers, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    n_layers, (n_heads, head) = dry.order.layers, _heads(dry)
     width, size = max(map(dry.active, range(n_layers))), 0
     for prompt, ids in zip(prompts, targets.ids, strict=True):
         n = len(ids)

@@ -19,7 +19,7 @@ from relneuron.artifact.files import Json, RelneuronError
 from relneuron.artifact.gains import Row, best_first, number, rows_text
 from relneuron.artifact.prompts import Prompt
 from relneuron.methods.gains.comparison import Sizes, TargetRanks, choose
-from relneuron.methods.gains.options import QUERY_KINDS, AttributeOptions
+from relneuron.methods.gains.options import AttributeOptions
 from relneuron.methods.gains.scores import QueryScores, query_scores
 from relneuron.methods.gains.targets import keep as knows
 from relneuron.methods.gains.targets import type_tokens
@@ -32,7 +32,6 @@ from relneuron.ops.logprob_gain.op import TopGains
 GAIN_TOLERANCE = 1e-5  # nats, of the gains that the comparison ranks neurons by
 N_BEST = 10  # a neuron counts as one of a sentence's best up to this rank
 NEURONS = ("ffn_neuron", "attention_neuron", "query_ffn_neuron")
-WRITES = ("ffn_layer", "attention_layer", "head", "position")
 
 Array = np.ndarray[Any, Any]
 
@@ -79,8 +78,7 @@ class Scorer:
         self.residual, self.sentences, self.options = residual, sentences, options
         self.sizes, self.backend = sizes, backend
         asked, compare = set(options.kinds), options.compare
-        self.has_query = compare or bool(asked & {*QUERY_KINDS})
-        self.has_writes = compare or bool(asked & {*WRITES})
+        self.has_query, self.has_writes = options.has_query, options.has_writes
         of_ffn, of_attention = (
             self.has_query and options.query_of == n for n in ("ffn", "attention")
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.neurons import Shape
 from relneuron.model.stream.parts import QUERY_KEYS, ResidualModel
 from relneuron.model.stream.trace import Trace
 from relneuron.ops.logprob_gain.op import TopGains, logprob_gain
@@ -131,6 +132,14 @@ def query_scores(
                 neurons[:, i, own].index_add_(0, readers.sentence, products)
     dtype = residual.unembed.dtype
     return QueryScores(layers.to(dtype), neurons.to(dtype), coefficients.to(dtype))
+
+
+def query_bytes(n_sentences: int, shape: Shape, n_units: int) -> int:
+    """About what `query_scores` holds beside its trace: its float64 numbers, of 8 bytes each."""
+    width, hidden, n = shape.widths["gate"], shape.widths["down"], n_sentences * n_units
+    step = min(width, max(1, _SCRATCH // max(n, hidden)))  # neurons at a time
+    tables = 2 * n_sentences * shape.layers * width
+    return 8 * (n * hidden + step * hidden + 3 * n * step + tables)
 
 
 def _read_units(

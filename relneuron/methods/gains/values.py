@@ -224,6 +224,12 @@ def _writes(
     return gains[:, 0], gains[:, 1], gains[:, 2 : 2 + n_heads], position
 
 
+def write_bytes(n_sentences: int, n_tokens: int, n_heads: int, hidden: int) -> int:
+    """What the scores of writes hold at most: float32 vectors of all positions, and a copy."""
+    numbers = n_tokens * n_heads * hidden
+    return 2 * 4 * min(n_sentences, max(1, _VECTORS // max(1, numbers))) * numbers
+
+
 # --- neurons ---------------------------------------------------------------------------------
 
 

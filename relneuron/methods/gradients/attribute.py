@@ -59,6 +59,18 @@ from relneuron.texts.tokens import policy_text, target_notices
 Array = np.ndarray[Any, Any]
 
 
+def _journal_path(folder: Path, method: str) -> Path:
+    return folder / f"attribute_{method}.journal"
+
+
+def refuse_outputs(folder: Path, method: str, force: bool) -> None:
+    """Raise if a file that the stage writes exists, unless `force` or a killed run left it."""
+    is_done = f"attribute_{method}" in Manifest(folder).data["stages"]
+    force = force or (_journal_path(folder, method).exists() and not is_done)
+    for file in (FILES[method], *([COMPLETENESS] if method == IG else [])):
+        refuse_overwrite(folder / file, force)
+
+
 def attribute(
     name: str,
     model: Any,
@@ -99,14 +111,11 @@ def attribute(
         "tokens": json_digest([targets.ids, targets.tokens or targets.targets]),
         **options.recorded(),
     }
-    path = folder / f"{stage}.journal"
-    manifest = Manifest(folder)
-    if manifest.is_done(stage, inputs, apart=("count", "contrast"), force=force):
+    path = _journal_path(folder, method)
+    if Manifest(folder).is_done(stage, inputs, apart=("count", "contrast"), force=force):
         path.unlink(missing_ok=True)
         return
-    may = force or (path.exists() and stage not in manifest.data["stages"])
-    for file in (written, *([COMPLETENESS] if method == IG else [])):
-        refuse_overwrite(folder / file, may)
+    refuse_outputs(folder, method, force)
     check_recorded(folder, prompts_path, copy, described)
     check_copy(folder / "prompts.jsonl", prompts_path, copy, force)
     replaced = end_of_text(tokenizer) if getattr(options, "baseline", "") == "replaced" else None

@@ -30,16 +30,21 @@ def attribute(
     """Says each relation's best neurons, and how far the gradients' sums are from the change."""
     from relneuron.methods.gradients.attribute import attribute as attribute_stage
     from relneuron.model.load import load
+
+    check(prompts, output, options, load_options)
+    loaded, tokenizer = load(model, load_options)
+    attribute_stage(model, loaded, tokenizer, prompts, output, options, force=force, quiet=quiet)
+    yield from attributed(output, method)
+
+
+def check(prompts: Path, output: Path, options: GradientOptions, load_options: LoadOptions) -> None:
+    """Raise for what can be refused before a model is loaded, or planned."""
     from relneuron.texts.knowledge import read_knowledge
 
     if load_options.backend != "auto":
         refuse_stray("--backend", "with --method gain")
     check_folder(output)
-    # What is wrong with them is said before the model is loaded.
     read_knowledge(prompts, answers=options.target == "answer")
-    loaded, tokenizer = load(model, load_options)
-    attribute_stage(model, loaded, tokenizer, prompts, output, options, force=force, quiet=quiet)
-    yield from attributed(output, method)
 
 
 def attributed(folder: Path, method: str) -> Iterator[str]:

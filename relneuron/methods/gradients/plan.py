@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from relneuron.artifact.files import RelneuronError, check_folder, csv_bytes, refuse_overwrite
+from relneuron.artifact.files import RelneuronError, csv_bytes
 from relneuron.artifact.gradients import (
     COMPLETENESS,
     COMPLETENESS_COLUMNS,
@@ -14,17 +14,18 @@ from relneuron.artifact.gradients import (
     RELEVANCE,
     gradients_bytes,
 )
-from relneuron.artifact.options import LoadOptions, refuse_stray
+from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
 from relneuron.artifact.prompts import Prompt, check_copy, prompts_bytes
 from relneuron.methods.gradients.asking import asked_lengths, end_of_text
+from relneuron.methods.gradients.attribute import refuse_outputs
+from relneuron.methods.gradients.commands import check
 from relneuron.methods.gradients.options import GradientOptions, IgOptions
 from relneuron.model.batches import cut
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.gradients.reference import alphas
 from relneuron.model.mlps.shape import refuse_sites
 from relneuron.model.targets import Targets, encode_targets, read_asked
-from relneuron.texts.knowledge import read_knowledge
 
 _NUMBER = f"{0.123456789:.9g}"  # as long as most scores are
 
@@ -41,11 +42,8 @@ def attribute(
     quiet: bool,
 ) -> Iterator[Planned]:
     """The plan of `attribute --method ig` and `--method relevance`, with their parameters."""
-    if load_options.backend != "auto":
-        refuse_stray("--backend", "with --method gain")
-    check_folder(output)
+    check(prompts, output, options, load_options)
     has_answers = options.target == "answer"
-    read_knowledge(prompts, answers=has_answers)
     dry = dry_model(model, load_options)
     everything, asked = read_asked(prompts, output, options.splits, answers=has_answers)
     refuse_sites(dry.shape, [options.site] if options.site in ("up", "gate") else [])
@@ -56,10 +54,7 @@ def attribute(
         )
     targets = encode_targets(dry.tokenizer, dry.model, asked, answers=has_answers)
     lengths = asked_lengths(dry.model, asked, targets, options)
-    own = IG if isinstance(options, IgOptions) else RELEVANCE
-    for file in (FILES[own], *([COMPLETENESS] if own == IG else [])):
-        is_begun = (output / f"attribute_{own}.journal").exists()
-        refuse_overwrite(output / file, force or is_begun)
+    refuse_outputs(output, IG if isinstance(options, IgOptions) else RELEVANCE, force)
     copy = prompts_bytes(everything)
     check_copy(output / "prompts.jsonl", prompts, copy, force)
     if getattr(options, "baseline", "") == "replaced":
