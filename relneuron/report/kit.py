@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import RendererSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -129,7 +130,7 @@ class Drawing:
             self.figure.savefig(
                 buffer,
                 format="svg",
-                bbox_inches=sheet or "tight",
+                bbox_inches=sheet or self._whole(),
                 facecolor=PAPER if sheet else "none",
                 metadata={"Date": None},
             )
@@ -141,6 +142,14 @@ class Drawing:
         svg = re.sub(r">\s+<", "><", svg)
         about = f'role="img" aria-label="{self.alt}" font-family="{FONTS}"'
         return svg.replace("<svg", f"<svg {about}", 1)
+
+    def _whole(self) -> Bbox:
+        """What savefig finds for "tight", in inches, without drawing all for it once before."""
+        dpi, self.figure.dpi = self.figure.dpi, 72  # of a svg
+        renderer: Any = RendererSVG  # of no types
+        box = self.figure.get_tightbbox(renderer(*self.figure.bbox.size, io.StringIO()))
+        self.figure.dpi = dpi
+        return box.padded(mpl.rcParams["savefig.pad_inches"])
 
 
 def inline(fig: Figure, stem: str, alt: str, table: Table | None = None) -> Drawing:
