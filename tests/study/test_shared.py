@@ -62,11 +62,11 @@ def test_responses_come_together_in_the_memory_of_the_first_process(
 
 @pytest.mark.slow
 @needs_gloo
-@pytest.mark.parametrize(("what", "n", "hit"), [("stages", 3, 10), ("others", 2, 4), ("run", 2, 1)])
+@pytest.mark.parametrize(("what", "n", "hit"), [("stages", 3, 21), ("others", 2, 8), ("run", 2, 2)])
 def test_any_of_them_is_killed(
     tmp_path: Path, model_folder: Path, fact_folder: Path, what: str, n: int, hit: int
 ) -> None:
-    """All others end, and go on in another number; some kills hit none at work."""
+    """All others end, and go on in another number; a kill that hits none at work is tried again."""
     done = found(tmp_path, model_folder, fact_folder, what, n)
     assert sum(done.values()) >= hit, done
 
