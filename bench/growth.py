@@ -117,9 +117,9 @@ AXES = {
         "relations", World(relations=16, facts=256), STUDY, cells=("report",), halved="facts"
     ),
     "conditions": Axis("conditions", World(conditions=256), ("ablate", "report"), ("prompts",)),
-    # More groups than a page draws whole.
+    # More groups than a page draws whole; a text is two windows, so that there are always as many.
     "groups": Axis(
-        *("groups", World(groups=64, texts=16), CORPUS),
+        *("groups", World(groups=64, texts=16, words=2 * WINDOW - 1), CORPUS),
         cells=("report nll",),
         halved="texts",
     ),
