@@ -22,8 +22,8 @@ Of memory `bytes_per_n` says, whatever the curve, what one more of n takes (a fa
 four relations, a condition, ...): the difference of the peaks of the largest and the smallest size
 by that of n.
 
-A stage whose result is itself a matrix (the page of R relations under R sets, of G texts under G
-masks) is fitted against its cells, R^2; its rows say so in `of`.
+A stage whose result is itself a matrix (the page of R relations under R sets, the NLL of G groups
+under G masks) is fitted against its cells, R^2; its rows say so in `of`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ AXES = {
     # More groups than a page draws whole; a text is two windows, so that there are always as many.
     "groups": Axis(
         *("groups", World(groups=64, texts=16, words=2 * WINDOW - 1), CORPUS),
-        cells=("report nll",),
+        cells=("nll", "report nll"),
         halved="texts",
     ),
     "layers": Axis("layers", World(facts=256, width=256), (*STUDY[1:4], "count"), ("prompts",)),

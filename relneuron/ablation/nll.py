@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from relneuron.artifact.files import (
     Json,
     RelneuronError,
     atomic_write,
-    csv_bytes,
+    csv_pieces,
     refuse_overwrite,
     sha256,
 )
@@ -208,8 +208,8 @@ def nll(
         if ranks.rank:
             return cells
         written = {
-            output: csv_bytes(COLUMNS, cells),
-            folder / "nll_windows.csv": csv_bytes(WINDOWS, window_rows(masks, texts, values)),
+            output: csv_pieces(COLUMNS, cells),
+            folder / "nll_windows.csv": csv_pieces(WINDOWS, window_rows(masks, texts, values)),
         }
         for file, data in written.items():
             atomic_write(file, data)
@@ -244,12 +244,13 @@ def nll(
 
 def summarise(masks: Sequence[str], texts: Texts, values: Array) -> list[Cell]:
     """The cells of the matrix, by mask and group, from values (masks, windows) in nats."""
-    groups = np.array(texts.groups)
-    n_tokens = np.array([len(ids) - 1 for ids in texts.ids])
+    windows: dict[str, list[int]] = {}
+    for i, group in enumerate(texts.groups):
+        windows.setdefault(group, []).append(i)
+    n_tokens = {name: sum(len(texts.ids[i]) - 1 for i in some) for name, some in windows.items()}
     cells = []
     for mask, row in zip(masks, values, strict=True):
-        for group in dict.fromkeys(texts.groups):
-            inside = groups == group
+        for group, inside in windows.items():
             some = row[inside]
             mean = float(some.mean())
             error = float(some.std(ddof=1) / math.sqrt(some.size)) if some.size > 1 else None
@@ -258,7 +259,7 @@ def summarise(masks: Sequence[str], texts: Texts, values: Array) -> list[Cell]:
                     mask,
                     group,
                     some.size,
-                    int(n_tokens[inside].sum()),
+                    n_tokens[group],
                     mean,
                     error,
                     math.exp(mean) if not mean > 709 else math.inf,
@@ -267,14 +268,13 @@ def summarise(masks: Sequence[str], texts: Texts, values: Array) -> list[Cell]:
     return cells
 
 
-def window_rows(masks: Sequence[str], texts: Texts, values: Array) -> list[tuple[Any, ...]]:
+def window_rows(masks: Sequence[str], texts: Texts, values: Array) -> Iterator[tuple[Any, ...]]:
     """The rows of nll_windows.csv."""
+    first: dict[str, int] = {}
     about = [
-        (group, i - texts.groups.index(group), len(ids) - 1)
+        (group, i - first.setdefault(group, i), len(ids) - 1)
         for i, (group, ids) in enumerate(zip(texts.groups, texts.ids, strict=True))
     ]
-    return [
-        (mask, *one, value)
-        for mask, row in zip(masks, values.tolist(), strict=True)
-        for one, value in zip(about, row, strict=True)
-    ]
+    for mask, row in zip(masks, values, strict=True):
+        for one, value in zip(about, row.tolist(), strict=True):
+            yield mask, *one, value
