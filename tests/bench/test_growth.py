@@ -95,7 +95,7 @@ def test_sizes_double_and_matrices_are_fitted_by_their_cells() -> None:
     }
     rows = growth.rows_of("groups", axis, costs)
     by_stage = {row["stage"]: (row["of"], row["time_exponent"]) for row in rows}
-    assert by_stage["nll"] == ("n", 2.0)
+    assert by_stage["count"] == ("n", 2.0)
     assert by_stage["report nll"] == ("cells", 1.0)
     assert not any(math.isnan(float(str(row["time_last"]))) for row in rows)
     assert {row["bytes_per_n"] for row in rows} == {(12**2 - 3**2) // (12 - 3)}
