@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ from filelock import FileLock
 torch.set_num_threads(1)
 # No test cuts the power, and waiting for the disk is a third of the time that they take.
 os.fsync = lambda handle: None  # type: ignore[assignment]
+# A shell has what it starts in the background deaf to Ctrl-C, and all that this starts, too.
+is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+if is_deaf and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, later
 
