@@ -1,4 +1,4 @@
-"""Nothing large waits for Python's garbage collector, which the command line has come seldom."""
+"""Nothing large waits for Python's garbage collector, which the command line seldom runs."""
 
 from __future__ import annotations
 

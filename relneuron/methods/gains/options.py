@@ -17,15 +17,8 @@ from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import ShardOptions
 
 # What a row of attributions.csv can score, in the table's order.
-VALUE_KINDS = (
-    "ffn_layer",
-    "attention_layer",
-    "head",
-    "position",
-    "ffn_neuron",
-    "attention_neuron",
-)
-WRITES = VALUE_KINDS[:4]
+WRITES = ("ffn_layer", "attention_layer", "head", "position")
+VALUE_KINDS = (*WRITES, "ffn_neuron", "attention_neuron")
 QUERY_KINDS = ("query_layer", "query_ffn_neuron")
 KINDS = (*VALUE_KINDS, *QUERY_KINDS)
 MODES = ("certified", "exact")
@@ -35,12 +28,7 @@ KEEP = ("all", "known")
 TARGETS = ("answer", "prediction")
 FORMATS = ("csv", "parquet")
 
-
-def _asks_queries(o: AttributeOptions) -> bool:
-    return o.has_query
-
-
-_QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", _asks_queries)
+_QUERIES = Only("with --compare or --kinds query_layer,query_ffn_neuron", lambda o: o.has_query)
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ class AttributeOptions(ShardOptions):
         "gate",
         "Key of a neuron with --query-of ffn.",
         choices=KEYS,
-        only=Only("with --query-of ffn", lambda o: o.query_of == "ffn" and _asks_queries(o)),
+        only=Only("with --query-of ffn", lambda o: o.query_of == "ffn" and o.has_query),
     )
     center_keys: bool = option(
         True,
@@ -166,7 +154,7 @@ def check_heads(model: str, why: str | None, options: AttributeOptions) -> None:
     """Refuse what needs heads of a model where they are not told apart, for the reason `why`."""
     by_heads = ("head", "position", "attention_neuron")
     asked = [kind for kind in options.kinds if kind in by_heads]
-    if _asks_queries(options) and options.query_of == "attention":
+    if options.has_query and options.query_of == "attention":
         asked.append("query scores of attention neurons")
     if why is not None and asked:
         rest = ",".join(kind for kind in KINDS if kind not in by_heads)
