@@ -31,6 +31,11 @@ COMPLETENESS = "completeness.csv"
 COMPLETENESS_COLUMNS = (
     *("id", "relation", "layer", "probability", "probability_at_baseline", "change", "sum", "gap"),
 )
+EDIT = "edit.csv"  # what `edit` did
+EDIT_COLUMNS = (
+    *("measure", "n", "before", "before_low", "before_high"),
+    *("after", "after_low", "after_high"),
+)
 
 Array = np.ndarray[Any, Any]
 

@@ -32,13 +32,20 @@ from relneuron.artifact.gains import (
     TARGETS,
 )
 from relneuron.artifact.gains import MADE_BY as ATTRIBUTE
-from relneuron.artifact.gradients import COMPLETENESS, COMPLETENESS_COLUMNS, FILES, IG, RELEVANCE
+from relneuron.artifact.gradients import (
+    COMPLETENESS,
+    COMPLETENESS_COLUMNS,
+    EDIT,
+    EDIT_COLUMNS,
+    FILES,
+    IG,
+    RELEVANCE,
+)
 from relneuron.artifact.gradients import made_by as gradients_by
 from relneuron.methods.contrast.classify import MADE_BY as PROBE
 from relneuron.methods.contrast.classify import PREDICTIONS, Scored
 from relneuron.methods.contrast.study import EFFECT
 from relneuron.methods.counts.rises import NLL, WINDOWS
-from relneuron.methods.gradients.editing import COLUMNS, MEASURES
 from relneuron.methods.gradients.scored import FACT_COLUMNS, FACTS
 
 _RECORD = "record MODEL prompts.jsonl -o DIR"
@@ -219,5 +226,5 @@ HELD = {
         f"effect outputs.jsonl -o DIR/{EFFECT} --cost COST",
         Effect._fields[:9],
     ),
-    "edits": Held("what an edit changed", (MEASURES,), _EDIT, COLUMNS),
+    "edits": Held("what an edit changed", (EDIT,), _EDIT, EDIT_COLUMNS),
 }

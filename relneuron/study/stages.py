@@ -46,7 +46,7 @@ _HOMES = {
     "RelevanceOptions": "methods.gradients.options:RelevanceOptions",
     "identify_gradients": "methods.gradients.rank:identify_gradients",
     "edit": "methods.gradients.edit:edit_model",
-    "EditOptions": "methods.gradients.editing:EditOptions",
+    "EditOptions": "methods.gradients.options:EditOptions",
     "load_pair": "model.pair:load_pair",
     "contrast": "methods.contrast.contrast:contrast",
     "ContrastOptions": "methods.contrast.options:ContrastOptions",

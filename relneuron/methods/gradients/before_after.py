@@ -24,7 +24,7 @@ from relneuron.artifact.effects import fact_numbers
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
 from relneuron.artifact.prompts import Prompt
-from relneuron.methods.gradients.editing import EditOptions
+from relneuron.methods.gradients.options import EditOptions
 from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget, plan_batches
 from relneuron.model.questions import Questions, encode, is_correct

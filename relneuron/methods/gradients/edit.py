@@ -25,6 +25,7 @@ from relneuron.artifact.files import (
     unfinished,
     writing,
 )
+from relneuron.artifact.gradients import EDIT, EDIT_COLUMNS
 from relneuron.artifact.journal import progress_bar
 from relneuron.artifact.manifest import Manifest, checked, locked, same_model, versions
 from relneuron.artifact.neurons import NeuronFile, check_neurons
@@ -37,7 +38,7 @@ from relneuron.methods.gradients.before_after import (
     questions_of,
     texts_of,
 )
-from relneuron.methods.gradients.editing import COLUMNS, MEASURES, EditOptions
+from relneuron.methods.gradients.options import EditOptions
 from relneuron.model.ask import Asker
 from relneuron.model.batches import Budget
 from relneuron.model.identity import other_weights, tokenizer_digest
@@ -139,12 +140,12 @@ def edit_model(
             shutil.rmtree(work)
         _save(model, tokenizer, work)
         found = sorted(path.name for path in work.iterdir())
-        files = [output / file for file in (*found, MEASURES)]
+        files = [output / file for file in (*found, EDIT)]
         with writing("edit", output, files):
             for file in found:
                 (work / file).replace(output / file)
             work.rmdir()
-            atomic_write(output / MEASURES, csv_bytes(COLUMNS, measures(asked, before, after)))
+            atomic_write(output / EDIT, csv_bytes(EDIT_COLUMNS, measures(asked, before, after)))
             manifest = Manifest(output)
             edited = describe_model(str(output.name), model, mlps, backend)
             manifest.describe(

@@ -1,6 +1,6 @@
-"""What `attribute --method ig` and `--method relevance` are asked for.
+"""What `attribute --method ig`, `--method relevance` and `edit` are asked for.
 
-The stage and its command read them; `methods/gains/options.py` has those of `--method gain`.
+The stages and their commands read them; `methods/gains/options.py` has those of `--method gain`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from relneuron.artifact.options import Only, option
+from relneuron.artifact.options import Only, OomOptions, option
 from relneuron.artifact.papers import ATTNLRP
 from relneuron.artifact.prompts import SPLITS
 from relneuron.texts.options import ShardOptions
@@ -105,3 +105,37 @@ class RelevanceOptions(GradientOptions):
         choices=RULES,
         papers={"conservative": ATTNLRP},
     )
+
+
+@dataclass(frozen=True)
+class EditOptions(OomOptions):
+    """Which sets are edited, and how; the factors are those of arXiv 2104.08696, section 5.1."""
+
+    PANEL = "The edit"
+
+    sets: Sequence[str] | None = option(
+        None,
+        "Set of neurons to edit, of a relation or a fact; may be given several times. Default: "
+        "all.",
+        repeats=True,
+    )
+    to: str | None = option(
+        None, "New answer of what the sets are about; without it their neurons are erased."
+    )
+    old_factor: float = option(
+        1.0,
+        "How much of the old answer's embedding is taken from each value vector.",
+        only=Only("with --to", lambda o: o.to is not None),
+    )
+    new_factor: float = option(
+        8.0,
+        "How much of the new answer's embedding is added to each value vector.",
+        only=Only("with --to", lambda o: o.to is not None),
+    )
+    embedding: str = option(
+        "output",
+        "Embedding of the answers, where a model has two: output (the unembedding) or input.",
+        choices=("output", "input"),
+        only=Only("with --to", lambda o: o.to is not None),
+    )
+    batch_tokens: int = option(4096, "Tokens of a batch, padding included.", least=1)

@@ -16,8 +16,8 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.prompts import Prompt, fact_name
 from relneuron.artifact.reading import read_csv
-from relneuron.methods.gradients.edit import edit_model
-from relneuron.methods.gradients.editing import COLUMNS, MEASURES, EditOptions
+from relneuron.methods.gradients.edit import EDIT, EDIT_COLUMNS, edit_model
+from relneuron.methods.gradients.options import EditOptions
 from relneuron.model.load import load_model, load_tokenizer
 from relneuron.texts.neutral import read_sentences
 from tests.kit.files import read_rows
@@ -53,7 +53,7 @@ def edit(study: Study, folder: Path, output: Path, of: Any, **asked: Any) -> lis
     options = EditOptions(**asked)
     prompts = study.folder / "prompts.jsonl"
     edit_model("m", model, study.tokenizer, path, prompts, output, options, quiet=True)
-    return [dict(row) for row in read_csv(output / MEASURES, COLUMNS)]
+    return [dict(row) for row in read_csv(output / EDIT, EDIT_COLUMNS)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,7 +83,7 @@ def test_erased_vectors_are_zero_and_nothing_else_changes(
     for before, after in other_columns(model_folder, output, NEURONS).values():
         assert before.any() and not after.any()
     # An ordinary folder: configuration, weights, tokenizer.
-    assert {"config.json", "model.safetensors", "tokenizer.json", MEASURES} <= {
+    assert {"config.json", "model.safetensors", "tokenizer.json", EDIT} <= {
         path.name for path in output.iterdir()
     }
     assert (

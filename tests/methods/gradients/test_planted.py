@@ -22,9 +22,8 @@ from relneuron.artifact.prompts import Prompt, fact_name, prompts_bytes
 from relneuron.artifact.reading import read_csv
 from relneuron.methods.gradients.attribute import attribute
 from relneuron.methods.gradients.choices import ConsistencyOptions, KnowledgeOptions, QueryOptions
-from relneuron.methods.gradients.edit import edit_model
-from relneuron.methods.gradients.editing import COLUMNS, MEASURES, EditOptions
-from relneuron.methods.gradients.options import IgOptions
+from relneuron.methods.gradients.edit import EDIT, EDIT_COLUMNS, edit_model
+from relneuron.methods.gradients.options import EditOptions, IgOptions
 from relneuron.methods.gradients.rank import identify_gradients
 from relneuron.model.load import load_model, load_tokenizer
 
@@ -139,7 +138,7 @@ def test_erased_by_edit_the_fact_is_lost_and_the_others_stay(study: Path, tmp_pa
     options = EditOptions(sets=(first,))
     n = edit_model("m", *loaded, path, study / "s" / "prompts.jsonl", output, options, quiet=True)
     assert n == 2
-    rows = {row["measure"]: row for row in read_csv(output / MEASURES, COLUMNS)}
+    rows = {row["measure"]: row for row in read_csv(output / EDIT, EDIT_COLUMNS)}
     for name in ("reliability", "generalization"):
         assert (float(rows[name]["before"]), float(rows[name]["after"])) == (0, 1)
     assert float(rows["locality"]["after"]) == 1 and rows["locality"]["n"] == "6"
@@ -153,7 +152,7 @@ def test_moved_by_edit_the_fact_has_its_new_answer(study: Path, tmp_path: Path) 
     loaded = load_model(str(study / "model")), load_tokenizer(str(study / "model"))
     options = EditOptions(sets=("lives_in/Ann",), to="Oslo")
     edit_model("m", *loaded, path, study / "s" / "prompts.jsonl", output, options, quiet=True)
-    rows = {row["measure"]: row for row in read_csv(output / MEASURES, COLUMNS)}
+    rows = {row["measure"]: row for row in read_csv(output / EDIT, EDIT_COLUMNS)}
     assert float(rows["prob_new"]["before"]) < 0.1 < 0.5 < float(rows["prob_new"]["after"])
     assert float(rows["locality"]["after"]) == 1
 
