@@ -1,4 +1,4 @@
-"""Every fault of tests/mutants.py has its text once in its module, and a test that is there."""
+"""Every fault of tests/mutants has its text once in its module, and a test that is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import ast
 import pytest
 
 from tests.conftest import ROOT
-from tests.mutants import MUTANTS, module_of
+from tests.mutants import MUTANTS, ROOMS
+from tests.mutants.mutant import module_of
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -20,3 +21,8 @@ def test_a_fault_can_be_put_in_and_its_test_is_there(name: str) -> None:
     file, _, test = mutant.test.partition("::")
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     assert test.partition("[")[0] in {getattr(node, "name", "") for node in tree.body}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_fault_stands_in_the_file_of_its_room(room: str) -> None:
+    assert {name.partition(".")[0] for name in ROOMS[room]} == {room}
