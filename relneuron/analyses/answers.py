@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,30 +129,47 @@ def errors(grid: Grid, prompts: Mapping[str, Prompt]) -> Table:
     another's, in the prompt's language. most_common: the most frequent wrong answer, of equals the
     first in alphabetical order.
     """
-    objects: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    named: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for prompt in prompts.values():
-        objects[prompt.language][prompt.relation].update(map(fold, prompt.objects))
+        folded = [fold(one) for one in prompt.objects]
+        for key in ((prompt.language, prompt.relation), (prompt.language,)):
+            named[key].update(folded)
+    objects = {key: sorted(some) for key, some in named.items()}
     rows: list[Row] = []
     for relation, off in own_sets(grid).items():
         places = _places(grid, relation, off, 0)
         given = [(grid.prediction[off][i], prompts[grid.ids[i]]) for i in places]
-        kinds = Counter(kind_of_error(text, p, objects[p.language]) for text, p in given)
+        kinds = Counter(
+            kind_of_error(text, p, objects[p.language, p.relation], objects[p.language,])
+            for text, p in given
+        )
         common = Counter(text for text, _ in given)
         text, n = min(common.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
         rows.append([relation, len(places), *(kinds[kind] for kind in ERROR_KINDS), text, n])
     return Table("What lost answers become", ERRORS, rows)
 
 
-def kind_of_error(text: str, prompt: Prompt, objects: Mapping[str, set[str]]) -> str:
-    """The kind of a wrong answer to `prompt`; `objects`: the folded objects by relation."""
+def kind_of_error(
+    text: str, prompt: Prompt, objects: Sequence[str], all_objects: Sequence[str]
+) -> str:
+    """The kind of a wrong answer to `prompt`.
+
+    `objects`, `all_objects`: the folded objects of its relation and of all of its language, sorted.
+    """
     words = fold(text)
     if not words:
         return "empty"
     if ARTICLE.fullmatch(words):
         return "article"
-    if re.search(rf"(?<!\w){re.escape(words)}(?!\w)", fold(prompt.prompt)):
+    question = fold(prompt.prompt)
+    if words in question and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", question):
         return "repeats_prompt"
-    begun = [name for name, some in objects.items() if any(o.startswith(words) for o in some)]
-    if prompt.relation in begun:
+    if _begins_one(words, objects):
         return "same_relation"
-    return "other_relation" if begun else "other"
+    return "other_relation" if _begins_one(words, all_objects) else "other"
+
+
+def _begins_one(words: str, ordered: Sequence[str]) -> bool:
+    """Whether one of some sorted texts begins with `words`: the first that is not before them."""
+    place = bisect_left(ordered, words)
+    return place < len(ordered) and ordered[place].startswith(words)

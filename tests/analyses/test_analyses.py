@@ -363,8 +363,8 @@ def test_resilience_by_hand() -> None:
 )
 def test_kinds_of_errors(text: str, kind: str) -> None:
     prompt = Prompt("ceo.0", "ceo", "eva", "en", "{}", "Apple", "Tim Cook", "Apple? the CEO is")
-    objects = {"ceo": {"tim cook", "satya nadella"}, "hq": {"redmond", "satu mare"}}
-    assert kind_of_error(text, prompt, objects) == kind
+    own, other = ["satya nadella", "tim cook"], ["redmond", "satu mare"]
+    assert kind_of_error(text, prompt, own, sorted(own + other)) == kind
 
 
 def test_errors_by_hand() -> None:

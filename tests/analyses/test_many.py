@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from relneuron import analyses
 from relneuron.analyses import MOST_SETS, compared
+from relneuron.analyses.answers import kind_of_error
 from relneuron.analyses.outcomes import effects, outcomes
 from relneuron.analyses.page import build
 from relneuron.analyses.sections import MOST_COLUMNS, costliest
@@ -18,6 +21,7 @@ from relneuron.analyses.uncertainty import signed_rank_ps, signed_rank_rows
 from relneuron.artifact.effects import Condition, Grid, read_effects
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Neuron
+from relneuron.artifact.prompts import Prompt
 from relneuron.methods.counts.rises import read_windows
 from relneuron.report import kit
 from relneuron.report.figures import layers_plot
@@ -188,3 +192,34 @@ def test_a_window_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("\n".join([*rows, "clean,a,0,8,1.0"]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="twice"):
         read_windows(path)
+
+
+class Looked(Sequence[str]):
+    """Texts that count how often one of them is looked at."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts, self.n = texts, 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, place: Any) -> Any:
+        self.n += 1
+        return self.texts[place]
+
+
+def test_a_lost_answer_is_looked_up_among_all_objects() -> None:
+    # Each was held to each object: a report of twice the facts took four times as long.
+    rng = random.Random(0)
+    names = sorted({"".join(rng.choices("abcü", k=rng.randrange(2, 9))) for _ in range(5000)})
+    prompt = Prompt("r.0", "r", "eva", "en", "{}", "s", "o", "s is")
+    own, found = names[::7], set()
+    for _ in range(300):
+        text = "".join(rng.choices("abcü", k=rng.randrange(2, 9)))
+        is_own, is_any = (any(o.startswith(text) for o in some) for some in (own, names))
+        objects, all_objects = Looked(own), Looked(names)
+        kind = kind_of_error(text, prompt, objects, all_objects)
+        assert kind == ("same_relation" if is_own else "other_relation" if is_any else "other")
+        assert objects.n + all_objects.n <= 4 + len(own).bit_length() + len(names).bit_length()
+        found.add(kind)
+    assert len(found) == 3
