@@ -5,6 +5,7 @@ Ctrl-C ends it in two lines at any time: what is imported here is imported behin
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
@@ -13,6 +14,30 @@ from typing import NoReturn
 
 # What relneuron.cli imports; the commands themselves check what they need.
 PACKAGES = ("typer", "rich", "pydantic")
+
+
+def program() -> None:
+    """`main` as a whole process, which ends without having Python take apart what is in memory.
+
+    That is a second for the modules of torch and transformers alone, and the system takes the
+    memory back at once. Threads have ended by then, what was registered with `atexit` since has
+    been called (the last one first), and output is written.
+    """
+    codes: list[int] = []
+
+    def leave() -> None:
+        if codes:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+            os._exit(codes[0])
+
+    atexit.register(leave)
+    try:
+        main()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            codes.append(end.code or 0)
+        raise
 
 
 def main() -> None:
@@ -52,4 +77,4 @@ def _leave(number: int, frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    program()

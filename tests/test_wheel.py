@@ -101,7 +101,7 @@ def test_a_wheel_holds_the_package_and_its_kernels(built: Built) -> None:
     assert {n for n in names if not n.startswith(about)} == files_of("relneuron") | {kernels}
     assert "relneuron/py.typed" in names and f"{about}/licenses/LICENSE" in names
     assert meta["Version"] == relneuron.__version__ and meta["License-Expression"] == "MIT"
-    assert "relneuron = relneuron.__main__:main" in scripts
+    assert "relneuron = relneuron.__main__:program" in scripts
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def test_without_extras_there_is_no_command_line(words: list[object]) -> None:
 
 def test_the_console_script_is_the_module() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"relneuron": "relneuron.__main__:main"}
+    assert scripts == {"relneuron": "relneuron.__main__:program"}
 
 
 # --- each command and what it needs ----------------------------------------------------------

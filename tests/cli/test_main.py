@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import relneuron
 from tests.kit.forked import command
 
 RUN = ["--eva", "8", "--top", "40", "--random-seeds", "2", "--quiet"]
@@ -353,3 +354,35 @@ def test_parquet_holds_the_same_rows(
     assert ",".join(table) == lines[0]
     assert len(table["id"]) == len(lines) - 1
     torch.testing.assert_close(table["logprob"][0], float(lines[1].split(",")[-1]))
+
+
+ENDS = """
+import atexit, sys, threading, time
+from relneuron import __main__ as entry
+
+class Held:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+held = Held()
+run = entry.main
+
+def main():
+    atexit.register(print, "called")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
+    run()
+
+entry.main = main
+sys.argv = ["relneuron", *sys.argv[1:]]
+entry.program()
+"""
+
+
+@pytest.mark.parametrize("word, code", [("--version", 0), ("--no-such", 2)])
+def test_a_process_ends_without_taking_itself_apart(word: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, word], capture_output=True, text=True, check=False
+    )
+    written = [f"relneuron {relneuron.__version__}"] if word == "--version" else []
+    assert done.returncode == code, done
+    assert sorted(done.stdout.splitlines()) == sorted(["waited for", "called", *written])
