@@ -23,12 +23,12 @@ from relneuron.ablation.options import DONOR
 from relneuron.ablation.said import Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
-from relneuron.model.alike import LEAST_ROWS
 from relneuron.model.batches import Budget, batch_sizes, cut
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
+from relneuron.model.spared import LEAST_ROWS
 from relneuron.model.states import LayerState, Tokens, off_state, replacements
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
@@ -91,7 +91,7 @@ def plan_rows(
     Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
     which wave it belongs to. Within a batch rows stand by condition. Only rows of prompts for which
     `alone` says the same share a batch: those of one prompt with pictures. With `by_prompt` rows
-    of one prompt stand together, each with as much padding as without (model/alike.py).
+    of one prompt stand together, each with as much padding as without (model/spared.py).
     """
     waves: dict[int, list[Row]] = {}
     for row in rows:
