@@ -11,12 +11,12 @@ from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import alone
 from relneuron.ablation.said import PackedRows, Row, Said
 from relneuron.artifact.files import fold
-from relneuron.model.alike import find_alike, may_share
 from relneuron.model.ask import Asker
 from relneuron.model.choose import Chooser, choose, encode_options, right_places
 from relneuron.model.converse import Step
 from relneuron.model.mlps.shape import Part
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, begins_with, is_correct
+from relneuron.model.spared import find_spared, may_share
 
 # Of each row: what is said, log p of a right answer, which of them, and the option chosen, if any.
 Answers = Mapping[Row, Sequence[Any]]
@@ -37,8 +37,8 @@ class Greedy:
         # Rows of one prompt stand together whether or not what they share is computed once: every
         # process plans the same batches.
         self._by_prompt = self._forced and bool(mlps) and may_share(asker.model, mlps)
-        if self._by_prompt:
-            asker.alike = find_alike(asker.model, mlps, max(questions.ids, key=len))
+        if mlps and not any(prompt.images for prompt in questions.prompts):
+            asker.spared = find_spared(asker.model, mlps, max(questions.ids, key=len))
         # Under most conditions a prompt's answer is one that was given before.
         self._is_right: dict[tuple[str, str], bool] = {}
 

@@ -24,12 +24,12 @@ from relneuron.ablation.options import DONOR
 from relneuron.ablation.said import PackedRows, Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
-from relneuron.model.alike import LEAST_ROWS
 from relneuron.model.batches import Budget, batch_sizes, cut_off
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
 from relneuron.model.patch import Patch
+from relneuron.model.spared import LEAST_ROWS
 from relneuron.model.states import LayerState, Tokens, off_state, replacements
 
 WAVE_BYTES = 2**28  # of masks as bytes, before they are packed
@@ -92,7 +92,7 @@ def plan_rows(
     Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
     which wave it belongs to. Within a batch rows stand by condition. Only rows of prompts for which
     `alone` says the same share a batch: those of one prompt with pictures. With `by_prompt` rows
-    of one prompt stand together, each with as much padding as without (model/alike.py).
+    of one prompt stand together, each with as much padding as without (model/spared.py).
     """
     numbers = (rows if isinstance(rows, PackedRows) else PackedRows(rows)).numbers
     conditions, prompts = numbers.T

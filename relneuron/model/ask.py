@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.alike import Alike
 from relneuron.model.batches import (
     Budget,
     is_out_of_memory,
@@ -27,6 +25,7 @@ from relneuron.model.batches import (
 from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions
+from relneuron.model.spared import Spared
 from relneuron.texts.tokens import CHARACTER_BYTES, CUT, whole_text
 
 
@@ -92,8 +91,7 @@ class Asker:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
         self._texts: dict[tuple[int, ...], str] = {}
-        # Where the first layer's attention runs once for all rows of a prompt.
-        self.alike: Alike | None = None
+        self.spared: Spared | None = None  # in forwards of prompts of which nothing is recorded
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """`batches.pad` on the model's device."""
@@ -111,6 +109,13 @@ class Asker:
             **(cache or {}),
             **({"logits_to_keep": n_logits} if self._takes_keep else {}),
         )
+
+    def _begin(self, rows: Sequence[int], tokens: Tensor, mask: Tensor, n_logits: int) -> Any:
+        """`_forward` of whole prompts, the questions' `rows`, without what can be spared."""
+        if self.spared is None:
+            return self._forward(tokens, mask, n_logits)
+        with self.spared.of(rows, tokens.shape[1], n_logits) as some:
+            return self._forward(tokens[some], mask[some], n_logits)
 
     @torch.no_grad()
     def ask(
@@ -135,7 +140,11 @@ class Asker:
         made: list[list[int]] = []
         for number in range(n_tokens + CHARACTER_BYTES - 1):
             before_step(Step(everyone, entering, min(number, 1), 1))
-            out = self._forward(inputs, mask, 1, cache)
+            out = (
+                self._forward(inputs, mask, 1, cache)
+                if number
+                else self._begin(rows, inputs, mask, 1)
+            )
             logits = out.logits[:, -1].float()
             if number == 0:
                 scores = self._firsts(logits, [questions.asked_of(row) for row in rows])
@@ -250,8 +259,7 @@ class Asker:
         )
         everyone = torch.arange(len(rows), device=self.device)
         before_step(Step(everyone, mask, 1, 2))
-        with self.alike.of(rows, tokens.shape[1]) if self.alike else nullcontext():
-            out = self._forward(tokens, mask, 2)
+        out = self._begin(rows, tokens, mask, 2)
         logits = out.logits[:, -2:].float()
         starts = [questions.asked_of(row) for row in rows]
         scores = self._firsts(logits[:, 0], starts)

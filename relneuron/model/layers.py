@@ -276,14 +276,16 @@ CHANGING = threading.RLock()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its class's forward, at it or inside."""
+def has_hooks(module: nn.Module, *, collecting: bool = True) -> bool:
+    """Whether calling a module runs more than its class's forward, at it or inside.
+
+    Without `collecting` the hooks by which transformers collects a forward's outputs do not count.
+    """
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
-    return any(
-        "forward" in m.__dict__ or any(getattr(m, name) for name in _HOOKS)
-        for m in module.modules()
-    )
+    hooks = (h for m in module.modules() for name in _HOOKS for h in getattr(m, name).values())
+    is_replaced = any("forward" in m.__dict__ for m in module.modules())
+    return is_replaced or any(collecting or not _is_collecting(hook) for hook in hooks)
 
 
 def _is_collecting(hook: Any) -> bool:

@@ -14,9 +14,9 @@ FAULTS = {
         "ablation/test_measures.py::test_anls",
     ),
     "ablation.evaluate: small batches are made anew, with more padding": Mutant(
-        "return found.pop() if len(found) == 1 and len(batch) >= LEAST_ROWS else 0",
-        "return max(found)",
-        "model/test_alike.py::test_rows_by_prompt_are_the_same_rows_with_the_same_padding",
+        "return int(found[0]) if is_same and len(found) >= LEAST_ROWS else 0",
+        "return int(found[-1])",
+        "model/test_spared.py::test_rows_by_prompt_are_the_same_rows_with_the_same_padding",
     ),
     "ablation.conditions: a range of ranks has the last of the one before": Mutant(
         "rankings[name][a:b]",

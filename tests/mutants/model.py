@@ -57,15 +57,20 @@ FAULTS = {
         "mask[:, -1] = 1",
         "model/test_ask.py::test_the_forced_token_changes_no_answer",
     ),
-    "model.alike: what comes before the attention is not looked at": Mutant(
-        "return found if _is_exact(found, model, mlps, prompt) else None",
-        "return found",
-        "model/test_alike.py::test_an_attention_behind_the_mlp_is_not_shared",
+    "model.spared: what comes before the attention is not looked at": Mutant(
+        "next((one for one in tried if _is_exact(one, model, mlps, prompt)), None)",
+        "tried[0]",
+        "model/test_spared.py::test_an_attention_behind_the_mlp_is_not_shared",
     ),
-    "model.alike: few tokens run alone, in other bits": Mutant(
-        "least = max(len(firsts), -(-LEAST_TOKENS // n_tokens))",
-        "least = len(firsts)",
-        "model/test_alike.py::test_rows_of_one_prompt_share_the_first_attention_bit_for_bit",
+    "model.spared: few tokens run alone, in other bits": Mutant(
+        "least = max(len(firsts), -(-LEAST_TOKENS // n_tokens), N_AXES + 1)",
+        "least = max(len(firsts), N_AXES + 1)",
+        "model/test_spared.py::test_what_is_spared_changes_no_bit[llama-]",
+    ),
+    "model.spared: few columns are multiplied alone, in other bits": Mutant(
+        "is_cut = n_asked < n_tokens and len(prompts) * n_asked >= LEAST_TOKENS",
+        "is_cut = n_asked < n_tokens",
+        "model/test_spared.py::test_few_rows_and_tokens_are_computed_as_ever",
     ),
     "model.questions: saying nothing is right": Mutant(
         "if not given:\n        return False",
