@@ -48,8 +48,8 @@ FAULTS = {
         "model/test_ask.py::test_pooled_sums_are_those_of_plain_hooks",
     ),
     "model.batches: a batch may be a row too long": Mutant(
-        "(len(batches[-1]) + 1) * longest > budget",
-        "len(batches[-1]) * longest > budget",
+        "(len(batch) + 1) * longest > budget",
+        "len(batch) * longest > budget",
         "ablation/test_evaluate.py::test_every_row_once_within_the_budget",
     ),
     "model.ask: a wrong forced token stays in sight": Mutant(
