@@ -13,7 +13,7 @@ OLDEST := transformers==5.0.0 tokenizers==0.22.2 huggingface-hub==1.33.0 \
           httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
 OF_TRANSFORMERS := $(addprefix tests/,model/test_ask.py model/test_mlps.py model/test_patch.py model/test_patch_act.py \
                    model/test_gradients.py model/test_pictures.py ablation/test_generate.py \
-                   ablation/test_pictures.py texts/test_tokens.py)
+                   ablation/test_generate_file.py ablation/test_pictures.py texts/test_tokens.py)
 # Neighbours stay in one process, so that they share what they made, until another one has nothing
 # left to do. A process takes 1 GB.
 ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ import torch
 from filelock import FileLock
 
 torch.set_num_threads(1)
+# Each process that a test starts would compile all of our modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # No test cuts the power, and waiting for the disk is a third of the time that they take.
 os.fsync = lambda handle: None  # type: ignore[assignment]
 # A shell has what it starts in the background deaf to Ctrl-C, and all that this starts, too.
@@ -84,13 +88,18 @@ SLOW = {
     "testing": "contract",
     "texts": "polish tokens_study",
 }
+# A test of these may take minutes: begun at the end, it would hold all others up.
+FIRST = ("fuzz/test_fuzz.py", "ptx/test_kernels.py", "test_wheel.py", "bench/test_offline.py")
+_FIRST = {f"tests/{name}" for name in FIRST}
 _SLOW = {f"tests/{room}/test_{name}.py" for room, names in SLOW.items() for name in names.split()}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(ROOT).as_posix() in _SLOW:
+    places = {item: item.path.relative_to(ROOT).as_posix() for item in items}
+    for item, place in places.items():
+        if place in _SLOW:
             item.add_marker("slow")
+    items.sort(key=lambda item: places[item] not in _FIRST)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -9,7 +9,6 @@ import json
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -176,12 +175,11 @@ def by_stages(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> P
 
 @pytest.fixture(scope="module")
 def whole(model_folder: Path, fact_folder: Path, tmp_path_factory: Any) -> Path:
-    """The same study made by `python -m relneuron run`."""
+    """The same study made by `relneuron run` in another process, whose sets have another order."""
     folder: Path = tmp_path_factory.mktemp("whole") / "s"
-    words = ["-m", "relneuron", "run", model_folder, "--facts", fact_folder, "-o", folder, *RUN]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"report: {folder / 'report.html'}"
+    done = command("run", model_folder, "--facts", fact_folder, "-o", folder, *RUN)
+    assert done.wait() == 0, done.said()
+    assert done.said()[0].splitlines()[-1] == f"report: {folder / 'report.html'}"
     return folder
 
 

@@ -35,10 +35,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # no thread may be there before a fork
 
 import torch
 
+from tests.fuzz.cases import CASES, SLOW
 from tests.fuzz.child import Ended, import_all, run_forked, warm_up
 from tests.fuzz.lines import CLI, Line, draw_line
 from tests.fuzz.mutations import Mutated, mutate
-from tests.fuzz.world import CASES, SLOW, make_world
+from tests.fuzz.world import make_world
 
 ROOM_BYTES = 64 << 20  # of memory, beside what the whole file needs and twice the mutated one
 TOKEN_BYTES = 210  # of memory, which tokenizers takes for each byte of "xxx..." in a user's file

@@ -181,10 +181,10 @@ def quick(capability: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     before = what_is_patched()
     with stand.installed():
-        from tests.ptx import calls
+        from tests.ptx import chosen
 
         assert what_is_patched() != before
-        for name, call in calls.quick(capability).items():
+        for name, call in chosen.quick(capability).items():
             start = time.process_time()
             wrong = outcome(stand, call)
             found[name] = wrong or round(time.process_time() - start, 2)
@@ -321,13 +321,13 @@ def long_calls(capability: int, seeds: range, ops: list[str], tally: Tally) -> N
 
     stand = Stand(capability)
     with stand.installed():
-        from tests.ptx import calls
+        from tests.ptx import chosen
 
-        for op in ops or calls.OPS:
+        for op in ops or chosen.OPS:
             for number, seed in enumerate(seeds):
                 stand.options = Options(ulps=seed % 3, seed=seed)
                 tally.calls += 1
-                if wrong := outcome(stand, calls.random_call(op, seed)):
+                if wrong := outcome(stand, chosen.random_call(op, seed)):
                     tally.fault(f"sm_{capability} {op} {seed}: {wrong[:500]}")
                 if number % 100 == 99:
                     print(f"sm_{capability} {op} {number + 1}: {tally}", flush=True)
