@@ -210,7 +210,7 @@ def test_identify_says_what_it_chose_and_how_sure_it_is(
     # Measured numbers are printed, never written.
     assert "peak" not in (tmp_path / "manifest.json").read_text()
     # A system that tells no peaks.
-    monkeypatch.setattr("relneuron.methods.responses.commands._STATUS", tmp_path / "absent")
+    monkeypatch.setattr("relneuron.artifact.memory.PROCESSES", tmp_path / "absent")
     monkeypatch.setitem(sys.modules, "resource", None)
     code, out, _ = relneuron(*words, "--fdr", "0.001", "--noise", "1500")
     assert code == 0
