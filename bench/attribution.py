@@ -34,9 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.ranking import forget_peak
 from bench.rows import add_rows
 from relneuron import ops
 from relneuron.ablation.rows import intervene, off
+from relneuron.artifact.memory import peak_bytes
 from relneuron.bench.gain import PEERS
 from relneuron.bench.machine import where
 from relneuron.model.stream.read import read_residual_model
@@ -178,17 +180,10 @@ class Interventions:
 
 def peak_rise(run: Callable[[], object]) -> int:
     """By how many bytes this process's peak memory rises during `run`, as Linux tells it."""
-    status = Path("/proc/self/status")
-
-    def bytes_of(key: str) -> int:
-        lines = status.read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
-
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before = bytes_of("VmRSS")
+    before = forget_peak()
     run()
-    return bytes_of("VmHWM") - before
+    return (peak_bytes() or 0) - before
 
 
 def peak_rises(

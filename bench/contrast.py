@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from bench.counting import make_model
-from bench.ranking import forget_peak, peak_bytes
+from bench.ranking import forget_peak
 from bench.rows import add_rows
+from relneuron.artifact.memory import peak_bytes
 from relneuron.bench.machine import where
 from relneuron.methods.contrast.contrast import contrast
 from relneuron.methods.contrast.counter import PairCounter
@@ -130,7 +131,7 @@ def rise(kind: str, sizes: argparse.Namespace, n_tokens: int) -> float:
         options = ContrastOptions(tokens="prompt", batch_tokens=sizes.batch_tokens)
         contrast(pair, folder / "p.jsonl", folder / "o", options, quiet=True)
         assert len(kept) == 2, "both are still there"
-        return (peak_bytes() - before) / 1e6
+        return ((peak_bytes() or 0) - before) / 1e6
 
 
 def rise_elsewhere(kind: str, arguments: Sequence[str], n_tokens: int) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import shlex
 import sys
 import tempfile
@@ -87,6 +86,7 @@ def attribute(model: Path, folder: Path, n: int, asked: argparse.Namespace) -> N
 def note(path: Path, n: int, n_bytes: int) -> None:
     """A journal of n blocks, noted and read."""
     from relneuron.artifact.journal import Journal
+    from relneuron.artifact.memory import peak_bytes
 
     text = "x" * n_bytes
     with Journal(path, {"n": n}) as journal:
@@ -94,7 +94,7 @@ def note(path: Path, n: int, n_bytes: int) -> None:
             if journal.takes(str(number)):
                 journal.add(str(number), [text, number])
     assert all(journal.done[str(number)][1] == number for number in range(n))
-    print(f"{n}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:.1f} MB", flush=True)
+    print(f"{n}: {(peak_bytes() or 0) / 1e6:.1f} MB", flush=True)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ with the checks themselves.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from relneuron import ops
 from relneuron.artifact.files import atomic_write, csv_bytes
+from relneuron.artifact.memory import peak_bytes, resident_bytes
 from relneuron.artifact.reading import read_csv
 from relneuron.bench.machine import where
 from relneuron.bench.ranking import draw_labels
@@ -90,26 +90,11 @@ def _parts(start: int, size: int, n: int) -> Iterator[tuple[int, int, int]]:
         yield first, 0, n - first
 
 
-def status_bytes(name: str) -> int | None:
-    """A line of /proc/self/status: VmRSS is what is resident now, VmHWM the most that was."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    return None
-
-
-def peak_bytes() -> int:
-    peak = status_bytes("VmHWM")
-    kib = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib if peak is None else peak
-
-
 def forget_peak() -> int:
     """Set the peak back to what is resident now, and return that."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS") or peak_bytes()
+    return resident_bytes()
 
 
 def rank(
@@ -136,7 +121,7 @@ def rank(
         start = time.perf_counter()
         ap = ops.average_precision(values, labels, backend=backend)
         ranking_s += time.perf_counter() - start
-        peak = max(peak, peak_bytes())
+        peak = max(peak, peak_bytes() or 0)
         columns = torch.randint(m, (min(CHECKED, m),), generator=responses.random)
         want = ops.average_precision(values[:, columns], labels, backend="reference")
         if not torch.equal(ap[:, columns], want):

@@ -336,8 +336,9 @@ class Command(TyperCommand):
         if self.name == "run" and any(word.partition("=")[0] == "--shard" for word in args):
             raise RelneuronError(
                 "run makes no part of a study: its stages need each other's results",
-                "do them one by one: prompts, record --shard, merge, record, identify, "
-                "ablate --shard, merge, ablate, report",
+                "share the long ones: relneuron record MODEL DIR/prompts.jsonl -o PART --shard 1/2 "
+                "(and 2/2, on the other machine), relneuron merge PART PART -o DIR; likewise "
+                "ablate; the same run without --shard then does the rest in DIR",
                 2,
             )
         return super().parse_args(ctx, _with_numbers(args))

@@ -17,11 +17,12 @@ import torch
 
 from relneuron import ops
 from relneuron.artifact.files import Json
+from relneuron.artifact.memory import resident_bytes
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.options import PlaceOptions
 from relneuron.artifact.planned import Planned
 from relneuron.model.load import check_loading, load_tokenizer, settle_arithmetic
-from relneuron.model.plan import base_bytes, cache_bytes, meta_model, stored
+from relneuron.model.plan import cache_bytes, meta_model, stored
 from relneuron.model.traced import Costs, takes_keep, traced
 from relneuron.model.widths import told_shape
 
@@ -118,7 +119,7 @@ class Dry:
 
         The process holds what this one does: Python, the libraries, the texts and their tokens.
         """
-        told["host"] = {"process": base_bytes(), **told.get("host", {})}
+        told["host"] = {"process": resident_bytes(), **told.get("host", {})}
         if self.device == "cpu" and self.merged:
             told["host"]["experts, of the file"] = self.merged
         told["tensors"] = {"weights": self.weights, **told.get("tensors", {})}

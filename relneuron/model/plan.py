@@ -7,14 +7,11 @@ on torch's meta device, which has shapes and no numbers.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,19 +96,6 @@ def memory_here() -> dict[Device, int]:
 
     found: dict[Device, int] = get_max_memory()
     return found
-
-
-def base_bytes() -> int:
-    """What this process holds in memory now: Python, the libraries and their code."""
-    with suppress(OSError, ValueError):
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-    with suppress(ImportError):
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as good as it gets
-        return most if sys.platform == "darwin" else 1024 * most
-    return 0
 
 
 # --- the model without numbers ---------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +248,5 @@ def test_bad_sizes_are_refused(
 
 def test_what_cannot_be_measured_is_replaced(ranking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc the peak of the process stands in for both."""
-    missing: Callable[[str], None] = lambda name: None  # noqa: E731
-    monkeypatch.setattr(ranking, "status_bytes", missing)
+    monkeypatch.setattr("relneuron.artifact.memory.PROCESSES", Path("absent"))
     assert ranking.forget_peak() == ranking.peak_bytes() > 1 << 20

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import relneuron
 from relneuron.artifact.dense import create_safetensors
 from relneuron.artifact.files import atomic_write
 from relneuron.artifact.journal import Journal
@@ -152,3 +153,35 @@ def test_names_in_letters_that_the_output_has_not(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit):
         cli.main()
     assert pipe.getvalue() == b"\\u0141\xf3d\\u017a" + os.linesep.encode()
+
+
+ENDS = """
+import atexit, sys, threading, time
+from relneuron import __main__ as entry
+
+class Held:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+held = Held()
+run = entry.main
+
+def main():
+    atexit.register(print, "called")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
+    run()
+
+entry.main = main
+sys.argv = ["relneuron", *sys.argv[1:]]
+entry.program()
+"""
+
+
+@pytest.mark.parametrize("word, code", [("--version", 0), ("--no-such", 2)])
+def test_a_process_ends_without_taking_itself_apart(word: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, word], capture_output=True, text=True, check=False
+    )
+    written = [f"relneuron {relneuron.__version__}"] if word == "--version" else []
+    assert done.returncode == code, done
+    assert sorted(done.stdout.splitlines()) == sorted(["waited for", "called", *written])

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-import relneuron
 from tests.kit.forked import command
 
 RUN = ["--eva", "8", "--top", "40", "--random-seeds", "2", "--quiet"]
@@ -187,6 +186,34 @@ def test_single_stages_write_what_run_writes(by_stages: Path, whole: Path) -> No
     assert contents(by_stages) == contents(whole)
 
 
+def test_run_goes_on_with_the_parts_of_two_machines(
+    model_folder: Path, fact_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Folders that `merge` puts together, and what docs/howto/several-gpus.md says to type."""
+    study, prompts = tmp_path / "s", tmp_path / "s/prompts.jsonl"
+    asked = [model_folder, study / "neurons.json", prompts, "--random-seeds", "2"]
+
+    def parts(stage: str, words: list[Any], file: str = "") -> list[list[Any]]:
+        folders = [tmp_path / f"{stage}{number}" for number in (1, 2)]
+        done = [
+            [stage, *words, "-o", folder / file, "--shard", f"{number}/2", "--quiet"]
+            for number, folder in enumerate(folders, 1)
+        ]
+        return [*done, ["merge", *folders, "-o", study]]
+
+    for words in (
+        ["prompts", fact_folder, "-o", prompts, "--eva", "8"],
+        *parts("record", [model_folder, prompts]),
+        ["record", model_folder, prompts, "-o", study, "--quiet"],
+        ["identify", study, "-o", study / "neurons.json", "--top", "40", "--quiet"],
+        *parts("ablate", asked, "effects.csv"),
+        ["run", model_folder, "--facts", fact_folder, "-o", study, *RUN],
+    ):
+        process = command(*words)
+        assert process.wait() == 0, process.said()
+    assert contents(study) == contents(whole)
+
+
 def test_identify_says_what_it_chose_and_how_sure_it_is(
     relneuron: Any, by_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +235,7 @@ def test_identify_says_what_it_chose_and_how_sure_it_is(
     # Measured numbers are printed, never written.
     assert "peak" not in (tmp_path / "manifest.json").read_text()
     # A system that tells no peaks.
-    monkeypatch.setattr("relneuron.methods.responses.commands._STATUS", tmp_path / "absent")
+    monkeypatch.setattr("relneuron.artifact.memory.PROCESSES", tmp_path / "absent")
     monkeypatch.setitem(sys.modules, "resource", None)
     code, out, _ = relneuron(*words, "--fdr", "0.001", "--noise", "1500")
     assert code == 0
@@ -352,35 +379,3 @@ def test_parquet_holds_the_same_rows(
     assert ",".join(table) == lines[0]
     assert len(table["id"]) == len(lines) - 1
     torch.testing.assert_close(table["logprob"][0], float(lines[1].split(",")[-1]))
-
-
-ENDS = """
-import atexit, sys, threading, time
-from relneuron import __main__ as entry
-
-class Held:
-    def __del__(self):
-        print("taken apart", flush=True)
-
-held = Held()
-run = entry.main
-
-def main():
-    atexit.register(print, "called")
-    threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
-    run()
-
-entry.main = main
-sys.argv = ["relneuron", *sys.argv[1:]]
-entry.program()
-"""
-
-
-@pytest.mark.parametrize("word, code", [("--version", 0), ("--no-such", 2)])
-def test_a_process_ends_without_taking_itself_apart(word: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ENDS, word], capture_output=True, text=True, check=False
-    )
-    written = [f"relneuron {relneuron.__version__}"] if word == "--version" else []
-    assert done.returncode == code, done
-    assert sorted(done.stdout.splitlines()) == sorted(["waited for", "called", *written])

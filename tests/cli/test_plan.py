@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from relneuron.artifact.memory import status_bytes
 from relneuron.artifact.planned import Planned
 from relneuron.artifact.stage import load
 from relneuron.cli import flags
@@ -410,18 +411,15 @@ def test_time_is_what_takes_longer() -> None:
 
 # --- memory ------------------------------------------------------------------------------------
 
-# What the system says of a process's use begins with that of who started it.
-STATUS = Path("/proc/self/status")
-PEAK = f"""
+PEAK = """
 import sys
+from relneuron.artifact.memory import peak_bytes
 from relneuron.cli import main
 sys.argv = ["relneuron", *sys.argv[1:]]
 try:
     main.main()
 finally:
-    lines = open({str(STATUS)!r}).read().splitlines()
-    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    print("peak", peak, file=sys.stderr)
+    print("peak", peak_bytes(), file=sys.stderr)
 """
 
 
@@ -447,7 +445,7 @@ def wide_model(folder: Path, small: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell a process's peak so")
+@pytest.mark.skipif(status_bytes("VmHWM") is None, reason="what is told begins with who started it")
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("stage", ["record", "count", "attribute"])
 def test_the_memory_of_a_process_is_within_a_tenth(
@@ -472,7 +470,7 @@ def test_the_memory_of_a_process_is_within_a_tenth(
             [sys.executable, "-c", PEAK, *asked], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout, 1024 * int(done.stderr.split("peak ")[-1].split()[0])
+        return done.stdout, int(done.stderr.split("peak ")[-1].split()[0])
 
     out, _ = run("plan")
     row = next(line for line in out.splitlines() if line.startswith(f"│ {stage}"))

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.methods.responses.commands import peak_bytes
+from relneuron.artifact.memory import peak_bytes
 from relneuron.model.counting import counting_state, tables
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.plan import memory_here, plan, read_memory

@@ -123,7 +123,7 @@ def test_held_bytes_are_those_that_the_allocator_sees(tmp_path: Path) -> None:
 
 PLAN = """
 import sys
-from relneuron.methods.responses.commands import peak_bytes
+from relneuron.artifact.memory import peak_bytes
 from relneuron.model.plan import meta_model
 from relneuron.model.traced import Costs, traced
 from relneuron.model.widths import told_shape

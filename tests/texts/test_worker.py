@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.artifact.memory import resident_bytes, status_bytes
 from relneuron.texts.feed import Feed
 from relneuron.texts.sources import parse_sources
 from relneuron.texts.windows import Packing
@@ -142,12 +143,6 @@ def test_a_worker_imports_neither_torch_nor_transformers(tmp_path: Path) -> None
         assert "tokenizers" in maps and "libtorch" not in maps
 
 
-def memory(pid: int | str, field: str) -> int:
-    """VmRSS or VmHWM (the peak) of a process in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
-
-
 @linux
 def test_memory_stays_bounded_in_a_large_file_of_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
@@ -156,15 +151,16 @@ def test_memory_stays_bounded_in_a_large_file_of_one_line(tmp_path: Path) -> Non
         for _ in range(300):
             file.write(mib)
     try:
-        before, most, n_tokens = memory("self", "VmRSS"), 0, 0
+        before, most, n_tokens = resident_bytes(), 0, 0
         with Feed(parse_sources([f"en={path}"]), word_tokenizer(), Packing(512)) as feed:
             feed.take(1)
             n_tokens += 512
             while windows := feed.take(20):
                 n_tokens += sum(len(window.ids) for window in windows)
-                most = max(most, memory("self", "VmRSS"))
+                most = max(most, resident_bytes())
                 time.sleep(0.0001)
-            worker = memory(pids(feed)[0], "VmHWM")
+            worker = status_bytes("VmHWM", pids(feed)[0]) or 0
+        assert worker
         assert n_tokens > 300_000
         assert most - before + worker < 300 << 20
     finally:

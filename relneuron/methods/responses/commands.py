@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from relneuron.artifact.files import RelneuronError, require
+from relneuron.artifact.memory import peak_bytes
 from relneuron.artifact.neurons import NeuronFile
 from relneuron.artifact.options import Argument, LoadOptions, Model, Output
 from relneuron.methods.responses.options import AtOnceOptions, RankOptions, RecordOptions
@@ -101,24 +100,3 @@ def chosen_lines(chosen: NeuronFile) -> Iterator[str]:
     peak = peak_bytes()
     if peak is not None:
         yield f"peak memory: {peak / 2**20:,.0f} MiB"
-
-
-_STATUS = Path("/proc/self/status")  # of Linux
-
-
-def peak_bytes() -> int | None:
-    """The most memory that this process has held so far; None where the system does not tell.
-
-    The kernel's own record where there is one: what it says of use begins with that of who started
-    the process.
-    """
-    with suppress(OSError):
-        for line in _STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -13,6 +13,7 @@ import torch
 from relneuron.artifact.dense import dense_bytes, zeros_bytes
 from relneuron.artifact.files import csv_bytes, refuse_overwrite, require
 from relneuron.artifact.journal import is_unfinished
+from relneuron.artifact.memory import resident_bytes
 from relneuron.artifact.neurons import default_top
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
@@ -33,7 +34,6 @@ from relneuron.methods.responses.places import n_response_bytes
 from relneuron.methods.responses.rank import check_installed
 from relneuron.methods.responses.room import SHARE, free_memory, free_on
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
-from relneuron.model.plan import base_bytes
 from relneuron.model.questions import N_ANSWER_TOKENS
 from relneuron.texts.prompts import concepts_of
 from relneuron.texts.tokens import CHARACTER_BYTES
@@ -160,7 +160,7 @@ def plan_identify(dry: Dry, asked: Asked, options: RankOptions, where: str = DIS
         "identify",
         {"relations": len(relations), "neurons": n},
         host={
-            "process": base_bytes(),
+            "process": resident_bytes(),
             "model": dry.weights if where != DISK and dry.device == "cpu" else 0,
             "scores": 2 * n_scores,
             "a block of responses, ranked": 4 * len(det) * block * 3,
