@@ -1,13 +1,16 @@
 """What a stage costs when one thing doubles: prompts, relations, conditions, groups, layers, ...
 
-    PYTHONPATH=. python -m bench.growth [--only conditions] [--doublings 3] [--rounds 2] [-o DIR]
+    PYTHONPATH=. python -m bench.growth [--only conditions] [--doublings 3] [--rounds 3] [-o DIR]
+    PYTHONPATH=. python -m bench.growth --only conditions --doublings 0 --world conditions=10000
 
 Each axis doubles one field of a `World` (bench/growth_world.py) and runs the stages that it touches
 as commands, each in a fork of this process that has imported everything: its CPU seconds (user and
 system, those of its own processes with them) and its peak of resident memory beyond what it was
-born with. One thread, float32, on a CPU; what is set up before a stage is not measured. All sizes
-are run in every round; a time is the shortest of its rounds, a peak the highest. An idle machine
-takes about ten minutes.
+born with, pages of the files that it maps among them. One thread, float32, on a CPU; what is set up
+before a stage is not measured. All sizes are run in every round, in an order drawn anew, so that a
+machine that gets slower does not make the larger sizes dearer; a time is the shortest of its
+rounds, a peak the highest. An idle machine takes about a quarter of an hour. With no doubling a
+stage is run at one size: `--world` says which.
 
 Where relations double, the prompts in all stay as many: each relation has half the facts. So do
 the texts where groups double. A study of twice the relations with as many facts each has twice the
@@ -34,6 +37,7 @@ import importlib
 import io
 import os
 import pkgutil
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -256,8 +260,8 @@ def fit(n: Sequence[float], cost: Sequence[float]) -> Fit:
     return Fit(a, b / x[-1] ** k, k, float(last))
 
 
-def sizes_of(axis: Axis, doublings: int, start: int | None = None) -> list[World]:
-    first = start or int(getattr(axis.world, axis.field))
+def sizes_of(axis: Axis, doublings: int) -> list[World]:
+    first = int(getattr(axis.world, axis.field))
     worlds = [axis.world._replace(**{axis.field: first << step}) for step in range(doublings + 1)]
     if axis.halved:
         most = int(getattr(axis.world, axis.halved))
@@ -270,8 +274,9 @@ def sizes_of(axis: Axis, doublings: int, start: int | None = None) -> list[World
 def measure_all(axis: Axis, worlds: Sequence[World], rounds: int) -> dict[World, dict[str, Cost]]:
     """What each stage costs in each world: the shortest time of all rounds, the highest peak."""
     found: dict[World, dict[str, Cost]] = {}
+    draw = random.Random("relneuron.growth.rounds")
     for _ in range(rounds):
-        for world in worlds:
+        for world in draw.sample(worlds, len(worlds)):
             new = measure(axis, world)
             old = found.get(world, new)
             found[world] = {
@@ -280,7 +285,7 @@ def measure_all(axis: Axis, worlds: Sequence[World], rounds: int) -> dict[World,
                 )
                 for stage, cost in new.items()
             }
-    return found
+    return {world: found[world] for world in worlds}
 
 
 def rows_of(
@@ -295,7 +300,7 @@ def rows_of(
         x = [float(i**2 if is_matrix else i) for i in n]
         costs = [found[stage] for found in points.values()]
         fits = [fit(x, [float(cost[place]) for cost in costs]) for place in range(2)]
-        per_n = (costs[-1].peak_bytes - costs[0].peak_bytes) / (n[-1] - n[0])
+        per_n = (costs[-1].peak_bytes - costs[0].peak_bytes) / max(1, n[-1] - n[0])
         for i, cost in zip(n, costs, strict=True):
             row: dict[str, object] = {"axis": name, "stage": stage, "n": i}
             row |= {"cpu_s": round(cost.cpu_s, 3), "peak_bytes": cost.peak_bytes}
@@ -362,20 +367,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=AXES, default=list(AXES), help="axes; default: all")
     add("--doublings", type=int, default=3, help="of each axis")
-    add("--rounds", type=int, default=2, help="how often each size is run")
-    add("--start", type=int, help="the first size, in place of the axis' own")
+    add("--rounds", type=int, default=3, help="how often each size is run")
+    add("--world", nargs="+", default=[], metavar="FIELD=N", help="in place of the axis' own size")
     add("-o", "--output", type=Path, metavar="DIR", help="add rows to a csv there, and draw them")
     o = parser.parse_args(arguments)
-    if min(o.doublings, o.rounds, o.start or 1) < 1:
-        parser.error("--doublings, --rounds and --start must be at least 1")
+    if o.rounds < 1 or o.doublings < 0:
+        parser.error("--rounds must be at least 1 and --doublings at least 0")
     try:
-        worlds = {name: sizes_of(AXES[name], o.doublings, o.start) for name in o.only}
+        fields = {name: int(n) for name, n in (one.split("=") for one in o.world)}
+        axes = {
+            name: AXES[name]._replace(world=AXES[name].world._replace(**fields)) for name in o.only
+        }
+        worlds = {name: sizes_of(axis, o.doublings) for name, axis in axes.items()}
     except ValueError as error:
         parser.error(str(error))
     import_all()
     found: list[dict[str, object]] = []
-    for name in o.only:
-        axis = AXES[name]
+    for name, axis in axes.items():
         points = measure_all(axis, worlds[name], o.rounds)
         found += (rows := rows_of(name, axis, points))
         say(rows)

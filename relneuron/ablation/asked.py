@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from relneuron.ablation.evaluate import How, same_ablation
 from relneuron.ablation.how import SETS_BESIDE, left_out, sets_beside
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import check_positions
-from relneuron.ablation.said import Row
+from relneuron.ablation.said import PackedRows, Row
 from relneuron.artifact.effects import own_languages
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.manifest import checked
@@ -183,21 +183,26 @@ def _neutral(options: AblateOptions, path: Path, given: Sequence[Sentence] | Non
     ]
 
 
-def rows_asked(plan: Sequence[Ablation], how: How) -> list[Row]:
+def rows_asked(plan: Sequence[Ablation], how: How) -> PackedRows:
     """Every row once, also where two conditions have the same neurons."""
-    pairs = zip(same_ablation(plan, how), plan, strict=True)
-    return list(dict.fromkeys(Row(place, row) for place, a in pairs for row in a.prompts))
+    return _rows(plan, how, lambda ablation: ablation.prompts)
 
 
-def rows_read(plan: Sequence[Ablation], texts: Questions | None, how: How) -> list[Row]:
+def rows_read(plan: Sequence[Ablation], texts: Questions | None, how: How) -> PackedRows:
     """Sentences of a relation under the clean model, its own set and the random sets."""
-    if texts is None:
-        return []
-    pairs = zip(same_ablation(plan, how), plan, strict=True)
-    return list(
-        dict.fromkeys(
-            Row(place, row) for place, ablation in pairs for row in sentences_of(ablation, texts)
-        )
+    return _rows(plan, how, lambda ablation: sentences_of(ablation, texts) if texts else ())
+
+
+def _rows(
+    plan: Sequence[Ablation], how: How, places: Callable[[Ablation], Sequence[int]]
+) -> PackedRows:
+    alike: dict[int, list[Ablation]] = {}
+    for first, ablation in zip(same_ablation(plan, how), plan, strict=True):
+        alike.setdefault(first, []).append(ablation)
+    return PackedRows(
+        Row(first, row)
+        for first, some in alike.items()
+        for row in dict.fromkeys(row for ablation in some for row in places(ablation))
     )
 
 

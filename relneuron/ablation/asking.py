@@ -9,7 +9,7 @@ from typing import Any
 from relneuron.ablation.evaluate import Ask, Evaluator
 from relneuron.ablation.options import AblateOptions
 from relneuron.ablation.pictured import alone
-from relneuron.ablation.said import Row, Said
+from relneuron.ablation.said import PackedRows, Row, Said
 from relneuron.artifact.files import fold
 from relneuron.model.alike import find_alike, may_share
 from relneuron.model.ask import Asker
@@ -109,7 +109,9 @@ class Choosing:
         self, evaluator: Evaluator, rows: Sequence[Row], advance: Callable[[int], object]
     ) -> Answers:
         lengths = [len(ids) for ids in self._options.ids]
-        asked = [Row(row.condition, k) for row in rows for k in self._options.rows_of(row.prompt)]
+        asked = PackedRows(
+            Row(row.condition, k) for row in rows for k in self._options.rows_of(row.prompt)
+        )
         ask: Ask = partial(self._chooser.likelihoods, self._options)
         found = evaluator.run("options", asked, lengths, ask, advance, self.positions)
         answers = (

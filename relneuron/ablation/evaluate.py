@@ -6,25 +6,26 @@ condition with three prompts costs three rows and not a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from relneuron.ablation.conditions import Ablation
 from relneuron.ablation.exchange import puts_of
 from relneuron.ablation.options import DONOR
-from relneuron.ablation.said import Row, Said
+from relneuron.ablation.said import PackedRows, Row, Said
 from relneuron.artifact.journal import Journal
 from relneuron.artifact.neurons import Shape
 from relneuron.model.alike import LEAST_ROWS
-from relneuron.model.batches import Budget, batch_sizes, cut
+from relneuron.model.batches import Budget, batch_sizes, cut_off
 from relneuron.model.converse import Step
 from relneuron.model.exchange import Exchanged, Rows
 from relneuron.model.mlps.shape import Part, model_shape
@@ -85,7 +86,7 @@ def plan_rows(
     n_conditions: int,
     alone: Callable[[int], int] = _anyone,
     by_prompt: bool = False,
-) -> Iterator[tuple[range, list[Row]]]:
+) -> Iterator[tuple[range, PackedRows]]:
     """Batches of rows of about the same length, at most `batch_tokens` with padding.
 
     Conditions come in waves of `n_conditions`, whose masks are held together; each batch says
@@ -93,16 +94,25 @@ def plan_rows(
     `alone` says the same share a batch: those of one prompt with pictures. With `by_prompt` rows
     of one prompt stand together, each with as much padding as without (model/alike.py).
     """
-    waves: dict[int, list[Row]] = {}
-    for row in rows:
-        waves.setdefault(row.condition // n_conditions, []).append(row)
-    for number, members in sorted(waves.items()):
+    numbers = (rows if isinstance(rows, PackedRows) else PackedRows(rows)).numbers
+    conditions, prompts = numbers.T
+    waves, n_tokens = conditions // n_conditions, np.array(lengths, np.int64)[prompts]
+    company = np.array([alone(prompt) for prompt in range(len(lengths))], np.int64)[prompts]
+    order = np.lexsort((prompts, conditions, n_tokens, company, waves))
+    numbers, n_tokens, kinds = numbers[order], n_tokens[order], np.stack([waves, company], 1)[order]
+    # Where another wave begins, or rows that share no batch with those before them.
+    begins = np.flatnonzero((kinds[1:] != kinds[:-1]).any(1)) + 1
+    for start, stop in pairwise([0, *begins.tolist(), len(numbers)]):
+        if start == stop:
+            continue
+        number = int(kinds[start, 0])
         wave = range(number * n_conditions, (number + 1) * n_conditions)
-        members.sort(key=lambda r: (alone(r.prompt), lengths[r.prompt], r.condition, r.prompt))
-        for _, some in groupby(members, lambda row: alone(row.prompt)):
-            batches = cut(some, lambda row: lengths[row.prompt], batch_tokens)
-            for batch in _by_prompt(batches, lengths) if by_prompt else batches:
-                yield wave, sorted(batch)
+        own, own_tokens = numbers[start:stop], n_tokens[start:stop]
+        cuts = cut_off(range(stop - start), own_tokens.tolist().__getitem__, batch_tokens)
+        spans = (slice(batch[0], batch[-1] + 1) for batch in cuts)
+        batches = _by_prompt(own, own_tokens, spans) if by_prompt else (own[span] for span in spans)
+        for batch in batches:
+            yield wave, PackedRows.of(batch[np.lexsort(batch.T[::-1])])
 
 
 def wave_size(mode: str, total: int) -> int:
@@ -110,22 +120,26 @@ def wave_size(mode: str, total: int) -> int:
     return max(1, WAVE_BYTES // ((1 if mode == "zero" else 5) * total) - 1)
 
 
-def _by_prompt(batches: Sequence[list[Row]], lengths: Sequence[int]) -> Iterator[list[Row]]:
+def _by_prompt(
+    numbers: NDArray[np.int32], n_tokens: NDArray[np.int64], spans: Iterable[slice]
+) -> Iterator[NDArray[np.int32]]:
     """The rows of all batches of one length, by prompt, in as many batches of about one size.
 
     Batches with padding, and small ones, stay as they are: so are the bits of their answers.
     """
 
-    def length_of(batch: list[Row]) -> int:
-        found = {lengths[row.prompt] for row in batch}
-        return found.pop() if len(found) == 1 and len(batch) >= LEAST_ROWS else 0
+    def length_of(span: slice) -> int:
+        found = n_tokens[span]
+        is_same = found[0] == found[-1]  # they are in the order of their lengths
+        return int(found[0]) if is_same and len(found) >= LEAST_ROWS else 0
 
-    for length, some in groupby(batches, length_of):
+    for length, some in groupby(spans, length_of):
         same = list(some)
         if not length:
-            yield from same
+            yield from (numbers[span] for span in same)
             continue
-        rows = sorted(chain(*same), key=lambda row: (row.prompt, row.condition))
+        rows = numbers[same[0].start : same[-1].stop]
+        rows = rows[np.lexsort(rows.T)]
         ends = [len(rows) * k // len(same) for k in range(len(same) + 1)]
         yield from (rows[a:b] for a, b in pairwise(ends))
 

@@ -19,7 +19,7 @@ import numpy as np
 from relneuron.ablation.conditions import Ablation, Places, empty_sets, read_sets
 from relneuron.ablation.evaluate import Evaluator, How, same_ablation
 from relneuron.ablation.options import CLEAN, NllOptions
-from relneuron.ablation.said import Row
+from relneuron.ablation.said import PackedRows, Row
 from relneuron.ablation.windows import Scorer, Texts, read_texts
 from relneuron.artifact.effects import Condition
 from relneuron.artifact.files import (
@@ -191,14 +191,16 @@ def nll(
             scorer, mlps, plan, journal, How(), options.batch_tokens, backend, options.oom
         )
         first = same_ablation(plan, How())
-        rows = [Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))]
+        rows = PackedRows(
+            Row(mask, i) for mask in dict.fromkeys(first) for i in range(len(texts.ids))
+        )
         lengths = [len(ids) - 1 for ids in texts.ids]
         bar = progress_bar(len(rows), "nll", "window", quiet)
         with bar, journal:
             found = evaluator.run("windows", rows, lengths, scorer.ask, bar.update)
-        values = np.array(
-            [[found[Row(mask, i)] for i in range(len(texts.ids))] for mask in first], np.float64
-        )
+        values = np.empty((len(first), len(texts.ids)))
+        for mask, line in zip(first, values, strict=True):
+            line[:] = [found[Row(mask, i)] for i in range(len(texts.ids))]
         masks = [ablation.condition.name for ablation in plan]
         bad = int((~np.isfinite(values)).sum())
         if bad:

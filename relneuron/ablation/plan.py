@@ -122,7 +122,7 @@ def plan_ablate(
     """The plan of conditions, and of the prompts and sentences that are read under them."""
     work, plan, questions = Work(dry), sets.plan, texts.questions
     waves = wave_size(how.mode, dry.order.total)
-    rows = rows_asked(plan, how)
+    rows: Sequence[Row] = rows_asked(plan, how)
     n_steps = (options.generate or 1) - 1
     n_logits = 2 if options.generate is None else 1
     lengths = [len(ids) + 1 for ids in questions.ids]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _CODES = {float: "d", int: "q"}  # of numbers that are kept side by side
 
@@ -20,6 +22,30 @@ class Row(NamedTuple):
 
     condition: int
     prompt: int
+
+
+class PackedRows(Sequence[Row]):
+    """Rows in 8 bytes each: a Row is made when it is asked for."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        # (n, 2) of conditions and prompts
+        self.numbers = np.fromiter(chain.from_iterable(rows), np.int32).reshape(-1, 2)
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int32]) -> PackedRows:
+        """The rows that stand in an array (n, 2)."""
+        rows = cls(())
+        rows.numbers = numbers
+        return rows
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        return Row(*self.numbers[place].tolist())
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(*numbers) for numbers in self.numbers.tolist())
 
 
 class _Column:
@@ -49,7 +75,7 @@ class Said(Mapping[Row, Any]):
         self._is_list = False
         conditions, prompts = array("q"), array("q")
         for rows, values in zip(batches, said, strict=True):
-            if rows and not self._columns:
+            if len(rows) and not self._columns:
                 self._is_list = isinstance(values[0], list | tuple)
                 firsts = values[0] if self._is_list else [values[0]]
                 self._columns = [_Column(one) for one in firsts]

@@ -13,7 +13,7 @@ from relneuron.artifact.files import RelneuronError, csv_bytes, csv_pieces
 from relneuron.artifact.installed import need
 from relneuron.artifact.parquet import Sink
 
-_ROWS = 1 << 15  # of a table that are objects at a time
+_ROWS = 1 << 15  # of a .parquet that are objects at a time
 _GROUP = 1 << 20  # rows of a row group of a .parquet, as pyarrow cuts a table
 Effect = tuple[Any, ...]
 
@@ -57,15 +57,16 @@ def check_format(output: Path) -> None:
 def table_pieces(path: Path, effects: Iterable[Effect]) -> Iterator[bytes]:
     """A table of effects, some rows at a time; of .parquet a row group."""
     left = iter(effects)
-    some = [*islice(left, _ROWS)]
-    names = (*WRITTEN, CHOICE)[: len(some[0])]
+    first = next(left)
+    names, left = (*WRITTEN, CHOICE)[: len(first)], chain([first], left)
     if path.suffix == ".csv":
-        yield from csv_pieces(names, chain(some, left))
+        yield from csv_pieces(names, left)
         return
     import pyarrow
     import pyarrow.parquet
 
     sink, schema, writer = Sink(), None, None
+    some = [*islice(left, _ROWS)]
     while some:
         tables: list[Any] = []
         while some and len(tables) * _ROWS < _GROUP:

@@ -25,7 +25,7 @@ from relneuron.artifact.manifest import Manifest
 from relneuron.artifact.reading import one_line, parse_json, read_lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One line of prompts.jsonl: a question about a fact, and where it belongs.
 

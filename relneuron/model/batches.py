@@ -70,16 +70,22 @@ def cut(rows: Iterable[Row], length: Callable[[Row], int], budget: int) -> list[
 
     `length` is a row's tokens; a batch has as many for each of its rows as the longest has.
     """
-    batches: list[list[Row]] = []
+    return list(cut_off(rows, length, budget))
+
+
+def cut_off(rows: Iterable[Row], length: Callable[[Row], int], budget: int) -> Iterator[list[Row]]:
+    """The batches of `cut`, one after the other."""
+    batch: list[Row] = []
     longest = 0
     for row in rows:
         n_tokens = length(row)
         longest = max(longest, n_tokens)
-        if not batches or (len(batches[-1]) + 1) * longest > budget:
-            batches.append([])
-            longest = n_tokens
-        batches[-1].append(row)
-    return batches
+        if batch and (len(batch) + 1) * longest > budget:
+            yield batch
+            batch, longest = [], n_tokens
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def plan_batches(

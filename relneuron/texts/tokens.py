@@ -21,6 +21,7 @@ CHARACTER_BYTES = 4  # of UTF-8 at most, and as many tokens of bytes
 _ANCHORS = ("\n", "a", ".")
 _PROBES = ("a", "1", "7", ".", "\u4e00")
 _OWN_PROBES = 16
+_PIECE = 1024
 _BLANKS = " \t\u00a0\u3000"  # what a hand-made prompt may end in; a new line is meant
 
 # Writing systems without a space between words, by code point, with the punctuation of Chinese and
@@ -133,10 +134,16 @@ def encode_texts(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
     return [ids if before and ids[:1] == before[:1] else before + ids for ids in found]
 
 
-def _bare(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def _bare(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for some in _pieces(texts):
+        found += map(list, tokenizer(some, add_special_tokens=False)["input_ids"])
+    return found
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts that are tokenised at once; a tokenizer's own record of one is many times it."""
+    return (list(texts[at : at + _PIECE]) for at in range(0, len(texts), _PIECE))
 
 
 # --- how a prompt goes on --------------------------------------------------------------------
@@ -186,21 +193,24 @@ def continuations(
     `space_before` says, but not where the tokenizer has no token for it. `tokens` is empty for an
     answer of nothing but white space.
     """
-    answers = [answer.strip() for answer in answers]
-    spaces = [space_before(*parts) for parts in zip(prompts, answers, languages, strict=True)]
-    heads = _bare(tokenizer, list(prompts))
-    ends = [space + answer for space, answer in zip(spaces, answers, strict=True)]
-    wholes = _bare(tokenizer, [prompt + end for prompt, end in zip(prompts, ends, strict=True)])
     is_space = _space_test(tokenizer)
     unknown = getattr(tokenizer, "unk_token_id", None)
     found = []
-    for head, whole, end, answer in zip(heads, wholes, ends, answers, strict=True):
-        rest = _rest(tokenizer, head, whole, end)
-        if answer and rest[:1] in ([], [unknown]):  # no space, or the two are one unknown word
-            alone = _rest(tokenizer, [], [], answer)
-            rest = alone if alone[:1] != [unknown] else rest or alone
-        n_spaces = len(list(takewhile(is_space, rest))) if answer else len(rest)
-        found.append(Continuation(tuple(rest[:n_spaces]), tuple(rest[n_spaces:])))
+    for heads, names, spoken in zip(*map(_pieces, (prompts, answers, languages)), strict=True):
+        stripped = [answer.strip() for answer in names]
+        ends = [
+            space_before(head, answer, language) + answer
+            for head, answer, language in zip(heads, stripped, spoken, strict=True)
+        ]
+        wholes = [head + end for head, end in zip(heads, ends, strict=True)]
+        rows = zip(_bare(tokenizer, heads), _bare(tokenizer, wholes), ends, stripped, strict=True)
+        for head, whole, end, answer in rows:
+            rest = _rest(tokenizer, head, whole, end)
+            if answer and rest[:1] in ([], [unknown]):  # no space, or the two are one unknown word
+                alone = _rest(tokenizer, [], [], answer)
+                rest = alone if alone[:1] != [unknown] else rest or alone
+            n_spaces = len(list(takewhile(is_space, rest))) if answer else len(rest)
+            found.append(Continuation(tuple(rest[:n_spaces]), tuple(rest[n_spaces:])))
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from relneuron.ablation import tables
-from relneuron.ablation.said import Row, Said
+from relneuron.ablation.said import PackedRows, Row, Said
 from relneuron.ablation.tables import Accuracy, table_pieces
 from relneuron.artifact.effects import CHOICE, WRITTEN
 from relneuron.artifact.files import csv_bytes
@@ -49,6 +49,23 @@ def test_every_row_has_what_was_said_of_it(value: Any) -> None:
 
 def test_nothing_was_said_of_no_row() -> None:
     assert dict(Said([], [])) == {} and Row(0, 0) not in Said([], [])
+
+
+def test_packed_rows_are_the_rows_in_8_bytes_each() -> None:
+    rng = random.Random(0)
+    rows = [Row(rng.randrange(1 << 20), rng.randrange(1 << 30)) for _ in range(500)]
+    packed = PackedRows(iter(rows))
+    assert [*packed] == rows == [packed[place] for place in range(len(packed))]
+    assert {type(row) for row in packed} == {Row} == {type(packed[3])}
+    assert type(packed[3].prompt) is int
+    assert packed.numbers.nbytes == 8 * len(rows)
+    assert rows[7] in packed and Row(0, 1 << 30) not in packed
+    assert [*PackedRows.of(packed.numbers[5:9])] == rows[5:9]
+    assert not PackedRows([]) and [*PackedRows([])] == []
+    with pytest.raises(IndexError):
+        packed[500]
+    with pytest.raises(OverflowError):
+        PackedRows([Row(0, 1 << 31)])
 
 
 def test_an_answer_takes_a_few_bytes() -> None:

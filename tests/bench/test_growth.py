@@ -22,7 +22,8 @@ def measured(path: Path, *words: str) -> None:
 @pytest.mark.parametrize("axis", ["conditions", "tokens"])
 def test_an_axis_runs_and_leaves_rows_and_a_picture(axis: str, tmp_path: Path) -> None:
     """In a process of its own: it forks, and nothing may run beside a fork."""
-    words = ("--only", axis, "--start", "6", "--doublings", "1", "--rounds", "1")
+    first = f"{growth.AXES[axis].field}=6"
+    words = ("--only", axis, "--world", first, "--doublings", "1", "--rounds", "1")
     run = Forked(measured, tmp_path, *words)
     out, err = run.said()
     assert run.wait() == 0, err
@@ -114,10 +115,46 @@ def test_there_is_as_much_in_all_where_relations_and_groups_double() -> None:
 def test_a_time_is_the_shortest_of_its_rounds_and_a_peak_the_highest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = iter(
-        [growth.Cost(3.0, 10), growth.Cost(5.0, 20), growth.Cost(2.0, 30), growth.Cost(9, 5)]
+    worlds, ran = [World(texts=n) for n in range(1, 7)], []
+
+    def measure(axis: growth.Axis, world: World) -> dict[str, growth.Cost]:
+        ran.append(world)
+        number = ran.count(world)  # of this round
+        return {"count": growth.Cost(world.texts + abs(number - 2), 10 * number)}
+
+    monkeypatch.setattr(growth, "measure", measure)
+    found = growth.measure_all(growth.AXES["tokens"], worlds, 3)
+    assert [*found] == worlds
+    assert [found[world]["count"] for world in worlds] == [(w.texts, 30) for w in worlds]
+    # A machine that gets slower within a round does not slow the large sizes alone.
+    orders = [ran[at : at + 6] for at in range(0, 18, 6)]
+    assert all(set(order) == {*worlds} for order in orders)
+    assert worlds not in orders
+    assert len({tuple(order) for order in orders}) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["--world", "fact=3"], "Got unexpected field names: ['fact']"),
+        (["--world", "facts"], "not enough values to unpack"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--doublings", "-1"], "--doublings at least 0"),
+    ],
+)
+def test_wrong_words_are_told(
+    words: list[str], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        growth.main(["--only", "prompts", *words])
+    assert cause in capsys.readouterr().err
+
+
+def test_one_size_is_flat() -> None:
+    axis = growth.AXES["relations"]._replace(world=World(relations=3, facts=5))
+    worlds = growth.sizes_of(axis, 0)
+    assert worlds == [axis.world]
+    rows = growth.rows_of(
+        "relations", axis, {worlds[0]: dict.fromkeys(axis.stages, growth.Cost(2, 3))}
     )
-    monkeypatch.setattr(growth, "measure", lambda axis, world: {"count": next(said)})
-    worlds = [World(texts=1), World(texts=2)]
-    found = growth.measure_all(growth.AXES["tokens"], worlds, 2)
-    assert [found[world]["count"] for world in worlds] == [(2.0, 30), (5.0, 20)]
+    assert {row["time_exponent"] for row in rows} == {0} == {row["bytes_per_n"] for row in rows}

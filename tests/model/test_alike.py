@@ -119,7 +119,8 @@ def test_rows_by_prompt_are_the_same_rows_with_the_same_padding(
 ) -> None:
     def planned(by_prompt: bool) -> list[tuple[range, list[Row]]]:
         rows = [Row(*pair) for pair in pairs]
-        return list(plan_rows(rows, lengths, budget, n_conditions, by_prompt=by_prompt))
+        batches = plan_rows(rows, lengths, budget, n_conditions, by_prompt=by_prompt)
+        return [(wave, [*batch]) for wave, batch in batches]
 
     def padding(batches: list[tuple[range, list[Row]]]) -> dict[Row, tuple[range, int, bool, bool]]:
         """Of each row its wave, its columns, and whether the batch is masked; small ones whole."""

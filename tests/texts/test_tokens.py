@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
+import relneuron.texts.tokens
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.prompts import Prompt
 from relneuron.texts.tokens import (
@@ -185,6 +186,38 @@ def test_a_prompt_keeps_its_tokens_where_the_answer_would_change_them() -> None:
         != (tokenizer("東", add_special_tokens=False)["input_ids"][0])
     )
     assert tokenizer.decode(found.tokens) == "京都"
+
+
+class Watched:
+    """A tokenizer that knows how many texts it was given at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.most = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.most = max(self.most, len(texts))
+        return self._tokenizer(texts, **options)
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_many_texts_are_tokenised_some_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer's record of a text is many times its ids: it never has that of all texts."""
+    true = TOKENIZERS[name]
+    prompts = [f"{'The city is' * (i % 3)} Paris 37{'( ?:'[i % 4]}" for i in range(23)]
+    answers = [("Paris", "37", " is ", "北京", "Log", "A ")[i % 6] for i in range(23)]
+    spoken = ["zh" if i % 5 == 0 else "en" for i in range(23)]
+    wanted = encode_texts(true, prompts), continuations(true, prompts, answers, spoken)
+    for piece in (1, 4, 23):
+        monkeypatch.setattr(relneuron.texts.tokens, "_PIECE", piece)
+        watched: Any = Watched(true)
+        assert encode_texts(watched, iter(prompts)) == wanted[0]
+        assert continuations(watched, prompts, answers, spoken) == wanted[1]
+        assert watched.most == piece
 
 
 def test_an_answer_of_white_space_has_no_token() -> None:
