@@ -132,8 +132,8 @@ MUTANTS = {
         "model/test_ask.py::test_pooled_sums_are_those_of_plain_hooks",
     ),
     "model.batches: a batch may be a row too long": Mutant(
-        "(len(batches[-1]) + 1) * longest > budget",
-        "len(batches[-1]) * longest > budget",
+        "(len(batch) + 1) * longest > budget",
+        "len(batch) * longest > budget",
         "ablation/test_evaluate.py::test_every_row_once_within_the_budget",
     ),
     "model.ask: a wrong forced token stays in sight": Mutant(
@@ -152,8 +152,8 @@ MUTANTS = {
         "model/test_alike.py::test_rows_of_one_prompt_share_the_first_attention_bit_for_bit",
     ),
     "ablation.evaluate: small batches are made anew, with more padding": Mutant(
-        "return found.pop() if len(found) == 1 and len(batch) >= LEAST_ROWS else 0",
-        "return max(found)",
+        "return int(found[0]) if is_same and len(found) >= LEAST_ROWS else 0",
+        "return int(found[-1])",
         "model/test_alike.py::test_rows_by_prompt_are_the_same_rows_with_the_same_padding",
     ),
     "model.questions: saying nothing is right": Mutant(
