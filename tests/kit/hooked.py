@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Study:
 
     def write_prompts(self, path: Path, prompts: Iterable[Prompt]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(vars(p)) + "\n" for p in prompts))
+        path.write_text("".join(json.dumps(asdict(p)) + "\n" for p in prompts))
         return path
 
 
