@@ -173,17 +173,22 @@ def ablate_prompts(
             answers = way.answers(evaluator, rows, bar.update)
         first = same_ablation(plan, how)
 
+        about = [(p.relation, split_name(p, own), p.id) for p in prompts]
+        # Under most conditions a prompt's answer is one that was given before.
+        given: dict[tuple[int, str], str] = {}
+
         def asked_of() -> Iterator[Effect]:
             for place, ablation in enumerate(plan):
-                condition = ablation.condition.name
-                for row in ablation.prompts:
-                    said, logprob, which, *choice = answers[Row(first[place], row)]
-                    p = prompts[row]
-                    given = given_object(said, p.objects, way.is_right)
-                    values = (said, given, int(bool(given)), p.objects[which], logprob)
+                condition, asked = ablation.condition.name, ablation.prompts
+                for row, answer in zip(asked, answers.of(first[place], asked), strict=True):
+                    said, logprob, which, *choice = answer
+                    p, key = prompts[row], (row, said)
+                    if key not in given:
+                        given[key] = given_object(said, p.objects, way.is_right)
+                    right = given[key]
+                    values = (said, right, int(bool(right)), p.objects[which], logprob)
                     chosen = ("" if k < 0 else p.options[k] for k in choice)
-                    about = (condition, p.relation, split_name(p, own), p.id)
-                    yield (*about, *values, *chosen)
+                    yield (condition, *about[row], *values, *chosen)
 
         accuracy = Accuracy()
         effects = accuracy.count(asked_of())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,6 @@ from relneuron.model.converse import Step
 from relneuron.model.mlps.shape import Part
 from relneuron.model.questions import N_ANSWER_TOKENS, Questions, begins_with, is_correct
 from relneuron.model.spared import find_spared, may_share
-
-# Of each row: what is said, log p of a right answer, which of them, and the option chosen, if any.
-Answers = Mapping[Row, Sequence[Any]]
 
 
 class Greedy:
@@ -59,7 +56,8 @@ class Greedy:
 
     def answers(
         self, evaluator: Evaluator, rows: Sequence[Row], advance: Callable[[int], object]
-    ) -> Answers:
+    ) -> Said:
+        """Of each row what is said, log p of a right answer, which one, any option chosen."""
         lengths = [len(ids) + 1 for ids in self.questions.ids]
         beside = alone(self.questions)
         return evaluator.run(
@@ -107,7 +105,8 @@ class Choosing:
 
     def answers(
         self, evaluator: Evaluator, rows: Sequence[Row], advance: Callable[[int], object]
-    ) -> Answers:
+    ) -> Said:
+        """Of each row what is said, log p of a right answer, which one, any option chosen."""
         lengths = [len(ids) for ids in self._options.ids]
         asked = PackedRows(
             Row(row.condition, k) for row in rows for k in self._options.rows_of(row.prompt)

@@ -100,6 +100,18 @@ class Said(Mapping[Row, Any]):
             return [column.values[place] for column in self._columns]
         return self._columns[0].values[place]
 
+    def of(self, condition: int, prompts: Sequence[int]) -> Iterator[Any]:
+        """What is said of some rows of a condition, in the order of their prompts."""
+        keys = condition * self._n_prompts + np.asarray(prompts, np.int64)
+        known = np.frombuffer(self._keys, np.int64)
+        at = np.searchsorted(known, keys)
+        is_there = max(prompts, default=-1) < self._n_prompts and bool((at < len(known)).all())
+        if not (is_there and np.array_equal(known[at], keys)):
+            raise KeyError(condition)
+        places = self._places[at].tolist()
+        columns = [[column.values[place] for place in places] for column in self._columns]
+        return map(list, zip(*columns, strict=True)) if self._is_list else chain(*columns)
+
     def __iter__(self) -> Iterator[Row]:
         return (Row(*divmod(key, self._n_prompts)) for key in self._keys)
 

@@ -200,7 +200,8 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes
 
 def csv_pieces(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[bytes]:
     """The bytes of `csv_bytes`, of some rows at a time, for `atomic_write`."""
-    lines = _UnixLines()
+    # The writer only quotes a carriage return inside of a cell if it also ends the lines with one.
+    lines = _Lines()
     writer = csv.writer(lines, lineterminator="\r\n")
     left = chain([columns], rows)
     while some := [
@@ -209,8 +210,8 @@ def csv_pieces(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iter
         for row in islice(left, _ROWS)
     ]:
         writer.writerows(some)
-        yield "".join(lines).encode()
-        lines.clear()
+        yield "".join([f"{line[:-2]}\n" for line in lines.written]).encode()
+        lines.written.clear()
 
 
 # With any apostrophes before it, so that a text that has its own comes back whole.
@@ -237,14 +238,12 @@ def cell_text(cell: str) -> str:
     return cell[1:] if cell[:1] == "'" and _is_formula(cell[1:]) else cell
 
 
-class _UnixLines(list[str]):
-    """Takes a csv writer's lines, and their carriage returns off.
+class _Lines:
+    """Takes a csv writer's lines: by a list's own method, as there are many."""
 
-    The writer only quotes a carriage return inside of a cell if it also ends the lines with one.
-    """
-
-    def write(self, line: str) -> None:
-        self.append(line.removesuffix("\r\n") + "\n")
+    def __init__(self) -> None:
+        self.written: list[str] = []
+        self.write = self.written.append
 
 
 def fold(text: str) -> str:

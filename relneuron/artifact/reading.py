@@ -209,9 +209,14 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Cells]:
     limit = _max_record_mib * MIB
     csv.field_size_limit(limit)
     with _open(path, "r", newline="", encoding="utf-8-sig") as file:
+        # Whether the record that is read has an apostrophe: `cell_text` changes no other one, and
+        # to look at every cell of a large file takes most of the time.
+        has_quote = False
 
         def lines() -> Iterator[str]:
+            nonlocal has_quote
             while line := file.readline(limit + 1):
+                has_quote = has_quote or "'" in line
                 if len(line) > limit:
                     where = f"{path}, line {reader.line_num + 1}"
                     raise too_large(where, "a line", _max_record_mib)
@@ -228,10 +233,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> Iterator[Cells]:
                         f"{path}, line {line}: {len(cells)} cells for {len(header)} columns", _AGAIN
                     )
                 if cells:
-                    # Of a large file most of the time: `cell_text` changes no other cell.
-                    texts = [cell_text(c) if c[:1] == "'" else c for c in cells]
+                    texts = map(cell_text, cells) if has_quote else cells
                     yield Cells(zip(header, texts, strict=True), path, line)
-                line = reader.line_num + 1
+                line, has_quote = reader.line_num + 1, False
         except UnicodeDecodeError:
             for _ in read_lines(path):  # which says in which line
                 pass

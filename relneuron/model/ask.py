@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,7 +92,7 @@ class Asker:
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
         self._texts: dict[tuple[int, ...], str] = {}
-        self.spared: Spared | None = None  # in forwards of prompts of which nothing is recorded
+        self.spared: Spared | None = None  # where nothing is recorded
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """`batches.pad` on the model's device."""
@@ -112,9 +113,8 @@ class Asker:
 
     def _begin(self, rows: Sequence[int], tokens: Tensor, mask: Tensor, n_logits: int) -> Any:
         """`_forward` of whole prompts, the questions' `rows`, without what can be spared."""
-        if self.spared is None:
-            return self._forward(tokens, mask, n_logits)
-        with self.spared.of(rows, tokens.shape[1], n_logits) as some:
+        spared, n = self.spared, tokens.shape[1]
+        with spared.of(rows, n, n_logits) if spared else nullcontext(slice(None)) as some:
             return self._forward(tokens[some], mask[some], n_logits)
 
     @torch.no_grad()
@@ -385,15 +385,16 @@ class Asker:
 
     def _is_cut(self, answer: list[int]) -> bool:
         """Whether nothing is said yet but a part of a character."""
-        is_open = not self._ends & {*answer} and not self._text(answer)
+        is_open = not self._text(answer) and self._ends.isdisjoint(answer)
         return is_open and CUT in self._decoded(answer)
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _text(self, answer: list[int]) -> str:
-        end = next((i for i, token in enumerate(answer) if token in self._ends), len(answer))
-        key = tuple(answer[:end])
+        key = tuple(answer)
+        if not self._ends.isdisjoint(key):
+            key = key[: next(i for i, token in enumerate(key) if token in self._ends)]
         if key not in self._texts:
             self._texts[key] = whole_text(self._decoded, key).strip()
         return self._texts[key]

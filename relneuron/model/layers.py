@@ -276,16 +276,24 @@ CHANGING = threading.RLock()
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def has_hooks(module: nn.Module, *, collecting: bool = True) -> bool:
-    """Whether calling a module runs more than its class's forward, at it or inside.
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its class's forward, at it or inside."""
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    return any(
+        "forward" in m.__dict__ or any(getattr(m, name) for name in _HOOKS)
+        for m in module.modules()
+    )
 
-    Without `collecting` the hooks by which transformers collects a forward's outputs do not count.
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own, or such as are set for all modules.
+
+    But those by which transformers collects a forward's outputs.
     """
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
-    hooks = (h for m in module.modules() for name in _HOOKS for h in getattr(m, name).values())
-    is_replaced = any("forward" in m.__dict__ for m in module.modules())
-    return is_replaced or any(collecting or not _is_collecting(hook) for hook in hooks)
+    return not all(_is_collecting(h) for name in _HOOKS for h in getattr(module, name).values())
 
 
 def _is_collecting(hook: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
-from relneuron.model.layers import Unfound, decoder_layers, has_hooks, input_device, is_sharded
+from relneuron.model.layers import Unfound, decoder_layers, input_device, is_sharded, is_watched
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
 from relneuron.model.patch import Patch
@@ -206,7 +206,7 @@ def find_spared(model: Any, mlps: Sequence[Part], prompt: Sequence[int]) -> Spar
 def _attention_of(layer: nn.Module, mlps: Sequence[Part]) -> nn.Module | None:
     """The one module, beside the MLP, with a matrix; None where there are more, or hooks.
 
-    A hook would be called in each half of the layer.
+    A hook of the layer or of its parts would be called in each half; one inside of these is not.
     """
     patched = {id(mlp.module) for mlp in mlps}
     others = [
@@ -215,7 +215,7 @@ def _attention_of(layer: nn.Module, mlps: Sequence[Part]) -> nn.Module | None:
         if not any(id(module) in patched for module in part.modules())
         and any(weight.dim() == 2 for weight in part.parameters())
     ]
-    is_plain = len(others) == 1 and not has_hooks(layer, collecting=False)
+    is_plain = len(others) == 1 and not any(map(is_watched, (layer, *layer.children())))
     return others[0] if is_plain else None
 
 

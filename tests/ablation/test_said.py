@@ -41,10 +41,16 @@ def test_every_row_has_what_was_said_of_it(value: Any) -> None:
         both = found[row], wanted[row]
         kinds = [list(map(type, one)) if isinstance(one, list) else type(one) for one in both]
         assert kinds[0] == kinds[1]
+    for condition in range(13):
+        prompts = [row.prompt for row in rows if row.condition == condition]
+        assert [*found.of(condition, prompts)] == [wanted[Row(condition, p)] for p in prompts]
+        assert not [*found.of(condition, [])]
     for row in (Row(0, 0), Row(13, 1), Row(0, 30), Row(0, 99), Row(-1, 32)):
         assert row not in found
         with pytest.raises(KeyError):
             found[row]
+        with pytest.raises(KeyError):
+            found.of(row.condition, [1, row.prompt])
 
 
 def test_nothing_was_said_of_no_row() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relneuron.ablation.evaluate import plan_rows
 from relneuron.ablation.said import Row
+from relneuron.model.instrument import Clock
 from relneuron.model.mlps.find import find_mlps
 from relneuron.model.patch import Patch
 from relneuron.model.spared import LEAST_ROWS, Spared, find_spared, may_share
@@ -181,6 +182,13 @@ def test_a_hook_sees_every_row_and_column() -> None:
     # Those of transformers itself look at nothing but what is asked for.
     model(input_ids=torch.tensor([PROMPT]), output_hidden_states=True)
     found = find_spared(model, find_mlps(model), PROMPT)
+    assert found is not None and found.last is not None
+
+
+def test_the_clock_of_a_study_leaves_all_spared() -> None:
+    model = tiny_model("llama")
+    with Clock(model):
+        found = find_spared(model, find_mlps(model), PROMPT)
     assert found is not None and found.last is not None
 
 
