@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import takes_keep
 from relneuron.model.layers import Unfound, decoder_layers, input_device, is_sharded
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
@@ -107,7 +108,7 @@ def find_alike(model: Any, mlps: Sequence[Part], prompt: Sequence[int]) -> Alike
     """Where the first layer's attention can be shared, proved on a `prompt`; None where it cannot.
 
     The attention is the one module of the layer, beside the MLP, with weights of a matrix. Proof:
-    of two prompts, each under two conditions, the logits and the cache have the same bits.
+    of two prompts, each under two conditions, the last logits and the cache have the same bits.
     """
     if not may_share(model, mlps) or len(prompt) < 2:
         return None
@@ -144,12 +145,13 @@ def _is_exact(alike: Alike, model: Any, mlps: Sequence[Part], prompt: Sequence[i
     off = [(mlp.layer, "gate", i) for mlp in mlps if mlp.layer == first for i in range(8)]
     conditions = torch.tensor([row // n % 2 for row in range(n_rows)], device="cpu").int()
     seen = []
+    asked = {"logits_to_keep": 2} if takes_keep(model) else {}  # as many as answers are chosen of
     try:
         with torch.no_grad(), Patch(mlps, mask_states([[], off], mlps)) as patch:
             patch.tokens = Tokens(conditions=conditions)
             for way in (nullcontext(), alike.of(which, n_tokens)):
                 with way:
-                    out = model(input_ids=tokens, use_cache=True)
+                    out = model(input_ids=tokens, use_cache=True, **asked)
                 cache = getattr(out, "cache", None) or out.past_key_values
                 seen.append([out.logits, cache.layers[0].keys, cache.layers[0].values])
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError, RelneuronError):
