@@ -130,11 +130,12 @@ def plan_ablate(
         found = encode_options(dry.tokenizer, dry.model, questions)
         lengths, n_logits = [len(ids) for ids in found.ids], max(map(len, found.wanted))
         rows = [Row(row.condition, k) for row in rows for k in found.rows_of(row.prompt)]
-    _add(work, rows, lengths, options.batch_tokens, waves, logits=n_logits, steps=n_steps)
+    then = "" if options.choose else "answers"
+    _add(work, rows, lengths, options.batch_tokens, waves, n_logits, then=then, steps=n_steps)
     read = rows_read(plan, texts.sentences, how)
     if texts.sentences is not None:
         own = [len(ids) for ids in texts.sentences.ids]
-        _add(work, read, own, options.batch_tokens, waves, logits=0)
+        _add(work, read, own, options.batch_tokens, waves, 0, then="scores")
     answers = sum(len(a.prompts) for a in plan)
     first = {a.condition.name: len(a.prompts) for a in plan}
     files: dict[str, int | None] = {
@@ -166,7 +167,7 @@ def plan_ablate(
         **work.told,
         more=more,
         tensors={
-            "activations": work.peak(),
+            "activations": work.peak(n_held=dry.n_inner),
             "masks": _masks(dry, min(len(plan), waves), how.mode),
         },
         host={"neurons of the conditions": sum(8 * len(a.places) for a in plan)},
@@ -183,8 +184,9 @@ def _add(
     lengths: Sequence[int],
     batch_tokens: int,
     waves: int,
-    *,
     logits: int,
+    *,
+    then: str,
     steps: int = 0,
 ) -> None:
     """Rows of conditions, in the batches that `Evaluator.run` makes of them.
@@ -195,7 +197,7 @@ def _add(
         own = [lengths[row.prompt] for row in batch]
         n, width = len(own), max(own)
         less = n * (width - logits) * work.dry.last_mlp if 0 < logits < width else 0
-        work.batch(own, logits=logits, less=less)
+        work.batch(own, logits=logits, less=less, then=then)
         for step in range(steps):
             work.step(n, width + step)
 
@@ -292,7 +294,7 @@ def nll(
         {"masks": len(masks), "windows": len(texts.ids), "read": len(rows)},
         **told,
         tensors={
-            "activations": work.peak(dry.model.base_model, cache=False),
+            "activations": work.peak(dry.model.base_model, cache=False, n_held=dry.n_inner),
             "logits": 3 * 4 * min(LOGITS, math.prod(work.largest[:2]) * dry.vocabulary),
             "masks": _masks(dry, min(len(plan), waves), "zero"),
         },
@@ -336,7 +338,7 @@ def generate(
     work, waves = Work(dry), wave_size(options.mode, dry.order.total)
     for _, batch in plan_rows(rows, lengths, options.batch_tokens, waves):
         own = [lengths[row.prompt] - n_new for row in batch]
-        work.batch(own)
+        work.batch(own, then="answers")
         for step in range(n_new - 1):
             work.step(len(own), max(own) + step + 1)
     n_donor, notes = _donor(options.donor, load_options)
@@ -349,7 +351,7 @@ def generate(
         for _ in range(n_seeds)
     ]
     tensors = {
-        "activations": work.peak(),
+        "activations": work.peak(n_held=dry.n_inner),
         "masks": _masks(dry, min(len(plan), waves), options.mode),
         "keys and values": work.largest[0] * n_new * dry.cache_bytes(),
     }

@@ -5,7 +5,6 @@ The `record` and `ablate` stages call it, so both ask in exactly the same way.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from relneuron.model.batches import (
     pad,
     plan_batches,
     positions_of,
+    takes_keep,
 )
 from relneuron.model.converse import Step, go_through
 from relneuron.model.layers import input_device
@@ -87,7 +87,7 @@ class Asker:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device = input_device(model)
-        self._takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._takes_keep = takes_keep(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}

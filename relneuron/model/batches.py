@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -52,6 +53,11 @@ def positions_of(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu" and len(mask) > 1 and bool((mask == mask[:1]).all()):
         mask = mask[:1]
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def takes_keep(model: Any) -> bool:
+    """Whether a forward may be asked for the logits of its last columns alone."""
+    return "logits_to_keep" in signature(model.forward).parameters
 
 
 def largest(logits: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from relneuron import ops
 from relneuron.artifact.files import Json
@@ -21,10 +23,12 @@ from relneuron.artifact.memory import resident_bytes
 from relneuron.artifact.neurons import Shape
 from relneuron.artifact.options import PlaceOptions
 from relneuron.artifact.planned import Planned
+from relneuron.model.batches import takes_keep
+from relneuron.model.layers import decoder_layers
 from relneuron.model.load import check_loading, load_tokenizer, settle_arithmetic
 from relneuron.model.plan import cache_bytes, meta_model, stored
-from relneuron.model.traced import Costs, takes_keep, traced
-from relneuron.model.widths import told_shape
+from relneuron.model.traced import Costs, traced
+from relneuron.model.widths import last_map, told_shape
 
 DIGEST = "0" * 64  # stands for one that only the weights could say
 
@@ -78,6 +82,20 @@ class Dry:
     @cached_property
     def neurons(self) -> dict[str, int]:
         return {site: len(self.order.site_places(site)) for site in self.order.widths}
+
+    @cached_property
+    def downs(self) -> list[nn.Module]:
+        """What the MLP of each layer ends with, where it is one map."""
+        if self.order.experts[0]:
+            return []
+        _, layers = decoder_layers(self.model)
+        paths = ((one, last_map(one, self.order.width(n, "gate"))) for n, one in enumerate(layers))
+        return [layer.get_submodule(path) for layer, path in paths if path]
+
+    @property
+    def n_inner(self) -> int:
+        """How many tensors a patched MLP keeps beside h: what its maps gave."""
+        return 1 + ("up" in self.order.widths)
 
     def logits(self, width: int, n: int) -> int:
         """How many columns of logits a forward gives where the last n are asked for."""
@@ -160,6 +178,13 @@ def dry_model(
 
 # --- forwards ----------------------------------------------------------------------------------
 
+_REPLAYED = 6  # batches whose memory is looked at
+
+
+def _size(one: tuple[int, int, int]) -> tuple[int, int]:
+    """Of as many tokens those of more rows have more logits."""
+    return one[0] * one[1], one[0]
+
 
 @dataclass
 class Work:
@@ -171,7 +196,8 @@ class Work:
     tokens: int = 0
     padded: int = 0
     steps: int = 0
-    largest: tuple[int, int, int] = (0, 0, 0)  # rows, tokens and logits of the largest one
+    # Rows, tokens and logits of each batch in its turn, by what becomes of its logits.
+    made: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
 
     def forward(
         self,
@@ -187,11 +213,19 @@ class Work:
         n = self.dry.logits(width, logits) if logits else 0
         flops = self.dry.costs.flops(rows, width, keys=keys, logits=n) - less
         self.found[flops, self.dry.weights] += times
-        if rows * width > self.largest[0] * self.largest[1]:
-            self.largest = (rows, width, logits)
 
-    def batch(self, lengths: Sequence[int], **how: Any) -> None:
-        """A batch that is planned, of rows of these lengths, padded to the longest."""
+    @property
+    def largest(self) -> tuple[int, int, int]:
+        """Rows, tokens and logits of the largest batch."""
+        return max(chain(*self.made.values()), key=_size, default=(0, 0, 0))
+
+    def batch(self, lengths: Sequence[int], *, then: str = "", **how: Any) -> None:
+        """A batch that is planned, of rows of these lengths, padded to the longest.
+
+        `then` says what becomes of its logits (`traced.traced`).
+        """
+        n_logits = int(how.get("logits", 1))
+        self.made.setdefault(then, []).append((len(lengths), max(lengths), n_logits))
         self.batches += 1
         self.tokens += sum(lengths)
         self.padded += len(lengths) * max(lengths)
@@ -202,17 +236,23 @@ class Work:
         self.steps += rows
         self.forward(rows, 1, keys=keys)
 
-    def peak(self, body: Any = None, *, cache: bool = True) -> int:
+    def peak(self, body: Any = None, *, cache: bool = True, n_held: int = 0) -> int:
         """Bytes that the tensors of the largest forward take at most, by tracing it.
 
-        `body` is what is run in place of the model: it without its head.
+        `body` is what is run in place of the model: it without its head. A patched MLP holds
+        `n_held` more tensors while its last map runs than the model's own does.
         """
-        rows, width, n = self.largest
-        if not rows:
-            return 0
         model = self.dry.model if body is None else body
-        found = traced(model, rows, width, n_logits=n, cache=cache)
-        return found.kept_bytes if self.dry.device == "cpu" else found.peak_bytes
+        how: dict[str, Any] = {"cache": cache, "held": dict.fromkeys(self.dry.downs, n_held)}
+        found = []
+        for then, made in self.made.items():
+            rows, width, n = most = max(made, key=_size)
+            # Some of the batches, from the first to the last, and the largest one.
+            some = [made[number * (len(made) - 1) // _REPLAYED] for number in range(_REPLAYED + 1)]
+            shares = [one[0] * one[1] / (rows * width) for one in (*some, most)]
+            found.append(traced(model, rows, width, n_logits=n, then=then, shares=shares, **how))
+        kept = [one.kept_bytes if self.dry.device == "cpu" else one.peak_bytes for one in found]
+        return max(kept, default=0)
 
     @property
     def told(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.batches import takes_keep
 from relneuron.model.layers import Unfound, decoder_layers, input_device, is_sharded, is_watched
 from relneuron.model.mlps.mlp import MLP
 from relneuron.model.mlps.shape import Part
@@ -185,7 +186,8 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 def find_spared(model: Any, mlps: Sequence[Part], prompt: Sequence[int]) -> Spared | None:
     """What can be spared of a model, proved on a `prompt`; None where nothing can.
 
-    Proof: of some prompts, each under two conditions, logits and cache have the same bits.
+    Proof: of some prompts, each under two conditions, the last logits and the cache have the same
+    bits.
     """
     if not may_share(model, mlps) or len(prompt) < 2:
         return None
@@ -222,7 +224,7 @@ def _attention_of(layer: nn.Module, mlps: Sequence[Part]) -> nn.Module | None:
 def _is_exact(spared: Spared, model: Any, mlps: Sequence[Part], prompt: Sequence[int]) -> bool:
     """Whether some prompts under two conditions have the same bits with and without it."""
     n_tokens = len(prompt)
-    n_asked = min(2, n_tokens - 1) if spared.last else n_tokens
+    n_asked = min(2, n_tokens - 1)  # answers ask for as many
     unclear = spared.sizes | {n_tokens}
     n = next(n for n in count(2) if n not in unclear)
     n_rows = n * -(-max(LEAST_ROWS, LEAST_TOKENS * 2) // n)
@@ -232,12 +234,13 @@ def _is_exact(spared: Spared, model: Any, mlps: Sequence[Part], prompt: Sequence
     off = [(mlp.layer, "gate", i) for mlp in mlps for i in range(8)]
     conditions = torch.tensor([row // n % 2 for row in range(n_rows)], device="cpu").int()
     seen = []
+    asked = {"logits_to_keep": n_asked} if takes_keep(model) else {}
     try:
         with torch.no_grad(), Patch(mlps, mask_states([[], off], mlps)) as patch:
             patch.tokens = Tokens(conditions=conditions)
             for way in (nullcontext(slice(None)), spared.of(which, n_tokens, n_asked)):
                 with way as rows:
-                    out = model(input_ids=tokens[rows], use_cache=True)
+                    out = model(input_ids=tokens[rows], use_cache=True, **asked)
                 cache = getattr(out, "cache", None) or out.past_key_values
                 kept = [cache.layers[place] for place in ((0, -1) if spared.last else (0,))]
                 states = [x for layer in kept for x in (layer.keys, layer.values)]

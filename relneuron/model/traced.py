@@ -6,33 +6,31 @@ The model is one without numbers (`plan.meta_model`); the planners of the stages
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from inspect import signature
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# glibc's malloc gives back at once what is as large or larger; of what is smaller it keeps most.
-KEPT_BELOW = 32 << 20
+from relneuron.model.ask import cache_of
+from relneuron.model.batches import takes_keep
+from relneuron.model.heap import most_resident
 
 
 @dataclass(frozen=True)
 class Traced:
     """A forward: its floating point operations, and the bytes of tensors that it made.
 
-    `peak_bytes` are the most of them at once. `kept_bytes` are what a process on a CPU then holds:
-    the most of the others at once, and the most of those below KEPT_BELOW, whose memory it keeps,
-    though that may be at another time; with a third more, as not every piece fits the next tensor
-    (measured of a Llama of 69 million weights: 1.4 times as much).
+    `peak_bytes` are the most of them at once. `kept_bytes` are what a process on a CPU then holds,
+    with the holes between them, as malloc puts them in memory, batch after batch (`heap.py`).
     """
 
     flops: int
@@ -43,12 +41,14 @@ class Traced:
 class _Held(TorchDispatchMode):
     """The bytes of the tensors that are made while it is active, and the most of them at once.
 
+    `events` are their comings and goings: (number, bytes), and (number, 0) of one that is freed.
     A number that is asked of a tensor without numbers is 0, or False.
     """
 
     def __init__(self, known: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.most = Counter[str](), Counter[str]()  # of all, and by what becomes of them
+        self.now = self.most = 0
+        self.events: list[tuple[int, int]] = []
         self._weights = {t.untyped_storage()._cdata for t in known}
         self._seen = {*self._weights}
 
@@ -68,21 +68,19 @@ class _Held(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._seen:
+        key, number = storage._cdata, len(self.events)
+        if key not in self._seen and storage.nbytes():
             self._seen.add(key)
-            self._add(storage.nbytes())
+            self.events.append((number, storage.nbytes()))
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
             # A storage's Python object lives as long as the storage.
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
+            weakref.finalize(storage, self._forget, key, number, storage.nbytes())
 
-    def _forget(self, key: int, n_bytes: int) -> None:
+    def _forget(self, key: int, number: int, n_bytes: int) -> None:
         self._seen.discard(key)
-        self._add(n_bytes, -1)
-
-    def _add(self, n_bytes: int, sign: int = 1) -> None:
-        for kind in ("all", "kept" if n_bytes < KEPT_BELOW else "given back"):
-            self.now[kind] += sign * n_bytes
-            self.most[kind] = max(self.most[kind], self.now[kind])
+        self.events.append((number, 0))
+        self.now -= n_bytes
 
 
 @dataclass
@@ -107,36 +105,76 @@ class _Fused(TorchFunctionMode):
 
 
 def traced(
-    model: Any, n_rows: int, n_tokens: int, *, n_logits: int = 1, cache: bool = True
+    model: Any,
+    n_rows: int,
+    n_tokens: int,
+    *,
+    n_logits: int = 1,
+    cache: bool = True,
+    then: str = "",
+    held: Mapping[nn.Module, int] | None = None,
+    shares: Sequence[float] = (1.0,),
 ) -> Traced:
     """A forward of `n_rows` x `n_tokens` token ids with a mask, as `ask.Asker` makes it.
 
-    `n_logits` are the last columns that logits are asked of, 0 all of them.
+    `n_logits` are the last columns that logits are asked of, 0 all of them. `then` says what
+    becomes of them: "answers" are chosen, and one more token is asked for (`Asker.ask`), or they
+    are "scores" of what is read (`Asker.score`). While one of the modules `held` runs, so many more
+    tensors as large as its input stay: those that a patch looks at. `shares`: the sizes of the
+    batches that a stage makes, one after the other, as parts of this one.
     """
     with suppress(Exception):  # the experts that run without looking at numbers
         model.set_experts_implementation("batched_mm")
     asked: dict[str, Any] = {"use_cache": cache}
     if takes_keep(model):
         asked["logits_to_keep"] = n_logits
-    held = _Held(chain(model.parameters(), model.buffers()))
+    events = _Held(chain(model.parameters(), model.buffers()))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        for module, n in (held or {}).items():
+            _hold(stack, module, n)
         counter = stack.enter_context(FlopCounterMode(display=False))
         fused = stack.enter_context(_Fused())
         stack.enter_context(torch.device("meta"))
-        stack.enter_context(held)
+        stack.enter_context(events)
         ids = torch.zeros(n_rows, n_tokens, dtype=torch.int64, device="meta")
         mask = torch.ones_like(ids)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         out = model(input_ids=ids, attention_mask=mask, position_ids=places, **asked)
+        flops = counter.get_total_flops() + fused.flops
+        if then == "answers":
+            _answer(model, out, mask, asked)
+        elif then:
+            logits = out.logits[:, :-1].float().transpose(1, 2).contiguous()
+            cross_entropy(logits, ids[:, 1:], reduction="none")
+            del logits
         del out
-    kept = 4 * held.most["kept"] // 3 + held.most["given back"]
-    return Traced(counter.get_total_flops() + fused.flops, held.most["all"], kept)
+    return Traced(flops, events.most, most_resident(events.events, shares))
 
 
-def takes_keep(model: Any) -> bool:
-    """Whether a forward may be asked for the logits of its last columns alone."""
-    return "logits_to_keep" in signature(model.forward).parameters
+def _hold(stack: ExitStack, module: nn.Module, n: int) -> None:
+    """While the module runs, so many more tensors as large as its input are there."""
+    kept: list[Tensor] = []
+
+    def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.extend(torch.empty_like(args[0]) for _ in range(n))
+
+    def end(module: nn.Module, args: Any, out: Any) -> None:
+        kept.clear()
+
+    stack.callback(module.register_forward_pre_hook(begin).remove)
+    stack.callback(module.register_forward_hook(end).remove)
+
+
+def _answer(model: Any, out: Any, mask: Tensor, asked: Mapping[str, Any]) -> None:
+    """The first token's probabilities, and a step of one token more where there is a cache."""
+    logits = out.logits[:, -2:].float()
+    logits[:, 0].log_softmax(-1)
+    with suppress(Exception):  # a cache of another kind: its step takes no more than the forward
+        longer = torch.cat([mask, mask[:, :1]], 1)
+        ids, places = mask[:, :1], longer.sum(1, keepdim=True) - 1
+        step = {**asked, **cache_of(out)}
+        model(input_ids=ids, attention_mask=longer, position_ids=places, **step)
 
 
 @dataclass(frozen=True)

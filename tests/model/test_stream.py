@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from relneuron.artifact.files import RelneuronError
+from relneuron.model.stream.norms import read_norm
 from relneuron.model.stream.read import read_residual_model
 from relneuron.model.stream.trace import trace
 from tests.conftest import tiny_model
@@ -342,3 +343,14 @@ def test_a_model_without_its_parts() -> None:
     model.model.layers[2].mlp.down_proj = down
     model.model.norm = nn.Identity().eval()
     assert "its final norm: Identity is neither" in why_refused(model)
+
+
+@pytest.mark.parametrize("width", [32, 128, 768, 1024, 2048])
+def test_a_layer_norm_of_any_width_is_read(width: int) -> None:
+    """Numbers much smaller than the others are rounded by the others' mean."""
+    norm = nn.LayerNorm(width)
+    found = read_norm(norm, width, torch.ones(1))
+    assert (found.centred, found.eps) == (True, 1e-5)
+    rms = nn.RMSNorm(width, eps=1e-6)
+    other = read_norm(rms, width, torch.ones(1))
+    assert (other.centred, other.eps) == (False, 1e-6)

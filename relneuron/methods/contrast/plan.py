@@ -87,7 +87,7 @@ def contrast(
         **work.told,
         tensors={
             "weights of the other": 0 if b is a else b.weights,
-            "activations": work.peak(a.model.base_model, cache=False),
+            "activations": work.peak(a.model.base_model, cache=False, n_held=a.n_inner),
             "counters": n_counters,
         },
         host={"counts": n_counters},

@@ -102,8 +102,8 @@ def count(
         {"groups": len(groups), "windows": n_windows},
         **work.told,
         tensors={
-            "activations": work.peak(dry.model.base_model, cache=False),
-            "gate, while it is counted": _gate_bytes(dry, work),
+            # A gated MLP keeps its activation, too: h is the model's own.
+            "activations": work.peak(dry.model.base_model, cache=False, n_held=2 * dry.n_inner - 1),
             "counters": n_counters + n_beside,
         },
         host={"counts": n_counters + n_beside},
@@ -115,14 +115,6 @@ def count(
         if options.examples is not None
         else [],
     )
-
-
-def _gate_bytes(dry: Dry, work: Work) -> int:
-    """What a gated MLP's own forward gives up before it has the product of gate and up."""
-    rows, width, _ = work.largest
-    is_gated = "up" in dry.order.widths and not dry.order.experts[0]
-    n_bytes = int(dry.model.dtype.itemsize)
-    return rows * width * dry.order.widths["gate"] * n_bytes * is_gated
 
 
 def _counters(

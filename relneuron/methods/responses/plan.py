@@ -84,7 +84,7 @@ def plan_record(dry: Dry, asked: Asked, n_copy: int, where: str = DISK) -> Plann
     work = Work(dry)
     for rows in asked.batches:
         lengths = [asked.questions.length(row) for row in rows]
-        work.batch(lengths)
+        work.batch(lengths, then="answers" if asked.options.validate else "")
         for step in range(N_ANSWER_TOKENS - 1 if asked.options.validate else 0):
             work.step(len(rows), max(lengths) + step + 1)
     n = len(asked.prompts)
@@ -98,7 +98,7 @@ def plan_record(dry: Dry, asked: Asked, n_copy: int, where: str = DISK) -> Plann
         **work.told,
         more=n * (CHARACTER_BYTES - 1) if asked.options.validate else 0,
         tensors={
-            "activations": work.peak(cache=asked.options.validate),
+            "activations": work.peak(cache=asked.options.validate, n_held=dry.n_inner),
             "sums of a batch": n_responses // len(asked.det) * largest,
             **({"responses": n_responses} if where == DEVICE else {}),
         },

@@ -89,7 +89,9 @@ def read_norm(module: nn.Module, width: int, like: Tensor) -> Norm:
         for gain, centred in product(gains, (False, True)):
             norm = Norm(module, gain, bias, centred, eps)
             # Number by number, as large gains would hide whether 1 is added.
-            size = inputs.double().abs() + inputs.double().mean(1, keepdim=True).abs()
+            # The mean is rounded by its values' size, whose own may be much smaller.
+            exact = inputs.double()
+            size = exact.abs() + exact.square().mean(1, keepdim=True).sqrt()
             size = size * norm.scale(inputs)[:, None] * gain.double().abs()
             size = size if bias is None else size + bias.double().abs()
             if bool(((outputs.double() - norm.apply(inputs)).abs() <= limit * size).all()):
