@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 PROCESSES = Path("/proc")  # of Linux
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def status_bytes(name: str, process: int | str = "self") -> int | None:
@@ -42,3 +44,15 @@ def peak_bytes() -> int | None:
 def resident_bytes() -> int:
     """What this process holds now; the most so far where the system tells no more, else 0."""
     return status_bytes("VmRSS") or peak_bytes() or 0
+
+
+def keep_freed() -> None:
+    """Have malloc keep what is freed, where it is glibc's.
+
+    It gives large pieces of memory back to the system, which clears them for the next forward's
+    tensors; what these take is then in other places each time.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(_M_MMAP_MAX, 0)
+        malloc.mallopt(_M_TRIM_THRESHOLD, -1)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 import relneuron
 from relneuron.ablation import STAGES as ABLATION
 from relneuron.artifact.journal import is_first, n_started
+from relneuron.artifact.memory import keep_freed
 from relneuron.artifact.stage import Stage, load
 from relneuron.cli.errors import end
 from relneuron.cli.flags import Command, as_typed, command
@@ -174,6 +175,7 @@ def main() -> None:
     # By torch at its first tensor: those of 2 MB and more lie in large pages, where the system has
     # them. What a forward writes to new memory takes half the time there.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed()
     if n_started() > 1:  # of a process that is gone we say one line, torch pages
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

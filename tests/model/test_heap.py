@@ -14,44 +14,31 @@ from tests.conftest import ROOT
 MB = 1 << 20
 
 
-def test_what_is_large_has_pages_of_its_own() -> None:
+def test_the_smallest_hole_is_filled_first() -> None:
     heap = Heap()
-    heap.take("a", 40 * MB)
-    assert heap.resident == 40 * MB and heap.own
-    heap.give_back("a")
-    assert heap.resident == 0 and heap.threshold < LARGE  # larger than any threshold
-
-
-def test_what_is_given_back_becomes_the_threshold() -> None:
-    """From then on smaller pieces lie one after the other, and their holes are filled again."""
-    heap = Heap()
-    heap.take("a", 20 * MB)
-    heap.give_back("a")
-    for name in "bcd":
-        heap.take(name, MB)
-    assert not heap.own and 3 * MB <= heap.resident < 3 * MB + (1 << 16)
-    heap.give_back("c")
+    for name, n in (("a", 3), ("b", 1), ("c", 1), ("d", 1)):
+        heap.take(name, n * MB)
     before = heap.resident
-    heap.take("e", MB - 64)
-    assert heap.resident == before  # in the hole of c
-    heap.give_back("b")
-    heap.give_back("e")
-    heap.take("f", 2 * MB)  # begins at a multiple, for which the hole of both is too small
-    assert heap.resident > before
-
-
-def test_the_end_is_given_back_beyond_twice_the_threshold() -> None:
-    heap = Heap()
-    heap.take("a", 4 * MB)
+    assert 6 * MB <= before < 8 * MB + (1 << 16)
     heap.give_back("a")
-    for number in range(12):
-        heap.take(number, MB)
-    heap.take("last", 1 << 10)
-    for number in range(12):
-        heap.give_back(number)
-    assert heap.resident >= 12 * MB  # nothing below the last one is
-    heap.give_back("last")
-    assert heap.resident < MB
+    heap.give_back("c")
+    assert heap.resident == before  # nothing is given back to the system
+    begin = heap.placed["b"][1]
+    heap.take("e", MB - 64)
+    assert heap.placed["e"][0] == begin and heap.resident == before
+
+
+def test_holes_beside_each_other_are_one() -> None:
+    heap = Heap()
+    for name in "abcd":
+        heap.take(name, MB)
+    heap.give_back("b")
+    heap.give_back("a")
+    before = heap.resident
+    heap.take("e", 2 * MB - 64)  # begins at a multiple, for which the hole of both is too small
+    assert heap.resident > before and heap.placed["e"][0] % LARGE == 0
+    heap.take("f", 2 * MB - 4096 - LARGE % MB - 1)
+    assert heap.placed["f"][0] == 0
 
 
 def test_batches_of_several_sizes_leave_holes() -> None:
@@ -65,8 +52,9 @@ def test_batches_of_several_sizes_leave_holes() -> None:
 SCRIPT = """
 import os
 os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+from relneuron.artifact.memory import keep_freed, peak_bytes, resident_bytes
+keep_freed()
 import torch
-from relneuron.artifact.memory import peak_bytes, resident_bytes
 from relneuron.model.heap import most_resident
 events, number, kept = [], 0, []
 for layer in range(8):  # of each layer one tensor stays, as keys and values do
