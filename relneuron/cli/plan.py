@@ -123,10 +123,12 @@ def _counts(one: Planned, speed: Any) -> Json:
         "steps": one.steps,
         "more_tokens": one.more,
         "flops": one.flops,
+        "more_flops": one.more_flops,
         "memory_bytes": one.memory,
         "device_bytes": one.on_device,
         "disk_bytes": one.disk,
         "seconds": one.seconds(speed.flops_per_s, speed.bytes_per_s),
+        "more_seconds": one.more_seconds(speed.flops_per_s, speed.bytes_per_s),
     }
 
 
@@ -168,7 +170,7 @@ def report(plans: Sequence[Planned], options: DryOptions) -> Iterator[str | Prin
     first = next(one for one in plans if one.layers)
     sites = ", ".join(f"{n:,} {site}" for site, n in first.neurons.items())
     yield f"neurons: {sum(first.neurons.values()):,} in {first.layers} layers ({sites})"
-    yield from map(_counted, plans)
+    yield from (_counted(one, speed) for one in plans)
     most = max(plans, key=lambda one: one.memory + one.on_device)
     where = "memory" if most.device == "cpu" else f"memory and {most.device}"
     yield f"{where} of {most.stage}: {_parts({**most.host, **most.tensors})}"
@@ -185,7 +187,7 @@ def report(plans: Sequence[Planned], options: DryOptions) -> Iterator[str | Prin
     )
 
 
-def _counted(one: Planned) -> str:
+def _counted(one: Planned, speed: Any) -> str:
     """How many of what a stage reads, and in which batches of tokens."""
     parts = [", ".join(f"{n:,} {name}" for name, n in one.reads.items())]
     if one.batches:
@@ -194,6 +196,9 @@ def _counted(one: Planned) -> str:
         parts.append(f"{one.steps:,} tokens one by one")
     if one.more:
         parts.append(f"at most {one.more:,} more")
+    if one.more_forwards:
+        seconds = one.more_seconds(speed.flops_per_s, speed.bytes_per_s)
+        parts[-1] += f", {_short(one.more_flops, 'FLOP')} and {_time(seconds)} of them"
     return f"{one.stage}: {'; '.join(parts)}"
 
 

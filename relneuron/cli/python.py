@@ -23,11 +23,13 @@ def plan(command: str, *words: str | Path | float) -> Json:
     - `stages`, of `run` several. Each has `stage`, `device`, `dtype`, `reads` (how many of what it
       reads, by name) and the numbers:
       `batches`, `tokens` and `padded_tokens` (with padding), as `batch_plan` of the manifest has
-      them; `steps`, tokens that are asked one by one; `more_tokens`, at most so many more, by what
-      the model answers; `flops`, of the forwards and backwards that are certain, two for a product
-      and its sum; `memory_bytes` of the process at its peak; `device_bytes`, on a device of its
-      own; `disk_bytes`; `seconds` = sum over forwards of max(flops / flops_per_s, bytes of weights
-      / bytes_per_s).
+      them; `steps`, tokens that are asked one by one; `flops`, of the forwards and backwards that
+      are certain, two for a product and its sum; `seconds` = sum over forwards of
+      max(flops / flops_per_s, bytes of weights / bytes_per_s);
+      `more_tokens`, at most so many more, by what the model answers, with `more_flops` and
+      `more_seconds` as far as they are told;
+      `memory_bytes` of the process at its peak; `device_bytes`, on a device of its own;
+      `disk_bytes`.
       `memory_bytes` in parts: `tensors_bytes` (on the device where there is one) and `host_bytes`;
       `disk_bytes` in parts: `files_bytes`, None where a size cannot be told
     - `total`: the same numbers of all stages, sums; of `memory_bytes` and `device_bytes` the most

@@ -17,8 +17,8 @@ from tests.kit.corpus_commands import call, check_refused, written
 
 FAST = ["--tflops", 2, "--gbps", 100]
 NUMBERS = {
-    *("batches", "tokens", "padded_tokens", "steps", "more_tokens", "flops"),
-    *("memory_bytes", "device_bytes", "disk_bytes", "seconds"),
+    *("batches", "tokens", "padded_tokens", "steps", "more_tokens", "flops", "more_flops"),
+    *("memory_bytes", "device_bytes", "disk_bytes", "seconds", "more_seconds"),
 }
 
 
