@@ -19,7 +19,7 @@ from relneuron.artifact.gains import (
 )
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
-from relneuron.artifact.prompts import Prompt, check_copy, prompts_bytes
+from relneuron.artifact.prompts import Prompt, check_copy
 from relneuron.methods.gains.attribute import refuse_outputs
 from relneuron.methods.gains.commands import check
 from relneuron.methods.gains.comparison import most_conditions
@@ -29,7 +29,7 @@ from relneuron.methods.gains.values import write_bytes
 from relneuron.model.batches import plan_batches
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.questions import Questions
-from relneuron.model.targets import Targets, encode_targets, read_asked
+from relneuron.model.targets import Targets, read_asked
 from relneuron.texts.tokens import token_text
 
 _NUMBER = 0.123456789  # as long as most scores are
@@ -48,16 +48,11 @@ def attribute(
 ) -> Iterator[Planned]:
     """The plan of `attribute --method gain`, with its parameters."""
     check(prompts, output, options)
-    has_answers = options.target == "answer"
     dry = dry_model(model, load_options)
-    everything, asked = read_asked(prompts, output, options.splits, answers=has_answers)
-    targets = encode_targets(
-        dry.tokenizer, dry.model, asked, strict=options.strict, answers=has_answers
-    )
+    asked = read_asked(prompts, output, dry.model, dry.tokenizer, options)
     refuse_outputs(output, force)
-    copy = prompts_bytes(everything)
-    check_copy(output / "prompts.jsonl", prompts, copy, force)
-    yield plan_attribute(dry, asked, targets, options, len(copy))
+    check_copy(output / "prompts.jsonl", prompts, asked.copy, force)
+    yield plan_attribute(dry, asked.prompts, asked.targets, options, len(asked.copy))
 
 
 def plan_attribute(
