@@ -1,10 +1,10 @@
 """relneuron: find the neurons of a language model that carry a relation, and switch them off.
 
-`run` makes a whole study of a model in memory, `load` reads any study as data frames, `stages` are
-the commands as functions; `instrument` and `ablate` act on a running model; `ops` are the kernels;
-`testing` holds another backend to their contract; `cli` is the command line. Names are imported
-when they are first used, so that `relneuron.ops` needs torch and nothing else, and Ctrl-C is heard
-before it is imported.
+`run` makes a whole study of a model in memory, `plan` says what a command would take, `load` reads
+any study as data frames, `stages` are the commands as functions; `instrument` and `ablate` act on a
+running model; `ops` are the kernels; `testing` holds another backend to their contract; `cli` is
+the command line. Names are imported when they are first used, so that `relneuron.ops` needs torch
+and nothing else, and Ctrl-C is heard before it is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from relneuron.ablation.ablate import ablate_prompts
     from relneuron.artifact.files import RelneuronError
     from relneuron.artifact.neurons import NeuronFile
+    from relneuron.cli.python import plan
     from relneuron.model.instrument import ablate, instrument
     from relneuron.model.mlps.find import find_mlps
     from relneuron.study import stages
@@ -36,6 +37,7 @@ __all__ = [
     "instrument",
     "load",
     "ops",
+    "plan",
     "run",
     "stages",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "find_mlps": "model.mlps.find",
     "instrument": "model.instrument",
     "load": "study.folder",
+    "plan": "cli.python",
     "run": "study.memory",
 }
 

@@ -175,10 +175,8 @@ def intervene(
             _check_places(residual, one)
     found = np.zeros((3, len(conditions), n))
     lengths = [len(line) for line in ids]
-    # Row c * N + s is sentence s under condition c.
-    rows = np.argsort(np.tile(lengths, len(conditions)), kind="stable").tolist()
-    if residual.unembed.is_cpu:
-        batch_tokens = min(batch_tokens, CPU_TOKENS)
+    on_cpu = residual.unembed.is_cpu
+    batches = plan_interventions(lengths, len(conditions), batch_tokens, on_cpu=on_cpu)
     budget = budget or Budget(batch_tokens, what=SENTENCES)
 
     def length(row: int) -> int:
@@ -192,7 +190,6 @@ def intervene(
             [conditions[row // n][row % n] for row in part],
         )
 
-    batches = cut(rows, length, batch_tokens)
     said = shared(
         journal, "intervene", batches, lambda batch: budget.run(batch, length, ask), advance
     )
@@ -200,6 +197,16 @@ def intervene(
         places = np.array(batch)
         found[:, places // n, places % n] = np.array(answers).T
     return Answered(found[0].astype(np.int64), found[1], found[2])
+
+
+def plan_interventions(
+    lengths: Sequence[int], n_conditions: int, batch_tokens: int, *, on_cpu: bool
+) -> list[list[int]]:
+    """The batches of N sentences of these lengths, each under every condition, as `intervene` has
+    them: row c * N + s is sentence s under condition c."""
+    rows = np.argsort(np.tile(lengths, n_conditions), kind="stable").tolist()
+    most = min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens
+    return cut(rows, lambda row: lengths[row % len(lengths)], most)
 
 
 def _check_places(residual: ResidualModel, off: Off) -> None:

@@ -18,6 +18,7 @@ class Planned:
     steps      forwards of one more token each that it makes for certain, as tokens
     more       tokens that may come to them at most, where the model's answers decide
     forwards   (how many, operations of one, bytes of weights that it reads), batches alike in one
+    more_forwards   likewise, what may come to them at most, as far as it is told
     tensors    bytes where the model computes, by what they are: weights, activations, ...
     host       bytes besides in the memory of the process
     files      bytes on the disk by file; None where a plan cannot tell them
@@ -35,6 +36,7 @@ class Planned:
     steps: int = 0
     more: int = 0
     forwards: Sequence[tuple[int, int, int]] = ()
+    more_forwards: Sequence[tuple[int, int, int]] = ()
     tensors: Mapping[str, int] = field(default_factory=dict)
     host: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, int | None] = field(default_factory=dict)
@@ -48,6 +50,11 @@ class Planned:
     def flops(self) -> int:
         """Floating point operations of all forwards that are certain."""
         return sum(n * each for n, each, _ in self.forwards)
+
+    @property
+    def more_flops(self) -> int:
+        """Those that may come to them at most, as far as they are told."""
+        return sum(n * each for n, each, _ in self.more_forwards)
 
     @property
     def disk(self) -> int:
@@ -67,6 +74,14 @@ class Planned:
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
         """Of the forwards: each as long as its operations take, or as its weights to be read."""
-        return sum(
-            n * max(flops / flops_per_s, read / bytes_per_s) for n, flops, read in self.forwards
-        )
+        return _seconds(self.forwards, flops_per_s, bytes_per_s)
+
+    def more_seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Likewise of those that may come to them."""
+        return _seconds(self.more_forwards, flops_per_s, bytes_per_s)
+
+
+def _seconds(
+    forwards: Sequence[tuple[int, int, int]], flops_per_s: float, bytes_per_s: float
+) -> float:
+    return sum(n * max(flops / flops_per_s, read / bytes_per_s) for n, flops, read in forwards)

@@ -156,7 +156,7 @@ def fail(cause: str, fix: str, code: int) -> NoReturn:
     """Say what went wrong and what mends it, on standard error, and end the process."""
     if state["debug"]:
         traceback.print_exc()
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     for word, text in (("error:", cause), ("fix:  ", fix)):
         line = " ".join(text.split())
         line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

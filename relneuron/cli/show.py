@@ -22,12 +22,12 @@ def show(item: str | Printed) -> None:
         table.add_column(Text(_printable(name)), justify="right" if place else "left")
     for row in item.rows:
         table.add_row(*(Text(_printable(cell)) for cell in row))  # a Text has no markup
-    Console(highlight=False).print(table)
+    Console(highlight=False, emoji=False).print(table)
 
 
 def say(text: str) -> None:
     """Print plain text: no markup, no control characters from data."""
-    Console(highlight=False, soft_wrap=True).print(_printable(text), markup=False)
+    Console(highlight=False, soft_wrap=True, emoji=False).print(_printable(text), markup=False)
 
 
 def _printable(text: str) -> str:

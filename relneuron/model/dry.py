@@ -113,10 +113,12 @@ class Dry:
 
     @cached_property
     def last_mlp(self) -> int:
-        """Operations of a token in the MLP of the last layer."""
+        """Operations of a token in the MLP of the last layer; of experts none are left out."""
         last = self.order.layers - 1
-        hidden, n_maps = self.order.width(last, "down"), 3 if self.order.width(last, "up") else 2
-        return 2 * self.active(last) * hidden * n_maps
+        if self.order.experts[0]:
+            return 0
+        is_gated = "up" in self.order.widths and self.order.width(last, "up")
+        return 2 * self.active(last) * self.order.width(last, "down") * (3 if is_gated else 2)
 
     def cache_bytes(self) -> int:
         """Keys and values of a token, in all layers; 0 where a forward does not tell them."""

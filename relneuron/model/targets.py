@@ -12,7 +12,7 @@ from typing import Any
 
 from relneuron.artifact.files import RelneuronError, real_path
 from relneuron.artifact.manifest import checked
-from relneuron.artifact.prompts import Prompt
+from relneuron.artifact.prompts import Prompt, prompts_bytes
 from relneuron.model.ask import Asker
 from relneuron.model.layers import input_device
 from relneuron.model.questions import Questions, encode, object_continuations
@@ -185,13 +185,39 @@ def _n_logits(model: Any) -> int | None:
     return None if head is None else int(head.weight.shape[0])
 
 
-def read_asked(
+@dataclass(frozen=True)
+class Asked:
+    """The sentences that are attributed, their targets, and all prompts as the study's copy."""
+
+    prompts: list[Prompt]
+    targets: Targets
+    copy: bytes
+
+
+def read_asked(path: Path, folder: Path, model: Any, tokenizer: Any, options: Any) -> Asked:
+    """What a stage that attributes asks, and its plan counts: read and tokenised.
+
+    `options` are the stage's: `splits`, `target`, `batch_tokens`, and `strict` where it has it.
+    Raises what `encode_targets` raises, and refuses splits without a prompt and an output `folder`
+    that is a file, or that of the facts.
+    """
+    has_answers = options.target == "answer"
+    everything, prompts = _read(path, folder, options.splits, answers=has_answers)
+    targets = encode_targets(
+        tokenizer,
+        model,
+        prompts,
+        strict=getattr(options, "strict", False),
+        answers=has_answers,
+        batch_tokens=options.batch_tokens,
+    )
+    return Asked(prompts, targets, prompts_bytes(everything))
+
+
+def _read(
     path: Path, folder: Path, splits: Sequence[str], *, answers: bool
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """All prompts of a file or of facts, and those of some splits (default: of all), to ask.
-
-    Refuses an output `folder` that is a file, or the folder of the facts.
-    """
+    """All prompts of a file or of facts, and those of some splits (default: of all), to ask."""
     if folder.is_file():
         raise RelneuronError(f"{folder} is a file", "give a folder", 2)
     everything = read_knowledge(checked(path), answers=answers)

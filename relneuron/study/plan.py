@@ -26,10 +26,12 @@ from relneuron.methods.responses.asked import Asked, asked_of
 from relneuron.methods.responses.concepts import concept_subjects, make_concept_prompts
 from relneuron.methods.responses.options import DISK, RankOptions, RecordOptions
 from relneuron.methods.responses.plan import place_of, plan_identify, plan_record
+from relneuron.model.batches import cut
 from relneuron.model.dry import Dry, Work, dry_model
 from relneuron.model.questions import encode
 from relneuron.model.targets import encode_targets
 from relneuron.report.page import load_tools
+from relneuron.study.cards import AT_ONCE
 from relneuron.study.facts import Facts
 from relneuron.study.run import check_asked, relations_of
 from relneuron.study.settings import RunOptions
@@ -78,7 +80,7 @@ def run(
     yield plan_identify(dry, asked, o.part(RankOptions), where)
     top = min(o.top or default_top(dry.shape), dry.order.total)
     if o.cards:
-        yield _look(dry, asked, min(o.cards, top * len(relations)))
+        yield _look(dry, asked, min(o.cards, top * len(relations)), o)
     if "concepts" in o.analyses:
         yield from _concepts(dry, relations, o, top)
     if "gain" in o.analyses:
@@ -97,16 +99,28 @@ def _first_answers(dry: Dry, asked: Asked) -> Planned:
     return dry.planned("first answers", {"prompts": len(first)}, **work.told)
 
 
-def _look(dry: Dry, asked: Asked, n_cards: int) -> Planned:
-    """Cards: their texts with the neurons looked at, and without each; as many as there may be."""
-    longest = max(map(asked.questions.length, asked.det))
+def _look(dry: Dry, asked: Asked, n_cards: int, o: RunOptions) -> Planned:
+    """Cards, at most: each of its texts as long as the longest one, and another one's of no other.
+
+    A text is read for the neuron's values, and asked what follows with the neuron and without; the
+    last MLP is then computed of its last token alone.
+    """
+    work, longest = Work(dry), max(map(asked.questions.length, asked.det))
+    for start in range(0, n_cards, AT_ONCE):
+        n = _EXAMPLES * min(AT_ONCE, n_cards - start)
+        different = min(n, len(asked.det))
+        for n_rows, n_spared in ((different, 0), (different + n, longest - 1)):
+            for rows in cut(range(n_rows), lambda _: longest, o.batch_tokens):
+                less = len(rows) * n_spared * dry.last_mlp
+                work.batch([longest] * len(rows), less=less)
     return Planned(
         "look",
         {"cards": n_cards},
-        more=2 * _EXAMPLES * n_cards * (longest + 1),
+        more=work.tokens,
+        more_forwards=work.told["forwards"],
         files={"look.html": None, "cards.jsonl": None, "sets.csv": None},
         device=dry.device,
-        notes=["look: its forwards are in no total; a card has 8 texts, read twice at most"],
+        notes=[f"look: a card has {_EXAMPLES} texts, each read three times at most"],
     )
 
 

@@ -39,7 +39,7 @@ RUNNING |= {"--tensor-parallel-size"}  # takes torchrun: methods/counts/test_in_
 # Of the others it makes a part, and no results: study/test_shared.py.
 RUNNING |= {"--shard"}
 RUNNING |= {"--serve", "--host", "--port"}  # a server makes no file: study/test_serve.py
-RUNNING |= {"--dry-run", "--tflops", "--gbps"}  # nothing is run: cli/test_plan.py
+RUNNING |= {"--dry-run", "--tflops", "--gbps", "--json"}  # nothing is run: cli/test_plan.py
 # They write no study, and a model's folder no page.
 NO_STUDY = {"generate", "effect", "export", "report", "doctor", "bench", "edit", "cite", "plan"}
 COUNT = "--workers 1 --quiet --batch-tokens 512"

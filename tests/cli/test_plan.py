@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from relneuron.ablation import asking
 from relneuron.artifact.memory import status_bytes
 from relneuron.artifact.planned import Planned
 from relneuron.artifact.stage import load
@@ -223,8 +224,10 @@ def recorded(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.filterwarnings("ignore:.*its set has no neuron", "ignore:.* left out. no scores")
 def test_ablate_does_what_its_plan_says(
-    model: Path, recorded: Path, prompts: Path, tmp_path: Path
+    model: Path, recorded: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where each row is computed from its tokens on, and no row of a prompt stands for others."""
+    monkeypatch.setattr(asking, "find_spared", lambda *_: None)
     out = tmp_path / "e" / "effects.csv"
     words = ["ablate", model, recorded / "neurons.json", prompts, "-o", out]
     words += ["--random-seeds", 2, "--batch-tokens", 300, "--analyses", "sizes,sites,perplexity"]

@@ -49,7 +49,6 @@ from relneuron.artifact.prompts import (
     Prompt,
     check_copy,
     check_recorded,
-    prompts_bytes,
     write_copy,
 )
 from relneuron.artifact.stage import STUDY, command, loading, placed
@@ -67,7 +66,7 @@ from relneuron.model.questions import Questions
 from relneuron.model.ranks import sharing
 from relneuron.model.stream.parts import ResidualModel
 from relneuron.model.stream.read import read_residual_model
-from relneuron.model.targets import encode_targets, read_asked
+from relneuron.model.targets import read_asked
 from relneuron.texts.knowledge import TargetPrompt
 from relneuron.texts.tokens import policy_text, target_notices, token_text
 
@@ -115,19 +114,11 @@ def attribute(
     options = options or AttributeOptions()
     options.check_installed()
     is_predicted = options.target == "prediction"
-    everything, prompts = read_asked(prompts_path, folder, options.splits, answers=not is_predicted)
     residual = read_residual_model(model)
     check_heads(type(model).__name__, residual.no_heads, options)
-    targets = encode_targets(
-        tokenizer,
-        model,
-        prompts,
-        strict=options.strict,
-        answers=not is_predicted,
-        batch_tokens=options.batch_tokens,
-    )
+    asked = read_asked(prompts_path, folder, model, tokenizer, options)
+    prompts, targets, copy = asked.prompts, asked.targets, asked.copy
     described = describe_model(name, model, residual.shape, backend)
-    copy = prompts_bytes(everything)
     inputs = attribute_inputs(
         described,
         tokenizer,

@@ -279,6 +279,16 @@ def plan(
     return conditions
 
 
+def most_conditions(n_layers: int, n_types: int, n_seeds: int) -> int:
+    """How many conditions `plan` makes of sentences of so many types, all that there may be.
+
+    clean, METHODS, value, the heads of each type, and of each seed four random sets; of query one,
+    and one of each seed, where a layer stands above another.
+    """
+    has_query = n_layers > 1
+    return 1 + len(METHODS) + 1 + n_types + 3 * n_seeds + has_query * (1 + n_seeds)
+
+
 def top_heads(heads: Array, types: Sequence[str], sizes: Sizes) -> dict[str, list[int]]:
     """Each type's heads with the largest mean score over its sentences, (N, L, H), best first.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from relneuron.ablation.rows import plan_interventions
 from relneuron.artifact.gains import (
     COMPARISON,
     GAINS,
@@ -18,16 +19,17 @@ from relneuron.artifact.gains import (
 )
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
-from relneuron.artifact.prompts import Prompt, check_copy, prompts_bytes
+from relneuron.artifact.prompts import Prompt, check_copy
 from relneuron.methods.gains.attribute import refuse_outputs
 from relneuron.methods.gains.commands import check
+from relneuron.methods.gains.comparison import most_conditions
 from relneuron.methods.gains.options import AttributeOptions
-from relneuron.methods.gains.scores import METHODS, query_bytes
+from relneuron.methods.gains.scores import query_bytes
 from relneuron.methods.gains.values import write_bytes
 from relneuron.model.batches import plan_batches
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.questions import Questions
-from relneuron.model.targets import Targets, encode_targets, read_asked
+from relneuron.model.targets import Targets, read_asked
 from relneuron.texts.tokens import token_text
 
 _NUMBER = 0.123456789  # as long as most scores are
@@ -46,16 +48,11 @@ def attribute(
 ) -> Iterator[Planned]:
     """The plan of `attribute --method gain`, with its parameters."""
     check(prompts, output, options)
-    has_answers = options.target == "answer"
     dry = dry_model(model, load_options)
-    everything, asked = read_asked(prompts, output, options.splits, answers=has_answers)
-    targets = encode_targets(
-        dry.tokenizer, dry.model, asked, strict=options.strict, answers=has_answers
-    )
+    asked = read_asked(prompts, output, dry.model, dry.tokenizer, options)
     refuse_outputs(output, force)
-    copy = prompts_bytes(everything)
-    check_copy(output / "prompts.jsonl", prompts, copy, force)
-    yield plan_attribute(dry, asked, targets, options, len(copy))
+    check_copy(output / "prompts.jsonl", prompts, asked.copy, force)
+    yield plan_attribute(dry, asked.prompts, asked.targets, options, len(asked.copy))
 
 
 def plan_attribute(
@@ -71,7 +68,10 @@ def plan_attribute(
     for rows in plan_batches(asked, options.batch_tokens):
         work.batch([asked.length(row) for row in rows])
     relations = list(dict.fromkeys(p.relation for p in prompts))
-    n_conditions = 1 + len(METHODS) + len(relations) + 2 + 4 * options.random_seeds
+    n_conditions = most_conditions(dry.order.layers, len(relations), options.random_seeds)
+    again = Work(dry)
+    if options.compare:
+        again = _comparison(dry, targets, n_conditions, options)
     about = {"prompts": DIGEST, "ids": [p.id for p in prompts], "model": DIGEST}
     n_gains = gains_bytes(dry.shape, about) if "ffn_neuron" in options.kinds else 0
     n_rows, width, _ = work.largest
@@ -89,8 +89,8 @@ def plan_attribute(
     ]
     if options.compare:
         notes.append(
-            f"the comparison asks the sentences that are known again, under {n_conditions} "
-            "conditions at most"
+            "the comparison asks the sentences that are known again, under "
+            f"{n_conditions} conditions at most"
         )
     n_heads, head = _heads(dry)
     held = n_rows * width * dry.order.layers * _wide(dry) * dry.model.dtype.itemsize
@@ -104,7 +104,8 @@ def plan_attribute(
         "attribute",
         {"sentences": len(prompts)},
         **work.told,
-        more=n_conditions * sum(map(len, targets.ids)) if options.compare else 0,
+        more=again.tokens,
+        more_forwards=again.told["forwards"],
         tensors={
             "activations": work.peak(cache=False),
             "what a batch writes": held,
@@ -115,6 +116,23 @@ def plan_attribute(
         files=files,
         notes=notes,
     )
+
+
+def _comparison(dry: Dry, targets: Targets, n_conditions: int, options: AttributeOptions) -> Work:
+    """The forwards of the comparison, of sentences that are all known.
+
+    Of the last layer's MLP, and of what its attention ends with, only the last token is computed;
+    experts are computed whole.
+    """
+    work, lengths = Work(dry), list(map(len, targets.ids))
+    n_heads, head = _heads(dry)
+    spared = dry.last_mlp and dry.last_mlp + 2 * n_heads * head * dry.order.widths["down"]
+    for rows in plan_interventions(
+        lengths, n_conditions, options.batch_tokens, on_cpu=dry.device == "cpu"
+    ):
+        own = [lengths[row % len(lengths)] for row in rows]
+        work.batch(own, less=len(own) * (max(own) - 1) * spared)
+    return work
 
 
 def _wide(dry: Dry) -> int:

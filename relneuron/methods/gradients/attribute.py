@@ -41,7 +41,6 @@ from relneuron.artifact.prompts import (
     Prompt,
     check_copy,
     check_recorded,
-    prompts_bytes,
     write_copy,
 )
 from relneuron.artifact.stage import STUDY, command, loading, placed
@@ -53,7 +52,7 @@ from relneuron.model.gradients.wide import in_float64
 from relneuron.model.identity import tokenizer_digest
 from relneuron.model.load import describe_model
 from relneuron.model.ranks import sharing
-from relneuron.model.targets import encode_targets, read_asked
+from relneuron.model.targets import read_asked
 from relneuron.texts.tokens import policy_text, target_notices
 
 Array = np.ndarray[Any, Any]
@@ -95,15 +94,11 @@ def attribute(
     """
     method = IG if isinstance(options, IgOptions) else RELEVANCE
     stage, written = f"attribute_{method}", FILES[method]
-    is_predicted = options.target == "prediction"
-    everything, prompts = read_asked(prompts_path, folder, options.splits, answers=not is_predicted)
     sites = read_sites(model, options.site)
-    targets = encode_targets(
-        tokenizer, model, prompts, answers=not is_predicted, batch_tokens=options.batch_tokens
-    )
+    asked = read_asked(prompts_path, folder, model, tokenizer, options)
+    prompts, targets, copy = asked.prompts, asked.targets, asked.copy
     lengths = asked_lengths(model, prompts, targets, options)
     described = describe_model(name, model, [mlp for mlp in sites.mlps if mlp is not None], "auto")
-    copy = prompts_bytes(everything)
     inputs = {
         "model": same_model(described),
         "tokenizer": tokenizer_digest(tokenizer),

@@ -16,7 +16,7 @@ from relneuron.artifact.gradients import (
 )
 from relneuron.artifact.options import LoadOptions
 from relneuron.artifact.planned import Planned
-from relneuron.artifact.prompts import Prompt, check_copy, prompts_bytes
+from relneuron.artifact.prompts import Prompt, check_copy
 from relneuron.methods.gradients.asking import asked_lengths, end_of_text
 from relneuron.methods.gradients.attribute import refuse_outputs
 from relneuron.methods.gradients.commands import check
@@ -25,7 +25,7 @@ from relneuron.model.batches import cut
 from relneuron.model.dry import DIGEST, Dry, Work, dry_model
 from relneuron.model.gradients.reference import alphas
 from relneuron.model.mlps.shape import refuse_sites
-from relneuron.model.targets import Targets, encode_targets, read_asked
+from relneuron.model.targets import Targets, read_asked
 
 _NUMBER = f"{0.123456789:.9g}"  # as long as most scores are
 
@@ -43,23 +43,21 @@ def attribute(
 ) -> Iterator[Planned]:
     """The plan of `attribute --method ig` and `--method relevance`, with their parameters."""
     check(prompts, output, options, load_options)
-    has_answers = options.target == "answer"
     dry = dry_model(model, load_options)
-    everything, asked = read_asked(prompts, output, options.splits, answers=has_answers)
     refuse_sites(dry.shape, [options.site] if options.site in ("up", "gate") else [])
     if dry.order.experts[0]:
         raise RelneuronError(
             "the layers have experts: which of them a token goes to has no gradient",
             "give a model without experts",
         )
-    targets = encode_targets(dry.tokenizer, dry.model, asked, answers=has_answers)
-    lengths = asked_lengths(dry.model, asked, targets, options)
+    asked = read_asked(prompts, output, dry.model, dry.tokenizer, options)
+    prompted, targets = asked.prompts, asked.targets
+    lengths = asked_lengths(dry.model, prompted, targets, options)
     refuse_outputs(output, IG if isinstance(options, IgOptions) else RELEVANCE, force)
-    copy = prompts_bytes(everything)
-    check_copy(output / "prompts.jsonl", prompts, copy, force)
+    check_copy(output / "prompts.jsonl", prompts, asked.copy, force)
     if getattr(options, "baseline", "") == "replaced":
         end_of_text(dry.tokenizer)
-    yield plan_attribute(dry, asked, targets, lengths, options, len(copy))
+    yield plan_attribute(dry, prompted, targets, lengths, options, len(asked.copy))
 
 
 def plan_attribute(
