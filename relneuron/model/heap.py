@@ -2,7 +2,8 @@
 
 Freed tensors leave holes that the next ones do not always fit in, so that a process on a CPU takes
 more than its tensors do at once. `traced.py` records a forward's tensors; here they are put in
-memory as malloc does it (glibc's malloc/malloc.c: _int_malloc, _int_memalign).
+memory as malloc does it (glibc's malloc/malloc.c: _int_malloc, _int_memalign), but for the small
+pieces between them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _SAID = 1 << 10  # bytes that a batch leaves
 class Heap:
     """Pieces of memory by a key; `resident` bytes of them and between them have been touched.
 
-    They lie one after the other, each in the smallest hole that it fits in. Nothing is given back to
-    the system (artifact/memory.py: `keep_freed`).
+    They lie one after the other, each in the smallest hole that it fits in. Nothing is given back
+    to the system (artifact/memory.py: `keep_freed`).
     """
 
     def __init__(self) -> None:
