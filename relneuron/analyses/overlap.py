@@ -17,7 +17,7 @@ from relneuron.analyses.outcomes import Row, effects, sets_off, with_q
 from relneuron.analyses.uncertainty import NAN, overlap_p, overlap_ps, q_values, spearman
 from relneuron.artifact.effects import Grid
 from relneuron.artifact.neurons import Neuron
-from relneuron.report.tables import Share, Table
+from relneuron.report.tables import Column, Rows, Share, Table
 
 Sets = Mapping[str, Sequence[Neuron]]
 
@@ -33,6 +33,11 @@ def _shared(a: Sequence[Neuron], b: Sequence[Neuron], n_neurons: int) -> list[fl
 
 
 def overlap(sets: Sets, n_neurons: int, of: Collection[str] | None = None) -> Table:
+    """The table of `overlap_columns`, a row a pair."""
+    return Table("Neurons that two sets share", OVERLAP, Rows(overlap_columns(sets, n_neurons, of)))
+
+
+def overlap_columns(sets: Sets, n_neurons: int, of: Collection[str] | None = None) -> list[Column]:
     """How many neurons every two sets share, and the chance that random sets share as many.
 
     `n_neurons` the model has. p is hypergeometric, q over the pairs; NaN for a set with itself.
@@ -56,17 +61,17 @@ def overlap(sets: Sets, n_neurons: int, of: Collection[str] | None = None) -> Ta
     here, there = (first[both], second[both]), (twin[second[both]], np.array(own, int)[first[both]])
     for tests in (p, q):
         tests[there] = tests[here]
-    rows: list[Row] = []
-    for row, i in enumerate(own):
-        n, length = shared[row].tolist(), int(size[i])
-        of_row = zip(p[row].tolist(), q[row].tolist(), strict=True)
-        for j, found in enumerate(of_row):
-            share, expected = (
-                Share(n[j] / length if length else NAN),
-                length * int(size[j]) / n_neurons,
-            )
-            rows.append([names[i], names[j], n[j], share, expected, *found])
-    return Table("Neurons that two sets share", OVERLAP, rows)
+    length = size[own][:, None]
+    share = shared / np.where(length, length, NAN)
+    expected = length * size / n_neurons
+    row, other = np.indices(shared.shape)
+    return [
+        Column(np.array(own, np.int64)[row.ravel()], names),
+        Column(other.ravel(), names),
+        Column(shared.ravel()),
+        Column(share.ravel(), is_share=True),
+        *(Column(values.ravel()) for values in (expected, p, q)),
+    ]
 
 
 def shared_counts(sets: Sets, of: Sequence[int] | None = None) -> NDArray[np.int64]:

@@ -206,7 +206,7 @@ def csv_pieces(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iter
     left = chain([columns], rows)
     while some := [
         # Numbers, and most texts, are as they are: most of the time goes by here.
-        [v if v.__class__ is not str or v[:1].isalnum() else _as_cell(v) for v in row]
+        [v if v.__class__ is not str or not v or v[:1].isalnum() else _as_cell(v) for v in row]
         for row in islice(left, _ROWS)
     ]:
         writer.writerows(some)

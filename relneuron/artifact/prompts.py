@@ -93,8 +93,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     names = [name for name in plain if name != "object"]
     prompts = []
     asked: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # right answers: of many prompts the same
     for record in read_records(path, names, "prompt", _right):
         right, images = record.pop("objects"), record.pop("images", ())
+        right = known.setdefault(right, right)
         images = tuple(str(path.parent / image) for image in images)
         p = Prompt(**record, object=right[0], objects=right, images=images)
         prompts.append(p)

@@ -154,10 +154,13 @@ def encode(
                 f"it is longer than the model's context of {context}",
                 "shorten or remove it" + _fewer(context - len(line), n_tokens),
             )
-    starts = [
-        [_start(prompt, name, one) for name, one in zip(prompt.objects, some, strict=True)]
-        for prompt, some in zip(prompts, found, strict=False)
-    ]
+    # Many prompts go on alike, and share one list.
+    shared: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
+    starts = []
+    for prompt, some in zip(prompts, found, strict=False):
+        pairs = zip(prompt.objects, some, strict=True)
+        own = tuple(_start(prompt, name, one) for name, one in pairs)
+        starts.append(shared.setdefault(own, list(own)))
     firsts = [some[0][-1] for some in starts]
     return Questions(list(prompts), ids, firsts, starts, notices, choices, processor, texts)
 

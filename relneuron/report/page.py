@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # matplotlib is imported when a page is made
     from relneuron.report.kit import Drawing
 
 
+# What reading files raises that are damaged; OverflowError: an integer of more than 64 bits.
+DAMAGE = (LookupError, TypeError, ValueError, OverflowError, csv.Error, SafetensorError)
+
+
 @dataclass(frozen=True)
 class PageKind:
     """A kind of study that has a page.
@@ -184,7 +188,7 @@ def opened(folder: Path, kind: PageKind) -> Iterator[Json]:
         manifest["files"].pop(name, None)
     try:
         yield manifest
-    except (LookupError, TypeError, ValueError, csv.Error, SafetensorError) as error:
+    except DAMAGE as error:
         raise RelneuronError(
             f"{folder}: a file is damaged or of another {kind.name} ({error!r})", kind.again
         ) from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from relneuron.artifact.files import csv_pieces
 
 Array = NDArray[np.float64]
+Places = NDArray[np.int64]
 
 SPLITS = {
     "eva": "evaluation prompts",
@@ -29,6 +30,7 @@ HEADINGS = {"p_value": "p", "q_value": "q", "n_before": "right before", "n_after
 NAMES = ("relation", "off", "other", "concept", "group", "mask", "set")  # of sets and texts
 TESTS = ("p_value", "q_value")
 MOST_HELD = 60_000  # cells of a table whose file is within the page: about 1 MB
+ROWS_AT_ONCE = 1000  # that are made of columns
 MOST_LISTED = 100  # names in a sentence
 RANGES = ("others", "random", "matched")  # from the least to the greatest; the others' are 95 %
 
@@ -149,6 +151,84 @@ class Number(str):
 Cell = str | float
 
 
+class Column(NamedTuple):
+    """A column of many rows as one array: of numbers, fractions, or places of text in `names`."""
+
+    values: NDArray[Any]
+    names: Sequence[str] | None = None
+    is_share: bool = False
+
+    def cells(self, rows: slice | Places) -> list[Cell]:
+        found: list[Any] = self.values[rows].tolist()
+        if self.names is not None:
+            return [self.names[place] for place in found]
+        return [*map(Share, found)] if self.is_share else found
+
+    def plain(self, rows: slice | Places) -> list[Cell]:
+        """The cells as a csv file has them (`_plain`), but for the names."""
+        if self.names is not None:
+            return self.cells(rows)
+        found = self.values[rows]
+        if found.dtype.kind != "f" or np.isfinite(found).all():
+            return list(found.tolist())
+        return [cell if math.isfinite(cell) else "" for cell in found.tolist()]
+
+
+class Rows(Sequence[Sequence[Cell]]):
+    """The rows of a table that is held as columns: each is made when it is asked for.
+
+    which  of the columns' entries the rows are, in their order; None: all
+    """
+
+    def __init__(self, columns: Sequence[Column], which: Places | None = None) -> None:
+        self.columns, self.which = columns, which
+
+    def __len__(self) -> int:
+        return len(self.columns[0].values if self.which is None else self.which)
+
+    @overload
+    def __getitem__(self, rows: int) -> Sequence[Cell]: ...
+    @overload
+    def __getitem__(self, rows: slice) -> Sequence[Sequence[Cell]]: ...
+    def __getitem__(self, rows: int | slice) -> Any:
+        if isinstance(rows, slice):
+            some = self._entries(rows)
+            return [*zip(*(column.cells(some) for column in self.columns), strict=True)]
+        row = range(len(self))[rows]
+        return self[row : row + 1][0]
+
+    def __iter__(self) -> Iterator[Sequence[Cell]]:
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield from self[start : start + ROWS_AT_ONCE]
+
+    def _entries(self, rows: slice) -> slice | Places:
+        return rows if self.which is None else self.which[rows]
+
+    def column(self, place: int) -> list[Cell]:
+        return self.columns[place].cells(self._entries(slice(None)))
+
+    def floats(self, place: int) -> Array:
+        """A column of numbers."""
+        values, names, _ = self.columns[place]
+        if names is not None:
+            raise ValueError("a column of text has no numbers")
+        return np.array(values[self._entries(slice(None))], np.float64)
+
+    def plain(self) -> Iterator[Sequence[Cell]]:
+        """The rows as a csv file has them; each name is looked at once."""
+        columns = [
+            column._replace(names=[*map(visible, column.names)]) if column.names else column
+            for column in self.columns
+        ]
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            some = self._entries(slice(start, start + ROWS_AT_ONCE))
+            yield from zip(*(column.plain(some) for column in columns), strict=True)
+
+    def at(self, rows: Places) -> Rows:
+        """Some of the rows."""
+        return Rows(self.columns, rows if self.which is None else self.which[rows])
+
+
 class Table(NamedTuple):
     """Cells are text, whole numbers, shares, or other numbers; NaN was not measured."""
 
@@ -158,9 +238,13 @@ class Table(NamedTuple):
 
     def column(self, name: str) -> list[Cell]:
         place = self.columns.index(name)
+        if isinstance(self.rows, Rows):
+            return self.rows.column(place)
         return [row[place] for row in self.rows]
 
     def floats(self, name: str) -> Array:
+        if isinstance(self.rows, Rows):
+            return self.rows.floats(self.columns.index(name))
         return np.array(self.column(name), dtype=np.float64)
 
     def mean(self, name: str) -> float:
@@ -169,8 +253,14 @@ class Table(NamedTuple):
 
     def where(self, name: str, value: Cell) -> Table:
         """The rows that hold `value` in the column `name`."""
-        place = self.columns.index(name)
-        return self._replace(rows=[row for row in self.rows if row[place] == value])
+        kept = [i for i, cell in enumerate(self.column(name)) if cell == value]
+        return self.at(kept)
+
+    def at(self, places: Sequence[int]) -> Table:
+        """The rows at some places."""
+        if isinstance(self.rows, Rows):
+            return self._replace(rows=self.rows.at(np.array(places, np.int64)))
+        return self._replace(rows=[self.rows[place] for place in places])
 
     def csv(self) -> bytes:
         """The table as a csv file in full precision (artifact.csv_bytes)."""
@@ -178,7 +268,10 @@ class Table(NamedTuple):
 
     def csv_pieces(self) -> Iterator[bytes]:
         """The bytes of `csv`, of some rows at a time: a table of a million is written so."""
-        return csv_pieces([*map(_plain, self.columns)], ([*map(_plain, row)] for row in self.rows))
+        rows: Iterable[Sequence[Cell]] = ([*map(_plain, row)] for row in self.rows)
+        if isinstance(self.rows, Rows):
+            rows = self.rows.plain()
+        return csv_pieces([visible(name) for name in self.columns], rows)
 
     @property
     def is_small(self) -> bool:
@@ -249,9 +342,8 @@ def _is_nan(value: Cell) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _plain(value: Cell) -> str:
+def _plain(value: Cell) -> Cell:
+    """A cell as a csv file has it: the writer knows numbers, and gives them all their digits."""
     if isinstance(value, str):
         return visible(value)
-    if isinstance(value, float):
-        return repr(float(value)) if math.isfinite(value) else ""
-    return str(value)
+    return "" if isinstance(value, float) and not math.isfinite(value) else value

@@ -199,7 +199,7 @@ def test_overlap_by_hand() -> None:
     assert ca["shared"] == 0 and math.isnan(ca["share"])
     assert (aa["shared"], aa["share"]) == (4, 1.0)
     assert math.isnan(aa["p_value"]) and math.isnan(aa["q_value"])
-    assert analyses.overlap({}, 20).rows == []
+    assert not analyses.overlap({}, 20).rows
 
 
 def test_versatility_and_whether_overlap_goes_with_effect() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from relneuron.artifact.effects import Condition, Grid, read_effects
 from relneuron.artifact.files import RelneuronError
 from relneuron.artifact.neurons import Neuron
 from relneuron.artifact.prompts import Prompt
-from relneuron.methods.counts.rises import read_windows
+from relneuron.methods.counts.rises import NLL, WINDOWS, read_nll, read_windows
 from relneuron.report import kit
 from relneuron.report.figures import layers_plot
 from relneuron.report.page import render
@@ -186,12 +187,42 @@ def test_a_window_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nll_windows.csv"
     rows = ["mask,group,window,n_tokens,nll", "clean,a,0,8,1.0", "clean,b,0,8,1.0", "m,a,1,8,2.0"]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    found = read_windows(path)
-    assert found.keys == {("clean", "a"): 0, ("clean", "b"): 1, ("m", "a"): 2}
-    assert found.names.tolist() == [0, 0, 1]
+    masks, groups = {"m": 0, "clean": 1}, {"a": 0}
+    found = read_windows(path, masks, groups)
+    assert (masks, groups) == ({"m": 0, "clean": 1}, {"a": 0})
+    # Cells by mask and group: m, a; clean, a; clean, b.
+    assert found.n_groups == 2 and found.cells.tolist() == [0, 2, 3]
+    assert found.places(np.array([1, 1, 0, 0, -1]), np.array([0, 1, 1, 0, 1])).tolist() == [
+        *(1, 2, -1, 0, -1)
+    ]
+    assert found.names.tolist() == [1, 0, 0] and found.nll.tolist() == [2.0, 1.0, 1.0]
     path.write_text("\n".join([*rows, "clean,a,0,8,1.0"]) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="twice"):
-        read_windows(path)
+        read_windows(path, masks, groups)
+
+
+def test_cells_of_many_groups_are_numbers_and_no_objects(tmp_path: Path) -> None:
+    names = [f"language {i}" for i in range(120)]
+    cells = [(m, g) for m in ["clean", *names] for g in names]
+    nll = {cell: i % 7 / 4 for i, cell in enumerate(cells)}
+    path, windows = tmp_path / "nll.csv", tmp_path / "nll_windows.csv"
+    found = [f"{m},{g},2,16,{1.5 * x},0.5,1" for (m, g), x in nll.items()]
+    path.write_text("\n".join([",".join(NLL), *found]) + "\n", encoding="utf-8")
+    lines = [f"{m},{g},{i},8,{x * (1 + i)}" for (m, g), x in nll.items() for i in range(2)]
+    windows.write_text("\n".join([",".join(WINDOWS), *lines]) + "\n", encoding="utf-8")
+    del found, lines
+    signed_rank_rows(np.array([[1.0, 2.0]]))  # what it imports is no cell's
+    tracemalloc.start()
+    try:
+        read = read_nll(path, windows)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read.rise.tolist()[:120] == pytest.approx([np.nan] * 120, nan_ok=True)
+    rises = [1.5 * (x - nll["clean", g]) for (_, g), x in nll.items()][120:]
+    assert read.rise.tolist()[120:] == pytest.approx(rises)
+    # 11 columns of 8 bytes, and the names once; a cell as an object takes about 500.
+    assert kept < 120 * len(cells)
 
 
 class Looked(Sequence[str]):

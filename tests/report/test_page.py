@@ -20,7 +20,7 @@ from relneuron.analyses.page import build, page
 from relneuron.analyses.study import read_study
 from relneuron.artifact.files import RelneuronError
 from relneuron.report.page import render
-from relneuron.report.tables import Table, visible
+from relneuron.report.tables import ROWS_AT_ONCE, Column, Rows, Share, Table, visible
 from tests.kit.pages import Page
 from tests.kit.studies import RELATIONS, RIGHT, SETS, write_study
 
@@ -62,6 +62,37 @@ def test_downloads_hold_no_formula() -> None:
     assert cells == ["'=1+1", "+1", "-1", "'@SUM(A1)", "\\t=1", "' =1", "fine", 'quo"te,comma']
     # A number stays a number.
     assert rows[1][1:] == ["-12.5", "43500000000"]
+
+
+def test_a_table_of_columns_is_that_of_its_rows() -> None:
+    names = ["=1+1", "a\x1bb", "plain", "-2"]
+    n = 2 * ROWS_AT_ONCE + 3
+    place, value = np.arange(n) % len(names), np.linspace(-1, 1, n)
+    value[[0, 5, n - 1]] = np.nan, np.inf, np.nan
+    columns = [Column(place, names), Column(np.arange(n) - 7), Column(value)]
+    columns.append(Column(np.where(np.isinf(value), 0.25, value), is_share=True))
+    rows = [
+        [names[p], i - 7, v, Share(0.25 if v == np.inf else v)]
+        for i, (p, v) in enumerate(zip(place.tolist(), value.tolist(), strict=True))
+    ]
+    held, plain = (Table("T", ["a", "b", "c", "d"], some) for some in (Rows(columns), rows))
+    for one, other in (
+        (held, plain),
+        (held.where("a", "plain"), plain.where("a", "plain")),
+        (held.at([5, 0, n - 1]).at([2, 1]), plain.at([5, 0, n - 1]).at([2, 1])),
+        (held.at([]), plain.at([])),
+    ):
+        assert len(one.rows) == len(other.rows) and bool(one.rows) == bool(other.rows)
+        assert one.csv() == other.csv()
+        assert one.shown(9) == other.shown(9)
+        assert repr([*map(list, one.rows)]) == repr([*other.rows])
+        assert [*map(type, one.column("d"))] == [*map(type, other.column("d"))]
+        assert np.array_equal(one.floats("c"), other.floats("c"), equal_nan=True)
+    assert held.rows[-2][1] == n - 9 and [row[1] for row in held.rows[3:5]] == [-4, -3]
+    with pytest.raises(IndexError):
+        held.rows[n]
+    with pytest.raises(ValueError, match="text"):
+        held.floats("a")
 
 
 # Significance

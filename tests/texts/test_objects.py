@@ -6,7 +6,7 @@ A fact counts once however often it is asked, and no right answer competes with 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def test_lines_of_one_question_have_the_answers_of_all(tmp_path: Path) -> None:
         {"id": "4", "object": "e", "relation": "q"},
         {"id": "5", "object": "f", "prompt": "another"},
     ]
-    base = {k: v for k, v in vars(prompt("x", "y")).items() if k not in ("object", "objects")}
+    base = {k: v for k, v in asdict(prompt("x", "y")).items() if k not in ("object", "objects")}
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(base | line) for line in lines), encoding="utf-8")
     found = read_prompts(path)
@@ -92,7 +92,7 @@ def test_lines_of_one_question_have_the_answers_of_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", [{}, {"object": []}, {"objects": ["a", 1]}, {"object": None}])
 def test_a_line_without_a_right_answer_is_refused(tmp_path: Path, line: dict[str, Any]) -> None:
-    base = {k: v for k, v in vars(prompt("x", "y")).items() if k not in ("object", "objects")}
+    base = {k: v for k, v in asdict(prompt("x", "y")).items() if k not in ("object", "objects")}
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(base | line), encoding="utf-8")
     with pytest.raises(RelneuronError, match=r"line 1: not a prompt \(.*object"):
@@ -131,6 +131,17 @@ def test_logprob_is_of_the_most_probable_object(llama: Any) -> None:
     assert asker.most_probable(asked, 64) == greedy.which
     with pytest.raises(RelneuronError, match="prompt x: its object ' ' makes no token"):
         encode(Letters(), llama, [prompt("x", "a", " ")])
+
+
+def test_prompts_with_the_same_answers_hold_them_once(llama: Any, tmp_path: Path) -> None:
+    prompts = [prompt(str(n), *"de"[: 1 + n % 2], text=f"abc{n}") for n in range(6)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(prompts_bytes(prompts))
+    read = read_prompts(path)
+    assert read == prompts
+    starts = encode(Letters(), llama, read).starts
+    assert starts == [encode(Letters(), llama, [one]).starts[0] for one in prompts]
+    assert len({id(one.objects) for one in read}) == len({id(some) for some in starts}) == 2
 
 
 def test_the_target_is_the_most_probable_right_answer(llama: Any) -> None:

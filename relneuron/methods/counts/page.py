@@ -6,7 +6,7 @@ for has no section. arXiv 2402.16438 (LAPE).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from relneuron.analyses import figures as draw
 from relneuron.artifact.modules import module_layers
 from relneuron.methods.counts import METHOD
 from relneuron.methods.counts import figures as draw_groups
-from relneuron.methods.counts.rises import CLEAN, NllCell
+from relneuron.methods.counts.rises import NllCells
 from relneuron.methods.counts.study import GroupStudy, read_group_study, rise
 from relneuron.methods.counts.tables import (
     greatest,
@@ -81,8 +81,9 @@ def facts(study: GroupStudy) -> str:
         found.append(f"site {study.activity.site}{threshold(study)}")
     if study.method:
         found.append(f"chosen by {TITLES.get(study.method, study.method)}")
-    if cells := [cell for cell in study.cells if cell.mask == CLEAN]:
-        found.append(f"NLL over {n_of(sum(cell.n_windows for cell in cells), 'window')}")
+    if study.cells.is_clean.any():
+        n_windows = int(study.cells.n_windows[study.cells.is_clean].sum())
+        found.append(f"NLL over {n_of(n_windows, 'window')}")
     return " · ".join(found)
 
 
@@ -254,7 +255,9 @@ def shared(study: GroupStudy, tables: Tables) -> Section | None:
         f"{single:,} of {n_of(total, 'chosen neuron')} ({percent(single / total)}) are in one "
         "group only."
     ]
-    best = max((row for row in pairs.rows if row[0] != row[1]), key=lambda row: float(row[2]))
+    most = pairs.floats("shared")
+    most[:: len(study.sets) + 1] = -1  # of a set with itself
+    best = pairs.rows[int(most.argmax())]
     if best[2]:
         a, b = kit.short(str(best[0])), kit.short(str(best[1]))
         seen.append(
@@ -292,9 +295,10 @@ def nll(study: GroupStudy, tables: Tables) -> Section | None:
     seen = [_risen(text, cells) for text, cells in kinds if np.isfinite(rise(cells).mean)]
     if empty := sum(not chosen for chosen in study.sets.values()):
         seen.append(f"Left out of the means: {n_of(empty, 'set')} without neurons.")
-    if broken := sum(c.n_windows > 0 and not np.isfinite(c.nll) for c in study.cells):
+    cells = study.cells
+    if broken := int(((cells.n_windows > 0) & ~np.isfinite(cells.nll)).sum()):
         seen.append(f"{n_of(broken, 'cell')} without a finite NLL: left out of the means.")
-    if not any(np.isfinite(cell.p_value) for cell in study.cells):
+    if not np.isfinite(cells.p_value).any():
         seen.append("No windows belong to these numbers, so nothing says how sure they are.")
     drawn = greatest(rises, "own", kit.MOST)
     if len(drawn.rows) < len(rises.rows):
@@ -303,7 +307,7 @@ def nll(study: GroupStudy, tables: Tables) -> Section | None:
             "rises most."
         )
     drawings = [draw_groups.rises_plot(drawn)] if drawn.rows else []
-    if any(np.isfinite(cell.rise) for cell in study.cells):
+    if np.isfinite(cells.rise).any():
         drawings.append(draw_groups.rise_heatmap(table.where("is_clean", 0), kit.SURE))
     return Section(
         "nll",
@@ -321,16 +325,15 @@ def nll(study: GroupStudy, tables: Tables) -> Section | None:
     )
 
 
-def _risen(text: str, cells: Sequence[NllCell]) -> str:
+def _risen(text: str, cells: NllCells) -> str:
     found = rise(cells)
     said = f"The NLL of the text of {text} {changed(found.mean)}"
     if nats(found.low) != nats(found.high):
         said += f" on average, from {nats(found.low)} to {nats(found.high)}"
-    if not any(np.isfinite(cell.p_value) for cell in cells):
+    if not np.isfinite(cells.p_value).any():
         return f"{said}."
-    sure = [cell.rise for cell in cells if cell.q_value <= kit.SURE]
-    up, down = sum(value > 0 for value in sure), sum(value < 0 for value in sure)
-    n = sum(np.isfinite(cell.rise) for cell in cells)
+    sure = cells.rise[cells.q_value <= kit.SURE]
+    up, down, n = (int(some.sum()) for some in (sure > 0, sure < 0, np.isfinite(cells.rise)))
     return f"{said}; of {n_of(n, 'cell')} {up:,} up and {down:,} down beyond chance."
 
 

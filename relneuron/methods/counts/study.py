@@ -7,7 +7,6 @@ model is needed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from relneuron.artifact.files import Json, RelneuronError, sha256
 from relneuron.artifact.modules import module_layers
 from relneuron.artifact.neurons import Neuron, NeuronFile, check_neurons
 from relneuron.artifact.reading import open_tensors
-from relneuron.methods.counts.rises import CLEAN, NllCell, read_nll
+from relneuron.methods.counts.rises import CLEAN, NO_CELLS, NllCells, read_nll
 from relneuron.report.page import PageKind, opened
 from relneuron.report.tables import Array, Spread, spread
 
@@ -65,7 +64,7 @@ class GroupStudy:
     entropy: Array | None  # (L, F), before the filter
     entropy_groups: int
     activity: Activity | None
-    cells: list[NllCell]
+    cells: NllCells
     dropped: dict[str, int]  # tokens of windows that were not full, where that was noted
 
     @cached_property
@@ -79,7 +78,7 @@ class GroupStudy:
     @cached_property
     def groups(self) -> list[str]:
         counted = self.counts.groups if self.counts else []
-        return list(dict.fromkeys([*counted, *self.sets, *(c.group for c in self.cells)]))
+        return list(dict.fromkeys([*counted, *self.sets, *self.cells.groups]))
 
     @cached_property
     def times(self) -> Counter[Neuron]:
@@ -139,38 +138,35 @@ class GroupStudy:
 
     # Rises: a set without neurons changes nothing and is left out of every mean.
 
-    @cached_property
-    def off_by_mask(self) -> dict[str, list[NllCell]]:
-        """The cells of every mask that is a set with neurons."""
-        found: dict[str, list[NllCell]] = {}
-        for cell in self.cells:
-            if self.is_set(cell):
-                found.setdefault(cell.mask, []).append(cell)
-        return found
+    def is_random(self, mask: str) -> bool:
+        return mask.startswith("random.") and mask not in self.sets
 
-    def is_random(self, cell: NllCell) -> bool:
-        return cell.mask.startswith("random.") and cell.mask not in self.sets
-
-    def is_set(self, cell: NllCell) -> bool:
-        if cell.mask == CLEAN or self.is_random(cell):
+    def is_set(self, mask: str) -> bool:
+        if mask == CLEAN or self.is_random(mask):
             return False
-        return self.neurons is None or bool(self.sets.get(cell.mask))
+        return self.neurons is None or bool(self.sets.get(mask))
 
     @cached_property
-    def own(self) -> list[NllCell]:
-        return [c for cells in self.off_by_mask.values() for c in cells if c.mask == c.group]
+    def off(self) -> NllCells:
+        """The cells of every mask that is a set with neurons, mask by mask."""
+        cells = np.flatnonzero(self.cells.of([*map(self.is_set, self.cells.masks)]))
+        return self.cells.at(cells[np.argsort(self.cells.mask[cells], kind="stable")])
 
     @cached_property
-    def others(self) -> list[NllCell]:
-        return [c for cells in self.off_by_mask.values() for c in cells if c.mask != c.group]
+    def own(self) -> NllCells:
+        return self.off.at(self.off.is_own)
 
     @cached_property
-    def random(self) -> list[NllCell]:
-        return [cell for cell in self.cells if self.is_random(cell)]
+    def others(self) -> NllCells:
+        return self.off.at(~self.off.is_own)
+
+    @cached_property
+    def random(self) -> NllCells:
+        return self.cells.at(self.cells.of([*map(self.is_random, self.cells.masks)]))
 
 
-def rise(cells: Sequence[NllCell]) -> Spread:
-    return spread(np.array([cell.rise for cell in cells]))
+def rise(cells: NllCells) -> Spread:
+    return spread(cells.rise)
 
 
 def read_group_study(folder: Path) -> GroupStudy:
@@ -196,7 +192,7 @@ def read_group_study(folder: Path) -> GroupStudy:
             neurons,
             *scores[:2],
             _activity(manifest, counts) or scores[2],
-            read_nll(folder / "nll.csv", windows) if "nll.csv" in there else [],
+            read_nll(folder / "nll.csv", windows) if "nll.csv" in there else NO_CELLS,
             note(manifest, "dropped_tokens"),
         )
         _check(study)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relneuron.analyses.overlap import overlap, versatility
+from relneuron.analyses.overlap import OVERLAP, overlap_columns, versatility
 from relneuron.artifact.files import Json
 from relneuron.artifact.neurons import Shape
-from relneuron.methods.counts.rises import CLEAN
+from relneuron.methods.counts.rises import NUMBERS, NllCells
 from relneuron.methods.counts.study import GroupStudy, rise
-from relneuron.report.tables import Array, Cell, Share, Table
+from relneuron.report.tables import Array, Cell, Column, Rows, Share, Table
 
 BINS = 60
 DIGITS = 6  # of a probability in a table of the page
@@ -107,32 +108,43 @@ def layer_counts(study: GroupStudy) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def overlap_table(study: GroupStudy) -> Table:
     """The analysis `overlap`, of groups, with the Jaccard index |A and B| / |A or B|."""
-    found = overlap(study.sets, study.n_neurons)
-    rows: list[list[Cell]] = []
-    for row in found.rows:
-        a, b, shared = str(row[0]), str(row[1]), float(row[2])
-        either = len(study.sets[a]) + len(study.sets[b]) - shared
-        jaccard = Share(shared / either if either else np.nan)
-        rows.append([*row[:4], jaccard, *(row[4:] if a != b else [np.nan] * 3)])
-    columns = ["group", *found.columns[1:4], "jaccard", *found.columns[4:]]
+    first, second, shared, share, *chance = overlap_columns(study.sets, study.n_neurons)
+    size = np.array([len(chosen) for chosen in study.sets.values()], np.int64)
+    either = (size[first.values] + size[second.values] - shared.values).astype(np.float64)
+    jaccard = shared.values / np.where(either, either, np.nan)
+    is_one = first.values == second.values
+    for column in chance:
+        column.values[is_one] = np.nan
+    columns = ["group", *OVERLAP[1:4], "jaccard", *OVERLAP[4:]]
+    rows = Rows([first, second, shared, share, Column(jaccard, is_share=True), *chance])
     return Table("Neurons that two groups share", columns, rows)
 
 
 def clean_table(study: GroupStudy) -> Table:
     """NLL and perplexity of each text with the model as it is."""
     columns = ["group", "n_windows", "n_tokens", "nll", "nll_se", "perplexity"]
-    rows: list[list[Cell]] = [list(c[1:7]) for c in study.cells if c.mask == CLEAN]
+    cells = _columns(study.cells.at(study.cells.is_clean))
+    rows = Rows([cells[name] for name in columns])
     return Table("NLL of each text with the model as it is, nats per token", columns, rows)
+
+
+def _columns(cells: NllCells) -> dict[str, Column]:
+    found = {name: Column(getattr(cells, name)) for name in NUMBERS}
+    found["mask"] = Column(cells.mask, cells.masks)
+    found["group"] = Column(cells.group, cells.groups)
+    return found | {"is_clean": Column(cells.is_clean.astype(np.int64))}
 
 
 def rises_table(study: GroupStudy) -> Table:
     """For each set that has neurons: the rise of its own text, and of the others'."""
-    own = {cell.mask: cell for cell in study.own}
+    cells = study.off
     rows: list[list[Cell]] = []
-    for mask, cells in study.off_by_mask.items():
-        others = rise([cell for cell in cells if cell.group != mask])
-        mine = [own[mask].rise, own[mask].rise_se] if mask in own else [np.nan, np.nan]
-        rows.append([mask, *mine, *others])
+    ends = [*(1 + np.flatnonzero(np.diff(cells.mask))).tolist(), len(cells)]
+    for start, end in pairwise([0, *ends] if len(cells) else []):
+        some = cells.at(slice(start, end))
+        own = some.at(some.is_own)
+        mine = [*own.rise.tolist(), *own.rise_se.tolist()] or [np.nan, np.nan]
+        rows.append([some.masks[int(some.mask[0])], *mine, *rise(some.at(~some.is_own))])
     columns = ["set", "own", "own_se", "others", "others_low", "others_high"]
     return Table("Rise of the NLL, own text and others, nats per token", columns, rows)
 
@@ -140,7 +152,8 @@ def rises_table(study: GroupStudy) -> Table:
 def nll_table(study: GroupStudy) -> Table:
     columns = ["mask", "group", "is_clean", "n_windows", "n_tokens", "nll", "nll_se", "perplexity"]
     columns += ["rise", "rise_se", "p_value", "q_value"]
-    rows: list[list[Cell]] = [[*c[:2], int(c.mask == CLEAN), *c[2:]] for c in study.cells]
+    cells = _columns(study.cells)
+    rows = Rows([cells[name] for name in columns])
     return Table("NLL of each text under each mask", columns, rows)
 
 
@@ -213,7 +226,7 @@ def greatest(table: Table, name: str, n: int) -> Table:
     """The n rows with the greatest numbers in a column, in the table's order."""
     values = table.floats(name)
     order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
-    return table._replace(rows=[table.rows[i] for i in sorted(order[:n].tolist())])
+    return table.at(sorted(order[:n].tolist()))
 
 
 # Names
@@ -224,7 +237,7 @@ def with_short_names(study: GroupStudy) -> tuple[GroupStudy, dict[str, str]]:
 
     A table of pairs repeats every name once a group: with many long names that is a large page.
     """
-    masks = dict.fromkeys([*study.groups, *(cell.mask for cell in study.cells)])
+    masks = dict.fromkeys([*study.groups, *study.cells.masks])
     most = SHORT_NAME
     long = {name: f"{name[:most]}… #{n}" for n, name in enumerate(masks, 1) if len(name) > most}
     if not long or len(study.groups) * sum(map(len, study.groups)) <= MANY_NAMES:
@@ -242,12 +255,9 @@ def with_short_names(study: GroupStudy) -> tuple[GroupStudy, dict[str, str]]:
         counts=counts and replace(counts, groups=names(counts.groups)),
         neurons=neurons,
         activity=activity and activity._replace(groups=names(activity.groups)),
-        cells=[
-            cell._replace(
-                mask=long.get(cell.mask, cell.mask), group=long.get(cell.group, cell.group)
-            )
-            for cell in study.cells
-        ],
+        cells=replace(
+            study.cells, masks=names(study.cells.masks), groups=names(study.cells.groups)
+        ),
         dropped=dict(zip(names(study.dropped), study.dropped.values(), strict=True)),
     )
     return result, {short: name for name, short in long.items()}

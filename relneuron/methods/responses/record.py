@@ -126,10 +126,8 @@ def record(
     with sharing(model, folder, rows=True) as ranks:
         kind = DISK if store is None else agreed(store.asked, recorded, devices, ranks)
         with ranks.in_turn():
-            data = prompts_path.read_bytes()
-            if ranks.rank == 0 and not (copy.exists() and copy.read_bytes() == data):
-                refuse_overwrite(copy, force)
-                atomic_write(copy, data)
+            if not ranks.rank:
+                _copy(prompts_path, copy, force)
             journal = Journal(folder / "record.journal", inputs, ranks=ranks, shard=options.shard)
             if journal.is_first and (kind != DISK or not journal.done):
                 path.unlink(missing_ok=True)
@@ -209,6 +207,14 @@ def record(
         if kind == DISK:
             journal.remove()
     return accuracy
+
+
+def _copy(source: Path, copy: Path, force: bool) -> None:
+    """The prompts that are recorded, in the folder of their study."""
+    data = source.read_bytes()
+    if not (copy.exists() and copy.read_bytes() == data):
+        refuse_overwrite(copy, force)
+        atomic_write(copy, data)
 
 
 def _place(

@@ -116,6 +116,19 @@ def test_broken_scores_and_changed_files_are_named(tmp_path: Path) -> None:
         read_group_study(study)
 
 
+def test_a_number_of_too_many_digits_is_damage(tmp_path: Path) -> None:
+    study = write_corpus_study(tmp_path)
+    for name in ("nll_windows.csv", "nll.csv"):
+        text = (study / name).read_text(encoding="utf-8")
+        cells = text.splitlines()[1].split(",")
+        changed = text.replace(
+            ",".join(cells[:4]), ",".join([*cells[:2], str(10**30), cells[3]]), 1
+        )
+        (study / name).write_text(changed, encoding="utf-8")
+        with pytest.raises(RelneuronError, match="damaged"):
+            read_group_study(study)
+
+
 def test_a_folder_without_counts_and_neurons_is_refused(tmp_path: Path) -> None:
     kept(tmp_path, "nll.csv")
     with pytest.raises(RelneuronError, match="no counts") as caught:

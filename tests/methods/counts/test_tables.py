@@ -249,8 +249,9 @@ def test_random_masks_and_empty_sets_stand_apart(tmp_path: Path) -> None:
     del neurons["sets"]["zh"]
     (study / "neurons.json").write_text(json.dumps(neurons), encoding="utf-8")
     found = read_group_study(study)
-    assert {cell.mask for cell in found.own} == {cell.mask for cell in found.others} == {"en"}
-    assert {cell.mask for cell in found.random} == {"random.0"}
+    masks = found.cells.masks
+    for cells, name in ((found.own, "en"), (found.others, "en"), (found.random, "random.0")):
+        assert {masks[place] for place in cells.mask} == {name}
     rows = [row for row in tables_of(render(page(found)))["nll.csv"] if row["mask"] == "random.0"]
     mean = np.mean([float(row["rise"]) for row in rows])
     text = text_of(render(page(found)), "nll")
@@ -258,8 +259,8 @@ def test_random_masks_and_empty_sets_stand_apart(tmp_path: Path) -> None:
     assert f"any group, with random neurons off, rises by {mean:.2f} nats on average" in text
     (study / "neurons.json").unlink()
     found = read_group_study(study)
-    assert {cell.mask for cell in found.others} == {"en", "fr"}
-    assert {cell.mask for cell in found.random} == {"random.0"}
+    assert {found.cells.masks[place] for place in found.others.mask} == {"en", "fr"}
+    assert {found.cells.masks[place] for place in found.random.mask} == {"random.0"}
 
 
 def read_study(folder: Path) -> Path:

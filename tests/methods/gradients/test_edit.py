@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_the_table_is_what_plain_decoding_says(
     assert low <= same <= high and rows["reliability"]["n"] == "1"
     assert ("prob_new" in rows) == (to is not None)
     if to is not None:
-        asked = [Prompt(**vars(p) | {"object": to, "objects": (to,)}) for p in own]
+        asked = [replace(p, object=to, objects=(to,)) for p in own]
         probs = [2.718281828459045 ** both[1].answer(p)[1] for p in asked]
         assert float(rows["prob_new"]["after"]) == pytest.approx(mean(probs), rel=1e-4, abs=1e-9)
 
