@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from relneuron.artifact.memory import peak_bytes, resident_bytes, status_bytes
+from tests.conftest import ROOT
 from tests.kit.forked import Forked
 
 MIB = 1 << 20
@@ -40,3 +43,23 @@ def test_where_the_system_tells_less(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert peak is None or (peak > MIB and resident_bytes() >= peak)
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_bytes() is None and resident_bytes() == 0
+
+
+KEPT = """
+import sys
+from relneuron.artifact.memory import keep_freed, resident_bytes
+if sys.argv[1] == "kept":
+    keep_freed()
+large = bytearray(1 << 26)
+large = None
+print(resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc")
+def test_what_is_freed_stays_with_the_process() -> None:
+    kept, plain = (
+        int(subprocess.check_output([sys.executable, "-c", KEPT, way], text=True, cwd=ROOT))
+        for way in ("kept", "plain")
+    )
+    assert kept - plain == pytest.approx(1 << 26, rel=0.1)
