@@ -53,5 +53,7 @@ def plan(command: str, *words: str | Path | float) -> Json:
             fix = f"relneuron {command} --help says what it takes"
             raise RelneuronError(error.format_message(), fix, 2) from error
         raise
+    if not said:
+        raise RelneuronError("--help is for the command line", "leave it out", 2)
     found: Json = json.loads(said[0])
     return found

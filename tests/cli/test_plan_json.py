@@ -108,6 +108,7 @@ def test_what_a_command_refuses_is_raised(
         (words[:2], "PROMPTS"),
         ([*words, "--shard", "3"], "shard"),
         (["report", tmp_path], "nothing to plan of 'report'"),
+        (["record", "--help"], "--help"),
     ):
         with pytest.raises(package.RelneuronError) as raised:
             package.plan(*asked)
