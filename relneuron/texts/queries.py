@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from relneuron.artifact.files import Json, RelneuronError
@@ -73,7 +74,7 @@ def read_queries(path: Path) -> list[Prompt]:
     letters = {prompt.object for prompt in prompts}
     if all(re.fullmatch("[A-Z]", letter) for letter in letters) and len(letters) > 1:
         options = tuple(sorted(letters))
-        prompts = [Prompt(**vars(prompt) | {"options": options}) for prompt in prompts]
+        prompts = [replace(prompt, options=options) for prompt in prompts]
     return prompts
 
 

@@ -19,8 +19,8 @@ FAULTS = {
         "analyses/test_uncertainty.py::test_sign_flips_of_single_prompts_are_mcnemar_s_exact_test",
     ),
     "analyses.overlap: the share is of the other set": Mutant(
-        "Share(n[j] / length if length else NAN)",
-        "Share(n[j] / size[j] if size[j] else NAN)",
+        "share = shared / np.where(length, length, NAN)",
+        "share = shared / np.where(size, size, NAN)",
         "analyses/test_analyses.py::test_overlap_by_hand",
     ),
     "analyses.sizes: what neurons do not break alone is affected": Mutant(
