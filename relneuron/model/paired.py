@@ -7,7 +7,6 @@ both are rows of one forward.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from relneuron.artifact.files import RelneuronError
 from relneuron.model.ask import cache_of
+from relneuron.model.batches import takes_keep
 from relneuron.model.exchange import Exchanged
 from relneuron.model.layers import input_device
 from relneuron.model.pair import Pair, Taps
@@ -70,10 +70,7 @@ class Paired(Exchanged):
         super().__init__(pair.a, pair.mlps[0])
         self._pair = pair
         self._kept: dict[int, Tensor] = {}
-        self._keeps = {
-            id(model): "logits_to_keep" in inspect.signature(model.forward).parameters
-            for model in (pair.a, pair.b)
-        }
+        self._keeps = {id(model): takes_keep(model) for model in (pair.a, pair.b)}
 
     def forward(
         self, *, past_key_values: Caches | None = None, logits_to_keep: int = 0, **given: Any
